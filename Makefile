@@ -1,12 +1,11 @@
 # Two commands are enough for a new clone: `make demo` and `make test`. Each first makes .venv and
 # installs what it needs there; the second time that takes no time.
 
-# One thread for each of XLA's operations: pytest's workers already keep the cores busy, and small
-# arrays gain nothing from a second thread.
+# pytest's workers keep the cores busy; a second thread for each of XLA's operations would only have
+# them wait for one another.
 workers ?= 2
-pytest = JAX_PLATFORMS=cpu \
-    XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" \
-    $(1)/bin/python -m pytest -n $(workers) tests
+pytest = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_multi_thread_eigen=false" \
+    $(1)/bin/python -m pytest -q -n $(workers)
 
 .PHONY: help demo test test-oldest lint format clean
 
@@ -23,19 +22,19 @@ test:  ## set up, then run all tests
 	$(call pytest,.venv)
 
 test-oldest:  ## the same with Python 3.11 and the oldest versions that are supported
-	@tools/setup --oldest train,dev
+	@tools/setup --oldest train,test
 	$(call pytest,.venv-oldest)
 
 lint:  ## set up, then check style and types
 	@tools/setup train,dev
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
 
 format:  ## set up, then put the code in the project's style
 	@tools/setup train,dev
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
 
 clean:  ## remove the environments, caches and builds; runs/ stays
 	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,15 @@
+"""What holds for every test: the CPU unless the caller says otherwise, and examples that repeat."""
+
+import os
+
+# Before JAX is imported anywhere. One device: tests of sharding start a process with eight.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402  (nothing may come before the line above)
+
+# The first example of a shape compiles, which takes longer than any deadline; and what failed in CI
+# must fail here too.
+hypothesis.settings.register_profile(
+    "rlhf_jax", deadline=None, derandomize=True, database=None, max_examples=50
+)
+hypothesis.settings.load_profile("rlhf_jax")

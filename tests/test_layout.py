@@ -1,0 +1,162 @@
+"""The rooms of the package: who may import whom, what stays light, and what the texts promise."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A room imports itself and the rooms before it.
+ROOMS = (
+    "functional",
+    "batches",
+    "models",
+    "parallel",
+    "rollout",
+    "training",
+    "data",
+    "runtime",
+    "scripts",
+)
+EVERYWHERE = {"errors"}
+
+# What a room may import from other distributions; data, runtime and scripts import what they need.
+ARRAYS = {"jax", "numpy", "chex"}
+THIRD_PARTY = {
+    "__init__": {"jax", "chex"},
+    "errors": set(),
+    "functional": {"jax", "chex"},
+    "batches": {"jax"},
+    "models": ARRAYS | {"flax", "safetensors"},
+    "parallel": ARRAYS,
+    "rollout": ARRAYS,
+    "training": ARRAYS | {"optax"},
+}
+
+SOURCES = sorted([*ROOT.glob("rlhf_jax/**/*.py"), *ROOT.glob("scripts/**/*.py")])
+
+
+def path_name(path):
+    return str(path.relative_to(ROOT))
+
+
+def room_of(module):
+    """'functional' for rlhf_jax.functional.kl, '__init__' for rlhf_jax, 'scripts' for a script."""
+    parts = module.split(".")
+    if parts[0] == "rlhf_jax":
+        return parts[1] if len(parts) > 1 else "__init__"
+    return parts[0]
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path):
+    """Full names of all that the file imports, at the top or inside functions."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            # `from rlhf_jax import functional` imports a room, not a name of the package.
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def ours(modules):
+    return [name for name in modules if name.split(".")[0] in ("rlhf_jax", "scripts")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=path_name)
+def test_imports_go_to_earlier_rooms_only(path):
+    room = room_of(module_name(path))
+    if room in EVERYWHERE:
+        allowed = EVERYWHERE
+    elif room == "__init__":
+        allowed = {"functional"}
+    else:
+        allowed = EVERYWHERE | set(ROOMS[: ROOMS.index(room) + 1])
+    wrong = [name for name in ours(imported_modules(path)) if room_of(name) not in allowed]
+    assert not wrong, f"{path_name(path)} may import only {sorted(allowed)}, and imports {wrong}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=path_name)
+def test_light_rooms_import_light_packages_only(path):
+    room = room_of(module_name(path))
+    if room not in THIRD_PARTY:
+        return
+    allowed = sys.stdlib_module_names | THIRD_PARTY[room] | {"rlhf_jax"}
+    wrong = {name.split(".")[0] for name in imported_modules(path)} - allowed
+    assert not wrong, f"{path_name(path)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("room", ["rollout", "training"])
+def test_steps_know_a_model_by_its_interface_only(room):
+    families = ("rlhf_jax.models.gpt2", "rlhf_jax.models.huggingface")
+    for path in sorted((ROOT / "rlhf_jax" / room).glob("**/*.py")):
+        wrong = [name for name in imported_modules(path) if name.startswith(families)]
+        assert not wrong, f"{path_name(path)} imports {wrong}"
+
+
+def test_the_import_test_sees_every_form_of_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "rlhf_jax" / "functional" / "kl.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import a.b\n"
+        "from rlhf_jax import data\n"
+        "from . import masking\n"
+        "from .logprobs import x\n"
+        "from ..runtime import config\n"
+        "def f():\n    from c import d\n"
+    )
+    assert set(imported_modules(path)) == {
+        "a.b",
+        "rlhf_jax.data",
+        "rlhf_jax.functional.masking",
+        "rlhf_jax.functional.logprobs.x",
+        "rlhf_jax.runtime.config",
+        "c.d",
+    }
+
+
+def test_import_rlhf_jax_is_light():
+    heavy = "transformers datasets orbax tokenizers flax optax torch pandas matplotlib".split()
+    code = f"import sys, rlhf_jax; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def lower_bounds(project):
+    optional = project["optional-dependencies"]
+    for line in [*project["dependencies"], *optional["train"], *optional["test"]]:
+        name, bound = line.split(">=")
+        yield name.lower(), bound
+
+
+def test_the_oldest_versions_tested_are_the_lower_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "tools" / "constraints-oldest.txt").read_text()
+    tested = {name.lower(): version for name, version in re.findall(r"^(\S+)==(\S+)$", text, re.M)}
+    tested.pop("jaxlib")  # goes with jax
+    assert tested == dict(lower_bounds(project))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "Makefile"])
+def test_files_named_in_the_texts_exist(name):
+    text = (ROOT / name).read_text()
+    named = set(re.findall(r"\b(?:scripts|configs|docs|tools|tests|rlhf_jax)/[\w/.-]*\w", text))
+    missing = sorted(path for path in named if not (ROOT / path).exists())
+    assert not missing, f"{name} names {missing}"
