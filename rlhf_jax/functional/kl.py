@@ -1,0 +1,108 @@
+"""Estimates of the KL divergence to a reference, and controllers of its coefficient."""
+
+import jax.numpy as jnp
+
+from rlhf_jax.functional.expect import expect, expect_one_of
+
+KINDS = ("k1", "k2", "k3")
+
+# exp overflows float32 at 89. At 40 its square is still finite, and so are sums of many of them;
+# past it a value stays where it is and its gradient is 0.
+MAX_LOG_RATIO = 40.0
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k1"):
+    """Estimate of KL(policy || reference) from tokens that the policy sampled.
+
+        d = logprobs - ref_logprobs
+        k1 = d              unbiased
+        k2 = d^2 / 2        biased, little variance, never negative
+        k3 = e^-d - 1 + d   unbiased, little variance, never negative
+
+    k3 stops growing at d = -40, where float32 would soon overflow.
+
+    Args:
+      logprobs: float[...] of the sampled tokens under the policy, in nats.
+      ref_logprobs: float[...], the same under the reference.
+      kind: "k1", "k2" or "k3".
+
+    Returns:
+      f32[...] in nats per token.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong, or an unknown kind.
+
+    Schulman, Approximating KL Divergence (joschu.net/blog/kl-approx.html).
+
+    >>> print(kl_estimate(jnp.array([-1.0, -2.0]), jnp.array([-2.0, -1.0]), "k2"))
+    [0.5 0.5]
+    """
+    expect(logprobs=(logprobs, "...", float), ref_logprobs=(ref_logprobs, "...", float))
+    expect_one_of(kind=(kind, KINDS))
+    difference = logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32)
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return 0.5 * jnp.square(difference)
+    return exp_minus_linear(-difference)
+
+
+def adaptive_kl_update(coef, observed_kl, num_samples, *, target, horizon):
+    """The KL coefficient after num_samples more episodes, steered towards a target KL.
+
+        coef * (1 + clip(observed_kl / target - 1, -0.2, 0.2) * num_samples / horizon)
+
+    Args:
+      coef: float[], the coefficient until now.
+      observed_kl: float[], mean KL per episode in nats, summed over its tokens.
+      num_samples: episodes since the last update.
+      target: the KL per episode to steer towards, in nats.
+      horizon: episodes in which the coefficient may change by a fifth.
+
+    Returns:
+      f32[].
+
+    Ziegler et al., Fine-Tuning Language Models from Human Preferences, section 2.2
+    (arXiv:1909.08593).
+
+    >>> coef = adaptive_kl_update(0.2, 12.0, 256, target=6.0, horizon=10_000)
+    >>> print(f"{coef:.6f}")
+    0.201024
+    """
+    coef, observed_kl = (jnp.asarray(x, jnp.float32) for x in (coef, observed_kl))
+    error = jnp.clip(observed_kl / target - 1.0, -0.2, 0.2)
+    return coef * (1.0 + error * (num_samples / horizon))
+
+
+def penalty_kl_update(coef, observed_kl, *, target):
+    """The KL coefficient after one more policy update, halved or doubled where the KL was off.
+
+        coef / 2    if observed_kl < target / 1.5
+        coef * 2    if observed_kl > target * 1.5
+
+    Args:
+      coef: float[], the coefficient until now.
+      observed_kl: float[], mean KL between the old policy and the new one, in nats.
+      target: the KL to steer towards, in the same unit.
+
+    Returns:
+      f32[].
+
+    Schulman et al., Proximal Policy Optimization Algorithms, section 4 (arXiv:1707.06347).
+
+    >>> print(penalty_kl_update(0.2, 0.05, target=0.01))
+    0.4
+    """
+    coef, observed_kl = (jnp.asarray(x, jnp.float32) for x in (coef, observed_kl))
+    doubled = jnp.where(observed_kl > target * 1.5, coef * 2.0, coef)
+    return jnp.where(observed_kl < target / 1.5, coef / 2.0, doubled)
+
+
+def exp_minus_linear(x):
+    """e^x - 1 - x for f32[...], never negative; constant past x = 40."""
+    x = jnp.minimum(x, MAX_LOG_RATIO)
+    is_small = jnp.abs(x) < 0.1
+    # Near 0 all digits of expm1(x) - x cancel: the Taylor series, exact to 1e-8 up to 0.1.
+    small = jnp.where(is_small, x, 0.0)
+    series = 1.0 + small / 3 * (1.0 + small / 4 * (1.0 + small / 5 * (1.0 + small / 6)))
+    return jnp.where(is_small, 0.5 * jnp.square(small) * series, jnp.expm1(x) - x)

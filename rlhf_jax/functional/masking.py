@@ -1,0 +1,135 @@
+"""Means, variances and whitening over real positions, and the mask of a response."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from rlhf_jax.functional.expect import expect
+
+
+def masked_mean(x, mask, axis=None):
+    """Mean of the real entries.
+
+        sum(x * mask) / sum(mask)
+
+    Args:
+      x: float[...].
+      mask: bool[...], the same shape as x.
+      axis: the axis or axes to reduce; all of them when None.
+
+    Returns:
+      f32, the shape of x without the reduced axes; 0 where no entry is real.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    >>> print(masked_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])))
+    2.0
+    """
+    expect(x=(x, "...", float), mask=(mask, "...", bool))
+    (x,) = zero_off_mask(mask, x)
+    return jnp.sum(x, axis) / jnp.maximum(jnp.sum(mask, axis), 1).astype(jnp.float32)
+
+
+def masked_var(x, mask, axis=None, *, unbiased=True):
+    """Variance of the real entries.
+
+        sum((x - mean)^2 * mask) / (n - 1)        n = sum(mask); over n when not unbiased
+
+    Args:
+      x: float[...].
+      mask: bool[...], the same shape as x.
+      axis: the axis or axes to reduce; all of them when None.
+      unbiased: whether to divide by n - 1 (Bessel's correction) or by n.
+
+    Returns:
+      f32, the shape of x without the reduced axes; 0 where fewer than two entries are real.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    >>> print(masked_var(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])))
+    2.0
+    """
+    mean = masked_mean(x, mask, axis)
+    mean = jnp.expand_dims(mean, tuple(range(x.ndim)) if axis is None else axis)
+    (x,) = zero_off_mask(mask, x)
+    squares = jnp.where(mask, jnp.square(x - mean), 0.0)
+    degrees = jnp.sum(mask, axis) - (1 if unbiased else 0)
+    return jnp.sum(squares, axis) / jnp.maximum(degrees, 1).astype(jnp.float32)
+
+
+def masked_whiten(x, mask, *, shift_mean=True, unbiased=True, eps=1e-8):
+    """The real entries with variance 1, and with mean 0 unless their mean is kept.
+
+        (x - mean) / sqrt(var + eps)  (+ mean, without shift_mean)
+
+    Advantages are whitened with shift_mean, rewards without it. Statistics run over all real
+    entries of x: under jit over a sharded batch, over the batch of all devices.
+
+    Args:
+      x: float[...].
+      mask: bool[...], the same shape as x.
+      shift_mean: whether to take the mean away.
+      unbiased: the variance to divide by, as in `masked_var`. minichatgpt, TRL and trlX use the
+        unbiased one, openai/lm-human-preferences does not.
+      eps: what the variance is kept above 0 with.
+
+    Returns:
+      f32[...], zero off the mask.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    >>> x, mask = jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])
+    >>> print(masked_whiten(x, mask, unbiased=False))
+    [-1.  1.  0.]
+    """
+    mean = masked_mean(x, mask)
+    scale = lax.rsqrt(masked_var(x, mask, unbiased=unbiased) + eps)
+    (x,) = zero_off_mask(mask, x)
+    whitened = (x - mean) * scale
+    return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def response_mask(tokens, stop_token_ids):
+    """True up to and including the first stop token of each row: the stop is an action.
+
+    Args:
+      tokens: int[B, T].
+      stop_token_ids: tuple of ints, each of which ends a response; everything is real when empty.
+
+    Returns:
+      bool[B, T].
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    >>> print(response_mask(jnp.array([[5, 0, 7, 0]]), (0,)))
+    [[ True  True False False]]
+    """
+    expect(tokens=(tokens, "BT", int))
+    stops = jnp.zeros_like(tokens)
+    for token_id in stop_token_ids:
+        stops = jnp.where(tokens == token_id, 1, stops)
+    return jnp.cumsum(stops, axis=1) - stops == 0
+
+
+def zero_off_mask(mask, *arrays):
+    """The arrays in float32, with 0 off the mask.
+
+    Inputs pass through here before any arithmetic: a `where` after it would keep NaN out of the
+    value, but let 0 * NaN into the gradient.
+    """
+    return tuple(jnp.where(mask, x.astype(jnp.float32), 0.0) for x in arrays)
+
+
+def batch_mean(x, mask, denominator=None):
+    """Sum over the real entries of x, over their number or over `denominator`, as f32[].
+
+    The denominator is the number of real entries in a larger batch that this one is a part of, so
+    that the parts add up to its mean. Without one an empty mask yields 0.
+    """
+    total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0))
+    if denominator is None:
+        denominator = jnp.maximum(jnp.sum(mask), 1)
+    return total / jnp.asarray(denominator, jnp.float32)

@@ -1,0 +1,135 @@
+"""Policy-gradient losses and the value loss that goes with them."""
+
+import jax.numpy as jnp
+
+from rlhf_jax.functional.expect import expect
+from rlhf_jax.functional.kl import MAX_LOG_RATIO
+from rlhf_jax.functional.masking import batch_mean, zero_off_mask
+
+
+def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2, denominator=None):
+    """PPO's clipped surrogate loss, a mean over real tokens.
+
+        r_t    = exp(logprobs_t - old_logprobs_t)
+        loss_t = max(-A_t * r_t, -A_t * clip(r_t, 1 - clip_range, 1 + clip_range))
+
+    r_t stops growing at e^40, where float32 would soon overflow; its gradient there is 0.
+
+    Args:
+      logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
+      old_logprobs: float[B, T], the same under the policy that sampled them.
+      advantages: float[B, T].
+      mask: bool[B, T], True on real tokens.
+      clip_range: how far the ratio may leave 1 before it earns nothing more.
+      denominator: what to divide sums by, instead of the number of real tokens.
+
+    Returns:
+      (loss, metrics), f32[] each; metrics `clipfrac`, the share of tokens in which the clipped
+      term is the larger one, `approxkl`, half the mean square of the log-ratio, and `ratio`, the
+      mean of r_t. All are 0 if no token is real.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    Schulman et al., Proximal Policy Optimization Algorithms, eq. 7 (arXiv:1707.06347).
+
+    >>> loss, metrics = ppo_policy_loss(
+    ...     jnp.log(jnp.array([[0.5, 0.4]])), jnp.log(jnp.array([[0.25, 0.4]])),
+    ...     jnp.array([[1.0, 1.0]]), jnp.array([[True, True]]))
+    >>> print(loss, metrics["clipfrac"], metrics["ratio"])
+    -1.1 0.5 1.5
+    """
+    expect(
+        logprobs=(logprobs, "BT", float),
+        old_logprobs=(old_logprobs, "BT", float),
+        advantages=(advantages, "BT", float),
+        mask=(mask, "BT", bool),
+    )
+    logprobs, old_logprobs, advantages = zero_off_mask(mask, logprobs, old_logprobs, advantages)
+    log_ratio = logprobs - old_logprobs
+    ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
+    unclipped = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
+    return batch_mean(jnp.maximum(unclipped, clipped), mask, denominator), {
+        "clipfrac": batch_mean(clipped > unclipped, mask, denominator),
+        "approxkl": 0.5 * batch_mean(jnp.square(log_ratio), mask, denominator),
+        "ratio": batch_mean(ratio, mask, denominator),
+    }
+
+
+def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denominator=None):
+    """PPO's clipped value loss, a mean over real tokens.
+
+        clipped_t = old_values_t + clip(values_t - old_values_t, -clip_range, clip_range)
+        loss_t    = max((values_t - returns_t)^2, (clipped_t - returns_t)^2) / 2
+
+    Args:
+      values: float[B, T] of the value model in training.
+      old_values: float[B, T], the values at the time of sampling.
+      returns: float[B, T], what the values should be.
+      mask: bool[B, T], True on real tokens.
+      clip_range: how far a value may leave the old one before it earns nothing more.
+      denominator: what to divide sums by, instead of the number of real tokens.
+
+    Returns:
+      (loss, metrics), f32[] each; metric `clipfrac`, the share of tokens in which the clipped
+      term is the larger one. Both are 0 if no token is real.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    Not in the PPO paper, but in its code (openai/baselines, ppo2) and in that of Ziegler et al.
+    (openai/lm-human-preferences), which this follows.
+
+    >>> loss, metrics = ppo_value_loss(
+    ...     jnp.array([[1.0]]), jnp.array([[0.0]]), jnp.array([[1.0]]), jnp.array([[True]]))
+    >>> print(f"{loss:.2f}", metrics["clipfrac"])
+    0.32 1.0
+    """
+    expect(
+        values=(values, "BT", float),
+        old_values=(old_values, "BT", float),
+        returns=(returns, "BT", float),
+        mask=(mask, "BT", bool),
+    )
+    values, old_values, returns = zero_off_mask(mask, values, old_values, returns)
+    clipped_values = old_values + jnp.clip(values - old_values, -clip_range, clip_range)
+    unclipped = jnp.square(values - returns)
+    clipped = jnp.square(clipped_values - returns)
+    return 0.5 * batch_mean(jnp.maximum(unclipped, clipped), mask, denominator), {
+        "clipfrac": batch_mean(clipped > unclipped, mask, denominator),
+    }
+
+
+def reinforce_loss(logprobs, advantages, mask, *, denominator=None):
+    """The policy gradient as a loss, a mean over real tokens.
+
+        loss_t = -A_t * logprobs_t
+
+    Args:
+      logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
+      advantages: float[B, T].
+      mask: bool[B, T], True on real tokens.
+      denominator: what to divide sums by, instead of the number of real tokens.
+
+    Returns:
+      (loss, metrics): f32[], 0 if no token is real, and no metrics.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    Williams, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
+    Learning, eq. 5 (Machine Learning 8, 1992).
+
+    >>> loss, _ = reinforce_loss(
+    ...     jnp.array([[-1.0, -3.0]]), jnp.array([[2.0, 9.0]]), jnp.array([[True, False]]))
+    >>> print(loss)
+    2.0
+    """
+    expect(
+        logprobs=(logprobs, "BT", float),
+        advantages=(advantages, "BT", float),
+        mask=(mask, "BT", bool),
+    )
+    logprobs, advantages = zero_off_mask(mask, logprobs, advantages)
+    return batch_mean(-advantages * logprobs, mask, denominator), {}

@@ -1,0 +1,54 @@
+"""The loss of supervised fine-tuning."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.functional.expect import expect
+from rlhf_jax.functional.logprobs import token_logprobs
+from rlhf_jax.functional.masking import batch_mean
+
+
+def cross_entropy_loss(logits, targets, mask, *, label_smoothing=0.0, z_loss=0.0, denominator=None):
+    """Cross entropy of target tokens, a mean over real tokens.
+
+        nll_t  = log Z_t - logits_t[target],     Z_t = sum_v exp(logits_t[v])
+        loss_t = (1 - label_smoothing) * nll_t + label_smoothing * mean_v(log Z_t - logits_t[v])
+                 + z_loss * (log Z_t)^2
+
+    Args:
+      logits: float[B, T, V]. A logit of -inf has probability 0 and no part in the smoothing.
+      targets: int[B, T], the token that logits[b, t] predict: aligned, nothing is shifted here.
+      mask: bool[B, T], True on the targets that count.
+      label_smoothing: share of the target's weight that goes to all tokens alike.
+      z_loss: weight of the square of the log-normalizer, which keeps logits from drifting.
+      denominator: what to divide sums by, instead of the number of real tokens.
+
+    Returns:
+      (loss, metrics), f32[] each; metrics `nll`, in nats per token and without the extra terms,
+      and `accuracy`, the share of targets with the largest logit. All are 0 if no token is real.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    Label smoothing: Szegedy et al., section 7 (arXiv:1512.00567). z-loss: Chowdhery et al., PaLM,
+    section 5 (arXiv:2204.02311).
+
+    >>> logits, targets = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]])), jnp.array([[0, -100]])
+    >>> loss, metrics = cross_entropy_loss(logits, targets, jnp.array([[True, False]]))
+    >>> print(jnp.exp(-loss), metrics["accuracy"])
+    0.75 1.0
+    """
+    expect(logits=(logits, "BTV", float), targets=(targets, "BT", int), mask=(mask, "BT", bool))
+    logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0)
+    targets = jnp.where(mask, targets, 0)
+    nll = -token_logprobs(logits, targets)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    possible = ~jnp.isneginf(logits)
+    mean_logit = jnp.sum(jnp.where(possible, logits, 0.0), axis=-1) / jnp.sum(possible, axis=-1)
+    uniform = log_normalizer - mean_logit
+    losses = nll + label_smoothing * (uniform - nll) + z_loss * jnp.square(log_normalizer)
+    correct = jnp.argmax(logits, axis=-1) == targets
+    return batch_mean(losses, mask, denominator), {
+        "nll": batch_mean(nll, mask, denominator),
+        "accuracy": batch_mean(correct, mask, denominator),
+    }
