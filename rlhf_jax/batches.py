@@ -1,0 +1,97 @@
+"""What travels between the stages: named tuples of arrays, and so pytrees.
+
+B rows, P prompt positions (left-padded), T response positions (right-padded), L = P + T. A mask is
+True on real positions; token ids off the mask are 0 and mean nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+
+class TextBatch(NamedTuple):
+    """Texts for supervised fine-tuning, several to a row where they are packed.
+
+    Attributes:
+      tokens: i32[B, L].
+      segments: i32[B, L], 0 on padding and 1, 2, ... for the first, second, ... text of the row;
+        a token attends to its own text alone, and positions count from its start.
+      loss_mask: bool[B, L], True on the tokens that the model is to predict. The first token of a
+        text has nothing before it and is never among them.
+    """
+
+    tokens: jax.Array
+    segments: jax.Array
+    loss_mask: jax.Array
+
+
+class PairBatch(NamedTuple):
+    """Two responses to one prompt, of which the first was preferred.
+
+    Attributes:
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded. P may be 0.
+      chosen, chosen_mask: i32[B, T] and bool[B, T], right-padded, EOS included.
+      rejected, rejected_mask: the same for the other response.
+      margin: f32[B], by how much the chosen one should win; 0 where nothing is known.
+      rows: bool[B], False on rows that only fill up a short last batch.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    chosen: jax.Array
+    chosen_mask: jax.Array
+    rejected: jax.Array
+    rejected_mask: jax.Array
+    margin: jax.Array
+    rows: jax.Array
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to be answered.
+
+    Attributes:
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; a row that only fills up a short
+        last batch is False throughout.
+      indices: i32[B], the row of the data set that each prompt is from.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    indices: jax.Array
+
+
+class Rollout(NamedTuple):
+    """Sampled responses.
+
+    Attributes:
+      tokens: i32[B, T], 0 off the mask.
+      mask: bool[B, T], True up to and including the stop token.
+      logprobs: f32[B, T] in nats, under the distribution that was sampled from (temperature,
+        top-k and top-p included); 0 off the mask, and everywhere when decoding greedily.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    logprobs: jax.Array
+
+
+class ScoredRollout(NamedTuple):
+    """Sampled responses with all that the PPO update reads of them.
+
+    Attributes:
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.
+      tokens, mask: i32[B, T] and bool[B, T], right-padded.
+      logprobs: f32[B, T], of the policy that sampled them, in nats at the sampling temperature.
+      ref_logprobs: f32[B, T], of the reference, likewise.
+      values: f32[B, T], of the state in which each token was chosen.
+      scores: f32[B], one number for each response, after penalties and clipping.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+    logprobs: jax.Array
+    ref_logprobs: jax.Array
+    values: jax.Array
+    scores: jax.Array

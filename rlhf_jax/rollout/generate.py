@@ -1,0 +1,166 @@
+"""Generation: the prompts in one pass, then a `while_loop` over a key-value cache."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.batches import Rollout
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.interface import Cache, Model, Params, positions_from
+from rlhf_jax.rollout.sampling import filtered_logprobs, sample_token
+
+
+class _Sampling(NamedTuple):
+    """The settings of `generate`, all static but the limits."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop_token_ids: tuple[int, ...]
+    min_new_tokens: int
+    max_lengths: jax.Array | None
+
+
+class _State(NamedTuple):
+    """What the loop carries: t tokens are written, and the last of them not yet read."""
+
+    t: jax.Array
+    rollout: Rollout
+    running: jax.Array  # bool[B]: rows that go on after the last written token
+    cache: Cache
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_token_ids: Sequence[int] = (),
+    min_new_tokens: int = 0,
+    max_lengths: jax.Array | None = None,
+) -> Rollout:
+    """Samples one response to each prompt.
+
+    A row ends with the first stop token, which belongs to the response, or at its limit; the loop
+    ends when every row has. Step t draws with `fold_in(key, t)`, one uniform number a row, so that
+    the tokens depend on neither the number of devices nor when other rows end.
+
+    Args:
+      model, params: a language model; params may be sharded.
+      prompts: i32[B, P], left-padded, P >= 1.
+      prompt_mask: bool[B, P], False then True. A row without a real token gives an empty response.
+      key: a JAX random key.
+      max_new_tokens: T.
+      temperature: divides the logits; 0 takes the likeliest token (greedy).
+      top_k: keeps the k likeliest tokens; 0 keeps all.
+      top_p: keeps the smallest set of likeliest tokens with at least this probability.
+      stop_token_ids: tokens that end a response.
+      min_new_tokens: stop tokens cannot be drawn before this many tokens.
+      max_lengths: i32[B], a limit for each row, at most T; None is T for all. Everything above but
+        this, the parameters, prompts and key is static.
+
+    Returns:
+      Rollout(tokens i32[B, T], mask bool[B, T], logprobs f32[B, T]); tokens and logprobs are 0 off
+      the mask. Logprobs, in nats, are those of the distribution sampled from; greedy ones are 0.
+
+    Raises:
+      InputError: P + T exceeds the model's positions, or a setting is out of its range.
+    """
+    sampling = _Sampling(
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        tuple(stop_token_ids),
+        min_new_tokens,
+        max_lengths,
+    )
+    _check(model, prompts, sampling)
+    batch, width = prompts.shape
+    positions = positions_from(prompt_mask)
+    cache = model.init_cache(batch, width + max_new_tokens - 1)
+    x = model.embed(params, prompts, positions)
+    x, cache = model.layers(params["layers"], x, prompt_mask, positions, cache)
+    next_position = positions[:, -1] + 1
+
+    empty = Rollout(
+        jnp.zeros((batch, max_new_tokens), jnp.int32),
+        jnp.zeros((batch, max_new_tokens), bool),
+        jnp.zeros((batch, max_new_tokens), jnp.float32),
+    )
+    running = prompt_mask[:, -1]
+    if max_lengths is not None:
+        running &= max_lengths > 0
+    start = _State(jnp.int32(0), empty, running, cache._replace(length=jnp.int32(cache.length)))
+    state = _write(model, params, x[:, -1], start, key, sampling)
+
+    def unfinished(state):
+        return (state.t < max_new_tokens) & jnp.any(state.running)
+
+    def step(state):
+        token = jax.lax.dynamic_index_in_dim(state.rollout.tokens, state.t - 1, axis=1)
+        position = (next_position + state.t - 1)[:, None]
+        x = model.embed(params, token, position)
+        x, cache = model.layers(params["layers"], x, state.running[:, None], position, state.cache)
+        return _write(model, params, x[:, -1], state._replace(cache=cache), key, sampling)
+
+    return jax.lax.while_loop(unfinished, step, state).rollout
+
+
+def _write(model, params, x, state: _State, key, sampling: _Sampling) -> _State:
+    """Draws token t from the last hidden states x [B, D] and notes which rows go on."""
+    t, running = state.t, state.running
+    logits = model.logits(params, model.final(params, x))
+    tokens, logprobs = _draw(logits, jax.random.fold_in(key, t), t, sampling)
+    column = Rollout(jnp.where(running, tokens, 0), running, jnp.where(running, logprobs, 0.0))
+    rollout = jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, t, axis=1),
+        state.rollout,
+        column,
+    )
+    for stop in sampling.stop_token_ids:
+        running &= tokens != stop
+    if sampling.max_lengths is not None:
+        running &= t + 1 < sampling.max_lengths
+    return _State(t + 1, rollout, running, state.cache)
+
+
+def _draw(logits, key, t, sampling: _Sampling) -> tuple[jax.Array, jax.Array]:
+    """(tokens i32[B], logprobs f32[B]) of f32[B, V] logits at step t."""
+    if sampling.min_new_tokens and sampling.stop_token_ids:
+        stops = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(sampling.stop_token_ids))
+        logits = jnp.where(stops & (t < sampling.min_new_tokens), -jnp.inf, logits)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[:1])
+    logprobs = filtered_logprobs(
+        logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+    )
+    tokens = sample_token(logprobs, jax.random.uniform(key, logits.shape[:1]))
+    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+
+
+def _check(model: Model, prompts: jax.Array, sampling: _Sampling) -> None:
+    width, positions = prompts.shape[1], model.config.n_positions
+    if width < 1:
+        raise InputError("generate needs prompts of at least one token.")
+    if sampling.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, but is {sampling.max_new_tokens}.")
+    if width + sampling.max_new_tokens > positions:
+        raise InputError(
+            f"Prompts of {width} tokens and {sampling.max_new_tokens} new ones exceed the model's "
+            f"n_positions = {positions}; shorten one of them."
+        )
+    if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise InputError(
+            "temperature and top_k must not be negative and top_p must be above 0 and at most 1, "
+            f"but are {sampling.temperature}, {sampling.top_k} and {sampling.top_p}."
+        )

@@ -1,0 +1,438 @@
+"""PPO on responses, with a per-token KL penalty towards a reference (Ziegler et al. 2019).
+
+One iteration: sample responses, score them, turn scores and KL into token rewards, estimate
+advantages, and take some epochs of clipped updates. With a reward model in JAX all of it is one
+pure function, `make_step`; with any other reward the two halves around it are compiled apart,
+`make_rollout_step` and `make_update_step`, and only tokens and scores leave the device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import functional
+from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.heads import apply_head, init_value_head
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.score import end_scores, response_hidden
+from rlhf_jax.training.state import OptimizerSettings, apply_gradients, make_optimizer
+
+Metrics = dict[str, jax.Array]
+
+
+class PPOState(NamedTuple):
+    """All that an exact continuation needs.
+
+    Attributes:
+      step: i32[], iterations done.
+      params: {"model": the policy, "value_head": the value head on its trunk}, float32.
+      opt_state: of the optimizer.
+      kl_coef: f32[], the weight of the KL penalty.
+      frozen: {"ref": the reference policy}, with a JAX reward model also {"reward": its
+        parameters}. No step changes it.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    kl_coef: jax.Array
+    frozen: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The section `ppo` of a configuration; names are TRL's and trlX's.
+
+    Attributes:
+      total_episodes: responses sampled in the whole run; the last iteration is a full one.
+      batch_size: responses sampled in one iteration.
+      num_ppo_epochs: passes over each iteration's responses.
+      num_mini_batches: optimizer steps in each pass; divides `batch_size`.
+      response_length: the longest response, in tokens.
+      min_response_length: where given, each response's limit is drawn uniformly from it to
+        `response_length`.
+      stop_at_eos: ends responses at EOS; off, all run to their limit.
+      temperature: of sampling; it divides the logits of policy and reference everywhere.
+      kl_coef: weight of the KL penalty; the start value when `adaptive_kl`.
+      kl_estimator: "k1", "k2" or "k3", of the penalty.
+      adaptive_kl, target, horizon: the controller of Ziegler et al. 2019; target in nats per
+        response, horizon in episodes.
+      gamma, lam: of the advantage estimates.
+      cliprange, cliprange_value, vf_coef: of the clipped losses.
+      whiten_rewards: divides the token rewards by their deviation.
+      missing_eos_penalty: taken off the score of a response without EOS.
+      cliprange_reward: scores are clipped to plus and minus this.
+    """
+
+    total_episodes: int = 8192
+    batch_size: int = 128
+    num_ppo_epochs: int = 4
+    num_mini_batches: int = 4
+    response_length: int = 32
+    min_response_length: int | None = None
+    stop_at_eos: bool = True
+    temperature: float = 1.0
+    kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    adaptive_kl: bool = False
+    target: float = 6.0
+    horizon: float = 10000.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+    cliprange_reward: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = ("total_episodes", "batch_size", "num_ppo_epochs", "num_mini_batches")
+        for name in (*counts, "response_length", "target", "horizon", "temperature"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"ppo.{name} must be above 0, but is {getattr(self, name)}.")
+        if self.batch_size % self.num_mini_batches:
+            raise InputError(
+                f"ppo.batch_size = {self.batch_size} is not divisible by ppo.num_mini_batches = "
+                f"{self.num_mini_batches}; change one of them."
+            )
+        shortest = self.min_response_length
+        if shortest is not None and not 0 < shortest <= self.response_length:
+            raise InputError(
+                f"ppo.min_response_length must be from 1 to ppo.response_length = "
+                f"{self.response_length}, but is {shortest}."
+            )
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise InputError(
+                f"ppo.kl_estimator must be k1, k2 or k3, but is {self.kl_estimator!r}."
+            )
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations that sample at least `total_episodes` responses."""
+        return -(-self.total_episodes // self.batch_size)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps in the whole run."""
+        return self.num_iterations * self.num_ppo_epochs * self.num_mini_batches
+
+
+class _Experience(NamedTuple):
+    """What the epochs read, rows first: [B, ...]."""
+
+    rollout: ScoredRollout
+    advantages: jax.Array
+    returns: jax.Array
+
+
+def init_state(
+    model: Model,
+    params: Params,
+    settings: Settings,
+    key: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    ref_params: Params | None = None,
+    reward_params: Params | None = None,
+) -> PPOState:
+    """The state before the first iteration.
+
+    Args:
+      params: the policy's parameters to start from.
+      key: there for symmetry; the value head starts at zero and nothing is random.
+      ref_params: the reference's parameters; by default a copy of `params`.
+      reward_params: {"model": ..., "head": ...} of the reward model that `make_step` is to use.
+    """
+    del key
+    optimizer = optimizer or make_optimizer(OptimizerSettings())
+    # A copy, since the step donates the policy's buffers while the reference stays.
+    frozen = {"ref": jax.tree.map(jnp.copy, params) if ref_params is None else ref_params}
+    if reward_params is not None:
+        frozen["reward"] = reward_params
+    trained = {"model": params, "value_head": init_value_head(model.config.n_embd)}
+    kl_coef = jnp.asarray(settings.kl_coef, jnp.float32)
+    step = jnp.zeros((), jnp.int32)
+    return PPOState(step, trained, optimizer.init(trained), kl_coef, frozen)
+
+
+def make_step(
+    model: Model,
+    settings: Settings,
+    *,
+    reward_model: Model | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    stop_token_ids: Sequence[int] = (),
+) -> Callable[[PPOState, PromptBatch, jax.Array], tuple[PPOState, Metrics, ScoredRollout]]:
+    """A pure step (state, batch, key) -> (state, metrics, rollout): a whole PPO iteration.
+
+    Args:
+      model: the policy; the reference has the same form.
+      reward_model: the trunk of the reward model whose parameters are in
+        `state.frozen["reward"]`; by default of the policy's form.
+      stop_token_ids: tokens that end a response.
+
+    Returns:
+      The step. Scores in its rollout are final: with penalty and clipping.
+    """
+    rollout_step = make_rollout_step(model, settings, stop_token_ids=stop_token_ids)
+    update_step = make_update_step(
+        model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids
+    )
+    reward_model = reward_model or model
+
+    def step(state, batch, key):
+        sample_key, update_key = jax.random.split(key)
+        rollout = rollout_step(state, batch, sample_key)
+        scores = response_scores(reward_model, state.frozen["reward"], batch, rollout)
+        return update_step(state, batch, rollout, scores, update_key)
+
+    return step
+
+
+def make_rollout_step(
+    model: Model, settings: Settings, *, stop_token_ids: Sequence[int] = ()
+) -> Callable[[PPOState, PromptBatch, jax.Array], Rollout]:
+    """A pure (state, batch, key) -> Rollout: one sampled response to each prompt."""
+
+    def rollout_step(state, batch, key):
+        return sample_responses(
+            model, state.params["model"], batch, key, settings, stop_token_ids=stop_token_ids
+        )
+
+    return rollout_step
+
+
+def sample_responses(
+    model: Model,
+    params: Params,
+    batch: PromptBatch,
+    key: jax.Array,
+    settings: Settings,
+    *,
+    stop_token_ids: Sequence[int] = (),
+) -> Rollout:
+    """Responses as PPO samples them: no top-k or top-p, and limits drawn where asked for."""
+    limit_key, key = jax.random.split(key)
+    limits = None
+    if settings.min_response_length is not None:
+        rows, longest = batch.prompts.shape[:1], settings.response_length
+        limits = jax.random.randint(limit_key, rows, settings.min_response_length, longest + 1)
+    return generate(
+        model,
+        params,
+        batch.prompts,
+        batch.prompt_mask,
+        key,
+        max_new_tokens=settings.response_length,
+        temperature=settings.temperature,
+        stop_token_ids=tuple(stop_token_ids) if settings.stop_at_eos else (),
+        max_lengths=limits,
+    )
+
+
+def response_scores(
+    reward_model: Model, reward_params: Params, batch: PromptBatch, rollout: Rollout
+) -> jax.Array:
+    """f32[B]: what the reward model gives at the last real token of each response."""
+    scores = end_scores(
+        reward_model,
+        reward_params,
+        batch.prompts,
+        batch.prompt_mask,
+        rollout.tokens[:, None],
+        rollout.mask[:, None],
+    )
+    return scores[:, 0]
+
+
+def response_logprobs(
+    model: Model,
+    params: Params,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(logprobs f32[B, T], entropy f32[B, T], hidden [B, T, D]) of the response tokens, in nats."""
+    hidden = response_hidden(model, params, prompts, prompt_mask, tokens, mask)
+    logits = model.logits(params, hidden) / temperature
+    return (
+        functional.token_logprobs(logits, tokens),
+        functional.token_entropy(logits),
+        hidden,
+    )
+
+
+def make_update_step(
+    model: Model,
+    settings: Settings,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    stop_token_ids: Sequence[int] = (),
+) -> Callable[
+    [PPOState, PromptBatch, Rollout, jax.Array, jax.Array],
+    tuple[PPOState, Metrics, ScoredRollout],
+]:
+    """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)."""
+    optimizer = optimizer or make_optimizer(OptimizerSettings())
+    stops = tuple(stop_token_ids)
+
+    def update_step(state, batch, rollout, scores, key):
+        scores = _shape_scores(settings, stops, rollout, scores)
+        scored, entropy = _score_rollout(model, settings, state, batch, rollout, scores)
+        rewards, kl = functional.token_rewards(
+            scores,
+            scored.logprobs,
+            scored.ref_logprobs,
+            scored.mask,
+            kl_coef=state.kl_coef,
+            kl_kind=settings.kl_estimator,
+        )
+        metrics = _objective_metrics(settings, state, scored, rewards, kl, entropy)
+        experience = _advantages(settings, scored, rewards)
+        params, opt_state, update_metrics = _run_epochs(
+            model, settings, optimizer, state, experience, key
+        )
+        kl_coef = state.kl_coef
+        if settings.adaptive_kl:
+            kl_coef = functional.adaptive_kl_update(
+                kl_coef,
+                metrics["objective/kl"],
+                settings.batch_size,
+                target=settings.target,
+                horizon=settings.horizon,
+            )
+        new_state = PPOState(state.step + 1, params, opt_state, kl_coef, state.frozen)
+        return new_state, {**metrics, **update_metrics}, scored
+
+    return update_step
+
+
+def _shape_scores(settings, stops, rollout, scores):
+    """Scores after the penalty for a missing EOS, and clipping."""
+    scores = scores.astype(jnp.float32)
+    if settings.missing_eos_penalty is not None:
+        stopped = jnp.zeros(rollout.mask.shape, bool)
+        for stop in stops:
+            stopped |= rollout.mask & (rollout.tokens == stop)
+        penalty = jnp.where(stopped.any(axis=1), 0.0, settings.missing_eos_penalty)
+        scores = scores - penalty
+    if settings.cliprange_reward is not None:
+        scores = jnp.clip(scores, -settings.cliprange_reward, settings.cliprange_reward)
+    return scores
+
+
+def _score_rollout(model, settings, state, batch, rollout, scores):
+    """(ScoredRollout, entropy f32[B, T]): policy, value and reference on the sampled tokens.
+
+    The policy's log-probs are computed anew rather than taken from sampling: the pass is needed for
+    the values, and the first ratios are then exactly 1.
+    """
+    parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
+    logprobs, entropy, hidden = response_logprobs(
+        model, state.params["model"], *parts, temperature=settings.temperature
+    )
+    ref_logprobs, _, _ = response_logprobs(
+        model, state.frozen["ref"], *parts, temperature=settings.temperature
+    )
+    values = apply_head(state.params["value_head"], hidden)
+    logprobs, ref_logprobs, values = (
+        jnp.where(rollout.mask, x, 0.0) for x in (logprobs, ref_logprobs, values)
+    )
+    return ScoredRollout(*parts, logprobs, ref_logprobs, values, scores), entropy
+
+
+def _advantages(settings, scored, rewards):
+    """Whitened advantages, after the returns were taken from the unwhitened ones."""
+    mask = scored.mask
+    if settings.whiten_rewards:
+        rewards = functional.masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = functional.gae(
+        rewards, scored.values, mask, gamma=settings.gamma, lam=settings.lam
+    )
+    return _Experience(scored, functional.masked_whiten(advantages, mask), returns)
+
+
+def _objective_metrics(settings, state, scored, rewards, kl, entropy):
+    """What the iteration sampled: means over responses of scores and of sums over tokens."""
+    mask, scores = scored.mask, scored.scores
+    score_mean = jnp.mean(scores)
+    # token_rewards puts the score on the last real token; what remains is the penalty.
+    total = jnp.mean(jnp.sum(rewards, axis=1))
+    tokens = jnp.sum(mask, dtype=jnp.float32)
+    return {
+        "objective/scores": score_mean,
+        "objective/scores_std": jnp.std(scores),
+        "objective/kl": jnp.mean(jnp.sum(scored.logprobs - scored.ref_logprobs, axis=1)),
+        "objective/rlhf_reward": total,
+        "objective/non_score_reward": total - score_mean,
+        "objective/entropy": jnp.mean(jnp.sum(-scored.logprobs, axis=1)),
+        "objective/kl_coef": state.kl_coef,
+        "objective/response_length": tokens / mask.shape[0],
+        "policy/entropy_avg": functional.masked_mean(entropy, mask),
+        "perf/tokens": tokens + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
+    }
+
+
+def _run_epochs(model, settings, optimizer, state, experience, key):
+    """Epochs x minibatches of clipped updates, as one scan; (params, opt_state, metrics)."""
+    rows, minibatches = settings.batch_size, settings.num_mini_batches
+    if experience.returns.shape[0] != rows:
+        raise ValueError(
+            f"the batch has {experience.returns.shape[0]} rows, but ppo.batch_size is {rows}."
+        )
+    epoch_keys = jax.random.split(key, settings.num_ppo_epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, rows))(epoch_keys)
+    order = order.reshape(settings.num_ppo_epochs * minibatches, rows // minibatches)
+
+    def update(carry, indices):
+        params, opt_state = carry
+        minibatch = jax.tree.map(lambda x: x[indices], experience)
+        grads, metrics = jax.grad(_loss, has_aux=True)(params, model, settings, minibatch)
+        params, opt_state, norm = apply_gradients(optimizer, params, opt_state, grads)
+        return (params, opt_state), {**metrics, "train/grad_norm": norm}
+
+    (params, opt_state), metrics = jax.lax.scan(update, (state.params, state.opt_state), order)
+    ratio_var = jnp.var(metrics["val/ratio"])
+    metrics = {name: jnp.mean(values) for name, values in metrics.items()}
+    return params, opt_state, {**metrics, "val/ratio_var": ratio_var}
+
+
+def _loss(params, model, settings, minibatch):
+    """Policy loss + vf_coef * value loss of one minibatch, and its metrics."""
+    rollout = minibatch.rollout
+    parts = (rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
+    hidden = response_hidden(model, params["model"], *parts)
+    logits = model.logits(params["model"], hidden) / settings.temperature
+    policy_loss, policy = functional.ppo_policy_loss(
+        functional.token_logprobs(logits, rollout.tokens),
+        rollout.logprobs,
+        minibatch.advantages,
+        rollout.mask,
+        clip_range=settings.cliprange,
+    )
+    value_loss, value = functional.ppo_value_loss(
+        apply_head(params["value_head"], hidden),
+        rollout.values,
+        minibatch.returns,
+        rollout.mask,
+        clip_range=settings.cliprange_value,
+    )
+    metrics = {
+        "loss/policy_avg": policy_loss,
+        "loss/value_avg": value_loss,
+        "policy/approxkl_avg": policy["approxkl"],
+        "policy/clipfrac_avg": policy["clipfrac"],
+        "val/clipfrac_avg": value["clipfrac"],
+        "val/ratio": policy["ratio"],
+    }
+    return policy_loss + settings.vf_coef * value_loss, metrics

@@ -1,0 +1,120 @@
+"""Supervised fine-tuning: the next token of texts, or of completions alone."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.batches import TextBatch
+from rlhf_jax.errors import InputError
+from rlhf_jax.functional import cross_entropy_loss
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.training.state import (
+    OptimizerSettings,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The section `sft` of a configuration.
+
+    Attributes:
+      batch_size: rows a step; a packed row holds several texts.
+      num_epochs: passes over the data; may be a fraction.
+      dropout: trains with the dropout rates of the model's configuration.
+      label_smoothing, z_loss: of `functional.cross_entropy_loss`.
+      eval_batch_size: rows a step of the evaluation.
+    """
+
+    batch_size: int = 16
+    num_epochs: float = 1.0
+    dropout: bool = True
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    eval_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_epochs", "eval_batch_size"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"sft.{name} must be above 0, but is {getattr(self, name)}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(
+                "sft.label_smoothing must be at least 0 and below 1, but is "
+                f"{self.label_smoothing}."
+            )
+
+
+def init_state(
+    model: Model,
+    params: Params,
+    settings: Settings,
+    key: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """The state before the first step; nothing in it is random (`key` is there for symmetry)."""
+    del model, settings, key
+    return init_train_state(params, optimizer or make_optimizer(OptimizerSettings()))
+
+
+def make_step(
+    model: Model, settings: Settings, *, optimizer: optax.GradientTransformation | None = None
+) -> Callable[[TrainState, TextBatch, jax.Array], tuple[TrainState, Metrics]]:
+    """A pure step (state, batch, key) -> (state, metrics) of supervised fine-tuning.
+
+    The metrics are `train/loss` (nats per token), `train/accuracy`, `train/grad_norm` and
+    `perf/tokens` (real tokens of the batch), f32[] each.
+    """
+    optimizer = optimizer or make_optimizer(OptimizerSettings())
+
+    def loss_fn(params, batch, key):
+        return _loss(model, params, batch, settings, key if settings.dropout else None)
+
+    def step(state, batch, key):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
+        params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
+        metrics = {
+            "train/loss": metrics["loss"],
+            "train/accuracy": metrics["accuracy"],
+            "train/grad_norm": norm,
+            "perf/tokens": jnp.sum(batch.segments > 0, dtype=jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(model: Model) -> Callable[[Params, TextBatch], Metrics]:
+    """A pure (params, batch) -> {"loss", "accuracy", "count"}: sums over tokens, and their number.
+
+    Sums of several batches, divided by the summed count, are exact whatever the batch size.
+    """
+
+    def evaluate(params, batch):
+        _, metrics = _loss(model, params, batch, Settings(), None, denominator=1.0)
+        count = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "count": count}
+
+    return evaluate
+
+
+def _loss(model, params, batch, settings, dropout_key, denominator=None):
+    hidden = model.hidden(params, batch.tokens, batch.segments, dropout_key=dropout_key)
+    # A token is predicted from the state before it; the last state predicts nothing.
+    loss, metrics = cross_entropy_loss(
+        model.logits(params, hidden[:, :-1]),
+        batch.tokens[:, 1:],
+        batch.loss_mask[:, 1:],
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        denominator=denominator,
+    )
+    return loss, {**metrics, "loss": loss}

@@ -1,0 +1,122 @@
+"""What a train step carries, and the optimizer that the three stages share."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.interface import Params
+
+
+class TrainState(NamedTuple):
+    """The state of a supervised stage: all that an exact continuation needs.
+
+    Attributes:
+      step: i32[], optimizer steps taken.
+      params: what is trained, float32.
+      opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with a warm-up, a decay and clipped gradients (Loshchilov and Hutter 2019).
+
+    Attributes:
+      learning_rate: after the warm-up.
+      schedule: "constant", or a "linear" or "cosine" decay to 0 at the end of the run.
+      warmup_steps: updates over which the learning rate rises linearly from 0.
+      weight_decay: of matrices and embeddings; biases and layer norms do not decay.
+      b1, b2, eps: Adam's. openai/lm-human-preferences uses eps = 1e-5.
+      max_grad_norm: gradients with a larger global norm are scaled down to it; null leaves them.
+    """
+
+    learning_rate: float = 5e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0:
+            raise InputError(f"learning_rate must not be negative, but is {self.learning_rate}.")
+        if self.warmup_steps < 0:
+            raise InputError(f"warmup_steps must not be negative, but is {self.warmup_steps}.")
+        for name, value in (("b1", self.b1), ("b2", self.b2)):
+            if not 0 <= value < 1:
+                raise InputError(f"{name} must be at least 0 and below 1, but is {value}.")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise InputError(
+                f"schedule must be constant, linear or cosine, but is {self.schedule!r}."
+            )
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise InputError(f"max_grad_norm must be above 0, but is {self.max_grad_norm}.")
+
+
+def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:
+    """Learning rate by update: a linear warm-up, then constant or decaying to 0."""
+    peak, rest = settings.learning_rate, max(total_updates - settings.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[settings.schedule]
+    if not settings.warmup_steps:
+        return after
+    # Starts at peak / warmup_steps: an update with a learning rate of 0 would be lost.
+    warmup = optax.linear_schedule(
+        peak / settings.warmup_steps, peak, max(settings.warmup_steps - 1, 1)
+    )
+    return optax.join_schedules([warmup, after], [settings.warmup_steps])
+
+
+def make_optimizer(
+    settings: OptimizerSettings, total_updates: int = 1
+) -> optax.GradientTransformation:
+    """The optax transformation of the settings; `total_updates` is what a decay spans."""
+    clip = (
+        optax.identity()
+        if settings.max_grad_norm is None
+        else optax.clip_by_global_norm(settings.max_grad_norm)
+    )
+    adamw = optax.adamw(
+        learning_rate_schedule(settings, total_updates),
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=_decayed,
+    )
+    return optax.chain(clip, adamw)
+
+
+def _decayed(params: Params) -> Params:
+    """True on matrices and embeddings, by name: stacking gives biases a second axis."""
+
+    def is_matrix(path, leaf):
+        return path[-1].key in ("kernel", "embedding") and leaf.ndim >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def init_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
+) -> tuple[Params, Any, jax.Array]:
+    """(new parameters, new optimizer state, f32[] global norm of the gradients before clipping)."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
