@@ -42,7 +42,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"
         scores=(scores, "B", float),
     )
     expect_one_of(kl_kind=(kl_kind, KINDS))
-    kl = kl_estimate(*zero_off_mask(mask, logprobs, ref_logprobs), kind=kl_kind)
+    logprobs, ref_logprobs = zero_off_mask(mask, logprobs, ref_logprobs)
+    kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
     positions = jnp.arange(mask.shape[1])
     last = jnp.max(jnp.where(mask, positions, -1), axis=1, keepdims=True)
     (final,) = zero_off_mask(positions == last, scores[:, None])

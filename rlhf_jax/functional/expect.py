@@ -20,7 +20,7 @@ def expect(**arguments):
     ...
     ValueError: mask must be bool[B, T] with B = 4, but is bool[3, 2].
     """
-    sizes = {}
+    sizes: dict = {}
     for name, (array, axes, kind) in arguments.items():
         letters = axes.removeprefix("...")
         leading = sizes.get("...", (...,)) if axes.startswith("...") else ()

@@ -13,7 +13,7 @@ def token_logprobs(logits, tokens):
 
     Args:
       logits: float[..., V]. A logit of -inf has probability 0, and gradients stay finite.
-      tokens: int[...], each at least 0 and below V.
+      tokens: int[...]; one below 0, or V and above, yields NaN.
 
     Returns:
       f32[...] in nats.
@@ -26,7 +26,12 @@ def token_logprobs(logits, tokens):
     """
     expect(logits=(logits, "...V", float), tokens=(tokens, "...", int))
     shifted = _shifted(logits)
-    chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
+    # A comparison and not a gather: as fast, and it lets the vocabulary stay split over devices.
+    is_token = (
+        lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
+    )
+    chosen = jnp.sum(jnp.where(is_token, shifted, 0.0), axis=-1)
+    chosen = jnp.where((tokens >= 0) & (tokens < logits.shape[-1]), chosen, jnp.nan)
     return chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 

@@ -60,7 +60,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2,
 def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denominator=None):
     """PPO's clipped value loss, a mean over real tokens.
 
-        clipped_t = old_values_t + clip(values_t - old_values_t, -clip_range, clip_range)
+        clipped_t = clip(values_t, old_values_t - clip_range, old_values_t + clip_range)
         loss_t    = max((values_t - returns_t)^2, (clipped_t - returns_t)^2) / 2
 
     Args:
@@ -93,7 +93,8 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
         mask=(mask, "BT", bool),
     )
     values, old_values, returns = zero_off_mask(mask, values, old_values, returns)
-    clipped_values = old_values + jnp.clip(values - old_values, -clip_range, clip_range)
+    # Not old + clip(new - old): that rounds, and would count values inside the range as clipped.
+    clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     unclipped = jnp.square(values - returns)
     clipped = jnp.square(clipped_values - returns)
     return 0.5 * batch_mean(jnp.maximum(unclipped, clipped), mask, denominator), {
