@@ -1,0 +1,203 @@
+"""Tokenizers: one that exists, by folder or hub name, or a byte-level BPE trained on the spot."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EOS_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|pad|>"
+SMALLEST_VOCABULARY = 258  # 256 bytes and the two special tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The section `tokenizer` of the configuration.
+
+    Attributes:
+      path: folder or hub name of a tokenizer to use. None trains one on the training texts.
+      vocab_size: entries of a tokenizer trained on the spot, its two special tokens included; a
+        small corpus may fill fewer.
+
+    Raises:
+      InputError: if `vocab_size` cannot hold every byte and the special tokens.
+    """
+
+    path: str | None = None
+    vocab_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise InputError(
+                f"tokenizer.vocab_size is {self.vocab_size}, but a byte-level vocabulary needs at "
+                f"least {SMALLEST_VOCABULARY} entries: set it higher."
+            )
+        if self.path is not None and not self.path.strip():
+            raise InputError(
+                "tokenizer.path is empty: give a folder or a hub name, or leave it out (null) to "
+                "train a tokenizer on the data."
+            )
+
+
+@functools.cache
+def _portable_class() -> type[PreTrainedTokenizerFast]:
+    """The class of every tokenizer made here, defined late because transformers is slow to import.
+
+    It bears the name that it writes into `tokenizer_config.json`: transformers 5 would write
+    "TokenizersBackend", which transformers 4 does not know.
+    """
+    import transformers
+
+    class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
+        """A fast tokenizer whose saved folder opens with transformers 4 and 5."""
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            files = super().save_pretrained(save_directory, *args, **kwargs)
+            _make_portable(Path(save_directory) / "tokenizer_config.json")
+            return files
+
+    return PreTrainedTokenizerFast
+
+
+def _make_portable(file: Path) -> None:
+    """Rewrites what transformers 5 alone understands of a saved tokenizer's configuration."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    # Transformers 4 wants a dict under this name, and a list under its older one.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(
+        json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
+    )
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a local folder or of a model on the hub.
+
+    Args:
+      path: a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`; or a hub name.
+
+    Returns:
+      A `PreTrainedTokenizerFast` that decodes exactly what it has encoded (no tidying of spaces)
+      and whose `save_pretrained` writes a folder for transformers 4 and 5.
+
+    Raises:
+      InputError: if there is no such folder, the hub cannot be reached, the files cannot be read,
+        or the tokenizer has no fast form or no end-of-sequence token.
+    """
+    import transformers
+
+    name = os.path.expanduser(os.fspath(path))
+    _check_folder(name)
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # what is raised depends on the file that is broken
+        raise InputError(_cannot_load(name, error)) from error
+    if not isinstance(loaded, transformers.PreTrainedTokenizerFast):
+        raise InputError(
+            f"The tokenizer of {name} has no fast form (no tokenizer.json): give another one."
+        )
+    if loaded.eos_token is None:
+        raise InputError(
+            f"The tokenizer of {name} has no end-of-sequence token, without which no response can "
+            "end: set eos_token in its tokenizer_config.json."
+        )
+    return _portable(loaded)
+
+
+def _portable(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer as an object of the portable class."""
+    named: dict[str, Any] = {
+        key: value for key, value in loaded.special_tokens_map.items() if value
+    }
+    # Transformers 4 lists the further special tokens in the map, 5 in an attribute of their own.
+    extra = named.pop("additional_special_tokens", None)
+    extra = extra or getattr(loaded, "extra_special_tokens", None)
+    if extra:
+        named["additional_special_tokens"] = list(extra)
+    tokenizer = _portable_class()(
+        tokenizer_object=loaded.backend_tokenizer,
+        model_max_length=loaded.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+    tokenizer.chat_template = loaded.chat_template
+    return tokenizer
+
+
+def _check_folder(name: str) -> None:
+    """Raises unless `name` is a folder, or could be a name on the hub."""
+    if os.path.isdir(name):
+        return
+    if os.path.exists(name):
+        raise InputError(f"tokenizer.path {name} is a file: give the folder that holds it.")
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        raise InputError(
+            f"There is no folder {name}: give a folder with tokenizer.json, or a hub name."
+        )
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    """One sentence for a tokenizer that transformers could not load."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+    if os.path.isdir(name):
+        return (
+            f"The folder {name} holds no tokenizer that can be read (tokenizer.json, or vocab.json "
+            f"and merges.txt): {reason}."
+        )
+    return (
+        f"The tokenizer {name} is neither a local folder nor reachable on the hub: if this machine "
+        f"is offline, give a local folder ({reason})."
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`: the same texts give the same tokenizer.
+
+    Ids 0 to 255 are the bytes, then the merges; the last two are "<|pad|>" and "<|endoftext|>"
+    (end and beginning of sequence), the latter last as in GPT-2. Any UTF-8 text round-trips, since
+    every byte has an entry and nothing is normalized.
+
+    Args:
+      texts: the training texts.
+      vocab_size: entries at most, special tokens included.
+
+    Raises:
+      InputError: if `vocab_size` is below 258.
+
+    Sennrich et al., Neural Machine Translation of Rare Words with Subword Units
+    (arXiv:1508.07909), on bytes as in GPT-2.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    size = Settings(vocab_size=vocab_size).vocab_size
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([PAD_TOKEN, EOS_TOKEN])
+    return _portable_class()(
+        tokenizer_object=backend,
+        bos_token=EOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
