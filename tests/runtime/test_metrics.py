@@ -1,0 +1,353 @@
+"""What a run writes: lines that read back, a full disk, progress on a terminal and off it."""
+
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.runtime import metrics
+from rlhf_jax.runtime.metrics import MetricsWriter, Progress, Settings, Throughput
+
+PLAIN = Settings(tensorboard=False)
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("log_every", 0), ("eval_every", -1), ("samples_every", -1), ("num_samples", -2)],
+)
+def test_settings_name_the_key_that_is_wrong(name, value):
+    with pytest.raises(InputError, match=f"logging.{name} is {value}"):
+        Settings(**{name: value})
+
+
+def test_settings_need_a_project_for_wandb():
+    with pytest.raises(InputError, match="logging.wandb_project is empty"):
+        Settings(wandb=True, wandb_project="")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().log_every = 2
+
+
+def test_lines_are_valid_json_and_read_back_exactly(tmp_path):
+    values = {"a": 0.1, "b": np.float32(0.1), "nan": math.nan, "up": math.inf, "down": -math.inf}
+    with MetricsWriter(tmp_path / "new" / "run", PLAIN, {}, name="x") as writer:
+        writer.write(np.int32(3), values)
+        # On disk before the writer is closed.
+        text = (tmp_path / "new/run/metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row["step"] == 3
+    assert row["time"] > 1e9
+    for name, value in values.items():
+        np.testing.assert_equal(float(row[name]), float(value))
+
+
+def test_samples_keep_every_character(tmp_path):
+    text = 'é \u2028 \ud800 "quoted"\nsecond line \U0001f600'
+    with MetricsWriter(tmp_path, PLAIN, {}, name="x") as writer:
+        writer.samples(5, [{"prompt": text, "score": np.float32(1.5), "kl": math.nan}])
+    assert metrics.read_lines(tmp_path / "samples.jsonl") == [
+        {"step": 5, "prompt": text, "score": 1.5, "kl": "NaN"}
+    ]
+
+
+def write_steps(path, steps, tail=b""):
+    lines = b"".join(b'{"step": %d, "x": 0.5}\n' % step for step in steps)
+    path.write_bytes(lines + tail)
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 2, "x"', b'{"step": 3, "x": "\xc3', b"\0\0\0"])
+def test_cut_after_drops_later_and_torn_lines(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1, 2, 2, 3, 4], tail)
+    with path.open("rb") as old:  # replaced, not overwritten: who has the old file open keeps it
+        assert metrics.cut_after(path, 2) == 2 + bool(tail)
+        assert b'"step": 4' in old.read()
+    assert [row["step"] for row in metrics.read_lines(path)] == [1, 2, 2]
+    assert path.read_bytes().endswith(b"\n")
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_cut_after_leaves_alone_what_needs_no_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.cut_after(path, 2) == 0
+    write_steps(path, [1, 2])
+    before = path.stat()
+    assert metrics.cut_after(path, 2) == 0
+    assert path.stat().st_ino == before.st_ino
+
+
+def test_cut_after_ends_a_whole_last_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1], b'{"step": 2}')
+    assert metrics.cut_after(path, 2) == 0
+    assert path.read_bytes().endswith(b'{"step": 2}\n')
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"line 2 of .*metrics.jsonl is not a JSON object"):
+        metrics.cut_after(path, 2)
+    assert path.read_text().count("\n") == 3
+
+
+def test_a_failed_cut_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1, 2])
+    content = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        metrics.cut_after(path, 1)
+    assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_writer_cuts_what_an_earlier_attempt_wrote_past_the_checkpoint(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        write_steps(tmp_path / name, [1, 2, 3], b'{"st')
+    with MetricsWriter(tmp_path, PLAIN, {}, name="x", initial_step=2) as writer:
+        writer.write(3, {"x": 1.0})
+    assert [row["step"] for row in metrics.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in metrics.read_lines(tmp_path / "samples.jsonl")] == [1, 2]
+
+
+def test_a_writer_without_an_initial_step_keeps_all_whole_lines(tmp_path):
+    write_steps(tmp_path / "metrics.jsonl", [1, 2, 3], b'{"st')
+    with MetricsWriter(tmp_path, PLAIN, {}, name="x") as writer:
+        writer.write(4, {"x": 1.0})
+    assert [row["step"] for row in metrics.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def write_both(writer):
+    with writer:
+        for step in range(100):
+            writer.write(step, {"x": 1.0})
+            writer.samples(step, [{"prompt": "p"}])
+
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+
+
+@needs_full
+@pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl"])
+def test_a_full_disk_is_one_sentence(tmp_path, file):
+    writer = MetricsWriter(tmp_path, PLAIN, {}, name="x")
+    (tmp_path / file).symlink_to("/dev/full")
+    with pytest.raises(InputError) as error:
+        write_both(writer)
+    assert str(error.value) == (
+        f"cannot write to {tmp_path}: No space left on device; free some space and run the same "
+        "command again: it continues from the last checkpoint"
+    )
+    assert error.value.__cause__.errno == errno.ENOSPC
+
+
+@needs_full
+def test_a_full_disk_under_tensorboard_neither_hangs_nor_hides(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX import record_writer
+
+    open_file = record_writer.open_file
+    monkeypatch.setattr(record_writer, "open_file", lambda path: open_file("/dev/full"))
+    writer = MetricsWriter(tmp_path, Settings(), {}, name="x")
+    with pytest.raises(InputError, match="No space left on device"):
+        write_both(writer)
+
+
+def test_an_error_of_the_block_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = MetricsWriter(tmp_path, PLAIN, {}, name="x")
+    monkeypatch.setattr(writer._metrics, "flush", full)
+    with pytest.raises(KeyError), writer:
+        raise KeyError("x")
+    with pytest.raises(InputError, match="No space left on device"), writer:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EROFS, "make it writable"),
+        (errno.EACCES, "give another --run_dir"),
+        (errno.EIO, "mend"),
+    ],
+)
+def test_disk_errors_say_what_to_do(code, remedy):
+    with (
+        pytest.raises(InputError, match=f"cannot write to here: .*{remedy}"),
+        metrics.disk_errors("here"),
+    ):
+        raise OSError(code, os.strerror(code))
+
+
+def test_disk_errors_let_other_errors_pass():
+    with pytest.raises(KeyError), metrics.disk_errors("here"):
+        raise KeyError("x")
+
+
+def test_a_run_dir_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="cannot write to .*run: .*give another --run_dir"):
+        MetricsWriter(tmp_path / "run", PLAIN, {}, name="x")
+
+
+def test_an_object_store_gets_whole_objects(tmp_path, monkeypatch):
+    # A local folder plays the store.
+    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path, PLAIN, {}, name="x") as writer:
+        writer.write(1, {"x": 1.0})
+        assert not path.exists()
+    with MetricsWriter(tmp_path, PLAIN, {}, name="x", initial_step=1) as writer:
+        monkeypatch.setattr(metrics._Lines, "REMOTE_SECONDS", 0.0)
+        writer.write(2, {"x": 1.0})
+        assert [row["step"] for row in metrics.read_lines(path)] == [1, 2]
+
+
+def read_events(folder):
+    """The events of all files of a TensorBoard folder, read by the record format itself."""
+    from tensorboardX.proto import event_pb2
+
+    events = []
+    for file in sorted(folder.iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            events.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + size]))
+            at += 16 + size
+    return events
+
+
+def test_tensorboard_gets_the_same_numbers_and_hides_the_repeated_ones(tmp_path):
+    pytest.importorskip("tensorboardX")
+    for initial_step in (0, 1):  # two writers within one second do not share a file
+        with MetricsWriter(tmp_path, Settings(), {}, name="x", initial_step=initial_step) as writer:
+            writer.write(initial_step + 1, {"train/loss": 0.5 + initial_step})
+    events = read_events(tmp_path / "tensorboard")
+    values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert sorted(values) == [(1, "train/loss", 0.5), (2, "train/loss", 1.5)]
+    assert {e.step for e in events if e.HasField("session_log")} == {1, 2}
+
+
+@pytest.mark.parametrize(("key", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
+def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch, key, package):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    settings = Settings(**{"tensorboard": False, key: True})
+    with pytest.raises(InputError, match=f"logging.{key} is true, but {package} is not installed"):
+        MetricsWriter(tmp_path / "run", settings, {}, name="x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**arguments):
+        calls.append(arguments)
+        return Run()
+
+    fake = types.ModuleType("wandb")
+    fake.init, fake.__spec__ = init, types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    settings = Settings(tensorboard=False, wandb=True, wandb_project="p")
+    for _ in range(2):
+        with MetricsWriter(tmp_path, settings, {"seed": 1}, name="n") as writer:
+            writer.write(7, {"x": 1.0})
+    first, second = calls[0], calls[3]
+    assert first == second
+    assert (first["project"], first["name"], first["config"]) == ("p", "n", {"seed": 1})
+    assert calls[1:3] == [(7, {"x": 1.0}), "finish"]
+
+
+def test_progress_off_a_terminal_is_a_line_every_ten_seconds():
+    clock, out = Clock(), io.StringIO()
+    with Progress(100, 0, "ppo", file=out, clock=clock) as progress:
+        for step in range(1, 101):
+            progress.update(
+                step, {"perf/tokens_per_sec": 12345.0, "objective/kl": step / 10, "x": 1}
+            )
+            clock.now += 1.0
+    lines = out.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, *range(11, 100, 10), 100]
+    assert lines[0] == "ppo 1/100 (1%)  12.3k tokens/s  kl 0.1"
+    assert lines[1] == "ppo 11/100 (11%)  01:29 left  12.3k tokens/s  kl 1.1"
+    assert lines[-1] == "ppo 100/100 (100%)  12.3k tokens/s  kl 10"
+
+
+def test_progress_prints_the_last_step_of_a_run_that_stops_early():
+    out = io.StringIO()
+    with Progress(100, 40, "sft", file=out, clock=Clock()) as progress:
+        for step in (41, 42, 43):
+            progress.update(step)
+    assert [line[:10] for line in out.getvalue().splitlines()] == ["sft 41/100", "sft 43/100"]
+
+
+def test_progress_on_a_terminal_renews_one_line():
+    out = Terminal()
+    with Progress(10, 2, "ppo", file=out) as progress:
+        progress.update(3, {"objective/scores": 1.25, "perf/tokens_per_sec": 980.0})
+        progress.update(10)  # a step without metrics keeps those shown
+    last = out.getvalue().rstrip().split("\r")[-1]
+    assert last.startswith("ppo 100%|")
+    assert "| 10/10 [" in last
+    assert last.rstrip().endswith("980 tokens/s  score 1.25")
+    assert out.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("out", [Terminal(), io.StringIO()])
+def test_progress_can_be_silent(out):
+    with Progress(10, 0, "ppo", enabled=False, file=out) as progress:
+        progress.update(10, {"objective/kl": 1.0})
+    assert out.getvalue() == ""
+
+
+def test_throughput_leaves_out_compilation_and_pauses():
+    clock = Clock()
+    throughput = Throughput(clock)
+    clock.now += 60  # the first step compiles
+    throughput.add(1000)
+    assert throughput.metrics() == {}
+    for tokens in (100, 300):
+        clock.now += 2
+        throughput.add(tokens)
+    with throughput.pause():
+        clock.now += 50
+    assert throughput.metrics() == {"perf/tokens_per_sec": 100.0, "perf/step_time": 2.0}
+    clock.now += 4
+    throughput.add(100)
+    assert throughput.metrics() == {"perf/tokens_per_sec": 25.0, "perf/step_time": 4.0}
+    assert throughput.metrics() == {}

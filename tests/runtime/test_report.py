@@ -1,0 +1,312 @@
+"""The report: what is there is shown, what is missing is named, nothing is loaded or injected."""
+
+import html
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.runtime import charts, report
+from rlhf_jax.runtime.charts import Series
+
+EVIL = "<script>alert('x')</script>\"'><img src=http://evil.example/a.png onerror=alert(1)>"
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, their attributes, the text, and whether all elements are closed in order."""
+
+    VOID = frozenset({"meta", "link", "path", "br", "img"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text, self.scripts = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag in ("p", "li"):  # closed by what follows
+            while self.open[-1] != tag:
+                self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ppo_rows(steps=40):
+    return [
+        {
+            "step": step,
+            "time": 1e9 + 3 * step,
+            "objective/scores": step / 10,
+            "objective/gold": 2 - (step / 20 - 1) ** 2,
+            "objective/kl": step / 4,
+            "loss/policy_avg": -0.01,
+            "perf/tokens_per_sec": 5e3,
+            "my/own": 3.0,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+@pytest.fixture
+def whole_run(tmp_path):
+    run = tmp_path / "demo"
+    sft = [{"step": s, "time": 1e9 + s, "train/loss": 3 / s} for s in range(1, 100)]
+    write_lines(run / "sft/metrics.jsonl", [*sft, {"step": 99, "time": 1e9, "eval/loss": 1.25}])
+    reward = [{"step": s, "time": 1e9 + s, "train/accuracy": 0.6} for s in range(1, 5)]
+    write_lines(run / "reward/metrics.jsonl", [*reward, {"step": 4, "eval/accuracy": 0.625}])
+    write_lines(run / "ppo/metrics.jsonl", ppo_rows())
+    (run / "config.yaml").write_text("seed: 17 # <b>\n")
+    evaluation = {
+        "metrics": {"reward/accuracy": 0.625},
+        "table": [{"metric": "gold score", "before": 0.25, "after": 1.75}],
+        "samples": [
+            {
+                "prompt": "A prompt",
+                "before": "The first answer",
+                "after": "The second answer",
+                "before_gold": 0.5,
+                "after_gold": 1.5,
+                "before_score": 1.0,
+                "after_score": "NaN",
+                "kl": 4.0,
+            }
+        ],
+    }
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return run
+
+
+def read(run):
+    return Page(report.write_report(run).read_text())
+
+
+def test_a_whole_run_shows_all_that_there_is(whole_run):
+    page = read(whole_run)
+    for text in (
+        "demo", "Supervised fine-tuning", "Reward model", "PPO", "40 steps in 2 min",
+        "SFT, loss", "1.25", "Reward, accuracy", "PPO, gold score",
+        "Gold against proxy score over KL", "gold score", "+1.5", "A prompt", "The first answer",
+        "The second answer", "Policy loss", "Throughput", "my/own", "seed: 17 # <b>", "python",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert not any(attributes.get("class") == "notes" for _, attributes in page.tags)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown", "absent"),
+    [
+        ([{"step": 1, "train/loss": 2.0, "eval/loss": 2.5}], "SFT, loss", "Gold against"),
+        ([{"step": 1, "eval/accuracy": 0.7, "eval/margin": 0.1}], "Reward, accuracy", "SFT"),
+        (ppo_rows(), "Gold against proxy score over KL", "SFT"),
+    ],
+)
+def test_a_single_stage_is_known_by_its_metrics(tmp_path, rows, shown, absent):
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    page = read(tmp_path)
+    assert shown in page.text
+    assert absent not in page.text
+
+
+def test_nothing_is_loaded_and_nothing_injected(whole_run):
+    folder = whole_run / "x<i>"
+    rows = [{"step": 1, EVIL: 1.0, "objective/kl": 1.0}]
+    write_lines(folder / "metrics.jsonl", rows)
+    sample = {"prompt": EVIL, "response": EVIL, "score": 1.0, EVIL: EVIL}
+    write_lines(folder / "samples.jsonl", [{"step": 1, **sample}])
+    (folder / "config.yaml").write_text(EVIL)
+    row = {"prompt": EVIL, "before": EVIL, "after": EVIL, "after_gold": EVIL}
+    evaluation = {
+        "metrics": {EVIL: EVIL},
+        "table": [{"metric": EVIL, "after": EVIL}],
+        "samples": [row],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    page = read(folder)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not {"img", "iframe", "object", "video", "i "} & {tag for tag, _ in page.tags}
+    assert page.text.count("alert('x')") >= 10
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src") is None
+        assert tag == "link" or attributes.get("href", "#").startswith("#")
+        assert "url(" not in attributes.get("style", "")
+
+
+def test_the_policy_of_the_page_allows_its_own_script_only(whole_run):
+    page = read(whole_run)
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+    assert len(page.scripts) == 1
+    assert f"'{report._csp_hash(page.scripts[0])}'" in policy
+    text = (whole_run / "report.html").read_text()
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+@pytest.mark.parametrize(
+    ("files", "note"),
+    [
+        ({}, "metrics.jsonl is missing"),
+        ({"metrics.jsonl": ""}, "metrics.jsonl is empty"),
+        (
+            {"metrics.jsonl": '{"step": 1}\n?\n{"step": 2}\n'},
+            "metrics.jsonl cannot be read: line 2",
+        ),
+        ({"evaluation.json": "{"}, "evaluation.json cannot be read"),
+        ({"evaluation.json": "[1]"}, "evaluation.json holds no metrics"),
+        ({"evaluation.json": '{"table": 3, "samples": [4]}'}, "evaluation.json holds no metrics"),
+        (
+            {"metrics.jsonl": '{"step": 1, "train/loss": "NaN"}\n'},
+            "train/loss is not finite in 1 of 1",
+        ),
+        ({"samples.jsonl": '{"prompt": "no step"}\n'}, "metrics.jsonl is missing"),
+    ],
+)
+def test_what_is_missing_or_broken_is_said(tmp_path, files, note):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert note in read(tmp_path).text
+
+
+def test_an_empty_stage_does_not_hide_the_others(whole_run):
+    (whole_run / "reward/metrics.jsonl").write_text("")
+    page = read(whole_run)
+    assert "reward/metrics.jsonl is empty" in page.text
+    assert "Nothing was logged." in page.text
+    assert "Gold against proxy score over KL" in page.text
+
+
+def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="there is no run folder .*nowhere"):
+        report.write_report(tmp_path / "nowhere")
+
+
+def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
+    rows = [
+        {"step": 0, "prompt": "p", "response": "old", "score": 0.0},
+        {"step": 5, "prompt": "p", "response": "middle", "score": 1.0},
+        {"step": 9, "prompt": "p", "response": "new", "score": 2.0, "reference": "human"},
+        {"step": 9, "prompt": "q", "response": "other", "score": "NaN"},
+    ]
+    (first, second), title = report._logged_samples(rows)
+    assert title == "Samples of step 9"
+    headings = [(side.heading, side.text) for side in first.sides]
+    assert headings == [("Step 0", "old"), ("Step 9", "new"), ("reference", "human")]
+    assert first.sides[1].numbers == (("score", "2.00", ""),)
+    assert [side.text for side in second.sides] == ["other"]
+    assert second.sides[0].numbers == (("score", "nan", ""),)
+
+
+def test_format_table_aligns_and_takes_what_json_gives():
+    rows = [
+        {"metric": "gold score", "before": -0.5, "after": 1.25},
+        {"metric": "KL", "before": 0, "after": "Infinity"},
+        {"metric": "length", "before": 20000, "after": None},
+        {"metric": "same", "before": 1, "after": 1},
+    ]
+    lines = report.format_table(rows).splitlines()
+    assert [re.split(r"\s{2,}", line) for line in lines] == [
+        ["metric", "before", "after", "change"],
+        ["-" * 10, "-" * 6, "-" * 5, "-" * 6],
+        ["gold score", "-0.5", "1.25", "+1.75"],
+        ["KL", "0", "inf", "+inf"],
+        ["length", "20k", "–", "–"],
+        ["same", "1", "1", "0"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert report.format_table([]).splitlines()[0] == "metric  before  after  change"
+
+
+def coordinates(path):
+    return [tuple(map(float, pair)) for pair in re.findall(r"[ML](\S+?) ([\d.e+-]+)", path)]
+
+
+def test_a_line_goes_through_its_points():
+    points = ((0.0, 1.0), (5.0, 3.0), (10.0, 2.0))
+    chart = charts.line_chart("t", [Series("a", points)])
+    (low, high) = json.loads(chart.data)["y"]
+    assert low < 1.0 < 3.0 < high
+    expected = [(100 * x, 1000 * (high - y) / (high - low)) for x, y in points]
+    np.testing.assert_allclose(coordinates(chart.curves[0].path), expected, rtol=1e-3)
+    for top, text in chart.y_ticks:
+        np.testing.assert_allclose(top / 100, (high - float(text)) / (high - low), atol=1e-3)
+    assert chart.curves[0].last == "2"
+
+
+def test_gaps_single_points_and_constants_are_drawn():
+    nan = math.nan
+    points = ((0, 1.0), (1, nan), (2, 2.0), (3, 3.0), (4, math.inf), (5, 1.0))
+    path = charts.line_chart("t", [Series("a", points)]).curves[0].path
+    assert path.count("M") == 3
+    assert path.count("L") == 1
+    assert path.count("h0") == 2
+    assert charts.line_chart("t", [Series("a", ((3, 7.0),))]).curves[0].path == "M500 500h0"
+    assert charts.line_chart("t", [Series("a", ((0, nan),)), Series("b", ())]) is None
+
+
+def test_a_long_series_stays_small_and_keeps_its_spikes():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=20_000)
+    values[12_345] = 50.0
+    points = tuple((float(i), float(v)) for i, v in enumerate(values))
+    chart = charts.line_chart("t", [Series("a", points)])
+    drawn = coordinates(chart.curves[0].raw)
+    assert len(drawn) <= charts.MAX_POINTS
+    assert min(y for _, y in drawn) < 80
+    smoothed = coordinates(chart.curves[0].path)
+    assert np.std([y for _, y in smoothed]) < 0.2 * np.std([y for _, y in drawn])
+
+
+def test_smooth_matches_a_loop():
+    values = np.random.default_rng(1).normal(size=30)
+    at = np.arange(30)
+    weights = np.exp(-abs(at[:, None] - at[None]) / 4.0)
+    expected = (weights @ values) / weights.sum(1)
+    np.testing.assert_allclose(charts.smooth(list(values), 4.0), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3, 17), (1e-9, 5e-9), (999_000, 1_000_000), (0.9991, 0.9994)]
+)
+def test_ticks_are_round_distinct_and_inside(low, high):
+    ticks = charts.nice_ticks(low, high, 4)
+    assert 2 <= len(ticks) <= 8
+    assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in ticks)
+    texts = [text for _, text in charts._ticks((low, high), flip=False, whole=False)]
+    assert len(set(texts)) == len(ticks)
+
+
+def test_steps_are_whole_numbers():
+    chart = charts.line_chart("t", [Series("a", ((1.0, 1.0), (2.0, 2.0)))])
+    assert [text for _, text in chart.x_ticks] == ["1", "2"]
+
+
+def test_the_page_escapes_what_the_curves_are_called(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, 'a"b': 1.0}, {"step": 2, 'a"b': 2.0}])
+    page = read(tmp_path)
+    data = [a["data-chart"] for _, a in page.tags if "data-chart" in a]
+    assert json.loads(data[0])["series"][0]["label"] == 'a"b'
+    assert html.escape('a"b') not in page.text
