@@ -14,7 +14,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,7 @@ CANONICAL = (
 )
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "eval", "evaluation", "test")
 MOST_HELD_OUT = 512
+BROKEN_GZIP = (OSError, EOFError, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Settings:
 
     Attributes:
       path: "builtin" for the embedded corpus; a file .jsonl, .json, .csv (each also with .gz) or
-        .parquet; a folder of such files; or the name of a data set on the hub.
+        .parquet; a folder of such files; or the name of a data set on the hub. An empty cell of a
+        CSV file is the empty text.
       name: configuration of a data set on the hub.
       split: training rows. A file is the split "train"; in a folder, files called after a split
         (train.jsonl, train-00000.parquet) are that split, or else all are "train". The library's
@@ -139,6 +142,8 @@ class Settings:
     def _check_prompt_tokens(self) -> None:
         if self.prompt_tokens is None:
             return
+        if len(self.prompt_tokens) != 2:
+            raise InputError(f"data.prompt_tokens is {self.prompt_tokens}: give (low, high).")
         low, high = self.prompt_tokens
         if not 1 <= low <= high <= self.max_prompt_length:
             raise InputError(
@@ -191,8 +196,7 @@ def load_rows(settings: Settings, kind: Kind) -> tuple[list[Row], list[Row]]:
             return train, _evaluation_rows(settings, kind)
         wanted = MOST_HELD_OUT if settings.eval_rows is None else settings.eval_rows
         return train, _builtin_rows(settings, kind, wanted, "eval")
-    table = _read(settings.path, settings.name, settings.split)
-    table = _rename(table, settings, settings.path)
+    table = _read(settings.path, settings.split, settings)
     order = np.random.default_rng(settings.seed).permutation(len(table))
     if settings.eval_path is None and settings.eval_split is None:
         held_out = _held_out(settings, len(table))
@@ -235,7 +239,7 @@ def _evaluation_rows(settings: Settings, kind: Kind) -> list[Row]:
     if settings.eval_rows == 0:
         return []
     split = settings.eval_split or ("train" if os.path.isfile(path) else "validation")
-    table = _rename(_read(path, settings.name, split), settings, path)
+    table = _read(path, split, settings)
     most = MOST_HELD_OUT if settings.eval_rows is None else settings.eval_rows
     return _rows(table, list(range(min(most, len(table)))), kind, path)
 
@@ -243,23 +247,23 @@ def _evaluation_rows(settings: Settings, kind: Kind) -> list[Row]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _read(path: str, name: str | None, split: str) -> datasets.Dataset:
-    """The table behind a path: a file, a folder or a data set on the hub; never empty."""
+def _read(path: str, split: str, settings: Settings) -> datasets.Dataset:
+    """The table behind a path, renamed: a file, a folder or a data set on the hub; never empty."""
     local = os.path.expanduser(path)
     if os.path.isdir(local):
-        table = _read_files(_files_of_split(Path(local), split), split)
+        table = _read_files(_files_of_split(Path(local), split), split, settings.columns)
     elif os.path.isfile(local):
-        table = _read_files([_single_file(Path(local), split)], split)
+        table = _read_files([_single_file(Path(local), split)], split, settings.columns)
     elif _looks_local(path):
         raise InputError(
             f"There is no file or folder {path}: give one that exists, the name of a data set on "
             f'the hub, or "{BUILTIN}".'
         )
     else:
-        table = _read_hub(path, name, split)
+        table = _read_hub(path, settings.name, split)
     if len(table) == 0:
         raise InputError(f"{path} has no rows in the split {split!r}: give one that has some.")
-    return table
+    return _rename(table, settings.columns, path)
 
 
 def _looks_local(path: str) -> bool:
@@ -312,7 +316,7 @@ def _word(name: str) -> str:
     return re.split(r"[-_.]", name.lower(), maxsplit=1)[0]
 
 
-def _read_files(files: Sequence[Path], split: str) -> datasets.Dataset:
+def _read_files(files: Sequence[Path], split: str, columns: Mapping[str, str]) -> datasets.Dataset:
     """The rows of local files of one format, through the `datasets` library."""
     import datasets
 
@@ -326,11 +330,13 @@ def _read_files(files: Sequence[Path], split: str) -> datasets.Dataset:
         )
     for file in files:
         _check_not_empty(file)
+    reader = readers.pop()
+    options = _csv_options(columns) if reader == "csv" else {}
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(
-            readers.pop(), data_files={_base(split): [str(f) for f in files]}, split=split
+            reader, data_files={_base(split): [str(f) for f in files]}, split=split, **options
         )
     except Exception as error:  # what is raised depends on the reader and on the file
         raise InputError(_why_unreadable(files, error)) from error
@@ -339,13 +345,33 @@ def _read_files(files: Sequence[Path], split: str) -> datasets.Dataset:
             datasets.enable_progress_bars()
 
 
+def _csv_options(columns: Mapping[str, str]) -> dict[str, Any]:
+    """Keeps the CSV reader from guessing: texts such as "042", "NA" and "" stay as written."""
+    converters: dict[str, Callable[[str], Any]] = {}
+    for canonical in CANONICAL:
+        name = columns.get(canonical, canonical)
+        converters[name] = _number if canonical == "margin" else str
+    return {"keep_default_na": False, "converters": converters}
+
+
+def _number(cell: str) -> float:
+    """A margin in a CSV file, 0 where there is none; checked here, since NaN would become None."""
+    try:
+        margin = float(cell or 0.0)
+    except ValueError:
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise ValueError(f"the margin {cell!r} is no finite number")
+    return margin
+
+
 def _check_not_empty(file: Path) -> None:
     """Raises if a file holds nothing: the readers' own errors say nothing of that."""
     with _open(file) as stream:
         try:
             if stream.read(64).strip():
                 return
-        except (OSError, EOFError) as error:
+        except BROKEN_GZIP as error:
             raise InputError(f"{file} cannot be unpacked: {error}.") from error
     raise InputError(f"{file} is empty: give a file with at least one row.")
 
@@ -357,12 +383,10 @@ def _open(file: Path) -> Any:
 def _why_unreadable(files: Sequence[Path], error: Exception) -> str:
     """One sentence for files that could not be read, with the line where it can be told."""
     for file in files:
-        name = file.name.lower().removesuffix(".gz")
-        fault = None
-        if name.endswith(".jsonl"):
-            fault = _fault_in_json_lines(file)
-        elif name.endswith(".json"):
-            fault = _fault_in_json(file)
+        try:
+            fault = _fault(file)
+        except BROKEN_GZIP as gzip_error:
+            fault = f"{file} cannot be unpacked: {gzip_error}."
         if fault is not None:
             return fault
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
@@ -371,11 +395,17 @@ def _why_unreadable(files: Sequence[Path], error: Exception) -> str:
     return f"{', '.join(map(str, files))} cannot be read: {reason}."
 
 
-def _fault_in_json(file: Path) -> str | None:
+def _fault(file: Path) -> str | None:
+    """What is wrong with a file of JSON; None if nothing is, or if it is of another format."""
+    name = file.name.lower().removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        return _fault_in_json_lines(file)
+    if not name.endswith(".json"):
+        return None
     try:
         with _open(file) as stream:
             json.load(stream)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return f"{file} is no JSON: {error}."
     return None
 
@@ -422,9 +452,9 @@ def _read_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
 # --- columns and rows ----------------------------------------------------------------------------
 
 
-def _rename(table: datasets.Dataset, settings: Settings, path: str) -> datasets.Dataset:
+def _rename(table: datasets.Dataset, columns: Mapping[str, str], path: str) -> datasets.Dataset:
     """The table with the mapped columns under their canonical names."""
-    for canonical, column in settings.columns.items():
+    for canonical, column in columns.items():
         if column == canonical:
             continue
         if column not in table.column_names:

@@ -1,0 +1,147 @@
+"""The embedded corpus: the same rows from the same seed, balance, labels, and its utility."""
+
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import builtin
+
+CHECKSUM = 1893179920
+MAKERS = [builtin.texts, builtin.pairs, builtin.prompts]
+
+
+def words(text):
+    return re.findall(r"[a-z']+", text.lower())
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_rows_are_a_function_of_seed_and_split(make):
+    rows = make(0, 50)
+    assert make(0, 50) == rows
+    assert make(1, 50) != rows
+    assert make(0, 50, "eval") != rows
+    assert make(0, 0) == []
+
+
+def test_the_corpus_does_not_drift():
+    """Numbers in the documentation come from these rows: a change of the grammar shows here."""
+    rows = [*builtin.texts(0, 100), *builtin.pairs(0, 100), *builtin.prompts(0, 100, "eval")]
+    assert zlib.crc32(repr(rows).encode()) == CHECKSUM
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_splits_share_no_prompt(make):
+    train = {row["prompt"] for other in MAKERS for row in other(0, 1500)}
+    held = {row["prompt"] for row in make(0, 500, "eval")}
+    assert len(held) > 400
+    assert not train & held
+
+
+def test_prompts_are_many_short_and_neutral():
+    rows = builtin.prompts(0, 2000)
+    assert len({row["prompt"] for row in rows}) > 1500
+    for row in rows:
+        found = words(row["prompt"])
+        assert 8 <= len(found) <= 16
+        assert not (builtin.POSITIVE | builtin.NEGATIVE).intersection(found)
+        assert row["prompt"][0].isupper()
+        assert row["prompt"].endswith(".")
+        assert "{" not in row["prompt"]
+
+
+def test_responses_are_short_whole_sentences_of_known_words():
+    for row in builtin.texts(0, 1000):
+        text = row["completion"]
+        assert text.startswith(" ")
+        assert 8 <= len(words(text)) <= 30
+        assert 1 <= text.count(".") <= 3
+        assert set(words(text)) <= builtin.VOCABULARY
+        assert all(re.match(r"[A-Z][a-z ]+\.$", s) for s in re.split(r"(?<=\.) ", text.strip()))
+
+
+def test_the_vocabulary_is_small():
+    rows = builtin.texts(0, 2000)
+    found = {word for row in rows for word in words(row["prompt"] + row["completion"])}
+    assert 150 <= len(found) <= 250
+    assert not builtin.POSITIVE & builtin.NEGATIVE
+    assert found >= builtin.POSITIVE | builtin.NEGATIVE
+
+
+def test_praise_and_blame_are_balanced():
+    found = [word for row in builtin.texts(0, 4000) for word in words(row["completion"])]
+    praise = sum(word in builtin.POSITIVE for word in found)
+    blame = sum(word in builtin.NEGATIVE for word in found)
+    assert 0.95 < praise / blame < 1.05
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize(("rows", "flipped"), [(1000, 100), (512, 51), (5, 0)])
+def test_exactly_a_tenth_of_the_labels_are_wrong(split, rows, flipped):
+    found = builtin.pairs(0, rows, split)
+    differences = np.array(
+        [builtin.utility(row["chosen"]) - builtin.utility(row["rejected"]) for row in found]
+    )
+    assert (np.abs(differences) >= 0.3).all()
+    assert (differences < 0).sum() == flipped
+
+
+def test_flips_are_spread_and_lengths_do_not_give_the_answer_away():
+    found = builtin.pairs(0, 4000)
+    wrong = [builtin.utility(row["chosen"]) < builtin.utility(row["rejected"]) for row in found]
+    assert 150 < sum(wrong[:2000]) < 250
+    shorter = np.mean([len(row["chosen"]) < len(row["rejected"]) for row in found])
+    assert 0.4 < shorter < 0.65
+
+
+def test_utility_rises_with_praise_and_falls_with_blame():
+    sentences = [
+        " The acting was awful and dull.",
+        " The acting was loud and dull.",
+        " The acting was loud and plain.",
+        " The acting was loud and superb.",
+        " The acting was warm and superb.",
+    ]
+    scores = builtin.gold_scores([""] * 5, sentences)
+    assert (np.diff(scores) > 0.2).all()
+
+
+def test_utility_saturates_and_counts_a_word_once():
+    one = " The acting was superb."
+    again = one + " The plot was superb."
+    assert builtin.utility(again) < builtin.utility(one)
+    many = one + "".join(f" The plot was {word}." for word in builtin.PRAISE[1:6])
+    more = many + "".join(f" The plot was {word}." for word in builtin.PRAISE[6:])
+    assert builtin.utility(more) < builtin.utility(many)
+
+
+@pytest.mark.parametrize(
+    "degenerate",
+    [
+        "",
+        " superb" * 20,
+        " Superb! Charming! Funny!",
+        " superb moving charming brilliant",
+        " The acting was superb",
+        " the acting was superb.",
+        " Xq zzk was superb vlorp.",
+        " The acting was superb." * 8,
+    ],
+)
+def test_nonsense_scores_below_a_plain_good_review(degenerate):
+    assert (
+        builtin.utility(degenerate) < builtin.utility(" The acting was superb. I loved it.") - 0.1
+    )
+
+
+def test_brevity_counts_a_little():
+    short = " The acting was superb."
+    long = " The acting was superb. It is about a family in a small town."
+    assert 0.05 < builtin.utility(short) - builtin.utility(long) < 0.2
+
+
+def test_gold_scores_take_further_columns():
+    scores = builtin.gold_scores(["p", "q"], [" I loved it.", " I hated it."], label=[1, 2])
+    assert all(isinstance(score, float) for score in scores)
+    assert scores[0] > 0 > scores[1]

@@ -1,0 +1,383 @@
+"""Data sets: every format and file type, splits and hold-outs, and every error a user can meet."""
+
+import gzip
+
+import pytest
+
+from rlhf_jax.data import builtin, load_rows
+from rlhf_jax.data.datasets import Settings
+from rlhf_jax.errors import InputError
+
+TEXTS = [{"text": f"text {i}"} for i in range(20)]
+PAIRS = [{"prompt": f"p {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+CHAT = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+ONE_FILE = {"eval_rows": 0}
+
+
+def load(path, kind, **settings):
+    return load_rows(Settings(path=path, **{**ONE_FILE, **settings}), kind)[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.parquet", "A.JSONL"]
+)
+def test_every_file_type(write, name):
+    rows = [
+        {"prompt": "one, two", "completion": ' "three"\nfour'},
+        {"prompt": "", "completion": "ä"},
+    ]
+    assert load(write(name, rows), "text") == rows
+
+
+def test_a_packed_csv(write):
+    assert load(write("a.csv.gz", "text\nhello\n"), "text") == [{"text": "hello"}]
+
+
+def test_a_csv_file_keeps_texts_as_they_are_written(write):
+    rows = [
+        {"prompt": "042", "chosen": "NA", "rejected": "1.50", "margin": "0.5"},
+        {"prompt": "", "chosen": "None", "rejected": "7", "margin": ""},
+    ]
+    found = load(write("a.csv", rows), "pairs")
+    assert found == [{**rows[0], "margin": 0.5}, {**rows[1], "margin": 0.0}]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "a"}, {"text": ""}],
+        [{"prompt": "a", "completion": "b"}],
+        [{"messages": CHAT}, {"messages": CHAT[:1]}],
+    ],
+)
+def test_text_formats(write, rows):
+    assert load(write("a.jsonl", rows), "text") == rows
+
+
+def test_prompt_and_completion_win_over_text_and_other_columns_go(write):
+    rows = [{"text": "t", "prompt": "p", "completion": "c", "label": 1}]
+    assert load(write("a.jsonl", rows), "text") == [{"prompt": "p", "completion": "c"}]
+
+
+def test_pairs_get_what_is_optional(write):
+    rows = [{"chosen": "a", "rejected": "b", "id": 3}]
+    expected = [{"prompt": "", "chosen": "a", "rejected": "b", "margin": 0.0}]
+    assert load(write("a.jsonl", rows), "pairs") == expected
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}]
+    assert load(write("b.jsonl", rows), "pairs") == [{**rows[0], "margin": 2.0}]
+
+
+def test_ranked_responses_become_all_their_pairs(write):
+    path = write("a.jsonl", [{"prompt": "p", "responses": ["a", "b", "c"]}])
+    found = [(row["chosen"], row["rejected"]) for row in load(path, "pairs")]
+    assert found == [("a", "b"), ("a", "c"), ("b", "c")]
+
+
+def test_prompts_keep_all_columns(write):
+    rows = [{"prompt": "p", "answer": 42, "tags": ["x"]}]
+    assert load(write("a.jsonl", rows), "prompts") == rows
+    rows = [{"text": "t", "label": 1}]
+    assert load(write("b.jsonl", rows), "prompts") == rows
+
+
+def test_columns_are_mapped(write):
+    path = write("a.jsonl", [{"question": "q", "answer": "a", "completion": "old"}])
+    columns = {"prompt": "question", "completion": "answer"}
+    assert load(path, "text", columns=columns) == [{"prompt": "q", "completion": "a"}]
+
+
+def test_hold_out_is_seeded_disjoint_and_in_file_order(write):
+    path = write("a.jsonl", TEXTS)
+    train, held = load_rows(Settings(path=path, eval_rows=6), "text")
+    assert (len(train), len(held)) == (14, 6)
+    assert sorted(train + held, key=TEXTS.index) == TEXTS
+    assert train == sorted(train, key=TEXTS.index)
+    again = load_rows(Settings(path=path, eval_rows=6), "text")
+    other = load_rows(Settings(path=path, eval_rows=6, seed=1), "text")
+    assert again == (train, held)
+    assert other[1] != held
+    fewer, same = load_rows(Settings(path=path, eval_rows=6, max_rows=5), "text")
+    assert same == held
+    assert len(fewer) == 5
+    assert all(row in train for row in fewer)
+
+
+def test_by_default_a_tenth_is_held_out(write):
+    train, held = load_rows(Settings(path=write("a.jsonl", TEXTS)), "text")
+    assert (len(train), len(held)) == (18, 2)
+
+
+def test_a_file_for_evaluation(write):
+    path, other = write("a.jsonl", TEXTS), write("b.jsonl", [{"text": "x"}, {"text": "y"}])
+    train, held = load_rows(Settings(path=path, eval_path=other), "text")
+    assert train == TEXTS
+    assert held == [{"text": "x"}, {"text": "y"}]
+    assert load_rows(Settings(path=path, eval_path=other, eval_rows=1), "text")[1] == held[:1]
+    assert load_rows(Settings(path=path, eval_path=other, eval_rows=0), "text")[1] == []
+
+
+def test_a_folder_with_named_splits(write):
+    write("set/train-00000-of-00002.jsonl", TEXTS[:3])
+    write("set/train-00001-of-00002.jsonl", TEXTS[3:5])
+    folder = write("set/validation.jsonl", TEXTS[5:7]).rsplit("/", 1)[0]
+    write("set/README.md", "no data")
+    settings = Settings(path=folder, eval_split="validation")
+    assert load_rows(settings, "text") == (TEXTS[:5], TEXTS[5:7])
+    assert load_rows(Settings(path=folder, eval_path=folder), "text")[1] == TEXTS[5:7]
+    with pytest.raises(InputError, match=r"no file for the split 'test': there are train-00000"):
+        load(folder, "text", split="test")
+
+
+def test_a_folder_without_split_names_and_slices(write):
+    write("set/a.jsonl", TEXTS[:3])
+    folder = write("set/b.jsonl", TEXTS[3:5]).rsplit("/", 1)[0]
+    assert load(folder, "text") == TEXTS[:5]
+    assert load(folder, "text", split="train[:2]") == TEXTS[:2]
+    settings = Settings(path=folder, split="train[:80%]", eval_split="train[80%:]")
+    assert load_rows(settings, "text") == (TEXTS[:4], TEXTS[4:5])
+
+
+def test_the_hub_is_asked_by_name(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(TEXTS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = Settings(path="some/set", name="plain", eval_split="test", eval_rows=3)
+    assert load_rows(settings, "text") == (TEXTS, TEXTS[:3])
+    assert asked == [("some/set", "plain", "train"), ("some/set", "plain", "test")]
+
+
+def test_an_unreachable_hub_name(monkeypatch):
+    import datasets
+
+    def refuse(path, name, split):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match=r"some/set .* offline give a local file \(Couldn't reach"):
+        load("some/set", "text")
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["{}/no.jsonl", "{}/no", "./no", "no.csv", "a/b/c"])
+def test_missing_file(tmp_path, path):
+    with pytest.raises(InputError, match="There is no file or folder .*no|a/b/c"):
+        load(path.format(tmp_path), "text")
+
+
+def test_missing_column_names_those_that_are_there(write):
+    path = write("a.jsonl", [{"question": "q", "label": 1}])
+    with pytest.raises(InputError) as caught:
+        load(path, "text")
+    assert str(caught.value) == (
+        f"{path} has the columns question, label, but text rows need `prompt` and `completion`, or "
+        "`messages`, or `text`: name the right ones in data.columns."
+    )
+    with pytest.raises(InputError, match="pairs rows need `chosen` and `rejected`, or `responses`"):
+        load(path, "pairs")
+    with pytest.raises(InputError, match="prompts rows need `prompt`, or `text`"):
+        load(path, "prompts")
+    with pytest.raises(InputError, match="maps 'text' to 'body', but .* has the columns question"):
+        load(path, "text", columns={"text": "body"})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file(write, name, content):
+    with pytest.raises(InputError, match=r"is empty: give a file with at least one row\.$"):
+        load(write(name, content), "text")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.csv", [{"text": "a"}])])
+def test_a_file_without_rows(write, tmp_path, name, content):
+    path = write(name, content)
+    if name == "a.csv":
+        (tmp_path / name).write_text("text\n")
+    with pytest.raises(InputError, match=r"a\.(json|csv)"):
+        load(path, "text")
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (None, "column 'text' holds nothing"),
+        (3, r"column 'text' holds a number \(3\), not text"),
+        (1.5, r"column 'text' holds a number \(1.5\), not text"),
+        (True, "column 'text' holds a truth value"),
+        (["x"], "column 'text' holds a list"),
+        ({"a": 1}, "column 'text' holds an object"),
+    ],
+)
+def test_a_row_that_is_no_text(write, value, what):
+    path = write("a.jsonl", [{"text": "a"}, {"text": "b"}, {"text": value}, {"text": "c"}])
+    with pytest.raises(InputError, match=rf"^Row 3 of .*a\.jsonl: {what}"):
+        load(path, "text")
+
+
+@pytest.mark.parametrize("value", [3, [1, 2]])
+def test_a_column_without_any_text(write, value):
+    path = write("a.jsonl", [{"prompt": "a", "completion": value}] * 2)
+    with pytest.raises(InputError, match=r"^Row 1 of .*a\.jsonl: column 'completion' holds a "):
+        load(path, "text")
+
+
+def test_a_row_that_lacks_the_column(write):
+    path = write("a.jsonl", [{"text": "a"}, {"other": "b"}])
+    with pytest.raises(InputError, match="Row 2 of .*: column 'text' holds nothing"):
+        load(path, "text")
+
+
+@pytest.mark.parametrize("margin", ["much", float("inf")])
+def test_a_margin_that_is_no_number(write, margin):
+    path = write("a.jsonl", [{"chosen": "a", "rejected": "b", "margin": margin}])
+    with pytest.raises(InputError, match=r"Row 1 of .*'margin' holds .*, not a finite number"):
+        load(path, "pairs")
+
+
+@pytest.mark.parametrize("margin", ["much", "nan", "inf"])
+def test_a_margin_of_a_csv_file_that_is_no_number(write, margin):
+    path = write("a.csv", [{"chosen": "a", "rejected": "b", "margin": margin}])
+    with pytest.raises(InputError, match=rf"a\.csv cannot be read: the margin '{margin}' is no"):
+        load(path, "pairs")
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": 1, "content": "x"}], "hi"])
+def test_messages_that_are_none(write, messages):
+    path = write("a.jsonl", [{"messages": messages}])
+    with pytest.raises(InputError, match="Row 1 of .*'messages' is no list of turns"):
+        load(path, "text")
+
+
+@pytest.mark.parametrize("responses", [["only one"], "text"])
+def test_responses_that_are_none(write, responses):
+    path = write("a.jsonl", [{"responses": responses}])
+    with pytest.raises(InputError, match="Row 1 of .*'responses' is no list of two or more"):
+        load(path, "pairs")
+
+
+def test_a_response_that_is_no_text(write):
+    path = write("a.jsonl", [{"responses": ["a", None]}])
+    with pytest.raises(InputError, match="Row 1 of .*'responses' holds nothing"):
+        load(path, "pairs")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_wrong_json_names_the_line(write, name):
+    path = write(name, '{"text": "a"}\n\n{"text": "b"\n')
+    with pytest.raises(InputError, match=rf"^Line 3 of .*{name} is no JSON: "):
+        load(path, "text")
+
+
+def test_lines_that_are_no_objects(write):
+    with pytest.raises(InputError, match="Line 1 of .* is no JSON object: write"):
+        load(write("a.jsonl", '["text"]\n"more"\n'), "text")
+
+
+def test_wrong_json_of_one_document(write):
+    with pytest.raises(InputError, match=r"a\.json is no JSON: "):
+        load(write("a.json", '[{"text": "a"},'), "text")
+
+
+def test_a_broken_parquet_file(write, tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read: ") as caught:
+        load(str(path), "text")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [3, -4])
+def test_broken_gzip(tmp_path, cut):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100)[:cut])
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz (cannot be unpacked|is empty)"):
+        load(str(path), "text")
+
+
+def test_unknown_extension(write):
+    with pytest.raises(InputError, match=r"a\.txt cannot be read: data files end in \.jsonl, "):
+        load(write("a.txt", "text"), "text")
+
+
+def test_folders_that_do_not_fit(write, tmp_path):
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(InputError, match="holds no data files: they end in"):
+        load(str(tmp_path / "bare"), "text")
+    write("set/a.jsonl", TEXTS)
+    folder = write("set/b.csv", TEXTS).rsplit("/", 1)[0]
+    with pytest.raises(InputError, match=r"mixes formats \(a\.jsonl, b\.csv\)"):
+        load(folder, "text")
+
+
+def test_a_single_file_is_the_split_train(write):
+    path = write("a.jsonl", TEXTS)
+    with pytest.raises(InputError, match="The split 'validation' of .* does not exist"):
+        load_rows(Settings(path=path, eval_split="validation"), "text")
+
+
+def test_holding_out_everything(write):
+    path = write("a.jsonl", TEXTS)
+    with pytest.raises(InputError, match="data.eval_rows holds out 20 of the 20 rows of .* lower"):
+        load_rows(Settings(path=path, eval_rows=20), "text")
+
+
+def test_unknown_kind():
+    with pytest.raises(InputError, match="kind of rows is 'images': it is one of text, pairs"):
+        load_rows(Settings(), "images")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"builtin_rows": 0}, "data.builtin_rows is 0: set it to 1 or more"),
+        ({"max_length": 1}, "data.max_length is 1: set it to 2 or more"),
+        ({"max_prompt_length": 0}, "data.max_prompt_length is 0"),
+        ({"max_response_length": 1}, "data.max_response_length is 1"),
+        ({"max_rows": 0}, "data.max_rows is 0"),
+        ({"eval_rows": -1}, "data.eval_rows is -1: set it to 0 or more"),
+        ({"seed": -1}, "data.seed is -1"),
+        ({"path": ""}, "data.path and data.split need a value"),
+        ({"columns": {"label": "x"}}, "data.columns maps 'label', which is no column"),
+        ({"prompt_tokens": (3, 2)}, r"data.prompt_tokens is \(3, 2\): give \(low, high\)"),
+        ({"prompt_tokens": (0, 2)}, "1 <= low <= high"),
+        ({"prompt_tokens": (2, 129)}, r"data.max_prompt_length \(128\)"),
+        ({"prompt_tokens": (1, 2, 3)}, r"data.prompt_tokens is .*: give \(low, high\)"),
+        ({"split": "test"}, "data.split and data.name choose"),
+        ({"name": "plain"}, "data.split and data.name choose"),
+        ({"eval_split": "test"}, "data.eval_split needs data.eval_path here"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(InputError, match=message):
+        Settings(**settings)
+
+
+# --- the embedded corpus -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [("text", builtin.texts), ("pairs", builtin.pairs), ("prompts", builtin.prompts)],
+)
+def test_the_embedded_corpus_is_a_path(kind, make):
+    settings = Settings(builtin_rows=40, eval_rows=10, seed=3)
+    assert load_rows(settings, kind) == (make(3, 40), make(3, 10, "eval"))
+    fewer, _ = load_rows(Settings(builtin_rows=40, max_rows=7, eval_rows=10, seed=3), kind)
+    assert fewer == make(3, 40)[:7]
+
+
+def test_the_embedded_corpus_with_a_file(write):
+    path = write("a.jsonl", PAIRS)
+    train, held = load_rows(Settings(builtin_rows=5, eval_path=path), "pairs")
+    assert train == builtin.pairs(0, 5)
+    assert held == [{**row, "margin": 0.0} for row in PAIRS]
+    train, held = load_rows(Settings(path=path, eval_path="builtin", eval_rows=4), "pairs")
+    assert len(train) == 20
+    assert held == builtin.pairs(0, 4, "eval")

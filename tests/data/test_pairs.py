@@ -1,0 +1,101 @@
+"""Preference pairs as rows: padding, EOS, cutting, and what is dropped."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import builtin, pair_rows
+from rlhf_jax.data.datasets import Settings
+from rlhf_jax.errors import InputError
+
+ROW = {"prompt": "I saw The Golden River.", "chosen": " I loved it.", "rejected": " It was dull."}
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def real(tokens, mask, row=0):
+    return tokens[row][mask[row]].tolist()
+
+
+def test_the_parts_of_a_pair(tokenizer, caplog):
+    eos = tokenizer.eos_token_id
+    rows = [ROW, {**ROW, "prompt": "I saw it.", "margin": 1.5}]
+    batch = pair_rows(rows, tokenizer, Settings())
+    assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, ROW["prompt"])
+    assert real(batch.chosen, batch.chosen_mask) == [*ids(tokenizer, ROW["chosen"]), eos]
+    assert real(batch.rejected, batch.rejected_mask) == [*ids(tokenizer, ROW["rejected"]), eos]
+    assert batch.margin.tolist() == [0.0, 1.5]
+    assert batch.rows.tolist() == [True, True]
+    assert not caplog.records
+
+
+def test_sides_widths_and_types(tokenizer):
+    batch = pair_rows(builtin.pairs(0, 40), tokenizer, Settings())
+    assert np.array_equal(batch.prompt_mask, np.sort(batch.prompt_mask, axis=1))
+    for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask)):
+        assert np.array_equal(mask, np.sort(mask, axis=1)[:, ::-1])
+        assert not tokens[~mask].any()
+        last = mask.sum(1) - 1
+        assert (tokens[np.arange(40), last] == tokenizer.eos_token_id).all()
+        assert ((tokens == tokenizer.eos_token_id) & mask).sum() == 40
+    assert not batch.prompts[~batch.prompt_mask].any()
+    assert batch.chosen.shape == batch.rejected.shape
+    assert batch.prompts.shape[1] % 8 == batch.chosen.shape[1] % 8 == 0
+    longest = max(batch.chosen_mask.sum(1).max(), batch.rejected_mask.sum(1).max())
+    assert batch.chosen.shape[1] - longest < 8
+    assert [array.dtype for array in batch] == [np.int32, bool] * 3 + [np.float32, bool]
+
+
+def test_eos_is_not_repeated(tokenizer):
+    written = {**ROW, "chosen": ROW["chosen"] + "<|endoftext|>"}
+    plain, same = (pair_rows([row], tokenizer, Settings()) for row in (ROW, written))
+    for one, other in zip(plain, same, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_without_prompts_their_width_is_zero(tokenizer):
+    batch = pair_rows([{"chosen": "a", "rejected": "b"}], tokenizer, Settings())
+    assert batch.prompts.shape == batch.prompt_mask.shape == (1, 0)
+
+
+def test_cutting_takes_the_left_of_prompts_and_the_right_of_responses(tokenizer, caplog):
+    settings = Settings(max_prompt_length=3, max_response_length=5)
+    row = {**ROW, "chosen": " The acting was really superb.", "rejected": " I"}
+    rows = [row, {**row, "prompt": "I"}]
+    batch = pair_rows(rows, tokenizer, settings)
+    assert batch.prompts.shape[1] == 3
+    assert batch.chosen.shape[1] == 5
+    assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, ROW["prompt"])[-3:]
+    assert real(batch.chosen, batch.chosen_mask) == ids(tokenizer, row["chosen"])[:5]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("1 of 2 prompts lost their left end")
+    assert messages[1].startswith("2 of 4 responses lost their right end")
+
+
+def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
+    rows = [
+        ROW,
+        {**ROW, "chosen": ""},
+        {**ROW, "rejected": "<|endoftext|>"},
+        {**ROW, "rejected": ROW["chosen"]},
+    ]
+    batch = pair_rows(rows, tokenizer, Settings())
+    assert len(batch.rows) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 4 pairs were dropped because a response is empty.",
+        "1 of 4 pairs were dropped because their two responses are equal.",
+    ]
+
+
+def test_responses_that_cutting_makes_equal_are_dropped(tokenizer):
+    row = {**ROW, "chosen": " I loved it and more.", "rejected": " I loved it and less."}
+    batch = pair_rows([row, ROW], tokenizer, Settings(max_response_length=4))
+    assert len(batch.rows) == 1
+
+
+@pytest.mark.parametrize("rows", [[], [{**ROW, "chosen": ""}, {**ROW, "chosen": ROW["rejected"]}]])
+def test_nothing_left_is_an_error(tokenizer, rows):
+    with pytest.raises(InputError, match=r"No pair is left: of [02], [01] have an empty response"):
+        pair_rows(rows, tokenizer, Settings())

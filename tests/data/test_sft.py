@@ -1,0 +1,230 @@
+"""Texts as rows: which tokens are learned, what is cut, and how texts are packed."""
+
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_jax.data import builtin, text_rows, tokenize_texts
+from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.sft import pack
+from rlhf_jax.errors import InputError
+
+ONE_BY_ONE = {"packing": False}
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}"
+    "{{ eos_token if turn['role'] == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def one_row(row, tokenizer, **settings):
+    """(tokens, learned tokens) of the single row."""
+    batch, _ = text_rows([row], tokenizer, Settings(**ONE_BY_ONE, **settings))
+    real = batch.segments[0] > 0
+    return batch.tokens[0][real].tolist(), batch.tokens[0][batch.loss_mask[0]].tolist()
+
+
+def test_a_text_gets_eos_and_its_first_token_is_not_learned(tokenizer):
+    expected = [*ids(tokenizer, "The acting was superb."), tokenizer.eos_token_id]
+    tokens, learned = one_row({"text": "The acting was superb."}, tokenizer)
+    assert tokens == expected
+    assert learned == expected[1:]
+
+
+def test_eos_is_not_repeated(tokenizer):
+    text = "The acting was superb."
+    assert one_row({"text": text}, tokenizer) == one_row(
+        {"text": text + "<|endoftext|>"}, tokenizer
+    )
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_prompt_and_completion(tokenizer, completion_only):
+    row = {"prompt": "I saw The Golden River.", "completion": " I loved it."}
+    prompt = ids(tokenizer, row["prompt"])
+    completion = [*ids(tokenizer, row["completion"]), tokenizer.eos_token_id]
+    tokens, learned = one_row(row, tokenizer, completion_only=completion_only)
+    assert tokens == prompt + completion
+    assert learned == (completion if completion_only else prompt[1:] + completion)
+
+
+def test_the_first_token_is_never_learned_even_of_a_completion(tokenizer):
+    tokens, learned = one_row({"prompt": "", "completion": " I loved it."}, tokenizer)
+    assert learned == tokens[1:]
+
+
+def test_what_is_too_long_loses_the_right_end_of_texts_and_eos(tokenizer, caplog):
+    text = "The acting was superb. The plot was dull."
+    tokens, _ = one_row({"text": text}, tokenizer, max_length=8)
+    assert tokens == ids(tokenizer, text)[:8]
+    assert len(caplog.records) == 1
+    assert "1 of 1 texts lost their right end" in caplog.text
+
+
+def test_prompts_lose_their_left_and_completions_their_right_end(tokenizer, caplog):
+    row = {"prompt": "I saw The Golden River.", "completion": " The acting was superb."}
+    prompt, completion = (ids(tokenizer, row[name]) for name in ("prompt", "completion"))
+    limits = {"max_prompt_length": 4, "max_response_length": 3}
+    tokens, learned = one_row(row, tokenizer, **limits)
+    assert tokens == prompt[-4:] + completion[:3]
+    assert learned == completion[:3]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("1 of 1 prompts lost their left end")
+    assert messages[1].startswith("1 of 1 texts lost their right end")
+    tokens, _ = one_row(row, tokenizer, max_length=len(completion) + 3)
+    assert tokens == [*prompt[-2:], *completion, tokenizer.eos_token_id]
+
+
+def test_a_completion_that_fits_exactly_keeps_eos(tokenizer, caplog):
+    completion = [*ids(tokenizer, " I loved it."), tokenizer.eos_token_id]
+    row = {"prompt": "I saw it.", "completion": " I loved it."}
+    _, learned = one_row(row, tokenizer, max_response_length=len(completion))
+    assert learned == completion
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("empty", [{"text": ""}, {"text": "<|endoftext|>"}])
+def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
+    rows = [{"text": "I loved it."}, empty, empty]
+    batch, report = text_rows(rows, tokenizer, Settings(**ONE_BY_ONE))
+    assert batch.tokens.shape[0] == 1
+    assert report.dropped == 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "2 of 3 texts were dropped because they are empty."
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"prompt": "p", "completion": ""}]])
+def test_nothing_left_is_an_error(tokenizer, rows):
+    with pytest.raises(InputError, match="No text is left to learn from: all [01] rows are empty"):
+        text_rows(rows, tokenizer, Settings())
+
+
+def test_nothing_is_said_when_nothing_is_done(tokenizer, caplog):
+    text_rows(builtin.texts(0, 20), tokenizer, Settings())
+    assert not caplog.records
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    return tokenizer
+
+
+def turns(*contents):
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+
+def test_messages_learn_the_last_turn(chat):
+    row = {"messages": turns("Hi.", "Hello.", "Was it dull?", "It was.")}
+    tokens, learned = one_row(row, chat)
+    eos = chat.eos_token_id
+    assert learned == [*ids(chat, "It was."), eos]
+    head = "<user>Hi.\n<assistant>Hello.<|endoftext|>\n<user>Was it dull?\n<assistant>"
+    assert tokens == [*ids(chat, head), *learned]
+
+
+def test_messages_can_be_learned_whole(chat):
+    row = {"messages": turns("Hi.", "Hello.")}
+    tokens, learned = one_row(row, chat, completion_only=False)
+    assert tokens == [*ids(chat, "<user>Hi.\n<assistant>Hello."), chat.eos_token_id]
+    assert learned == tokens[1:]
+
+
+def test_messages_without_a_template(tokenizer):
+    with pytest.raises(InputError, match="tokenizer has no chat template: use a tokenizer with"):
+        text_rows([{"messages": turns("Hi.", "Hello.")}], tokenizer, Settings())
+
+
+def test_messages_that_end_with_the_user(chat):
+    rows = [{"messages": turns("Hi.", "Hello.")}, {"messages": turns("Hi.")}]
+    with pytest.raises(InputError, match="messages of row 2 end with a turn of 'user'"):
+        text_rows(rows, chat, Settings())
+
+
+def test_a_template_that_cannot_be_parted(chat, monkeypatch):
+    monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
+    with pytest.raises(InputError, match=r"row 1 otherwise .* set data.completion_only to false"):
+        text_rows([{"messages": turns("Hi.", "Hello.")}], chat, Settings())
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def unpacked(batch):
+    """The (tokens, learned) of every text in the rows, as they stand between the segments."""
+    for tokens, segments, learned in zip(*batch, strict=True):
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            yield tuple(tokens[here].tolist()), tuple(learned[here].tolist())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packing_loses_no_token(tokenizer, packing):
+    settings = Settings(max_length=96, packing=packing)
+    rows = builtin.texts(0, 60)
+    batch, report = text_rows(rows, tokenizer, settings)
+    texts, _ = tokenize_texts(rows, tokenizer, settings)
+    expected = [
+        (tuple(t.tokens), tuple(i >= t.learned_from for i in range(len(t.tokens)))) for t in texts
+    ]
+    assert sorted(unpacked(batch)) == sorted(expected)
+    assert report.texts == 60
+    assert report.rows == len(batch.tokens)
+    assert report.tokens == sum(len(t.tokens) for t in texts) == (batch.segments > 0).sum()
+    assert report.learned_tokens == batch.loss_mask.sum()
+    assert (report.rows < 40) == packing
+
+
+def test_rows_are_filled_from_the_left_and_inert_behind(tokenizer):
+    batch, _ = text_rows(builtin.texts(0, 50), tokenizer, Settings(max_length=90))
+    real = batch.segments > 0
+    assert batch.tokens.shape[1] <= 90
+    assert np.array_equal(real, np.sort(real, axis=1)[:, ::-1])
+    assert not batch.tokens[~real].any()
+    assert not batch.loss_mask[~real].any()
+    steps = np.diff(np.where(real, batch.segments, 0), axis=1)[real[:, 1:]]
+    assert set(steps.tolist()) <= {0, 1}
+    starts = np.diff(batch.segments, axis=1, prepend=0) == 1
+    assert not batch.loss_mask[starts].any()
+    assert [batch.tokens.dtype, batch.segments.dtype] == [np.int32, np.int32]
+    assert batch.loss_mask.dtype == bool
+
+
+def test_width_is_a_multiple_of_eight_up_to_the_limit(tokenizer):
+    row = {"text": "I loved it."}
+    length = len(ids(tokenizer, row["text"])) + 1
+    batch, _ = text_rows([row], tokenizer, Settings())
+    assert batch.tokens.shape[1] == -(-length // 8) * 8
+    batch, _ = text_rows([row] * 9, tokenizer, Settings(max_length=2 * length + 1))
+    assert batch.tokens.shape[1] <= 2 * length + 1
+
+
+def first_fit_by_loop(lengths, capacity):
+    rows = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for row in rows:
+            if sum(lengths[i] for i in row) + lengths[index] <= capacity:
+                row.append(index)
+                break
+        else:
+            rows.append([index])
+    return rows
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_pack_is_first_fit_decreasing(lengths):
+    assert pack(lengths, 20) == first_fit_by_loop(lengths, 20)
