@@ -27,9 +27,7 @@ def token_logprobs(logits, tokens):
     expect(logits=(logits, "...V", float), tokens=(tokens, "...", int))
     shifted = _shifted(logits)
     # A comparison and not a gather: as fast, and it lets the vocabulary stay split over devices.
-    is_token = (
-        lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
-    )
+    is_token = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == tokens[..., None]
     chosen = jnp.sum(jnp.where(is_token, shifted, 0.0), axis=-1)
     chosen = jnp.where((tokens >= 0) & (tokens < logits.shape[-1]), chosen, jnp.nan)
     return chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))

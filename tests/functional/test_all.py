@@ -1,0 +1,182 @@
+"""What holds for every public function."""
+
+import doctest
+import functools
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rlhf_jax
+from rlhf_jax import functional
+from tests.functional.cases import B, T, make_cases
+
+CASES = make_cases(0)
+LOSSES = [name for name in CASES if name.endswith("_loss")]
+MASKED = [name for name, case in CASES.items() if "mask" in case.arrays]
+
+
+def call(function, case, arrays, **keywords):
+    return function(**arrays, **case.options, **case.coefficients, **keywords)
+
+
+@functools.cache
+def compiled(name):
+    """(arrays, **keywords) -> outputs and gradients of the first output's sum, for one case."""
+    case, function = CASES[name], getattr(functional, name)
+
+    def total(differentiable, arrays, keywords):
+        output = call(function, case, {**arrays, **differentiable}, **keywords)
+        return jnp.sum(output[0] if isinstance(output, tuple) else output), output
+
+    def outputs(arrays, **keywords):
+        differentiable = {key: arrays[key] for key in case.differentiable}
+        if not differentiable:
+            return total({}, arrays, keywords)[1], {}
+        gradients, output = jax.grad(total, has_aux=True)(differentiable, arrays, keywords)
+        return output, gradients
+
+    return jax.jit(outputs)
+
+
+def float_arrays(case):
+    return {name: x for name, x in case.arrays.items() if x.dtype == np.float32}
+
+
+def test_every_function_but_those_of_scalars_has_a_case():
+    assert set(functional.__all__) - set(CASES) == {"adaptive_kl_update", "penalty_kl_update"}
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_the_compiled_function_has_the_signature_and_docstring_of_the_plain_one(name):
+    plain, compiled = getattr(functional, name), getattr(rlhf_jax, name)
+    assert compiled is not plain
+    assert hasattr(compiled, "lower"), "not compiled"
+    assert inspect.signature(compiled) == inspect.signature(plain)
+    assert compiled.__doc__ == plain.__doc__
+    assert name in rlhf_jax.__all__
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_the_docstring_has_an_example_that_the_compiled_function_fulfils(name):
+    names = {**vars(rlhf_jax), "jnp": jnp}
+    test = doctest.DocTestParser().get_doctest(getattr(rlhf_jax, name).__doc__, names, name, "", 0)
+    assert test.examples
+    assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_equals_plain(name):
+    case = CASES[name]
+    plain = call(getattr(functional, name), case, case.arrays)
+    jitted = call(getattr(rlhf_jax, name), case, case.arrays)
+    chex.assert_trees_all_close(jitted, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vmap_equals_a_loop(name):
+    batches = [make_cases(seed)[name].arrays for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+    mapped = jax.vmap(compiled(name))(stacked)
+    looped = jax.tree.map(lambda *x: np.stack(x), *[compiled(name)(arrays) for arrays in batches])
+    chex.assert_trees_all_close(mapped, looped, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_trace_per_shape_whatever_the_coefficients(name):
+    traces = []
+
+    def counted(*arrays, **keywords):
+        traces.append(name)
+        return getattr(functional, name)(*arrays, **keywords)
+
+    compiled = jax.jit(counted, static_argnames=tuple(CASES[name].options))
+    for seed, scale in ((0, 1.0), (1, 0.5)):
+        case = make_cases(seed)[name]
+        coefficients = {key: scale * value for key, value in case.coefficients.items()}
+        compiled(*case.arrays.values(), **case.options, **coefficients)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if float_arrays(CASES[name])])
+def test_bfloat16_is_read_and_float32_returned(name):
+    case = CASES[name]
+    halved = {key: jnp.asarray(x, jnp.bfloat16) for key, x in float_arrays(case).items()}
+    widened = {key: np.asarray(x, np.float32) for key, x in halved.items()}
+    output, gradients = compiled(name)({**case.arrays, **halved})
+    expected, _ = compiled(name)({**case.arrays, **widened})
+    assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in gradients.values()} == {jnp.dtype("bfloat16")}
+    chex.assert_trees_all_close(output, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_changes_neither_values_nor_gradients(name, garbage):
+    arrays = CASES[name].arrays
+    poisoned = dict(arrays)
+    for key, x in arrays.items():
+        if key != "mask" and x.shape[:2] == arrays["mask"].shape:
+            filler = garbage if x.dtype == np.float32 else -100
+            mask = arrays["mask"].reshape(B, T, *[1] * (x.ndim - 2))
+            poisoned[key] = np.where(mask, x, filler).astype(x.dtype)
+            assert np.any(poisoned[key] != x)
+    output, gradients = compiled(name)(arrays)
+    assert all(np.isfinite(x).all() for x in gradients.values())
+    assert all(np.any(x != 0) for x in gradients.values())
+    chex.assert_trees_all_equal(compiled(name)(poisoned), (output, gradients))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_an_empty_mask_yields_zeros(name):
+    arrays = CASES[name].arrays
+    nothing = {**arrays, "mask": np.zeros_like(arrays["mask"])}
+    for x in jax.tree.leaves(compiled(name)(nothing)):
+        np.testing.assert_array_equal(x, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_dtype_is_named_at_trace_time(name):
+    other = {"float32": np.int32, "int32": np.float32, "bool": np.float32}
+    case = CASES[name]
+    for key, x in case.arrays.items():
+        changed = {**case.arrays, key: np.zeros(x.shape, other[str(x.dtype)])}
+        with pytest.raises(ValueError, match=rf"^{key} must be (float|int|bool)\["):
+            jax.eval_shape(functools.partial(call, getattr(functional, name), case), changed)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unequal_shapes_are_named_at_trace_time(name):
+    case = CASES[name]
+    for key, x in case.arrays.items() if len(case.arrays) > 1 else ():
+        with pytest.raises(ValueError, match=r"^(\w+) must be .* with .*, but is "):
+            jax.eval_shape(
+                functools.partial(call, getattr(functional, name), case),
+                {**case.arrays, key: x[1:]},
+            )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_a_float32_scalar_with_flat_float32_metrics(name):
+    (loss, metrics), _ = compiled(name)(CASES[name].arrays)
+    for x in (loss, *metrics.values()):
+        assert (x.shape, x.dtype) == ((), jnp.float32)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_with_the_large_denominator_add_up(name):
+    arrays = CASES[name].arrays
+    count = arrays.get("mask", np.ones(B, bool)).sum()
+    parts = [
+        compiled(name)({key: x[rows] for key, x in arrays.items()}, denominator=count)
+        for rows in (slice(0, 1), slice(1, B))
+    ]
+    (outputs, gradients) = zip(*parts, strict=True)
+    whole = compiled(name)(arrays)
+    summed = jax.tree.map(lambda *x: sum(x), *outputs)
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *gradients)
+    chex.assert_trees_all_close(summed, whole[0], rtol=1e-5)
+    chex.assert_trees_all_close(joined, whole[1], rtol=1e-5, atol=1e-7)

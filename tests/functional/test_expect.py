@@ -1,0 +1,55 @@
+"""Messages of the checks of shapes and dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.functional.expect import expect, expect_one_of
+
+X = np.zeros((2, 3), np.float32)
+
+
+def message(**arguments):
+    with pytest.raises(ValueError) as caught:
+        expect(**arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_what_fits_passes(dtype):
+    x, tokens = jnp.zeros((2, 3), dtype), jnp.zeros((2, 3), jnp.int32)
+    expect(x=(x, "BT", float), tokens=(tokens, "BT", int), mask=(tokens > 0, "BT", bool))
+    expect(logits=(x, "...V", float), tokens=(tokens[:, 0], "...", int))
+    expect(logits=(x[0], "...V", float), token=(tokens[0, 0], "...", int))
+
+
+def test_the_message_says_what_is_expected_and_what_was_given():
+    assert message(x=(X, "BT", float), y=(X[:, :2], "BT", float)) == (
+        "y must be float[B, T] with B = 2, T = 3, but is float32[2, 2]."
+    )
+    assert message(x=(X, "BTV", float)) == "x must be float[B, T, V], but is float32[2, 3]."
+    assert message(x=(X, "BT", int)) == "x must be int[B, T], but is float32[2, 3]."
+    assert message(x=(X, "BT", bool)) == "x must be bool[B, T], but is float32[2, 3]."
+    assert message(mask=(X > 0, "BT", float)) == "mask must be float[B, T], but is bool[2, 3]."
+    assert message(x=(X, "...V", float), y=(X, "...", float)) == (
+        "y must be float[...] with ... = [2], but is float32[2, 3]."
+    )
+
+
+@pytest.mark.parametrize("given", [[1.0, 2.0], None, 0.5, "text"])
+def test_what_is_no_array_is_named(given):
+    assert message(scores=(given, "B", float)) == (
+        f"scores must be float[B], but is {given!r} (no array)."
+    )
+
+
+def test_the_check_happens_when_tracing():
+    with pytest.raises(ValueError, match="^x must be int"):
+        jax.eval_shape(lambda x: expect(x=(x, "B", int)), X[0])
+
+
+def test_choices():
+    expect_one_of(kind=("a", ("a", "b")))
+    with pytest.raises(ValueError, match="^kind must be one of 'a', 'b', but is 'c'.$"):
+        expect_one_of(kind=("c", ("a", "b")))

@@ -1,0 +1,62 @@
+"""Log-probabilities and entropies against NumPy, and at extremes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rlhf_jax as rlhf
+
+
+def logprobs_by_loop(logits):
+    logits = np.asarray(logits, np.float64)
+    out = np.empty(logits.shape)
+    for index in np.ndindex(logits.shape[:-1]):
+        row = logits[index]
+        out[index] = row - row.max() - np.log(np.exp(row - row.max()).sum())
+    return out
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_logprobs_and_entropy_match_a_loop(rng, scale):
+    logits = (scale * rng.normal(size=(3, 4, 9))).astype(np.float32)
+    logits[0, 0, 3:] = -np.inf
+    tokens = np.argmax(logits, axis=-1) if scale > 1 else rng.integers(0, 3, size=(3, 4))
+    expected = logprobs_by_loop(logits)
+    p = np.exp(expected)
+    entropy = -np.sum(p * np.where(p > 0, expected, 0.0), axis=-1)
+    chosen = np.take_along_axis(expected, tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(rlhf.token_logprobs(logits, tokens), chosen, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rlhf.token_entropy(logits), entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_large_logits_keep_their_digits():
+    logits = np.array([1e5, 1e5 - 1.0, -np.inf], np.float32)
+    expected = -np.log1p(np.exp(-1.0))
+    np.testing.assert_allclose(rlhf.token_logprobs(logits, np.array(0)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min, -1e4])
+def test_gradients_with_impossible_tokens_are_those_without_them(rng, low):
+    logits = rng.normal(size=5).astype(np.float32)
+    padded = np.concatenate([logits, np.full(3, low, np.float32)])
+    for function in (
+        rlhf.token_entropy,
+        lambda x: rlhf.token_logprobs(x, jnp.int32(2)),
+    ):
+        np.testing.assert_allclose(function(padded), function(logits), rtol=1e-6)
+        grad = jax.grad(function)(padded)
+        np.testing.assert_allclose(grad[:5], jax.grad(function)(logits), rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(grad[5:], 0.0)
+
+
+def test_a_token_of_probability_zero_has_a_finite_gradient():
+    logits = np.array([0.0, 0.0, -np.inf], np.float32)
+    value, grad = jax.value_and_grad(rlhf.token_logprobs)(logits, np.array(2))
+    assert value == -np.inf
+    np.testing.assert_allclose(grad, [-0.5, -0.5, 1.0])
+
+
+@pytest.mark.parametrize("token", [-1, -100, 3])
+def test_a_token_outside_the_vocabulary_is_nan_and_not_another_token(token):
+    assert np.isnan(rlhf.token_logprobs(np.zeros(3, np.float32), np.array(token)))

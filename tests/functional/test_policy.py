@@ -1,0 +1,92 @@
+"""Policy and value losses against loops, and at extremes."""
+
+import jax
+import numpy as np
+import pytest
+
+import rlhf_jax as rlhf
+
+
+def policy_by_loop(logprobs, old_logprobs, advantages, mask, clip_range):
+    losses, clipped, squares, ratios = [], [], [], []
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        log_ratio = float(logprobs[b, t]) - float(old_logprobs[b, t])
+        ratio, advantage = np.exp(log_ratio), float(advantages[b, t])
+        bounded = min(max(ratio, 1 - clip_range), 1 + clip_range)
+        losses.append(-min(advantage * ratio, advantage * bounded))
+        clipped.append(advantage * bounded < advantage * ratio)
+        squares.append(log_ratio**2)
+        ratios.append(ratio)
+    return np.mean(losses), np.mean(clipped), np.mean(squares) / 2, np.mean(ratios)
+
+
+def value_by_loop(values, old_values, returns, mask, clip_range):
+    losses, clipped = [], []
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        value, old, target = float(values[b, t]), float(old_values[b, t]), float(returns[b, t])
+        bounded = old + min(max(value - old, -clip_range), clip_range)
+        losses.append(max((value - target) ** 2, (bounded - target) ** 2) / 2)
+        clipped.append(abs(value - old) > clip_range and losses[-1] > (value - target) ** 2 / 2)
+    return np.mean(losses), np.mean(clipped)
+
+
+@pytest.mark.parametrize("clip_range", [None, 0.05, 0.5])
+def test_policy_loss_matches_a_loop(rng, ragged_mask, clip_range):
+    logprobs, old, advantages = rng.normal(size=(3, *ragged_mask.shape)).astype(np.float32)
+    logprobs = (0.5 * old + 0.5 * logprobs).astype(np.float32)
+    options = {} if clip_range is None else {"clip_range": clip_range}
+    loss, metrics = rlhf.ppo_policy_loss(logprobs, old, advantages, ragged_mask, **options)
+    expected = policy_by_loop(logprobs, old, advantages, ragged_mask, clip_range or 0.2)
+    assert 0 < expected[1] < 1
+    outputs = [loss, metrics["clipfrac"], metrics["approxkl"], metrics["ratio"]]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip_range", [None, 0.05, 0.5])
+def test_value_loss_matches_a_loop(rng, ragged_mask, clip_range):
+    values, old, returns = rng.normal(size=(3, *ragged_mask.shape)).astype(np.float32)
+    options = {} if clip_range is None else {"clip_range": clip_range}
+    loss, metrics = rlhf.ppo_value_loss(values, old, returns, ragged_mask, **options)
+    expected = value_by_loop(values, old, returns, ragged_mask, clip_range or 0.2)
+    assert 0 < expected[1] < 1
+    np.testing.assert_allclose([loss, metrics["clipfrac"]], expected, rtol=1e-5)
+
+
+def test_values_inside_the_range_are_not_clipped_by_rounding(rng):
+    old = rng.normal(size=(20, 20)).astype(np.float32)
+    values = old + rng.uniform(-0.1, 0.1, size=old.shape).astype(np.float32)
+    returns = rng.normal(size=old.shape).astype(np.float32)
+    _, metrics = rlhf.ppo_value_loss(values, old, returns, np.ones(old.shape, bool))
+    assert metrics["clipfrac"] == 0
+
+
+def test_reinforce_loss_matches_a_loop(rng, ragged_mask):
+    logprobs, advantages = rng.normal(size=(2, *ragged_mask.shape)).astype(np.float32)
+    loss, metrics = rlhf.reinforce_loss(logprobs, advantages, ragged_mask)
+    products = (np.float64(logprobs) * advantages)[ragged_mask]
+    np.testing.assert_allclose(loss, -products.mean(), rtol=1e-5)
+    assert metrics == {}
+
+
+def test_at_equal_policies_ppo_is_the_policy_gradient(rng, ragged_mask):
+    logprobs, advantages = rng.normal(size=(2, *ragged_mask.shape)).astype(np.float32)
+    ppo = jax.grad(lambda x: rlhf.ppo_policy_loss(x, logprobs, advantages, ragged_mask)[0])
+    plain = jax.grad(lambda x: rlhf.reinforce_loss(x, advantages, ragged_mask)[0])
+    np.testing.assert_allclose(ppo(logprobs), plain(logprobs), rtol=1e-6)
+    _, metrics = rlhf.ppo_policy_loss(logprobs, logprobs, advantages, ragged_mask)
+    assert (metrics["ratio"], metrics["approxkl"], metrics["clipfrac"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("log_ratio", [-1e4, -89.0, 89.0, 1e4])
+@pytest.mark.parametrize("advantage", [-10.0, 0.0, 10.0])
+def test_extreme_ratios_have_finite_losses_and_gradients(log_ratio, advantage):
+    old, advantages = np.zeros((1, 2), np.float32), np.float32([[advantage, 1.0]])
+    logprobs, mask = np.float32([[log_ratio, 0.0]]), np.ones((1, 2), bool)
+    (loss, metrics), gradient = jax.value_and_grad(rlhf.ppo_policy_loss, has_aux=True)(
+        logprobs, old, advantages, mask
+    )
+    assert np.isfinite([loss, *metrics.values()]).all()
+    assert np.isfinite(gradient).all()
+    if log_ratio > 0 and advantage > 0:  # clipped: the extreme ratio earns no more than 1.2
+        np.testing.assert_allclose(loss, -(1.2 * advantage + 1.0) / 2, rtol=1e-6)
+        np.testing.assert_array_equal(gradient, [[0.0, -0.5]])

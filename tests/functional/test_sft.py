@@ -1,0 +1,56 @@
+"""Cross entropy against a loop."""
+
+import jax
+import numpy as np
+import pytest
+
+import rlhf_jax as rlhf
+
+
+def cross_entropy_by_loop(logits, targets, mask, label_smoothing, z_loss):
+    losses, nlls, hits = [], [], []
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        row = np.float64(logits[b, t])
+        log_normalizer = np.log(np.exp(row).sum())
+        nll = log_normalizer - row[targets[b, t]]
+        uniform = np.mean(log_normalizer - row[np.isfinite(row)])
+        loss = (1 - label_smoothing) * nll + label_smoothing * uniform
+        losses.append(loss + z_loss * log_normalizer**2)
+        nlls.append(nll)
+        hits.append(row.argmax() == targets[b, t])
+    return np.mean(losses), np.mean(nlls), np.mean(hits)
+
+
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.2, 0.0), (0.1, 0.03)])
+def test_cross_entropy_matches_a_loop(rng, ragged_mask, label_smoothing, z_loss):
+    logits = rng.normal(size=(*ragged_mask.shape, 6)).astype(np.float32)
+    logits[..., 4:] = -np.inf
+    targets = rng.integers(0, 4, size=ragged_mask.shape)
+    loss, metrics = rlhf.cross_entropy_loss(
+        logits, targets, ragged_mask, label_smoothing=label_smoothing, z_loss=z_loss
+    )
+    expected = cross_entropy_by_loop(logits, targets, ragged_mask, label_smoothing, z_loss)
+    assert 0 < expected[2] < 1
+    np.testing.assert_allclose([loss, metrics["nll"], metrics["accuracy"]], expected, rtol=1e-5)
+
+
+def test_the_gradient_is_probability_less_target(rng):
+    logits = rng.normal(size=(1, 2, 4)).astype(np.float32)
+    targets, mask = np.array([[1, 2]]), np.ones((1, 2), bool)
+    loss = lambda x: rlhf.cross_entropy_loss(x, targets, mask)[0]  # noqa: E731
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        jax.grad(loss)(logits), (p - np.eye(4)[targets]) / 2, rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_confident_logits_have_finite_losses_and_gradients(scale):
+    logits = np.float32([[[scale, 0.0, -np.inf]]])
+    targets, mask = np.array([[0]]), np.ones((1, 1), bool)
+    loss = lambda x: rlhf.cross_entropy_loss(  # noqa: E731
+        x, targets, mask, label_smoothing=0.1, z_loss=1e-4
+    )[0]
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
