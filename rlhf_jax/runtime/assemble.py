@@ -1,0 +1,147 @@
+"""From a configuration to the things that a stage works with: tokenizer, model, mesh, state."""
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.runtime.config import ModelSettings
+
+ScoreFunction = Callable[..., list[float]]
+
+
+def compute_dtype(name: str) -> str:
+    """The dtype of products: "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def choose_tokenizer(
+    settings: TokenizerSettings, model_path: str | None, texts: Callable[[], Iterable[str]]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer at `tokenizer.path`, else that of the model, else one trained on `texts`."""
+    path = settings.path or model_path
+    if path is not None:
+        return load_tokenizer(path)
+    return train_tokenizer(texts(), settings.vocab_size)
+
+
+def load_model(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, key: jax.Array
+) -> tuple[GPT2, Params]:
+    """The language model at `model.path`, or a fresh one for the tokenizer's vocabulary.
+
+    Raises:
+      InputError: the folder cannot be read, or the tokenizer has ids that the model lacks.
+    """
+    dtype = compute_dtype(settings.dtype)
+    if settings.path is not None:
+        model, params = load_pretrained(settings.path, dtype=dtype)
+        check_vocabulary(model, tokenizer, settings.path)
+        return model, params
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=settings.n_positions,
+        n_embd=settings.n_embd,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        resid_pdrop=settings.dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = GPT2(config, dtype)
+    return model, jax.jit(model.init)(key)
+
+
+def load_scorer(
+    path: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerFast
+) -> tuple[GPT2, Params]:
+    """The reward model at a path; it scores tokens, so it must share the policy's tokenizer.
+
+    Raises:
+      InputError: the folder cannot be read, or its tokenizer is another one.
+    """
+    model, params = load_reward_model(path, dtype=compute_dtype(settings.dtype))
+    check_vocabulary(model, tokenizer, path)
+    theirs, ours = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
+    if any(theirs.get(token) != index for token, index in ours.items()):
+        raise InputError(
+            f"The reward model in {path} has another tokenizer than the policy; train both with "
+            "the same one."
+        )
+    return model, params
+
+
+def check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    """Raises an InputError if the tokenizer makes ids that the model does not have."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model in {path} has a vocab_size "
+            f"of {model.config.vocab_size}; use the tokenizer that the model was made with."
+        )
+
+
+def check_positions(model: Model, needed: int, what: str) -> None:
+    """Raises an InputError if rows can be longer than the model has positions."""
+    if needed > model.config.n_positions:
+        raise InputError(
+            f"{what} = {needed} exceeds the model's n_positions = {model.config.n_positions}; "
+            "shorten it, or use a model with more positions."
+        )
+
+
+def born_sharded(mesh: Mesh, init: Callable[..., Any], *args: Any) -> Any:
+    """init(*args) under jit, each array born in its place on the mesh."""
+    shardings = tree_shardings(mesh, jax.eval_shape(init, *args))
+    return jax.jit(init, out_shardings=shardings)(*args)
+
+
+def load_function(name: str) -> ScoreFunction:
+    """The function that "module:function" names.
+
+    Raises:
+      InputError: there is no such module or function.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{name!r} names no function ({error}); write it as module:function, importable from "
+            "here."
+        ) from error
+    if not callable(function):
+        raise InputError(f"{name!r} is not a function; write it as module:function.")
+    return function
+
+
+def call_scores(
+    function: ScoreFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
+) -> list[float]:
+    """function(prompts, completions, **columns), checked: one finite number for each completion.
+
+    Raises:
+      InputError: it gave something else.
+    """
+    scores = [float(score) for score in function(prompts, completions, **columns)]
+    name = getattr(function, "__name__", "the score function")
+    if len(scores) != len(completions):
+        raise InputError(
+            f"{name} gave {len(scores)} scores for {len(completions)} completions; it has to give "
+            "one for each."
+        )
+    return scores

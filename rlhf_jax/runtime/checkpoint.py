@@ -1,0 +1,69 @@
+"""Orbax checkpoints of a train state, and the configuration that they belong to."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rlhf_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The section `checkpoint` of a configuration.
+
+    Attributes:
+      every: steps between checkpoints; 0 saves at the end, and when interrupted, alone.
+      keep: how many of the newest are kept.
+    """
+
+    every: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise InputError(
+                "checkpoint.every must be at least 0 and checkpoint.keep at least 1, but are "
+                f"{self.every} and {self.keep}."
+            )
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `run_dir/checkpoints/STEP`.
+
+    A checkpoint is written under a temporary name and renamed when it is whole, so that the newest
+    one can always be restored.
+    """
+
+    def __init__(self, run_dir: str, settings: Settings) -> None:
+        folder = epath.Path(run_dir).resolve() / "checkpoints"
+        # On the CPU an array and its copy on the host can share memory, which the next, donating
+        # step would overwrite while a background write is under way.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=settings.keep,
+            create=True,
+            enable_async_checkpointing=jax.default_backend() != "cpu",
+        )
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves the pytree; a step that is there already is left as it is."""
+        if self._manager.latest_step() != step:
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+    def restore(self, like: Any) -> Any:
+        """The newest checkpoint, with the structure, dtypes and shardings of `like`."""
+        step = self._manager.latest_step()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def close(self) -> None:
+        """Waits for a write that is under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()

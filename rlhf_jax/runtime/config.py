@@ -1,0 +1,418 @@
+"""Configurations: frozen dataclasses composed of each room's settings, read from YAML and flags.
+
+A value comes from the class, then from the file given by `--config`, then from `--section.key`.
+jsonargparse does the reading and the type checks; what it says is put into one sentence here.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import yaml
+from etils import epath
+from jsonargparse import ArgumentError, ArgumentParser
+
+from rlhf_jax.data.datasets import Settings as DataSettings
+from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.errors import InputError
+from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
+from rlhf_jax.runtime.metrics import Settings as LoggingSettings
+from rlhf_jax.runtime.metrics import disk_errors, replace_file
+from rlhf_jax.training.ppo import Settings as PPOSettings
+from rlhf_jax.training.reward import Settings as RewardSettings
+from rlhf_jax.training.sft import Settings as SFTSettings
+from rlhf_jax.training.state import OptimizerSettings
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The section `model`: where the parameters come from, or the sizes of a fresh GPT-2.
+
+    Attributes:
+      path: a Hugging Face folder or hub name to start from; null makes a fresh model.
+      reward_path: likewise for the reward model that scores responses; PPO and evaluation read it.
+      reference_path: likewise for the policy that evaluation compares with.
+      n_layer, n_head, n_embd, n_positions: of a fresh model.
+      dropout: of a fresh model, in supervised fine-tuning alone.
+      dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
+    """
+
+    path: str | None = None
+    reward_path: str | None = None
+    reference_path: str | None = None
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    n_positions: int = 256
+    dropout: float = 0.1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise InputError(
+                f"model.dropout must be at least 0 and below 1, but is {self.dropout}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """The section `generation`: how responses are sampled outside PPO.
+
+    Attributes:
+      max_new_tokens: the longest response.
+      min_new_tokens: EOS cannot come before this many tokens.
+      temperature: 0 takes the likeliest token.
+      top_k, top_p: 0 and 1 keep the whole distribution.
+      batch_size: prompts at a time.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise InputError(
+                "generation.max_new_tokens and generation.batch_size must be at least 1, but are "
+                f"{self.max_new_tokens} and {self.batch_size}."
+            )
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                "generation.temperature and generation.top_k must not be negative and "
+                "generation.top_p must be above 0 and at most 1, but are "
+                f"{self.temperature}, {self.top_k} and {self.top_p}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The section `evaluation`: how held-out responses are judged.
+
+    Attributes:
+      gold_fn: "module:function", a score that nothing is trained on:
+        f(prompts, completions, **columns) -> list of numbers. Null: the reward model alone judges.
+      batch_size: prompts at a time.
+      num_samples: pairs of responses, before and after, that the report shows.
+    """
+
+    gold_fn: str | None = None
+    batch_size: int = 128
+    num_samples: int = 12
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_samples < 0:
+            raise InputError(
+                "evaluation.batch_size must be at least 1 and evaluation.num_samples at least 0, "
+                f"but are {self.batch_size} and {self.num_samples}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """All settings of `train_sft.py`."""
+
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=5e-4)
+    sft: SFTSettings = SFTSettings()
+    generation: GenerationSettings = GenerationSettings()
+    mesh: MeshSettings = MeshSettings()
+    logging: LoggingSettings = LoggingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    seed: int = 0
+    run_dir: str = "runs/sft"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """All settings of `train_reward.py`."""
+
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    reward: RewardSettings = RewardSettings()
+    mesh: MeshSettings = MeshSettings()
+    logging: LoggingSettings = LoggingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    seed: int = 0
+    run_dir: str = "runs/reward"
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """All settings of `train_ppo.py`."""
+
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-5, eps=1e-5)
+    ppo: PPOSettings = PPOSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    mesh: MeshSettings = MeshSettings()
+    logging: LoggingSettings = LoggingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    seed: int = 0
+    run_dir: str = "runs/ppo"
+
+
+@dataclasses.dataclass(frozen=True)
+class StageData:
+    """The section `data` of `run_rlhf.py`: one for each stage."""
+
+    sft: DataSettings = DataSettings()
+    reward: DataSettings = DataSettings()
+    ppo: DataSettings = DataSettings()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOptimizers:
+    """The section `optimizer` of `run_rlhf.py`: one for each stage."""
+
+    sft: OptimizerSettings = OptimizerSettings(learning_rate=5e-4)
+    reward: OptimizerSettings = OptimizerSettings()
+    ppo: OptimizerSettings = OptimizerSettings(learning_rate=1e-5, eps=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLHFConfig:
+    """All settings of `run_rlhf.py`; `data` and `optimizer` hold one part for each stage."""
+
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: StageData = StageData()
+    optimizer: StageOptimizers = StageOptimizers()
+    sft: SFTSettings = SFTSettings()
+    reward: RewardSettings = RewardSettings()
+    ppo: PPOSettings = PPOSettings()
+    generation: GenerationSettings = GenerationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    mesh: MeshSettings = MeshSettings()
+    logging: LoggingSettings = LoggingSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    seed: int = 0
+    run_dir: str = "runs/rlhf"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """All settings of `generate.py`.
+
+    Attributes:
+      prompt: one prompt to answer; where given, `data` is not read.
+      output: a JSONL file to write; null writes to standard output.
+    """
+
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings = DataSettings()
+    generation: GenerationSettings = GenerationSettings()
+    mesh: MeshSettings = MeshSettings()
+    prompt: str | None = None
+    output: str | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """All settings of `evaluate.py`.
+
+    Attributes:
+      kind: "text": loss and perplexity of `model.path` on texts; "pairs": accuracy of the reward
+        model `model.reward_path`; "policy": responses of `model.path`, against those of
+        `model.reference_path` where given, by the reward model and the gold score.
+    """
+
+    kind: Literal["text", "pairs", "policy"] = "policy"
+    model: ModelSettings = ModelSettings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    data: DataSettings = DataSettings()
+    generation: GenerationSettings = GenerationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    mesh: MeshSettings = MeshSettings()
+    seed: int = 0
+    run_dir: str = "runs/evaluation"
+
+
+def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line: `--config FILE.yaml --section.key value ...`.
+
+    `--help` and `--print_config` print and exit.
+
+    Raises:
+      InputError: one sentence that names the key and what is allowed.
+    """
+    return _parse(kind, sys.argv[1:] if argv is None else list(argv))
+
+
+def resolve(kind: type[Config], config: Config | str | os.PathLike | Mapping[str, Any]) -> Config:
+    """A configuration from itself, a YAML file, or a nested dict of the same form.
+
+    Raises:
+      InputError: as `parse` does.
+    """
+    if isinstance(config, kind):
+        return config
+    if isinstance(config, (str, os.PathLike)):
+        return _parse(kind, ["--config", os.fspath(config)])
+    parser = _parser(kind)
+    with _one_sentence(kind):
+        return _build(kind, parser, parser.parse_object(dict(config)))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts and lists, ready for YAML and JSON."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The text of `config.yaml`; feeding it back gives an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+# What may differ when a run goes on: how it is watched, and how often it is saved.
+_FREE_TO_CHANGE = ("logging.", "checkpoint.", "run_dir", "mesh.")
+
+
+def claim_run_dir(config: Any) -> None:
+    """Makes the run folder and writes `config.yaml`, or checks that it is there and the same.
+
+    Raises:
+      InputError: the folder cannot be written, or was made with another configuration.
+    """
+    folder = epath.Path(config.run_dir)
+    file = folder / "config.yaml"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        there = yaml.safe_load(file.read_text()) if file.exists() else None
+    if there is not None:
+        _check_same(config.run_dir, there, to_dict(config))
+    with disk_errors(folder):
+        replace_file(file, to_yaml(config).encode())
+
+
+def _check_same(run_dir: str, there: Any, here: dict[str, Any]) -> None:
+    old, new = _flat(there), _flat(here)
+    for key in sorted({*old, *new}):
+        if key.startswith(_FREE_TO_CHANGE) or old.get(key) == new.get(key):
+            continue
+        raise InputError(
+            f"The run folder {run_dir} was made with another configuration: {key} is "
+            f"{old.get(key)!r} there and {new.get(key)!r} here; choose another --run_dir, or give "
+            "the same configuration to continue that run."
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _parser(kind: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, description=_summary(kind))
+    parser.add_argument("--config", action="config", help="A YAML file of settings.")
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def _summary(kind: type) -> str:
+    return (kind.__doc__ or "").split("\n")[0]
+
+
+def _parse(kind: type[Config], argv: list[str]) -> Config:
+    parser = _parser(kind)
+    with _one_sentence(kind):
+        return _build(kind, parser, parser.parse_args(argv))
+
+
+def _build(kind, parser, namespace):
+    made = parser.instantiate(namespace)
+    return kind(**{field.name: made[field.name] for field in dataclasses.fields(kind)})
+
+
+@contextlib.contextmanager
+def _one_sentence(kind: type):
+    """Turns what jsonargparse says of a wrong key, type or file into one InputError."""
+    try:
+        yield
+    except (ArgumentError, TypeError) as error:
+        raise InputError(_sentence(kind, str(error))) from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(_sentence(kind, str(error))) from None
+
+
+def _sentence(kind: type, text: str) -> str:
+    text = " ".join(text.split())
+    # The innermost complaint is about the key; what wraps it retells the way there.
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
+        return _unknown(kind, f"{found[1]}.{found[2]}")
+    if found := re.search(r"(?:unrecognized arguments: --|Option ')([\w.]+)", text):
+        return _unknown(kind, found[1])
+    if found := re.search(r"unrecognized arguments: (\S+)", text):
+        return f"{found[1]!r} is no option; settings are given as --section.key value."
+    if found := re.search(r"(?:File does not exist|not a valid path).*?'(.*?)'", text):
+        return f"The file {found[1]} does not exist; give --config a YAML file."
+    if found := re.search(r"Problems parsing config: (.*)", text):
+        return f"The configuration file is not valid YAML: {found[1]}."
+    if found := re.search(r"Parser key ['\"]([\w.]+)['\"]: (.*)", text):
+        return f"{found[1]} {_wrong_type(found[2])}"
+    if "must be a mapping" in text or "must be a dict" in text:
+        return "A section of the configuration holds no keys; write `section: {key: value}`."
+    return text
+
+
+def _wrong_type(reason: str) -> str:
+    if found := re.search(r"^Expected an? (.*?)\. Got value: (.*)$", reason):
+        return f"must be {_type_name(found[1])}, but is {found[2]!r}."
+    if found := re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)$", reason):
+        kinds = " or ".join(_type_name(kind) for kind in found[1].split(", "))
+        return f"must be {kinds}, but is {found[2]!r}."
+    return f"is wrong: {reason}"
+
+
+def _type_name(text: str) -> str:
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    return text.replace("Literal[", "one of [").replace("NoneType", "null")
+
+
+def _unknown(kind: type, key: str) -> str:
+    """Names the section's keys, and the nearest one."""
+    section, _, name = key.rpartition(".")
+    fields = _section_fields(kind, section)
+    if fields is None:
+        section, name, fields = "", key.split(".")[0], _section_fields(kind, "")
+    near = difflib.get_close_matches(name, fields or [], n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    where = f"the section {section!r} has" if section else "there are"
+    return f"Unknown key {key!r}{hint}; {where} {', '.join(fields or [])}."
+
+
+def _section_fields(kind: Any, section: str) -> list[str] | None:
+    for part in section.split(".") if section else []:
+        kinds = {f.name: f.type for f in dataclasses.fields(kind)}
+        kind = kinds.get(part)
+        if not dataclasses.is_dataclass(kind):
+            return None
+    return [field.name for field in dataclasses.fields(kind)]

@@ -1,0 +1,128 @@
+"""Text in, text out: responses to prompts by a trained model, and the command `generate`."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.data.datasets import Settings as DataSettings
+from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.data.prompts import prompt_rows
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.runtime import assemble
+from rlhf_jax.runtime.config import GenerateConfig, GenerationSettings, resolve
+from rlhf_jax.runtime.metrics import disk_errors
+
+
+class Responder:
+    """Answers prompts with a model; one compiled program for all batches of a call.
+
+    Args:
+      model, tokenizer: which must belong together.
+      settings: the section `generation`.
+
+    Raises:
+      InputError: the response alone would fill all positions of the model.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings
+    ) -> None:
+        room = model.config.n_positions - settings.max_new_tokens
+        if room < 1:
+            raise InputError(
+                f"generation.max_new_tokens = {settings.max_new_tokens} leaves no room for a "
+                f"prompt in the model's n_positions = {model.config.n_positions}; shorten it."
+            )
+        self.tokenizer, self.batch_size = tokenizer, settings.batch_size
+        self.data = DataSettings(max_prompt_length=room)
+        eos = tokenizer.eos_token_id
+
+        def respond(params, batch, key):
+            return generate(
+                model,
+                params,
+                batch.prompts,
+                batch.prompt_mask,
+                key,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                stop_token_ids=(eos,),
+                min_new_tokens=settings.min_new_tokens,
+            )
+
+        self._respond = jax.jit(respond)
+
+    def __call__(self, params: Params, prompts: Sequence[str], key: jax.Array) -> list[str]:
+        """One response to each prompt, without EOS; long prompts lose their left end."""
+        return [text for batch in self.batches(params, prompts, key) for text in batch]
+
+    def batches(
+        self, params: Params, prompts: Sequence[str], key: jax.Array
+    ) -> Iterator[list[str]]:
+        """The responses, batch by batch as they are ready."""
+        rows = prompt_rows([{"prompt": prompt} for prompt in prompts], self.tokenizer, self.data)
+        batch_size = min(self.batch_size, len(prompts))
+        for index, batch in enumerate(eval_batches(rows, batch_size)):
+            rollout = self._respond(params, batch, jax.random.fold_in(key, index))
+            texts = decode(self.tokenizer, rollout.tokens, rollout.mask)
+            yield texts[: len(prompts) - index * batch_size]
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, tokens: Any, mask: Any) -> list[str]:
+    """The texts of i32[B, T] tokens under bool[B, T], without special tokens."""
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    rows = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+    return tokenizer.batch_decode(
+        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
+    """Writes one JSON object per prompt, {"prompt", "response"}, to `output` or standard output.
+
+    Returns:
+      The number of responses.
+
+    Raises:
+      InputError: there is no model, no prompt, or the output cannot be written.
+    """
+    config = resolve(GenerateConfig, config)
+    if config.model.path is None:
+        raise InputError("generate needs a model: give --model.path a folder or hub name.")
+    tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
+    key = jax.random.key(config.seed)
+    model, params = assemble.load_model(config.model, tokenizer, key)
+    responder = Responder(model, tokenizer, config.generation)
+    prompts = _prompts(config)
+    responses = (
+        text for batch in responder.batches(jax.device_put(params), prompts, key) for text in batch
+    )
+    lines = (
+        json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n"
+        for prompt, response in zip(prompts, responses, strict=True)
+    )
+    if config.output is None:
+        sys.stdout.writelines(lines)
+        return len(prompts)
+    output = epath.Path(config.output)
+    with disk_errors(output), output.open("w") as file:
+        file.writelines(lines)
+    return len(prompts)
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    if config.prompt is not None:
+        return [config.prompt]
+    train, held_out = load_rows(config.data, "prompts")
+    return [row["prompt"] if "prompt" in row else row["text"] for row in held_out or train]

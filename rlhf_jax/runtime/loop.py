@@ -1,0 +1,242 @@
+"""The loop that every stage runs in: step, log, evaluate, save, and stop losing nothing."""
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from etils import epath
+
+from rlhf_jax.runtime.checkpoint import Checkpoints
+from rlhf_jax.runtime.config import claim_run_dir, to_dict
+from rlhf_jax.runtime.metrics import (
+    MetricsWriter,
+    Progress,
+    Throughput,
+    disk_errors,
+    read_lines,
+)
+from rlhf_jax.runtime.report import write_report
+
+Metrics = dict[str, float]
+
+
+class DivergedError(FloatingPointError):
+    """A loss or a gradient is not a number; the message names the step and what is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the state was saved; the message says how to continue."""
+
+
+class StageResult(NamedTuple):
+    """What a command returns.
+
+    Attributes:
+      run_dir: the folder that it wrote.
+      metrics: the last value of each metric.
+    """
+
+    run_dir: str
+    metrics: Metrics
+
+
+class Stage(Protocol):
+    """One stage of training: what differs between SFT, reward model and PPO."""
+
+    name: str
+    total_steps: int
+
+    def init_state(self) -> Any:
+        """The state before the first step."""
+        ...
+
+    def step(self, state: Any, index: int) -> tuple[Any, Mapping[str, jax.Array], Any]:
+        """Step number `index` from 0: (state, metrics on the device, output for `observe`)."""
+        ...
+
+    def observe(self, output: Any) -> Metrics:
+        """Metrics that need the text of a step's output."""
+        ...
+
+    def evaluate(self, state: Any) -> Metrics:
+        """Metrics on held-out rows."""
+        ...
+
+    def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
+        """Rows for `samples.jsonl`."""
+        ...
+
+    def saved(self, state: Any) -> Any:
+        """The part of a state that a checkpoint holds."""
+        ...
+
+    def resumed(self, state: Any, saved: Any) -> Any:
+        """A state with that part put back."""
+        ...
+
+    def finish(self, state: Any) -> None:
+        """Writes `hf/` and what else belongs into the run folder at the end."""
+        ...
+
+
+def run(stage: Stage, config: Any) -> StageResult:
+    """Trains a stage to its end, from its newest checkpoint where there is one.
+
+    Raises:
+      InputError: the folder cannot be written, or holds a run with another configuration.
+      DivergedError: a loss or gradient is NaN or infinite.
+      Interrupted: Ctrl-C or SIGTERM, after the state was saved.
+    """
+    claim_run_dir(config)
+    folder = epath.Path(config.run_dir)
+    checkpoints = _open_checkpoints(config)
+    start = checkpoints.latest_step() or 0
+    if start == stage.total_steps and _is_finished(folder):
+        print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
+        return StageResult(config.run_dir, last_metrics(config.run_dir))
+    state = stage.init_state()
+    if start:
+        state = stage.resumed(state, checkpoints.restore(stage.saved(state)))
+    try:
+        with (
+            MetricsWriter(
+                folder, config.logging, to_dict(config), name=stage.name, initial_step=start
+            ) as writer,
+            Progress(stage.total_steps, start, stage.name, config.logging.progress) as progress,
+            _interrupts() as interrupted,
+        ):
+            loop = _Loop(stage, config, checkpoints, writer, progress)
+            state = loop.run(state, start, interrupted)
+        with disk_errors(folder):
+            stage.finish(state)
+            write_report(folder)
+    finally:
+        checkpoints.close()
+    return StageResult(config.run_dir, last_metrics(config.run_dir))
+
+
+def last_metrics(run_dir: str) -> Metrics:
+    """The newest value of each metric in `metrics.jsonl`."""
+    values: Metrics = {}
+    for row in read_lines(epath.Path(run_dir) / "metrics.jsonl"):
+        values |= {key: float(value) for key, value in row.items() if key != "time"}
+    return values
+
+
+class _Loop:
+    """One run of the loop: what stays the same from step to step."""
+
+    def __init__(self, stage, config, checkpoints, writer, progress) -> None:
+        self.stage, self.config, self.checkpoints = stage, config, checkpoints
+        self.writer, self.progress, self.throughput = writer, progress, Throughput()
+
+    def run(self, state: Any, start: int, interrupted: threading.Event) -> Any:
+        pending = None
+        for index in range(start, self.stage.total_steps):
+            state, metrics, output = self.stage.step(state, index)
+            # The step before is logged while this one runs on the device.
+            if pending is not None:
+                self._log(*pending)
+            pending = (index + 1, metrics, output)
+            if interrupted.is_set() or self._is_due(index + 1):
+                self._pause(state, *pending, stopping=interrupted.is_set())
+                pending = None
+            if interrupted.is_set():
+                raise Interrupted(
+                    f"Stopped after step {index + 1} of {self.stage.total_steps}; everything is "
+                    f"saved in {self.config.run_dir}. Run the same command again to continue."
+                )
+        return state
+
+    def _is_due(self, step: int) -> bool:
+        return (
+            step == self.stage.total_steps
+            or _every(self.config.logging.eval_every, step)
+            or _every(self.config.logging.samples_every, step)
+            or _every(self.config.checkpoint.every, step)
+        )
+
+    def _pause(self, state, step, metrics, output, *, stopping: bool) -> None:
+        """Evaluates, writes samples and saves, where it is time for each."""
+        logging, last = self.config.logging, step == self.stage.total_steps
+        self._check(step, jax.device_get(metrics))
+        evaluation: Metrics = {}
+        if not stopping and (last or _every(logging.eval_every, step)):
+            with self.throughput.pause():
+                evaluation = self.stage.evaluate(state)
+        self._log(step, metrics, output, evaluation)
+        with self.throughput.pause():
+            if not stopping and (last or _every(logging.samples_every, step)):
+                rows = self.stage.samples(state, output, logging.num_samples)
+                self.writer.samples(step, rows)
+            if stopping or last or _every(self.config.checkpoint.every, step):
+                with disk_errors(self.config.run_dir):
+                    self.checkpoints.save(step, self.stage.saved(state))
+
+    def _log(self, step, metrics, output, evaluation: Metrics | None = None) -> None:
+        values = {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
+        self._check(step, values)
+        tokens = values.pop("perf/tokens", 0.0)
+        self.throughput.add(int(tokens))
+        wanted = evaluation or step == self.stage.total_steps
+        if wanted or step % self.config.logging.log_every == 0:
+            values |= self.stage.observe(output) | (evaluation or {}) | self.throughput.metrics()
+            self.writer.write(step, values)
+        self.progress.update(step, values)
+
+    def _check(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raises where a loss or the gradient is not finite; nothing was saved since it was."""
+        for name in ("train/loss", "loss/policy_avg", "loss/value_avg", "train/grad_norm"):
+            if name in metrics and not math.isfinite(metrics[name]):
+                kept = self.checkpoints.latest_step()
+                where = (
+                    f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
+                )
+                raise DivergedError(
+                    f"{name} is {float(metrics[name])} at step {step} of the stage "
+                    f"{self.stage.name}; training stopped and kept {where}, in "
+                    f"{self.config.run_dir}. Lower "
+                    "optimizer.learning_rate and start again with another --run_dir."
+                )
+
+
+def _every(period: int, step: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def _open_checkpoints(config: Any) -> Checkpoints:
+    with disk_errors(config.run_dir):
+        return Checkpoints(config.run_dir, config.checkpoint)
+
+
+def _is_finished(folder: epath.Path) -> bool:
+    """Whether the last things that a stage writes are there."""
+    return (folder / "hf" / "config.json").exists() and (folder / "report.html").exists()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second Ctrl-C interrupts at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals reach the main thread alone
+        return
+
+    def stop(signum, frame):
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

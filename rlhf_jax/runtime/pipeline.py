@@ -1,0 +1,118 @@
+"""All three stages with one configuration: `run_rlhf`."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from rlhf_jax.runtime import evaluation, loop
+from rlhf_jax.runtime.config import (
+    PPOConfig,
+    RewardConfig,
+    RLHFConfig,
+    SFTConfig,
+    claim_run_dir,
+    resolve,
+)
+from rlhf_jax.runtime.metrics import disk_errors
+from rlhf_jax.runtime.ppo import train_ppo
+from rlhf_jax.runtime.report import format_table, write_report
+from rlhf_jax.runtime.reward import train_reward
+from rlhf_jax.runtime.sft import train_sft
+
+
+def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
+    """Supervised fine-tuning, then a reward model, then PPO, each from what the last one left.
+
+    The run folders of the stages are `sft/`, `reward/` and `ppo/` inside that of the whole, and
+    each continues where it was interrupted. The reward model starts from the fine-tuned model,
+    unless `model.reward_path` names one that is trained already; then that stage is left out.
+
+    Args:
+      config: an `RLHFConfig`, a YAML file, or a nested dict.
+
+    Returns:
+      The run folder, and the last value of each metric, under `sft/...`, `reward/...`, `ppo/...`.
+
+    Raises:
+      InputError: one sentence about what is wrong with the configuration or the data.
+    """
+    config = resolve(RLHFConfig, config)
+    claim_run_dir(config)
+    metrics: dict[str, float] = {}
+    stages = [("sft", train_sft, sft_config(config))]
+    if config.model.reward_path is None:
+        stages.append(("reward", train_reward, reward_config(config)))
+    stages.append(("ppo", train_ppo, ppo_config(config)))
+    for number, (name, train, stage_config) in enumerate(stages, start=1):
+        print(f"Stage {number} of {len(stages)}: {_TITLES[name]}", file=sys.stderr, flush=True)
+        result = train(stage_config)
+        metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
+    _finish(config)
+    return loop.StageResult(config.run_dir, metrics)
+
+
+_TITLES = {"sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO"}
+
+
+def sft_config(config: RLHFConfig) -> SFTConfig:
+    """The part of the configuration that is the first stage's."""
+    return SFTConfig(
+        model=dataclasses.replace(config.model, reward_path=None),
+        tokenizer=config.tokenizer,
+        data=config.data.sft,
+        optimizer=config.optimizer.sft,
+        sft=config.sft,
+        generation=config.generation,
+        run_dir=f"{config.run_dir}/sft",
+        **_shared(config),
+    )
+
+
+def reward_config(config: RLHFConfig) -> RewardConfig:
+    """The part of the configuration that is the second stage's."""
+    return RewardConfig(
+        model=dataclasses.replace(config.model, path=f"{config.run_dir}/sft/hf"),
+        data=config.data.reward,
+        optimizer=config.optimizer.reward,
+        reward=config.reward,
+        run_dir=f"{config.run_dir}/reward",
+        **_shared(config),
+    )
+
+
+def ppo_config(config: RLHFConfig) -> PPOConfig:
+    """The part of the configuration that is the third stage's."""
+    model = dataclasses.replace(
+        config.model,
+        path=f"{config.run_dir}/sft/hf",
+        reward_path=config.model.reward_path or f"{config.run_dir}/reward/hf",
+    )
+    return PPOConfig(
+        model=model,
+        data=config.data.ppo,
+        optimizer=config.optimizer.ppo,
+        ppo=config.ppo,
+        evaluation=config.evaluation,
+        run_dir=f"{config.run_dir}/ppo",
+        **_shared(config),
+    )
+
+
+def _shared(config: RLHFConfig) -> dict[str, Any]:
+    names = ("mesh", "logging", "checkpoint", "seed")
+    return {name: getattr(config, name) for name in names}
+
+
+def _finish(config: RLHFConfig) -> None:
+    """Puts the report of all stages into the outer folder, and prints the table."""
+    folder = epath.Path(config.run_dir)
+    compared = evaluation.read_evaluation(f"{config.run_dir}/ppo")
+    if compared is not None:
+        evaluation.save_evaluation(config.run_dir, compared)
+        print(format_table(compared["table"]))
+    with disk_errors(folder):
+        report = write_report(folder)
+    print(f"Report: {report}")

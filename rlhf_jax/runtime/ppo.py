@@ -1,0 +1,257 @@
+"""The stage of PPO: `train_ppo`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.batches import PromptBatch
+from rlhf_jax.data.batching import Batches
+from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.data.prompts import prompt_rows
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.parallel.partition import (
+    batch_sharding,
+    check_batch_size,
+    replicated,
+    tree_shardings,
+)
+from rlhf_jax.runtime import assemble, loop
+from rlhf_jax.runtime.config import PPOConfig, resolve
+from rlhf_jax.runtime.evaluation import (
+    Comparison,
+    Judged,
+    PolicyJudge,
+    columns_of,
+    compare,
+    write_evaluation,
+)
+from rlhf_jax.runtime.generation import decode
+from rlhf_jax.training import ppo
+from rlhf_jax.training.state import make_optimizer
+
+RewardFunction = Callable[..., list[float]]
+
+
+def train_ppo(
+    config: PPOConfig | str | Mapping[str, Any], reward_fn: RewardFunction | None = None
+) -> loop.StageResult:
+    """Trains a policy by PPO against a reward model, or against a Python function.
+
+    Args:
+      config: a `PPOConfig`, a YAML file, or a nested dict.
+      reward_fn: f(prompts, completions, **columns) -> one number for each completion, columns being
+        the other columns of the data set; used instead of `model.reward_path`.
+
+    Returns:
+      The run folder, and the last value of each metric.
+
+    Raises:
+      InputError: one sentence about what is wrong with the configuration or the data.
+    """
+    config = resolve(PPOConfig, config)
+    return loop.run(PPOStage(config, reward_fn), config)
+
+
+class PPOStage:
+    """What the loop needs of PPO; see `loop.Stage`."""
+
+    name = "ppo"
+
+    def __init__(self, config: PPOConfig, reward_fn: RewardFunction | None = None) -> None:
+        self.config, self.reward_fn = config, reward_fn
+        if config.model.path is None:
+            raise InputError(
+                "PPO starts from a trained policy: give --model.path a folder or hub name."
+            )
+        if config.model.reward_path is None and reward_fn is None:
+            raise InputError(
+                "PPO needs a reward: give --model.reward_path a reward model's folder, or call "
+                "train_ppo with a reward_fn."
+            )
+        gold = config.evaluation.gold_fn
+        self.gold_fn = None if gold is None else assemble.load_function(gold)
+        self._load()
+        self._compile()
+
+    def _load(self) -> None:
+        config, data = self.config, self.config.data
+        self.rows, self.held_out_rows = load_rows(data, "prompts")
+        self.tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
+        _, self.key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
+        self.model, self.params = assemble.load_model(config.model, self.tokenizer, self.key)
+        assemble.check_positions(
+            self.model,
+            data.max_prompt_length + config.ppo.response_length,
+            "data.max_prompt_length + ppo.response_length",
+        )
+        self.reward_model, self.reward_params = None, None
+        if self.reward_fn is None:
+            self.reward_model, self.reward_params = assemble.load_scorer(
+                config.model.reward_path, config.model, self.tokenizer
+            )
+            assemble.check_positions(
+                self.reward_model,
+                data.max_prompt_length + config.ppo.response_length,
+                "data.max_prompt_length + ppo.response_length, to be scored by the reward model,",
+            )
+        self.batches = Batches(
+            prompt_rows(self.rows, self.tokenizer, data), config.ppo.batch_size, config.seed
+        )
+        self.held_out = (
+            prompt_rows(self.held_out_rows, self.tokenizer, data) if self.held_out_rows else None
+        )
+        self.total_steps = config.ppo.num_iterations
+
+    def _compile(self) -> None:
+        config, stops = self.config, (self.tokenizer.eos_token_id,)
+        self.mesh = make_mesh(config.mesh)
+        rows_a_step = config.ppo.batch_size // config.ppo.num_mini_batches
+        check_batch_size(self.mesh, "ppo.batch_size / ppo.num_mini_batches", rows_a_step)
+        check_batch_size(self.mesh, "evaluation.batch_size", config.evaluation.batch_size)
+        self.optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
+        shape = jax.eval_shape(self._init, self.params, self.reward_params)
+        state, rows, whole = (
+            tree_shardings(self.mesh, shape),
+            batch_sharding(self.mesh),
+            replicated(self.mesh),
+        )
+        made = {"optimizer": self.optimizer, "stop_token_ids": stops}
+        if self.reward_fn is None:
+            step = ppo.make_step(self.model, config.ppo, reward_model=self.reward_model, **made)
+            self._step = jax.jit(
+                step,
+                in_shardings=(state, rows, whole),
+                out_shardings=(state, whole, rows),
+                donate_argnums=0,
+            )
+        else:
+            self._sample = jax.jit(
+                ppo.make_rollout_step(self.model, config.ppo, stop_token_ids=stops),
+                in_shardings=(state, rows, whole),
+                out_shardings=rows,
+            )
+            self._update = jax.jit(
+                ppo.make_update_step(self.model, config.ppo, **made),
+                in_shardings=(state, rows, rows, rows, whole),
+                out_shardings=(state, whole, rows),
+                donate_argnums=0,
+            )
+        self.judge = PolicyJudge(
+            self.model,
+            self.tokenizer,
+            functools.partial(self._sample_for_judging, stops),
+            temperature=config.ppo.temperature,
+            reward_model=self.reward_model,
+            reward_fn=self.reward_fn,
+            gold_fn=self.gold_fn,
+            batch_size=config.evaluation.batch_size,
+        )
+        self._before: Judged | None = None
+        self._compared: tuple[int, Comparison] | None = None
+
+    def _sample_for_judging(self, stops, params, batch, key):
+        return ppo.sample_responses(
+            self.model, params, batch, key, self.config.ppo, stop_token_ids=stops
+        )
+
+    def _init(self, params, reward_params):
+        return ppo.init_state(
+            self.model,
+            params,
+            self.config.ppo,
+            self.key,
+            optimizer=self.optimizer,
+            reward_params=reward_params,
+        )
+
+    def init_state(self):
+        """The state before the first iteration, sharded; the loaded parameters are let go."""
+        state = assemble.born_sharded(self.mesh, self._init, self.params, self.reward_params)
+        self.params = self.reward_params = None
+        return state
+
+    def step(self, state, index):
+        """One iteration on batch number `index`; its output is the scored rollout and its rows."""
+        batch = self.batches.at(index)
+        key = jax.random.fold_in(self.key, index)
+        if self.reward_fn is None:
+            state, metrics, rollout = self._step(state, batch, key)
+        else:
+            sample_key, update_key = jax.random.split(key)
+            responses = self._sample(state, batch, sample_key)
+            scores = self._score(batch, responses)
+            state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
+        return state, metrics, (rollout, batch.indices)
+
+    def _score(self, batch: PromptBatch, responses) -> np.ndarray:
+        prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
+        completions = decode(self.tokenizer, responses.tokens, responses.mask)
+        scores = assemble.call_scores(
+            self.reward_fn, prompts, completions, columns_of(self.rows, batch.indices)
+        )
+        return np.asarray(scores, np.float32)
+
+    def observe(self, output):
+        """The gold score of the sampled responses, where there is one."""
+        if self.gold_fn is None:
+            return {}
+        rollout, indices = output
+        prompts = decode(self.tokenizer, rollout.prompts, rollout.prompt_mask)
+        completions = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        columns = columns_of(self.rows, indices)
+        gold = assemble.call_scores(self.gold_fn, prompts, completions, columns)
+        return {"objective/gold": float(np.mean(gold))}
+
+    def evaluate(self, state):
+        """Scores, KL and gold scores on held-out prompts, against the policy PPO started from."""
+        if self.held_out is None:
+            return {}
+        comparison = self._compare(state)
+        return {f"eval/{name}": value for name, value in comparison.metrics.items()}
+
+    def _compare(self, state) -> Comparison:
+        """The comparison of this state, made once."""
+        step = int(state.step)
+        if self._compared is None or self._compared[0] != step:
+            self._compared = (step, self._judge_both(state))
+        return self._compared[1]
+
+    def _judge_both(self, state) -> Comparison:
+        ref, reward_params = state.frozen["ref"], state.frozen.get("reward")
+        judged = (self.held_out, self.held_out_rows, ref, reward_params, self.eval_key)
+        if self._before is None:
+            self._before = self.judge(ref, *judged)
+        return compare(self._before, self.judge(state.params["model"], *judged))
+
+    def samples(self, state, output, count):
+        """Responses of the last iteration, with score and KL in nats."""
+        rollout = jax.device_get(output[0])
+        prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
+        texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
+        kl = (rollout.logprobs - rollout.ref_logprobs).sum(axis=1)
+        return [
+            {"prompt": prompt, "response": text, "score": float(score), "kl": float(nats)}
+            for prompt, text, score, nats in zip(prompts, texts, rollout.scores, kl, strict=False)
+        ]
+
+    def saved(self, state):
+        """All but the frozen parts, which are read from their own folders again."""
+        return state._replace(frozen={})
+
+    def resumed(self, state, saved):
+        """The saved parts beside the frozen ones."""
+        return saved._replace(frozen=state.frozen)
+
+    def finish(self, state):
+        """Writes `hf/` and, where there are held-out prompts, `evaluation.json`."""
+        folder = f"{self.config.run_dir}/hf"
+        policy = jax.device_get(state.params["model"])
+        save_pretrained(folder, self.model, policy, self.tokenizer)
+        if self.held_out is not None:
+            count = self.config.evaluation.num_samples
+            write_evaluation(self.config.run_dir, self._compare(state), count)

@@ -1,0 +1,11 @@
+"""Responses to prompts, one JSON object per line.
+
+python scripts/generate.py --config FILE.yaml --section.key value ...
+"""
+
+import sys
+
+from rlhf_jax.runtime import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main("run_generate", "GenerateConfig"))

@@ -1,0 +1,11 @@
+"""Supervised fine-tuning on texts, or on completions of prompts.
+
+python scripts/train_sft.py --config FILE.yaml --section.key value ...
+"""
+
+import sys
+
+from rlhf_jax.runtime import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main("train_sft", "SFTConfig"))
