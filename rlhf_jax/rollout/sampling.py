@@ -71,14 +71,15 @@ def sample_token(logprobs: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _invert(masses: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(index, what is left of the target) of the first cumulative mass above the target.
+    """(index, what is left of the target) of the first mass that lifts the sum above the target.
 
     Where rounding leaves the target at or above the total, the last index with any mass is taken.
     """
     cumulative = jnp.cumsum(masses, axis=-1)
-    index = jnp.sum(cumulative <= target[:, None], axis=-1, dtype=jnp.int32)
-    last = masses.shape[-1] - 1 - jnp.argmax(masses[:, ::-1] > 0, axis=-1).astype(jnp.int32)
-    index = jnp.minimum(index, last)
+    # An accelerator sums in a tree, whose rounding can move the sum at an index without mass.
+    above = (cumulative > target[:, None]) & (masses > 0)
+    last = masses.shape[-1] - 1 - jnp.argmax(masses[:, ::-1] > 0, axis=-1)
+    index = jnp.where(above.any(axis=-1), jnp.argmax(above, axis=-1), last).astype(jnp.int32)
     mass = jnp.take_along_axis(masses, index[:, None], axis=1)[:, 0]
     before = jnp.take_along_axis(cumulative, index[:, None], axis=1)[:, 0] - mass
     return index, jnp.clip(target - before, 0.0, mass)
