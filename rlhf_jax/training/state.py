@@ -104,7 +104,9 @@ def _decayed(params: Params) -> Params:
     """True on matrices and embeddings, by name: stacking gives biases a second axis."""
 
     def is_matrix(path, leaf):
-        return path[-1].key in ("kernel", "embedding") and leaf.ndim >= 2
+        # The key's text, since a model of another family need not keep its parameters in dicts.
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return name in ("kernel", "embedding") and leaf.ndim >= 2
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
