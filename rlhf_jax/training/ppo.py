@@ -307,7 +307,7 @@ def make_update_step(
             kl_coef = functional.adaptive_kl_update(
                 kl_coef,
                 metrics["objective/kl"],
-                settings.batch_size,
+                jnp.sum(scored.mask.any(axis=1), dtype=jnp.float32),
                 target=settings.target,
                 horizon=settings.horizon,
             )
@@ -363,21 +363,28 @@ def _advantages(settings, scored, rewards):
 
 
 def _objective_metrics(settings, state, scored, rewards, kl, entropy):
-    """What the iteration sampled: means over responses of scores and of sums over tokens."""
+    """What the iteration sampled: means over responses of scores and of sums over tokens.
+
+    Rows without a token only fill up a short last batch, and count nowhere.
+    """
     mask, scores = scored.mask, scored.scores
-    score_mean = jnp.mean(scores)
+    rows = mask.any(axis=1)
+    score_mean = functional.masked_mean(scores, rows)
     # token_rewards puts the score on the last real token; what remains is the penalty.
-    total = jnp.mean(jnp.sum(rewards, axis=1))
+    total = functional.masked_mean(jnp.sum(rewards, axis=1), rows)
+    differences = jnp.sum(scored.logprobs - scored.ref_logprobs, axis=1)
     tokens = jnp.sum(mask, dtype=jnp.float32)
     return {
         "objective/scores": score_mean,
-        "objective/scores_std": jnp.std(scores),
-        "objective/kl": jnp.mean(jnp.sum(scored.logprobs - scored.ref_logprobs, axis=1)),
+        "objective/scores_std": jnp.sqrt(functional.masked_var(scores, rows, unbiased=False)),
+        "objective/kl": functional.masked_mean(differences, rows),
         "objective/rlhf_reward": total,
         "objective/non_score_reward": total - score_mean,
-        "objective/entropy": jnp.mean(jnp.sum(-scored.logprobs, axis=1)),
+        "objective/entropy": functional.masked_mean(jnp.sum(-scored.logprobs, axis=1), rows),
         "objective/kl_coef": state.kl_coef,
-        "objective/response_length": tokens / mask.shape[0],
+        "objective/response_length": functional.masked_mean(
+            jnp.sum(mask, axis=1, dtype=jnp.float32), rows
+        ),
         "policy/entropy_avg": functional.masked_mean(entropy, mask),
         "perf/tokens": tokens + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
     }
