@@ -55,7 +55,7 @@ def test_k3_keeps_its_digits_near_zero():
 
 
 @pytest.mark.parametrize("kind", BY_NAME)
-@pytest.mark.parametrize("difference", [-1e4, -89.0, 89.0, 1e4])
+@pytest.mark.parametrize("difference", [-1e13, -89.0, 89.0, 1e13])
 def test_extreme_differences_have_finite_values_and_gradients(kind, difference):
     logprobs, ref = np.float32([difference]), np.zeros(1, np.float32)
     estimate = lambda x: rlhf.kl_estimate(x, ref, kind)[0]  # noqa: E731
