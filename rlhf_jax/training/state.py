@@ -121,4 +121,4 @@ def apply_gradients(
 ) -> tuple[Params, Any, jax.Array]:
     """(new parameters, new optimizer state, f32[] global norm of the gradients before clipping)."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
