@@ -401,13 +401,15 @@ def test_init_has_the_published_scales():
     np.testing.assert_array_equal(layers["ln_1"]["scale"], np.ones((4, 64)))
 
 
-@pytest.mark.parametrize("vocab_size, padded", [(1, 128), (128, 128), (129, 256), (50257, 50304)])
+@pytest.mark.parametrize(
+    ("vocab_size", "padded"), [(1, 128), (128, 128), (129, 256), (50257, 50304)]
+)
 def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
     assert GPT2Config(vocab_size=vocab_size).padded_vocab_size == padded
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"n_layer": 0}, "n_layer must be at least 1, but is 0"),
         ({"vocab_size": -1}, "vocab_size must be at least 1, but is -1"),

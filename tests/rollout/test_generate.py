@@ -49,7 +49,7 @@ def check_form(rollout, length):
     return tokens, mask, logprobs
 
 
-@pytest.mark.parametrize("stops, shortest", [((), 0), ((3, 6), 0), ((3, 6), 4)], ids=str)
+@pytest.mark.parametrize(("stops", "shortest"), [((), 0), ((3, 6), 0), ((3, 6), 4)], ids=str)
 def test_greedy_decoding_matches_a_loop_without_a_cache(stops, shortest, model, params, prompts):
     rollout = run(
         model,
@@ -239,7 +239,7 @@ def test_the_whole_of_the_positions_can_be_used(model, params, prompts):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"max_new_tokens": 12}, "5 tokens and 12 new ones exceed the model's n_positions = 16"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, but is 0"),

@@ -32,7 +32,7 @@ def filtered_by_loop(logits, temperature, top_k, top_p):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
 @pytest.mark.parametrize(
-    "top_k, top_p", [(0, 1.0), (1, 1.0), (4, 1.0), (99, 1.0), (0, 0.7), (0, 1e-6), (5, 0.5)]
+    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (4, 1.0), (99, 1.0), (0, 0.7), (0, 1e-6), (5, 0.5)]
 )
 def test_filters_match_a_loop(temperature, top_k, top_p):
     rng = np.random.default_rng(0)
