@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: its message is a whole sentence and is shown without a traceback."""
+"""The one exception for what a user can mend; its message is shown without a traceback."""
 
 
 class InputError(ValueError):

@@ -269,10 +269,12 @@ class GPT2:
                 *(jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values)),
                 past_visible,
             )
-            x, (k, v) = self._block.apply({"params": layer}, x, visible, past)
+            x, new = self._block.apply({"params": layer}, x, visible, past)
             at = (i, 0, cache.length, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None], at)
-            values = jax.lax.dynamic_update_slice(values, v[None], at)
+            keys, values = (
+                jax.lax.dynamic_update_slice(whole, part[None], at)
+                for whole, part in zip((keys, values), new, strict=True)
+            )
             return (x, keys, values, i + 1), None
 
         (x, keys, values, _), _ = jax.lax.scan(body, (x, cache.keys, cache.values, 0), stack)
