@@ -1,12 +1,14 @@
 """From a configuration to the things that a stage works with: tokenizer, model, mesh, state."""
 
+from __future__ import annotations
+
 import importlib
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer
@@ -16,6 +18,9 @@ from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.runtime.config import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ScoreFunction = Callable[..., list[float]]
 
@@ -137,11 +142,24 @@ def call_scores(
     Raises:
       InputError: it gave something else.
     """
-    scores = [float(score) for score in function(prompts, completions, **columns)]
     name = getattr(function, "__name__", "the score function")
+    given = function(prompts, completions, **columns)
+    try:
+        scores = [float(score) for score in given]
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{name} gave {str(given)[:80]}; it has to give a list of numbers, one for each "
+            "completion."
+        ) from None
     if len(scores) != len(completions):
         raise InputError(
             f"{name} gave {len(scores)} scores for {len(completions)} completions; it has to give "
             "one for each."
         )
+    for score, completion in zip(scores, completions, strict=True):
+        if not math.isfinite(score):
+            raise InputError(
+                f"{name} gave the score {score} for the completion {completion[:80]!r}; it has to "
+                "give a finite number."
+            )
     return scores

@@ -1,5 +1,6 @@
 """What the scripts share: reading the command line, and putting errors into one line."""
 
+import logging
 import os
 import sys
 
@@ -19,9 +20,13 @@ def main(command: str, kind: str) -> int:
     """
     # transformers says at its import that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # huggingface_hub tells of each of its many attempts to reach the hub.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from rlhf_jax import runtime
     from rlhf_jax.errors import InputError
     from rlhf_jax.runtime import config, loop
+
+    _set_up_logging()
 
     try:
         getattr(runtime, command)(config.parse(getattr(config, kind)))
@@ -32,6 +37,19 @@ def main(command: str, kind: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "Interrupted; nothing was running yet.", file=sys.stderr)
+        default = "Interrupted; the same command continues from the last checkpoint, if any."
+        print(str(interrupt) or default, file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who read our output, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _set_up_logging() -> None:
+    """Our warnings as plain lines on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger = logging.getLogger("rlhf_jax")
+    logger.handlers, logger.propagate = [handler], False
+    # Orbax logs there the traceback of what it raises as well, say a full disk.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -1,15 +1,16 @@
 """Judging responses on held-out prompts, before and after; and the command `evaluate`."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
@@ -27,6 +28,9 @@ from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
 from rlhf_jax.runtime.report import format_table
 from rlhf_jax.training import ppo, reward, sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Sampler = Callable[[Params, PromptBatch, jax.Array], Rollout]
 
@@ -250,6 +254,7 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
 
 def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer, model, params = _load(config, config.model.path, "model.path")
+    assemble.check_positions(model, config.data.max_length, "data.max_length")
     rows, _ = text_rows(_held_out(config, "text"), tokenizer, config.data)
     evaluate = jax.jit(sft.make_eval_step(model))
     batches = eval_batches(rows, config.evaluation.batch_size)
@@ -269,6 +274,11 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
     path = _required(config.model.reward_path, "model.reward_path")
     tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
     model, params = assemble.load_scorer(path, config.model, tokenizer)
+    assemble.check_positions(
+        model,
+        config.data.max_prompt_length + config.data.max_response_length,
+        "data.max_prompt_length + data.max_response_length",
+    )
     rows = pair_rows(_held_out(config, "pairs"), tokenizer, config.data)
     evaluate = jax.jit(reward.make_eval_step(model))
     params = jax.device_put(params)

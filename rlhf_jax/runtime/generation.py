@@ -1,14 +1,15 @@
 """Text in, text out: responses to prompts by a trained model, and the command `generate`."""
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from etils import epath
-from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.datasets import Settings as DataSettings
@@ -19,7 +20,9 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.config import GenerateConfig, GenerationSettings, resolve
-from rlhf_jax.runtime.metrics import disk_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Responder:
@@ -116,8 +119,14 @@ def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
         sys.stdout.writelines(lines)
         return len(prompts)
     output = epath.Path(config.output)
-    with disk_errors(output), output.open("w") as file:
-        file.writelines(lines)
+    try:
+        with output.open("w") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {output}: {error.strerror or error}; give --output a file that can "
+            "be written."
+        ) from error
     return len(prompts)
 
 
