@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from etils import epath
@@ -267,9 +267,11 @@ def resolve(kind: type[Config], config: Config | str | os.PathLike | Mapping[str
         return config
     if isinstance(config, (str, os.PathLike)):
         return _parse(kind, ["--config", os.fspath(config)])
+    values = cast(Mapping[str, Any], config)
+    _check_sections(kind, values, "The configuration")
     parser = _parser(kind)
     with _one_sentence(kind):
-        return _build(kind, parser, parser.parse_object(dict(config)))
+        return _build(kind, parser, parser.parse_object(dict(values)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -303,10 +305,17 @@ def claim_run_dir(config: Any) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         there = yaml.safe_load(file.read_text()) if file.exists() else None
-    if there is not None:
-        _check_same(config.run_dir, there, to_dict(config))
-    with disk_errors(folder):
+        if there is not None and _holds_work(folder):
+            _check_same(config.run_dir, there, to_dict(config))
         replace_file(file, to_yaml(config).encode())
+
+
+def _holds_work(folder: epath.Path) -> bool:
+    """Whether a run has come to anything: else its configuration may still be put right."""
+    return any(
+        _holds_work(path) if path.is_dir() else path.name != "config.yaml"
+        for path in folder.iterdir()
+    )
 
 
 def _check_same(run_dir: str, there: Any, here: dict[str, Any]) -> None:
@@ -329,7 +338,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _parser(kind: type) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, description=_summary(kind))
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=_summary(kind))
     parser.add_argument("--config", action="config", help="A YAML file of settings.")
     parser.add_class_arguments(kind, as_group=False)
     return parser
@@ -340,12 +349,53 @@ def _summary(kind: type) -> str:
 
 
 def _parse(kind: type[Config], argv: list[str]) -> Config:
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag == "--config" or flag.startswith("--config="):
+            _check_file(kind, flag.partition("=")[2] or value)
     parser = _parser(kind)
     with _one_sentence(kind):
         return _build(kind, parser, parser.parse_args(argv))
 
 
+def _check_file(kind: type, path: str) -> None:
+    """Raises an InputError unless a file is YAML of the form that a configuration has."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        return  # a pipe can be read once only
+    try:
+        content = yaml.safe_load(epath.Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"The configuration {path} cannot be read ({reason}); give --config a YAML file."
+        ) from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not valid YAML: {reason}.") from None
+    _check_sections(kind, content, path)
+
+
+def _check_sections(kind: Any, content: Any, name: str) -> None:
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{name} holds no keys, but {str(content)[:40]!r}; write one `key: value` to a line."
+        )
+    for field in dataclasses.fields(kind):
+        if field.name in content and dataclasses.is_dataclass(field.type):
+            _check_sections(field.type, content[field.name], f"The section {field.name!r}")
+
+
+def _check_null(kind: Any, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises an InputError where null is given for a key that needs a value."""
+    for name, annotation in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(annotation):
+            _check_null(annotation, values[name], f"{prefix}{name}.")
+        elif values[name] is None and type(None) not in get_args(annotation):
+            text = getattr(annotation, "__name__", str(annotation))
+            raise InputError(f"{prefix}{name} must be {_type_name(text)}, but is null.")
+
+
 def _build(kind, parser, namespace):
+    _check_null(kind, namespace)
     made = parser.instantiate(namespace)
     return kind(**{field.name: made[field.name] for field in dataclasses.fields(kind)})
 
@@ -372,14 +422,8 @@ def _sentence(kind: type, text: str) -> str:
         return _unknown(kind, found[1])
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         return f"{found[1]!r} is no option; settings are given as --section.key value."
-    if found := re.search(r"(?:File does not exist|not a valid path).*?'(.*?)'", text):
-        return f"The file {found[1]} does not exist; give --config a YAML file."
-    if found := re.search(r"Problems parsing config: (.*)", text):
-        return f"The configuration file is not valid YAML: {found[1]}."
     if found := re.search(r"Parser key ['\"]([\w.]+)['\"]: (.*)", text):
         return f"{found[1]} {_wrong_type(found[2])}"
-    if "must be a mapping" in text or "must be a dict" in text:
-        return "A section of the configuration holds no keys; write `section: {key: value}`."
     return text
 
 
@@ -400,9 +444,10 @@ def _type_name(text: str) -> str:
 def _unknown(kind: type, key: str) -> str:
     """Names the section's keys, and the nearest one."""
     section, _, name = key.rpartition(".")
+    while section and _section_fields(kind, section) is None:  # the section is unknown itself
+        key = section
+        section, _, name = key.rpartition(".")
     fields = _section_fields(kind, section)
-    if fields is None:
-        section, name, fields = "", key.split(".")[0], _section_fields(kind, "")
     near = difflib.get_close_matches(name, fields or [], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     where = f"the section {section!r} has" if section else "there are"
