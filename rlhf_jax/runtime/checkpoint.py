@@ -1,6 +1,10 @@
 """Orbax checkpoints of a train state, and the configuration that they belong to."""
 
+import contextlib
 import dataclasses
+import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -55,7 +59,8 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Saves the pytree; a step that is there already is left as it is."""
         if self._manager.latest_step() != step:
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            with _os_errors():
+                self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint, with the structure, dtypes and shardings of `like`."""
@@ -65,5 +70,17 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a write that is under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _os_errors():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Turns the ValueError in which Orbax's storage tells of a full disk into an OSError."""
+    try:
+        yield
+    except ValueError as error:
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise

@@ -2,13 +2,15 @@
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from rlhf_jax.runtime.checkpoint import Checkpoints
@@ -84,8 +86,12 @@ class Stage(Protocol):
         ...
 
 
-def run(stage: Stage, config: Any) -> StageResult:
+def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
     """Trains a stage to its end, from its newest checkpoint where there is one.
+
+    Args:
+      make_stage: reads the data and the models; not called when the run is complete.
+      config: that of the stage.
 
     Raises:
       InputError: the folder cannot be written, or holds a run with another configuration.
@@ -94,15 +100,17 @@ def run(stage: Stage, config: Any) -> StageResult:
     """
     claim_run_dir(config)
     folder = epath.Path(config.run_dir)
-    checkpoints = _open_checkpoints(config)
-    start = checkpoints.latest_step() or 0
-    if start == stage.total_steps and _is_finished(folder):
+    if is_finished(config.run_dir):
         print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
         return StageResult(config.run_dir, last_metrics(config.run_dir))
-    state = stage.init_state()
-    if start:
-        state = stage.resumed(state, checkpoints.restore(stage.saved(state)))
+    stage = make_stage()
+    with disk_errors(folder):
+        checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     try:
+        start = checkpoints.latest_step() or 0
+        state = stage.init_state()
+        if start:
+            state = stage.resumed(state, checkpoints.restore(stage.saved(state)))
         with (
             MetricsWriter(
                 folder, config.logging, to_dict(config), name=stage.name, initial_step=start
@@ -116,7 +124,8 @@ def run(stage: Stage, config: Any) -> StageResult:
             stage.finish(state)
             write_report(folder)
     finally:
-        checkpoints.close()
+        with disk_errors(folder):
+            checkpoints.close()
     return StageResult(config.run_dir, last_metrics(config.run_dir))
 
 
@@ -138,15 +147,20 @@ class _Loop:
     def run(self, state: Any, start: int, interrupted: threading.Event) -> Any:
         pending = None
         for index in range(start, self.stage.total_steps):
-            state, metrics, output = self.stage.step(state, index)
+            try:
+                state, metrics, output = self.stage.step(state, index)
+            except Exception:
+                self._rescue(state, index, pending)
+                raise
             # The step before is logged while this one runs on the device.
             if pending is not None:
                 self._log(*pending)
             pending = (index + 1, metrics, output)
-            if interrupted.is_set() or self._is_due(index + 1):
-                self._pause(state, *pending, stopping=interrupted.is_set())
+            stopping = interrupted.is_set()  # read once: what is said below has to be so
+            if stopping or self._is_due(index + 1):
+                self._pause(state, *pending, stopping=stopping)
                 pending = None
-            if interrupted.is_set():
+            if stopping:
                 raise Interrupted(
                     f"Stopped after step {index + 1} of {self.stage.total_steps}; everything is "
                     f"saved in {self.config.run_dir}. Run the same command again to continue."
@@ -166,17 +180,38 @@ class _Loop:
         logging, last = self.config.logging, step == self.stage.total_steps
         self._check(step, jax.device_get(metrics))
         evaluation: Metrics = {}
-        if not stopping and (last or _every(logging.eval_every, step)):
-            with self.throughput.pause():
+        with self.throughput.pause():
+            if stopping:  # who stops us may not wait for an evaluation
+                self._save(step, state)
+            if last or _every(logging.eval_every, step):
                 evaluation = self.stage.evaluate(state)
         self._log(step, metrics, output, evaluation)
         with self.throughput.pause():
-            if not stopping and (last or _every(logging.samples_every, step)):
+            if last or _every(logging.samples_every, step):
                 rows = self.stage.samples(state, output, logging.num_samples)
                 self.writer.samples(step, rows)
-            if stopping or last or _every(self.config.checkpoint.every, step):
-                with disk_errors(self.config.run_dir):
-                    self.checkpoints.save(step, self.stage.saved(state))
+            # Last, so that what a checkpoint continues from has all its lines.
+            if last or _every(self.config.checkpoint.every, step):
+                self._save(step, state)
+
+    def _save(self, step: int, state: Any) -> None:
+        """Saves a checkpoint, but none that training could not continue from."""
+        saved = self.stage.saved(state)
+        if not _is_finite(saved):
+            self._diverged(step, "a parameter is not finite")
+        with disk_errors(self.config.run_dir):
+            self.checkpoints.save(step, saved)
+
+    def _rescue(self, state: Any, step: int, pending: tuple | None) -> None:
+        """Saves the state of `step` after an error in the next one, say in a reward function."""
+        if step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            return  # nothing was done yet, or the failed step has used the state up
+        with contextlib.suppress(Exception):  # the first error is the one to be told
+            if pending is not None:
+                self._log(*pending)
+            self._save(step, state)
+            where = f"is saved in {self.config.run_dir}"
+            self.progress.message(f"Step {step} {where}; the same command continues from there.")
 
     def _log(self, step, metrics, output, evaluation: Metrics | None = None) -> None:
         values = {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
@@ -193,29 +228,32 @@ class _Loop:
         """Raises where a loss or the gradient is not finite; nothing was saved since it was."""
         for name in ("train/loss", "loss/policy_avg", "loss/value_avg", "train/grad_norm"):
             if name in metrics and not math.isfinite(metrics[name]):
-                kept = self.checkpoints.latest_step()
-                where = (
-                    f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
-                )
-                raise DivergedError(
-                    f"{name} is {float(metrics[name])} at step {step} of the stage "
-                    f"{self.stage.name}; training stopped and kept {where}, in "
-                    f"{self.config.run_dir}. Lower "
-                    "optimizer.learning_rate and start again with another --run_dir."
-                )
+                self._diverged(step, f"{name} is {float(metrics[name])}")
+
+    def _diverged(self, step: int, what: str) -> NoReturn:
+        kept = self.checkpoints.latest_step()
+        where = f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
+        raise DivergedError(
+            f"{what} at step {step} of the stage {self.stage.name}; training stopped "
+            f"and kept {where}, in {self.config.run_dir}. Lower optimizer.learning_rate and start "
+            "again with another --run_dir."
+        )
 
 
 def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def _open_checkpoints(config: Any) -> Checkpoints:
-    with disk_errors(config.run_dir):
-        return Checkpoints(config.run_dir, config.checkpoint)
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    """bool[]: no NaN and no infinity in any array of a tree."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
-def _is_finished(folder: epath.Path) -> bool:
+def is_finished(run_dir: str) -> bool:
     """Whether the last things that a stage writes are there."""
+    folder = epath.Path(run_dir)
     return (folder / "hf" / "config.json").exists() and (folder / "report.html").exists()
 
 
@@ -230,7 +268,8 @@ def _interrupts() -> Iterator[threading.Event]:
     def stop(signum, frame):
         interrupted.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
+        # Past Python's buffers, which the interrupted code may be in the midst of writing to.
+        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

@@ -2,12 +2,16 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
-from rlhf_jax.runtime import evaluation, loop
+from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.runtime import assemble, evaluation, loop, ppo, reward
 from rlhf_jax.runtime.config import (
     PPOConfig,
     RewardConfig,
@@ -17,9 +21,7 @@ from rlhf_jax.runtime.config import (
     resolve,
 )
 from rlhf_jax.runtime.metrics import disk_errors
-from rlhf_jax.runtime.ppo import train_ppo
 from rlhf_jax.runtime.report import format_table, write_report
-from rlhf_jax.runtime.reward import train_reward
 from rlhf_jax.runtime.sft import train_sft
 
 
@@ -42,16 +44,38 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
     config = resolve(RLHFConfig, config)
     claim_run_dir(config)
     metrics: dict[str, float] = {}
-    stages = [("sft", train_sft, sft_config(config))]
+    stages: list[tuple[str, Callable[..., loop.StageResult], Any]] = [
+        ("sft", train_sft, sft_config(config))
+    ]
     if config.model.reward_path is None:
-        stages.append(("reward", train_reward, reward_config(config)))
-    stages.append(("ppo", train_ppo, ppo_config(config)))
+        stages.append(("reward", reward.train_reward, reward_config(config)))
+    stages.append(("ppo", ppo.train_ppo, ppo_config(config)))
     for number, (name, train, stage_config) in enumerate(stages, start=1):
         print(f"Stage {number} of {len(stages)}: {_TITLES[name]}", file=sys.stderr, flush=True)
+        if number == 1 and not loop.is_finished(stage_config.run_dir):
+            _check_ahead(config)
         result = train(stage_config)
         metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
     _finish(config)
     return loop.StageResult(config.run_dir, metrics)
+
+
+def _check_ahead(config: RLHFConfig) -> None:
+    """Finds what is wrong with the later stages before hours are spent on the first."""
+    if config.model.path is None:
+        model = GPT2(GPT2Config(n_positions=config.model.n_positions))
+    else:
+        model, _ = load_pretrained(config.model.path)
+    mesh = make_mesh(config.mesh)
+    if config.evaluation.gold_fn is not None:
+        assemble.load_function(config.evaluation.gold_fn)
+    if config.model.reward_path is None:
+        load_rows(config.data.reward, "pairs")
+        reward.check_sizes(reward_config(config), model, mesh)
+    else:
+        load_reward_model(config.model.reward_path)
+    load_rows(config.data.ppo, "prompts")
+    ppo.check_sizes(ppo_config(config), model, mesh)
 
 
 _TITLES = {"sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO"}

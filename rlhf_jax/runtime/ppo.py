@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data.batching import Batches
@@ -13,6 +14,7 @@ from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import (
     batch_sharding,
@@ -54,7 +56,19 @@ def train_ppo(
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(PPOConfig, config)
-    return loop.run(PPOStage(config, reward_fn), config)
+    return loop.run(lambda: PPOStage(config, reward_fn), config)
+
+
+def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
+    """Raises an InputError if responses exceed the model's positions, or batches miss the mesh."""
+    assemble.check_positions(
+        model,
+        config.data.max_prompt_length + config.ppo.response_length,
+        "data.max_prompt_length + ppo.response_length",
+    )
+    rows_a_step = config.ppo.batch_size // config.ppo.num_mini_batches
+    check_batch_size(mesh, "ppo.batch_size / ppo.num_mini_batches", rows_a_step)
+    check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)
 
 
 class PPOStage:
@@ -84,13 +98,10 @@ class PPOStage:
         self.tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
         _, self.key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, self.key)
-        assemble.check_positions(
-            self.model,
-            data.max_prompt_length + config.ppo.response_length,
-            "data.max_prompt_length + ppo.response_length",
-        )
+        self.mesh = make_mesh(config.mesh)
+        check_sizes(config, self.model, self.mesh)
         self.reward_model, self.reward_params = None, None
-        if self.reward_fn is None:
+        if self.reward_fn is None and config.model.reward_path is not None:
             self.reward_model, self.reward_params = assemble.load_scorer(
                 config.model.reward_path, config.model, self.tokenizer
             )
@@ -109,10 +120,6 @@ class PPOStage:
 
     def _compile(self) -> None:
         config, stops = self.config, (self.tokenizer.eos_token_id,)
-        self.mesh = make_mesh(config.mesh)
-        rows_a_step = config.ppo.batch_size // config.ppo.num_mini_batches
-        check_batch_size(self.mesh, "ppo.batch_size / ppo.num_mini_batches", rows_a_step)
-        check_batch_size(self.mesh, "evaluation.batch_size", config.evaluation.batch_size)
         self.optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
         shape = jax.eval_shape(self._init, self.params, self.reward_params)
         state, rows, whole = (
@@ -184,15 +191,15 @@ class PPOStage:
         else:
             sample_key, update_key = jax.random.split(key)
             responses = self._sample(state, batch, sample_key)
-            scores = self._score(batch, responses)
+            scores = self._score(self.reward_fn, batch, responses)
             state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
         return state, metrics, (rollout, batch.indices)
 
-    def _score(self, batch: PromptBatch, responses) -> np.ndarray:
+    def _score(self, reward_fn: RewardFunction, batch: PromptBatch, responses) -> np.ndarray:
         prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
         completions = decode(self.tokenizer, responses.tokens, responses.mask)
         scores = assemble.call_scores(
-            self.reward_fn, prompts, completions, columns_of(self.rows, batch.indices)
+            reward_fn, prompts, completions, columns_of(self.rows, batch.indices)
         )
         return np.asarray(scores, np.float32)
 
@@ -222,6 +229,7 @@ class PPOStage:
         return self._compared[1]
 
     def _judge_both(self, state) -> Comparison:
+        assert self.held_out is not None
         ref, reward_params = state.frozen["ref"], state.frozen.get("reward")
         judged = (self.held_out, self.held_out_rows, ref, reward_params, self.eval_key)
         if self._before is None:

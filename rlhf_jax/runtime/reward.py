@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import Batches, eval_batches
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.pairs import pair_rows
 from rlhf_jax.models.huggingface import save_reward_model
+from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import (
     batch_sharding,
@@ -41,7 +43,18 @@ def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageRe
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(RewardConfig, config)
-    return loop.run(RewardStage(config), config)
+    return loop.run(lambda: RewardStage(config), config)
+
+
+def check_sizes(config: RewardConfig, model: Model, mesh: Mesh) -> None:
+    """Raises an InputError if rows exceed the model's positions, or batches miss the mesh."""
+    assemble.check_positions(
+        model,
+        config.data.max_prompt_length + config.data.max_response_length,
+        "data.max_prompt_length + data.max_response_length",
+    )
+    check_batch_size(mesh, "reward.batch_size", config.reward.batch_size)
+    check_batch_size(mesh, "reward.eval_batch_size", config.reward.eval_batch_size)
 
 
 class RewardStage:
@@ -57,11 +70,8 @@ class RewardStage:
         )
         init_key, self.head_key, self.key = jax.random.split(jax.random.key(config.seed), 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
-        assemble.check_positions(
-            self.model,
-            data.max_prompt_length + data.max_response_length,
-            "data.max_prompt_length + data.max_response_length",
-        )
+        self.mesh = make_mesh(config.mesh)
+        check_sizes(config, self.model, self.mesh)
         rows = pair_rows(train, self.tokenizer, data)
         self.batches = Batches(rows, config.reward.batch_size, config.seed)
         self.held_out = pair_rows(held_out, self.tokenizer, data) if held_out else None
@@ -70,9 +80,6 @@ class RewardStage:
 
     def _compile(self) -> None:
         config = self.config
-        self.mesh = make_mesh(config.mesh)
-        check_batch_size(self.mesh, "reward.batch_size", config.reward.batch_size)
-        check_batch_size(self.mesh, "reward.eval_batch_size", config.reward.eval_batch_size)
         self.optimizer = make_optimizer(config.optimizer, self.total_steps)
         shape = jax.eval_shape(self._init, self.params)
         state, rows, whole = (
@@ -126,7 +133,7 @@ class RewardStage:
         """Held-out pairs with the scores of both responses."""
         if self.held_out is None or count == 0:
             return []
-        pairs = type(self.held_out)(*(np.asarray(array[:count]) for array in self.held_out))
+        pairs = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
         responses = np.stack([pairs.chosen, pairs.rejected], axis=1)
         masks = np.stack([pairs.chosen_mask, pairs.rejected_mask], axis=1)
         scorer = jax.jit(end_scores, static_argnums=0)

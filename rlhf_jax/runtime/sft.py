@@ -38,7 +38,7 @@ def train_sft(config: SFTConfig | str | Mapping[str, Any]) -> loop.StageResult:
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(SFTConfig, config)
-    return loop.run(SFTStage(config), config)
+    return loop.run(lambda: SFTStage(config), config)
 
 
 class SFTStage:
