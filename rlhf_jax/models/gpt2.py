@@ -7,6 +7,7 @@ its axis divides over devices and tiles; the padding never leaves `logits`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from rlhf_jax.models.interface import Cache, Params, positions_from
 
 VOCABULARY_MULTIPLE = 128
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": functools.partial(nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
     "gelu": functools.partial(nn.gelu, approximate=False),
