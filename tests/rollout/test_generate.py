@@ -104,16 +104,17 @@ def many(prompts, rows):
     return tuple(np.resize(x, (rows, x.shape[1])) for x in prompts)
 
 
-def test_stop_tokens_end_responses_and_belong_to_them(model, params, prompts):
+@pytest.mark.parametrize("shortest", [0, 2])
+def test_stop_tokens_end_responses_and_belong_to_them(shortest, model, params, prompts):
     batch = many(prompts, 64)
-    settings = {"max_new_tokens": 8, "stop_token_ids": (3, 6), "min_new_tokens": 2}
+    settings = {"max_new_tokens": 8, "stop_token_ids": (3, 6), "min_new_tokens": shortest}
     tokens, mask, _ = check_form(run(model, params, *batch, jax.random.key(0), **settings), 8)
     lengths = mask.sum(axis=1)
     for row, length in enumerate(lengths):
         assert not set(tokens[row, : length - 1]) & {3, 6}
         assert length == 8 or tokens[row, length - 1] in (3, 6)
     # All of it happened: the shortest allowed, longer ones, and one that met no stop token.
-    assert lengths.min() == 3
+    assert lengths.min() == shortest + 1
     assert lengths.max() == 8
     assert len(set(lengths)) > 3
 
