@@ -349,7 +349,7 @@ def _summary(kind: type) -> str:
 
 
 def _parse(kind: type[Config], argv: list[str]) -> Config:
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         if flag == "--config" or flag.startswith("--config="):
             _check_file(kind, flag.partition("=")[2] or value)
     parser = _parser(kind)
@@ -429,7 +429,8 @@ def _sentence(kind: type, text: str) -> str:
 
 def _wrong_type(reason: str) -> str:
     if found := re.search(r"^Expected an? (.*?)\. Got value: (.*)$", reason):
-        return f"must be {_type_name(found[1])}, but is {found[2]!r}."
+        given = "null" if found[2] == "None" else repr(found[2])
+        return f"must be {_type_name(found[1])}, but is {given}."
     if found := re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)$", reason):
         kinds = " or ".join(_type_name(kind) for kind in found[1].split(", "))
         return f"must be {kinds}, but is {found[2]!r}."

@@ -1,0 +1,257 @@
+"""Configurations from files, flags and dicts, and what is said of wrong ones."""
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    PPOConfig,
+    RewardConfig,
+    RLHFConfig,
+    SFTConfig,
+    claim_run_dir,
+    parse,
+    resolve,
+    to_dict,
+    to_yaml,
+)
+
+KINDS = (SFTConfig, RewardConfig, PPOConfig, RLHFConfig, GenerateConfig, EvaluateConfig)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a text to a file and gives the flags that read it."""
+
+    def write(text):
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        return ["--config", str(file)]
+
+    return write
+
+
+def message(function, *arguments):
+    """The one sentence that a call fails with."""
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith((".", "argument"))
+    return text
+
+
+# --- right ones ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_arguments_all_are_defaults_and_yaml_brings_them_back(kind, written):
+    assert parse(kind, []) == kind() == resolve(kind, {})
+    assert parse(kind, written(to_yaml(kind()))) == kind()
+
+
+def test_flags_lie_over_the_file_and_the_file_over_the_defaults(written):
+    flags = written("ppo: {kl_coef: 1e-3, batch_size: 8, num_mini_batches: 2}\nseed: 3\n")
+    config = parse(PPOConfig, [*flags, "--ppo.batch_size", "16", "--model.path=gpt2"])
+    assert (config.ppo.kl_coef, config.ppo.batch_size, config.seed) == (1e-3, 16, 3)
+    assert config.ppo.lam == PPOConfig().ppo.lam
+    assert config.model.path == "gpt2"
+
+
+def test_a_file_a_dict_and_flags_say_the_same(written, tmp_path):
+    values = {"data": {"prompt_tokens": [4, 8], "columns": {"prompt": "text"}}, "seed": 7}
+    flags = ["--data.prompt_tokens", "[4, 8]", "--data.columns", "{prompt: text}", "--seed", "7"]
+    from_file = parse(SFTConfig, written(yaml.safe_dump(values)))
+    assert from_file == resolve(SFTConfig, tmp_path / "config.yaml")
+    assert from_file == resolve(SFTConfig, values) == parse(SFTConfig, flags)
+    assert from_file.data.prompt_tokens == (4, 8)
+    assert resolve(SFTConfig, from_file) is from_file
+
+
+def test_null_and_numbers_arrive_as_their_types(written):
+    config = parse(PPOConfig, written("model: {path: null}\nppo: {kl_coef: 1}\nrun_dir: '5'\n"))
+    assert config.model.path is None
+    assert config.ppo.kl_coef == 1.0
+    assert config.run_dir == "5"
+    assert parse(PPOConfig, ["--optimizer.max_grad_norm", "null"]).optimizer.max_grad_norm is None
+
+
+def test_help_and_print_config_print_and_end(capsys, written):
+    with pytest.raises(SystemExit) as ended:
+        parse(PPOConfig, ["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(PPOConfig().ppo):
+        assert f"--ppo.{field.name}" in text
+    assert "responses sampled in one iteration" in text
+    with pytest.raises(SystemExit) as ended:
+        parse(PPOConfig, ["--ppo.kl_coef", "0.3", "--print_config"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert parse(PPOConfig, written(printed)) == parse(PPOConfig, ["--ppo.kl_coef", "0.3"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_has_a_line_of_help(kind, capsys):
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"])
+    text = capsys.readouterr().out
+    assert "All settings of `" in text
+    for name, section in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(section) and not name.startswith(("data", "optimizer")):
+            assert all(f"--{name}.{field.name} " in text for field in dataclasses.fields(section))
+
+
+# --- wrong ones ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--ppo.kl_ceof 1", "Unknown key 'ppo.kl_ceof' (did you mean kl_coef?); the section 'ppo'"),
+        ("--ppo.kl_coe 1", "Unknown key 'ppo.kl_coe' (did you mean kl_coef?)"),
+        ("--sead 1", "Unknown key 'sead' (did you mean seed?); there are model, tokenizer, data"),
+        ("--pppo.kl_coef 1", "Unknown key 'pppo' (did you mean ppo?); there are model"),
+        ("--data.sft.path x", "Unknown key 'data.sft'; the section 'data' has path, name, split"),
+        ("--ppo.batch_size x", "ppo.batch_size must be int, but is 'x'."),
+        ("--ppo.batch_size 1.5", "ppo.batch_size must be int, but is '1.5'."),
+        ("--ppo.adaptive_kl maybe", "ppo.adaptive_kl must be bool, but is 'maybe'."),
+        ("--ppo.kl_estimator k9", "ppo.kl_estimator must be one of ['k1', 'k2', 'k3'], but is"),
+        ("--seed a", "seed must be int, but is 'a'."),
+        ("--ppo.kl_coef null", "ppo.kl_coef must be float, but is null."),
+        ("--ppo.kl_coef", "argument --ppo.kl_coef: expected one argument"),
+        ("train", "'train' is no option; settings are given as --section.key value."),
+        ("--config no/such.yaml", "The configuration no/such.yaml cannot be read (No such file"),
+        ("--config=/", "The configuration / cannot be read (Is a directory)"),
+    ],
+)
+def test_wrong_flags_are_named_in_one_sentence(flags, said):
+    assert message(parse, PPOConfig, flags.split()).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ppo: {kl_ceof: 1}", "Unknown key 'ppo.kl_ceof' (did you mean kl_coef?)"),
+        ("sead: 1", "Unknown key 'sead' (did you mean seed?); there are"),
+        ("data: {sft: {path: x}}", "Unknown key 'data.sft'; the section 'data' has"),
+        ("ppo: {kl_coef: abc}", "ppo.kl_coef must be float, but is 'abc'."),
+        ("ppo: {batch_size: 1.5}", "ppo.batch_size must be int, but is '1.5'."),
+        ("ppo: {kl_coef: null}", "ppo.kl_coef must be float, but is null."),
+        ("ppo:", "The section 'ppo' holds no keys, but 'None'; write one `key: value` to a line."),
+        ("ppo: hello", "The section 'ppo' holds no keys, but 'hello'; write"),
+        ("ppo: [1]", "The section 'ppo' holds no keys, but '[1]'; write"),
+        ("", "FILE holds no keys, but 'None'; write"),
+        ("- a", "FILE holds no keys, but \"['a']\"; write"),
+        ("ppo: {a: [", "FILE is not valid YAML: while parsing a flow node"),
+        ("ppo:\n\tkl_coef: 1", "FILE is not valid YAML: while scanning for the next token"),
+        ("ppo: {num_mini_batches: 3}", "ppo.batch_size = 128 is not divisible by ppo.num_mini_bat"),
+        ("ppo: {kl_coef: 1}\nmesh: {data: 0}", "mesh.data, mesh.fsdp and mesh.tensor must be"),
+    ],
+)
+def test_wrong_files_are_named_in_one_sentence(written, text, said):
+    flags = written(text)
+    assert message(parse, PPOConfig, flags).startswith(said.replace("FILE", flags[1]))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    said = f"The configuration {file} cannot be read ('utf-8' codec can't decode"
+    assert message(parse, PPOConfig, ["--config", str(file)]).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"ppo": {"kl_ceof": 1}}, "Unknown key 'ppo.kl_ceof' (did you mean kl_coef?)"),
+        ({"seed": "x"}, "seed must be int, but is 'x'."),
+        ({"ppo": None}, "The section 'ppo' holds no keys, but 'None'"),
+        ({"data": {"sft": {"pth": 1}}}, "Unknown key 'data.sft.pth' (did you mean path?)"),
+        ({"optimizer": {"lr": 1}}, "Unknown key 'optimizer.lr'; the section 'optimizer' has sft,"),
+    ],
+)
+def test_wrong_dicts_are_named_in_one_sentence(values, said):
+    assert message(resolve, RLHFConfig, values).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("model", {"dropout": 1.0}, "model.dropout must be at least 0 and below 1, but is 1.0."),
+        ("generation", {"top_p": 0.0}, "generation.temperature and generation.top_k must not be"),
+        ("generation", {"batch_size": 0}, "generation.max_new_tokens and generation.batch_size"),
+        ("checkpoint", {"keep": 0}, "checkpoint.every must be at least 0 and checkpoint.keep at"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(section, values, said):
+    assert message(resolve, SFTConfig, {section: values}).startswith(said)
+
+
+def test_evaluation_settings_are_checked_too():
+    said = "evaluation.batch_size must be at least 1 and evaluation.num_samples at least 0"
+    assert message(resolve, PPOConfig, {"evaluation": {"num_samples": -1}}).startswith(said)
+
+
+def test_configurations_are_frozen_and_hold_plain_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PPOConfig().seed = 1
+    assert yaml.safe_load(to_yaml(PPOConfig())) == to_dict(PPOConfig())
+    config = resolve(PPOConfig, {"data": {"prompt_tokens": [1, 2]}})
+    assert to_dict(config)["data"]["prompt_tokens"] == [1, 2]
+
+
+# --- the run folder ------------------------------------------------------------------------------
+
+
+def claim(folder, **values):
+    claim_run_dir(resolve(SFTConfig, {**values, "run_dir": str(folder)}))
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_a_folder_with_work_refuses_another_configuration(tmp_path):
+    claim(tmp_path, seed=1)
+    (tmp_path / "metrics.jsonl").touch()
+    assert message(lambda: claim(tmp_path, seed=2)) == (
+        f"The run folder {tmp_path} was made with another configuration: seed is 1 there and 2 "
+        "here; choose another --run_dir, or give the same configuration to continue that run."
+    )
+    nested = message(lambda: claim(tmp_path, seed=1, sft={"batch_size": 3}))
+    assert "sft.batch_size is 16 there and 3 here" in nested
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
+
+
+def test_how_a_run_is_watched_saved_and_spread_may_change(tmp_path):
+    claim(tmp_path, seed=1)
+    (tmp_path / "metrics.jsonl").touch()
+    changed = {"logging": {"log_every": 5}, "checkpoint": {"every": 7}, "mesh": {"data": 1}}
+    there = claim(tmp_path, seed=1, **changed)
+    assert (there["logging"]["log_every"], there["checkpoint"]["every"]) == (5, 7)
+
+
+def test_a_folder_without_work_takes_another_configuration(tmp_path):
+    claim(tmp_path, seed=1)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.yaml").touch()
+    assert claim(tmp_path, seed=2)["seed"] == 2
+    (tmp_path / "sft" / "metrics.jsonl").touch()
+    assert "seed is 2 there and 3 here" in message(lambda: claim(tmp_path, seed=3))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to .*/file/run: Not a directory; give"):
+        claim(tmp_path / "file" / "run")
+
+
+def test_the_sections_of_the_contract_are_there():
+    shared = {"model", "tokenizer", "data", "optimizer", "mesh", "logging", "checkpoint"}
+    for kind, own in ((SFTConfig, "sft"), (RewardConfig, "reward"), (PPOConfig, "ppo")):
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert shared | {own, "seed", "run_dir"} <= names

@@ -1,0 +1,153 @@
+"""A run that was stopped and started again equals one that was not, bit for bit."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.runtime import loop, train_ppo, train_reward, train_sft
+from rlhf_jax.runtime.ppo import PPOStage
+from rlhf_jax.runtime.reward import RewardStage
+from rlhf_jax.runtime.sft import SFTStage
+from tests import small
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def interrupt_in(monkeypatch, stage, method, at_call):
+    """Makes a method of a stage press Ctrl-C when it is called the nth time, from 1."""
+    original, calls = getattr(stage, method), []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == at_call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(stage, method, interrupted)
+
+
+@pytest.fixture
+def stages(sft_run, reward_run, ppo_run):
+    """By name: the class, what trains a folder, and the folder of the uninterrupted run."""
+    sft, rewarded = sft_run[0], reward_run[0]
+    return {
+        "sft": (SFTStage, lambda folder: train_sft(small.sft(folder)), sft),
+        "reward": (
+            RewardStage,
+            lambda folder: train_reward(small.reward(folder, sft)),
+            rewarded,
+        ),
+        "ppo": (
+            PPOStage,
+            lambda folder: train_ppo(small.ppo(folder, sft, rewarded)),
+            ppo_run[0],
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "call", "stopped_after"),
+    [
+        ("sft", "step", 3, 3),
+        ("reward", "step", 2, 2),  # an evaluation and samples are due after this step
+        ("ppo", "step", 2, 2),
+        ("ppo", "evaluate", 1, 3),  # what is going on is not saved any more: the next step is
+        ("sft", "step", 4, 4),  # nothing is left but to write the model
+    ],
+)
+def test_ctrl_c_saves_and_the_same_call_goes_on_as_if_nothing_was(
+    tmp_path, monkeypatch, capfd, stages, name, method, call, stopped_after
+):
+    stage, train, uninterrupted = stages[name]
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, stage, method, call)
+        with pytest.raises(loop.Interrupted) as stopped:
+            train(tmp_path)
+    assert str(stopped.value) == (
+        f"Stopped after step {stopped_after} of 4; everything is saved in {tmp_path}. Run the same "
+        "command again to continue."
+    )
+    assert "Stopping after this step; once more to stop at once." in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(stopped_after)]
+    assert not (tmp_path / "hf").exists()
+    train(tmp_path)
+    small.assert_same_run(uninterrupted, tmp_path)
+
+
+def test_sigterm_is_taken_as_ctrl_c_is(tmp_path, monkeypatch, sft_run):
+    original = SFTStage.step
+
+    def terminated(self, state, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, state, index)
+
+    with monkeypatch.context() as patch, pytest.raises(loop.Interrupted, match="after step 1 of 4"):
+        patch.setattr(SFTStage, "step", terminated)
+        train_sft(small.sft(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_reward_function_sees_the_same_after_an_interrupt(tmp_path, sft_run):
+    seen = {"whole": [], "parts": []}
+
+    def reward_fn(prompts, completions, *, calls, stop=None, **columns):
+        calls.append((prompts, completions))
+        if len(calls) == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        return small.short_response(prompts, completions)
+
+    def train(folder, calls, stop=None):
+        # Evaluation asks the reward function as well, when it likes; here it is left out.
+        config = small.ppo(tmp_path / folder, sft_run[0], data={"eval_rows": 0})
+        return train_ppo(config, functools.partial(reward_fn, calls=seen[calls], stop=stop))
+
+    train("whole", "whole")
+    with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
+        train("parts", "parts", stop=2)
+    train("parts", "parts")
+    assert seen["parts"] == seen["whole"]
+    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_kill_9_costs_the_steps_since_the_last_checkpoint(tmp_path, sft_run, compiled):
+    """The process dies in the third step's reward; its lines past the checkpoint are cut."""
+    program = f"""
+        import os, signal, sys
+        from rlhf_jax.runtime import train_ppo
+        from tests import small
+
+        calls = []
+
+        def reward_fn(prompts, completions, **columns):
+            calls.append(1)
+            if sys.argv[1] == "die" and len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return small.short_response(prompts, completions)
+
+        settings = dict(data={{"eval_rows": 0}}, checkpoint={{"every": 2}})
+        train_ppo(small.ppo(sys.argv[2], {str(sft_run[0])!r}, **settings), reward_fn)
+    """
+
+    def run(how, folder):
+        command = [sys.executable, "-c", textwrap.dedent(program), how, str(tmp_path / folder)]
+        environment = {**os.environ, **small.cache_environment(compiled), "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert run("die", "parts").returncode == -signal.SIGKILL
+    # Step 3 is done; whether its line was written before the end is a matter of luck.
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "objective/kl": 99}\n{"step": 4, "obj')
+    config = small.ppo(
+        tmp_path / "parts", sft_run[0], data={"eval_rows": 0}, checkpoint={"every": 2}
+    )
+    train_ppo(config, small.short_response)
+    assert [row["step"] for row in small.rows(tmp_path / "parts" / "metrics.jsonl")] == [1, 2, 3, 4]
+    train_ppo({**config, "run_dir": str(tmp_path / "whole")}, small.short_response)
+    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -1,0 +1,135 @@
+"""The smallest runs that do everything, for the tests of the commands; and how two are compared."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64, "dropout": 0.1}
+TOKENIZER = {"vocab_size": 300}
+# Something is evaluated, sampled and saved on the way, and again at the end, after four steps.
+LOGGING = {"tensorboard": False, "eval_every": 2, "samples_every": 2, "num_samples": 2}
+STEPS = 4
+
+
+def use_cache(folder):
+    """Compiled programs are kept in a folder: tests and their processes run the same few."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_folder(tmp_path_factory):
+    """One folder for all workers of a test session."""
+    return tmp_path_factory.getbasetemp().parent / "compiled"
+
+
+def cache_environment(folder):
+    """The same for a process of its own."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def sft(run_dir, **sections):
+    """The configuration of a supervised run of four steps, with sections laid over it."""
+    base = {
+        "model": MODEL,
+        "tokenizer": TOKENIZER,
+        "data": {"builtin_rows": 32, "eval_rows": 8, "max_length": 48, "packing": False},
+        "sft": {"batch_size": 8, "eval_batch_size": 8},
+        "generation": {"max_new_tokens": 4},
+        "logging": LOGGING,
+    }
+    return _laid_over(base, sections) | {"run_dir": str(run_dir)}
+
+
+def reward(run_dir, model_path, **sections):
+    """The configuration of a reward-model run of four steps."""
+    data = {"builtin_rows": 32, "eval_rows": 8, "max_prompt_length": 16, "max_response_length": 24}
+    base = {
+        "model": {"path": f"{model_path}/hf"},
+        "data": data,
+        "reward": {"batch_size": 8, "eval_batch_size": 8},
+        "logging": LOGGING,
+    }
+    return _laid_over(base, sections) | {"run_dir": str(run_dir)}
+
+
+def ppo(run_dir, model_path, reward_path=None, **sections):
+    """The configuration of a PPO run of four iterations; its KL coefficient adapts."""
+    base = {
+        "model": {"path": f"{model_path}/hf", "reward_path": reward_path and f"{reward_path}/hf"},
+        "data": {"builtin_rows": 32, "eval_rows": 8, "max_prompt_length": 16},
+        "optimizer": {"learning_rate": 1e-3},
+        "ppo": {
+            "total_episodes": 32,
+            "batch_size": 8,
+            "num_ppo_epochs": 2,
+            "num_mini_batches": 1,
+            "response_length": 8,
+            "adaptive_kl": True,
+            "horizon": 100.0,
+        },
+        "evaluation": {"batch_size": 8, "num_samples": 2},
+        "logging": LOGGING,
+    }
+    return _laid_over(base, sections) | {"run_dir": str(run_dir)}
+
+
+def rlhf(run_dir, **sections):
+    """The configuration of all three stages, of four steps each."""
+    parts = {"sft": sft("-"), "reward": reward("-", "-"), "ppo": ppo("-", "-")}
+    base = {
+        "model": MODEL,
+        "tokenizer": TOKENIZER,
+        "data": {stage: part["data"] for stage, part in parts.items()},
+        "generation": parts["sft"]["generation"],
+        "evaluation": parts["ppo"]["evaluation"],
+        "logging": LOGGING,
+    }
+    base |= {stage: part[stage] for stage, part in parts.items()}
+    return _laid_over(base, sections) | {"run_dir": str(run_dir)}
+
+
+def _laid_over(base, sections):
+    """The base with the keys of the sections put in; what is no section stands as it is."""
+    merged = dict(base)
+    for name, value in sections.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = {**merged[name], **value} if both else value
+    return merged
+
+
+def short_response(prompts, completions, **columns):
+    """A reward in Python: short responses are good."""
+    return [-float(len(completion)) / 10 for completion in completions]
+
+
+def rows(file):
+    """The lines of a JSONL file, without what hangs on the clock."""
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "time" and not k.startswith("perf/")}
+        for line in Path(file).read_text().splitlines()
+    ]
+
+
+def checkpoint(run_dir, step=STEPS):
+    """The arrays of a checkpoint, read without knowing what they should be."""
+    import orbax.checkpoint as ocp
+
+    folder = Path(run_dir).resolve() / "checkpoints" / str(step) / "default"
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder)
+
+
+def assert_same_run(first, second):
+    """Bit for bit: metrics, samples, the model, and all that the last checkpoint holds."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(Path(first) / name) == rows(Path(second) / name)
+    weights = [(Path(run) / "hf" / "model.safetensors").read_bytes() for run in (first, second)]
+    assert weights[0] == weights[1]
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(first), checkpoint(second))
