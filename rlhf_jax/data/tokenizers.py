@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 SMALLEST_VOCABULARY = 258  # 256 bytes and the two special tokens
 
 
@@ -138,8 +139,11 @@ def _portable(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def _check_folder(name: str) -> None:
-    """Raises unless `name` is a folder, or could be a name on the hub."""
+    """Raises unless `name` is a folder with a tokenizer, or could be a name on the hub."""
     if os.path.isdir(name):
+        # transformers 5 makes up an empty tokenizer for a model's folder that holds none.
+        if not any(os.path.exists(os.path.join(name, file)) for file in VOCABULARIES):
+            raise InputError(_cannot_load(name, FileNotFoundError("none of them is there")))
         return
     if os.path.exists(name):
         raise InputError(f"tokenizer.path {name} is a file: give the folder that holds it.")

@@ -87,8 +87,8 @@ def test_sigterm_is_taken_as_ctrl_c_is(tmp_path, monkeypatch, sft_run):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(self, state, index)
 
-    with monkeypatch.context() as patch, pytest.raises(loop.Interrupted, match="after step 1 of 4"):
-        patch.setattr(SFTStage, "step", terminated)
+    monkeypatch.setattr(SFTStage, "step", terminated)
+    with pytest.raises(loop.Interrupted, match="after step 1 of 4"):
         train_sft(small.sft(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
