@@ -109,7 +109,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       InputError: a line before the last one is not a JSON object.
     """
     file = epath.Path(path)
-    return _parse(file.read_bytes(), file)[0] if file.exists() else []
+    return _parse(file.read_bytes(), file)[0] if file.is_file() else []
 
 
 def cut_after(path: str | os.PathLike[str], step: int) -> int:
@@ -125,7 +125,7 @@ def cut_after(path: str | os.PathLike[str], step: int) -> int:
       InputError: a line before the last is not a JSON object, or the folder cannot be written.
     """
     file = epath.Path(path)
-    if not file.exists():
+    if not file.is_file():
         return 0
     data = file.read_bytes()
     rows, torn = _parse(data, file)
