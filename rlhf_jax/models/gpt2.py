@@ -55,6 +55,11 @@ class GPT2Config:
             raise InputError(
                 f"n_embd must be a multiple of n_head, but {self.n_embd} is none of {self.n_head}."
             )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} must be at least 0 and below 1, but is {getattr(self, name)}."
+                )
         if self.activation_function not in _ACTIVATIONS:
             raise InputError(
                 f"activation_function {self.activation_function!r} is unknown; "
@@ -228,8 +233,10 @@ class GPT2:
 
     def layers(self, stack, x, mask, positions, cache=None, prefix=None, *, dropout_key=None):
         """Runs a stack of blocks; see `interface.Model.layers`. GPT-2 reads no `positions` here."""
-        if cache is not None and prefix is not None:
-            raise ValueError("layers takes a cache or a prefix, not both.")
+        if cache is not None and (prefix is not None or dropout_key is not None):
+            raise ValueError(
+                "layers takes a cache or a prefix, not both, and no dropout with a cache."
+            )
         visible = _own_visible(mask)
         if cache is not None and not _is_fresh(cache):
             return self._extend(stack, x, mask, visible, cache)
@@ -308,7 +315,15 @@ class GPT2:
 
         Returns:
           [B, L, D] in the compute dtype; finite and meaningless off the mask.
+
+        Raises:
+          InputError: L exceeds `config.n_positions`.
         """
+        if tokens.shape[1] > self.config.n_positions:
+            raise InputError(
+                f"{tokens.shape[1]} tokens exceed the model's n_positions = "
+                f"{self.config.n_positions}; shorten the rows."
+            )
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         positions = positions_from(mask)
         embed_key, layers_key = (

@@ -108,6 +108,19 @@ class Settings:
                 f"ppo.min_response_length must be from 1 to ppo.response_length = "
                 f"{self.response_length}, but is {shortest}."
             )
+        self._check_coefficients()
+
+    def _check_coefficients(self) -> None:
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"ppo.{name} must be from 0 to 1, but is {getattr(self, name)}.")
+        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef"):
+            if getattr(self, name) < 0:
+                raise InputError(f"ppo.{name} must not be negative, but is {getattr(self, name)}.")
+        if self.cliprange_reward is not None and self.cliprange_reward <= 0:
+            raise InputError(
+                f"ppo.cliprange_reward must be above 0, but is {self.cliprange_reward}."
+            )
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise InputError(
                 f"ppo.kl_estimator must be k1, k2 or k3, but is {self.kl_estimator!r}."
@@ -149,11 +162,13 @@ def init_state(
       key: there for symmetry; the value head starts at zero and nothing is random.
       ref_params: the reference's parameters; by default a copy of `params`.
       reward_params: {"model": ..., "head": ...} of the reward model that `make_step` is to use.
+
+    The state holds `params` and `reward_params` themselves: a step that donates it consumes them.
     """
     del key
     optimizer = optimizer or make_optimizer(OptimizerSettings())
-    # A copy, since the step donates the policy's buffers while the reference stays.
-    frozen = {"ref": jax.tree.map(jnp.copy, params) if ref_params is None else ref_params}
+    # A copy, since a step that donates its state must not hold one buffer twice.
+    frozen = {"ref": jax.tree.map(jnp.copy, params if ref_params is None else ref_params)}
     if reward_params is not None:
         frozen["reward"] = reward_params
     trained = {"model": params, "value_head": init_value_head(model.config.n_embd)}
@@ -285,6 +300,11 @@ def make_update_step(
     """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)."""
     optimizer = optimizer or make_optimizer(OptimizerSettings())
     stops = tuple(stop_token_ids)
+    if settings.missing_eos_penalty is not None and not (stops and settings.stop_at_eos):
+        raise InputError(
+            "ppo.missing_eos_penalty needs responses that can end: set ppo.stop_at_eos and give "
+            "stop_token_ids, or leave the penalty out."
+        )
 
     def update_step(state, batch, rollout, scores, key):
         scores = _shape_scores(settings, stops, rollout, scores)
@@ -335,7 +355,7 @@ def _score_rollout(model, settings, state, batch, rollout, scores):
     """(ScoredRollout, entropy f32[B, T]): policy, value and reference on the sampled tokens.
 
     The policy's log-probs are computed anew rather than taken from sampling: the pass is needed for
-    the values, and the first ratios are then exactly 1.
+    the values, and the first ratios are then 1 but for the rounding of another batch shape.
     """
     parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
     logprobs, entropy, hidden = response_logprobs(

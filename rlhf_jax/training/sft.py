@@ -100,7 +100,7 @@ def make_eval_step(model: Model) -> Callable[[Params, TextBatch], Metrics]:
 
     def evaluate(params, batch):
         _, metrics = _loss(model, params, batch, Settings(), None, denominator=1.0)
-        count = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+        count = jnp.sum(batch.loss_mask[:, 1:], dtype=jnp.float32)
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "count": count}
 
     return evaluate

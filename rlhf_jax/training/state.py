@@ -52,6 +52,11 @@ class OptimizerSettings:
             raise InputError(f"learning_rate must not be negative, but is {self.learning_rate}.")
         if self.warmup_steps < 0:
             raise InputError(f"warmup_steps must not be negative, but is {self.warmup_steps}.")
+        if self.weight_decay < 0 or self.eps <= 0:
+            raise InputError(
+                "weight_decay must not be negative and eps must be above 0, but are "
+                f"{self.weight_decay} and {self.eps}."
+            )
         for name, value in (("b1", self.b1), ("b2", self.b2)):
             if not 0 <= value < 1:
                 raise InputError(f"{name} must be at least 0 and below 1, but is {value}.")
