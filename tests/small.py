@@ -1,6 +1,7 @@
 """The smallest runs that do everything, for the tests of the commands; and how two are compared."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -22,7 +23,8 @@ def use_cache(folder):
 
 def cache_folder(tmp_path_factory):
     """One folder for all workers of a test session."""
-    return tmp_path_factory.getbasetemp().parent / "compiled"
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
 
 
 def cache_environment(folder):

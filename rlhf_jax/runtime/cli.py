@@ -30,6 +30,7 @@ def main(command: str, kind: str) -> int:
 
     try:
         getattr(runtime, command)(config.parse(getattr(config, kind)))
+        sys.stdout.flush()  # here, where an error can be told
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return INPUT_ERROR

@@ -1,0 +1,216 @@
+"""What a run leaves in its folder, and what can be done with it."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+import yaml
+
+from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from rlhf_jax.runtime import loop, run_evaluate, run_generate, train_ppo, train_reward, train_sft
+from tests import small
+
+SUPERVISED = {"train/loss", "train/accuracy", "train/grad_norm"}
+
+
+@pytest.fixture(params=["sft", "reward", "ppo"])
+def finished(request):
+    """(name, folder, result, what trained it) of each stage."""
+    folder, result = request.getfixturevalue(f"{request.param}_run")
+    train = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}[request.param]
+    return request.param, folder, result, train
+
+
+def test_the_folder_holds_what_is_promised(finished):
+    name, folder, result, _ = finished
+    assert result.run_dir == str(folder)
+    files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf", "report.html"}
+    assert files <= {path.name for path in folder.iterdir()}
+    assert [row["step"] for row in small.rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    samples = small.rows(folder / "samples.jsonl")
+    assert {row["step"] for row in samples} == {2, 4}
+    assert all(isinstance(row["prompt"] + row["response"], str) for row in samples)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["run_dir"] == str(folder)
+    assert config[name]["batch_size"] == 8
+    assert load_checks(name)(folder / "hf")
+    assert "<html" in (folder / "report.html").read_text()[:500].lower()
+
+
+def load_checks(name):
+    load = load_reward_model if name == "reward" else load_pretrained
+    return lambda folder: load(folder)[0].config.n_embd == 32
+
+
+def test_metrics_have_the_names_that_users_know(finished):
+    name, folder, result, _ = finished
+    first, second = small.rows(folder / "metrics.jsonl")[:2]
+    if name == "ppo":
+        objective = {"scores", "kl", "rlhf_reward", "non_score_reward", "entropy", "kl_coef"}
+        wanted = {f"objective/{part}" for part in objective}
+        wanted |= {"policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg"}
+        wanted |= {"loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio"}
+        evaluated = {"eval/scores", "eval/kl", "eval/win_rate_scores", "eval/response_length"}
+    else:
+        wanted, evaluated = SUPERVISED, {"eval/loss", "eval/accuracy"}
+    evaluated |= {"sft": {"eval/perplexity"}, "reward": {"eval/margin"}}.get(name, set())
+    assert wanted <= first.keys()
+    assert not any(key.startswith("eval/") for key in first)
+    assert evaluated <= second.keys()
+    assert {"perf/tokens_per_sec", "perf/step_time"} <= result.metrics.keys()
+    assert "perf/tokens" not in result.metrics
+    assert all(isinstance(value, float) for value in result.metrics.values())
+
+
+def test_the_same_call_again_does_nothing(finished, capsys, monkeypatch):
+    _, folder, result, train = finished
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    monkeypatch.setattr(loop, "Checkpoints", None)  # nothing is opened, let alone trained
+    assert train(folder / "config.yaml") == result
+    assert capsys.readouterr().err == f"{folder} is complete; nothing is left to do.\n"
+    after = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    config = folder / "config.yaml"
+    assert {**after, config: 0} == {**before, config: 0}
+
+
+def test_the_configuration_fed_back_repeats_the_run(finished, tmp_path):
+    _, folder, _, train = finished
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    train({**config, "run_dir": str(tmp_path)})
+    small.assert_same_run(folder, tmp_path)
+
+
+def test_another_seed_is_another_run(tmp_path, sft_run):
+    train_sft(small.sft(tmp_path, seed=1))
+    ours, theirs = (small.rows(folder / "metrics.jsonl") for folder in (tmp_path, sft_run[0]))
+    assert ours[0]["train/loss"] != theirs[0]["train/loss"]
+
+
+def test_a_run_may_go_on_with_another_logging_section(tmp_path, monkeypatch):
+    """It was stopped by an error after two steps, and is watched differently from then on."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, 2)
+        with pytest.raises(ZeroDivisionError):
+            train_sft(small.sft(tmp_path, checkpoint={"every": 1}))
+    watched = {"log_every": 4, "eval_every": 0, "samples_every": 0, "num_samples": 1}
+    train_sft(small.sft(tmp_path, checkpoint={"every": 3, "keep": 1}, logging=watched))
+    rows = small.rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 4]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["logging"]["log_every"] == 4
+
+
+def fail_at(patch, index):
+    from rlhf_jax.runtime.sft import SFTStage
+
+    original = SFTStage.step
+    patch.setattr(
+        SFTStage, "step", lambda self, state, i: original(self, state, i if i != index else 1 / 0)
+    )
+
+
+def test_checkpoints_are_kept_as_many_as_asked_for(tmp_path):
+    train_sft(small.sft(tmp_path, checkpoint={"every": 1, "keep": 3}))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["2", "3", "4"]
+
+
+def test_ppo_writes_a_comparison_with_the_policy_it_started_from(ppo_run, sft_run):
+    evaluation = json.loads((ppo_run[0] / "evaluation.json").read_text())
+    assert evaluation["metrics"]["num_prompts"] == 8
+    assert len(evaluation["samples"]) == 2
+    rows = {row["metric"]: row for row in evaluation["table"]}
+    before = rows["KL to the reference (nats per response)"]
+    assert before["before"] == pytest.approx(0.0, abs=1e-5)
+    assert rows["reward-model score"]["after"] == pytest.approx(
+        evaluation["metrics"]["scores"], rel=1e-6
+    )
+    last = small.rows(ppo_run[0] / "metrics.jsonl")[-1]
+    assert last["eval/scores"] == evaluation["metrics"]["scores"]
+    ours, theirs = (load_pretrained(f"{run[0]}/hf")[1] for run in (ppo_run, sft_run))
+    assert not jnp.array_equal(ours["ln_f"]["scale"], theirs["ln_f"]["scale"])
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def generate(capsys, **values):
+    """The lines that `run_generate` writes to standard output."""
+    count = run_generate(values)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == count
+    return lines
+
+
+def test_generate_writes_json_lines(tmp_path, capsys, sft_run):
+    shared = {
+        "model": {"path": f"{sft_run[0]}/hf"},
+        "data": {"builtin_rows": 4, "eval_rows": 5},
+        "generation": {"max_new_tokens": 4, "batch_size": 4},
+    }
+    lines = generate(capsys, **shared)
+    assert len(lines) == 5  # two batches, of which the second is not full
+    assert all(line.keys() == {"prompt", "response"} for line in lines)
+    assert run_generate({**shared, "output": str(tmp_path / "out.jsonl")}) == 5
+    assert capsys.readouterr().out == ""
+    written = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == lines
+
+
+def test_greedy_responses_do_not_hang_on_the_seed_and_sampled_ones_do(capsys, sft_run):
+    def respond(seed, temperature):
+        generation = {"max_new_tokens": 8, "temperature": temperature}
+        model = {"path": f"{sft_run[0]}/hf"}
+        (line,) = generate(capsys, model=model, generation=generation, prompt="It was", seed=seed)
+        assert line["prompt"] == "It was"
+        return line["response"]
+
+    assert respond(0, 0.0) == respond(1, 0.0)
+    assert respond(0, 1.0) == respond(0, 1.0)
+    assert respond(0, 1.0) != respond(1, 1.0)
+
+
+# --- evaluate ------------------------------------------------------------------------------------
+
+
+def evaluate(tmp_path, kind, **values):
+    evaluation = run_evaluate({"kind": kind, "run_dir": str(tmp_path), **values})
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+    return evaluation["metrics"]
+
+
+def test_evaluation_of_texts_is_what_training_found(tmp_path, capsys, sft_run):
+    data = small.sft("-")["data"]
+    metrics = evaluate(tmp_path, "text", model={"path": f"{sft_run[0]}/hf"}, data=data)
+    last = small.rows(sft_run[0] / "metrics.jsonl")[-1]
+    assert metrics["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(last["eval/perplexity"], rel=1e-5)
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_evaluation_of_pairs_is_what_training_found(tmp_path, reward_run):
+    data = small.reward("-", "-")["data"]
+    model = {"reward_path": f"{reward_run[0]}/hf"}
+    metrics = evaluate(tmp_path, "pairs", model=model, data=data)
+    last = small.rows(reward_run[0] / "metrics.jsonl")[-1]
+    assert metrics["num_pairs"] == 8
+    assert metrics["accuracy"] == pytest.approx(last["eval/accuracy"])
+    assert metrics["loss"] == pytest.approx(last["eval/loss"], rel=1e-4)
+
+
+def test_evaluation_of_a_policy(tmp_path, capsys, sft_run, reward_run, ppo_run):
+    model = {"path": f"{ppo_run[0]}/hf", "reward_path": f"{reward_run[0]}/hf"}
+    shared = {
+        "data": small.ppo("-", "-")["data"],
+        "generation": {"max_new_tokens": 8, "temperature": 0.0},
+        "evaluation": {"gold_fn": "rlhf_jax.data.builtin:gold_scores", "batch_size": 8},
+    }
+    alone = evaluate(tmp_path, "policy", model=model, **shared)
+    assert alone.keys() == {"scores", "gold", "kl", "response_length", "num_prompts"}
+    assert alone["kl"] == pytest.approx(0.0, abs=1e-5)
+    model["reference_path"] = f"{sft_run[0]}/hf"
+    compared = evaluate(tmp_path, "policy", model=model, **shared)
+    assert compared["scores"] == pytest.approx(alone["scores"], rel=1e-5)
+    assert 0 <= compared["win_rate"] <= 1
+    assert compared["kl"] != 0
+    assert "win rate by the gold score" in capsys.readouterr().out

@@ -1,0 +1,154 @@
+"""The commands as a user runs them: exit status, and what they say on the terminal."""
+
+import ast
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_jax import runtime
+from rlhf_jax.runtime import config as configs
+from rlhf_jax.runtime import train_sft
+from tests import small
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("train_sft", "train_reward", "train_ppo", "run_rlhf", "generate", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Without a network, and with the programs that were compiled before."""
+    folder = small.cache_folder(tmp_path_factory)
+    small.use_cache(folder)
+    ours = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, **small.cache_environment(folder), **ours}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, environment):
+    """The folder of a trained model."""
+    folder = tmp_path_factory.mktemp("sft")
+    train_sft(small.sft(folder))
+    return f"{folder}/hf"
+
+
+@pytest.fixture
+def short_texts(tmp_path):
+    """A configuration of texts that nothing is to be said about: none is cut or dropped."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "a good film"}\n' * 32)
+    data = {
+        "path": str(tmp_path / "texts.jsonl"),
+        "eval_rows": 0,
+        "max_length": 48,
+        "packing": False,
+    }
+    config = small.sft(tmp_path / "run", logging={"progress": False, "num_samples": 0})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"data": data}))
+    return ["--config", str(tmp_path / "config.yaml")]
+
+
+def command(name, *flags):
+    return [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *flags]
+
+
+def run(environment, name, *flags):
+    """(exit status, standard output, standard error)"""
+    done = subprocess.run(command(name, *flags), env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_script_calls_its_command(name):
+    source = (ROOT / "scripts" / f"{name}.py").read_text()
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "cli.main"
+    )
+    function, kind = (argument.value for argument in call.args)
+    assert callable(getattr(runtime, function))
+    assert dataclasses.is_dataclass(getattr(configs, kind))
+    assert f"`{name}.py`" in getattr(configs, kind).__doc__
+
+
+def test_what_is_wrong_is_one_line_and_status_2(environment, tmp_path):
+    status, out, err = run(environment, "train_ppo", "--ppo.kl_ceof", "1")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: Unknown key 'ppo.kl_ceof' (did you mean kl_coef?); the section")
+    assert err.count("\n") == 1
+    status, out, err = run(
+        environment, "train_sft", "--data.path", "no.jsonl", "--run_dir", str(tmp_path / "run")
+    )
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: There is no file or folder no.jsonl: give one that exists")
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line(environment):
+    status, out, err = run(environment, "generate", "--model.path", "no/such", "--prompt", "hi")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: The tokenizer no/such is neither a local folder nor reachable on")
+
+
+def test_a_run_says_nothing_that_nobody_asked_for(environment, short_texts, tmp_path):
+    status, out, err = run(environment, "train_sft", *short_texts)
+    assert (status, out, err) == (0, "", "")
+    status, out, err = run(environment, "train_sft", *short_texts, "--seed", "1")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "was made with another configuration: seed is 0 there and 1 here" in err
+
+
+def test_a_nan_loss_is_one_line_and_status_1(environment, short_texts):
+    hot = ("--optimizer.learning_rate", "1e30", "--optimizer.max_grad_norm", "null")
+    status, out, err = run(environment, "train_sft", *short_texts, *hot)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: train/loss is nan at step 2 of the stage sft; training stopped")
+
+
+def test_ctrl_c_is_status_130_and_says_how_to_go_on(environment, short_texts, tmp_path):
+    long = (*short_texts, "--sft.num_epochs", "100000")
+    process = subprocess.Popen(
+        command("train_sft", *long), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    first, last = err.strip().splitlines()
+    assert first == "Stopping after this step; once more to stop at once."
+    assert last.startswith("Stopped after step ")
+    assert last.endswith("Run the same command again to continue.")
+    (step,) = (path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert last.startswith(f"Stopped after step {step} of 400000; everything is saved in")
+
+
+def test_generate_writes_json_alone_and_the_same_in_every_process(environment, model, tmp_path):
+    flags = ("--model.path", model, "--prompt", "It was", "--generation.temperature", "0")
+    flags += ("--generation.max_new_tokens", "6")
+    status, out, err = run(environment, "generate", *flags)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["prompt"] == "It was"
+    output = tmp_path / "out.jsonl"
+    assert run(environment, "generate", *flags, "--output", str(output)) == (0, "", "")
+    assert output.read_text() == out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(environment, model):
+    flags = ("--model.path", model, "--prompt", "hi", "--generation.max_new_tokens", "6")
+    process = subprocess.Popen(
+        command("generate", *flags), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
