@@ -87,9 +87,10 @@ def generate(
     _check(model, prompts, sampling)
     batch, width = prompts.shape
     positions = positions_from(prompt_mask)
-    cache = model.init_cache(batch, width + max_new_tokens - 1)
+    room = model.init_cache(batch, width + max_new_tokens - 1)
     x = model.embed(params, prompts, positions)
-    x, cache = model.layers(params["layers"], x, prompt_mask, positions, cache)
+    x, cache = model.layers(params["layers"], x, prompt_mask, positions, room)
+    assert cache is not None  # a cache goes in, so one comes out
     next_position = positions[:, -1] + 1
 
     empty = Rollout(

@@ -21,10 +21,9 @@ from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.generate import generate
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
-from rlhf_jax.runtime.generation import decode
+from rlhf_jax.runtime.generation import decode, sampler
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
 from rlhf_jax.runtime.report import format_table
 from rlhf_jax.training import ppo, reward, sft
@@ -316,33 +315,16 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     judged = after(params, *others)
     if config.model.reference_path is None:
         return _plain(_means(judged) | {"num_prompts": len(rows)})
-    sampler = _sampler(reference_model, tokenizer, config)
-    before = PolicyJudge(reference_model, tokenizer, sampler, **shared)
+    sample = _sampler(reference_model, tokenizer, config)
+    before = PolicyJudge(reference_model, tokenizer, sample, **shared)
     comparison = compare(before(ref_params, *others), judged)
     return write_evaluation(config.run_dir, comparison, config.evaluation.num_samples)
 
 
 def _sampler(model: Model, tokenizer: PreTrainedTokenizerFast, config: EvaluateConfig) -> Sampler:
-    generation, stops = config.generation, (tokenizer.eos_token_id,)
-    needed = config.data.max_prompt_length + generation.max_new_tokens
+    needed = config.data.max_prompt_length + config.generation.max_new_tokens
     assemble.check_positions(model, needed, "data.max_prompt_length + generation.max_new_tokens")
-
-    def sample(params, batch, key):
-        return generate(
-            model,
-            params,
-            batch.prompts,
-            batch.prompt_mask,
-            key,
-            max_new_tokens=generation.max_new_tokens,
-            temperature=generation.temperature,
-            top_k=generation.top_k,
-            top_p=generation.top_p,
-            stop_token_ids=stops,
-            min_new_tokens=generation.min_new_tokens,
-        )
-
-    return sample
+    return sampler(model, tokenizer, config.generation)
 
 
 def _load(config: EvaluateConfig, path: str | None, name: str):

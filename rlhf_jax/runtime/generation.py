@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.datasets import load_rows
@@ -23,6 +24,29 @@ from rlhf_jax.runtime.config import GenerateConfig, GenerationSettings, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+def sampler(
+    model: Model, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings
+) -> Callable[[Params, PromptBatch, jax.Array], Rollout]:
+    """A pure (params, batch, key) -> Rollout that samples as the section `generation` says."""
+
+    def sample(params, batch, key):
+        return generate(
+            model,
+            params,
+            batch.prompts,
+            batch.prompt_mask,
+            key,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            stop_token_ids=(tokenizer.eos_token_id,),
+            min_new_tokens=settings.min_new_tokens,
+        )
+
+    return sample
 
 
 class Responder:
@@ -47,24 +71,7 @@ class Responder:
             )
         self.tokenizer, self.batch_size = tokenizer, settings.batch_size
         self.data = DataSettings(max_prompt_length=room)
-        eos = tokenizer.eos_token_id
-
-        def respond(params, batch, key):
-            return generate(
-                model,
-                params,
-                batch.prompts,
-                batch.prompt_mask,
-                key,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                stop_token_ids=(eos,),
-                min_new_tokens=settings.min_new_tokens,
-            )
-
-        self._respond = jax.jit(respond)
+        self._respond = jax.jit(sampler(model, tokenizer, settings))
 
     def __call__(self, params: Params, prompts: Sequence[str], key: jax.Array) -> list[str]:
         """One response to each prompt, without EOS; long prompts lose their left end."""

@@ -23,6 +23,7 @@ from rlhf_jax.runtime.metrics import (
     read_lines,
 )
 from rlhf_jax.runtime.report import write_report
+from rlhf_jax.runtime.utilization import utilization
 
 Metrics = dict[str, float]
 
@@ -52,6 +53,7 @@ class Stage(Protocol):
 
     name: str
     total_steps: int
+    flops_per_token: float  # of products with parameters, for each real token of a step
 
     def init_state(self) -> Any:
         """The state before the first step."""
@@ -220,9 +222,18 @@ class _Loop:
         self.throughput.add(int(tokens))
         wanted = evaluation or step == self.stage.total_steps
         if wanted or step % self.config.logging.log_every == 0:
-            values |= self.stage.observe(output) | (evaluation or {}) | self.throughput.metrics()
+            values |= self.stage.observe(output) | (evaluation or {}) | self._speed()
             self.writer.write(step, values)
         self.progress.update(step, values)
+
+    def _speed(self) -> Metrics:
+        """Tokens per second, seconds per step and, on devices whose peak is known, the MFU."""
+        speed = self.throughput.metrics()
+        if speed:
+            tokens_per_second = speed["perf/tokens_per_sec"]
+            mfu = utilization(self.stage.flops_per_token, tokens_per_second)
+            speed |= {} if mfu is None else {"perf/mfu": mfu}
+        return speed
 
     def _check(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Raises where a loss or the gradient is not finite; nothing was saved since it was."""

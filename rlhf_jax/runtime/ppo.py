@@ -33,6 +33,7 @@ from rlhf_jax.runtime.evaluation import (
     write_evaluation,
 )
 from rlhf_jax.runtime.generation import decode
+from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training import ppo
 from rlhf_jax.training.state import make_optimizer
 
@@ -122,6 +123,7 @@ class PPOStage:
         config, stops = self.config, (self.tokenizer.eos_token_id,)
         self.optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
         shape = jax.eval_shape(self._init, self.params, self.reward_params)
+        self.flops_per_token = self._flops_per_token(shape)
         state, rows, whole = (
             tree_shardings(self.mesh, shape),
             batch_sharding(self.mesh),
@@ -160,6 +162,12 @@ class PPOStage:
         )
         self._before: Judged | None = None
         self._compared: tuple[int, Comparison] | None = None
+
+    def _flops_per_token(self, state) -> float:
+        """Sampling and three scoring passes forwards, and the epochs forwards and backwards."""
+        policy = multiplied_parameters(state.params["model"], unembeds=True)
+        reward = multiplied_parameters(state.frozen.get("reward"), unembeds=False)
+        return 2.0 * (3 * policy + reward) + 6.0 * self.config.ppo.num_ppo_epochs * policy
 
     def _sample_for_judging(self, stops, params, batch, key):
         return ppo.sample_responses(

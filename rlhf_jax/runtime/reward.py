@@ -8,26 +8,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.data.batching import Batches, eval_batches
+from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.pairs import pair_rows
 from rlhf_jax.models.huggingface import save_reward_model
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import (
-    batch_sharding,
-    check_batch_size,
-    replicated,
-    tree_shardings,
-)
+from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import assemble, loop
 from rlhf_jax.runtime.config import RewardConfig, resolve
-from rlhf_jax.runtime.evaluation import sum_metrics
 from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.sft import text_of
+from rlhf_jax.runtime.supervised import SupervisedStage
 from rlhf_jax.training import reward
-from rlhf_jax.training.state import make_optimizer
 
 
 def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageResult:
@@ -57,7 +51,7 @@ def check_sizes(config: RewardConfig, model: Model, mesh: Mesh) -> None:
     check_batch_size(mesh, "reward.eval_batch_size", config.reward.eval_batch_size)
 
 
-class RewardStage:
+class RewardStage(SupervisedStage):
     """What the loop needs of reward-model training; see `loop.Stage`."""
 
     name = "reward"
@@ -68,66 +62,18 @@ class RewardStage:
         self.tokenizer = assemble.choose_tokenizer(
             config.tokenizer, config.model.path, lambda: (text_of(row) for row in train)
         )
-        init_key, self.head_key, self.key = jax.random.split(jax.random.key(config.seed), 3)
-        self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
-        self.mesh = make_mesh(config.mesh)
-        check_sizes(config, self.model, self.mesh)
+        trunk_key, self.init_key, self.key = jax.random.split(jax.random.key(config.seed), 3)
+        self.model, self.params = assemble.load_model(config.model, self.tokenizer, trunk_key)
+        check_sizes(config, self.model, make_mesh(config.mesh))
         rows = pair_rows(train, self.tokenizer, data)
         self.batches = Batches(rows, config.reward.batch_size, config.seed)
         self.held_out = pair_rows(held_out, self.tokenizer, data) if held_out else None
         self.total_steps = math.ceil(config.reward.num_epochs * self.batches.steps_per_epoch)
-        self._compile()
-
-    def _compile(self) -> None:
-        config = self.config
-        self.optimizer = make_optimizer(config.optimizer, self.total_steps)
-        shape = jax.eval_shape(self._init, self.params)
-        state, rows, whole = (
-            tree_shardings(self.mesh, shape),
-            batch_sharding(self.mesh),
-            replicated(self.mesh),
-        )
-        self._step = jax.jit(
-            reward.make_step(self.model, config.reward, optimizer=self.optimizer),
-            in_shardings=(state, rows, whole),
-            out_shardings=(state, whole),
-            donate_argnums=0,
-        )
-        self._evaluate = jax.jit(
-            reward.make_eval_step(self.model),
-            in_shardings=(state.params, rows),
-            out_shardings=whole,
-        )
-
-    def _init(self, params):
-        return reward.init_state(
-            self.model, params, self.config.reward, self.head_key, optimizer=self.optimizer
-        )
-
-    def init_state(self):
-        """The state before the first step, sharded; the loaded parameters are let go."""
-        state = assemble.born_sharded(self.mesh, self._init, self.params)
-        self.params = None
-        return state
-
-    def step(self, state, index):
-        """One optimizer step on batch number `index`."""
-        key = jax.random.fold_in(self.key, index)
-        state, metrics = self._step(state, self.batches.at(index), key)
-        return state, metrics, None
-
-    def observe(self, output):
-        """Nothing: all metrics come from the device."""
-        return {}
+        self.compile_step(reward, config.reward, unembeds=False)
 
     def evaluate(self, state):
         """Loss, accuracy and mean difference of scores on the held-out pairs."""
-        if self.held_out is None:
-            return {}
-        batches = eval_batches(self.held_out, self.config.reward.eval_batch_size)
-        sums = sum_metrics(self._evaluate(state.params, batch) for batch in batches)
-        count = sums.pop("count")
-        return {f"eval/{name}": value / count for name, value in sums.items()}
+        return self.held_out_means(state, self.config.reward.eval_batch_size)
 
     def samples(self, state, output, count):
         """Held-out pairs with the scores of both responses."""
@@ -148,14 +94,6 @@ class RewardStage:
             for k, label in enumerate(("chosen", "rejected"))
             for score in [float(scores[row, k])]
         ]
-
-    def saved(self, state):
-        """All of it."""
-        return state
-
-    def resumed(self, state, saved):
-        """All of it."""
-        return saved
 
     def finish(self, state):
         """Writes `hf/`, which transformers opens as a sequence classifier with one label."""

@@ -1,0 +1,97 @@
+"""What the two supervised stages share: batches through one compiled step."""
+
+from typing import Any
+
+import jax
+
+from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
+from rlhf_jax.runtime import assemble
+from rlhf_jax.runtime.evaluation import sum_metrics
+from rlhf_jax.runtime.utilization import multiplied_parameters
+from rlhf_jax.training.state import make_optimizer
+
+
+class SupervisedStage:
+    """The common half of `SFTStage` and `RewardStage`; see `loop.Stage`.
+
+    A subclass reads its data and model into `config`, `model`, `params`, `batches` (of training
+    rows), `held_out` (rows, or None), `total_steps`, and two keys, `init_key` and `key`; then it
+    calls `compile_step`.
+    """
+
+    config: Any
+    model: Any
+    params: Any
+    batches: Any
+    held_out: Any
+    total_steps: int
+    init_key: jax.Array
+    key: jax.Array
+
+    def compile_step(self, training: Any, settings: Any, *, unembeds: bool) -> None:
+        """Prepares the steps of `training.sft` or `training.reward` for the mesh.
+
+        `unembeds` tells whether the stage computes logits, for the count of FLOPs.
+        """
+        self.mesh = make_mesh(self.config.mesh)
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+
+        def init(params):
+            return training.init_state(
+                self.model, params, settings, self.init_key, optimizer=optimizer
+            )
+
+        self._init = init
+        shape = jax.eval_shape(init, self.params)
+        self.flops_per_token = 6.0 * multiplied_parameters(shape.params, unembeds=unembeds)
+        state, rows, whole = (
+            tree_shardings(self.mesh, shape),
+            batch_sharding(self.mesh),
+            replicated(self.mesh),
+        )
+        self._step = jax.jit(
+            training.make_step(self.model, settings, optimizer=optimizer),
+            in_shardings=(state, rows, whole),
+            out_shardings=(state, whole),
+            donate_argnums=0,
+        )
+        self._evaluate = jax.jit(
+            training.make_eval_step(self.model),
+            in_shardings=(state.params, rows),
+            out_shardings=whole,
+        )
+
+    def init_state(self) -> Any:
+        """The state before the first step, sharded; the loaded parameters are let go."""
+        state = assemble.born_sharded(self.mesh, self._init, self.params)
+        self.params = None
+        return state
+
+    def step(self, state: Any, index: int) -> Any:
+        """One optimizer step on batch number `index`."""
+        key = jax.random.fold_in(self.key, index)
+        state, metrics = self._step(state, self.batches.at(index), key)
+        return state, metrics, None
+
+    def observe(self, output: Any) -> dict[str, float]:
+        """Nothing: all metrics come from the device."""
+        return {}
+
+    def held_out_means(self, state: Any, batch_size: int) -> dict[str, float]:
+        """The evaluation's metrics, means over all held-out tokens or pairs; {} without any."""
+        if self.held_out is None:
+            return {}
+        batches = eval_batches(self.held_out, batch_size)
+        sums = sum_metrics(self._evaluate(state.params, batch) for batch in batches)
+        count = sums.pop("count")
+        return {f"eval/{name}": value / count for name, value in sums.items()}
+
+    def saved(self, state: Any) -> Any:
+        """All of it."""
+        return state
+
+    def resumed(self, state: Any, saved: Any) -> Any:
+        """All of it."""
+        return saved

@@ -1,0 +1,53 @@
+"""Model FLOPs utilization: what a run computes, against what its devices could."""
+
+from typing import Any
+
+import jax
+
+# Dense bfloat16 FLOP/s of one device, by the beginning of JAX's `device_kind`; the makers' figures.
+PEAK_FLOPS: dict[str, float] = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def multiplied_parameters(params: Any, *, unembeds: bool) -> int:
+    """How many parameters each token is multiplied with: all matrices.
+
+    The tied embedding counts once, where logits are computed (`unembeds`); position embeddings,
+    biases and layer norms are added or scaled with, and do not count.
+    """
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if names[-1] == "kernel" or (unembeds and "wte" in names):
+            total += int(leaf.size)
+    return total
+
+
+def utilization(
+    flops_per_token: float, tokens_per_second: float, devices: list[jax.Device] | None = None
+) -> float | None:
+    """flops_per_token * tokens_per_second over the peak of all devices; None on unknown devices.
+
+    FLOPs are those of the products with parameters, 2 per parameter and token forwards and 4 more
+    backwards; attention and recomputation are left out (Chowdhery et al. 2022, PaLM, appendix B).
+
+    >>> utilization(6.0, 1.0, jax.devices("cpu")) is None
+    True
+    """
+    devices = jax.devices() if devices is None else devices
+    kind = devices[0].device_kind
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    if peak is None:
+        return None
+    return flops_per_token * tokens_per_second / (peak * len(devices))
