@@ -56,7 +56,7 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
             _check_ahead(config)
         result = train(stage_config)
         metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
-    _finish(config)
+    _finish(config, metrics)
     return loop.StageResult(config.run_dir, metrics)
 
 
@@ -130,8 +130,10 @@ def _shared(config: RLHFConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _finish(config: RLHFConfig) -> None:
+def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:
     """Puts the report of all stages into the outer folder, and prints the table."""
+    if (accuracy := metrics.get("reward/eval/accuracy")) is not None:
+        print(f"Reward model: {accuracy:.1%} of the held-out pairs ranked as their label says")
     folder = epath.Path(config.run_dir)
     compared = evaluation.read_evaluation(f"{config.run_dir}/ppo")
     if compared is not None:

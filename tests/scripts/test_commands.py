@@ -23,17 +23,16 @@ COMMANDS = ("train_sft", "train_reward", "train_ppo", "run_rlhf", "generate", "e
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Without a network, and with the programs that were compiled before."""
-    folder = small.cache_folder(tmp_path_factory)
-    small.use_cache(folder)
+def environment():
+    """Without a network, and without a cache of programs: older JAX speaks up when it uses one."""
     ours = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    return {**os.environ, **small.cache_environment(folder), **ours}
+    return {**os.environ, **ours}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, environment):
+def model(tmp_path_factory):
     """The folder of a trained model."""
+    small.use_cache(small.cache_folder(tmp_path_factory))
     folder = tmp_path_factory.mktemp("sft")
     train_sft(small.sft(folder))
     return f"{folder}/hf"
