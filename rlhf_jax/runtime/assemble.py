@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
@@ -163,3 +165,21 @@ def call_scores(
                 "give a finite number."
             )
     return scores
+
+
+def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
+    """Calls save(folder, *args) for `hf/` of a run folder.
+
+    safetensors writes to local files alone, so for an address such as gs:// the files are made in a
+    temporary folder and copied.
+    """
+    target = epath.Path(run_dir) / "hf"
+    if "://" not in str(run_dir):
+        save(str(target), *args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, *args)
+        target.mkdir(parents=True, exist_ok=True)
+        # The configuration comes last: who finds it finds the weights as well.
+        for file in sorted(epath.Path(folder).iterdir(), key=lambda f: f.name == "config.json"):
+            file.copy(target / file.name, overwrite=True)

@@ -19,18 +19,21 @@ class Settings:
     """The section `checkpoint` of a configuration.
 
     Attributes:
-      every: steps between checkpoints; 0 saves at the end, and when interrupted, alone.
+      every: steps between checkpoints; 0 leaves it to the clock.
+      minutes: a checkpoint after the first step that ends so long after the last one; 0 leaves it
+        to the steps. The end of a run and an interrupt save in any case.
       keep: how many of the newest are kept.
     """
 
     every: int = 0
+    minutes: float = 10.0
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
+        if self.every < 0 or self.minutes < 0 or self.keep < 1:
             raise InputError(
-                "checkpoint.every must be at least 0 and checkpoint.keep at least 1, but are "
-                f"{self.every} and {self.keep}."
+                "checkpoint.every and checkpoint.minutes must be at least 0 and checkpoint.keep at "
+                f"least 1, but are {self.every}, {self.minutes} and {self.keep}."
             )
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -145,6 +146,7 @@ class _Loop:
     def __init__(self, stage, config, checkpoints, writer, progress) -> None:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.writer, self.progress, self.throughput = writer, progress, Throughput()
+        self.saved_at = time.monotonic()
 
     def run(self, state: Any, start: int, interrupted: threading.Event) -> Any:
         pending = None
@@ -159,7 +161,7 @@ class _Loop:
                 self._log(*pending)
             pending = (index + 1, metrics, output)
             stopping = interrupted.is_set()  # read once: what is said below has to be so
-            if stopping or self._is_due(index + 1):
+            if stopping or self._is_due(index + 1) or self._is_save_due(index + 1):
                 self._pause(state, *pending, stopping=stopping)
                 pending = None
             if stopping:
@@ -174,8 +176,12 @@ class _Loop:
             step == self.stage.total_steps
             or _every(self.config.logging.eval_every, step)
             or _every(self.config.logging.samples_every, step)
-            or _every(self.config.checkpoint.every, step)
         )
+
+    def _is_save_due(self, step: int) -> bool:
+        settings, waited = self.config.checkpoint, time.monotonic() - self.saved_at
+        late = settings.minutes > 0 and waited >= 60.0 * settings.minutes
+        return late or step == self.stage.total_steps or _every(settings.every, step)
 
     def _pause(self, state, step, metrics, output, *, stopping: bool) -> None:
         """Evaluates, writes samples and saves, where it is time for each."""
@@ -193,7 +199,7 @@ class _Loop:
                 rows = self.stage.samples(state, output, logging.num_samples)
                 self.writer.samples(step, rows)
             # Last, so that what a checkpoint continues from has all its lines.
-            if last or _every(self.config.checkpoint.every, step):
+            if self._is_save_due(step):
                 self._save(step, state)
 
     def _save(self, step: int, state: Any) -> None:
@@ -203,6 +209,7 @@ class _Loop:
             self._diverged(step, "a parameter is not finite")
         with disk_errors(self.config.run_dir):
             self.checkpoints.save(step, saved)
+        self.saved_at = time.monotonic()
 
     def _rescue(self, state: Any, step: int, pending: tuple | None) -> None:
         """Saves the state of `step` after an error in the next one, say in a reward function."""

@@ -265,9 +265,8 @@ class PPOStage:
 
     def finish(self, state):
         """Writes `hf/` and, where there are held-out prompts, `evaluation.json`."""
-        folder = f"{self.config.run_dir}/hf"
-        policy = jax.device_get(state.params["model"])
-        save_pretrained(folder, self.model, policy, self.tokenizer)
+        parts = (self.model, jax.device_get(state.params["model"]), self.tokenizer)
+        assemble.export(self.config.run_dir, save_pretrained, *parts)
         if self.held_out is not None:
             count = self.config.evaluation.num_samples
             write_evaluation(self.config.run_dir, self._compare(state), count)

@@ -97,5 +97,5 @@ class RewardStage(SupervisedStage):
 
     def finish(self, state):
         """Writes `hf/`, which transformers opens as a sequence classifier with one label."""
-        folder = f"{self.config.run_dir}/hf"
-        save_reward_model(folder, self.model, jax.device_get(state.params), self.tokenizer)
+        parts = (self.model, jax.device_get(state.params), self.tokenizer)
+        assemble.export(self.config.run_dir, save_reward_model, *parts)

@@ -86,8 +86,8 @@ class SFTStage(SupervisedStage):
 
     def finish(self, state):
         """Writes `hf/`, which transformers opens."""
-        folder = f"{self.config.run_dir}/hf"
-        save_pretrained(folder, self.model, jax.device_get(state.params), self.tokenizer)
+        parts = (self.model, jax.device_get(state.params), self.tokenizer)
+        assemble.export(self.config.run_dir, save_pretrained, *parts)
 
 
 def text_of(row: Mapping[str, Any]) -> str:

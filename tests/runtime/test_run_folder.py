@@ -1,13 +1,24 @@
 """What a run leaves in its folder, and what can be done with it."""
 
+import itertools
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 import yaml
+from etils import epath
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
-from rlhf_jax.runtime import loop, run_evaluate, run_generate, train_ppo, train_reward, train_sft
+from rlhf_jax.runtime import (
+    assemble,
+    loop,
+    run_evaluate,
+    run_generate,
+    train_ppo,
+    train_reward,
+    train_sft,
+)
 from tests import small
 
 SUPERVISED = {"train/loss", "train/accuracy", "train/grad_norm"}
@@ -214,3 +225,44 @@ def test_evaluation_of_a_policy(tmp_path, capsys, sft_run, reward_run, ppo_run):
     assert 0 <= compared["win_rate"] <= 1
     assert compared["kl"] != 0
     assert "win rate by the gold score" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_due_when_enough_time_has_passed(tmp_path, monkeypatch):
+    """The clock jumps by a minute at each look; a checkpoint is wanted every two and a half."""
+    clock = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    saved = []
+    save = loop.Checkpoints.save
+    monkeypatch.setattr(
+        loop.Checkpoints,
+        "save",
+        lambda self, step, state: saved.append(step) or save(self, step, state),
+    )
+    quiet = {"eval_every": 0, "samples_every": 0, "progress": False}
+    train_sft(small.sft(tmp_path, checkpoint={"minutes": 2.5}, logging=quiet))
+    assert saved[-1] == small.STEPS
+    assert 1 < len(saved) < small.STEPS
+
+
+def test_an_export_to_an_address_is_made_here_and_copied_with_the_configuration_last(
+    tmp_path, monkeypatch
+):
+    """A local folder stands in for the bucket."""
+    path_of = epath.Path
+    monkeypatch.setattr(
+        assemble.epath,
+        "Path",
+        lambda path: path_of(str(path).replace("gs://bucket", str(tmp_path))),
+    )
+    copied = []
+
+    def save(folder, text):
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (Path(folder) / name).write_text(f"{text} {name}")
+            copied.append(name)
+
+    assemble.export("gs://bucket/run", save, "the")
+    written = {file.name: file.read_text() for file in (tmp_path / "run" / "hf").iterdir()}
+    assert written == {name: f"the {name}" for name in copied}
+    order = sorted((tmp_path / "run" / "hf").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    assert order[-1].name == "config.json"
