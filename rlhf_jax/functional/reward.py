@@ -35,8 +35,9 @@ def pairwise_loss(chosen, rejected, *, margin=0.0, center_coef=0.0, mask=None, d
     >>> print(f"{loss:.4f}", metrics["accuracy"], metrics["margin"])
     1.2201 0.5 -0.5
     """
+    expect(chosen=(chosen, "B", float), rejected=(rejected, "B", float))
     mask = jnp.ones_like(chosen, dtype=bool) if mask is None else mask
-    expect(chosen=(chosen, "B", float), rejected=(rejected, "B", float), mask=(mask, "B", bool))
+    expect(chosen=(chosen, "B", float), mask=(mask, "B", bool))
     margin = jnp.asarray(margin)
     if margin.ndim > 0:
         expect(chosen=(chosen, "B", float), margin=(margin, "B", float))

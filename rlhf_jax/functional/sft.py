@@ -46,7 +46,9 @@ def cross_entropy_loss(logits, targets, mask, *, label_smoothing=0.0, z_loss=0.0
     possible = ~jnp.isneginf(logits)
     mean_logit = jnp.sum(jnp.where(possible, logits, 0.0), axis=-1) / jnp.sum(possible, axis=-1)
     uniform = log_normalizer - mean_logit
-    losses = nll + label_smoothing * (uniform - nll) + z_loss * jnp.square(log_normalizer)
+    # Not nll + s * (uniform - nll): that is NaN, and not infinite, for an impossible target.
+    losses = (1.0 - label_smoothing) * nll + label_smoothing * uniform
+    losses += z_loss * jnp.square(log_normalizer)
     correct = jnp.argmax(logits, axis=-1) == targets
     return batch_mean(losses, mask, denominator), {
         "nll": batch_mean(nll, mask, denominator),

@@ -88,3 +88,8 @@ def test_wrong_keywords_are_named(name, value):
     scores = np.zeros(2, np.float32)
     with pytest.raises(ValueError, match=f"^{name} must be .*B.* but is "):
         rlhf.pairwise_loss(scores, scores, **{name: value})
+
+
+def test_scores_that_are_no_arrays_are_named():
+    with pytest.raises(ValueError, match=r"^chosen must be float\[B\], but is .* \(no array\)"):
+        rlhf.pairwise_loss([1.0], [2.0])

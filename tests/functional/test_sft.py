@@ -54,3 +54,14 @@ def test_confident_logits_have_finite_losses_and_gradients(scale):
     value, gradient = jax.value_and_grad(loss)(logits)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_an_impossible_target_has_an_infinite_loss_and_a_finite_gradient(label_smoothing):
+    logits, mask = np.float32([[[0.0, 0.0, -np.inf]]]), np.ones((1, 1), bool)
+    loss = lambda x: rlhf.cross_entropy_loss(  # noqa: E731
+        x, np.array([[2]]), mask, label_smoothing=label_smoothing
+    )[0]
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert value == np.inf
+    assert np.isfinite(gradient).all()
