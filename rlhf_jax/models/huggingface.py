@@ -12,6 +12,7 @@ import functools
 import json
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -441,6 +442,8 @@ def _write_weights(folder: pathlib.Path, tree: Params, slots: dict[str, _Slot]) 
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(f"{file} could not be written: {error}") from error
+        # safetensors lets nobody but the owner read its files, whatever the umask says.
+        shutil.copymode(folder / "config.json", folder / file)
 
 
 def _publish(temporary: pathlib.Path, folder: pathlib.Path) -> None:

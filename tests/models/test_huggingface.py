@@ -147,6 +147,7 @@ def test_files_are_named_as_transformers_names_them(folder):
     assert {key: config[key] for key in expected} == expected
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     tensors = load_file(folder / "model.safetensors")
     assert len(tensors) == 4 + 12 * CONFIG.n_layer
     np.testing.assert_array_equal(
