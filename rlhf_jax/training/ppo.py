@@ -194,7 +194,20 @@ def make_step(
       stop_token_ids: tokens that end a response.
 
     Returns:
-      The step. Scores in its rollout are final: with penalty and clipping.
+      The step. Scores in its rollout are final: with penalty and clipping. It raises a ValueError
+      while tracing if the state holds no reward model.
+
+    >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+    >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> key, params = jax.random.key(0), model.init(jax.random.key(1))
+    >>> settings = Settings(batch_size=2, num_mini_batches=1, response_length=3)
+    >>> scorer = {"model": jax.tree.map(jnp.copy, params), "head": {"kernel": jnp.ones(8)}}
+    >>> state = init_state(model, params, settings, key, reward_params=scorer)
+    >>> step = jax.jit(make_step(model, settings, stop_token_ids=(9,)), donate_argnums=0)
+    >>> batch = PromptBatch(jnp.ones((2, 4), int), jnp.ones((2, 4), bool), jnp.arange(2))
+    >>> state, metrics, rollout = step(state, batch, key)
+    >>> int(state.step), rollout.tokens.shape
+    (1, (2, 3))
     """
     rollout_step = make_rollout_step(model, settings, stop_token_ids=stop_token_ids)
     update_step = make_update_step(
@@ -203,6 +216,11 @@ def make_step(
     reward_model = reward_model or model
 
     def step(state, batch, key):
+        if "reward" not in state.frozen:
+            raise ValueError(
+                "the state holds no reward model: give reward_params to init_state, or score the "
+                "responses yourself, between make_rollout_step and make_update_step."
+            )
         sample_key, update_key = jax.random.split(key)
         rollout = rollout_step(state, batch, sample_key)
         scores = response_scores(reward_model, state.frozen["reward"], batch, rollout)

@@ -81,6 +81,17 @@ def make_step(
     The metrics are `train/loss`, `train/accuracy` (share of pairs whose chosen response scores
     higher), `train/margin` (mean difference), `train/grad_norm` and `perf/tokens`, f32[] each.
     There is no dropout, and the key is not used.
+
+    >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+    >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> key, settings = jax.random.key(0), Settings()
+    >>> state = init_state(model, model.init(key), settings, key)
+    >>> step = jax.jit(make_step(model, settings), donate_argnums=0)
+    >>> tokens, real = jnp.arange(8).reshape(2, 4), jnp.ones((2, 4), bool)
+    >>> pairs = (tokens, real, tokens, real, tokens[::-1], real)
+    >>> state, metrics = step(state, PairBatch(*pairs, jnp.zeros(2), jnp.ones(2, bool)), key)
+    >>> int(state.step), float(metrics["perf/tokens"])
+    (1, 24.0)
     """
     optimizer = optimizer or make_optimizer(OptimizerSettings())
 

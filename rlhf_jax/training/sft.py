@@ -72,6 +72,17 @@ def make_step(
 
     The metrics are `train/loss` (nats per token), `train/accuracy`, `train/grad_norm` and
     `perf/tokens` (real tokens of the batch), f32[] each.
+
+    >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+    >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> key, settings = jax.random.key(0), Settings()
+    >>> state = init_state(model, model.init(key), settings, key)
+    >>> step = jax.jit(make_step(model, settings), donate_argnums=0)
+    >>> tokens = jnp.arange(8).reshape(2, 4)
+    >>> batch = TextBatch(tokens, jnp.ones_like(tokens), jnp.ones((2, 4), bool))
+    >>> state, metrics = step(state, batch, key)
+    >>> int(state.step), float(metrics["perf/tokens"])
+    (1, 8.0)
     """
     optimizer = optimizer or make_optimizer(OptimizerSettings())
 

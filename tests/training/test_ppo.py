@@ -535,3 +535,10 @@ def test_a_batch_of_another_size_is_refused(model, state, batch, rollout):
     settings = dataclasses.replace(SETTINGS, batch_size=8)
     with pytest.raises(ValueError, match="4 rows, but ppo.batch_size is 8"):
         update_with(model, settings)(state, batch, rollout, SCORES, KEY)
+
+
+def test_a_state_without_a_reward_model_is_refused(model, params, batch):
+    state = ppo.init_state(model, params, SETTINGS, KEY, optimizer=SGD)
+    step = ppo.make_step(model, SETTINGS, optimizer=SGD, stop_token_ids=(EOS,))
+    with pytest.raises(ValueError, match="holds no reward model: give reward_params"):
+        jax.eval_shape(step, state, batch, KEY)
