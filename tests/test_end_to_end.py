@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
-from rlhf_jax.runtime import loop, run_rlhf
+from rlhf_jax.runtime import config, loop, run_evaluate, run_generate, run_rlhf
 from rlhf_jax.runtime.reward import RewardStage
 from tests import small
 
@@ -109,3 +112,23 @@ def test_a_reward_model_that_is_trained_already_is_used(tmp_path, finished):
     assert not (tmp_path / "reward").exists()
     assert (tmp_path / "ppo" / "hf" / "model.safetensors").exists()
     assert (tmp_path / "report.html").exists()
+
+
+def test_what_the_readme_asks_of_the_demo_fits_its_models(finished, tmp_path, monkeypatch, capsys):
+    """The models of this run have as many positions as those of the demo."""
+    root = Path(__file__).resolve().parents[1]
+    demo = yaml.safe_load((root / "configs" / "demo" / "rlhf.yaml").read_text())
+    assert demo["model"]["n_positions"] == small.MODEL["n_positions"]
+    commands = {
+        "generate": lambda flags: run_generate(config.parse(config.GenerateConfig, flags)),
+        "evaluate": lambda flags: run_evaluate(config.parse(config.EvaluateConfig, flags)),
+    }
+    monkeypatch.chdir(tmp_path)
+    text = (root / "README.md").read_text().replace("\\\n", " ")
+    given = re.findall(r"^\S+ scripts/(\w+)\.py (.*runs/demo/.*)$", text, re.M)
+    assert {name for name, _ in given} == set(commands)
+    for name, flags in given:
+        commands[name](shlex.split(flags.replace("runs/demo", str(finished[0]))))
+    printed = capsys.readouterr().out
+    assert '"response"' in printed
+    assert "accuracy" in printed
