@@ -15,6 +15,7 @@ from jsonargparse import auto_cli
 
 from rlhf_jax.data.datasets import Settings, load_rows
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.cli import INPUT_ERROR
 
 
 def pair_by_label(
@@ -38,17 +39,25 @@ def pair_by_label(
       split: of a hub data set.
       seed: of the order.
     """
-    rows, held_out = load_rows(Settings(path=source, split=split, eval_rows=0), "prompts")
-    if label not in rows[0]:
-        raise InputError(f"{source} has no column {label!r}; its columns are {', '.join(rows[0])}.")
+    rows, _ = load_rows(Settings(path=source, split=split, eval_rows=0), "prompts")
+    for column in ("text", label):
+        if column not in rows[0]:
+            raise InputError(
+                f"{source} has no column {column!r}; its columns are {', '.join(rows[0])}."
+            )
     random.Random(seed).shuffle(rows)
     sides = [[row["text"] for row in rows if row[label] == side] for side in (preferred, other)]
     pairs = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in zip(*sides)]
     if not pairs:
-        found = sorted({row[label] for row in rows})
-        raise InputError(f"No pair with the labels {preferred} and {other}: there are {found}.")
+        found = sorted({str(row[label]) for row in rows})
+        raise InputError(
+            f"No pair with the labels {preferred} and {other}: there are {', '.join(found)}."
+        )
     lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    Path(output).write_text(lines, encoding="utf-8")
+    try:
+        Path(output).write_text(lines, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}; give another.") from error
     return len(pairs)
 
 
@@ -56,4 +65,5 @@ if __name__ == "__main__":
     try:
         print(f"{auto_cli(pair_by_label)} pairs")
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(INPUT_ERROR)

@@ -49,23 +49,31 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         if self.learning_rate < 0:
-            raise InputError(f"learning_rate must not be negative, but is {self.learning_rate}.")
+            raise InputError(
+                f"optimizer.learning_rate must not be negative, but is {self.learning_rate}."
+            )
         if self.warmup_steps < 0:
-            raise InputError(f"warmup_steps must not be negative, but is {self.warmup_steps}.")
+            raise InputError(
+                f"optimizer.warmup_steps must not be negative, but is {self.warmup_steps}."
+            )
         if self.weight_decay < 0 or self.eps <= 0:
             raise InputError(
-                "weight_decay must not be negative and eps must be above 0, but are "
-                f"{self.weight_decay} and {self.eps}."
+                "optimizer.weight_decay must not be negative and optimizer.eps must be above 0, "
+                f"but are {self.weight_decay} and {self.eps}."
             )
         for name, value in (("b1", self.b1), ("b2", self.b2)):
             if not 0 <= value < 1:
-                raise InputError(f"{name} must be at least 0 and below 1, but is {value}.")
+                raise InputError(
+                    f"optimizer.{name} must be at least 0 and below 1, but is {value}."
+                )
         if self.schedule not in ("constant", "linear", "cosine"):
             raise InputError(
-                f"schedule must be constant, linear or cosine, but is {self.schedule!r}."
+                f"optimizer.schedule must be constant, linear or cosine, but is {self.schedule!r}."
             )
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise InputError(f"max_grad_norm must be above 0, but is {self.max_grad_norm}.")
+            raise InputError(
+                f"optimizer.max_grad_norm must be above 0, but is {self.max_grad_norm}."
+            )
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:

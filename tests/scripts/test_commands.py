@@ -151,3 +151,30 @@ def test_a_reader_that_has_seen_enough_is_no_error(environment, model):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 0
+
+
+def test_pairs_are_made_of_texts_with_labels(environment, tmp_path):
+    labelled = [("good", 1), ("bad", 0), ("fine", 1), ("dull", 0), ("nice", 1)]
+    source, output = tmp_path / "texts.jsonl", tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps({"text": x, "label": y}) + "\n" for x, y in labelled))
+    status, out, err = run(environment, "pair_by_label", str(source), str(output))
+    assert (status, out, err) == (0, "2 pairs\n", "")
+    pairs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {pair["chosen"] for pair in pairs} < {"good", "fine", "nice"}
+    assert {pair["rejected"] for pair in pairs} == {"bad", "dull"}
+
+
+@pytest.mark.parametrize(
+    ("output", "flags", "said"),
+    [
+        ("pairs.jsonl", ("--label", "stars"), "no column 'stars'; its columns are text, label."),
+        ("pairs.jsonl", ("--preferred", "2"), "No pair with the labels 2 and 0: there are 1."),
+        ("none/pairs.jsonl", ("--other", "1"), "cannot be written: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_with_labels_is_one_line(environment, tmp_path, output, flags, said):
+    (tmp_path / "texts.jsonl").write_text('{"text": "good", "label": 1}\n')
+    places = (str(tmp_path / "texts.jsonl"), str(tmp_path / output))
+    status, out, err = run(environment, "pair_by_label", *places, *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert said in err
