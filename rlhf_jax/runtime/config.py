@@ -24,6 +24,7 @@ from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.metrics import Settings as LoggingSettings
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
+from rlhf_jax.training.ppo import OPTIMIZER as PPO_OPTIMIZER
 from rlhf_jax.training.ppo import Settings as PPOSettings
 from rlhf_jax.training.reward import Settings as RewardSettings
 from rlhf_jax.training.sft import Settings as SFTSettings
@@ -158,7 +159,7 @@ class PPOConfig:
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-5, eps=1e-5)
+    optimizer: OptimizerSettings = PPO_OPTIMIZER
     ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     mesh: MeshSettings = MeshSettings()
@@ -183,7 +184,7 @@ class StageOptimizers:
 
     sft: OptimizerSettings = OptimizerSettings(learning_rate=5e-4)
     reward: OptimizerSettings = OptimizerSettings()
-    ppo: OptimizerSettings = OptimizerSettings(learning_rate=1e-5, eps=1e-5)
+    ppo: OptimizerSettings = PPO_OPTIMIZER
 
 
 @dataclasses.dataclass(frozen=True)

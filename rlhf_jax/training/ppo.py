@@ -25,6 +25,9 @@ from rlhf_jax.training.state import OptimizerSettings, apply_gradients, make_opt
 
 Metrics = dict[str, jax.Array]
 
+# Adam's epsilon is that of openai/lm-human-preferences.
+OPTIMIZER = OptimizerSettings(learning_rate=1e-5, eps=1e-5)
+
 
 class PPOState(NamedTuple):
     """All that an exact continuation needs.
@@ -166,7 +169,7 @@ def init_state(
     The state holds `params` and `reward_params` themselves: a step that donates it consumes them.
     """
     del key
-    optimizer = optimizer or make_optimizer(OptimizerSettings())
+    optimizer = optimizer or make_optimizer(OPTIMIZER)
     # A copy, since a step that donates its state must not hold one buffer twice.
     frozen = {"ref": jax.tree.map(jnp.copy, params if ref_params is None else ref_params)}
     if reward_params is not None:
@@ -316,7 +319,7 @@ def make_update_step(
     tuple[PPOState, Metrics, ScoredRollout],
 ]:
     """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)."""
-    optimizer = optimizer or make_optimizer(OptimizerSettings())
+    optimizer = optimizer or make_optimizer(OPTIMIZER)
     stops = tuple(stop_token_ids)
     if settings.missing_eos_penalty is not None and not (stops and settings.stop_at_eos):
         raise InputError(

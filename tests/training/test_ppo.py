@@ -5,6 +5,7 @@ import functools
 import warnings
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import ppo
+from rlhf_jax.training.state import make_optimizer
 from tests.models.gpt2_by_loop import hidden_by_loop, log_softmax, logits_by_loop
 
 EOS = 10
@@ -507,6 +509,16 @@ def test_ppo_learns_what_is_rewarded():
     assert np.mean(shares[-3:]) > 0.7
     assert float(metrics["objective/kl"]) > 0.5
     assert (sample._cache_size(), update._cache_size()) == (1, 1)
+
+
+def test_without_an_optimizer_it_is_adam_with_the_published_epsilon(model, params):
+    assert ppo.OPTIMIZER.eps == 1e-5
+    state = ppo.init_state(model, params, SETTINGS, KEY)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-5), state.params)
+    ours = make_optimizer(ppo.OPTIMIZER)
+    updates, _ = ours.update(grads, state.opt_state, state.params)
+    # Below the clipping, g / (|g| + eps) is one half.
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.5e-5 * g / g, grads), rtol=1e-3)
 
 
 def test_the_counts_follow_from_the_settings():
