@@ -90,6 +90,8 @@ class Settings:
       completion_only: learn only the completion of a prompt (the last turn of messages), not the
         prompt as well.
       packing: put several short texts into one row.
+      length_buckets: how many widths the batches may have, 1 to 4; each is compiled once. With more
+        than one, padding that no row of a batch needs is cut off.
       prompt_tokens: for prompts that are whole texts: keep the first n tokens, n drawn uniformly
         from this closed range by (seed, row).
 
@@ -112,6 +114,7 @@ class Settings:
     max_response_length: int = 128
     completion_only: bool = True
     packing: bool = True
+    length_buckets: int = 1
     prompt_tokens: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -121,6 +124,10 @@ class Settings:
         for key in ("max_length", "max_response_length"):
             _at_least(2, key, getattr(self, key))
         _at_least(0, "seed", self.seed)
+        if not 1 <= self.length_buckets <= 4:
+            raise InputError(
+                f"data.length_buckets is {self.length_buckets}: set it to a number from 1 to 4."
+            )
         if self.max_rows is not None:
             _at_least(1, "max_rows", self.max_rows)
         if self.eval_rows is not None:

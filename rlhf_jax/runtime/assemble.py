@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -40,7 +42,8 @@ def choose_tokenizer(
     """The tokenizer at `tokenizer.path`, else that of the model, else one trained on `texts`."""
     path = settings.path or model_path
     if path is not None:
-        return load_tokenizer(path)
+        with local_folder(path) as folder:
+            return load_tokenizer(folder)
     return train_tokenizer(texts(), settings.vocab_size)
 
 
@@ -54,7 +57,8 @@ def load_model(
     """
     dtype = compute_dtype(settings.dtype)
     if settings.path is not None:
-        model, params = load_pretrained(settings.path, dtype=dtype)
+        with local_folder(settings.path) as folder:
+            model, params = load_pretrained(folder, dtype=dtype)
         check_vocabulary(model, tokenizer, settings.path)
         return model, params
     config = GPT2Config(
@@ -82,9 +86,10 @@ def load_scorer(
     Raises:
       InputError: the folder cannot be read, or its tokenizer is another one.
     """
-    model, params = load_reward_model(path, dtype=compute_dtype(settings.dtype))
+    with local_folder(path) as folder:
+        model, params = load_reward_model(folder, dtype=compute_dtype(settings.dtype))
+        theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
     check_vocabulary(model, tokenizer, path)
-    theirs, ours = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
     if any(theirs.get(token) != index for token, index in ours.items()):
         raise InputError(
             f"The reward model in {path} has another tokenizer than the policy; train both with "
@@ -165,6 +170,36 @@ def call_scores(
                 "give a finite number."
             )
     return scores
+
+
+@contextlib.contextmanager
+def local_folder(path: str) -> Iterator[str]:
+    """The path itself; for an address such as gs://, a temporary copy of the files there."""
+    if "://" not in path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in epath.Path(path).iterdir():
+            file.copy(epath.Path(folder) / file.name)
+        yield folder
+
+
+def stage_keys(seed: int, stage: str, count: int) -> list[jax.Array]:
+    """Keys of a stage ("sft", "reward" or "ppo"), which no other stage of this seed shares."""
+    number = ("sft", "reward", "ppo").index(stage)
+    return list(jax.random.split(jax.random.fold_in(jax.random.key(seed), number), count))
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """u32[]: a checksum of float32 arrays, of which no single one can change without it."""
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
+        # Odd weights have inverses modulo 2^32, so that a changed element changes its product.
+        weights = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
+        total = total * jnp.uint32(2654435761) + jnp.sum(bits * weights, dtype=jnp.uint32)
+    return total
 
 
 def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:

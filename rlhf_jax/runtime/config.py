@@ -233,7 +233,8 @@ class EvaluateConfig:
     Attributes:
       kind: "text": loss and perplexity of `model.path` on texts; "pairs": accuracy of the reward
         model `model.reward_path`; "policy": responses of `model.path`, against those of
-        `model.reference_path` where given, by the reward model and the gold score.
+        `model.reference_path` where given, by the reward model and the gold score. The KL is that
+        of the unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
     """
 
     kind: Literal["text", "pairs", "policy"] = "policy"
@@ -301,7 +302,14 @@ def claim_run_dir(config: Any) -> None:
     Raises:
       InputError: the folder cannot be written, or was made with another configuration.
     """
-    folder = epath.Path(config.run_dir)
+    try:
+        folder = epath.Path(config.run_dir)
+        folder.exists()
+    except ImportError as error:
+        raise InputError(
+            f"--run_dir {config.run_dir} needs a package that opens such addresses ({error}); "
+            "install it, or give a local folder."
+        ) from error
     file = folder / "config.yaml"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,11 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
             state = loop.run(state, start, interrupted)
         with disk_errors(folder):
             stage.finish(state)
-            write_report(folder)
+            report = write_report(folder)
+        print(
+            f"{stage.name}: the model is in {folder / 'hf'}, the report in {report}",
+            file=sys.stderr,
+        )
     finally:
         with disk_errors(folder):
             checkpoints.close()

@@ -97,8 +97,8 @@ class PPOStage:
         config, data = self.config, self.config.data
         self.rows, self.held_out_rows = load_rows(data, "prompts")
         self.tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
-        _, self.key, self.eval_key = jax.random.split(jax.random.key(config.seed), 3)
-        self.model, self.params = assemble.load_model(config.model, self.tokenizer, self.key)
+        init_key, self.key, self.eval_key = assemble.stage_keys(config.seed, "ppo", 3)
+        self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
         self.mesh = make_mesh(config.mesh)
         check_sizes(config, self.model, self.mesh)
         self.reward_model, self.reward_params = None, None
@@ -112,7 +112,10 @@ class PPOStage:
                 "data.max_prompt_length + ppo.response_length, to be scored by the reward model,",
             )
         self.batches = Batches(
-            prompt_rows(self.rows, self.tokenizer, data), config.ppo.batch_size, config.seed
+            prompt_rows(self.rows, self.tokenizer, data),
+            config.ppo.batch_size,
+            config.seed,
+            buckets=data.length_buckets,
         )
         self.held_out = (
             prompt_rows(self.held_out_rows, self.tokenizer, data) if self.held_out_rows else None
@@ -164,7 +167,10 @@ class PPOStage:
         self._compared: tuple[int, Comparison] | None = None
 
     def _flops_per_token(self, state) -> float:
-        """Sampling and three scoring passes forwards, and the epochs forwards and backwards."""
+        """Sampling and three scoring passes forwards, and the epochs forwards and backwards.
+
+        Prompt tokens count like those of responses, though their logits are never computed.
+        """
         policy = multiplied_parameters(state.params["model"], unembeds=True)
         reward = multiplied_parameters(state.frozen.get("reward"), unembeds=False)
         return 2.0 * (3 * policy + reward) + 6.0 * self.config.ppo.num_ppo_epochs * policy
@@ -256,11 +262,17 @@ class PPOStage:
         ]
 
     def saved(self, state):
-        """All but the frozen parts, which are read from their own folders again."""
-        return state._replace(frozen={})
+        """All but the frozen parts, which are read from their own folders again; their checksum."""
+        return state._replace(frozen={"fingerprint": assemble.fingerprint(state.frozen)})
 
     def resumed(self, state, saved):
-        """The saved parts beside the frozen ones."""
+        """The saved parts beside the frozen ones, if these are still what they were."""
+        if saved.frozen["fingerprint"] != assemble.fingerprint(state.frozen):
+            raise InputError(
+                f"The model in {self.config.model.path} or {self.config.model.reward_path} is not "
+                f"the one that the run in {self.config.run_dir} began with; put it back, or choose "
+                "another --run_dir."
+            )
         return saved._replace(frozen=state.frozen)
 
     def finish(self, state):

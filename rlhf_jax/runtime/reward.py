@@ -62,11 +62,13 @@ class RewardStage(SupervisedStage):
         self.tokenizer = assemble.choose_tokenizer(
             config.tokenizer, config.model.path, lambda: (text_of(row) for row in train)
         )
-        trunk_key, self.init_key, self.key = jax.random.split(jax.random.key(config.seed), 3)
+        trunk_key, self.init_key, self.key = assemble.stage_keys(config.seed, "reward", 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, trunk_key)
         check_sizes(config, self.model, make_mesh(config.mesh))
         rows = pair_rows(train, self.tokenizer, data)
-        self.batches = Batches(rows, config.reward.batch_size, config.seed)
+        self.batches = Batches(
+            rows, config.reward.batch_size, config.seed, buckets=data.length_buckets
+        )
         self.held_out = pair_rows(held_out, self.tokenizer, data) if held_out else None
         self.total_steps = math.ceil(config.reward.num_epochs * self.batches.steps_per_epoch)
         self.compile_step(reward, config.reward, unembeds=False)

@@ -56,11 +56,13 @@ class SFTStage(SupervisedStage):
         self.tokenizer = assemble.choose_tokenizer(
             config.tokenizer, config.model.path, lambda: (text_of(row) for row in train)
         )
-        self.init_key, self.key, self.sample_key = jax.random.split(jax.random.key(config.seed), 3)
+        self.init_key, self.key, self.sample_key = assemble.stage_keys(config.seed, "sft", 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, self.init_key)
         check_sizes(config, self.model, make_mesh(config.mesh))
         rows, _ = text_rows(train, self.tokenizer, config.data)
-        self.batches = Batches(rows, config.sft.batch_size, config.seed)
+        self.batches = Batches(
+            rows, config.sft.batch_size, config.seed, buckets=config.data.length_buckets
+        )
         self.held_out = text_rows(held_out, self.tokenizer, config.data)[0] if held_out else None
         self.prompts = [prompt_of(row) for row in held_out[: config.logging.num_samples]]
         self.responder = Responder(self.model, self.tokenizer, config.generation)

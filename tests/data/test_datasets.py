@@ -343,6 +343,7 @@ def test_unknown_kind():
         ({"max_rows": 0}, "data.max_rows is 0"),
         ({"eval_rows": -1}, "data.eval_rows is -1: set it to 0 or more"),
         ({"seed": -1}, "data.seed is -1"),
+        ({"length_buckets": 5}, "data.length_buckets is 5: set it to a number from 1 to 4"),
         ({"path": ""}, "data.path and data.split need a value"),
         ({"columns": {"label": "x"}}, "data.columns maps 'label', which is no column"),
         ({"prompt_tokens": (3, 2)}, r"data.prompt_tokens is \(3, 2\): give \(low, high\)"),

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
 from rlhf_jax.runtime import loop, train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.ppo import PPOStage
 from rlhf_jax.runtime.reward import RewardStage
@@ -114,6 +117,22 @@ def test_a_reward_function_sees_the_same_after_an_interrupt(tmp_path, sft_run):
     train("parts", "parts")
     assert seen["parts"] == seen["whole"]
     small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_reference_than_before_is_refused(tmp_path, monkeypatch, sft_run, reward_run):
+    """The policy's folder is trained further while the run is stopped."""
+    policy = tmp_path / "policy"
+    shutil.copytree(sft_run[0] / "hf", policy / "hf")
+    config = small.ppo(tmp_path / "run", policy, reward_run[0])
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, PPOStage, "step", 2)
+        with pytest.raises(loop.Interrupted):
+            train_ppo(config)
+    model, params = load_pretrained(policy / "hf")
+    params["ln_f"]["bias"] = params["ln_f"]["bias"].at[0].add(1e-3)
+    save_pretrained(policy / "hf", model, params)
+    with pytest.raises(InputError, match="is not the one that the run in .* began with"):
+        train_ppo(config)
 
 
 def test_kill_9_costs_the_steps_since_the_last_checkpoint(tmp_path, sft_run, compiled):
