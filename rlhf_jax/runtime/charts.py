@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from rlhf_jax.runtime.metrics import short_number
+from rlhf_jax.runtime.progress import short_number
 
 Point = tuple[float, float]
 

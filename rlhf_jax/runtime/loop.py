@@ -16,13 +16,8 @@ from etils import epath
 
 from rlhf_jax.runtime.checkpoint import Checkpoints
 from rlhf_jax.runtime.config import claim_run_dir, to_dict
-from rlhf_jax.runtime.metrics import (
-    MetricsWriter,
-    Progress,
-    Throughput,
-    disk_errors,
-    read_lines,
-)
+from rlhf_jax.runtime.metrics import MetricsWriter, disk_errors, read_lines
+from rlhf_jax.runtime.progress import Progress, Throughput
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.utilization import utilization
 

@@ -25,7 +25,8 @@ from etils import epath
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.charts import Chart, Series, dot_chart, line_chart
-from rlhf_jax.runtime.metrics import disk_errors, read_lines, replace_file, short_number
+from rlhf_jax.runtime.metrics import disk_errors, read_lines, replace_file
+from rlhf_jax.runtime.progress import short_number
 
 Row = Mapping[str, Any]
 

@@ -1,0 +1,180 @@
+"""What a run shows while it works: the progress line, and how fast it is."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """The progress of a run on standard error; a context manager.
+
+    On a terminal it is one line that renews itself: step, total, time left, tokens per second and
+    up to four metrics. Elsewhere (a log file, CI) it is plain lines: the first step, the last, and
+    between them one every ten seconds at most.
+
+    Args:
+      total_steps: the step at which the run ends.
+      initial_step: the step it starts or continues from.
+      description: what stands first, as in "ppo".
+      enabled: if False nothing is printed.
+      file: where to print; standard error if None.
+      clock: seconds, for tests.
+    """
+
+    SHOWN: Mapping[str, str] = {
+        "train/loss": "loss",
+        "train/accuracy": "accuracy",
+        "eval/loss": "eval loss",
+        "objective/scores": "score",
+        "objective/gold": "gold",
+        "objective/kl": "kl",
+        "objective/entropy": "entropy",
+    }
+    PLAIN_SECONDS = 10.0
+
+    def __init__(
+        self,
+        total_steps: int,
+        initial_step: int,
+        description: str,
+        enabled: bool = True,
+        *,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file = sys.stderr if file is None else file
+        self._total, self._step, self._description = total_steps, initial_step, description
+        self._clock, self._values = clock, dict[str, float]()
+        self._plain = enabled and not self._file.isatty()
+        self._printed_step: int | None = None
+        self._printed_time = self._first_time = 0.0
+        self._first_step = initial_step
+        self._bar = tqdm(
+            total=total_steps,
+            initial=initial_step,
+            desc=description,
+            file=self._file,
+            dynamic_ncols=True,
+            disable=not enabled or self._plain,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}<{remaining}]{postfix}",
+        )
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Shows that `step` is done; metrics not given keep the value shown last."""
+        shown = {*self.SHOWN, "perf/tokens_per_sec"}
+        self._values |= {k: float(v) for k, v in (metrics or {}).items() if k in shown}
+        if self._plain:
+            self._update_plain(step)
+        elif not self._bar.disable:
+            text = "  ".join(self._fields())
+            self._bar.postfix = text or None
+            self._bar.update(step - self._bar.n)
+        self._step = step
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own without tearing the progress line."""
+        tqdm.write(text, file=self._file)
+
+    def close(self) -> None:
+        """Leaves the last state standing; called on leaving the `with` block."""
+        if self._plain and self._printed_step not in (None, self._step):
+            self._print_plain(self._step)
+        self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fields(self) -> list[str]:
+        speed = self._values.get("perf/tokens_per_sec")
+        known = [(label, self._values.get(name)) for name, label in self.SHOWN.items()]
+        texts = [f"{label} {value:.4g}" for label, value in known if value is not None]
+        return ([f"{short_number(speed)} tokens/s"] if speed is not None else []) + texts[:4]
+
+    def _update_plain(self, step: int) -> None:
+        if self._printed_step is None:  # the first step compiles: time left is counted from its end
+            self._first_time, self._first_step = self._clock(), step
+        waited = self._clock() - self._printed_time
+        if self._printed_step is None or step >= self._total or waited >= self.PLAIN_SECONDS:
+            self._print_plain(step)
+
+    def _print_plain(self, step: int) -> None:
+        now = self._clock()
+        self._printed_step, self._printed_time = step, now
+        share = f"{100 * step / max(self._total, 1):.0f}%"
+        fields = [f"{self._description} {step}/{self._total} ({share})"]
+        if self._first_step < step < self._total:
+            left = (now - self._first_time) / (step - self._first_step) * (self._total - step)
+            fields.append(f"{tqdm.format_interval(left)} left")
+        print("  ".join(fields + self._fields()), file=self._file, flush=True)
+
+
+class Throughput:
+    """Tokens per second and seconds per step since the last log, without compilation and pauses.
+
+    The first step of a process compiles: the clock starts when it is done, and its tokens do not
+    count.
+
+    Args:
+      clock: seconds, for tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._start: float | None = None
+        self._steps = self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """Counts one finished step that worked on `tokens` real tokens, on all hosts together."""
+        if self._start is None:
+            self._start = self._clock()
+            return
+        self._steps += 1
+        self._tokens += int(tokens)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves the time of the block (an evaluation, a checkpoint) out of the count."""
+        before = self._clock()
+        yield
+        if self._start is not None:
+            self._start += self._clock() - before
+
+    def metrics(self) -> dict[str, float]:
+        """`perf/tokens_per_sec` and `perf/step_time` (seconds) since the last call; starts anew.
+
+        Empty as long as only the first step was done.
+        """
+        if self._start is None or self._steps == 0:
+            return {}
+        now = self._clock()
+        seconds = max(now - self._start, 1e-9)
+        result = {
+            "perf/tokens_per_sec": self._tokens / seconds,
+            "perf/step_time": seconds / self._steps,
+        }
+        self._start, self._steps, self._tokens = now, 0, 0
+        return result
+
+
+def short_number(value: float) -> str:
+    """A number in four characters or so: 0.0123, 1.23, 12.3k, 4.57M.
+
+    >>> [short_number(x) for x in (0.01234, 1.234, 999.96, 12345, 4.5678e6, -1500, 0, math.nan)]
+    ['0.0123', '1.23', '1k', '12.3k', '4.57M', '-1.5k', '0', 'nan']
+    """
+    if not math.isfinite(value):
+        return str(value)
+    value = float(f"{value:.3g}")
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.3g}"
