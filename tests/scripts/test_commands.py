@@ -97,7 +97,8 @@ def test_a_hub_name_that_cannot_be_reached_is_one_line(environment):
 
 def test_a_run_says_nothing_that_nobody_asked_for(environment, short_texts, tmp_path):
     status, out, err = run(environment, "train_sft", *short_texts)
-    assert (status, out, err) == (0, "", "")
+    said = f"sft: the model is in {tmp_path}/run/hf, the report in {tmp_path}/run/report.html\n"
+    assert (status, out, err) == (0, "", said)
     status, out, err = run(environment, "train_sft", *short_texts, "--seed", "1")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "was made with another configuration: seed is 0 there and 1 here" in err
