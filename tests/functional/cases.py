@@ -8,23 +8,38 @@ B, T, V = 4, 6, 7
 
 
 class Case(NamedTuple):
-    """A call: function(*arrays, **options, **coefficients).
+    """A call: function(**arrays, **options, **coefficients).
 
     Attributes:
-      arrays: the positional arguments by name.
+      arrays: arguments by name; all have the batch as their first axis, but for scalars.
       options: static keyword arguments.
       coefficients: keyword arguments that may be traced.
       differentiable: names of the arrays that gradients are asked for.
+      masks: by the name of an array the name of the mask whose False entries make it padding.
+      count: of a loss, what its `denominator` is for this batch; None if a part of a batch needs
+        more than its rows, so that a test of its own takes it apart.
     """
 
     arrays: dict
     options: dict = {}
     coefficients: dict = {}
     differentiable: tuple = ()
+    masks: dict = {}
+    count: float | None = None
+
+
+def under(mask, *names):
+    """`Case.masks` for arrays that share one mask."""
+    return dict.fromkeys(names, mask)
+
+
+def function_name(case_name):
+    """'kl_estimate' for the case 'kl_estimate/k3': a function may have one case per kind."""
+    return case_name.partition("/")[0]
 
 
 def make_cases(seed):
-    """The cases by the name of their function."""
+    """The cases by the name of their function, or by name/kind."""
     rng = np.random.default_rng(seed)
 
     def floats(*shape):
@@ -38,56 +53,68 @@ def make_cases(seed):
     logits[..., -1] = -np.inf
     targets = rng.integers(0, V - 1, size=(B, T)).astype(np.int32)
     logprobs, old, ref = -np.exp(floats(3, B, T))
-    pair = {"chosen": floats(B), "rejected": floats(B)}
-    return {
-        "masked_mean": Case({"x": floats(B, T), "mask": mask}, {}, {}, ("x",)),
-        "masked_var": Case({"x": floats(B, T), "mask": mask}, {"axis": 1}, {}, ("x",)),
+    # One row in the middle only fills up the batch.
+    rows = np.arange(B) != 2
+    tokens_real, rows_real = float(mask.sum()), float(rows.sum())
+    cases = {
+        "masked_mean": Case({"x": floats(B, T), "mask": mask}, {}, {}, ("x",), under("mask", "x")),
+        "masked_var": Case(
+            {"x": floats(B, T), "mask": mask}, {"axis": 1}, {}, ("x",), under("mask", "x")
+        ),
         "masked_whiten": Case(
-            {"x": floats(B, T), "mask": mask}, {"shift_mean": False}, {"eps": 1e-8}, ("x",)
+            {"x": floats(B, T), "mask": mask},
+            {"shift_mean": False},
+            {"eps": 1e-8},
+            ("x",),
+            under("mask", "x"),
         ),
         "response_mask": Case({"tokens": tokens}, {"stop_token_ids": (2, 5)}),
         "token_logprobs": Case({"logits": logits, "tokens": targets}, {}, {}, ("logits",)),
         "token_entropy": Case({"logits": logits}, {}, {}, ("logits",)),
-        "kl_estimate": Case(
-            {"logprobs": logprobs, "ref_logprobs": ref},
-            {"kind": "k3"},
-            {},
-            ("logprobs", "ref_logprobs"),
-        ),
         "token_rewards": Case(
             {"scores": floats(B), "logprobs": logprobs, "ref_logprobs": ref, "mask": mask},
             {"kl_kind": "k2"},
             {"kl_coef": 0.3},
             ("scores", "logprobs", "ref_logprobs"),
+            under("mask", "logprobs", "ref_logprobs"),
         ),
         "gae": Case(
             {"rewards": floats(B, T), "values": floats(B, T), "mask": mask},
             {},
             {"gamma": 0.9, "lam": 0.8},
             ("rewards", "values"),
+            under("mask", "rewards", "values"),
         ),
         "rewards_to_go": Case(
-            {"rewards": floats(B, T), "mask": mask}, {}, {"gamma": 0.9}, ("rewards",)
+            {"rewards": floats(B, T), "mask": mask},
+            {},
+            {"gamma": 0.9},
+            ("rewards",),
+            under("mask", "rewards"),
         ),
         "cross_entropy_loss": Case(
             {"logits": logits, "targets": targets, "mask": mask},
             {},
             {"label_smoothing": 0.1, "z_loss": 0.01},
             ("logits",),
+            under("mask", "logits", "targets"),
+            tokens_real,
         ),
         "pairwise_loss": Case(
-            pair, {}, {"margin": 0.5, "center_coef": 0.1}, ("chosen", "rejected")
+            {"chosen": floats(B), "rejected": floats(B), "mask": rows},
+            {},
+            {"margin": 0.5, "center_coef": 0.1},
+            ("chosen", "rejected"),
+            under("mask", "chosen", "rejected"),
+            rows_real,
         ),
         "ppo_policy_loss": Case(
-            {
-                "logprobs": logprobs,
-                "old_logprobs": old,
-                "advantages": floats(B, T),
-                "mask": mask,
-            },
+            {"logprobs": logprobs, "old_logprobs": old, "advantages": floats(B, T), "mask": mask},
             {},
             {"clip_range": 0.3},
             ("logprobs", "old_logprobs", "advantages"),
+            under("mask", "logprobs", "old_logprobs", "advantages"),
+            tokens_real,
         ),
         "ppo_value_loss": Case(
             {
@@ -99,11 +126,23 @@ def make_cases(seed):
             {},
             {"clip_range": 0.4},
             ("values", "old_values", "returns"),
+            under("mask", "values", "old_values", "returns"),
+            tokens_real,
         ),
         "reinforce_loss": Case(
             {"logprobs": logprobs, "advantages": floats(B, T), "mask": mask},
             {},
             {},
             ("logprobs", "advantages"),
+            under("mask", "logprobs", "advantages"),
+            tokens_real,
         ),
     }
+    for kind in ("k1", "k2", "k3"):
+        cases[f"kl_estimate/{kind}"] = Case(
+            {"logprobs": logprobs, "ref_logprobs": ref},
+            {"kind": kind},
+            {},
+            ("logprobs", "ref_logprobs"),
+        )
+    return cases

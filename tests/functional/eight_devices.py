@@ -15,20 +15,25 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax import functional
-from tests.functional.cases import make_cases
+from tests.functional.cases import function_name, make_cases
 
 
 def spec_of(x):
     """Rows split over four devices, and the vocabulary, the last of three axes, over two."""
+    if x.ndim == 0:
+        return PartitionSpec()
     return PartitionSpec("fsdp", None, "tensor") if x.ndim == 3 else PartitionSpec("fsdp")
 
 
 def outputs(name, case, arrays):
     """The function's outputs and the gradients of the first."""
-    function, keywords = getattr(functional, name), {**case.options, **case.coefficients}
+    function, keywords = (
+        getattr(functional, function_name(name)),
+        {**case.options, **case.coefficients},
+    )
 
     def total(differentiable):
-        output = function(*{**arrays, **differentiable}.values(), **keywords)
+        output = function(**{**arrays, **differentiable}, **keywords)
         first = output[0] if isinstance(output, tuple) else output
         return first.sum(), output
 

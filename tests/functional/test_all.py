@@ -12,21 +12,29 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax import functional
-from tests.functional.cases import B, T, make_cases
+from tests.functional.cases import function_name, make_cases
 
 CASES = make_cases(0)
-LOSSES = [name for name in CASES if name.endswith("_loss")]
-MASKED = [name for name, case in CASES.items() if "mask" in case.arrays]
+LOSSES = [name for name in CASES if function_name(name).endswith("_loss")]
+MASKED = [name for name, case in CASES.items() if case.masks]
+TRACED = [(name, coefficient) for name, case in CASES.items() for coefficient in case.coefficients]
+
+# Metrics that are no scalars, but one number per row.
+PER_ROW = {"chosen_end_scores", "rejected_end_scores"}
+
+
+def function_of(name, module=functional):
+    return getattr(module, function_name(name))
 
 
 def call(function, case, arrays, **keywords):
-    return function(**arrays, **case.options, **case.coefficients, **keywords)
+    return function(**arrays, **case.options, **{**case.coefficients, **keywords})
 
 
 @functools.cache
 def compiled(name):
     """(arrays, **keywords) -> outputs and gradients of the first output's sum, for one case."""
-    case, function = CASES[name], getattr(functional, name)
+    case, function = CASES[name], function_of(name)
 
     def total(differentiable, arrays, keywords):
         output = call(function, case, {**arrays, **differentiable}, **keywords)
@@ -47,7 +55,8 @@ def float_arrays(case):
 
 
 def test_every_function_but_those_of_scalars_has_a_case():
-    assert set(functional.__all__) - set(CASES) == {"adaptive_kl_update", "penalty_kl_update"}
+    of_scalars = {"adaptive_kl_update", "penalty_kl_update"}
+    assert set(functional.__all__) - set(map(function_name, CASES)) == of_scalars
 
 
 @pytest.mark.parametrize("name", functional.__all__)
@@ -71,8 +80,8 @@ def test_the_docstring_has_an_example_that_the_compiled_function_fulfils(name):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_equals_plain(name):
     case = CASES[name]
-    plain = call(getattr(functional, name), case, case.arrays)
-    jitted = call(getattr(rlhf_jax, name), case, case.arrays)
+    plain = call(function_of(name), case, case.arrays)
+    jitted = call(function_of(name, rlhf_jax), case, case.arrays)
     chex.assert_trees_all_close(jitted, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -85,19 +94,31 @@ def test_vmap_equals_a_loop(name):
     chex.assert_trees_all_close(mapped, looped, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "coefficient"), TRACED)
+def test_vmap_over_a_coefficient_equals_a_loop(name, coefficient):
+    case = CASES[name]
+    values = np.float32([0.5, 1.0, 1.5]) * case.coefficients[coefficient]
+
+    def outputs(value):
+        return compiled(name)(case.arrays, **{coefficient: value})
+
+    looped = jax.tree.map(lambda *x: np.stack(x), *[outputs(value) for value in values])
+    chex.assert_trees_all_close(jax.vmap(outputs)(values), looped, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_trace_per_shape_whatever_the_coefficients(name):
     traces = []
 
-    def counted(*arrays, **keywords):
+    def counted(**keywords):
         traces.append(name)
-        return getattr(functional, name)(*arrays, **keywords)
+        return function_of(name)(**keywords)
 
     compiled = jax.jit(counted, static_argnames=tuple(CASES[name].options))
     for seed, scale in ((0, 1.0), (1, 0.5)):
         case = make_cases(seed)[name]
         coefficients = {key: scale * value for key, value in case.coefficients.items()}
-        compiled(*case.arrays.values(), **case.options, **coefficients)
+        compiled(**case.arrays, **case.options, **coefficients)
     assert len(traces) == 1
 
 
@@ -116,15 +137,15 @@ def test_bfloat16_is_read_and_float32_returned(name):
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", MASKED)
 def test_padding_changes_neither_values_nor_gradients(name, garbage):
-    arrays = CASES[name].arrays
-    poisoned = dict(arrays)
-    for key, x in arrays.items():
-        if key != "mask" and x.shape[:2] == arrays["mask"].shape:
-            filler = garbage if x.dtype == np.float32 else -100
-            mask = arrays["mask"].reshape(B, T, *[1] * (x.ndim - 2))
-            poisoned[key] = np.where(mask, x, filler).astype(x.dtype)
-            assert np.any(poisoned[key] != x)
-    output, gradients = compiled(name)(arrays)
+    case = CASES[name]
+    poisoned = dict(case.arrays)
+    for key, mask_name in case.masks.items():
+        x, mask = case.arrays[key], case.arrays[mask_name]
+        filler = garbage if x.dtype == np.float32 else -100
+        mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        poisoned[key] = np.where(mask, x, filler).astype(x.dtype)
+        assert np.any(poisoned[key] != x)
+    output, gradients = compiled(name)(case.arrays)
     assert all(np.isfinite(x).all() for x in gradients.values())
     assert all(np.any(x != 0) for x in gradients.values())
     chex.assert_trees_all_equal(compiled(name)(poisoned), (output, gradients))
@@ -132,9 +153,9 @@ def test_padding_changes_neither_values_nor_gradients(name, garbage):
 
 @pytest.mark.parametrize("name", MASKED)
 def test_an_empty_mask_yields_zeros(name):
-    arrays = CASES[name].arrays
-    nothing = {**arrays, "mask": np.zeros_like(arrays["mask"])}
-    for x in jax.tree.leaves(compiled(name)(nothing)):
+    case = CASES[name]
+    nothing = {key: np.zeros_like(case.arrays[key]) for key in set(case.masks.values())}
+    for x in jax.tree.leaves(compiled(name)({**case.arrays, **nothing})):
         np.testing.assert_array_equal(x, np.zeros_like(x))
 
 
@@ -145,16 +166,17 @@ def test_a_wrong_dtype_is_named_at_trace_time(name):
     for key, x in case.arrays.items():
         changed = {**case.arrays, key: np.zeros(x.shape, other[str(x.dtype)])}
         with pytest.raises(ValueError, match=rf"^{key} must be (float|int|bool)\["):
-            jax.eval_shape(functools.partial(call, getattr(functional, name), case), changed)
+            jax.eval_shape(functools.partial(call, function_of(name), case), changed)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_unequal_shapes_are_named_at_trace_time(name):
     case = CASES[name]
-    for key, x in case.arrays.items() if len(case.arrays) > 1 else ():
+    of_rows = {key: x for key, x in case.arrays.items() if x.ndim}
+    for key, x in of_rows.items() if len(of_rows) > 1 else ():
         with pytest.raises(ValueError, match=r"^(\w+) must be .* with .*, but is "):
             jax.eval_shape(
-                functools.partial(call, getattr(functional, name), case),
+                functools.partial(call, function_of(name), case),
                 {**case.arrays, key: x[1:]},
             )
 
@@ -162,21 +184,28 @@ def test_unequal_shapes_are_named_at_trace_time(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_a_float32_scalar_with_flat_float32_metrics(name):
     (loss, metrics), _ = compiled(name)(CASES[name].arrays)
-    for x in (loss, *metrics.values()):
+    for x in (loss, *(x for key, x in metrics.items() if key not in PER_ROW)):
         assert (x.shape, x.dtype) == ((), jnp.float32)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if CASES[name].count])
 def test_micro_batches_with_the_large_denominator_add_up(name):
-    arrays = CASES[name].arrays
-    count = arrays.get("mask", np.ones(B, bool)).sum()
+    case = CASES[name]
     parts = [
-        compiled(name)({key: x[rows] for key, x in arrays.items()}, denominator=count)
-        for rows in (slice(0, 1), slice(1, B))
+        compiled(name)(
+            {key: x[rows] if x.ndim else x for key, x in case.arrays.items()},
+            denominator=case.count,
+        )
+        for rows in (slice(0, 1), slice(1, None))
     ]
     (outputs, gradients) = zip(*parts, strict=True)
-    whole = compiled(name)(arrays)
-    summed = jax.tree.map(lambda *x: sum(x), *outputs)
+    whole = compiled(name)(case.arrays)
+    summed = jax.tree.map(lambda *x: sum(x), *map(without_rows, outputs))
     joined = jax.tree.map(lambda *x: np.concatenate(x), *gradients)
-    chex.assert_trees_all_close(summed, whole[0], rtol=1e-5)
+    chex.assert_trees_all_close(summed, without_rows(whole[0]), rtol=1e-5)
     chex.assert_trees_all_close(joined, whole[1], rtol=1e-5, atol=1e-7)
+
+
+def without_rows(output):
+    loss, metrics = output
+    return loss, {key: x for key, x in metrics.items() if key not in PER_ROW}
