@@ -6,6 +6,7 @@ NaN included, changes neither a value nor a gradient. `rlhf_jax` has the same fu
 
 from rlhf_jax.functional.advantages import gae, rewards_to_go, token_rewards
 from rlhf_jax.functional.kl import adaptive_kl_update, kl_estimate, penalty_kl_update
+from rlhf_jax.functional.linear_logprobs import linear_token_logprobs
 from rlhf_jax.functional.logprobs import token_entropy, token_logprobs
 from rlhf_jax.functional.masking import masked_mean, masked_var, masked_whiten, response_mask
 from rlhf_jax.functional.policy import ppo_policy_loss, ppo_value_loss, reinforce_loss
@@ -17,6 +18,7 @@ __all__ = [
     "cross_entropy_loss",
     "gae",
     "kl_estimate",
+    "linear_token_logprobs",
     "masked_mean",
     "masked_var",
     "masked_whiten",

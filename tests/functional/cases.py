@@ -5,13 +5,18 @@ from typing import NamedTuple
 import numpy as np
 
 B, T, V = 4, 6, 7
+D = 5
+
+# Arrays that all rows share.
+SHARED = {"unembedding"}
 
 
 class Case(NamedTuple):
     """A call: function(**arrays, **options, **coefficients).
 
     Attributes:
-      arrays: arguments by name; all have the batch as their first axis, but for scalars.
+      arrays: arguments by name; all have the batch as their first axis, but for scalars and for
+        what SHARED names.
       options: static keyword arguments.
       coefficients: keyword arguments that may be traced.
       differentiable: names of the arrays that gradients are asked for.
@@ -138,6 +143,16 @@ def make_cases(seed):
             tokens_real,
         ),
     }
+    for name, options in {
+        "one_piece": {},
+        "chunks": {"chunk_size": 4, "vocab_size": V - 1},
+    }.items():
+        cases[f"linear_token_logprobs/{name}"] = Case(
+            {"hidden": floats(B, T, D), "unembedding": floats(V, D), "tokens": targets},
+            options,
+            {"temperature": 0.7},
+            ("hidden", "unembedding"),
+        )
     for kind in ("k1", "k2", "k3"):
         cases[f"kl_estimate/{kind}"] = Case(
             {"logprobs": logprobs, "ref_logprobs": ref},

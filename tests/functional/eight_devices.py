@@ -15,14 +15,23 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax import functional
-from tests.functional.cases import function_name, make_cases
+from tests.functional.cases import SHARED, function_name, make_cases
 
 
-def spec_of(x):
-    """Rows split over four devices, and the vocabulary, the last of three axes, over two."""
+def spec_of(name, x):
+    """Rows split over four devices, and the vocabulary over two."""
+    if name in SHARED:
+        return PartitionSpec("tensor")
     if x.ndim == 0:
         return PartitionSpec()
-    return PartitionSpec("fsdp", None, "tensor") if x.ndim == 3 else PartitionSpec("fsdp")
+    return PartitionSpec("fsdp", None, "tensor") if name == "logits" else PartitionSpec("fsdp")
+
+
+def with_even_vocabulary(name, x):
+    """Eight tokens instead of seven."""
+    if name == "logits":
+        return np.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=-1.0)
+    return np.pad(x, ((0, 1), (0, 0))) if name in SHARED else x
 
 
 def outputs(name, case, arrays):
@@ -47,15 +56,11 @@ def main():
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(axis_type,) * 2)
         for name, case in make_cases(0).items():
-            # Eight tokens, so that the vocabulary splits evenly.
-            arrays = {
-                key: np.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=-1.0) if x.ndim == 3 else x
-                for key, x in case.arrays.items()
-            }
+            arrays = {key: with_even_vocabulary(key, x) for key, x in case.arrays.items()}
             expected = outputs(name, case, arrays)
             with jax.set_mesh(mesh):
                 split = {
-                    key: jax.device_put(x, NamedSharding(mesh, spec_of(x)))
+                    key: jax.device_put(x, NamedSharding(mesh, spec_of(key, x)))
                     for key, x in arrays.items()
                 }
                 actual = outputs(name, case, split)

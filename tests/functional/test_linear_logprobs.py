@@ -1,0 +1,229 @@
+"""Log-probabilities from hidden states: against those from logits, and how much they hold."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rlhf_jax as rlhf
+from rlhf_jax.functional import linear_logprobs
+
+B, T, D, V = 3, 7, 6, 11
+
+
+@pytest.fixture
+def inputs(rng):
+    """(hidden, unembedding, temperature), tokens and cotangents of the two outputs."""
+    hidden, unembedding = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
+    tokens = rng.integers(0, V, size=(B, T))
+    arrays = (hidden.astype(np.float32), unembedding.astype(np.float32), np.float32(0.7))
+    return arrays, tokens, rng.normal(size=(2, B, T)).astype(np.float32)
+
+
+def from_logits(hidden, unembedding, tokens, temperature):
+    """Both outputs by way of an array of all logits."""
+    logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
+    logits /= temperature
+    return rlhf.token_logprobs(logits, tokens), rlhf.token_entropy(logits)
+
+
+def gradients(function, inputs, used=(0, 1), **options):
+    """((outputs), (gradients)) where the loss reads the outputs that `used` names."""
+    arrays, tokens, cotangents = inputs
+
+    def loss(arrays):
+        hidden, unembedding, temperature = arrays
+        outputs = function(hidden, unembedding, tokens, temperature=temperature, **options)
+        return sum(jnp.vdot(cotangents[i], outputs[i]) for i in used), outputs
+
+    (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 7, 100])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_values_and_gradients_are_those_from_logits(inputs, used, chunk_size):
+    expected = gradients(from_logits, inputs, used)
+    actual = gradients(rlhf.linear_token_logprobs, inputs, used, chunk_size=chunk_size)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_the_values_are_those_of_a_loop(inputs, chunk_size):
+    (hidden, unembedding, temperature), tokens, _ = inputs
+    logprobs, entropy = rlhf.linear_token_logprobs(
+        hidden, unembedding, tokens, temperature=temperature, chunk_size=chunk_size
+    )
+    for b, t in np.ndindex(B, T):
+        logits = np.array([np.float64(row) @ hidden[b, t] for row in unembedding]) / temperature
+        p = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(logprobs[b, t], np.log(p[tokens[b, t]]), rtol=1e-5)
+        np.testing.assert_allclose(entropy[b, t], -np.sum(p * np.log(p)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_rows_from_vocab_size_on_count_for_nothing(inputs, chunk_size, garbage):
+    (hidden, unembedding, temperature), tokens, cotangents = inputs
+    padding = np.full((5, D), garbage, np.float32)
+    padded = ((hidden, np.concatenate([unembedding, padding]), temperature), tokens, cotangents)
+    outputs, (for_hidden, for_unembedding, _) = gradients(
+        rlhf.linear_token_logprobs, padded, chunk_size=chunk_size, vocab_size=V
+    )
+    expected, expected_gradients = gradients(rlhf.linear_token_logprobs, inputs)
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(for_hidden, expected_gradients[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(for_unembedding[:V], expected_gradients[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(for_unembedding[V:], 0)
+
+
+def test_padding_below_all_other_logits_does_not_underflow_them():
+    hidden, unembedding = np.ones((1, 1, 1), np.float32), np.float32([[-1e4], [-1e4], [0]])
+    logprobs, entropy = rlhf.linear_token_logprobs(
+        hidden, unembedding, np.zeros((1, 1), int), vocab_size=2
+    )
+    np.testing.assert_allclose([logprobs[0, 0], entropy[0, 0]], np.log([0.5, 2.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_positions_that_nothing_reads_are_inert(inputs, ragged_mask, chunk_size, garbage):
+    (hidden, unembedding, temperature), tokens, cotangents = inputs
+    mask = ragged_mask[:B]
+    poisoned = np.where(mask[..., None], hidden, garbage).astype(np.float32)
+    tokens = np.where(mask, tokens, -100)
+    results = []
+    for filled in (hidden, poisoned):
+
+        def loss(hidden, unembedding, temperature):
+            outputs = rlhf.linear_token_logprobs(
+                hidden, unembedding, tokens, temperature=temperature, chunk_size=chunk_size
+            )
+            kept = [jnp.where(mask, x, 0) for x in outputs]
+            return sum(jnp.vdot(a, x) for a, x in zip(cotangents, kept, strict=True))
+
+        results.append(jax.value_and_grad(loss, (0, 1, 2))(filled, unembedding, temperature))
+    chex.assert_tree_all_finite(results[1])
+    chex.assert_trees_all_equal(*results)
+
+
+@pytest.mark.parametrize("token", [-1, V, -100])
+def test_a_token_outside_the_vocabulary_is_nan(inputs, token):
+    (hidden, unembedding, _), _, _ = inputs
+    padded = np.concatenate([unembedding, unembedding])
+    tokens = np.full((B, T), token)
+    logprobs, entropy = rlhf.linear_token_logprobs(hidden, padded, tokens, vocab_size=V)
+    assert np.isnan(logprobs).all()
+    assert np.isfinite(entropy).all()
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_extreme_logits_have_finite_values_and_gradients(inputs, scale, chunk_size):
+    (hidden, unembedding, temperature), tokens, cotangents = inputs
+    large = (scale * hidden, unembedding, temperature)
+    expected = gradients(from_logits, (large, tokens, cotangents))
+    actual = gradients(
+        rlhf.linear_token_logprobs, (large, tokens, cotangents), chunk_size=chunk_size
+    )
+    chex.assert_tree_all_finite(actual)
+    chex.assert_trees_all_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
+    # Differences of logits of 1e5 keep two digits after the point.
+    chex.assert_trees_all_close(actual[1], expected[1], rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_bfloat16_products_are_summed_in_float32(inputs, chunk_size):
+    (hidden, unembedding, temperature), tokens, cotangents = inputs
+    halved = tuple(jnp.asarray(x, jnp.bfloat16) for x in (hidden, unembedding))
+    widened = tuple(np.asarray(x, np.float32) for x in halved)
+    outputs, (for_hidden, for_unembedding, _) = gradients(
+        rlhf.linear_token_logprobs,
+        ((*halved, temperature), tokens, cotangents),
+        chunk_size=chunk_size,
+    )
+    expected, expected_gradients = gradients(
+        rlhf.linear_token_logprobs, ((*widened, temperature), tokens, cotangents)
+    )
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-5)
+    for gradient, wide in zip((for_hidden, for_unembedding), expected_gradients, strict=False):
+        assert gradient.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(gradient), wide, atol=0.02 * np.abs(wide).max())
+
+
+def gradient_of_sum(function, **options):
+    def total(hidden, unembedding, tokens):
+        logprobs, entropy = function(hidden, unembedding, tokens, **options)
+        return jnp.sum(logprobs) + 0.01 * jnp.sum(entropy)
+
+    return jax.jit(jax.value_and_grad(total, (0, 1)))
+
+
+def temporary_bytes(function, shape, **options):
+    b, t, d, v = shape
+    hidden = jax.ShapeDtypeStruct((b, t, d), jnp.float32)
+    unembedding = jax.ShapeDtypeStruct((v, d), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((b, t), jnp.int32)
+    lowered = gradient_of_sum(function, **options).lower(hidden, unembedding, tokens)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_logits_of_gpt2_take_an_eighth_of_the_memory_by_default():
+    shape = (8, 1024, 768, 50257)
+    plain = temporary_bytes(
+        lambda hidden, unembedding, tokens: from_logits(hidden, unembedding, tokens, 1.0), shape
+    )
+    assert temporary_bytes(rlhf.linear_token_logprobs, shape) <= plain / 8
+
+
+def test_logits_are_made_once_where_they_fit_and_twice_where_not(monkeypatch):
+    # Products take 2 * B * T * V * D operations each: three of them, or four.
+    shape = {"hidden": (2, 64, 32), "unembedding": (512, 32)}
+    product = 2 * 2 * 64 * 512 * 32
+    counts = {}
+    for limit in (2**30, 2**10):
+        monkeypatch.setattr(linear_logprobs, "ONE_PIECE", limit)
+        monkeypatch.setattr(linear_logprobs, "CHUNK", 2 * 64 * 512 * 4 // 2)
+        arrays = {name: jax.ShapeDtypeStruct(x, jnp.float32) for name, x in shape.items()}
+        tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+        jaxpr = jax.make_jaxpr(gradient_of_sum(rlhf.functional.linear_token_logprobs))(
+            arrays["hidden"], arrays["unembedding"], tokens
+        )
+        counts[limit] = products(jaxpr.jaxpr) / product
+    assert counts == {2**30: 3, 2**10: 4}
+
+
+def products(jaxpr):
+    """Floating-point operations of all matrix products, those in loops as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lhs, out = equation.invars[0].aval, equation.outvars[0].aval
+            total += 2 * out.size * int(np.prod([lhs.shape[i] for i in contracted]))
+        inner = [getattr(x, "jaxpr", x) for x in equation.params.values()]
+        inner = [products(x) for x in inner if hasattr(x, "eqns")]
+        total += equation.params.get("length", 1) * sum(inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "^chunk_size must be a whole number from 1 on, but is 0."),
+        ({"chunk_size": 2.0}, "^chunk_size must be a whole number from 1 on, but is 2.0."),
+        ({"vocab_size": 12}, "^vocab_size must be a whole number from 1 on and at most V = 11, "),
+        ({"vocab_size": 0}, "^vocab_size must be .*but is 0."),
+    ],
+)
+def test_wrong_sizes_are_named(inputs, options, message):
+    (hidden, unembedding, _), tokens, _ = inputs
+    with pytest.raises(ValueError, match=message):
+        rlhf.functional.linear_token_logprobs(hidden, unembedding, tokens, **options)
+
+
+def test_an_unembedding_of_another_width_is_named(inputs):
+    (hidden, unembedding, _), tokens, _ = inputs
+    with pytest.raises(ValueError, match=r"^unembedding must be float\[V, D\] with D = 6, but is "):
+        rlhf.functional.linear_token_logprobs(hidden, unembedding[:, 1:], tokens)
