@@ -12,7 +12,7 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax import functional
-from tests.functional.cases import SHARED, function_name, make_cases
+from tests.functional.cases import SHARED, T, function_name, make_cases
 
 CASES = make_cases(0)
 LOSSES = [name for name in CASES if function_name(name).endswith("_loss")]
@@ -157,6 +157,46 @@ def test_an_empty_mask_yields_zeros(name):
     nothing = {key: np.zeros_like(case.arrays[key]) for key in set(case.masks.values())}
     for x in jax.tree.leaves(compiled(name)({**case.arrays, **nothing})):
         np.testing.assert_array_equal(x, np.zeros_like(x))
+
+
+def assert_all_finite(output, gradients):
+    # What is impossible has log-probability -inf, and a finite gradient.
+    assert not any(np.isnan(x).any() for x in jax.tree.leaves(output))
+    chex.assert_tree_all_finite(gradients)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+@pytest.mark.parametrize("name", CASES)
+def test_extreme_inputs_have_finite_gradients(name, scale):
+    case = CASES[name]
+    extreme = {key: np.float32(scale) * x for key, x in float_arrays(case).items()}
+    for key, x in extreme.items():  # but for the logit of a token that is impossible
+        x[np.isinf(x)] = -np.inf
+    assert_all_finite(*compiled(name)({**case.arrays, **extreme}))
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0])
+@pytest.mark.parametrize("name", CASES)
+def test_identical_inputs_have_finite_gradients(name, value):
+    case = CASES[name]
+    identical = {key: np.full_like(x, value) for key, x in float_arrays(case).items()}
+    assert_all_finite(*compiled(name)({**case.arrays, **identical}))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_an_empty_row_has_finite_gradients(name):
+    case = CASES[name]
+    emptied = {key: case.arrays[key].copy() for key in set(case.masks.values())}
+    for mask in emptied.values():
+        mask[0] = False
+    assert_all_finite(*compiled(name)({**case.arrays, **emptied}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_single_tokens_have_finite_gradients(name):
+    case = CASES[name]
+    single = {key: x[:, :1] if x.shape[1:2] == (T,) else x for key, x in case.arrays.items()}
+    assert_all_finite(*compiled(name)(single))
 
 
 @pytest.mark.parametrize("name", CASES)
