@@ -4,20 +4,36 @@ B batch, T response tokens, V vocabulary. A mask is True on real positions; what
 NaN included, changes neither a value nor a gradient. `rlhf_jax` has the same functions compiled.
 """
 
-from rlhf_jax.functional.advantages import gae, rewards_to_go, token_rewards
+from rlhf_jax.functional.advantages import (
+    gae,
+    group_advantages,
+    leave_one_out_advantages,
+    rewards_to_go,
+    token_rewards,
+)
+from rlhf_jax.functional.grpo import grpo_loss
 from rlhf_jax.functional.kl import adaptive_kl_update, kl_estimate, penalty_kl_update
 from rlhf_jax.functional.linear_logprobs import linear_token_logprobs
 from rlhf_jax.functional.logprobs import token_entropy, token_logprobs
 from rlhf_jax.functional.masking import masked_mean, masked_var, masked_whiten, response_mask
-from rlhf_jax.functional.policy import ppo_policy_loss, ppo_value_loss, reinforce_loss
-from rlhf_jax.functional.reward import pairwise_loss
+from rlhf_jax.functional.policy import (
+    kl_penalty_policy_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    reinforce_loss,
+)
+from rlhf_jax.functional.reward import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
 from rlhf_jax.functional.sft import cross_entropy_loss
 
 __all__ = [
     "adaptive_kl_update",
     "cross_entropy_loss",
     "gae",
+    "group_advantages",
+    "grpo_loss",
     "kl_estimate",
+    "kl_penalty_policy_loss",
+    "leave_one_out_advantages",
     "linear_token_logprobs",
     "masked_mean",
     "masked_var",
@@ -26,10 +42,12 @@ __all__ = [
     "penalty_kl_update",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "ranking_loss",
     "reinforce_loss",
     "response_mask",
     "rewards_to_go",
     "token_entropy",
     "token_logprobs",
     "token_rewards",
+    "tokenwise_pairwise_loss",
 ]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.functional.expect import expect, expect_one_of
 from rlhf_jax.functional.kl import KINDS, kl_estimate
-from rlhf_jax.functional.masking import zero_off_mask
+from rlhf_jax.functional.masking import is_last, zero_off_mask
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"):
@@ -44,9 +44,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"
     expect_one_of(kl_kind=(kl_kind, KINDS))
     logprobs, ref_logprobs = zero_off_mask(mask, logprobs, ref_logprobs)
     kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
-    positions = jnp.arange(mask.shape[1])
-    last = jnp.max(jnp.where(mask, positions, -1), axis=1, keepdims=True)
-    (final,) = zero_off_mask(positions == last, scores[:, None])
+    (final,) = zero_off_mask(is_last(mask), scores[:, None])
     return final - kl_coef * kl, kl
 
 
@@ -106,6 +104,79 @@ def rewards_to_go(rewards, mask, *, gamma=1.0):
     expect(rewards=(rewards, "BT", float), mask=(mask, "BT", bool))
     (rewards,) = zero_off_mask(mask, rewards)
     return zero_off_mask(mask, _discounted_sums(rewards, gamma))[0]
+
+
+def leave_one_out_advantages(scores):
+    """By how much each response to a prompt scores above the mean of the others (RLOO).
+
+        A_i = score_i - sum_{j != i} score_j / (K - 1)
+
+    Args:
+      scores: float[B, K], of K >= 2 responses to each of B prompts.
+
+    Returns:
+      f32[B, K]; each row sums to 0, and equal scores give exactly 0.
+
+    Raises:
+      ValueError: if the shape or dtype of the scores is wrong, or K is 1.
+
+    Ahmadian et al., Back to Basics: Revisiting REINFORCE Style Optimization, section 2.3
+    (arXiv:2402.14740), after Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free! (2019).
+
+    >>> print(leave_one_out_advantages(jnp.array([[1.0, 2.0, 6.0]])))
+    [[-3.  -1.5  4.5]]
+    """
+    centred = _centred(scores)
+    responses = scores.shape[1]
+    return centred * (responses / (responses - 1))
+
+
+def group_advantages(scores, *, scale=True, eps=1e-4):
+    """The scores of each prompt's responses with mean 0 and deviation 1 (GRPO).
+
+        A_i = (score_i - mean) / (deviation + eps)
+        deviation^2 = sum_j (score_j - mean)^2 / (K - 1)
+
+    Args:
+      scores: float[B, K], of K >= 2 responses to each of B prompts.
+      scale: whether to divide by the deviation. Dr. GRPO does not: it would give prompts that are
+        nearly always, or nearly never, answered well more weight than the others.
+      eps: what is added to the deviation, in units of the scores.
+
+    Returns:
+      f32[B, K]; each row sums to 0. Equal scores give exactly 0, with finite gradients.
+
+    Raises:
+      ValueError: if the shape or dtype of the scores is wrong, or K is 1.
+
+    Shao et al., DeepSeekMath, section 4.1.2 (arXiv:2402.03300), which leaves the kind of deviation
+    open: TRL's is this one. Without scale: Liu et al., Understanding R1-Zero-Like Training,
+    section 3.2 (arXiv:2503.20783).
+
+    >>> print(group_advantages(jnp.array([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]), eps=0.0))
+    [[-1.  0.  1.]
+     [ 0.  0.  0.]]
+    """
+    centred = _centred(scores)
+    if not scale:
+        return centred
+    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (scores.shape[1] - 1)
+    # The root has no finite gradient at 0, and eps may be 0.
+    deviation = jnp.sqrt(jnp.where(variance == 0.0, 1.0, variance))
+    return centred / jnp.where(variance == 0.0, 1.0, deviation + eps)
+
+
+def _centred(scores):
+    """Scores less their row's mean, in float32."""
+    expect(scores=(scores, "BK", float))
+    if scores.shape[1] < 2:
+        given = f"{scores.dtype}{list(scores.shape)}"
+        raise ValueError(f"scores must be float[B, K] with K >= 2, but is {given}.")
+    scores = scores.astype(jnp.float32)
+    # Rounding in the mean of large scores would leave equal ones a difference, which the division
+    # by a deviation of almost 0 then blows up. The least score taken away first, they are zeros.
+    scores -= jax.lax.stop_gradient(jnp.min(scores, axis=1, keepdims=True))
+    return scores - jnp.mean(scores, axis=1, keepdims=True)
 
 
 def _discounted_sums(x, decay):

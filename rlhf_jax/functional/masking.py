@@ -123,6 +123,12 @@ def zero_off_mask(mask, *arrays):
     return tuple(jnp.where(mask, x.astype(jnp.float32), 0.0) for x in arrays)
 
 
+def is_last(mask):
+    """True on the last real position of each row of bool[B, T], if it has one."""
+    positions = jnp.arange(mask.shape[1])
+    return mask & (positions == jnp.max(jnp.where(mask, positions, -1), axis=1, keepdims=True))
+
+
 def batch_mean(x, mask, denominator=None):
     """Sum over the real entries of x, over their number or over `denominator`, as f32[].
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from rlhf_jax.functional.expect import expect
-from rlhf_jax.functional.kl import MAX_LOG_RATIO
+from rlhf_jax.functional.kl import MAX_LOG_RATIO, exp_minus_linear
 from rlhf_jax.functional.masking import batch_mean, zero_off_mask
 
 
@@ -99,6 +99,56 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
     clipped = jnp.square(clipped_values - returns)
     return 0.5 * batch_mean(jnp.maximum(unclipped, clipped), mask, denominator), {
         "clipfrac": batch_mean(clipped > unclipped, mask, denominator),
+    }
+
+
+def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef, denominator=None):
+    """PPO's surrogate loss with a KL penalty in place of the clipping, a mean over real tokens.
+
+        r_t    = exp(logprobs_t - old_logprobs_t)
+        kl_t   = (r_t - 1) - log r_t
+        loss_t = -A_t * r_t + kl_coef * kl_t
+
+    kl_t estimates KL(old || new) from tokens that the old policy sampled, and is never negative.
+    r_t stops growing at e^40, where float32 would soon overflow; the gradient there is 0.
+
+    Args:
+      logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
+      old_logprobs: float[B, T], the same under the policy that sampled them.
+      advantages: float[B, T].
+      mask: bool[B, T], True on real tokens.
+      kl_coef: the coefficient of the penalty, per nat; `penalty_kl_update` adapts it.
+      denominator: what to divide sums by, instead of the number of real tokens.
+
+    Returns:
+      (loss, metrics), f32[] each; metrics `kl`, the mean of kl_t in nats, and `ratio`, the mean of
+      r_t. All are 0 if no token is real.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    Schulman et al., Proximal Policy Optimization Algorithms, eq. 8 (arXiv:1707.06347), whose KL is
+    over the whole vocabulary.
+
+    >>> loss, metrics = kl_penalty_policy_loss(
+    ...     jnp.log(jnp.array([[0.5, 0.4]])), jnp.log(jnp.array([[0.25, 0.4]])),
+    ...     jnp.array([[1.0, 1.0]]), jnp.array([[True, True]]), kl_coef=2.0)
+    >>> print(f"{loss:.4f}", f"{metrics['kl']:.4f}", f"{metrics['ratio']:.1f}")
+    -1.1931 0.1534 1.5
+    """
+    expect(
+        logprobs=(logprobs, "BT", float),
+        old_logprobs=(old_logprobs, "BT", float),
+        advantages=(advantages, "BT", float),
+        mask=(mask, "BT", bool),
+    )
+    logprobs, old_logprobs, advantages = zero_off_mask(mask, logprobs, old_logprobs, advantages)
+    log_ratio = logprobs - old_logprobs
+    ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
+    kl = exp_minus_linear(log_ratio)
+    return batch_mean(kl_coef * kl - advantages * ratio, mask, denominator), {
+        "kl": batch_mean(kl, mask, denominator),
+        "ratio": batch_mean(ratio, mask, denominator),
     }
 
 

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.functional.expect import expect
-from rlhf_jax.functional.masking import batch_mean, zero_off_mask
+from rlhf_jax.functional.expect import expect, expect_one_of
+from rlhf_jax.functional.masking import batch_mean, is_last, masked_mean, zero_off_mask
+
+PAST_END = ("last", "published")
 
 
 def pairwise_loss(chosen, rejected, *, margin=0.0, center_coef=0.0, mask=None, denominator=None):
@@ -48,3 +50,150 @@ def pairwise_loss(chosen, rejected, *, margin=0.0, center_coef=0.0, mask=None, d
         "accuracy": batch_mean(difference > 0, mask, denominator),
         "margin": batch_mean(difference, mask, denominator),
     }
+
+
+def tokenwise_pairwise_loss(
+    chosen_scores,
+    rejected_scores,
+    chosen_tokens,
+    rejected_tokens,
+    chosen_mask,
+    rejected_mask,
+    *,
+    past_end="last",
+    mask=None,
+    denominator=None,
+):
+    """The loss of `pairwise_loss` on the scores at each token in which a pair can be told apart.
+
+        loss = mean_t -log sigmoid(chosen_t - rejected_t),     first <= t < end
+
+    `first` is where the responses first differ, in a token or in that one of them has ended; `end`
+    is the end of the longer one, the common end. The mean over pairs is taken of these means.
+    Between its own end and the common end the shorter response has no tokens. There it keeps the
+    score at its last token ("last"), or has what the model gives on padding ("published"), as in
+    the code that this loss is known from. That then counts: it must be finite, the model has to
+    see the padding tokens that it will see later, and scores depend on how padding was attended to.
+
+    Args:
+      chosen_scores: float[B, T], a score at each token of the responses that were preferred.
+      rejected_scores: float[B, T], the same for the others.
+      chosen_tokens: int[B, T], the responses; a prompt that both share may stand before them.
+      rejected_tokens: int[B, T].
+      chosen_mask: bool[B, T], True then False.
+      rejected_mask: bool[B, T], True then False.
+      past_end: "last" or "published".
+      mask: bool[B], False on rows that only fill up a batch; all rows are real when None. A pair
+        without a single real token is none either.
+      denominator: what to divide sums by, instead of the number of real pairs.
+
+    Returns:
+      (loss, metrics): f32[], and f32[] each but for the end scores. Metrics `accuracy`, the share
+      of pairs in which the chosen one has the higher end score (a tie is none), `margin`, the mean
+      difference of the end scores, `chosen_end_scores` and `rejected_end_scores`, f32[B], the
+      scores at the common end, and `no_difference`, the share of pairs that are the same response
+      twice. Those count 0 in the loss, accuracy and margin, and stay in the denominator. A
+      response without a real token scores 0. All are 0 if no pair is real.
+
+      Padding past the common end changes nothing; under "last", no padding does.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong, or an unknown past_end.
+
+    The reward model of trlX's summarization example (CarperAI/trlx,
+    examples/summarize_rlhf/reward_model), whose training follows Stiennon et al., Learning to
+    Summarize from Human Feedback, section 3.4 (arXiv:2009.01325), but for the scores: there only
+    the last one of a response counts.
+
+    >>> loss, metrics = tokenwise_pairwise_loss(
+    ...     jnp.array([[5.0, 2.0, 3.0]]), jnp.array([[5.0, 2.0, jnp.nan]]),
+    ...     jnp.array([[7, 8, 0]]), jnp.array([[7, 9, -1]]),
+    ...     jnp.array([[True, True, True]]), jnp.array([[True, True, False]]))
+    >>> print(f"{loss:.4f}")  # (log 2 - log sigmoid(1)) / 2
+    0.5032
+    >>> print(metrics["chosen_end_scores"], metrics["rejected_end_scores"], metrics["margin"])
+    [3.] [2.] 1.0
+    """
+    expect(
+        chosen_scores=(chosen_scores, "BT", float),
+        rejected_scores=(rejected_scores, "BT", float),
+        chosen_tokens=(chosen_tokens, "BT", int),
+        rejected_tokens=(rejected_tokens, "BT", int),
+        chosen_mask=(chosen_mask, "BT", bool),
+        rejected_mask=(rejected_mask, "BT", bool),
+    )
+    expect_one_of(past_end=(past_end, PAST_END))
+    if mask is not None:
+        expect(chosen_scores=(chosen_scores, "BT", float), mask=(mask, "B", bool))
+        chosen_mask, rejected_mask = chosen_mask & mask[:, None], rejected_mask & mask[:, None]
+    either = chosen_mask | rejected_mask
+    # Where just one of them is real they differ, whatever token stands there for the other one.
+    differ = (chosen_mask != rejected_mask) | (either & (chosen_tokens != rejected_tokens))
+    counted = either & (jnp.cumsum(differ, axis=1) > 0)
+    if past_end == "last":
+        chosen = _kept_past_end(chosen_scores, chosen_mask)
+        rejected = _kept_past_end(rejected_scores, rejected_mask)
+    else:
+        chosen, rejected = zero_off_mask(either, chosen_scores, rejected_scores)
+    losses = masked_mean(-jax.nn.log_sigmoid(chosen - rejected), counted, axis=1)
+    chosen_end, rejected_end = (
+        jnp.sum(x, axis=1) for x in zero_off_mask(is_last(either), chosen, rejected)
+    )
+    pairs, different = jnp.any(either, axis=1), jnp.any(counted, axis=1)
+    margins = jnp.where(different, chosen_end - rejected_end, 0.0)
+    return batch_mean(losses, pairs, denominator), {
+        "accuracy": batch_mean(margins > 0, pairs, denominator),
+        "margin": batch_mean(margins, pairs, denominator),
+        "chosen_end_scores": chosen_end,
+        "rejected_end_scores": rejected_end,
+        "no_difference": batch_mean(~different, pairs, denominator),
+    }
+
+
+def ranking_loss(scores, mask, *, denominator=None):
+    """Negative log-likelihood of each prompt's ranking, pair by pair, a mean over prompts.
+
+        loss = mean_{i < j} -log sigmoid(score_i - score_j)        over the real i, j of a prompt
+
+    Each prompt counts the same, however many responses it has.
+
+    Args:
+      scores: float[B, K], of K responses to each of B prompts, the best response first.
+      mask: bool[B, K], True on real responses.
+      denominator: what to divide sums by, instead of the number of prompts that have a pair, that
+        is at least two real responses.
+
+    Returns:
+      (loss, metrics), f32[] each; metric `accuracy`, the mean over prompts of the share of their
+      pairs in which the better response scores higher (a tie is none). Both are 0 if there is no
+      pair.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    Ouyang et al., InstructGPT, eq. 1 (arXiv:2203.02155).
+
+    >>> loss, metrics = ranking_loss(
+    ...     jnp.array([[2.0, 1.0, 1.0], [0.0, 2.0, jnp.nan]]),
+    ...     jnp.array([[True, True, True], [True, True, False]]))
+    >>> print(f"{loss:.4f}", f"{metrics['accuracy']:.4f}")
+    1.2834 0.3333
+    """
+    expect(scores=(scores, "BK", float), mask=(mask, "BK", bool))
+    (scores,) = zero_off_mask(mask, scores)
+    place = jnp.arange(mask.shape[1])
+    pairs = mask[:, :, None] & mask[:, None, :] & (place[:, None] < place)
+    difference = scores[:, :, None] - scores[:, None, :]
+    losses = masked_mean(-jax.nn.log_sigmoid(difference), pairs, axis=(1, 2))
+    correct = masked_mean((difference > 0).astype(jnp.float32), pairs, axis=(1, 2))
+    prompts = jnp.any(pairs, axis=(1, 2))
+    return batch_mean(losses, prompts, denominator), {
+        "accuracy": batch_mean(correct, prompts, denominator),
+    }
+
+
+def _kept_past_end(scores, mask):
+    """f32[B, T]: the scores, and after the last real position the one that stands there."""
+    (scores,) = zero_off_mask(mask, scores)
+    (last,) = zero_off_mask(is_last(mask), scores)
+    return jnp.where(mask, scores, jnp.sum(last, axis=1, keepdims=True))
