@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-B, T, V = 4, 6, 7
+B, T, V, K = 4, 6, 7, 5
 D = 5
 
 # Arrays that all rows share.
@@ -152,6 +152,60 @@ def make_cases(seed):
             options,
             {"temperature": 0.7},
             ("hidden", "unembedding"),
+        )
+    cases["leave_one_out_advantages"] = Case({"scores": floats(B, K)}, {}, {}, ("scores",))
+    for scale in (True, False):
+        cases[f"group_advantages/scale={scale}"] = Case(
+            {"scores": floats(B, K)}, {"scale": scale}, {"eps": 0.1}, ("scores",)
+        )
+    # One prompt in the middle has a single response and thus no pair.
+    responses = np.arange(K) < np.array([K, 2, 1, 3])[:, None]
+    cases["ranking_loss"] = Case(
+        {"scores": floats(B, K), "mask": responses},
+        {},
+        {},
+        ("scores",),
+        under("mask", "scores"),
+        float((responses.sum(1) > 1).sum()),
+    )
+    cases["kl_penalty_policy_loss"] = Case(
+        {"logprobs": logprobs, "old_logprobs": old, "advantages": floats(B, T), "mask": mask},
+        {},
+        {"kl_coef": 0.3},
+        ("logprobs", "old_logprobs", "advantages"),
+        under("mask", "logprobs", "old_logprobs", "advantages"),
+        tokens_real,
+    )
+    # One row in the middle has no real token.
+    short = mask & rows[:, None]
+    counts = {"sequence": rows_real, "token": float(short.sum()), "constant": float(B * T)}
+    for reduction, count in counts.items():
+        of_tokens = {"logprobs": logprobs, "old_logprobs": old, "ref_logprobs": ref}
+        cases[f"grpo_loss/{reduction}"] = Case(
+            {**of_tokens, "advantages": floats(B), "mask": short},
+            {"reduction": reduction},
+            {"kl_coef": 0.3, "clip_range": 0.2, "clip_range_high": 0.3},
+            (*of_tokens, "advantages"),
+            under("mask", *of_tokens),
+            count,
+        )
+    # Responses that part at the second token, but for the last pair: it has no difference.
+    others = np.where(np.arange(T) < 1, tokens, (tokens + 1) % V).astype(np.int32)
+    others_mask = np.arange(T) < rng.integers(2, T, size=B)[:, None]
+    others[-1], others_mask[-1] = tokens[-1], mask[-1]
+    judged = {"chosen_scores": floats(B, T), "rejected_scores": floats(B, T)}
+    judged |= {"chosen_tokens": tokens, "rejected_tokens": others}
+    judged |= {"chosen_mask": mask, "rejected_mask": others_mask, "mask": rows}
+    for past_end in ("last", "published"):
+        # What is published reads the scores on padding too.
+        names = ("tokens", "scores") if past_end == "last" else ("tokens",)
+        cases[f"tokenwise_pairwise_loss/{past_end}"] = Case(
+            judged,
+            {"past_end": past_end},
+            {},
+            ("chosen_scores", "rejected_scores"),
+            {f"{side}_{name}": f"{side}_mask" for side in ("chosen", "rejected") for name in names},
+            rows_real,
         )
     for kind in ("k1", "k2", "k3"):
         cases[f"kl_estimate/{kind}"] = Case(

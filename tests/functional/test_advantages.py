@@ -98,3 +98,83 @@ def test_gamma_and_lambda_can_be_mapped_over(rng, ragged_mask):
     for advantages, gamma, lam in zip(mapped, gammas, lams, strict=True):
         expected, _ = gae_by_loop(rewards, values, ragged_mask, gamma, lam)
         np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+def leave_one_out_by_loop(scores):
+    advantages = np.zeros(scores.shape)
+    for b, row in enumerate(np.float64(scores)):
+        for i, score in enumerate(row):
+            advantages[b, i] = score - np.mean([row[j] for j in range(len(row)) if j != i])
+    return advantages
+
+
+def group_by_loop(scores, scale, eps):
+    advantages = np.zeros(scores.shape)
+    for b, row in enumerate(np.float64(scores)):
+        mean = sum(row) / len(row)
+        deviation = (sum((x - mean) ** 2 for x in row) / (len(row) - 1)) ** 0.5
+        for i, score in enumerate(row):
+            advantages[b, i] = (score - mean) / (deviation + eps) if scale else score - mean
+    return advantages
+
+
+@pytest.mark.parametrize("responses", [2, 5])
+def test_leave_one_out_advantages_match_a_loop(rng, responses):
+    scores = rng.normal(3.0, 2.0, size=(4, responses)).astype(np.float32)
+    advantages = rlhf.leave_one_out_advantages(scores)
+    np.testing.assert_allclose(advantages, leave_one_out_by_loop(scores), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("responses", [2, 5])
+@pytest.mark.parametrize(("scale", "eps"), [(True, None), (True, 0.5), (False, 0.5)])
+def test_group_advantages_match_a_loop(rng, responses, scale, eps):
+    scores = rng.normal(3.0, 2.0, size=(4, responses)).astype(np.float32)
+    options = {} if eps is None else {"scale": scale, "eps": eps}
+    advantages = rlhf.group_advantages(scores, **options)
+    expected = group_by_loop(scores, scale, 1e-4 if eps is None else eps)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, -3.7, 12345.678, 1e10])
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (rlhf.leave_one_out_advantages, {}),
+        (rlhf.group_advantages, {}),
+        (rlhf.group_advantages, {"eps": 0.0}),
+        (rlhf.group_advantages, {"scale": False}),
+    ],
+)
+def test_equal_scores_give_exactly_zero_and_finite_gradients(function, options, score):
+    scores = np.full((1, 7), score, np.float32)
+    weights = np.arange(7, dtype=np.float32)
+
+    def weighted(scores):
+        advantages = function(scores, **options)
+        return (weights * advantages).sum(), advantages
+
+    gradient, advantages = jax.grad(weighted, has_aux=True)(scores)
+    np.testing.assert_array_equal(advantages, np.zeros((1, 7)))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("function", [rlhf.leave_one_out_advantages, rlhf.group_advantages])
+def test_gradients_of_group_advantages_are_those_of_the_loop(rng, function):
+    scores, weights = rng.normal(size=(2, 2, 3)).astype(np.float32)
+    by_loop = {
+        rlhf.leave_one_out_advantages: leave_one_out_by_loop,
+        rlhf.group_advantages: lambda x: group_by_loop(x, True, 1e-4),
+    }[function]
+    gradient = jax.grad(lambda x: (weights * function(x)).sum())(scores)
+    for index in np.ndindex(scores.shape):
+        step = np.zeros(scores.shape)
+        step[index] = 1e-5
+        slope = (by_loop(scores + step) - by_loop(scores - step)) / 2e-5
+        np.testing.assert_allclose(gradient[index], (weights * slope).sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [rlhf.leave_one_out_advantages, rlhf.group_advantages])
+def test_a_single_response_is_named_as_too_few(function):
+    message = r"^scores must be float\[B, K\] with K >= 2, but is float32\[3, 1\]\."
+    with pytest.raises(ValueError, match=message):
+        function(np.zeros((3, 1), np.float32))

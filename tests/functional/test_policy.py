@@ -30,6 +30,16 @@ def value_by_loop(values, old_values, returns, mask, clip_range):
     return np.mean(losses), np.mean(clipped)
 
 
+def penalized_by_loop(logprobs, old_logprobs, advantages, mask, kl_coef):
+    losses, kls, ratios = [], [], []
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        log_ratio = float(logprobs[b, t]) - float(old_logprobs[b, t])
+        ratios.append(np.exp(log_ratio))
+        kls.append(ratios[-1] - 1 - log_ratio)
+        losses.append(kl_coef * kls[-1] - ratios[-1] * float(advantages[b, t]))
+    return np.mean(losses), np.mean(kls), np.mean(ratios)
+
+
 @pytest.mark.parametrize("clip_range", [None, 0.05, 0.5])
 def test_policy_loss_matches_a_loop(rng, ragged_mask, clip_range):
     logprobs, old, advantages = rng.normal(size=(3, *ragged_mask.shape)).astype(np.float32)
@@ -61,21 +71,44 @@ def test_values_inside_the_range_are_not_clipped_by_rounding(rng):
     assert metrics["clipfrac"] == 0
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2, 3.0])
+def test_kl_penalty_policy_loss_matches_a_loop(rng, ragged_mask, kl_coef):
+    logprobs, old, advantages = rng.normal(size=(3, *ragged_mask.shape)).astype(np.float32)
+    loss, metrics = rlhf.kl_penalty_policy_loss(
+        logprobs, old, advantages, ragged_mask, kl_coef=kl_coef
+    )
+    expected = penalized_by_loop(logprobs, old, advantages, ragged_mask, kl_coef)
+    np.testing.assert_allclose([loss, metrics["kl"], metrics["ratio"]], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("log_ratio", [1e-2, 1e-3, -1e-3, 1e-5])
+def test_the_kl_of_almost_equal_policies_is_not_lost_to_rounding(log_ratio):
+    new, zeros = np.full((1, 1), log_ratio, np.float32), np.zeros((1, 1), np.float32)
+    _, metrics = rlhf.kl_penalty_policy_loss(new, zeros, zeros, np.ones((1, 1), bool), kl_coef=1.0)
+    np.testing.assert_allclose(metrics["kl"], np.float64(log_ratio) ** 2 / 2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("log_ratio", [-1e4, -89.0, 89.0, 1e4])
+@pytest.mark.parametrize("advantage", [-10.0, 0.0, 10.0])
+def test_extreme_ratios_have_finite_penalties_and_gradients(log_ratio, advantage):
+    old, advantages = np.zeros((1, 2), np.float32), np.float32([[advantage, 1.0]])
+    logprobs, mask = np.float32([[log_ratio, 0.0]]), np.ones((1, 2), bool)
+    (loss, metrics), gradient = jax.value_and_grad(rlhf.kl_penalty_policy_loss, has_aux=True)(
+        logprobs, old, advantages, mask, kl_coef=0.5
+    )
+    assert np.isfinite([loss, *metrics.values()]).all()
+    assert np.isfinite(gradient).all()
+    if log_ratio < 0:  # the penalty's slope is kl_coef * (r - 1), and the other's -A * r
+        np.testing.assert_allclose(metrics["kl"], (-log_ratio - 1) / 2, rtol=1e-6)
+        np.testing.assert_allclose(gradient, [[-0.25, -0.5]], rtol=1e-6)
+
+
 def test_reinforce_loss_matches_a_loop(rng, ragged_mask):
     logprobs, advantages = rng.normal(size=(2, *ragged_mask.shape)).astype(np.float32)
     loss, metrics = rlhf.reinforce_loss(logprobs, advantages, ragged_mask)
     products = (np.float64(logprobs) * advantages)[ragged_mask]
     np.testing.assert_allclose(loss, -products.mean(), rtol=1e-5)
     assert metrics == {}
-
-
-def test_at_equal_policies_ppo_is_the_policy_gradient(rng, ragged_mask):
-    logprobs, advantages = rng.normal(size=(2, *ragged_mask.shape)).astype(np.float32)
-    ppo = jax.grad(lambda x: rlhf.ppo_policy_loss(x, logprobs, advantages, ragged_mask)[0])
-    plain = jax.grad(lambda x: rlhf.reinforce_loss(x, advantages, ragged_mask)[0])
-    np.testing.assert_allclose(ppo(logprobs), plain(logprobs), rtol=1e-6)
-    _, metrics = rlhf.ppo_policy_loss(logprobs, logprobs, advantages, ragged_mask)
-    assert (metrics["ratio"], metrics["approxkl"], metrics["clipfrac"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("log_ratio", [-1e4, -89.0, 89.0, 1e4])

@@ -1,0 +1,154 @@
+"""The loss of GRPO, DAPO and Dr. GRPO against loops, and at extremes."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import rlhf_jax as rlhf
+
+REDUCTIONS = ["sequence", "token", "constant"]
+
+
+def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduction):
+    """(loss, {metric: mean}), in which a row is a list of (loss, clipped, square, ratio, kl)."""
+    rows = []
+    for b, real in enumerate(mask):
+        row = []
+        for t in np.nonzero(real)[0]:
+            log_ratio = float(logprobs[b, t]) - float(old[b, t])
+            ratio, advantage = np.exp(log_ratio), float(advantages[b])
+            bounded = min(max(ratio, 1 - low), 1 + high)
+            d = 0.0 if ref is None else float(logprobs[b, t]) - float(ref[b, t])
+            kl = np.exp(-d) - 1 + d
+            loss = -min(advantage * ratio, advantage * bounded) + kl_coef * kl
+            clipped = advantage * bounded < advantage * ratio
+            row.append((loss, clipped, log_ratio**2 / 2, ratio, kl))
+        rows.append(row)
+    means = [np.mean(row, axis=0) for row in rows if row]
+    tokens = [token for row in rows for token in row]
+    by_reduction = {
+        "sequence": (np.mean(means, axis=0)[0], np.mean(means, axis=0)),
+        "token": (np.mean(tokens, axis=0)[0], np.mean(tokens, axis=0)),
+        "constant": (np.sum(tokens, axis=0)[0] / mask.size, np.sum(means, axis=0) / len(mask)),
+    }
+    loss, metrics = by_reduction[reduction]
+    return loss, dict(zip(["clipfrac", "approxkl", "ratio", "kl"], metrics[1:], strict=True))
+
+
+@pytest.fixture
+def batch(rng, ragged_mask):
+    old, ref, new = rng.normal(size=(3, *ragged_mask.shape)).astype(np.float32)
+    logprobs = (0.7 * old + 0.3 * new).astype(np.float32)
+    return logprobs, old, ref, rng.normal(size=len(old)).astype(np.float32), ragged_mask
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("low", "high", "kl_coef"), [(None, None, 0.0), (0.05, None, 0.3), (0.1, 0.4, 0.3)]
+)
+def test_grpo_loss_matches_a_loop(batch, reduction, low, high, kl_coef):
+    logprobs, old, ref, advantages, mask = batch
+    options = {} if low is None else {"clip_range": low, "clip_range_high": high}
+    loss, metrics = rlhf.grpo_loss(
+        logprobs, old, advantages, mask,
+        ref_logprobs=ref, kl_coef=kl_coef, reduction=reduction, **options,
+    )  # fmt: skip
+    low = low or 0.2
+    expected = grpo_by_loop(
+        logprobs, old, ref, advantages, mask, kl_coef, low, high or low, reduction
+    )
+    assert 0 < expected[1]["clipfrac"] < 1
+    chex.assert_trees_all_close((loss, metrics), expected, rtol=1e-5)
+
+
+def test_sequence_is_the_default_and_without_a_reference_the_kl_is_zero(batch):
+    logprobs, old, _, advantages, mask = batch
+    output = rlhf.grpo_loss(logprobs, old, advantages, mask)
+    expected = grpo_by_loop(logprobs, old, None, advantages, mask, 0.0, 0.2, 0.2, "sequence")
+    assert expected[1]["kl"] == 0
+    chex.assert_trees_all_close(output, expected, rtol=1e-5)
+
+
+def test_the_upper_range_bounds_only_ratios_above_one():
+    logprobs, old = np.log(np.float32([[1.35, 0.75]])), np.zeros((1, 2), np.float32)
+    mask = np.ones((1, 2), bool)
+
+    def slopes(advantage, **options):
+        loss = lambda x: rlhf.grpo_loss(x, old, np.float32([advantage]), mask, **options)[0]  # noqa: E731
+        return np.asarray(jax.grad(loss)(logprobs)[0] != 0).tolist()
+
+    assert slopes(1.0, clip_range=0.2) == [False, True]
+    assert slopes(1.0, clip_range=0.2, clip_range_high=0.4) == [True, True]
+    assert slopes(-1.0, clip_range=0.2) == [True, False]
+    assert slopes(-1.0, clip_range=0.3, clip_range_high=0.2) == [True, True]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_at_equal_policies_the_mean_ratio_is_one_whatever_the_padding(rng, reduction):
+    logprobs = rng.normal(size=(3, 6)).astype(np.float32)
+    mask = np.arange(6) < np.array([6, 2, 3])[:, None]
+    _, metrics = rlhf.grpo_loss(logprobs, logprobs, logprobs[:, 0], mask, reduction=reduction)
+    np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-6)
+
+
+def test_rows_without_a_token_count_only_in_the_constant(batch):
+    logprobs, old, _, advantages, mask = batch
+    real = mask.any(axis=1)
+    assert not real.all()
+    for reduction in REDUCTIONS:
+        whole = rlhf.grpo_loss(logprobs, old, advantages, mask, reduction=reduction)
+        kept = (x[real] for x in (logprobs, old, advantages, mask))
+        without = rlhf.grpo_loss(*kept, reduction=reduction)
+        share = real.mean() if reduction == "constant" else 1.0
+        expected = jax.tree.map(lambda x, share=share: x * share, without)
+        chex.assert_trees_all_close(whole, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("log_ratio", [-1e4, -89.0, 89.0, 1e4])
+@pytest.mark.parametrize("advantage", [-10.0, 0.0, 10.0])
+def test_extreme_ratios_have_finite_losses_and_gradients(log_ratio, advantage, reduction):
+    old, ref = np.zeros((2, 2), np.float32), np.float32([[0.0, 0.0], [-log_ratio, 0.0]])
+    logprobs, mask = (
+        np.float32([[log_ratio, 0.0], [0.0, 0.0]]),
+        np.array([[True, True], [True, False]]),
+    )
+
+    def loss(logprobs, old, ref, advantages):
+        return rlhf.grpo_loss(
+            logprobs, old, advantages, mask, ref_logprobs=ref, kl_coef=0.1, reduction=reduction
+        )
+
+    (value, metrics), gradients = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(
+        logprobs, old, ref, np.float32([advantage, 1.0])
+    )
+    assert np.isfinite([value, *metrics.values()]).all()
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+@pytest.mark.parametrize("kl_coef", [0.1, -1, np.float32(0.5), np.float64(0.5)])
+def test_a_penalty_without_a_reference_is_named(batch, kl_coef):
+    logprobs, old, _, advantages, mask = batch
+    with pytest.raises(ValueError, match="^ref_logprobs must be given if kl_coef is not 0"):
+        rlhf.functional.grpo_loss(logprobs, old, advantages, mask, kl_coef=kl_coef)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("reduction", "mean", "reduction must be one of 'sequence', 'token', 'constant'"),
+        ("ref_logprobs", np.zeros((5, 6), np.float32), r"ref_logprobs must be float\[B, T\] with"),
+        ("ref_logprobs", np.zeros((5, 7), int), r"ref_logprobs must be float\[B, T\] with"),
+    ],
+)
+def test_wrong_keywords_are_named(batch, name, value, message):
+    logprobs, old, _, advantages, mask = batch
+    with pytest.raises(ValueError, match=f"^{message}"):
+        rlhf.grpo_loss(logprobs, old, advantages, mask, **{name: value})
+
+
+def test_advantages_are_one_per_row(batch):
+    logprobs, old, _, _, mask = batch
+    with pytest.raises(ValueError, match=r"^advantages must be float\[B\] with B = 5, but is "):
+        rlhf.grpo_loss(logprobs, old, logprobs, mask)
