@@ -80,8 +80,8 @@ def tokenwise_pairwise_loss(
       rejected_scores: float[B, T], the same for the others.
       chosen_tokens: int[B, T], the responses; a prompt that both share may stand before them.
       rejected_tokens: int[B, T].
-      chosen_mask: bool[B, T], True then False.
-      rejected_mask: bool[B, T], True then False.
+      chosen_mask: bool[B, T], True then False; there may be padding before the prompt as well.
+      rejected_mask: bool[B, T], the same.
       past_end: "last" or "published".
       mask: bool[B], False on rows that only fill up a batch; all rows are real when None. A pair
         without a single real token is none either.

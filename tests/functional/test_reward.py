@@ -263,6 +263,21 @@ def test_rows_without_a_pair_leave_the_tokenwise_loss_as_it_is(rng, past_end):
         assert not np.any(by_row["chosen_end_scores"][~rows])
 
 
+@pytest.mark.parametrize("past_end", ["last", "published"])
+def test_padding_before_the_prompt_is_no_difference(rng, past_end):
+    arrays, lengths = make_pairs(rng)
+    masks = masks_of(lengths, 9)
+    arrays[3][:, 0] = arrays[2][:, 0]  # so that all pairs begin alike
+    expected = rlhf.tokenwise_pairwise_loss(*arrays, *masks, past_end=past_end)
+    fillers = np.nan, np.nan, -1, -2, False, False
+    padded = [
+        np.pad(x, ((0, 0), (2, 0)), constant_values=filler)
+        for x, filler in zip([*arrays, *masks], fillers, strict=True)
+    ]
+    output = rlhf.tokenwise_pairwise_loss(*padded, past_end=past_end)
+    chex.assert_trees_all_close(output, expected, rtol=1e-6)
+
+
 def test_a_response_without_a_token_scores_zero():
     scores, tokens = np.float32([[3.0, 4.0]]), np.ones((1, 2), int)
     masks = np.array([[True, True]]), np.array([[False, False]])
