@@ -87,7 +87,7 @@ def grpo_loss(
     expect_one_of(reduction=(reduction, REDUCTIONS))
     if ref_logprobs is not None:
         expect(logprobs=(logprobs, "BT", float), ref_logprobs=(ref_logprobs, "BT", float))
-    elif isinstance(kl_coef, numbers.Number) and kl_coef != 0:
+    elif isinstance(kl_coef, numbers.Real) and float(kl_coef) != 0.0:
         raise ValueError(
             f"ref_logprobs must be given if kl_coef is not 0, but kl_coef is {kl_coef}."
         )

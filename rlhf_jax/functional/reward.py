@@ -71,9 +71,9 @@ def tokenwise_pairwise_loss(
     `first` is where the responses first differ, in a token or in that one of them has ended; `end`
     is the end of the longer one, the common end. The mean over pairs is taken of these means.
     Between its own end and the common end the shorter response has no tokens. There it keeps the
-    score at its last token ("last"), or has what the model gives on padding ("published"), as in
-    the code that this loss is known from. That then counts: it must be finite, the model has to
-    see the padding tokens that it will see later, and scores depend on how padding was attended to.
+    score at its last token ("last"), or has what stands on its padding ("published"), as in the
+    code that this loss is known from. A score there then counts like one at a token: it must be
+    finite, and depends on which padding the model was given, and how the model attended to it.
 
     Args:
       chosen_scores: float[B, T], a score at each token of the responses that were preferred.
