@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import rlhf_jax as rlhf
-from tests.functional.cases import function_name, make_cases
+from tests.functional.cases import SHARED, function_name, make_cases
 
 # Shapes are few, since each one compiles anew: the real tokens are always as many.
 B, T, V, REAL = 4, 6, 5, 12
@@ -29,11 +29,18 @@ COEFFICIENTS = {
     "cross_entropy_loss": {"label_smoothing": 0.1, "z_loss": 0.01},
     "kl_penalty_policy_loss": {"kl_coef": 0.3},
 }
-BY_ROWS = {name: case for name, case in make_cases(0).items() if case.arrays}
+
+
+def of_rows(case):
+    """Names of the arrays that have one entry per row of the batch."""
+    return [name for name, x in case.arrays.items() if x.ndim and name not in SHARED]
+
+
+# All but the functions of batches of two sizes.
 BY_ROWS = {
     name: case
-    for name, case in BY_ROWS.items()
-    if len({len(x) for x in case.arrays.values() if x.ndim}) == 1
+    for name, case in make_cases(0).items()
+    if {len(case.arrays[key]) for key in of_rows(case)} == {B}
 }
 
 
@@ -177,7 +184,7 @@ def test_permuted_rows_give_the_same_scalars_and_permuted_rows(name, order):
     function = functools.partial(
         getattr(rlhf, function_name(name)), **case.options, **case.coefficients
     )
-    permuted = {key: x[order] if x.ndim else x for key, x in case.arrays.items()}
+    permuted = case.arrays | {key: case.arrays[key][order] for key in of_rows(case)}
     expected = jax.tree.map(lambda x: x[np.array(order)] if x.ndim else x, function(**case.arrays))
     chex.assert_trees_all_close(function(**permuted), expected, rtol=1e-5, atol=1e-6)
 
