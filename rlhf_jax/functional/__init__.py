@@ -22,22 +22,26 @@ from rlhf_jax.functional.policy import (
     ppo_value_loss,
     reinforce_loss,
 )
+from rlhf_jax.functional.preference import dpo_loss, kto_loss, orpo_loss, simpo_loss
 from rlhf_jax.functional.reward import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
 from rlhf_jax.functional.sft import cross_entropy_loss
 
 __all__ = [
     "adaptive_kl_update",
     "cross_entropy_loss",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "grpo_loss",
     "kl_estimate",
     "kl_penalty_policy_loss",
     "leave_one_out_advantages",
+    "kto_loss",
     "linear_token_logprobs",
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "orpo_loss",
     "pairwise_loss",
     "penalty_kl_update",
     "ppo_policy_loss",
@@ -46,6 +50,7 @@ __all__ = [
     "reinforce_loss",
     "response_mask",
     "rewards_to_go",
+    "simpo_loss",
     "token_entropy",
     "token_logprobs",
     "token_rewards",

@@ -207,6 +207,7 @@ def make_cases(seed):
             {f"{side}_{name}": f"{side}_mask" for side in ("chosen", "rejected") for name in names},
             rows_real,
         )
+    cases |= preference_cases(rng, rows)
     for kind in ("k1", "k2", "k3"):
         cases[f"kl_estimate/{kind}"] = Case(
             {"logprobs": logprobs, "ref_logprobs": ref},
@@ -214,4 +215,62 @@ def make_cases(seed):
             {},
             ("logprobs", "ref_logprobs"),
         )
+    return cases
+
+
+def preference_cases(rng, rows):
+    """Losses of log-probabilities of whole responses; `rows` is the mask of pairs."""
+
+    def logprobs(size):
+        return -np.exp(rng.normal(size=size)).astype(np.float32)
+
+    names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+    pairs = {name: logprobs(B) for name in names}
+    rows_real = float(rows.sum())
+    cases = {}
+    for kind in ("sigmoid", "hinge", "ipo", "robust"):
+        smoothing = {"label_smoothing": 0.2} if kind in ("sigmoid", "robust") else {}
+        cases[f"dpo_loss/{kind}"] = Case(
+            {**pairs, "mask": rows},
+            {"kind": kind},
+            {"beta": 0.3, **smoothing},
+            tuple(pairs),
+            under("mask", *pairs),
+            rows_real,
+        )
+    policy = {name: pairs[name] for name in ("policy_chosen", "policy_rejected")}
+    cases["simpo_loss"] = Case(
+        {**policy, "mask": rows},
+        {},
+        {"beta": 1.5, "gamma": 0.7},
+        tuple(policy),
+        under("mask", *policy),
+        rows_real,
+    )
+    # nll is 0, so that an empty mask leaves nothing, and parts of a batch do not count it twice.
+    cases["orpo_loss"] = Case(
+        {**policy, "nll": np.zeros((), np.float32), "mask": rows},
+        {},
+        {"beta": 0.8},
+        tuple(policy),
+        under("mask", *policy),
+        rows_real,
+    )
+    # Three real responses of each sort, the undesirable ones among more rows.
+    undesirable = {name: logprobs(2 * B) for name in ("policy_rejected", "ref_rejected")}
+    cases["kto_loss"] = Case(
+        {
+            **pairs,
+            **undesirable,
+            "kl": np.float32(0.4 + rng.random()),
+            "chosen_mask": rows,
+            "rejected_mask": np.arange(2 * B) % 3 == 0,
+        },
+        {},
+        {"beta": 0.6, "desirable_weight": 1.2, "undesirable_weight": 0.8},
+        tuple(pairs),
+        under("chosen_mask", "policy_chosen", "ref_chosen")
+        | under("rejected_mask", "policy_rejected", "ref_rejected"),
+        2 * rows_real,
+    )
     return cases
