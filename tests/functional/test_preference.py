@@ -482,6 +482,17 @@ def test_extremes_of_simpo_and_kto_are_finite(difference):
     np.testing.assert_allclose(gradient, [0.0], atol=1e-6)
 
 
+def test_at_the_corner_of_the_hinge_there_is_no_gradient():
+    """As in TRL, whose ReLU has none there; jnp.maximum would give half of one."""
+    nothing = np.zeros(1, np.float32)
+
+    def loss(policy):
+        return rlhf.dpo_loss(policy, nothing, nothing, nothing, beta=0.5, kind="hinge")[0]
+
+    assert jax.grad(loss)(np.float32([2.0])) == 0
+    assert jax.grad(loss)(np.float32([1.99])) == -0.5
+
+
 CERTAIN = [0.0, -1e-30, -1e-9, -(2.0**-23), -1e-5, -1e-3, -0.5, -1.0, -20.0, -90.0, -1e3, -1e4]
 
 
@@ -530,7 +541,7 @@ def test_rows_off_the_mask_are_as_if_cut_out(rng, kind):
     mask = np.array([True, True, False, True, False])
     expected = rlhf.dpo_loss(*logprobs[:, mask], kind=kind, lengths=tuple(lengths[:, mask]))
     poisoned = np.where(mask, logprobs, np.nan).astype(np.float32)
-    garbage = tuple(np.where(mask, lengths, 0))
+    garbage = tuple(np.where(mask, lengths, np.nan).astype(np.float32))
 
     def loss(logprobs):
         return rlhf.dpo_loss(*logprobs, kind=kind, lengths=garbage, mask=mask)

@@ -262,16 +262,21 @@ def make_kto(rng):
     }
 
 
-def make_grpo(rng):
-    """GRPOTrainer._compute_loss on given log-probabilities per token."""
+def make_grpo(rng, loss_types, settings, *, with_empty_row):
+    """GRPOTrainer._compute_loss on given log-probabilities per token.
+
+    A row without a token is what `mask_truncated_completions` makes of a response without an end.
+    """
     mask = ragged(rng, B)
+    if with_empty_row:
+        mask[-1] = 0
     logprobs = draw_logprobs(rng, B, T)
     steps = np.round(512 * 0.4 * rng.normal(size=(2, B, T))).astype(np.float32) / 512
     old, ref = np.minimum(logprobs + steps, np.float32(-1 / 512))
     advantages = rng.normal(size=B).astype(np.float32)
     runs = []
-    for loss_type in ("grpo", "bnpo", "dapo", "dr_grpo"):
-        for kl_coef, low, high in [(0.0, 0.2, 0.2), (0.1, 0.2, 0.2), (0.04, 0.1, 0.35)]:
+    for loss_type in loss_types:
+        for kl_coef, low, high in settings:
             trainer = stand_in(
                 args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None),
                 top_entropy_quantile=1.0,
@@ -389,6 +394,8 @@ def main():
     assert importlib.metadata.version("trl") == "0.29.1"
     torch.set_num_threads(1)
     conservative = {"kind": "sigmoid", "beta": 0.5, "label_smoothing": 0.3}
+    loss_types = ("grpo", "bnpo", "dapo", "dr_grpo")
+    grpo_settings = [(0.0, 0.2, 0.2), (0.1, 0.2, 0.2), (0.04, 0.1, 0.35)]
     groups = {
         "dpo": make_dpo(np.random.default_rng(0)),
         "cpo": make_cpo(
@@ -409,7 +416,12 @@ def main():
         ),
         "orpo": make_orpo(np.random.default_rng(3)),
         "kto": make_kto(np.random.default_rng(4)),
-        "grpo": make_grpo(np.random.default_rng(5)),
+        "grpo": make_grpo(
+            np.random.default_rng(5), loss_types, grpo_settings, with_empty_row=False
+        ),
+        "grpo_empty_row": make_grpo(
+            np.random.default_rng(7), loss_types, grpo_settings[-1:], with_empty_row=True
+        ),
         "advantages": make_advantages(np.random.default_rng(6)),
     }
     arrays = {
