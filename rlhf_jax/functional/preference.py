@@ -13,8 +13,7 @@ from rlhf_jax.functional.masking import batch_mean, zero_off_mask
 
 DPO_KINDS = ("sigmoid", "hinge", "ipo", "robust")
 
-# The distance of 1 from the next smaller and larger float32: nearer to 0 than this, float32 cannot
-# tell the probability of a log-probability from 1.
+# float32's epsilon: a probability whose logarithm is nearer to 0 is 1, as far as float32 can tell.
 MIN_DISTANCE = 2.0**-23
 
 
@@ -152,8 +151,8 @@ def orpo_loss(policy_chosen, policy_rejected, nll, *, beta=0.1, mask=None, denom
         log_odds(x) = log(e^x / (1 - e^x)) = x - log(1 - e^x)
         nll - beta * mean(log sigmoid(log_odds(policy_chosen) - log_odds(policy_rejected)))
 
-    Log-probabilities above -2^-23, where float32 cannot tell the probability from 1, count as
-    -2^-23, log-odds of 15.9, with gradient 0: the odds of a certain response are infinite.
+    The odds of a certain response are infinite: log-probabilities above -2^-23, whose probability
+    float32 does not tell from 1, count as -2^-23, log-odds of 15.9, and have gradient 0.
 
     Args:
       policy_chosen: float[B], log-probabilities of the preferred responses under the policy in
@@ -298,15 +297,16 @@ def _expect_label_smoothing(kind, label_smoothing):
     """Refuses what a kind does not take, where the value is known: a traced one is not."""
     if not isinstance(label_smoothing, numbers.Real):
         return
-    if kind in ("hinge", "ipo") and label_smoothing != 0:
+    given = float(label_smoothing)
+    if kind in ("hinge", "ipo") and given != 0:
         raise ValueError(
-            f"label_smoothing must be 0 with kind {kind!r}, which has none, but is "
-            f"{label_smoothing!r}: take kind 'sigmoid' or 'robust', or leave it out."
+            f"label_smoothing must be 0 with kind {kind!r}, which has none, but is {given}: take "
+            "kind 'sigmoid' or 'robust', or leave it out."
         )
-    if kind == "robust" and not 0 <= label_smoothing < 0.5:
+    if kind == "robust" and not 0 <= given < 0.5:
         raise ValueError(
-            f"label_smoothing must be at least 0 and below 0.5 with kind 'robust', which divides "
-            f"by 1 - 2 * label_smoothing, but is {label_smoothing!r}."
+            "label_smoothing must be at least 0 and below 0.5 with kind 'robust', which divides by "
+            f"1 - 2 * label_smoothing, but is {given}."
         )
 
 

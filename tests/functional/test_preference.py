@@ -179,7 +179,7 @@ def test_dpo_loss_is_trls(golden, index):
 
     TRL divides log-ratios by lengths for "ipo", and then logs rewards of sums: ours are those of
     the loss, so its metrics are compared without lengths. And its "sigmoid" ignores
-    label_smoothing (the second case has 0.3): FACTS.md, line 28.
+    label_smoothing (the second case has 0.3): line 28 of docs/facts.md.
     """
     case = golden("trl")["dpo"]
     settings = hyperparameters(case, index)
@@ -196,8 +196,8 @@ def test_dpo_loss_is_trls(golden, index):
     assert_trls(case, index, (value, loss(*policy, None)[1]), gradients)
 
 
-def test_ipo_on_sums_and_on_means_are_different_losses(golden):
-    """FACTS.md, line 28: 23.72 of sums against 24.78 of means there; here the same of TRL's batch.
+def test_28_ipo_on_sums_and_on_means_are_different_losses(golden):
+    """Line 28 of docs/facts.md: 23.72 of sums against 24.78 of means there; here the same of TRL's batch.
 
     The paper and OpenRLHF take sums, our default; TRL takes means: `lengths`.
     """
@@ -215,8 +215,8 @@ def test_ipo_on_sums_and_on_means_are_different_losses(golden):
     assert abs(sums - means) > 0.5
 
 
-def test_label_smoothing_does_nothing_in_trls_sigmoid_and_does_in_ours(golden):
-    """FACTS.md, line 28. The values that it should give are those of TRL's CPO, tested below."""
+def test_28_label_smoothing_does_nothing_in_trls_sigmoid_and_does_in_ours(golden):
+    """Line 28 of docs/facts.md. The values that it should give are those of TRL's CPO, tested below."""
     case = golden("trl")["dpo"]
     settings = hyperparameters(case, 1)
     assert settings["kind"] == "sigmoid"
