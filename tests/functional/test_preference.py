@@ -197,7 +197,7 @@ def test_dpo_loss_is_trls(golden, index):
 
 
 def test_28_ipo_on_sums_and_on_means_are_different_losses(golden):
-    """Line 28 of docs/facts.md: 23.72 of sums against 24.78 of means there; here the same of TRL's batch.
+    """Line 28 of docs/facts.md: on one batch 23.72 of sums and 24.78 of means. Here TRL's batch.
 
     The paper and OpenRLHF take sums, our default; TRL takes means: `lengths`.
     """
@@ -216,7 +216,7 @@ def test_28_ipo_on_sums_and_on_means_are_different_losses(golden):
 
 
 def test_28_label_smoothing_does_nothing_in_trls_sigmoid_and_does_in_ours(golden):
-    """Line 28 of docs/facts.md. The values that it should give are those of TRL's CPO, tested below."""
+    """Line 28 of docs/facts.md. What it should give TRL's CPO does give: tested below."""
     case = golden("trl")["dpo"]
     settings = hyperparameters(case, 1)
     assert settings["kind"] == "sigmoid"
