@@ -130,3 +130,79 @@ def test_the_gae_notebook(golden):
     assert_close(returns[0], case["run_returns"], "returns")
     whitened = rlhf.masked_whiten(advantages, mask)
     assert_close(whitened[0], case["run_advantages_whitened"], "whitened")
+
+
+REDUCTIONS = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
+
+
+def grpo(case, index, **more):
+    """((loss, metrics), gradient) of a run of TRL's GRPO."""
+    names = ("logprobs", "old_logprobs", "advantages", "mask")
+    logprobs, old_logprobs, advantages, mask = (case[name] for name in names)
+    settings = {
+        name: float(case[f"hp/{name}"][index])
+        for name in ("kl_coef", "clip_range", "clip_range_high")
+    }
+    reduction = REDUCTIONS[str(case["hp/loss_type"][index])]
+    ref_logprobs = case["ref_logprobs"] if settings["kl_coef"] else None
+
+    def loss(logprobs):
+        return rlhf.grpo_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            ref_logprobs=ref_logprobs,
+            reduction=reduction,
+            **settings,
+            **more,
+        )
+
+    return jax.value_and_grad(loss, has_aux=True)(logprobs)
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_trls_grpo(golden, index):
+    """All four ways of averaging, the KL to a reference, asymmetric clipping.
+
+    "bnpo" and "dapo" divide by the number of tokens, on one device and on all of them: here the
+    same. TRL's metrics are over all tokens whatever the loss averages over: ours of "token".
+    """
+    case = golden("trl")["grpo"]
+    (loss, metrics), gradient = grpo(case, index)
+    assert_close(loss, case["out/loss"][index], "loss")
+    assert_close(gradient, case["out/grad"][index], "gradient")
+    if case["hp/loss_type"][index] in ("bnpo", "dapo"):
+        assert_close(metrics["clipfrac"], case["out/clip_region"][index], "clipfrac")
+        assert case["out/clip_low"][index] > 0
+        assert case["out/clip_high"][index] > 0
+        if case["hp/kl_coef"][index]:
+            assert_close(metrics["kl"], case["out/kl"][index], "kl")
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_trls_grpo_with_an_empty_row(golden, index):
+    """Under "grpo" TRL counts a row without a token as one of the rows, with a loss of 0; ours is
+    a mean over the rows with a token, so that rows that only fill up a batch change nothing, and is
+    TRL's with the number of all rows as the denominator.
+    """
+    case = golden("trl")["grpo_empty_row"]
+    rows = case["mask"].shape[0]
+    assert not case["mask"][-1].any()
+    by_rows = case["hp/loss_type"][index] == "grpo"
+    more = {"denominator": rows} if by_rows else {}
+    (loss, _), gradient = grpo(case, index, **more)
+    assert_close(loss, case["out/loss"][index], "loss")
+    assert_close(gradient, case["out/grad"][index], "gradient")
+    if by_rows:
+        (ours, _), _ = grpo(case, index)
+        assert_close(ours, case["out/loss"][index] * rows / (rows - 1), "loss over real rows")
+
+
+def test_trls_group_advantages(golden):
+    case = golden("trl")["advantages"]
+    advantages = rlhf.group_advantages(case["scores"])
+    assert_close(advantages, case["out/grpo_group"], "grpo")
+    unscaled = rlhf.group_advantages(case["scores"], scale=False)
+    assert_close(unscaled, case["out/grpo_none"], "dr_grpo")
+    assert_close(rlhf.leave_one_out_advantages(case["scores"]), case["out/rloo"], "rloo")
