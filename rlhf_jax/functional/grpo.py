@@ -61,8 +61,8 @@ def grpo_loss(
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong, an unknown reduction, or a
-        kl_coef other than 0 that has no ref_logprobs. A traced kl_coef, whose number is not known,
-        counts for nothing without them.
+        kl_coef other than 0 that has no ref_logprobs. Of a traced kl_coef the number is not known:
+        one that is not 0 then makes the loss NaN.
 
     Shao et al., DeepSeekMath, eq. 3 and 4 (arXiv:2402.03300); Yu et al., DAPO, eq. 8
     (arXiv:2503.14476); Liu et al., Understanding R1-Zero-Like Training, section 3.2
@@ -100,8 +100,10 @@ def grpo_loss(
     unclipped = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1.0 - clip_range, 1.0 + high)
     losses = jnp.maximum(unclipped, clipped)
-    kl = jnp.zeros_like(losses)
-    if ref_logprobs is not None:
+    if ref_logprobs is None:
+        kl = jnp.zeros_like(losses)
+        losses = jnp.where(kl_coef == 0, losses, jnp.nan)
+    else:
         kl = exp_minus_linear(zero_off_mask(mask, ref_logprobs)[0] - logprobs)
         losses += kl_coef * kl
     loss_weights, metric_weights = _weights(mask, reduction, denominator)

@@ -152,3 +152,10 @@ def test_advantages_are_one_per_row(batch):
     logprobs, old, _, _, mask = batch
     with pytest.raises(ValueError, match=r"^advantages must be float\[B\] with B = 5, but is "):
         rlhf.grpo_loss(logprobs, old, logprobs, mask)
+
+
+def test_a_traced_penalty_without_a_reference_is_not_silent(batch):
+    logprobs, old, _, advantages, mask = batch
+    for kl_coef, is_silent in ((0.0, True), (0.1, False)):
+        loss, _ = rlhf.grpo_loss(logprobs, old, advantages, mask, kl_coef=kl_coef)
+        assert np.isfinite(loss) == is_silent
