@@ -7,7 +7,7 @@ workers ?= 2
 pytest = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_multi_thread_eigen=false" \
     $(1)/bin/python -m pytest -q -n $(workers)
 
-.PHONY: help demo test test-oldest lint format clean
+.PHONY: help demo test test-oldest lint docs format clean
 
 help:  ## say what there is (the default)
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | \
@@ -31,11 +31,17 @@ lint:  ## set up, then check style and types
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
+docs:  ## set up, then build the documentation; a warning is an error
+	@tools/setup train,docs
+	rm -rf docs/_build
+	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "Open $(CURDIR)/docs/_build/index.html in a browser."
+
 format:  ## set up, then put the code in the project's style
 	@tools/setup train,dev
 	.venv/bin/python -m ruff check --fix .
 	.venv/bin/python -m ruff format .
 
 clean:  ## remove the environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find rlhf_jax scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .venv-oldest build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find rlhf_jax scripts tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

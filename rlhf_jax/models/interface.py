@@ -30,7 +30,14 @@ class Cache(NamedTuple):
 
 
 class ModelConfig(Protocol):
-    """The sizes that the rest of the library reads."""
+    """The sizes that the rest of the library reads.
+
+    Attributes:
+      vocab_size: V.
+      n_positions: the most positions that a row may have.
+      n_embd: D.
+      n_layer: layers of a whole stack.
+    """
 
     @property
     def vocab_size(self) -> int: ...

@@ -1,0 +1,99 @@
+"""Which names are public, and what the reference calls them. Without Sphinx: tests read it too.
+
+A module or package with `__all__` says so itself. In one without, every function and class that it
+defines and whose name has no underscore in front is public.
+"""
+
+import importlib
+import inspect
+from types import ModuleType
+
+import rlhf_jax
+from rlhf_jax import functional
+
+# Packages that name what they offer, and modules from which users take names directly.
+PACKAGES = ("rlhf_jax.functional", "rlhf_jax.rollout", "rlhf_jax.parallel", "rlhf_jax.data")
+MODULES = (
+    "rlhf_jax.batches",
+    "rlhf_jax.errors",
+    "rlhf_jax.models.gpt2",
+    "rlhf_jax.models.heads",
+    "rlhf_jax.models.huggingface",
+    "rlhf_jax.models.interface",
+    "rlhf_jax.rollout.sampling",
+    "rlhf_jax.training.state",
+    "rlhf_jax.training.sft",
+    "rlhf_jax.training.reward",
+    "rlhf_jax.training.ppo",
+    "rlhf_jax.runtime",
+)
+# A module whose classes users name, while its functions serve the commands.
+CONFIGURATION = "rlhf_jax.runtime.config"
+
+
+def public_names(name: str) -> list[str]:
+    """Public functions and classes of a module or package, in the order of the source."""
+    module = importlib.import_module(name)
+    if hasattr(module, "__all__"):
+        names = [each for each in module.__all__ if _is_documented(getattr(module, each))]
+        return sorted(names, key=lambda each: _place(getattr(module, each)))
+    names = [
+        each
+        for each, value in vars(module).items()
+        if not each.startswith("_") and getattr(value, "__module__", None) == name
+    ]
+    return [each for each in names if _is_documented(getattr(module, each))]
+
+
+def functional_names(file: str) -> list[str]:
+    """Names of `rlhf_jax.functional` that are defined in one of its files, such as "kl"."""
+    home = f"{functional.__name__}.{file}"
+    return [
+        name
+        for name in public_names(functional.__name__)
+        if getattr(functional, name).__module__ == home
+    ]
+
+
+def functional_files() -> list[str]:
+    """The files of `rlhf_jax.functional` that define a public name."""
+    homes = {getattr(functional, name).__module__ for name in functional.__all__}
+    return sorted(home.rpartition(".")[2] for home in homes)
+
+
+def documented_names(argument: str) -> list[tuple[str, str]]:
+    """(module, name) of each entry that the directive `public` makes of its argument.
+
+    That is a module, or "MODULE::NAME". The functions of `rlhf_jax.functional.kl` are entries of
+    `rlhf_jax.functional`, from which they are to be imported.
+    """
+    module, _, name = argument.partition("::")
+    if name:
+        return [(module, name)]
+    package, _, file = argument.rpartition(".")
+    if package == functional.__name__:
+        return [(package, name) for name in functional_names(file)]
+    return [(argument, name) for name in public_names(argument)]
+
+
+def required_names() -> set[tuple[str, str]]:
+    """All (module, name) that the reference has to hold."""
+    names = {(module, name) for module in (*PACKAGES, *MODULES) for name in public_names(module)}
+    configuration = importlib.import_module(CONFIGURATION)
+    names |= {
+        (CONFIGURATION, name)
+        for name in public_names(CONFIGURATION)
+        if inspect.isclass(getattr(configuration, name))
+    }
+    compiled = set(rlhf_jax.__all__) - {"__version__", "functional"}
+    return names | {(functional.__name__, name) for name in compiled}
+
+
+def _is_documented(value: object) -> bool:
+    return inspect.isfunction(value) or inspect.isclass(value)
+
+
+def _place(value: object) -> tuple[str, int]:
+    module = inspect.getmodule(value)
+    assert isinstance(module, ModuleType)
+    return module.__name__, inspect.getsourcelines(value)[1]

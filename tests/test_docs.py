@@ -1,0 +1,160 @@
+"""The pages of docs/: all public names, all pages in the tree, and links that lead somewhere."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import rlhf_jax
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
+
+
+def page_name(path):
+    return path.relative_to(DOCS).with_suffix("").as_posix()
+
+
+@pytest.fixture
+def public_names(monkeypatch):
+    """docs/_ext/public_names.py, which says what the directives of the reference stand for."""
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    return importlib.import_module("public_names")
+
+
+def directives(name):
+    """Arguments of a directive on all pages of the reference."""
+    text = "".join(path.read_text() for path in PAGES if path.parent.name == "reference")
+    lines = re.findall(rf"^```{{{name}}} (.+)$", text, re.M)
+    return [argument for line in lines for argument in line.split()]
+
+
+def entries(public_names):
+    """(module, name) of each entry of the reference."""
+    return [entry for each in directives("public") for entry in public_names.documented_names(each)]
+
+
+def test_each_name_of_rlhf_jax_is_in_the_reference_once(public_names):
+    found = [name for module, name in entries(public_names) if module == "rlhf_jax.functional"]
+    assert sorted(found) == sorted(set(rlhf_jax.__all__) - {"__version__", "functional"})
+
+
+def test_each_file_of_functional_is_in_the_overview(public_names):
+    files = directives("overview")
+    assert len(files) == len(set(files))
+    assert set(public_names.functional_files()) <= set(files)
+
+
+def defined_names(module):
+    """Functions and classes that a module defines and does not hide behind an underscore."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    }
+
+
+def modules_of(package):
+    package = importlib.import_module(package)
+    prefix = f"{package.__name__}."
+    return [
+        importlib.import_module(each.name)
+        for each in pkgutil.iter_modules(package.__path__, prefix)
+    ]
+
+
+@pytest.mark.parametrize("package", ["rlhf_jax.models", "rlhf_jax.rollout", "rlhf_jax.training"])
+def test_each_name_of_models_rollout_and_training_is_in_the_reference(package, public_names):
+    documented = {
+        getattr(importlib.import_module(module), name) for module, name in entries(public_names)
+    }
+    for module in modules_of(package):
+        missing = {
+            name for name in defined_names(module) if getattr(module, name) not in documented
+        }
+        assert not missing, f"{module.__name__}: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", ["rlhf_jax.batches", "rlhf_jax.errors"])
+def test_each_name_of_a_single_file_is_in_the_reference(name, public_names):
+    found = {entry for module, entry in entries(public_names) if module == name}
+    assert found == defined_names(importlib.import_module(name))
+
+
+@pytest.mark.parametrize("name", ["rlhf_jax.data", "rlhf_jax.parallel", "rlhf_jax.runtime"])
+def test_what_a_package_offers_is_in_the_reference(name, public_names):
+    found = {entry for module, entry in entries(public_names) if module == name}
+    assert found == set(importlib.import_module(name).__all__)
+
+
+def test_each_configuration_is_in_the_reference(public_names):
+    config = importlib.import_module("rlhf_jax.runtime.config")
+    classes = {name for name in defined_names(config) if inspect.isclass(getattr(config, name))}
+    assert classes == {name for module, name in entries(public_names) if module == config.__name__}
+
+
+def test_no_name_has_two_entries(public_names):
+    found = entries(public_names)
+    assert len(found) == len(set(found))
+
+
+def test_each_page_is_in_the_tree_once():
+    trees = [
+        (path, line.strip())
+        for path in PAGES
+        for block in re.findall(r"^```{toctree}\n(.*?)^```$", path.read_text(), re.M | re.S)
+        for line in block.splitlines()
+        if line.strip() and not line.startswith(":")
+    ]
+    found = [page_name((path.parent / f"{entry}.md").resolve()) for path, entry in trees]
+    assert sorted([*found, "index"]) == [page_name(path) for path in PAGES]
+
+
+def anchors(path):
+    """What the headings of a page are called in a link."""
+    headings = re.findall(r"^#{1,3} (.*)$", path.read_text(), re.M)
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_links_between_pages_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors(page), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_files_that_pages_include_exist(path):
+    for name in re.findall(r"^```{literalinclude} (\S+)$", path.read_text(), re.M):
+        assert (path.parent / name).is_file(), f"{path.name} includes {name}"
+
+
+def test_each_example_is_on_a_page():
+    included = {
+        (path.parent / name).resolve()
+        for path in PAGES
+        for name in re.findall(r"^```{literalinclude} (\S+)$", path.read_text(), re.M)
+    }
+    assert included == set((DOCS / "examples").glob("*.py"))
+
+
+def test_metric_names_of_the_commands_page_are_those_of_the_code():
+    sources = "".join(path.read_text() for path in (DOCS.parent / "rlhf_jax").glob("**/*.py"))
+    text = (DOCS / "commands.md").read_text()
+    named = set(re.findall(r"`((?:train|objective|policy|val|loss|eval|perf)/\w+)`", text))
+    assert len(named) > 20
+    # `train/...` and `eval/...` are put together from a stage's own names.
+    missing = {name for name in named if f'"{name}"' not in sources and name not in sources}
+    missing = {name for name in missing if f'"{name.partition("/")[2]}"' not in sources}
+    assert not missing
