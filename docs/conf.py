@@ -38,7 +38,6 @@ add_module_names = False
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:class", r"rlhf_jax\.(data\.batching\.Rows|runtime\.config\.Config)"),  # type variables
-    (r"py:class", r"rlhf_jax\.(data\.batching\.Rows|runtime\.config\.Config)"),  # type variables
     (
         r"py:.*",
         r"(jax|jaxlib|numpy|np|optax|flax|nn|transformers|collections|typing|os|pathlib)\..*",

@@ -149,6 +149,28 @@ def test_each_example_is_on_a_page():
     assert included == set((DOCS / "examples").glob("*.py"))
 
 
+def facts():
+    """(number, text) of each fact on the page of facts."""
+    text = (DOCS / "facts.md").read_text()
+    return re.findall(r"^\*\*(\d+)\. (.*?)(?=^\*\*\d|^## |\Z)", text, re.M | re.S)
+
+
+@pytest.mark.parametrize(("number", "text"), facts(), ids=[number for number, _ in facts()])
+def test_each_fact_names_tests_that_exist(number, text):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert named or "*Not yet" in text
+    for file, test in named:
+        assert f"\ndef {test}(" in (DOCS.parent / file).read_text(), f"{file} has no {test}"
+
+
+def test_the_facts_are_counted_through_and_their_tests_are_on_the_page():
+    assert [int(number) for number, _ in facts()] == list(range(1, 30))
+    for name in ("test_facts.py", "test_preference.py"):
+        source = (DOCS.parent / "tests" / "functional" / name).read_text()
+        for test, number in re.findall(r"^def (test_(\d\d)_\w+)\(", source, re.M):
+            assert f"::{test}`" in dict(facts())[str(int(number))], f"facts.md lacks {test}"
+
+
 def test_metric_names_of_the_commands_page_are_those_of_the_code():
     sources = "".join(path.read_text() for path in (DOCS.parent / "rlhf_jax").glob("**/*.py"))
     text = (DOCS / "commands.md").read_text()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax import functional
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports itself and the rooms before it.
@@ -185,3 +187,8 @@ def test_python_in_the_texts_runs(name):
     names: dict = {}  # a page is read from top to bottom: a block may use what stands above it
     for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.M | re.S):
         exec(compile(block, name, "exec"), names)
+
+
+def test_the_readme_names_each_function():
+    named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text()))
+    assert not set(functional.__all__) - named
