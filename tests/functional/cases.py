@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-B, T, V, K = 4, 6, 7, 5
-D = 5
+B, T, V, D, K = 4, 6, 7, 5, 5
 
 # Arrays that all rows share.
 SHARED = {"unembedding"}
@@ -43,177 +42,217 @@ def function_name(case_name):
     return case_name.partition("/")[0]
 
 
-def make_cases(seed):
-    """The cases by the name of their function, or by name/kind."""
-    rng = np.random.default_rng(seed)
+class Batch(NamedTuple):
+    """Random arrays that several cases take, under the names of the arguments."""
 
-    def floats(*shape):
-        return rng.normal(size=shape).astype(np.float32)
+    mask: np.ndarray
+    rows: np.ndarray
+    tokens: np.ndarray
+    targets: np.ndarray
+    logits: np.ndarray
+    logprobs: np.ndarray
+    old_logprobs: np.ndarray
+    ref_logprobs: np.ndarray
 
+    def of(self, *names):
+        return {name: getattr(self, name) for name in names}
+
+
+def floats(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def make_batch(rng):
     # The first row is full, the others end anywhere after their first token.
     lengths = np.concatenate([[T], rng.integers(1, T, size=B - 1)])
     mask = np.arange(T) < lengths[:, None]
-    tokens = rng.integers(0, V, size=(B, T)).astype(np.int32)
-    logits = floats(B, T, V)
-    logits[..., -1] = -np.inf
-    targets = rng.integers(0, V - 1, size=(B, T)).astype(np.int32)
-    logprobs, old, ref = -np.exp(floats(3, B, T))
     # One row in the middle only fills up the batch.
     rows = np.arange(B) != 2
-    tokens_real, rows_real = float(mask.sum()), float(rows.sum())
+    tokens = rng.integers(0, V, size=(B, T)).astype(np.int32)
+    targets = rng.integers(0, V - 1, size=(B, T)).astype(np.int32)
+    logits = floats(rng, B, T, V)
+    logits[..., -1] = -np.inf
+    return Batch(mask, rows, tokens, targets, logits, *-np.exp(floats(rng, 3, B, T)))
+
+
+def make_cases(seed):
+    """The cases by the name of their function, or by name/kind."""
+    rng = np.random.default_rng(seed)
+    batch = make_batch(rng)
+    return (
+        masking_cases(rng, batch)
+        | logprob_cases(rng, batch)
+        | advantage_cases(rng, batch)
+        | policy_cases(rng, batch)
+        | reward_cases(rng, batch)
+        | tokenwise_cases(rng, batch)
+        | preference_cases(rng, batch.rows)
+    )
+
+
+def masking_cases(rng, batch):
+    arrays, masks = {"x": floats(rng, B, T), **batch.of("mask")}, under("mask", "x")
+    return {
+        "masked_mean": Case(arrays, {}, {}, ("x",), masks),
+        "masked_var": Case(arrays, {"axis": 1}, {}, ("x",), masks),
+        "masked_whiten": Case(arrays, {"shift_mean": False}, {"eps": 1e-8}, ("x",), masks),
+        "response_mask": Case(batch.of("tokens"), {"stop_token_ids": (2, 5)}),
+    }
+
+
+def logprob_cases(rng, batch):
+    """Log-probabilities, entropies, KL estimates, and the loss of supervised fine-tuning."""
+    of_logits = {"logits": batch.logits, "tokens": batch.targets}
     cases = {
-        "masked_mean": Case({"x": floats(B, T), "mask": mask}, {}, {}, ("x",), under("mask", "x")),
-        "masked_var": Case(
-            {"x": floats(B, T), "mask": mask}, {"axis": 1}, {}, ("x",), under("mask", "x")
+        "token_logprobs": Case(of_logits, {}, {}, ("logits",)),
+        "token_entropy": Case(batch.of("logits"), {}, {}, ("logits",)),
+        "cross_entropy_loss": Case(
+            batch.of("logits", "targets", "mask"),
+            {},
+            {"label_smoothing": 0.1, "z_loss": 0.01},
+            ("logits",),
+            under("mask", "logits", "targets"),
+            float(batch.mask.sum()),
         ),
-        "masked_whiten": Case(
-            {"x": floats(B, T), "mask": mask},
-            {"shift_mean": False},
-            {"eps": 1e-8},
-            ("x",),
-            under("mask", "x"),
-        ),
-        "response_mask": Case({"tokens": tokens}, {"stop_token_ids": (2, 5)}),
-        "token_logprobs": Case({"logits": logits, "tokens": targets}, {}, {}, ("logits",)),
-        "token_entropy": Case({"logits": logits}, {}, {}, ("logits",)),
+    }
+    hidden, unembedding = floats(rng, B, T, D), floats(rng, V, D)
+    pieces = {"whole": {}, "chunks": {"chunk_size": 4, "vocab_size": V - 1}}
+    for kind, options in pieces.items():
+        cases[f"linear_token_logprobs/{kind}"] = Case(
+            {"hidden": hidden, "unembedding": unembedding, "tokens": batch.targets},
+            options,
+            {"temperature": 0.7},
+            ("hidden", "unembedding"),
+        )
+    for kind in ("k1", "k2", "k3"):
+        names = ("logprobs", "ref_logprobs")
+        cases[f"kl_estimate/{kind}"] = Case(batch.of(*names), {"kind": kind}, {}, names)
+    return cases
+
+
+def advantage_cases(rng, batch):
+    rewards, values = floats(rng, B, T), floats(rng, B, T)
+    cases = {
         "token_rewards": Case(
-            {"scores": floats(B), "logprobs": logprobs, "ref_logprobs": ref, "mask": mask},
+            {"scores": floats(rng, B), **batch.of("logprobs", "ref_logprobs", "mask")},
             {"kl_kind": "k2"},
             {"kl_coef": 0.3},
             ("scores", "logprobs", "ref_logprobs"),
             under("mask", "logprobs", "ref_logprobs"),
         ),
         "gae": Case(
-            {"rewards": floats(B, T), "values": floats(B, T), "mask": mask},
+            {"rewards": rewards, "values": values, **batch.of("mask")},
             {},
             {"gamma": 0.9, "lam": 0.8},
             ("rewards", "values"),
             under("mask", "rewards", "values"),
         ),
         "rewards_to_go": Case(
-            {"rewards": floats(B, T), "mask": mask},
+            {"rewards": rewards, **batch.of("mask")},
             {},
             {"gamma": 0.9},
             ("rewards",),
             under("mask", "rewards"),
         ),
-        "cross_entropy_loss": Case(
-            {"logits": logits, "targets": targets, "mask": mask},
-            {},
-            {"label_smoothing": 0.1, "z_loss": 0.01},
-            ("logits",),
-            under("mask", "logits", "targets"),
-            tokens_real,
-        ),
-        "pairwise_loss": Case(
-            {"chosen": floats(B), "rejected": floats(B), "mask": rows},
-            {},
-            {"margin": 0.5, "center_coef": 0.1},
-            ("chosen", "rejected"),
-            under("mask", "chosen", "rejected"),
-            rows_real,
-        ),
-        "ppo_policy_loss": Case(
-            {"logprobs": logprobs, "old_logprobs": old, "advantages": floats(B, T), "mask": mask},
-            {},
-            {"clip_range": 0.3},
-            ("logprobs", "old_logprobs", "advantages"),
-            under("mask", "logprobs", "old_logprobs", "advantages"),
-            tokens_real,
-        ),
+        "leave_one_out_advantages": Case({"scores": floats(rng, B, K)}, {}, {}, ("scores",)),
+    }
+    for scale in (True, False):
+        cases[f"group_advantages/scale={scale}"] = Case(
+            {"scores": floats(rng, B, K)}, {"scale": scale}, {"eps": 0.1}, ("scores",)
+        )
+    return cases
+
+
+def policy_cases(rng, batch):
+    names = ("logprobs", "old_logprobs", "advantages")
+    arrays = {**batch.of("logprobs", "old_logprobs", "mask"), "advantages": floats(rng, B, T)}
+    of_values = {name: floats(rng, B, T) for name in ("values", "old_values", "returns")}
+    masks, count = under("mask", *names), float(batch.mask.sum())
+    cases = {
+        "ppo_policy_loss": Case(arrays, {}, {"clip_range": 0.3}, names, masks, count),
+        "kl_penalty_policy_loss": Case(arrays, {}, {"kl_coef": 0.3}, names, masks, count),
         "ppo_value_loss": Case(
-            {
-                "values": floats(B, T),
-                "old_values": floats(B, T),
-                "returns": floats(B, T),
-                "mask": mask,
-            },
+            {**of_values, **batch.of("mask")},
             {},
             {"clip_range": 0.4},
-            ("values", "old_values", "returns"),
-            under("mask", "values", "old_values", "returns"),
-            tokens_real,
+            tuple(of_values),
+            under("mask", *of_values),
+            count,
         ),
         "reinforce_loss": Case(
-            {"logprobs": logprobs, "advantages": floats(B, T), "mask": mask},
+            {name: arrays[name] for name in ("logprobs", "advantages", "mask")},
             {},
             {},
             ("logprobs", "advantages"),
             under("mask", "logprobs", "advantages"),
-            tokens_real,
+            count,
         ),
     }
-    for name, options in {
-        "one_piece": {},
-        "chunks": {"chunk_size": 4, "vocab_size": V - 1},
-    }.items():
-        cases[f"linear_token_logprobs/{name}"] = Case(
-            {"hidden": floats(B, T, D), "unembedding": floats(V, D), "tokens": targets},
-            options,
-            {"temperature": 0.7},
-            ("hidden", "unembedding"),
-        )
-    cases["leave_one_out_advantages"] = Case({"scores": floats(B, K)}, {}, {}, ("scores",))
-    for scale in (True, False):
-        cases[f"group_advantages/scale={scale}"] = Case(
-            {"scores": floats(B, K)}, {"scale": scale}, {"eps": 0.1}, ("scores",)
-        )
-    # One prompt in the middle has a single response and thus no pair.
-    responses = np.arange(K) < np.array([K, 2, 1, 3])[:, None]
-    cases["ranking_loss"] = Case(
-        {"scores": floats(B, K), "mask": responses},
-        {},
-        {},
-        ("scores",),
-        under("mask", "scores"),
-        float((responses.sum(1) > 1).sum()),
-    )
-    cases["kl_penalty_policy_loss"] = Case(
-        {"logprobs": logprobs, "old_logprobs": old, "advantages": floats(B, T), "mask": mask},
-        {},
-        {"kl_coef": 0.3},
-        ("logprobs", "old_logprobs", "advantages"),
-        under("mask", "logprobs", "old_logprobs", "advantages"),
-        tokens_real,
-    )
     # One row in the middle has no real token.
-    short = mask & rows[:, None]
-    counts = {"sequence": rows_real, "token": float(short.sum()), "constant": float(B * T)}
+    mask, of_tokens = batch.mask & batch.rows[:, None], ("logprobs", "old_logprobs", "ref_logprobs")
+    counts = {"sequence": batch.rows.sum(), "token": mask.sum(), "constant": mask.size}
     for reduction, count in counts.items():
-        of_tokens = {"logprobs": logprobs, "old_logprobs": old, "ref_logprobs": ref}
         cases[f"grpo_loss/{reduction}"] = Case(
-            {**of_tokens, "advantages": floats(B), "mask": short},
+            {**batch.of(*of_tokens), "advantages": floats(rng, B), "mask": mask},
             {"reduction": reduction},
             {"kl_coef": 0.3, "clip_range": 0.2, "clip_range_high": 0.3},
             (*of_tokens, "advantages"),
             under("mask", *of_tokens),
-            count,
+            float(count),
         )
+    return cases
+
+
+def reward_cases(rng, batch):
+    """Losses of one score per response."""
+    # One prompt in the middle has a single response and thus no pair.
+    responses = np.arange(K) < np.array([K, 2, 1, 3])[:, None]
+    return {
+        "pairwise_loss": Case(
+            {"chosen": floats(rng, B), "rejected": floats(rng, B), "mask": batch.rows},
+            {},
+            {"margin": 0.5, "center_coef": 0.1},
+            ("chosen", "rejected"),
+            under("mask", "chosen", "rejected"),
+            float(batch.rows.sum()),
+        ),
+        "ranking_loss": Case(
+            {"scores": floats(rng, B, K), "mask": responses},
+            {},
+            {},
+            ("scores",),
+            under("mask", "scores"),
+            float((responses.sum(axis=1) > 1).sum()),
+        ),
+    }
+
+
+def tokenwise_cases(rng, batch):
     # Responses that part at the second token, but for the last pair: it has no difference.
-    others = np.where(np.arange(T) < 1, tokens, (tokens + 1) % V).astype(np.int32)
-    others_mask = np.arange(T) < rng.integers(2, T, size=B)[:, None]
-    others[-1], others_mask[-1] = tokens[-1], mask[-1]
-    judged = {"chosen_scores": floats(B, T), "rejected_scores": floats(B, T)}
-    judged |= {"chosen_tokens": tokens, "rejected_tokens": others}
-    judged |= {"chosen_mask": mask, "rejected_mask": others_mask, "mask": rows}
-    for past_end in ("last", "published"):
-        # What is published reads the scores on padding too.
-        names = ("tokens", "scores") if past_end == "last" else ("tokens",)
+    rejected = np.where(np.arange(T) < 1, batch.tokens, (batch.tokens + 1) % V).astype(np.int32)
+    rejected_mask = np.arange(T) < rng.integers(2, T, size=B)[:, None]
+    rejected[-1], rejected_mask[-1] = batch.tokens[-1], batch.mask[-1]
+    arrays = {
+        "chosen_scores": floats(rng, B, T),
+        "rejected_scores": floats(rng, B, T),
+        "chosen_tokens": batch.tokens,
+        "rejected_tokens": rejected,
+        "chosen_mask": batch.mask,
+        "rejected_mask": rejected_mask,
+        "mask": batch.rows,
+    }
+    cases = {}
+    # What is published reads the scores on padding too.
+    for past_end, parts in (("last", ("tokens", "scores")), ("published", ("tokens",))):
+        masks = under("chosen_mask", *(f"chosen_{part}" for part in parts))
+        masks |= under("rejected_mask", *(f"rejected_{part}" for part in parts))
         cases[f"tokenwise_pairwise_loss/{past_end}"] = Case(
-            judged,
+            arrays,
             {"past_end": past_end},
             {},
             ("chosen_scores", "rejected_scores"),
-            {f"{side}_{name}": f"{side}_mask" for side in ("chosen", "rejected") for name in names},
-            rows_real,
-        )
-    cases |= preference_cases(rng, rows)
-    for kind in ("k1", "k2", "k3"):
-        cases[f"kl_estimate/{kind}"] = Case(
-            {"logprobs": logprobs, "ref_logprobs": ref},
-            {"kind": kind},
-            {},
-            ("logprobs", "ref_logprobs"),
+            masks,
+            float(batch.rows.sum()),
         )
     return cases
 
