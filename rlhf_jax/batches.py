@@ -1,7 +1,8 @@
 """What travels between the stages: named tuples of arrays, and so pytrees.
 
 B rows, P prompt positions (left-padded), T response positions (right-padded), L = P + T. A mask is
-True on real positions; token ids off the mask are 0 and mean nothing.
+True on real positions; token ids off the mask are 0 and mean nothing. K responses may share one
+prompt.
 """
 
 from typing import NamedTuple
@@ -44,6 +45,21 @@ class PairBatch(NamedTuple):
     rejected_mask: jax.Array
     margin: jax.Array
     rows: jax.Array
+
+
+class RankingBatch(NamedTuple):
+    """Up to K responses to one prompt, the best one first.
+
+    Attributes:
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded. P may be 0.
+      responses, mask: i32[B, K, T] and bool[B, K, T], right-padded, EOS included. A place that is
+        False throughout holds no response, and a row without two responses only fills up a batch.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    responses: jax.Array
+    mask: jax.Array
 
 
 class PromptBatch(NamedTuple):

@@ -8,6 +8,7 @@ from rlhf_jax.data.batching import Batches, eval_batches
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.pairs import pair_rows
 from rlhf_jax.data.prompts import prompt_rows
+from rlhf_jax.data.rankings import ranking_rows
 from rlhf_jax.data.sft import text_rows, tokenize_texts
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "load_tokenizer",
     "pair_rows",
     "prompt_rows",
+    "ranking_rows",
     "text_rows",
     "tokenize_texts",
     "train_tokenizer",

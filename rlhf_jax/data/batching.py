@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
 from rlhf_jax.data.encoding import MULTIPLE
 from rlhf_jax.errors import InputError
 
-Rows = TypeVar("Rows", TextBatch, PairBatch, PromptBatch)
+Rows = TypeVar("Rows", TextBatch, PairBatch, RankingBatch, PromptBatch)
 
 MOST_BUCKETS = 4
 
@@ -169,6 +169,8 @@ def _full_widths(rows: Rows) -> tuple[int, ...]:
     """The widths that can be cut: L, or P and T, or P."""
     if isinstance(rows, PairBatch):
         return rows.prompts.shape[1], rows.chosen.shape[1]
+    if isinstance(rows, RankingBatch):
+        return rows.prompts.shape[1], rows.responses.shape[2]
     return (rows[0].shape[1],)
 
 
@@ -177,6 +179,8 @@ def _lengths(rows: Rows) -> tuple[Any, ...]:
     if isinstance(rows, PairBatch):
         responses = np.maximum(rows.chosen_mask.sum(1), rows.rejected_mask.sum(1))
         return rows.prompt_mask.sum(1), responses
+    if isinstance(rows, RankingBatch):
+        return rows.prompt_mask.sum(1), rows.mask.sum(2).max(1)
     if isinstance(rows, PromptBatch):
         return (rows.prompt_mask.sum(1),)
     return ((rows.segments > 0).sum(1),)
@@ -190,6 +194,9 @@ def _trim(batch: Rows, widths: tuple[int, ...]) -> Rows:
     left = {name: getattr(batch, name)[:, prompt:] for name in ("prompts", "prompt_mask")}
     if isinstance(batch, PromptBatch):
         return batch._replace(**left)
+    if isinstance(batch, RankingBatch):
+        responses, mask = (x[:, :, : widths[1]] for x in (batch.responses, batch.mask))
+        return batch._replace(**left, responses=responses, mask=mask)
     names = ("chosen", "chosen_mask", "rejected", "rejected_mask")
     right = {name: getattr(batch, name)[:, : widths[1]] for name in names}
     return batch._replace(**left, **right)

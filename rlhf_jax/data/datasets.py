@@ -1,9 +1,9 @@
 """Rows of text from the embedded corpus, from local files or from the hub, under canonical names.
 
-Three kinds of rows are understood. `text`: `prompt` + `completion`, or `messages`, or `text`.
+Four kinds of rows are understood. `text`: `prompt` + `completion`, or `messages`, or `text`.
 `pairs`: an optional `prompt` with `chosen` and `rejected` (and perhaps a `margin`), or with
-`responses`, best first, of which every two make a pair. `prompts`: `prompt` or `text`; all other
-columns are kept for reward functions.
+`responses`, best first, of which every two make a pair. `rankings`: the same columns, with a pair
+as a ranking of two. `prompts`: `prompt` or `text`; all other columns are kept for reward functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import datasets
 
 Row = dict[str, Any]
-Kind = Literal["text", "pairs", "prompts"]
+Kind = Literal["text", "pairs", "rankings", "prompts"]
 
 BUILTIN = "builtin"
 READERS = {
@@ -44,9 +44,15 @@ READERS = {
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("prompt", "completion"), ("messages",), ("text",)),
     "pairs": (("chosen", "rejected"), ("responses",)),
+    "rankings": (("responses",), ("chosen", "rejected")),
     "prompts": (("prompt",), ("text",)),
 }
-OPTIONAL: dict[str, tuple[str, ...]] = {"text": (), "pairs": ("prompt", "margin"), "prompts": ()}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "text": (),
+    "pairs": ("prompt", "margin"),
+    "rankings": ("prompt", "margin"),
+    "prompts": (),
+}
 CANONICAL = (
     "text",
     "prompt",
@@ -183,13 +189,13 @@ def load_rows(settings: Settings, kind: Kind) -> tuple[list[Row], list[Row]]:
 
     Args:
       settings: where they are and how many are wanted.
-      kind: "text", "pairs" or "prompts".
+      kind: "text", "pairs", "rankings" or "prompts".
 
     Returns:
       (train_rows, eval_rows), lists of dicts. "text" rows have `prompt` and `completion`, or
       `messages`, or `text`. "pairs" rows have `chosen`, `rejected`, `margin` (0.0 where the file
-      has none) and `prompt` ("" likewise). "prompts" rows have `prompt` or `text` and every other
-      column of the file.
+      has none) and `prompt` ("" likewise). "rankings" rows have `responses` in their stead, a list
+      of any length. "prompts" rows have `prompt` or `text` and every other column of the file.
 
     Raises:
       InputError: in one sentence that names the file, if it is missing, empty or unreadable, has
@@ -222,6 +228,8 @@ def _builtin_rows(settings: Settings, kind: Kind, rows: int, split: builtin.Spli
         return builtin.texts(settings.seed, rows, split)
     if kind == "pairs":
         return builtin.pairs(settings.seed, rows, split)
+    if kind == "rankings":
+        return [_ranking(row) for row in builtin.pairs(settings.seed, rows, split)]
     return builtin.prompts(settings.seed, rows, split)
 
 
@@ -485,6 +493,8 @@ def _rows(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) ->
     for index, row in zip(indices, table.select(indices), strict=True):
         for column in kept:
             _check_value(row[column], column, index + 1, path)
+        if kind == "pairs":
+            _check_two(row, index + 1, path)
         rows.extend(_canonical(dict(row), kind))
     return rows
 
@@ -503,6 +513,8 @@ def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
 
 def _canonical(row: Row, kind: Kind) -> list[Row]:
     """The rows that one row of the file stands for: as many as its responses have pairs."""
+    if kind == "rankings":
+        return [_ranking(row)]
     if kind != "pairs":
         return [row]
     common = {"prompt": row.get("prompt", ""), "margin": float(row.get("margin") or 0.0)}
@@ -514,6 +526,22 @@ def _canonical(row: Row, kind: Kind) -> list[Row]:
         for place, better in enumerate(ranked)
         for worse in ranked[place + 1 :]
     ]
+
+
+def _ranking(row: Row) -> Row:
+    """The responses of a row in one list, best first; how many they are is looked at later."""
+    responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+    margin = float(row.get("margin") or 0.0)
+    return {"prompt": row.get("prompt", ""), "responses": responses, "margin": margin}
+
+
+def _check_two(row: Row, number: int, path: str) -> None:
+    """Raises if a row has responses of which no pair can be made."""
+    if "responses" in row and len(row["responses"]) < 2:
+        raise InputError(
+            f"Row {number} of {path}: column 'responses' is no list of two or more texts, best "
+            "first."
+        )
 
 
 def _check_value(value: Any, column: str, number: int, path: str) -> None:
@@ -530,7 +558,7 @@ def _check_value(value: Any, column: str, number: int, path: str) -> None:
                 '{"role": "user", "content": "text"}.'
             )
     elif column == "responses":
-        if not isinstance(value, list) or len(value) < 2:
+        if not isinstance(value, list):
             raise InputError(
                 f"Row {number} of {path}: column 'responses' is no list of two or more texts, best "
                 "first."

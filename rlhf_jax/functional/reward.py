@@ -164,9 +164,9 @@ def ranking_loss(scores, mask, *, denominator=None):
         is at least two real responses.
 
     Returns:
-      (loss, metrics), f32[] each; metric `accuracy`, the mean over prompts of the share of their
-      pairs in which the better response scores higher (a tie is none). Both are 0 if there is no
-      pair.
+      (loss, metrics), f32[] each; metrics `accuracy`, the mean over prompts of the share of their
+      pairs in which the better response scores higher (a tie is none), and `margin`, the mean over
+      prompts of the mean difference of their pairs. All are 0 if there is no pair.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -186,9 +186,11 @@ def ranking_loss(scores, mask, *, denominator=None):
     difference = scores[:, :, None] - scores[:, None, :]
     losses = masked_mean(-jax.nn.log_sigmoid(difference), pairs, axis=(1, 2))
     correct = masked_mean((difference > 0).astype(jnp.float32), pairs, axis=(1, 2))
+    margins = masked_mean(difference, pairs, axis=(1, 2))
     prompts = jnp.any(pairs, axis=(1, 2))
     return batch_mean(losses, prompts, denominator), {
         "accuracy": batch_mean(correct, prompts, denominator),
+        "margin": batch_mean(margins, prompts, denominator),
     }
 
 

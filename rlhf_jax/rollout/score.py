@@ -57,8 +57,34 @@ def end_scores(
     Returns:
       f32[B, K].
     """
-    batch, count, length = responses.shape
-    trunk = params["model"]
+    x, flat_mask = _judged_hidden(model, params["model"], prompts, prompt_mask, responses, mask)
+    last = jnp.maximum(flat_mask.sum(axis=1) - 1, 0)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return apply_head(params["head"], model.final(params["model"], x)).reshape(mask.shape[:2])
+
+
+def token_scores(
+    model: Model,
+    params: Params,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    responses: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """Scores at every token of K responses to each prompt: of the text up to and with that token.
+
+    The arguments are those of `end_scores`, which gives the last of these scores of each response.
+
+    Returns:
+      f32[B, K, T]; off the mask they mean nothing.
+    """
+    x, _ = _judged_hidden(model, params["model"], prompts, prompt_mask, responses, mask)
+    return apply_head(params["head"], model.final(params["model"], x)).reshape(mask.shape)
+
+
+def _judged_hidden(model, trunk, prompts, prompt_mask, responses, mask):
+    """([B * K, T, D] before the final layer norm, bool[B * K, T]): each prompt is run once."""
+    _, count, length = responses.shape
     flat, flat_mask = responses.reshape(-1, length), mask.reshape(-1, length)
     positions = positions_from(flat_mask)
     prefix = None
@@ -70,6 +96,4 @@ def end_scores(
         positions += jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), count)[:, None]
     x = model.embed(trunk, flat, positions)
     x, _ = model.layers(trunk["layers"], x, flat_mask, positions, prefix=prefix)
-    last = jnp.maximum(flat_mask.sum(axis=1) - 1, 0)
-    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    return apply_head(params["head"], model.final(trunk, x)).reshape(batch, count)
+    return x, flat_mask

@@ -1,18 +1,19 @@
-"""The reward model: a scalar head on a language model, trained on pairs of responses."""
+"""The reward model: a scalar head on a language model, trained on compared responses."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.batches import PairBatch
+from rlhf_jax.batches import PairBatch, RankingBatch
 from rlhf_jax.errors import InputError
-from rlhf_jax.functional import pairwise_loss
+from rlhf_jax.functional import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.score import end_scores
+from rlhf_jax.rollout.score import end_scores, token_scores
 from rlhf_jax.training.state import (
     OptimizerSettings,
     TrainState,
@@ -22,6 +23,8 @@ from rlhf_jax.training.state import (
 )
 
 Metrics = dict[str, jax.Array]
+Batch = PairBatch | RankingBatch
+Objective = Literal["last_token", "tokenwise", "ranking"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +32,39 @@ class Settings:
     """The section `reward` of a configuration.
 
     Attributes:
-      batch_size: pairs a step.
+      objective: what is compared. "last_token": the scores at the last tokens of a pair.
+        "tokenwise": those at every token from the first in which the pair differs. "ranking": the
+        last scores of all responses to a prompt, each two of them, a prompt counting once. It is
+        evaluated on pairs by their last scores whatever it is trained on.
+      batch_size: pairs a step, or rankings.
       num_epochs: passes over the data; may be a fraction.
-      center_coef: weight of the squared sum of both scores, which keeps them near 0.
-      eval_batch_size: pairs a step of the evaluation.
+      center_coef: weight of the squared sum of both scores, which keeps them near 0; of
+        "last_token" alone.
+      eval_batch_size: pairs, or rankings, a step of the evaluation.
     """
 
+    objective: Objective = "last_token"
     batch_size: int = 32
     num_epochs: float = 1.0
     center_coef: float = 0.0
     eval_batch_size: int = 32
 
     def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise InputError(
+                f"reward.objective must be one of {', '.join(get_args(Objective))}, but is "
+                f"{self.objective!r}."
+            )
         for name in ("batch_size", "num_epochs", "eval_batch_size"):
             if getattr(self, name) <= 0:
                 raise InputError(f"reward.{name} must be above 0, but is {getattr(self, name)}.")
         if self.center_coef < 0:
             raise InputError(f"reward.center_coef must not be negative, but is {self.center_coef}.")
+        if self.center_coef > 0 and self.objective != "last_token":
+            raise InputError(
+                f"reward.center_coef is {self.center_coef}, but only the objective last_token has "
+                f"that term; set it to 0 for {self.objective}."
+            )
 
 
 def init_params(model: Model, params: Params, key: jax.Array) -> Params:
@@ -75,12 +94,13 @@ def init_state(
 
 def make_step(
     model: Model, settings: Settings, *, optimizer: optax.GradientTransformation | None = None
-) -> Callable[[TrainState, PairBatch, jax.Array], tuple[TrainState, Metrics]]:
-    """A pure step (state, batch, key) -> (state, metrics) on last-token pairwise scores.
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """A pure step (state, batch, key) -> (state, metrics) on a `PairBatch`, or a `RankingBatch`.
 
     The metrics are `train/loss`, `train/accuracy` (share of pairs whose chosen response scores
-    higher), `train/margin` (mean difference), `train/grad_norm` and `perf/tokens`, f32[] each.
-    There is no dropout, and the key is not used.
+    higher at its end), `train/margin` (mean difference), `train/grad_norm` and `perf/tokens`, f32[]
+    each. The means are over pairs; of rankings, over prompts of the means over their pairs. There
+    is no dropout, and the key is not used.
 
     >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
     >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
@@ -96,34 +116,67 @@ def make_step(
     optimizer = optimizer or make_optimizer(OptimizerSettings())
 
     def loss_fn(params, batch):
+        if settings.objective == "ranking":
+            return _ranking_loss(model, params, batch)
+        if settings.objective == "tokenwise":
+            return _tokenwise_loss(model, params, batch)
         return _loss(model, params, batch, settings.center_coef)
 
     def step(state, batch, key):
         del key
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch)
         params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
-        masks = (batch.prompt_mask, batch.chosen_mask, batch.rejected_mask)
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         metrics["train/grad_norm"] = norm
-        metrics["perf/tokens"] = sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks)
+        metrics["perf/tokens"] = sum(jnp.sum(mask, dtype=jnp.float32) for mask in _masks(batch))
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
 
 
-def make_eval_step(model: Model) -> Callable[[Params, PairBatch], Metrics]:
-    """A pure (params, batch) -> {"loss", "accuracy", "margin", "count"}: sums over pairs."""
+def make_eval_step(model: Model) -> Callable[[Params, Batch], Metrics]:
+    """A pure (params, batch) -> {"loss", "accuracy", "margin", "count"}: sums over pairs.
+
+    The loss is that of "last_token" on every pair, also of a `RankingBatch`, so that all objectives
+    are measured alike.
+    """
 
     def evaluate(params, batch):
+        if isinstance(batch, RankingBatch):
+            metrics, count = _sums_of_rankings(model, params, batch)
+            return {**metrics, "count": count}
         _, metrics = _loss(model, params, batch, 0.0, denominator=1.0)
         return {**metrics, "count": jnp.sum(batch.rows, dtype=jnp.float32)}
 
     return evaluate
 
 
-def _loss(model, params, batch, center_coef, denominator=None):
+def make_score_step(model: Model) -> Callable[[Params, Batch], jax.Array]:
+    """A pure (params, batch) -> f32[B, K] of end scores; of pairs K is 2, the chosen one first."""
+
+    def score(params, batch):
+        return end_scores(model, params, batch.prompts, batch.prompt_mask, *responses_of(batch))
+
+    return score
+
+
+def responses_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(i32[B, K, T], bool[B, K, T]): all responses to each prompt, the best one first."""
+    if isinstance(batch, RankingBatch):
+        return batch.responses, batch.mask
     responses = jnp.stack([batch.chosen, batch.rejected], axis=1)
-    masks = jnp.stack([batch.chosen_mask, batch.rejected_mask], axis=1)
+    return responses, jnp.stack([batch.chosen_mask, batch.rejected_mask], axis=1)
+
+
+def _masks(batch):
+    """The masks of all that is read of a batch."""
+    if isinstance(batch, RankingBatch):
+        return batch.prompt_mask, batch.mask
+    return batch.prompt_mask, batch.chosen_mask, batch.rejected_mask
+
+
+def _loss(model, params, batch, center_coef, denominator=None):
+    responses, masks = responses_of(batch)
     scores = end_scores(model, params, batch.prompts, batch.prompt_mask, responses, masks)
     loss, metrics = pairwise_loss(
         scores[:, 0],
@@ -134,3 +187,35 @@ def _loss(model, params, batch, center_coef, denominator=None):
         denominator=denominator,
     )
     return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
+
+
+def _tokenwise_loss(model, params, batch):
+    responses, masks = responses_of(batch)
+    scores = token_scores(model, params, batch.prompts, batch.prompt_mask, responses, masks)
+    loss, metrics = tokenwise_pairwise_loss(
+        scores[:, 0],
+        scores[:, 1],
+        batch.chosen,
+        batch.rejected,
+        batch.chosen_mask,
+        batch.rejected_mask,
+        mask=batch.rows,
+    )
+    return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
+
+
+def _ranking_loss(model, params, batch):
+    scores = end_scores(model, params, *batch)
+    loss, metrics = ranking_loss(scores, jnp.any(batch.mask, axis=2))
+    return loss, {"loss": loss, **metrics}
+
+
+def _sums_of_rankings(model, params, batch):
+    """(sums over all pairs of the rankings, their number): each pair counts the same."""
+    scores, real = end_scores(model, params, *batch), jnp.any(batch.mask, axis=2)
+    place = jnp.arange(real.shape[1])
+    pairs = real[:, :, None] & real[:, None, :] & (place[:, None] < place)
+    better = jnp.broadcast_to(scores[:, :, None], pairs.shape).reshape(-1)
+    worse = jnp.broadcast_to(scores[:, None, :], pairs.shape).reshape(-1)
+    loss, metrics = pairwise_loss(better, worse, mask=pairs.reshape(-1), denominator=1.0)
+    return {"loss": loss, **metrics}, jnp.sum(pairs, dtype=jnp.float32)

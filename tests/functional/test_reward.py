@@ -314,14 +314,15 @@ def test_wrong_keywords_of_the_tokenwise_loss_are_named(rng, name, value, messag
 
 
 def ranking_by_loop(scores, mask):
-    losses, correct = [], []
+    losses, correct, margins = [], [], []
     for row, real in zip(np.float64(scores), mask, strict=True):
         ranked = row[real]
         pairs = [(x, y) for i, x in enumerate(ranked) for y in ranked[i + 1 :]]
         if pairs:
             losses.append(np.mean([np.log1p(np.exp(y - x)) for x, y in pairs]))
             correct.append(np.mean([x > y for x, y in pairs]))
-    return np.mean(losses), np.mean(correct)
+            margins.append(np.mean([x - y for x, y in pairs]))
+    return np.mean(losses), np.mean(correct), np.mean(margins)
 
 
 def test_ranking_loss_matches_a_loop(rng):
@@ -332,7 +333,8 @@ def test_ranking_loss_matches_a_loop(rng):
     loss, metrics = rlhf.ranking_loss(scores, mask)
     expected = ranking_by_loop(scores, mask)
     assert 0 < expected[1] < 1
-    np.testing.assert_allclose([loss, metrics["accuracy"]], expected, rtol=1e-5)
+    found = [loss, metrics["accuracy"], metrics["margin"]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -350,7 +352,6 @@ def test_with_two_responses_ranking_is_the_pairwise_loss(rng):
     mask = np.array([[True, True]] * 4 + [[True, False]])
     ranking = rlhf.ranking_loss(scores, mask)
     pairwise = rlhf.pairwise_loss(scores[:, 0], scores[:, 1], mask=mask.all(axis=1))
-    del pairwise[1]["margin"]
     chex.assert_trees_all_close(ranking, pairwise, rtol=1e-6)
 
 
