@@ -231,10 +231,11 @@ class EvaluateConfig:
     """All settings of `evaluate.py`.
 
     Attributes:
-      kind: "text": loss and perplexity of `model.path` on texts; "pairs": accuracy of the reward
-        model `model.reward_path`; "policy": responses of `model.path`, against those of
-        `model.reference_path` where given, by the reward model and the gold score. The KL is that
-        of the unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
+      kind: "text": loss and perplexity of `model.path` on texts; "pairs": accuracy, calibration and
+        length bias of the reward model `model.reward_path`; "policy": responses of `model.path`,
+        against those of `model.reference_path` where given, by the reward model and the gold score.
+        The KL is that of the unfiltered distributions, also where top-k, top-p or greedy decoding
+        sampled.
     """
 
     kind: Literal["text", "pairs", "policy"] = "policy"

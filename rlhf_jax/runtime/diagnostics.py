@@ -67,7 +67,7 @@ def calibration(differences: np.ndarray, bins: int = 10) -> list[CalibrationBin]
 
     Guo et al., On Calibration of Modern Neural Networks, section 2 (arXiv:1706.04599).
 
-    >>> calibration(np.array([0.0, 2.0, 2.0, -2.0]), bins=2)[1].correct.item()
+    >>> calibration(np.array([0.0, 2.0, 2.0, -2.0]), bins=2)[1].correct
     0.6666666666666666
     """
     differences = np.asarray(differences, np.float64)
@@ -78,7 +78,7 @@ def calibration(differences: np.ndarray, bins: int = 10) -> list[CalibrationBin]
     for place in np.unique(places).tolist():
         inside = places == place
         ends = float(edges[place]), float(edges[place + 1])
-        means = confidence[inside].mean(), correct[inside].mean()
+        means = float(confidence[inside].mean()), float(correct[inside].mean())
         found.append(CalibrationBin(*ends, int(inside.sum()), *means))
     return found
 
@@ -107,7 +107,7 @@ def accuracy_by_length(
     pairs of equal length are a bin of their own. Empty ones are left out. A model that has learned
     that longer is better is right in those on the right, and wrong in those on the left.
 
-    >>> [(b.low, b.high, float(b.accuracy))
+    >>> [(b.low, b.high, b.accuracy)
     ...  for b in accuracy_by_length(np.array([1.0, -1.0, 1.0]), np.array([-2, 0, 5]), 2)]
     [(-2, -1, 1.0), (0, 0, 0.0), (3, 5, 1.0)]
     """
@@ -117,7 +117,7 @@ def accuracy_by_length(
     for low, high in _length_ranges(np.abs(lengths[lengths != 0]), bins_a_side):
         inside = (low <= lengths) & (lengths <= high)
         if inside.any():
-            means = lengths[inside].mean(), right[inside].mean()
+            means = float(lengths[inside].mean()), float(right[inside].mean())
             found.append(LengthBin(low, high, int(inside.sum()), *means))
     return found
 

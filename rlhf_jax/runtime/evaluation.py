@@ -25,6 +25,7 @@ from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.generation import decode, sampler
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
+from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.report import format_table
 from rlhf_jax.training import ppo, reward, sft
 
@@ -279,13 +280,9 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
         "data.max_prompt_length + data.max_response_length",
     )
     rows = pair_rows(_held_out(config, "pairs"), tokenizer, config.data)
-    evaluate = jax.jit(reward.make_eval_step(model))
-    params = jax.device_put(params)
+    step, params = jax.jit(reward.make_score_step(model)), jax.device_put(params)
     batches = eval_batches(rows, config.evaluation.batch_size)
-    sums = sum_metrics(evaluate(params, batch) for batch in batches)
-    count = sums.pop("count")
-    means = {name: value / count for name, value in sums.items()}
-    return _plain({**means, "num_pairs": count})
+    return pair_evaluation(score_pairs(lambda batch: step(params, batch), batches))
 
 
 def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:

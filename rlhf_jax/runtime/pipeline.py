@@ -70,7 +70,7 @@ def _check_ahead(config: RLHFConfig) -> None:
     if config.evaluation.gold_fn is not None:
         assemble.load_function(config.evaluation.gold_fn)
     if config.model.reward_path is None:
-        load_rows(config.data.reward, "pairs")
+        load_rows(config.data.reward, reward.kind_of(config.reward))
         reward.check_sizes(reward_config(config), model, mesh)
     else:
         load_reward_model(config.model.reward_path)

@@ -26,6 +26,7 @@ from etils import epath
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.charts import Chart, Series, dot_chart, line_chart
 from rlhf_jax.runtime.metrics import disk_errors, read_lines, replace_file
+from rlhf_jax.runtime.pairs import pair_charts
 from rlhf_jax.runtime.progress import short_number
 
 Row = Mapping[str, Any]
@@ -135,6 +136,7 @@ class Stage:
     title: str
     summary: str
     main: tuple[Chart, ...]
+    pairs: tuple[Chart, ...]
     diagnostics: tuple[Chart, ...]
     others: tuple[Chart, ...]
     samples: tuple[Sample, ...]
@@ -150,7 +152,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         {"metrics": {name: number},
          "table": [{"metric": name, "before": number | null, "after": number | null}],
          "samples": [{"prompt", "before", "after": text, "before_gold", "after_gold",
-                      "before_score", "after_score", "kl": number}]}
+                      "before_score", "after_score", "kl": number}],
+         "pairs": {"calibration", "lengths": [{name: number}]}}      as `pair_evaluation` makes it
 
     Every part is optional; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity".
 
@@ -165,7 +168,11 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
     places = places or [("", folder)]
     rows = {place: _rows(place / "metrics.jsonl", notes) for _, place in places}
     evaluation = _evaluation(folder / "evaluation.json", notes)
-    stages = [_stage(key, place, rows[place], notes) for key, place in places]
+    judged = {
+        place: evaluation if place == folder else _evaluation(place / "evaluation.json", notes)
+        for _, place in places
+    }
+    stages = [_stage(key, place, rows[place], judged[place], notes) for key, place in places]
     page = _template().render(
         title=folder.name,
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -228,7 +235,7 @@ def _evaluation(path: epath.Path, notes: list[str]) -> dict[str, Any]:
     except ValueError as error:
         notes.append(f"{path.name} cannot be read: {error}.")
         return {}
-    types = {"metrics": dict, "table": list, "samples": list}
+    types = {"metrics": dict, "table": list, "samples": list, "pairs": dict}
     content = content if isinstance(content, dict) else {}
     parts = {k: content[k] for k, kind in types.items() if isinstance(content.get(k), kind)}
     for key in ("table", "samples"):
@@ -238,7 +245,9 @@ def _evaluation(path: epath.Path, notes: list[str]) -> dict[str, Any]:
     return parts
 
 
-def _stage(key: str, folder: epath.Path, rows: Sequence[Row], notes: list[str]) -> Stage:
+def _stage(
+    key: str, folder: epath.Path, rows: Sequence[Row], evaluation: Row, notes: list[str]
+) -> Stage:
     metrics = _series(rows)
     named = {name for plot in (*_MAIN, *_DIAGNOSTICS) for name, _ in plot.lines}
     rest = sorted(set(metrics) - named)
@@ -250,6 +259,7 @@ def _stage(key: str, folder: epath.Path, rows: Sequence[Row], notes: list[str]) 
         title=title,
         summary=_summary(rows),
         main=_charts(_MAIN, metrics),
+        pairs=pair_charts(evaluation),
         diagnostics=_charts(_DIAGNOSTICS, metrics),
         others=_charts([_Plot(name, "", ((name, name),)) for name in rest], metrics),
         samples=samples,

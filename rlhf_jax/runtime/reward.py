@@ -8,24 +8,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.data.batching import Batches
-from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.data.batching import Batches, eval_batches
+from rlhf_jax.data.datasets import Kind, load_rows
+from rlhf_jax.data.encoding import warn
 from rlhf_jax.data.pairs import pair_rows
+from rlhf_jax.data.rankings import ranking_rows
 from rlhf_jax.models.huggingface import save_reward_model
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size
+from rlhf_jax.parallel.partition import batch_sharding, check_batch_size
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import assemble, loop
 from rlhf_jax.runtime.config import RewardConfig, resolve
+from rlhf_jax.runtime.evaluation import save_evaluation
 from rlhf_jax.runtime.generation import decode
+from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.sft import text_of
 from rlhf_jax.runtime.supervised import SupervisedStage
 from rlhf_jax.training import reward
 
 
 def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageResult:
-    """Trains a reward model on pairs of responses, of which the first was preferred.
+    """Trains a reward model on compared responses; see `reward.Settings` for its objectives.
 
     Args:
       config: a `RewardConfig`, a YAML file, or a nested dict.
@@ -51,6 +55,11 @@ def check_sizes(config: RewardConfig, model: Model, mesh: Mesh) -> None:
     check_batch_size(mesh, "reward.eval_batch_size", config.reward.eval_batch_size)
 
 
+def kind_of(settings: reward.Settings) -> Kind:
+    """What an objective reads: rows of "pairs", or whole "rankings"."""
+    return "rankings" if settings.objective == "ranking" else "pairs"
+
+
 class RewardStage(SupervisedStage):
     """What the loop needs of reward-model training; see `loop.Stage`."""
 
@@ -58,18 +67,25 @@ class RewardStage(SupervisedStage):
 
     def __init__(self, config: RewardConfig) -> None:
         self.config, data = config, config.data
-        train, held_out = load_rows(data, "pairs")
+        kind = kind_of(config.reward)
+        train, held_out = load_rows(data, kind)
+        if config.reward.objective != "last_token":
+            unused = (
+                f"rows have a margin, which reward.objective {config.reward.objective} ignores."
+            )
+            warn(sum(row["margin"] != 0 for row in train), len(train), unused)
         self.tokenizer = assemble.choose_tokenizer(
             config.tokenizer, config.model.path, lambda: (text_of(row) for row in train)
         )
         trunk_key, self.init_key, self.key = assemble.stage_keys(config.seed, "reward", 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, trunk_key)
         check_sizes(config, self.model, make_mesh(config.mesh))
-        rows = pair_rows(train, self.tokenizer, data)
+        encode = ranking_rows if kind == "rankings" else pair_rows
+        rows = encode(train, self.tokenizer, data)
         self.batches = Batches(
             rows, config.reward.batch_size, config.seed, buckets=data.length_buckets
         )
-        self.held_out = pair_rows(held_out, self.tokenizer, data) if held_out else None
+        self.held_out = encode(held_out, self.tokenizer, data) if held_out else None
         self.total_steps = math.ceil(config.reward.num_epochs * self.batches.steps_per_epoch)
         self.compile_step(reward, config.reward, unembeds=False)
 
@@ -78,26 +94,40 @@ class RewardStage(SupervisedStage):
         return self.held_out_means(state, self.config.reward.eval_batch_size)
 
     def samples(self, state, output, count):
-        """Held-out pairs with the scores of both responses."""
+        """Held-out pairs or rankings with the scores of all their responses."""
         if self.held_out is None or count == 0:
             return []
-        pairs = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
-        responses = np.stack([pairs.chosen, pairs.rejected], axis=1)
-        masks = np.stack([pairs.chosen_mask, pairs.rejected_mask], axis=1)
+        rows = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
+        responses, masks = map(np.asarray, reward.responses_of(rows))
         scorer = jax.jit(end_scores, static_argnums=0)
         scores = jax.device_get(
-            scorer(self.model, state.params, pairs.prompts, pairs.prompt_mask, responses, masks)
+            scorer(self.model, state.params, rows.prompts, rows.prompt_mask, responses, masks)
         )
-        prompts = decode(self.tokenizer, pairs.prompts, pairs.prompt_mask)
-        texts = [decode(self.tokenizer, responses[:, k], masks[:, k]) for k in range(2)]
+        prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
+        places = range(responses.shape[1])
+        texts = [decode(self.tokenizer, responses[:, k], masks[:, k]) for k in places]
+        ranked = self.config.reward.objective == "ranking"
+        labels = [f"place {k + 1}" for k in places] if ranked else ["chosen", "rejected"]
         return [
-            {"prompt": prompt, "response": texts[k][row], "label": label, "score": score}
+            {"prompt": prompt, "response": texts[k][row], "label": labels[k], "score": score}
             for row, prompt in enumerate(prompts)
-            for k, label in enumerate(("chosen", "rejected"))
+            for k in places
+            if masks[row, k].any()
             for score in [float(scores[row, k])]
         ]
 
     def finish(self, state):
-        """Writes `hf/`, which transformers opens as a sequence classifier with one label."""
+        """Writes `hf/`, which transformers opens as a sequence classifier with one label.
+
+        And `evaluation.json`, with what the held-out pairs say of the scores.
+        """
+        if self.held_out is not None:
+            step, place = jax.jit(reward.make_score_step(self.model)), batch_sharding(self.mesh)
+            pairs = score_pairs(
+                lambda batch: step(state.params, jax.device_put(batch, place)),
+                eval_batches(self.held_out, self.config.reward.eval_batch_size),
+            )
+            # The table is for a terminal: on the page of the run the charts say the same.
+            save_evaluation(self.config.run_dir, {**pair_evaluation(pairs), "table": []})
         parts = (self.model, jax.device_get(state.params), self.tokenizer)
         assemble.export(self.config.run_dir, save_reward_model, *parts)

@@ -97,7 +97,7 @@ def text_of(row: Mapping[str, Any]) -> str:
     if "messages" in row:
         return "\n".join(message["content"] for message in row["messages"])
     names = ("text", "prompt", "completion", "chosen", "rejected")
-    return "".join(str(row.get(name) or "") for name in names)
+    return "".join([*(str(row.get(name) or "") for name in names), *row.get("responses", ())])
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:

@@ -79,6 +79,29 @@ def test_nothing_left_of_the_pairs(tmp_path, jsonl, sft_run):
     )
 
 
+def test_nothing_left_of_the_rankings(tmp_path, jsonl, sft_run):
+    path = jsonl({"responses": ["one"]}, {"responses": ["same", "same"]})
+    config = small.reward(
+        tmp_path / "run",
+        sft_run[0],
+        data={"path": path, "eval_rows": 0},
+        reward={"objective": "ranking", "batch_size": 8, "eval_batch_size": 8},
+    )
+    assert message(train_reward, config).startswith(
+        "No ranking is left: of 2, none has two responses that are neither empty nor equal within"
+    )
+    pairs = {**config, "run_dir": str(tmp_path / "pairs"), "reward": {}}
+    assert message(train_reward, pairs) == (
+        f"Row 1 of {path}: column 'responses' is no list of two or more texts, best first."
+    )
+
+
+def test_an_objective_that_is_none(tmp_path, sft_run):
+    config = small.reward(tmp_path, sft_run[0], reward={"objective": "listwise"})
+    told = message(train_reward, config)
+    assert told.startswith("reward.objective must be one of ['last_token', 'tokenwise', 'ranking']")
+
+
 def test_dropped_and_cut_rows_are_one_counted_warning_each(tmp_path, jsonl, sft_run, caplog):
     good = {"chosen": "It was good and long " * 20, "rejected": "bad"}
     path = jsonl(*[good] * 8, {"chosen": "same", "rejected": "same"})

@@ -207,6 +207,47 @@ def test_evaluation_of_pairs_is_what_training_found(tmp_path, reward_run):
     assert metrics["num_pairs"] == 8
     assert metrics["accuracy"] == pytest.approx(last["eval/accuracy"])
     assert metrics["loss"] == pytest.approx(last["eval/loss"], rel=1e-4)
+    at_the_end = json.loads((reward_run[0] / "evaluation.json").read_text())
+    assert at_the_end["metrics"] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert metrics["calibration_error"] == pytest.approx(
+        sum(
+            b["count"] / 8 * abs(b["correct"] - b["confidence"])
+            for b in at_the_end["pairs"]["calibration"]
+        ),
+        abs=1e-4,
+    )
+
+
+@pytest.mark.parametrize("objective", ["tokenwise", "ranking"])
+def test_every_objective_trains_and_is_judged_on_pairs(tmp_path, sft_run, caplog, objective):
+    texts = ["It was a fine film.", "It was long.", "Bad.", "I slept."]
+    rows = [
+        {"prompt": f"Film {i}.", "responses": texts[: 2 + i % 3], "margin": i % 2}
+        for i in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "rows.jsonl"), "eval_rows": 8}
+    settings = {"objective": objective, "num_epochs": 0.5}
+    config = small.reward(tmp_path / "run", sft_run[0], data=data, reward=settings)
+    result = train_reward(config)
+    assert {"train/margin", "eval/margin", *SUPERVISED} <= result.metrics.keys()
+    assert f"have a margin, which reward.objective {objective} ignores" in caplog.text
+    labels = {row["label"] for row in small.rows(tmp_path / "run" / "samples.jsonl")}
+    assert {"ranking": "place 1", "tokenwise": "chosen"}[objective] in labels
+
+    at_the_end = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    counts = [b["count"] for b in at_the_end["pairs"]["calibration"]]
+    assert sum(counts) == at_the_end["metrics"]["num_pairs"]
+    assert at_the_end["metrics"]["accuracy"] == pytest.approx(result.metrics["eval/accuracy"])
+    if objective == "ranking":
+        assert at_the_end["metrics"]["loss"] == pytest.approx(result.metrics["eval/loss"], rel=1e-4)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Accuracy by length" in page
+    # What evaluation says of the exported model, on the same pairs one by one.
+    model = {"reward_path": f"{tmp_path}/run/hf"}
+    metrics = evaluate(tmp_path, "pairs", model=model, data=config["data"])
+    del metrics["loss"], at_the_end["metrics"]["loss"]  # here with the margins of the data
+    assert metrics == pytest.approx(at_the_end["metrics"], rel=1e-4, abs=1e-6)
 
 
 def test_evaluation_of_a_policy(tmp_path, capsys, sft_run, reward_run, ppo_run):
