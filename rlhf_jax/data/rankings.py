@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, pad_left, pad_right, warn, width, with_eos
@@ -115,10 +113,10 @@ def _arrays(rankings: Sequence[_Ranking], settings: Settings) -> RankingBatch:
         responses += [response[:most] for response in ranking.responses]
         responses += [[]] * (places - len(ranking.responses))
     longest = width([len(response) for response in responses], most)
-    tokens, mask = pad_right(responses, longest)
-    shape = (len(rankings), places, longest)
+    flat = pad_right(responses, longest)
+    tokens, mask = (array.reshape(len(rankings), places, longest) for array in flat)
     return RankingBatch(
         *pad_left(prompts, width([len(prompt) for prompt in prompts], most_prompt)),
-        responses=np.reshape(tokens, shape),
-        mask=np.reshape(mask, shape),
+        responses=tokens,
+        mask=mask,
     )

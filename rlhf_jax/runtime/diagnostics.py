@@ -16,14 +16,14 @@ class CalibrationBin(NamedTuple):
 
     Attributes:
       low, high: the range of confidence; the upper end belongs to the next bin, but for 1.
-      count: pairs in it, at least one.
+      num_pairs: pairs in it, at least one.
       confidence: their mean confidence.
       correct: the share of them whose preferred response scores higher.
     """
 
     low: float
     high: float
-    count: int
+    num_pairs: int
     confidence: float
     correct: float
 
@@ -33,14 +33,14 @@ class LengthBin(NamedTuple):
 
     Attributes:
       low, high: the range of `length_differences`, both ends in it.
-      count: pairs in it, at least one.
+      num_pairs: pairs in it, at least one.
       length_difference: their mean difference.
       accuracy: the share of them whose preferred response scores higher.
     """
 
     low: int
     high: int
-    count: int
+    num_pairs: int
     length_difference: float
     accuracy: float
 
@@ -86,15 +86,15 @@ def calibration(differences: np.ndarray, bins: int = 10) -> list[CalibrationBin]
 def expected_calibration_error(curve: list[CalibrationBin]) -> float:
     """Mean distance of the reliability curve from the diagonal, bins weighted by their pairs.
 
-        sum_b count_b / N * |correct_b - confidence_b|
+        sum_b n_b / N * |correct_b - confidence_b|
 
     Guo et al., eq. 3 (arXiv:1706.04599). 0 of an empty curve.
 
     >>> expected_calibration_error([CalibrationBin(0.5, 1.0, 4, 0.75, 0.5)])
     0.25
     """
-    total = sum(each.count for each in curve)
-    gaps = (each.count * abs(each.correct - each.confidence) for each in curve)
+    total = sum(each.num_pairs for each in curve)
+    gaps = (each.num_pairs * abs(each.correct - each.confidence) for each in curve)
     return float(sum(gaps)) / max(total, 1)
 
 

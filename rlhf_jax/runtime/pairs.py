@@ -73,13 +73,16 @@ def pair_evaluation(pairs: ScoredPairs) -> dict[str, Any]:
     numbers = [{"metric": _NAMES.get(key, key), "after": value} for key, value in metrics.items()]
     of_confidence = [
         {
-            "metric": f"right, confidence {b.low:.2f} to {b.high:.2f} ({b.count} pairs)",
+            "metric": f"right, confidence {b.low:.2f} to {b.high:.2f} ({b.num_pairs} pairs)",
             "after": b.correct,
         }
         for b in curve
     ]
     of_length = [
-        {"metric": f"accuracy, preferred one {_range(b)} ({b.count} pairs)", "after": b.accuracy}
+        {
+            "metric": f"accuracy, preferred one {_range(b)} ({b.num_pairs} pairs)",
+            "after": b.accuracy,
+        }
         for b in lengths
     ]
     return {

@@ -55,8 +55,8 @@ def test_the_reliability_curve_is_that_of_a_loop(judged):
 
 def test_the_ends_of_the_confidence_are_in_the_first_and_the_last_bin():
     first, last = diagnostics.calibration(np.array([0.0, 1e4, -1e4, 1e4, 800.0]))
-    assert (first.low, first.count, first.correct) == (0.5, 1, 0.5)
-    assert (last.high, last.count, last.confidence, last.correct) == (1.0, 4, 1.0, 0.75)
+    assert (first.low, first.num_pairs, first.correct) == (0.5, 1, 0.5)
+    assert (last.high, last.num_pairs, last.confidence, last.correct) == (1.0, 4, 1.0, 0.75)
 
 
 def test_scores_by_the_model_of_the_preferences_are_calibrated_and_doubled_ones_are_not():
@@ -81,11 +81,11 @@ def test_accuracy_by_length_is_that_of_a_loop(judged):
             for difference, length in zip(differences, lengths, strict=True)
             if found.low <= length <= found.high
         ]
-        assert found.count == len(inside)
+        assert found.num_pairs == len(inside)
         expected = np.mean(inside, axis=0)
         np.testing.assert_allclose((found.length_difference, found.accuracy), expected)
     # They hold every pair once, and lie the same on both sides of 0.
-    assert sum(found.count for found in bins) == 300
+    assert sum(found.num_pairs for found in bins) == 300
     assert all(a.high + 1 == b.low for a, b in zip(bins, bins[1:], strict=False))
     ranges = [(found.low, found.high) for found in bins]
     assert (0, 0) in ranges
@@ -176,7 +176,7 @@ def test_the_page_and_the_table_show_the_curves(tmp_path, judged):
         assert text in page, text
     table = report.format_table(evaluation["table"])
     first = evaluation["pairs"]["calibration"][0]
-    assert f"right, confidence 0.50 to 0.55 ({first['count']} pairs)" in table
+    assert f"right, confidence 0.50 to 0.55 ({first['num_pairs']} pairs)" in table
     assert "preferred one as long (" in table
     charts = pairs.pair_charts(evaluation)
     drawn = [json.loads(chart.data)["series"][0]["points"] for chart in charts]

@@ -211,7 +211,7 @@ def test_evaluation_of_pairs_is_what_training_found(tmp_path, reward_run):
     assert at_the_end["metrics"] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     assert metrics["calibration_error"] == pytest.approx(
         sum(
-            b["count"] / 8 * abs(b["correct"] - b["confidence"])
+            b["num_pairs"] / 8 * abs(b["correct"] - b["confidence"])
             for b in at_the_end["pairs"]["calibration"]
         ),
         abs=1e-4,
@@ -236,7 +236,7 @@ def test_every_objective_trains_and_is_judged_on_pairs(tmp_path, sft_run, caplog
     assert {"ranking": "place 1", "tokenwise": "chosen"}[objective] in labels
 
     at_the_end = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    counts = [b["count"] for b in at_the_end["pairs"]["calibration"]]
+    counts = [b["num_pairs"] for b in at_the_end["pairs"]["calibration"]]
     assert sum(counts) == at_the_end["metrics"]["num_pairs"]
     assert at_the_end["metrics"]["accuracy"] == pytest.approx(result.metrics["eval/accuracy"])
     if objective == "ranking":
