@@ -123,7 +123,7 @@ def test_the_corpus_has_rankings_of_two(tokenizer):
 
 
 def test_batches_cut_what_no_ranking_of_theirs_needs(tokenizer):
-    long = {"prompt": "word " * 30, "responses": [" fine" * 30, " bad" * 30, " so", " no"]}
+    long = {"prompt": "I saw it.", "responses": [" fine" * 30, " bad" * 30, " so", " no"]}
     rows = ranking_rows([GOOD, GOOD, GOOD, long], tokenizer, Settings())
     batches = Batches(rows, 1, seed=0, buckets=2)
     widths = set()
