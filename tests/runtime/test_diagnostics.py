@@ -189,6 +189,16 @@ def test_the_page_and_the_table_show_the_curves(tmp_path, judged):
         np.testing.assert_allclose(points, expected, rtol=1e-4)
 
 
+def test_the_page_of_all_stages_has_the_curves_of_the_reward_model(tmp_path, judged):
+    evaluation = pairs.pair_evaluation(pairs.ScoredPairs(*judged, np.zeros(300)))
+    for stage in ("sft", "reward"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.1}\n')
+    assert "Held-out pairs" not in report.write_report(tmp_path).read_text()
+    (tmp_path / "reward" / "evaluation.json").write_text(json.dumps(evaluation))
+    assert report.write_report(tmp_path).read_text().count("Held-out pairs") == 1
+
+
 @pytest.mark.parametrize(
     "content", [3, {}, {"calibration": 3}, {"lengths": [4, {"accuracy": "x"}]}]
 )
