@@ -11,12 +11,11 @@ from rlhf_jax.functional.advantages import (
     rewards_to_go,
     token_rewards,
 )
-from rlhf_jax.functional.grpo import grpo_loss
 from rlhf_jax.functional.kl import adaptive_kl_update, kl_estimate, penalty_kl_update
-from rlhf_jax.functional.linear_logprobs import linear_token_logprobs
-from rlhf_jax.functional.logprobs import token_entropy, token_logprobs
+from rlhf_jax.functional.logprobs import linear_token_logprobs, token_entropy, token_logprobs
 from rlhf_jax.functional.masking import masked_mean, masked_var, masked_whiten, response_mask
 from rlhf_jax.functional.policy import (
+    grpo_loss,
     kl_penalty_policy_loss,
     ppo_policy_loss,
     ppo_value_loss,

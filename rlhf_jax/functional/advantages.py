@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.functional.expect import expect, expect_one_of
+from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
 from rlhf_jax.functional.kl import KINDS, kl_estimate
 from rlhf_jax.functional.masking import is_last, zero_off_mask
 
@@ -42,6 +42,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"
         scores=(scores, "B", float),
     )
     expect_one_of(kl_kind=(kl_kind, KINDS))
+    expect_scalars(kl_coef=kl_coef)
     logprobs, ref_logprobs = zero_off_mask(mask, logprobs, ref_logprobs)
     kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
     (final,) = zero_off_mask(is_last(mask), scores[:, None])
@@ -75,6 +76,7 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
     [[0.25 0.5  0.  ]] [[0.75 1.   0.  ]]
     """
     expect(rewards=(rewards, "BT", float), values=(values, "BT", float), mask=(mask, "BT", bool))
+    expect_scalars(gamma=gamma, lam=lam)
     rewards, values = zero_off_mask(mask, rewards, values)
     next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
     deltas = rewards + gamma * next_values - values
@@ -102,6 +104,7 @@ def rewards_to_go(rewards, mask, *, gamma=1.0):
     [[3. 2. 0.]]
     """
     expect(rewards=(rewards, "BT", float), mask=(mask, "BT", bool))
+    expect_scalars(gamma=gamma)
     (rewards,) = zero_off_mask(mask, rewards)
     return zero_off_mask(mask, _discounted_sums(rewards, gamma))[0]
 
@@ -157,6 +160,7 @@ def group_advantages(scores, *, scale=True, eps=1e-4):
     [[-1.  0.  1.]
      [ 0.  0.  0.]]
     """
+    expect_scalars(eps=eps)
     centred = _centred(scores)
     if not scale:
         return centred
@@ -187,5 +191,6 @@ def _discounted_sums(x, decay):
         total = x_t + decay * total
         return total, total
 
-    # zeros_like and not zeros: the carry has to keep the batch's sharding.
-    return jax.lax.scan(step, jnp.zeros_like(x[:, 0]), x.T, reverse=True)[1].T
+    # Made of x, for the carry has to keep the batch's sharding.
+    zeros = jnp.zeros_like(jnp.sum(x, axis=1))
+    return jax.lax.scan(step, zeros, x.T, reverse=True)[1].T

@@ -1,5 +1,7 @@
 """Checks of shapes, dtypes and choices: at trace time, with the argument's name in the message."""
 
+import numbers
+
 import chex
 import jax.numpy as jnp
 
@@ -24,10 +26,12 @@ def expect(**arguments):
     for name, (array, axes, kind) in arguments.items():
         letters = axes.removeprefix("...")
         leading = sizes.get("...", (...,)) if axes.startswith("...") else ()
+        if not _is_array(array):
+            raise ValueError(_message(name, array, axes, kind, sizes))
         try:
             chex.assert_shape(array, (*leading, *(sizes.get(letter) for letter in letters)))
             chex.assert_type(array, kind)
-        except (AssertionError, AttributeError, TypeError):
+        except AssertionError:
             raise ValueError(_message(name, array, axes, kind, sizes)) from None
         split = len(array.shape) - len(letters)
         if axes.startswith("..."):
@@ -52,6 +56,38 @@ def expect_one_of(**arguments):
             raise ValueError(f"{name} must be one of {allowed}, but is {value!r}.")
 
 
+def expect_scalars(**arguments):
+    """Checks that coefficients and counts are single numbers, and not arrays of them.
+
+    Args:
+      **arguments: numbers, arrays without axes, or None, which is passed over.
+
+    Raises:
+      ValueError: naming the first argument that is something else.
+
+    >>> expect_scalars(kl_coef=0.1, denominator=jnp.ones(3))
+    Traceback (most recent call last):
+    ...
+    ValueError: denominator must be a single number, but is float32[3].
+    """
+    for name, value in arguments.items():
+        is_scalar = _is_array(value) and value.shape == ()
+        if not (value is None or is_scalar or isinstance(value, numbers.Real)):
+            raise ValueError(f"{name} must be a single number, but is {_given(value)}.")
+
+
+def _is_array(value):
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _given(value):
+    if _is_array(value):
+        return f"{jnp.dtype(value.dtype).name}{list(value.shape)}"
+    # What a list holds may be traced, and then says nothing.
+    is_container = isinstance(value, list | tuple | dict)
+    return f"a {type(value).__name__}" if is_container else f"{value!r:.40} (no array)"
+
+
 def _message(name, array, axes, kind, sizes):
     letters = axes.removeprefix("...")
     wanted = ", ".join((["..."] if axes.startswith("...") else []) + list(letters))
@@ -59,8 +95,4 @@ def _message(name, array, axes, kind, sizes):
     if axes.startswith("...") and "..." in sizes:
         bound.insert(0, f"... = {list(sizes['...'])}")
     where = f" with {', '.join(bound)}" if bound else ""
-    if hasattr(array, "shape") and hasattr(array, "dtype"):
-        given = f"{jnp.dtype(array.dtype).name}{list(array.shape)}"
-    else:
-        given = f"{array!r:.40} (no array)"
-    return f"{name} must be {kind.__name__}[{wanted}]{where}, but is {given}."
+    return f"{name} must be {kind.__name__}[{wanted}]{where}, but is {_given(array)}."

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from rlhf_jax.functional.expect import expect, expect_one_of
+from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
 
 KINDS = ("k1", "k2", "k3")
 
@@ -62,6 +62,9 @@ def adaptive_kl_update(coef, observed_kl, num_samples, *, target, horizon):
     Returns:
       f32[].
 
+    Raises:
+      ValueError: naming the argument that is not a single number.
+
     Ziegler et al., Fine-Tuning Language Models from Human Preferences, section 2.2
     (arXiv:1909.08593).
 
@@ -69,7 +72,12 @@ def adaptive_kl_update(coef, observed_kl, num_samples, *, target, horizon):
     >>> print(f"{coef:.6f}")
     0.201024
     """
-    coef, observed_kl = (jnp.asarray(x, jnp.float32) for x in (coef, observed_kl))
+    expect_scalars(
+        coef=coef, observed_kl=observed_kl, num_samples=num_samples, target=target, horizon=horizon
+    )
+    coef, observed_kl, num_samples, target, horizon = (
+        jnp.asarray(x, jnp.float32) for x in (coef, observed_kl, num_samples, target, horizon)
+    )
     error = jnp.clip(observed_kl / target - 1.0, -0.2, 0.2)
     return coef * (1.0 + error * (num_samples / horizon))
 
@@ -88,12 +96,16 @@ def penalty_kl_update(coef, observed_kl, *, target):
     Returns:
       f32[].
 
+    Raises:
+      ValueError: naming the argument that is not a single number.
+
     Schulman et al., Proximal Policy Optimization Algorithms, section 4 (arXiv:1707.06347).
 
     >>> print(penalty_kl_update(0.2, 0.05, target=0.01))
     0.4
     """
-    coef, observed_kl = (jnp.asarray(x, jnp.float32) for x in (coef, observed_kl))
+    expect_scalars(coef=coef, observed_kl=observed_kl, target=target)
+    coef, observed_kl, target = (jnp.asarray(x, jnp.float32) for x in (coef, observed_kl, target))
     doubled = jnp.where(observed_kl > target * 1.5, coef * 2.0, coef)
     return jnp.where(observed_kl < target / 1.5, coef / 2.0, doubled)
 

@@ -1,9 +1,21 @@
 """Log-probabilities of tokens and entropies of the distributions that they come from."""
 
+import functools
+import math
+import numbers
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
-from rlhf_jax.functional.expect import expect
+from rlhf_jax.functional.expect import expect, expect_scalars
+
+# Bytes of logits on one device: up to the first they are made in one piece and kept for the
+# backward pass; beyond it they are made in chunks of about the second, twice.
+ONE_PIECE = 2**30
+CHUNK = 2**27
 
 
 def token_logprobs(logits, tokens):
@@ -12,7 +24,9 @@ def token_logprobs(logits, tokens):
         logits[token] - log sum_v exp(logits[v])
 
     Args:
-      logits: float[..., V]. A logit of -inf has probability 0, and gradients stay finite.
+      logits: float[..., V]. A logit of -inf has probability 0, and gradients stay finite. Where one
+        is NaN or inf, or all are -inf, the log-probability is NaN and the gradient 0: padding that
+        a mask leaves out later does no harm.
       tokens: int[...]; one below 0, or V and above, yields NaN.
 
     Returns:
@@ -25,12 +39,12 @@ def token_logprobs(logits, tokens):
     [-0.6931472]
     """
     expect(logits=(logits, "...V", float), tokens=(tokens, "...", int))
-    shifted = _shifted(logits)
+    tokens = tokens.astype(jnp.int32)
+    shifted, is_distribution = _shifted(logits)
     # A comparison and not a gather: as fast, and it lets the vocabulary stay split over devices.
-    is_token = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == tokens[..., None]
-    chosen = jnp.sum(jnp.where(is_token, shifted, 0.0), axis=-1)
-    chosen = jnp.where((tokens >= 0) & (tokens < logits.shape[-1]), chosen, jnp.nan)
-    return chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    chosen = jnp.sum(jnp.where(_token_ids(logits) == tokens[..., None], shifted, 0.0), axis=-1)
+    is_known = (tokens >= 0) & (tokens < logits.shape[-1]) & is_distribution
+    return jnp.where(is_known, chosen, jnp.nan) - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 
 def token_entropy(logits):
@@ -39,7 +53,8 @@ def token_entropy(logits):
         H = log sum_v exp(logits[v]) - sum_v p[v] logits[v]
 
     Args:
-      logits: float[..., V]. A logit of -inf has probability 0, and gradients stay finite.
+      logits: float[..., V]. A logit of -inf has probability 0, and gradients stay finite. Where one
+        is NaN or inf, or all are -inf, the entropy is NaN and the gradient 0.
 
     Returns:
       f32[...] in nats, from 0 to log V.
@@ -51,15 +66,270 @@ def token_entropy(logits):
     [0.6931472]
     """
     expect(logits=(logits, "...V", float))
-    shifted = _shifted(logits)
+    shifted, is_distribution = _shifted(logits)
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
     # 0 * -inf is NaN, in the product and in its gradient.
     finite = jnp.where(jnp.isneginf(shifted), 0.0, shifted)
-    return jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
+    entropy = jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
+    return jnp.where(is_distribution, entropy, jnp.nan)
 
 
 def _shifted(logits):
-    """The logits in float32 less their maximum, so that large ones keep their last digits."""
+    """(shifted, is_distribution): the logits in float32 less their maximum, so that large ones keep
+    their last digits; 0 where that is not finite, since a gradient of 0 does not get past a NaN.
+    """
     logits = logits.astype(jnp.float32)
-    return logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    is_distribution = jnp.isfinite(top)
+    return jnp.where(is_distribution, logits - top, 0.0), is_distribution[..., 0]
+
+
+def linear_token_logprobs(
+    hidden, unembedding, tokens, *, temperature=1.0, chunk_size=None, vocab_size=None
+):
+    """Log-probability and entropy of each token's distribution, from what the logits are made of.
+
+        logits_t = unembedding @ hidden_t / temperature
+        logprobs = token_logprobs(logits, tokens),     entropy = token_entropy(logits)
+
+    In chunks, logits are made, read and dropped, and made again in the backward pass: of f32[B, T,
+    V] there is never more than f32[B, chunk_size, V]. In one piece, where that is small, they are
+    kept and nothing is made twice. Products take the dtypes given and accumulate in float32. A
+    position whose outputs are not used adds nothing to any gradient, even if it holds NaN.
+    Derivatives are in reverse mode, and of the first order.
+
+    Args:
+      hidden: float[B, T, D], the state that the unembedding turns into the logits of the token.
+      unembedding: float[V, D].
+      tokens: int[B, T]; one below 0, or vocab_size and above, yields NaN.
+      temperature: what the logits are divided by, above 0.
+      chunk_size: how many positions of each row are handled at a time, a static number. When None,
+        all of them if their logits take no more than 1 GiB on a device, and otherwise as many as
+        take 128 MiB, but at least one of each row. The devices are those of `jax.set_mesh`, over
+        which logits are taken to spread; what `jax.vmap` adds is not seen, so give a number there.
+        Where rows are on several devices, each chunk sums the unembedding's gradient over them;
+        inside `jax.shard_map` the sum is taken once.
+      vocab_size: how many rows of the unembedding are tokens, a static number; all when None. Rows
+        from there on are padding and count for nothing.
+
+    Returns:
+      (logprobs, entropy), f32[B, T] each, in nats.
+
+    Raises:
+      ValueError: naming the argument whose shape, dtype or size is wrong.
+
+    Making logits in pieces, and again in the backward pass: Wijmans et al., Cut Your Losses in
+    Large-Vocabulary Language Models, section 4 (arXiv:2411.09009).
+
+    >>> hidden, unembedding = jnp.ones([1, 2, 3]), jnp.array([[0.0, 0, 0], [1, 1, 1]])
+    >>> logprobs, entropy = linear_token_logprobs(
+    ...     hidden, unembedding, jnp.array([[0, 1]]), temperature=3.0)
+    >>> print(jnp.exp(logprobs), f"{entropy[0, 0]:.3f}")
+    [[0.26894143 0.7310586 ]] 0.582
+    """
+    expect(
+        hidden=(hidden, "BTD", float),
+        tokens=(tokens, "BT", int),
+        unembedding=(unembedding, "VD", float),
+    )
+    expect_scalars(temperature=temperature)
+    (batch, length, _), rows = hidden.shape, unembedding.shape[0]
+    if chunk_size is None:
+        chunk_size = _chunk_size(batch, length, rows)
+    chunk_size = _expect_whole("chunk_size", chunk_size, math.inf)
+    vocab_size = _expect_whole("vocab_size", rows if vocab_size is None else vocab_size, rows)
+    chunks = max(1, math.ceil(length / chunk_size))
+    arrays = (hidden, unembedding, tokens.astype(jnp.int32), jnp.asarray(temperature, jnp.float32))
+    return _outputs(*_varying_alike(arrays), chunks, vocab_size)
+
+
+class _Normalizers(NamedTuple):
+    """What turns a position's logits into log-probabilities, and its entropy; f32[B, t] each.
+
+    log p_v = (logits_v - top) / temperature - log_total
+    """
+
+    top: jax.Array
+    log_total: jax.Array
+    entropy: jax.Array
+
+
+def _chunk_size(batch, length, rows):
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside shard_map sizes are those of one device already.
+    manual = jax.sharding.AxisType.Manual
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
+    devices = math.prod(size for size, kind in axes if kind != manual)
+    position = 4 * batch * rows / devices
+    return max(1, length if length * position <= ONE_PIECE else int(CHUNK / position))
+
+
+def _expect_whole(name, number, highest):
+    is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    if not (is_whole and 1 <= number <= highest):
+        limit = "" if highest == math.inf else f" and at most V = {highest}"
+        raise ValueError(f"{name} must be a whole number from 1 on{limit}, but is {number!r}.")
+    return int(number)
+
+
+def _varying_alike(arrays):
+    """The arrays as differing between the same devices, inside `jax.shard_map`.
+
+    Gradients of a custom rule must vary as their arrays do. What one of them has the same on all
+    devices is cast, and the gradient of the cast is the sum over the devices.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    lacking = [tuple(sorted(frozenset().union(*varying) - axes)) for axes in varying]
+    return [
+        lax.pcast(x, lack, to="varying") if lack else x
+        for x, lack in zip(arrays, lacking, strict=True)
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(hidden, unembedding, tokens, temperature, chunks, vocab_size):
+    weights = _without_padding(unembedding, vocab_size)
+
+    def read(_, chunk):
+        logits = _logits(chunk[0], weights)
+        return None, _read(logits, chunk[1], temperature, vocab_size)[0]
+
+    return _scan(read, None, (hidden, tokens), chunks)[1]
+
+
+def _forward(hidden, unembedding, tokens, temperature, chunks, vocab_size):
+    hidden, unembedding, tokens, temperature = (
+        x.value for x in (hidden, unembedding, tokens, temperature)
+    )
+    weights = _without_padding(unembedding, vocab_size)
+
+    def read(_, chunk):
+        logits = _logits(chunk[0], weights)
+        outputs, normalizers = _read(logits, chunk[1], temperature, vocab_size)
+        return None, (outputs, normalizers, logits if chunks == 1 else ())
+
+    _, (outputs, normalizers, logits) = _scan(read, None, (hidden, tokens), chunks)
+    return outputs, (hidden, unembedding, tokens, temperature, normalizers, logits)
+
+
+def _backward(chunks, vocab_size, saved, gradients):
+    hidden, unembedding, tokens, temperature, normalizers, logits = saved
+    weights = _without_padding(unembedding, vocab_size)
+    # What nothing reads has no gradient, and not one of zeros that would have to be multiplied.
+    gradients = tuple(None if isinstance(g, SymbolicZero) else g for g in gradients)
+    live = functools.reduce(jnp.logical_or, [g != 0 for g in gradients if g is not None])
+    hidden = jnp.where(live[..., None], hidden, 0)
+
+    def add(total, chunk):
+        hidden, tokens, normalizers, gradients, live, logits = chunk
+        if chunks > 1:
+            logits = _logits(hidden, weights)
+        gradient = _logit_gradients(logits, tokens, normalizers, gradients, temperature)
+        is_token = _token_ids(logits) < vocab_size
+        gradient = jnp.where(live[..., None] & is_token, gradient, 0.0).astype(
+            jnp.promote_types(hidden.dtype, weights.dtype)
+        )
+        for_hidden = _product("btv,vd->btd", gradient, weights, like=hidden)
+        # [D, V] and not [V, D]: it is hidden that has to be transposed, and not all the logits.
+        return total + _product("btd,btv->dv", hidden, gradient, like=total), for_hidden
+
+    zeros = jnp.zeros_like(unembedding.T, jnp.float32)
+    arrays = (hidden, tokens, normalizers, gradients, live, logits)
+    for_unembedding, for_hidden = _scan(add, zeros, arrays, chunks)
+    # The logits are linear in hidden / temperature.
+    for_temperature = -jnp.sum(hidden.astype(jnp.float32) * for_hidden) / temperature
+    for_hidden = for_hidden.astype(hidden.dtype)
+    if unembedding.dtype != jnp.float32:
+        # Joined to the product, the transposition makes one that XLA has not for bfloat16 on CPUs.
+        for_unembedding = lax.optimization_barrier(for_unembedding)
+    return for_hidden, for_unembedding.T.astype(unembedding.dtype), None, for_temperature
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+# Compiled, since a shard_map that is not compiled refuses symbolic zeros.
+_outputs = jax.jit(_chunked, static_argnums=(4, 5))
+
+
+def _product(axes, x, y, like=None):
+    """The product in float32, split over devices as `like` is where the mesh is explicit."""
+    sharding = None if like is None else jax.typeof(like).sharding
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32, out_sharding=sharding)
+
+
+def _logits(hidden, weights):
+    """f32[B, t, V], not yet divided by the temperature."""
+    return _product("btd,vd->btv", hidden, weights)
+
+
+def _without_padding(unembedding, vocab_size):
+    """The unembedding with its first row in the place of the padding.
+
+    That leaves the largest logit as it is, and no NaN that a gradient of zero would meet.
+    """
+    rows = unembedding.shape[0]
+    if vocab_size == rows:
+        return unembedding
+    ids = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    # A sum and not [:1], which does not slice a vocabulary that is split over devices.
+    first = jnp.sum(jnp.where(ids == 0, unembedding, 0), axis=0, keepdims=True)
+    return jnp.where(ids < vocab_size, unembedding, first)
+
+
+def _token_ids(logits):
+    return lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
+def _read(logits, tokens, temperature, vocab_size):
+    """((logprobs, entropy), normalizers) of f32[B, t, V]."""
+    ids = _token_ids(logits)
+    top = jnp.max(logits, axis=-1)
+    shifted = (logits - top[..., None]) / temperature
+    weights = jnp.where(ids < vocab_size, jnp.exp(shifted), 0.0)
+    total = jnp.sum(weights, axis=-1)
+    log_total = jnp.log(total)
+    entropy = log_total - jnp.sum(weights * shifted, axis=-1) / total
+    chosen = jnp.sum(jnp.where(ids == tokens[..., None], shifted, 0.0), axis=-1)
+    chosen = jnp.where((tokens >= 0) & (tokens < vocab_size), chosen, jnp.nan)
+    return (chosen - log_total, entropy), _Normalizers(top, log_total, entropy)
+
+
+def _logit_gradients(logits, tokens, normalizers, gradients, temperature):
+    """The gradients of logprobs and entropy, carried on to the logits.
+
+    d logp_token / d logit_v = ([v = token] - p_v) / temperature
+    d entropy / d logit_v    = -p_v * (log p_v + entropy) / temperature
+    """
+    for_logprobs, for_entropy = (
+        None if g is None else (g / temperature)[..., None] for g in gradients
+    )
+    top, log_total, entropy = (x[..., None] for x in normalizers)
+    logp = (logits - top) / temperature - log_total
+    slope = 0.0 if for_logprobs is None else for_logprobs
+    if for_entropy is not None:
+        slope += for_entropy * (logp + entropy)
+    gradient = -jnp.exp(logp) * slope
+    if for_logprobs is None:
+        return gradient
+    return gradient + jnp.where(_token_ids(logits) == tokens[..., None], for_logprobs, 0.0)
+
+
+def _scan(body, carry, arrays, chunks):
+    """lax.scan over `chunks` pieces of [B, T, ...] along T, whose outputs are joined again."""
+    if chunks == 1:
+        return body(carry, arrays)
+    length = jax.tree.leaves(arrays)[0].shape[1]
+    size = math.ceil(length / chunks)
+
+    def split(x):
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, chunks * size - length)
+        x = jnp.pad(x, padding).reshape(x.shape[0], chunks, size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], chunks * size, *x.shape[3:])[:, :length]
+
+    carry, outputs = lax.scan(body, carry, jax.tree.map(split, arrays))
+    return carry, jax.tree.map(join, outputs)

@@ -1,9 +1,11 @@
 """Means, variances and whitening over real positions, and the mask of a response."""
 
+import numbers
+
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.functional.expect import expect
+from rlhf_jax.functional.expect import expect, expect_scalars
 
 
 def masked_mean(x, mask, axis=None):
@@ -27,7 +29,7 @@ def masked_mean(x, mask, axis=None):
     """
     expect(x=(x, "...", float), mask=(mask, "...", bool))
     (x,) = zero_off_mask(mask, x)
-    return jnp.sum(x, axis) / jnp.maximum(jnp.sum(mask, axis), 1).astype(jnp.float32)
+    return jnp.sum(x, axis) / count_or_one(jnp.sum(mask, axis))
 
 
 def masked_var(x, mask, axis=None, *, unbiased=True):
@@ -84,6 +86,7 @@ def masked_whiten(x, mask, *, shift_mean=True, unbiased=True, eps=1e-8):
     >>> print(masked_whiten(x, mask, unbiased=False))
     [-1.  1.  0.]
     """
+    expect_scalars(eps=eps)
     mean = masked_mean(x, mask)
     scale = lax.rsqrt(masked_var(x, mask, unbiased=unbiased) + eps)
     (x,) = zero_off_mask(mask, x)
@@ -108,6 +111,15 @@ def response_mask(tokens, stop_token_ids):
     [[ True  True False False]]
     """
     expect(tokens=(tokens, "BT", int))
+    if not (
+        isinstance(stop_token_ids, tuple)
+        and all(isinstance(token_id, numbers.Integral) for token_id in stop_token_ids)
+    ):
+        raise ValueError(
+            f"stop_token_ids must be a tuple of whole numbers, but is {stop_token_ids!r}."
+        )
+    # In int32, whatever the tokens are: a count in uint8 begins again after 255.
+    tokens = tokens.astype(jnp.int32)
     stops = jnp.zeros_like(tokens)
     for token_id in stop_token_ids:
         stops = jnp.where(tokens == token_id, 1, stops)
@@ -126,16 +138,23 @@ def zero_off_mask(mask, *arrays):
 def is_last(mask):
     """True on the last real position of each row of bool[B, T], if it has one."""
     positions = jnp.arange(mask.shape[1])
-    return mask & (positions == jnp.max(jnp.where(mask, positions, -1), axis=1, keepdims=True))
+    return mask & (
+        positions == jnp.max(jnp.where(mask, positions, -1), axis=1, keepdims=True, initial=-1)
+    )
 
 
 def batch_mean(x, mask, denominator=None):
     """Sum over the real entries of x, over their number or over `denominator`, as f32[].
 
     The denominator is the number of real entries in a larger batch that this one is a part of, so
-    that the parts add up to its mean. Without one an empty mask yields 0.
+    that the parts add up to its mean. Where there is nothing to count, 0.
     """
+    expect_scalars(denominator=denominator)
     total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0))
-    if denominator is None:
-        denominator = jnp.maximum(jnp.sum(mask), 1)
-    return total / jnp.asarray(denominator, jnp.float32)
+    return total / count_or_one(jnp.sum(mask) if denominator is None else denominator)
+
+
+def count_or_one(count):
+    """A count to divide by, as f32: 1 where there is nothing, since sums over nothing are 0."""
+    count = jnp.asarray(count, jnp.float32)
+    return jnp.where(count == 0, 1.0, count)

@@ -1,10 +1,14 @@
 """Policy-gradient losses and the value loss that goes with them."""
 
+import numbers
+
 import jax.numpy as jnp
 
-from rlhf_jax.functional.expect import expect
+from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
 from rlhf_jax.functional.kl import MAX_LOG_RATIO, exp_minus_linear
-from rlhf_jax.functional.masking import batch_mean, zero_off_mask
+from rlhf_jax.functional.masking import batch_mean, count_or_one, zero_off_mask
+
+REDUCTIONS = ("sequence", "token", "constant")
 
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2, denominator=None):
@@ -45,6 +49,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2,
         advantages=(advantages, "BT", float),
         mask=(mask, "BT", bool),
     )
+    expect_scalars(clip_range=clip_range)
     logprobs, old_logprobs, advantages = zero_off_mask(mask, logprobs, old_logprobs, advantages)
     log_ratio = logprobs - old_logprobs
     ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
@@ -92,6 +97,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
         returns=(returns, "BT", float),
         mask=(mask, "BT", bool),
     )
+    expect_scalars(clip_range=clip_range)
     values, old_values, returns = zero_off_mask(mask, values, old_values, returns)
     # Not old + clip(new - old): that rounds, and would count values inside the range as clipped.
     clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
@@ -142,6 +148,7 @@ def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef,
         advantages=(advantages, "BT", float),
         mask=(mask, "BT", bool),
     )
+    expect_scalars(kl_coef=kl_coef)
     logprobs, old_logprobs, advantages = zero_off_mask(mask, logprobs, old_logprobs, advantages)
     log_ratio = logprobs - old_logprobs
     ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
@@ -184,3 +191,131 @@ def reinforce_loss(logprobs, advantages, mask, *, denominator=None):
     )
     logprobs, advantages = zero_off_mask(mask, logprobs, advantages)
     return batch_mean(-advantages * logprobs, mask, denominator), {}
+
+
+def grpo_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    *,
+    ref_logprobs=None,
+    kl_coef=0.0,
+    clip_range=0.2,
+    clip_range_high=None,
+    reduction="sequence",
+    denominator=None,
+):
+    """PPO's clipped loss with one advantage per response, and a KL penalty beside it.
+
+        r_t    = exp(logprobs_t - old_logprobs_t)
+        d_t    = logprobs_t - ref_logprobs_t
+        kl_t   = e^-d_t - 1 + d_t
+        loss_t = max(-A * r_t, -A * clip(r_t, 1 - clip_range, 1 + clip_range_high))
+                 + kl_coef * kl_t
+
+        "sequence"   mean over rows of each row's mean over its tokens   (GRPO)
+        "token"      mean over tokens                                    (DAPO)
+        "constant"   sum over tokens / (B * T)                           (Dr. GRPO)
+
+    r_t and kl_t stop growing at e^40, where float32 would soon overflow; the gradient there is 0.
+
+    Args:
+      logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
+      old_logprobs: float[B, T], the same under the policy that sampled them.
+      advantages: float[B], one per response, as from `group_advantages(scores).reshape(-1)`.
+      mask: bool[B, T], True on real tokens.
+      ref_logprobs: float[B, T], the same under the reference; no penalty when None.
+      kl_coef: the coefficient of the penalty, per nat.
+      clip_range: how far the ratio may fall below 1 before that earns nothing more.
+      clip_range_high: how far it may rise above 1; clip_range when None. DAPO takes 0.28.
+      reduction: "sequence", "token" or "constant".
+      denominator: what to divide by instead: of the rows with a real token for "sequence", of the
+        real tokens for "token", of B * T for "constant".
+
+    Returns:
+      (loss, metrics), f32[] each; metrics `clipfrac`, the share of tokens in which the clipped
+      term is the larger one, `approxkl`, half the mean square of the log-ratio, `ratio`, the mean
+      of r_t, and `kl`, the mean of kl_t in nats, 0 without a reference. Their means leave padding
+      out: under "token" they are over all real tokens, else over rows of each row's mean. A row
+      without a real token counts for nothing; under "constant" it is still one of the B rows. All
+      are 0 if no token is real.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong, an unknown reduction, or a
+        kl_coef other than 0 that has no ref_logprobs. Of a traced kl_coef the number is not known:
+        one that is not 0 then makes the loss and its gradients NaN.
+
+    Shao et al., DeepSeekMath, eq. 3 and 4 (arXiv:2402.03300); Yu et al., DAPO, eq. 8
+    (arXiv:2503.14476); Liu et al., Understanding R1-Zero-Like Training, section 3.2
+    (arXiv:2503.20783).
+
+    >>> old = jnp.log(jnp.array([[0.25, 0.4], [0.5, 0.5]]))
+    >>> new = jnp.log(jnp.array([[0.5, 0.4], [0.5, 0.5]]))
+    >>> advantages, mask = jnp.array([1.0, -1.0]), jnp.array([[True, True], [True, False]])
+    >>> for reduction in ("sequence", "token", "constant"):
+    ...     loss, metrics = grpo_loss(new, old, advantages, mask, reduction=reduction)
+    ...     print(f"{loss:.4f} {metrics['ratio']:.4f}")
+    -0.0500 1.2500
+    -0.4000 1.3333
+    -0.3000 1.2500
+    """
+    expect(
+        logprobs=(logprobs, "BT", float),
+        old_logprobs=(old_logprobs, "BT", float),
+        advantages=(advantages, "B", float),
+        mask=(mask, "BT", bool),
+    )
+    expect_one_of(reduction=(reduction, REDUCTIONS))
+    expect_scalars(
+        kl_coef=kl_coef,
+        clip_range=clip_range,
+        clip_range_high=clip_range_high,
+        denominator=denominator,
+    )
+    if ref_logprobs is not None:
+        expect(logprobs=(logprobs, "BT", float), ref_logprobs=(ref_logprobs, "BT", float))
+    elif isinstance(kl_coef, numbers.Real) and kl_coef != 0:
+        raise ValueError(
+            f"ref_logprobs must be given if kl_coef is not 0, but kl_coef is {kl_coef}."
+        )
+    logprobs, old_logprobs, advantages = zero_off_mask(
+        mask, logprobs, old_logprobs, advantages[:, None]
+    )
+    log_ratio = logprobs - old_logprobs
+    ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
+    high = clip_range if clip_range_high is None else clip_range_high
+    unclipped = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1.0 - clip_range, 1.0 + high)
+    losses = jnp.maximum(unclipped, clipped)
+    if ref_logprobs is None:
+        kl = jnp.zeros_like(losses)
+        losses *= jnp.where(kl_coef == 0, 1.0, jnp.nan)
+    else:
+        kl = exp_minus_linear(zero_off_mask(mask, ref_logprobs)[0] - logprobs)
+        losses += kl_coef * kl
+    loss_weights, metric_weights = _weights(mask, reduction, denominator)
+    return jnp.sum(loss_weights * losses), {
+        "clipfrac": jnp.sum(metric_weights * (clipped > unclipped)),
+        "approxkl": 0.5 * jnp.sum(metric_weights * jnp.square(log_ratio)),
+        "ratio": jnp.sum(metric_weights * ratio),
+        "kl": jnp.sum(metric_weights * kl),
+    }
+
+
+def _weights(mask, reduction, denominator):
+    """What each token counts in the loss and in the metrics: two of f32[B, T], zero off the mask.
+
+    Metrics have to add up under a `denominator` as the loss does. For "constant" that rules out
+    their mean over all real tokens, whose number a part of a batch does not know of the whole.
+    """
+    lengths = jnp.sum(mask, axis=1, keepdims=True)
+    if denominator is None:
+        counts = {"sequence": jnp.sum(lengths > 0), "token": jnp.sum(mask), "constant": mask.size}
+        denominator = counts[reduction]
+    by_token = mask / count_or_one(denominator)
+    by_row = by_token / jnp.maximum(lengths, 1)
+    if reduction == "constant":
+        return by_token, by_row * mask.shape[1]
+    weights = by_row if reduction == "sequence" else by_token
+    return weights, weights

@@ -8,8 +8,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.functional.expect import expect, expect_one_of
-from rlhf_jax.functional.masking import batch_mean, zero_off_mask
+from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
+from rlhf_jax.functional.masking import batch_mean, count_or_one, zero_off_mask
 
 DPO_KINDS = ("sigmoid", "hinge", "ipo", "robust")
 
@@ -82,6 +82,7 @@ def dpo_loss(
     0.3133 1.0 0.5
     """
     expect_one_of(kind=(kind, DPO_KINDS))
+    expect_scalars(beta=beta, label_smoothing=label_smoothing)
     _expect_label_smoothing(kind, label_smoothing)
     mask = _real_rows(
         "B",
@@ -139,6 +140,7 @@ def simpo_loss(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, mask=None
     mask = _real_rows(
         "B", "mask", mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
     )
+    expect_scalars(beta=beta, gamma=gamma)
     chosen, rejected = zero_off_mask(mask, policy_chosen, policy_rejected)
     losses = -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
     metrics = _pair_metrics(chosen, rejected, beta, mask, denominator)
@@ -180,15 +182,14 @@ def orpo_loss(policy_chosen, policy_rejected, nll, *, beta=0.1, mask=None, denom
     >>> print(f"{loss:.4f}")
     1.2231
     """
-    nll = jnp.asarray(nll)
-    expect(nll=(nll, "", float))
+    expect_scalars(nll=nll, beta=beta)
     mask = _real_rows(
         "B", "mask", mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
     )
     chosen, rejected = zero_off_mask(mask, policy_chosen, policy_rejected)
     losses = -jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
     metrics = _pair_metrics(chosen, rejected, beta, mask, denominator)
-    return nll.astype(jnp.float32) + beta * batch_mean(losses, mask, denominator), metrics
+    return jnp.asarray(nll, jnp.float32) + beta * batch_mean(losses, mask, denominator), metrics
 
 
 def kto_loss(
@@ -247,8 +248,12 @@ def kto_loss(
     >>> print(f"{loss:.4f}", metrics["accuracy"], metrics["margin"])
     0.2689 1.0 2.0
     """
-    kl = jnp.asarray(kl)
-    expect(kl=(kl, "", float))
+    expect_scalars(
+        kl=kl,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
     chosen_mask = _real_rows(
         "C", "chosen_mask", chosen_mask, policy_chosen=policy_chosen, ref_chosen=ref_chosen
     )
@@ -263,7 +268,7 @@ def kto_loss(
     policy_rejected, ref_rejected = zero_off_mask(rejected_mask, policy_rejected, ref_rejected)
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     # How far each is on the right side of the reference point.
-    z = jnp.maximum(jax.lax.stop_gradient(kl.astype(jnp.float32)), 0.0)
+    z = jnp.maximum(jax.lax.stop_gradient(jnp.asarray(kl, jnp.float32)), 0.0)
     above, below = chosen - z, z - rejected
     chosen_count, rejected_count, count = _counts(chosen_mask, rejected_mask, denominator)
     desirable = batch_mean(jax.nn.sigmoid(-beta * above), chosen_mask, count)
@@ -285,7 +290,7 @@ def _dpo_losses(difference, beta, kind, label_smoothing):
         # relu and not maximum, which shares the gradient out at the corner.
         hinge = kind == "hinge"
         losses = jax.nn.relu(1.0 - logits) if hinge else jnp.square(difference - 0.5 / beta)
-        return jnp.where(label_smoothing == 0, losses, jnp.nan)
+        return losses * jnp.where(label_smoothing == 0, 1.0, jnp.nan)
     right, swapped = -jax.nn.log_sigmoid(logits), -jax.nn.log_sigmoid(-logits)
     if kind == "robust":
         mixed = (1.0 - label_smoothing) * right - label_smoothing * swapped
@@ -350,6 +355,10 @@ def _counts(chosen_mask, rejected_mask, denominator):
         chosen, rejected = jnp.sum(chosen_mask), jnp.sum(rejected_mask)
     else:
         given = jnp.asarray(denominator, jnp.float32)
+        if given.shape not in ((), (2,)):
+            raise ValueError(
+                "denominator must be a single number or a pair of them, (desirable, undesirable), "
+                f"but has the shape {given.shape}."
+            )
         chosen, rejected = given if given.ndim else (given / 2, given / 2)
-    counts = (chosen, rejected, chosen + rejected)
-    return tuple(jnp.where(n == 0, 1, n).astype(jnp.float32) for n in counts)
+    return tuple(count_or_one(count) for count in (chosen, rejected, chosen + rejected))

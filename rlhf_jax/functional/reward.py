@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.functional.expect import expect, expect_one_of
+from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
 from rlhf_jax.functional.masking import batch_mean, is_last, masked_mean, zero_off_mask
 
 PAST_END = ("last", "published")
@@ -40,6 +40,7 @@ def pairwise_loss(chosen, rejected, *, margin=0.0, center_coef=0.0, mask=None, d
     expect(chosen=(chosen, "B", float), rejected=(rejected, "B", float))
     mask = jnp.ones_like(chosen, dtype=bool) if mask is None else mask
     expect(chosen=(chosen, "B", float), mask=(mask, "B", bool))
+    expect_scalars(center_coef=center_coef)
     margin = jnp.asarray(margin)
     if margin.ndim > 0:
         expect(chosen=(chosen, "B", float), margin=(margin, "B", float))

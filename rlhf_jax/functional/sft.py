@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.functional.expect import expect
+from rlhf_jax.functional.expect import expect, expect_scalars
 from rlhf_jax.functional.logprobs import token_logprobs
 from rlhf_jax.functional.masking import batch_mean
 
@@ -39,8 +39,9 @@ def cross_entropy_loss(logits, targets, mask, *, label_smoothing=0.0, z_loss=0.0
     0.75 1.0
     """
     expect(logits=(logits, "BTV", float), targets=(targets, "BT", int), mask=(mask, "BT", bool))
+    expect_scalars(label_smoothing=label_smoothing, z_loss=z_loss)
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0)
-    targets = jnp.where(mask, targets, 0)
+    targets = jnp.where(mask, targets.astype(jnp.int32), 0)
     nll = -token_logprobs(logits, targets)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     possible = ~jnp.isneginf(logits)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax import functional
+from rlhf_jax.functional import logprobs
 from tests.functional.cases import SHARED, function_name, make_cases
 
 
@@ -67,6 +68,48 @@ def main():
             for one, eight in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
                 np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-6, err_msg=name)
         sys.stdout.write(f"{axis_type.name} equal\n")
+    linear_logprobs_by_hand()
+    sys.stdout.write("shard_map equal\n")
+
+
+def linear_logprobs_by_hand():
+    """`linear_token_logprobs` inside `shard_map`, and how much it makes at a time there."""
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    hidden, unembedding = rng.normal(size=(8, 6, 5)), rng.normal(size=(7, 5))
+    arrays = (hidden.astype(np.float32), unembedding.astype(np.float32), rng.integers(0, 7, (8, 6)))
+    for chunk_size in (None, 4):
+
+        def total(hidden, unembedding, tokens, chunk_size=chunk_size):
+            outputs = functional.linear_token_logprobs(
+                hidden, unembedding, tokens, temperature=0.7, chunk_size=chunk_size
+            )
+            return sum(x.sum() for x in outputs)
+
+        def of_all(*arrays, total=total):
+            return jax.lax.psum(total(*arrays), "rows")
+
+        rows, whole = PartitionSpec("rows"), PartitionSpec()
+        split = jax.shard_map(
+            jax.value_and_grad(of_all, (0, 1)),
+            mesh=mesh,
+            in_specs=(rows, whole, rows),
+            out_specs=(whole, (rows, whole)),
+        )
+        expected = jax.value_and_grad(total, (0, 1))(*arrays)
+        for function in (split, jax.jit(split)):
+            for one, eight in zip(
+                jax.tree.leaves(expected), jax.tree.leaves(function(*arrays)), strict=True
+            ):
+                np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
+    sizes = []
+    gpt2 = (8, 1024, 50257)
+    with jax.set_mesh(mesh):
+        sizes.append(logprobs._chunk_size(*gpt2))
+        jax.shard_map(
+            lambda: sizes.append(logprobs._chunk_size(*gpt2)), in_specs=(), out_specs=None
+        )()
+    assert sizes == [1024, logprobs._chunk_size(*gpt2)] == [1024, 83], sizes
 
 
 if __name__ == "__main__":

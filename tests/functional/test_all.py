@@ -145,6 +145,9 @@ def test_padding_changes_neither_values_nor_gradients(name, garbage):
         mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
         poisoned[key] = np.where(mask, x, filler).astype(x.dtype)
         assert np.any(poisoned[key] != x)
+    # Plain, operation by operation: compiled, a product with the mask would be taken for a `where`.
+    plain = (call(function_of(name), case, arrays) for arrays in (case.arrays, poisoned))
+    chex.assert_trees_all_equal(*plain)
     output, gradients = compiled(name)(case.arrays)
     assert all(np.isfinite(x).all() for x in gradients.values())
     assert all(np.any(x != 0) for x in gradients.values())
@@ -202,10 +205,38 @@ def test_single_tokens_have_finite_gradients(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_responses_of_no_length_are_no_error(name):
+    case = CASES[name]
+    empty = {key: x[:, :0] if x.shape[1:2] == (T,) else x for key, x in case.arrays.items()}
+    output = jax.eval_shape(functools.partial(call, function_of(name), case), empty)
+    assert {x.dtype for x in jax.tree.leaves(output)} <= {np.dtype("float32"), np.dtype("bool")}
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if CASES[name].count])
+def test_nothing_out_of_nothing_is_zero(name):
+    case = CASES[name]
+    masks = set(case.masks.values())
+    nothing = {key: np.zeros_like(case.arrays[key]) for key in masks}
+    (loss, _), gradients = compiled(name)({**case.arrays, **nothing}, denominator=0.0)
+    assert loss == 0
+    assert not any(np.any(x) for x in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [*TRACED, *((name, "denominator") for name in LOSSES)]
+)
+def test_a_number_that_is_an_array_is_named(name, argument):
+    case = CASES[name]
+    with pytest.raises(ValueError, match=f"^{argument} must be (a single number|float|bool)"):
+        call(function_of(name), case, case.arrays, **{argument: np.ones(3, np.float32)})
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_wrong_dtype_is_named_at_trace_time(name):
     other = {"float32": np.int32, "int32": np.float32, "bool": np.float32}
     case = CASES[name]
-    for key, x in case.arrays.items():
+    of_rows = {key: x for key, x in case.arrays.items() if x.ndim}
+    for key, x in of_rows.items():
         changed = {**case.arrays, key: np.zeros(x.shape, other[str(x.dtype)])}
         with pytest.raises(ValueError, match=rf"^{key} must be (float|int|bool)\["):
             jax.eval_shape(functools.partial(call, function_of(name), case), changed)

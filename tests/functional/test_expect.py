@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.functional.expect import expect, expect_one_of
+from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
 
 X = np.zeros((2, 3), np.float32)
 
@@ -37,11 +37,31 @@ def test_the_message_says_what_is_expected_and_what_was_given():
     )
 
 
-@pytest.mark.parametrize("given", [[1.0, 2.0], None, 0.5, "text"])
-def test_what_is_no_array_is_named(given):
-    assert message(scores=(given, "B", float)) == (
-        f"scores must be float[B], but is {given!r} (no array)."
+@pytest.mark.parametrize("axes", ["B", "...", ""])
+@pytest.mark.parametrize("given", [None, 0.5, "text"])
+def test_what_is_no_array_is_named(given, axes):
+    assert message(scores=(given, axes, float)) == (
+        f"scores must be float[{axes}], but is {given!r} (no array)."
     )
+
+
+def test_lists_are_named_as_such_whatever_they_hold():
+    assert message(scores=([1.0, 2.0], "B", float)) == "scores must be float[B], but is a list."
+
+
+@pytest.mark.parametrize("given", [1, 0.5, np.float32(2), np.int64(3), np.ones(()), None])
+def test_single_numbers_pass(given):
+    expect_scalars(denominator=given)
+    jax.jit(lambda x: expect_scalars(denominator=x))(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [(np.ones(3, np.float32), r"float32\[3\]"), ([1.0], "a list"), ("1", r"'1' \(no array\)")],
+)
+def test_what_is_no_single_number_is_named(given, name):
+    with pytest.raises(ValueError, match=f"^denominator must be a single number, but is {name}.$"):
+        expect_scalars(kl_coef=1.0, denominator=given)
 
 
 def test_the_check_happens_when_tracing():

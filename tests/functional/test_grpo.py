@@ -157,5 +157,21 @@ def test_advantages_are_one_per_row(batch):
 def test_a_traced_penalty_without_a_reference_is_not_silent(batch):
     logprobs, old, _, advantages, mask = batch
     for kl_coef, is_silent in ((0.0, True), (0.1, False)):
-        loss, _ = rlhf.grpo_loss(logprobs, old, advantages, mask, kl_coef=kl_coef)
+        loss, gradient = jax.value_and_grad(
+            lambda x, coef: rlhf.grpo_loss(x, old, advantages, mask, kl_coef=coef)[0]
+        )(logprobs, kl_coef)
         assert np.isfinite(loss) == is_silent
+        assert np.isfinite(gradient[mask]).all() == is_silent
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
+def test_the_advantage_of_an_empty_row_is_inert(batch, reduction):
+    logprobs, old, _, advantages, mask = batch
+    empty = ~mask.any(axis=1)
+    assert empty.any()
+    poisoned = np.where(empty, np.nan, advantages).astype(np.float32)
+    losses = [
+        jax.grad(lambda x, a: rlhf.grpo_loss(x, old, a, mask, reduction=reduction)[0])(logprobs, a)
+        for a in (advantages, poisoned)
+    ]
+    np.testing.assert_array_equal(*losses)

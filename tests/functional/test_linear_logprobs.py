@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import rlhf_jax as rlhf
-from rlhf_jax.functional import linear_logprobs
+from rlhf_jax.functional import logprobs
 
 B, T, D, V = 3, 7, 6, 11
 
@@ -183,8 +183,8 @@ def test_logits_are_made_once_where_they_fit_and_twice_where_not(monkeypatch):
     product = 2 * 2 * 64 * 512 * 32
     counts = {}
     for limit in (2**30, 2**10):
-        monkeypatch.setattr(linear_logprobs, "ONE_PIECE", limit)
-        monkeypatch.setattr(linear_logprobs, "CHUNK", 2 * 64 * 512 * 4 // 2)
+        monkeypatch.setattr(logprobs, "ONE_PIECE", limit)
+        monkeypatch.setattr(logprobs, "CHUNK", 2 * 64 * 512 * 4 // 2)
         arrays = {name: jax.ShapeDtypeStruct(x, jnp.float32) for name, x in shape.items()}
         tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
         jaxpr = jax.make_jaxpr(gradient_of_sum(rlhf.functional.linear_token_logprobs))(
@@ -192,6 +192,31 @@ def test_logits_are_made_once_where_they_fit_and_twice_where_not(monkeypatch):
         )
         counts[limit] = products(jaxpr.jaxpr) / product
     assert counts == {2**30: 3, 2**10: 4}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_all_products_take_the_dtype_given(chunk_size):
+    hidden, unembedding = jnp.ones((2, 64, 8), jnp.bfloat16), jnp.ones((32, 8), jnp.bfloat16)
+    step = gradient_of_sum(rlhf.functional.linear_token_logprobs, chunk_size=chunk_size)
+    jaxpr = jax.make_jaxpr(step)(hidden, unembedding, jnp.zeros((2, 64), int)).jaxpr
+    operands = {str(x.aval.dtype) for each in products_in(jaxpr) for x in each.invars}
+    assert operands == {"bfloat16"}
+    assert {str(each.outvars[0].aval.dtype) for each in products_in(jaxpr)} == {"float32"}
+
+
+def inner(equation):
+    """The jaxprs that an equation runs."""
+    found = [getattr(x, "jaxpr", x) for x in equation.params.values()]
+    return [x for x in found if hasattr(x, "eqns")]
+
+
+def products_in(jaxpr):
+    """The equations of all matrix products, once each."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for each in inner(equation):
+            yield from products_in(each)
 
 
 def products(jaxpr):
@@ -202,9 +227,7 @@ def products(jaxpr):
             (contracted, _), _ = equation.params["dimension_numbers"]
             lhs, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * out.size * int(np.prod([lhs.shape[i] for i in contracted]))
-        inner = [getattr(x, "jaxpr", x) for x in equation.params.values()]
-        inner = [products(x) for x in inner if hasattr(x, "eqns")]
-        total += equation.params.get("length", 1) * sum(inner)
+        total += equation.params.get("length", 1) * sum(map(products, inner(equation)))
     return total
 
 
@@ -212,6 +235,8 @@ def products(jaxpr):
     ("options", "message"),
     [
         ({"chunk_size": 0}, "^chunk_size must be a whole number from 1 on, but is 0."),
+        ({"chunk_size": True}, "^chunk_size must be a whole number from 1 on, but is True."),
+        ({"temperature": np.ones(11)}, "^temperature must be a single number, but is float64"),
         ({"chunk_size": 2.0}, "^chunk_size must be a whole number from 1 on, but is 2.0."),
         ({"vocab_size": 12}, "^vocab_size must be a whole number from 1 on and at most V = 11, "),
         ({"vocab_size": 0}, "^vocab_size must be .*but is 0."),

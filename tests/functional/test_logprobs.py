@@ -57,6 +57,38 @@ def test_a_token_of_probability_zero_has_a_finite_gradient():
     np.testing.assert_allclose(grad, [-0.5, -0.5, 1.0])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+@pytest.mark.parametrize("vocabulary", [256, 300, 50257])
+def test_tokens_may_be_integers_of_any_width(rng, dtype, vocabulary):
+    logits = rng.normal(size=(2, 3, vocabulary)).astype(np.float32)
+    tokens, mask = np.full((2, 3), 100, dtype), np.ones((2, 3), bool)
+    expected = logprobs_by_loop(logits)[..., 100]
+    np.testing.assert_allclose(rlhf.token_logprobs(logits, tokens), expected, rtol=1e-5)
+    loss, _ = rlhf.cross_entropy_loss(logits, tokens, mask)
+    np.testing.assert_allclose(loss, -expected.mean(), rtol=1e-5)
+    unembedding, hidden = logits[0].T.copy(), np.eye(3, dtype=np.float32)[None].repeat(2, axis=0)
+    linear, _ = rlhf.linear_token_logprobs(hidden, unembedding, tokens)
+    np.testing.assert_allclose(linear[1], expected[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_distribution_are_nan_with_a_gradient_of_zero(rng, garbage):
+    logits = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    mask, tokens = np.array([[True, True, False], [True, False, False]]), np.zeros((2, 3), int)
+    poisoned = np.where(mask[..., None], logits, garbage).astype(np.float32)
+
+    def loss(logits):
+        logprobs, entropy = rlhf.token_logprobs(logits, tokens), rlhf.token_entropy(logits)
+        bonus = rlhf.masked_mean(entropy, mask)
+        return rlhf.reinforce_loss(logprobs, jnp.ones_like(logprobs), mask)[0] - bonus
+
+    assert np.isnan(rlhf.token_logprobs(poisoned, tokens)[~mask]).all()
+    assert np.isnan(rlhf.token_entropy(poisoned)[~mask]).all()
+    expected, actual = jax.value_and_grad(loss)(logits), jax.value_and_grad(loss)(poisoned)
+    np.testing.assert_array_equal(actual[0], expected[0])
+    np.testing.assert_array_equal(actual[1], expected[1])
+
+
 @pytest.mark.parametrize("token", [-1, -100, 3])
 def test_a_token_outside_the_vocabulary_is_nan_and_not_another_token(token):
     assert np.isnan(rlhf.token_logprobs(np.zeros(3, np.float32), np.array(token)))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlhf_jax as rlhf
+from rlhf_jax import functional
 from rlhf_jax.functional.masking import batch_mean
 
 
@@ -50,6 +51,20 @@ def test_a_response_ends_with_its_first_stop_token(rows):
         stops = [t for t, token in enumerate(tokens) if token in (0, 3)]
         length = stops[0] + 1 if stops else len(tokens)
         assert real.tolist() == [True] * length + [False] * (len(tokens) - length)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32])
+def test_stop_tokens_are_counted_whatever_the_tokens_are(dtype):
+    tokens = np.zeros((1, 70_000), dtype)
+    tokens[0, :2] = 5
+    mask = np.asarray(rlhf.response_mask(tokens, (0,)))
+    np.testing.assert_array_equal(np.nonzero(mask[0])[0], [0, 1, 2])
+
+
+@pytest.mark.parametrize("given", [0, [0], (0.5,), "0"])
+def test_stop_tokens_that_are_no_tuple_of_whole_numbers_are_named(given):
+    with pytest.raises(ValueError, match="^stop_token_ids must be a tuple of whole numbers, but "):
+        functional.response_mask(np.zeros((1, 2), int), given)
 
 
 def test_without_stop_tokens_everything_is_real():

@@ -1,6 +1,7 @@
 """Policy and value losses against loops, and at extremes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,6 +87,19 @@ def test_the_kl_of_almost_equal_policies_is_not_lost_to_rounding(log_ratio):
     new, zeros = np.full((1, 1), log_ratio, np.float32), np.zeros((1, 1), np.float32)
     _, metrics = rlhf.kl_penalty_policy_loss(new, zeros, zeros, np.ones((1, 1), bool), kl_coef=1.0)
     np.testing.assert_allclose(metrics["kl"], np.float64(log_ratio) ** 2 / 2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("log_ratio", "grows"), [(39.0, True), (41.0, False)])
+def test_a_ratio_stops_growing_at_e_to_the_40(log_ratio, grows):
+    old, mask = np.zeros((1, 1), np.float32), np.ones((1, 1), bool)
+    advantages, logprobs = -np.ones((1, 1), np.float32), np.full((1, 1), log_ratio, np.float32)
+    loss, gradient = jax.value_and_grad(
+        lambda x: rlhf.ppo_policy_loss(x, old, advantages, mask)[0]
+    )(logprobs)
+    np.testing.assert_allclose(loss, np.exp(min(log_ratio, 40.0)), rtol=1e-5)
+    assert bool(gradient[0, 0] > 0) == grows
+    kl = jax.grad(lambda d: rlhf.kl_estimate(d, jnp.float32(0), "k3"))(jnp.float32(-log_ratio))
+    assert bool(kl < 0) == grows
 
 
 @pytest.mark.parametrize("log_ratio", [-1e4, -89.0, 89.0, 1e4])

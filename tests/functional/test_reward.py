@@ -91,7 +91,7 @@ def test_wrong_keywords_are_named(name, value):
 
 
 def test_scores_that_are_no_arrays_are_named():
-    with pytest.raises(ValueError, match=r"^chosen must be float\[B\], but is .* \(no array\)"):
+    with pytest.raises(ValueError, match=r"^chosen must be float\[B\], but is a list"):
         rlhf.pairwise_loss([1.0], [2.0])
 
 

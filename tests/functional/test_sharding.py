@@ -15,4 +15,4 @@ def test_eight_devices_equal_one_with_auto_and_explicit_axes():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split("\n")[:2] == ["Auto equal", "Explicit equal"]
+    assert done.stdout.splitlines() == ["Auto equal", "Explicit equal", "shard_map equal"]
