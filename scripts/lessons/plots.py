@@ -233,9 +233,9 @@ def _cell(x: float, y: float, side: float, cell: Cell) -> list[str]:
     size = f'width="{side:.1f}" height="{side:.1f}"'
     return [
         f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}" stroke="#ffffff" stroke-width="2"/>',
-        f'<text x="{x + side / 2:.1f}" y="{y + side / 2 + 4:.1f}" class="strong" '
-        f'style="font-size: {0.34 * side:.0f}px" text-anchor="middle">{escape(cell.large)}</text>',
-        _text(x + side / 2, y + side - 8, cell.small, "strong", anchor="middle"),
+        f'<text x="{x + side / 2:.1f}" y="{y + side * 0.48:.1f}" class="strong" '
+        f'style="font-size: {0.36 * side:.0f}px" text-anchor="middle">{escape(cell.large)}</text>',
+        _text(x + side / 2, y + side * 0.84, cell.small, "strong", anchor="middle"),
     ]
 
 

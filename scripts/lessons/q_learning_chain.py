@@ -90,20 +90,20 @@ train_all = jax.jit(jax.vmap(jax.vmap(train, in_axes=(0, None)), in_axes=(None, 
 
 def draw(tables, exact, output):
     """Two plots: how the reward travels back from the goal, and the error for each epsilon."""
-    early = slice(0, 1500, 5)
+    early = slice(0, 1001, 5)
     steps = np.arange(1, STEPS + 1)
     lines = []
     for cell in range(CELLS):
         values = tables[1, 0, early, cell, RIGHT]
         lines.append(Line(f"cell {cell}", steps[early], values, colour=cell))
-        known = np.full_like(values, exact[cell, RIGHT])
-        lines.append(Line("", steps[early], known, colour=cell, dashed=True))
+        known, ends = exact[cell, RIGHT], steps[early][[0, -1]]
+        lines.append(Line("", ends, [known, known], colour=cell, dashed=True))
     title = f"Q(cell, right) of one run, epsilon {EPSILONS[1]:g}; dashed: exact"
     plot = line_plot(title, lines, labels=("step", "Q"), y_range=(0.0, 1.04))
     save(output, "values", plot)
 
     lines = []
-    points = np.arange(0, STEPS, 100)
+    points = np.arange(99, STEPS, 100)
     for index, epsilon in enumerate(EPSILONS):
         errors = np.abs(tables[index][:, points] - exact).max(axis=(2, 3))
         low, high = np.quantile(errors, [0.1, 0.9], axis=0)

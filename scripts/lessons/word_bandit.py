@@ -115,7 +115,7 @@ train_all = jax.jit(jax.vmap(jax.vmap(train, in_axes=(0, None)), in_axes=(None, 
 
 def median_filtered(values, width=31):
     """The median of each value's neighbourhood, which single large values do not move."""
-    padded = np.pad(values, width // 2, mode="edge")
+    padded = np.pad(values, width // 2, mode="reflect")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=-1)
 
 
@@ -128,8 +128,7 @@ def running_frequency(scores, width=50):
 
 def draw(curves, output):
     """Three plots: the loss of one run that samples, the same filtered, and what is learned."""
-    steps = np.arange(1, ITERATIONS + 1)
-    loss = curves["loss"][0, 0]
+    steps, loss = np.arange(1, ITERATIONS + 1), curves["loss"][0, 0]
     labels = "iteration", "loss, -log p * advantage"
     line = Line("", steps, loss, dots=True)
     save(output, "loss", line_plot("Loss of one run", [line], labels=labels))
@@ -138,10 +137,10 @@ def draw(curves, output):
     save(output, "loss_median", plot)
     lines = []
     for index, name in enumerate(("sampling", "argmax")):
-        frequency = running_frequency(curves["score"][index])
+        frequency = running_frequency(curves["score"][index])[:, 3::4]
         low, high = np.quantile(frequency, [0.1, 0.9], axis=0)
         label = f"{name}: mean of {RUNS} runs, and the middle 80 % of them"
-        lines.append(Line(label, steps, frequency.mean(axis=0), low, high, colour=index))
+        lines.append(Line(label, steps[3::4], frequency.mean(axis=0), low, high, colour=index))
     labels, title = ("iteration", "share of the last 50 words"), "Frequency of positive words"
     save(output, "positive_words", line_plot(title, lines, labels=labels, y_range=(0.0, 1.02)))
 
