@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def check(seed: int, output: Path) -> None:
         raise InputError(f"--seed is {seed}; give a whole number from 0 to 4294967295.")
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
         raise InputError(
-            f"--output {output} cannot be made a folder: {error.strerror}; give another."
+            f"--output {output} cannot be a folder of plots: {error.strerror}; give another."
         ) from error

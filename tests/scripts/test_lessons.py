@@ -305,7 +305,7 @@ def test_what_is_wrong_is_one_line_before_the_training(tmp_path):
     (tmp_path / "file").write_text("")
     done = command("grid_world", "--output", str(tmp_path / "file"))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --output {tmp_path}/file cannot be made a folder: ")
+    assert done.stderr.startswith(f"error: --output {tmp_path}/file cannot be a folder of plots: ")
     assert done.stderr.count("\n") == 1
     done = command("word_bandit", "--seed", "-1", "--output", str(tmp_path))
     assert (done.returncode, done.stderr) == (
