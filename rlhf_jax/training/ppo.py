@@ -6,9 +6,8 @@ pure function, `make_step`; with any other reward the two halves around it are c
 `make_rollout_step` and `make_update_step`, and only tokens and scores leave the device.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,23 @@ from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.score import end_scores, response_hidden
-from rlhf_jax.training.state import OptimizerSettings, apply_gradients, make_optimizer
+from rlhf_jax.training.ppo_scores import shape_scores
+from rlhf_jax.training.ppo_settings import Settings
+from rlhf_jax.training.ppo_update import make_experience, run_epochs
+from rlhf_jax.training.state import OptimizerSettings, make_optimizer
+
+__all__ = [
+    "OPTIMIZER",
+    "PPOState",
+    "Settings",
+    "init_state",
+    "make_rollout_step",
+    "make_step",
+    "make_update_step",
+    "response_logprobs",
+    "response_scores",
+    "sample_responses",
+]
 
 Metrics = dict[str, jax.Array]
 
@@ -46,106 +61,6 @@ class PPOState(NamedTuple):
     opt_state: Any
     kl_coef: jax.Array
     frozen: Params
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The section `ppo` of a configuration; names are TRL's and trlX's.
-
-    Attributes:
-      total_episodes: responses sampled in the whole run; the last iteration is a full one.
-      batch_size: responses sampled in one iteration.
-      num_ppo_epochs: passes over each iteration's responses.
-      num_mini_batches: optimizer steps in each pass; divides `batch_size`.
-      response_length: the longest response, in tokens.
-      min_response_length: where given, each response's limit is drawn uniformly from it to
-        `response_length`.
-      stop_at_eos: ends responses at EOS; off, all run to their limit.
-      temperature: of sampling; it divides the logits of policy and reference everywhere.
-      kl_coef: weight of the KL penalty; the start value when `adaptive_kl`.
-      kl_estimator: "k1", "k2" or "k3", of the penalty.
-      adaptive_kl, target, horizon: the controller of Ziegler et al. 2019; target in nats per
-        response, horizon in episodes.
-      gamma, lam: of the advantage estimates.
-      cliprange, cliprange_value, vf_coef: of the clipped losses.
-      whiten_rewards: divides the token rewards by their deviation.
-      missing_eos_penalty: taken off the score of a response without EOS.
-      cliprange_reward: scores are clipped to plus and minus this.
-    """
-
-    total_episodes: int = 8192
-    batch_size: int = 128
-    num_ppo_epochs: int = 4
-    num_mini_batches: int = 4
-    response_length: int = 32
-    min_response_length: int | None = None
-    stop_at_eos: bool = True
-    temperature: float = 1.0
-    kl_coef: float = 0.05
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    adaptive_kl: bool = False
-    target: float = 6.0
-    horizon: float = 10000.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
-    whiten_rewards: bool = False
-    missing_eos_penalty: float | None = None
-    cliprange_reward: float | None = None
-
-    def __post_init__(self) -> None:
-        counts = ("total_episodes", "batch_size", "num_ppo_epochs", "num_mini_batches")
-        for name in (*counts, "response_length", "target", "horizon", "temperature"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"ppo.{name} must be above 0, but is {getattr(self, name)}.")
-        if self.batch_size % self.num_mini_batches:
-            raise InputError(
-                f"ppo.batch_size = {self.batch_size} is not divisible by ppo.num_mini_batches = "
-                f"{self.num_mini_batches}; change one of them."
-            )
-        shortest = self.min_response_length
-        if shortest is not None and not 0 < shortest <= self.response_length:
-            raise InputError(
-                f"ppo.min_response_length must be from 1 to ppo.response_length = "
-                f"{self.response_length}, but is {shortest}."
-            )
-        self._check_coefficients()
-
-    def _check_coefficients(self) -> None:
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"ppo.{name} must be from 0 to 1, but is {getattr(self, name)}.")
-        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef"):
-            if getattr(self, name) < 0:
-                raise InputError(f"ppo.{name} must not be negative, but is {getattr(self, name)}.")
-        if self.cliprange_reward is not None and self.cliprange_reward <= 0:
-            raise InputError(
-                f"ppo.cliprange_reward must be above 0, but is {self.cliprange_reward}."
-            )
-        if self.kl_estimator not in ("k1", "k2", "k3"):
-            raise InputError(
-                f"ppo.kl_estimator must be k1, k2 or k3, but is {self.kl_estimator!r}."
-            )
-
-    @property
-    def num_iterations(self) -> int:
-        """Iterations that sample at least `total_episodes` responses."""
-        return -(-self.total_episodes // self.batch_size)
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer steps in the whole run."""
-        return self.num_iterations * self.num_ppo_epochs * self.num_mini_batches
-
-
-class _Experience(NamedTuple):
-    """What the epochs read, rows first: [B, ...]."""
-
-    rollout: ScoredRollout
-    advantages: jax.Array
-    returns: jax.Array
 
 
 def init_state(
@@ -328,7 +243,7 @@ def make_update_step(
         )
 
     def update_step(state, batch, rollout, scores, key):
-        scores = _shape_scores(settings, stops, rollout, scores)
+        scores = shape_scores(settings, stops, rollout, scores)
         scored, entropy = _score_rollout(model, settings, state, batch, rollout, scores)
         rewards, kl = functional.token_rewards(
             scores,
@@ -339,9 +254,9 @@ def make_update_step(
             kl_kind=settings.kl_estimator,
         )
         metrics = _objective_metrics(settings, state, scored, rewards, kl, entropy)
-        experience = _advantages(settings, scored, rewards)
-        params, opt_state, update_metrics = _run_epochs(
-            model, settings, optimizer, state, experience, key
+        experience = make_experience(settings, scored, rewards)
+        params, opt_state, update_metrics = run_epochs(
+            model, settings, optimizer, state.params, state.opt_state, experience, key
         )
         kl_coef = state.kl_coef
         if settings.adaptive_kl:
@@ -356,20 +271,6 @@ def make_update_step(
         return new_state, {**metrics, **update_metrics}, scored
 
     return update_step
-
-
-def _shape_scores(settings, stops, rollout, scores):
-    """Scores after the penalty for a missing EOS, and clipping."""
-    scores = scores.astype(jnp.float32)
-    if settings.missing_eos_penalty is not None:
-        stopped = jnp.zeros(rollout.mask.shape, bool)
-        for stop in stops:
-            stopped |= rollout.mask & (rollout.tokens == stop)
-        penalty = jnp.where(stopped.any(axis=1), 0.0, settings.missing_eos_penalty)
-        scores = scores - penalty
-    if settings.cliprange_reward is not None:
-        scores = jnp.clip(scores, -settings.cliprange_reward, settings.cliprange_reward)
-    return scores
 
 
 def _score_rollout(model, settings, state, batch, rollout, scores):
@@ -390,17 +291,6 @@ def _score_rollout(model, settings, state, batch, rollout, scores):
         jnp.where(rollout.mask, x, 0.0) for x in (logprobs, ref_logprobs, values)
     )
     return ScoredRollout(*parts, logprobs, ref_logprobs, values, scores), entropy
-
-
-def _advantages(settings, scored, rewards):
-    """Whitened advantages, after the returns were taken from the unwhitened ones."""
-    mask = scored.mask
-    if settings.whiten_rewards:
-        rewards = functional.masked_whiten(rewards, mask, shift_mean=False)
-    advantages, returns = functional.gae(
-        rewards, scored.values, mask, gamma=settings.gamma, lam=settings.lam
-    )
-    return _Experience(scored, functional.masked_whiten(advantages, mask), returns)
 
 
 def _objective_metrics(settings, state, scored, rewards, kl, entropy):
@@ -429,58 +319,3 @@ def _objective_metrics(settings, state, scored, rewards, kl, entropy):
         "policy/entropy_avg": functional.masked_mean(entropy, mask),
         "perf/tokens": tokens + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
     }
-
-
-def _run_epochs(model, settings, optimizer, state, experience, key):
-    """Epochs x minibatches of clipped updates, as one scan; (params, opt_state, metrics)."""
-    rows, minibatches = settings.batch_size, settings.num_mini_batches
-    if experience.returns.shape[0] != rows:
-        raise ValueError(
-            f"the batch has {experience.returns.shape[0]} rows, but ppo.batch_size is {rows}."
-        )
-    epoch_keys = jax.random.split(key, settings.num_ppo_epochs)
-    order = jax.vmap(lambda key: jax.random.permutation(key, rows))(epoch_keys)
-    order = order.reshape(settings.num_ppo_epochs * minibatches, rows // minibatches)
-
-    def update(carry, indices):
-        params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[indices], experience)
-        grads, metrics = jax.grad(_loss, has_aux=True)(params, model, settings, minibatch)
-        params, opt_state, norm = apply_gradients(optimizer, params, opt_state, grads)
-        return (params, opt_state), {**metrics, "train/grad_norm": norm}
-
-    (params, opt_state), metrics = jax.lax.scan(update, (state.params, state.opt_state), order)
-    ratio_var = jnp.var(metrics["val/ratio"])
-    metrics = {name: jnp.mean(values) for name, values in metrics.items()}
-    return params, opt_state, {**metrics, "val/ratio_var": ratio_var}
-
-
-def _loss(params, model, settings, minibatch):
-    """Policy loss + vf_coef * value loss of one minibatch, and its metrics."""
-    rollout = minibatch.rollout
-    parts = (rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
-    hidden = response_hidden(model, params["model"], *parts)
-    logits = model.logits(params["model"], hidden) / settings.temperature
-    policy_loss, policy = functional.ppo_policy_loss(
-        functional.token_logprobs(logits, rollout.tokens),
-        rollout.logprobs,
-        minibatch.advantages,
-        rollout.mask,
-        clip_range=settings.cliprange,
-    )
-    value_loss, value = functional.ppo_value_loss(
-        apply_head(params["value_head"], hidden),
-        rollout.values,
-        minibatch.returns,
-        rollout.mask,
-        clip_range=settings.cliprange_value,
-    )
-    metrics = {
-        "loss/policy_avg": policy_loss,
-        "loss/value_avg": value_loss,
-        "policy/approxkl_avg": policy["approxkl"],
-        "policy/clipfrac_avg": policy["clipfrac"],
-        "val/clipfrac_avg": value["clipfrac"],
-        "val/ratio": policy["ratio"],
-    }
-    return policy_loss + settings.vf_coef * value_loss, metrics

@@ -16,6 +16,7 @@ from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import ppo
+from rlhf_jax.training.ppo_scores import shape_scores
 from rlhf_jax.training.state import make_optimizer
 from tests.models.gpt2_by_loop import hidden_by_loop, log_softmax, logits_by_loop
 
@@ -460,14 +461,14 @@ def test_limits_are_drawn_for_each_response(model, params):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float16, np.float32])
 def test_scores_of_any_type_keep_their_fractions(dtype, rollout):
-    shaped = ppo._shape_scores(SETTINGS, (EOS,), rollout, jnp.array([1, -7, 7, 1], dtype))
+    shaped = shape_scores(SETTINGS, (EOS,), rollout, jnp.array([1, -7, 7, 1], dtype))
     assert shaped.dtype == jnp.float32
     np.testing.assert_allclose(shaped, [1.0, -1.5, 1.5, 0.25])
 
 
 def test_eos_on_the_padding_is_no_eos(rollout):
     junk = rollout._replace(tokens=jnp.where(rollout.mask, jnp.minimum(rollout.tokens, 9), EOS))
-    shaped = ppo._shape_scores(SETTINGS, (EOS,), junk, jnp.zeros(4))
+    shaped = shape_scores(SETTINGS, (EOS,), junk, jnp.zeros(4))
     np.testing.assert_allclose(shaped, -0.75)
 
 
