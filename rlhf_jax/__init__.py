@@ -37,6 +37,7 @@ response_mask = jax.jit(functional.response_mask, static_argnames="stop_token_id
 rewards_to_go = jax.jit(functional.rewards_to_go)
 simpo_loss = jax.jit(functional.simpo_loss)
 token_entropy = jax.jit(functional.token_entropy)
+token_kl = jax.jit(functional.token_kl)
 token_logprobs = jax.jit(functional.token_logprobs)
 token_rewards = jax.jit(functional.token_rewards, static_argnames="kl_kind")
 tokenwise_pairwise_loss = jax.jit(functional.tokenwise_pairwise_loss, static_argnames="past_end")

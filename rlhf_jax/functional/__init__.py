@@ -11,7 +11,7 @@ from rlhf_jax.functional.advantages import (
     rewards_to_go,
     token_rewards,
 )
-from rlhf_jax.functional.kl import adaptive_kl_update, kl_estimate, penalty_kl_update
+from rlhf_jax.functional.kl import adaptive_kl_update, kl_estimate, penalty_kl_update, token_kl
 from rlhf_jax.functional.logprobs import linear_token_logprobs, token_entropy, token_logprobs
 from rlhf_jax.functional.masking import masked_mean, masked_var, masked_whiten, response_mask
 from rlhf_jax.functional.policy import (
@@ -51,6 +51,7 @@ __all__ = [
     "rewards_to_go",
     "simpo_loss",
     "token_entropy",
+    "token_kl",
     "token_logprobs",
     "token_rewards",
     "tokenwise_pairwise_loss",

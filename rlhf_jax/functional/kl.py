@@ -1,8 +1,9 @@
-"""Estimates of the KL divergence to a reference, and controllers of its coefficient."""
+"""The KL divergence to a reference, estimates of it, and controllers of its coefficient."""
 
 import jax.numpy as jnp
 
 from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
+from rlhf_jax.functional.logprobs import shift_logits
 
 KINDS = ("k1", "k2", "k3")
 
@@ -45,6 +46,43 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     if kind == "k2":
         return 0.5 * jnp.square(difference)
     return exp_minus_linear(-difference)
+
+
+def token_kl(logits, ref_logits):
+    """KL(policy || reference) over the whole vocabulary, which `kl_estimate` estimates.
+
+        sum_v p[v] (log p[v] - log q[v])    p, q = softmax(logits), softmax(ref_logits)
+
+    Args:
+      logits: float[..., V] of the policy. A logit of -inf has probability 0 and adds nothing, and
+        gradients stay finite.
+      ref_logits: float[..., V] of the reference; -inf where the policy has a finite logit makes
+        the divergence infinite. Where a logit of either is NaN or inf, or all are -inf, the
+        divergence is NaN and the gradient 0.
+
+    Returns:
+      f32[...] in nats; what rounding leaves of two equal distributions can be below 0.
+
+    Raises:
+      ValueError: naming the argument whose shape or dtype is wrong.
+
+    Kullback and Leibler, On Information and Sufficiency, eq. 2.4 (Annals of Mathematical Statistics
+    22, 1951).
+
+    >>> print(token_kl(jnp.array([0.0, 0.0, -jnp.inf]), jnp.array([0.0, 0.0, 0.0])))
+    0.40546513
+    """
+    expect(logits=(logits, "...V", float), ref_logits=(ref_logits, "...V", float))
+    shifted, is_distribution = shift_logits(logits)
+    ref_shifted, is_ref_distribution = shift_logits(ref_logits)
+    weights = jnp.exp(shifted)
+    total, ref_total = jnp.sum(weights, axis=-1), jnp.sum(jnp.exp(ref_shifted), axis=-1)
+    # 0 * inf is NaN, in the product and in its gradient.
+    is_possible = ~jnp.isneginf(shifted)
+    finite, ref_finite = (jnp.where(is_possible, x, 0.0) for x in (shifted, ref_shifted))
+    mean_difference = jnp.sum(weights * (finite - ref_finite), axis=-1) / total
+    kl = mean_difference - jnp.log(total) + jnp.log(ref_total)
+    return jnp.where(is_distribution & is_ref_distribution, kl, jnp.nan)
 
 
 def adaptive_kl_update(coef, observed_kl, num_samples, *, target, horizon):

@@ -40,7 +40,7 @@ def token_logprobs(logits, tokens):
     """
     expect(logits=(logits, "...V", float), tokens=(tokens, "...", int))
     tokens = tokens.astype(jnp.int32)
-    shifted, is_distribution = _shifted(logits)
+    shifted, is_distribution = shift_logits(logits)
     # A comparison and not a gather: as fast, and it lets the vocabulary stay split over devices.
     chosen = jnp.sum(jnp.where(_token_ids(logits) == tokens[..., None], shifted, 0.0), axis=-1)
     is_known = (tokens >= 0) & (tokens < logits.shape[-1]) & is_distribution
@@ -66,7 +66,7 @@ def token_entropy(logits):
     [0.6931472]
     """
     expect(logits=(logits, "...V", float))
-    shifted, is_distribution = _shifted(logits)
+    shifted, is_distribution = shift_logits(logits)
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
     # 0 * -inf is NaN, in the product and in its gradient.
@@ -75,7 +75,7 @@ def token_entropy(logits):
     return jnp.where(is_distribution, entropy, jnp.nan)
 
 
-def _shifted(logits):
+def shift_logits(logits):
     """(shifted, is_distribution): the logits in float32 less their maximum, so that large ones keep
     their last digits; 0 where that is not finite, since a gradient of 0 does not get past a NaN.
     """

@@ -103,9 +103,11 @@ def masking_cases(rng, batch):
 def logprob_cases(rng, batch):
     """Log-probabilities, entropies, KL estimates, and the loss of supervised fine-tuning."""
     of_logits = {"logits": batch.logits, "tokens": batch.targets}
+    of_two = {"logits": batch.logits, "ref_logits": batch.logits[::-1].copy()}
     cases = {
         "token_logprobs": Case(of_logits, {}, {}, ("logits",)),
         "token_entropy": Case(batch.of("logits"), {}, {}, ("logits",)),
+        "token_kl": Case(of_two, {}, {}, ("logits", "ref_logits")),
         "cross_entropy_loss": Case(
             batch.of("logits", "targets", "mask"),
             {},

@@ -64,6 +64,46 @@ def test_extreme_differences_have_finite_values_and_gradients(kind, difference):
     assert np.isfinite(gradient).all()
 
 
+def token_kl_by_loop(logits, ref_logits):
+    out = np.zeros(logits.shape[:-1])
+    for index in np.ndindex(out.shape):
+        p, q = (np.exp(np.float64(x[index]) - x[index].max()) for x in (logits, ref_logits))
+        p, q = p / p.sum(), q / q.sum()
+        for v in range(len(p)):
+            if p[v] > 0:
+                out[index] += p[v] * np.log(p[v] / q[v])
+    return out
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
+def test_the_kl_over_the_vocabulary_is_that_of_a_loop(rng, scale):
+    logits, ref = (scale * rng.normal(size=(2, 3, 4, 9))).astype(np.float32)
+    logits[0, 0, 3:] = -np.inf
+    ref[0, 0, 5:] = -np.inf
+    expected = token_kl_by_loop(logits, ref)
+    np.testing.assert_allclose(rlhf.token_kl(logits, ref), expected, rtol=1e-4, atol=1e-6)
+    # A constant is no difference, however large: 1e3 costs digits of the logits, and no more.
+    shifted = rlhf.token_kl(logits + np.float32(1e3), ref)
+    np.testing.assert_allclose(shifted, expected, rtol=1e-2, atol=2e-3)
+    assert np.abs(rlhf.token_kl(logits, logits)).max() < 1e-6
+
+
+def test_the_kl_over_the_vocabulary_is_the_mean_of_k1(rng):
+    logits, ref = rng.normal(size=(2, 6)).astype(np.float32)
+    logprobs, ref_logprobs = (
+        jnp.stack([rlhf.token_logprobs(x, jnp.int32(v)) for v in range(6)]) for x in (logits, ref)
+    )
+    mean = jnp.sum(jnp.exp(logprobs) * rlhf.kl_estimate(logprobs, ref_logprobs))
+    np.testing.assert_allclose(rlhf.token_kl(logits, ref), mean, rtol=1e-5)
+
+
+def test_the_kl_to_what_the_reference_rules_out_is_infinite():
+    ruled_out = np.float32([0.0, -np.inf])
+    assert rlhf.token_kl(np.zeros(2, np.float32), ruled_out) == np.inf
+    gradient = jax.grad(rlhf.token_kl)(ruled_out, np.zeros(2, np.float32))
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="^kind must be one of 'k1', 'k2', 'k3', but is 'k4'"):
         rlhf.kl_estimate(np.zeros(1, np.float32), np.zeros(1, np.float32), "k4")
