@@ -100,7 +100,7 @@ class ScoredRollout(NamedTuple):
       logprobs: f32[B, T], of the policy that sampled them, in nats at the sampling temperature.
       ref_logprobs: f32[B, T], of the reference, likewise.
       values: f32[B, T], of the state in which each token was chosen.
-      scores: f32[B], one number for each response, after penalties and clipping.
+      scores: f32[B], one number for each response, penalised, clipped and scaled.
     """
 
     prompts: jax.Array

@@ -22,7 +22,8 @@ REPLICATED = (
     r"(ln_1|ln_2|ln_f)/(scale|bias)",
     r"c_proj/bias",
     r"(head|value_head)/(kernel|bias)",
-    r"(step|count|kl_coef)",
+    r"(step|count|kl_coef|penalty_coef)",
+    r"score_stats/(mean|m2)",
 )
 
 

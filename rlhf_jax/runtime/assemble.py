@@ -107,6 +107,28 @@ def check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerFast, path: str
         )
 
 
+def find_token(tokenizer: PreTrainedTokenizerFast, token: int | str, name: str) -> int:
+    """The id of a token that is given as its text or as its id.
+
+    Raises:
+      InputError: there is no such id, or the text is not exactly one token.
+    """
+    if isinstance(token, int):
+        if token >= len(tokenizer):
+            raise InputError(
+                f"{name} = {token} is no id of the tokenizer, which has {len(tokenizer)} tokens; "
+                "give a smaller one, or the token's text."
+            )
+        return token
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise InputError(
+            f"{name} = {token!r} is {len(ids)} tokens of this tokenizer; give a text that is one "
+            "token, or its id."
+        )
+    return ids[0]
+
+
 def check_positions(model: Model, needed: int, what: str) -> None:
     """Raises an InputError if rows can be longer than the model has positions."""
     if needed > model.config.n_positions:

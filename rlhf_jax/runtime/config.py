@@ -316,7 +316,9 @@ def claim_run_dir(config: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         there = yaml.safe_load(file.read_text()) if file.exists() else None
         if there is not None and _holds_work(folder):
-            _check_same(config.run_dir, there, to_dict(config))
+            # What a folder of an earlier version does not name was as it still is by default.
+            defaults = _flat(to_dict(type(config)()))
+            _check_same(config.run_dir, defaults | _flat(there), _flat(to_dict(config)))
         replace_file(file, to_yaml(config).encode())
 
 
@@ -328,8 +330,7 @@ def _holds_work(folder: epath.Path) -> bool:
     )
 
 
-def _check_same(run_dir: str, there: Any, here: dict[str, Any]) -> None:
-    old, new = _flat(there), _flat(here)
+def _check_same(run_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key in sorted({*old, *new}):
         if key.startswith(_FREE_TO_CHANGE) or old.get(key) == new.get(key):
             continue

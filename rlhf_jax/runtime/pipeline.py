@@ -22,7 +22,7 @@ from rlhf_jax.runtime.config import (
 )
 from rlhf_jax.runtime.metrics import disk_errors
 from rlhf_jax.runtime.report import format_table, write_report
-from rlhf_jax.runtime.sft import train_sft
+from rlhf_jax.runtime.sft import first_tokenizer, train_sft
 
 
 def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
@@ -74,6 +74,8 @@ def _check_ahead(config: RLHFConfig) -> None:
         reward.check_sizes(reward_config(config), model, mesh)
     else:
         load_reward_model(config.model.reward_path)
+    if config.ppo.truncate_token is not None:
+        ppo.step_settings(ppo_config(config), first_tokenizer(sft_config(config)))
     load_rows(config.data.ppo, "prompts")
     ppo.check_sizes(ppo_config(config), model, mesh)
 

@@ -1,8 +1,11 @@
 """The stage of PPO: `train_ppo`."""
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -36,6 +39,9 @@ from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training import ppo
 from rlhf_jax.training.state import make_optimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 RewardFunction = Callable[..., list[float]]
 
@@ -72,6 +78,18 @@ def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
     check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)
 
 
+def step_settings(config: PPOConfig, tokenizer: PreTrainedTokenizerFast) -> ppo.Settings:
+    """The section `ppo` with `truncate_token` as an id.
+
+    Raises:
+      InputError: the tokenizer has no such token.
+    """
+    token = config.ppo.truncate_token
+    if token is not None:
+        token = assemble.find_token(tokenizer, token, "ppo.truncate_token")
+    return dataclasses.replace(config.ppo, truncate_token=token)
+
+
 class PPOStage:
     """What the loop needs of PPO; see `loop.Stage`."""
 
@@ -97,6 +115,7 @@ class PPOStage:
         config, data = self.config, self.config.data
         self.rows, self.held_out_rows = load_rows(data, "prompts")
         self.tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
+        self.settings = step_settings(config, self.tokenizer)
         init_key, self.key, self.eval_key = assemble.stage_keys(config.seed, "ppo", 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
         self.mesh = make_mesh(config.mesh)
@@ -134,7 +153,7 @@ class PPOStage:
         )
         made = {"optimizer": self.optimizer, "stop_token_ids": stops}
         if self.reward_fn is None:
-            step = ppo.make_step(self.model, config.ppo, reward_model=self.reward_model, **made)
+            step = ppo.make_step(self.model, self.settings, reward_model=self.reward_model, **made)
             self._step = jax.jit(
                 step,
                 in_shardings=(state, rows, whole),
@@ -143,12 +162,12 @@ class PPOStage:
             )
         else:
             self._sample = jax.jit(
-                ppo.make_rollout_step(self.model, config.ppo, stop_token_ids=stops),
+                ppo.make_rollout_step(self.model, self.settings, stop_token_ids=stops),
                 in_shardings=(state, rows, whole),
                 out_shardings=rows,
             )
             self._update = jax.jit(
-                ppo.make_update_step(self.model, config.ppo, **made),
+                ppo.make_update_step(self.model, self.settings, **made),
                 in_shardings=(state, rows, rows, rows, whole),
                 out_shardings=(state, whole, rows),
                 donate_argnums=0,
@@ -167,24 +186,28 @@ class PPOStage:
         self._compared: tuple[int, Comparison] | None = None
 
     def _flops_per_token(self, state) -> float:
-        """Sampling and three scoring passes forwards, and the epochs forwards and backwards.
+        """Sampling and the scoring passes forwards, and the epochs forwards and backwards.
+
+        Scoring is done by the policy, the reference and the reward model; the penalty on the KL to
+        the old policy has the new one score once more.
 
         Prompt tokens count like those of responses, though their logits are never computed.
         """
         policy = multiplied_parameters(state.params["model"], unembeds=True)
         reward = multiplied_parameters(state.frozen.get("reward"), unembeds=False)
-        return 2.0 * (3 * policy + reward) + 6.0 * self.config.ppo.num_ppo_epochs * policy
+        passes = 3 + (self.settings.surrogate == "kl_penalty")
+        return 2.0 * (passes * policy + reward) + 6.0 * self.config.ppo.num_ppo_epochs * policy
 
     def _sample_for_judging(self, stops, params, batch, key):
         return ppo.sample_responses(
-            self.model, params, batch, key, self.config.ppo, stop_token_ids=stops
+            self.model, params, batch, key, self.settings, stop_token_ids=stops
         )
 
     def _init(self, params, reward_params):
         return ppo.init_state(
             self.model,
             params,
-            self.config.ppo,
+            self.settings,
             self.key,
             optimizer=self.optimizer,
             reward_params=reward_params,
@@ -262,18 +285,23 @@ class PPOStage:
         ]
 
     def saved(self, state):
-        """All but the frozen parts, which are read from their own folders again; their checksum."""
-        return state._replace(frozen={"fingerprint": assemble.fingerprint(state.frozen)})
+        """All but the frozen parts, which are read from their own folders again; their checksum.
+
+        A dict without what the settings have no use for, so that fields that are added to the state
+        leave the checkpoints of earlier versions readable.
+        """
+        parts = state._replace(frozen={"fingerprint": assemble.fingerprint(state.frozen)})._asdict()
+        return {name: part for name, part in parts.items() if part is not None}
 
     def resumed(self, state, saved):
         """The saved parts beside the frozen ones, if these are still what they were."""
-        if saved.frozen["fingerprint"] != assemble.fingerprint(state.frozen):
+        if saved["frozen"]["fingerprint"] != assemble.fingerprint(state.frozen):
             raise InputError(
                 f"The model in {self.config.model.path} or {self.config.model.reward_path} is not "
                 f"the one that the run in {self.config.run_dir} began with; put it back, or choose "
                 "another --run_dir."
             )
-        return saved._replace(frozen=state.frozen)
+        return state._replace(**{**saved, "frozen": state.frozen})
 
     def finish(self, state):
         """Writes `hf/` and, where there are held-out prompts, `evaluation.json`."""

@@ -71,7 +71,11 @@ _MAIN = (
     ),
     _Plot("Score", "reward model, mean per response", (("objective/scores", "proxy score"),)),
     _Plot("Gold score", "mean per response", (("objective/gold", "gold score"),)),
-    _Plot("KL to the reference", "nats per response", (("objective/kl", "KL"),)),
+    _Plot(
+        "KL to the reference",
+        "nats per response",
+        (("objective/kl", "KL"), ("objective/kl_exact", "over the vocabulary")),
+    ),
     _Plot("RLHF reward", "score − KL penalty", (("objective/rlhf_reward", "reward"),)),
     _Plot("Entropy", "nats per response", (("objective/entropy", "entropy"),)),
 )

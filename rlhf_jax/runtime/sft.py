@@ -1,8 +1,10 @@
 """The stage of supervised fine-tuning: `train_sft`."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +22,9 @@ from rlhf_jax.runtime.evaluation import perplexity
 from rlhf_jax.runtime.generation import Responder
 from rlhf_jax.runtime.supervised import SupervisedStage
 from rlhf_jax.training import sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def train_sft(config: SFTConfig | str | Mapping[str, Any]) -> loop.StageResult:
@@ -45,6 +50,16 @@ def check_sizes(config: SFTConfig, model: Model, mesh: Mesh) -> None:
     check_batch_size(mesh, "sft.eval_batch_size", config.sft.eval_batch_size)
 
 
+def first_tokenizer(
+    config: SFTConfig, rows: Sequence[Mapping[str, Any]] | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that this stage starts from, or trains on its rows."""
+    if rows is None:
+        rows, _ = load_rows(config.data, "text")
+    texts = (text_of(row) for row in rows)
+    return assemble.choose_tokenizer(config.tokenizer, config.model.path, lambda: texts)
+
+
 class SFTStage(SupervisedStage):
     """What the loop needs of supervised fine-tuning; see `loop.Stage`."""
 
@@ -53,9 +68,7 @@ class SFTStage(SupervisedStage):
     def __init__(self, config: SFTConfig) -> None:
         self.config = config
         train, held_out = load_rows(config.data, "text")
-        self.tokenizer = assemble.choose_tokenizer(
-            config.tokenizer, config.model.path, lambda: (text_of(row) for row in train)
-        )
+        self.tokenizer = first_tokenizer(config, train)
         self.init_key, self.key, self.sample_key = assemble.stage_keys(config.seed, "sft", 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, self.init_key)
         check_sizes(config, self.model, make_mesh(config.mesh))

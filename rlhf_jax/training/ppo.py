@@ -20,7 +20,14 @@ from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.score import end_scores, response_hidden
-from rlhf_jax.training.ppo_scores import shape_scores
+from rlhf_jax.training.ppo_metrics import objective_metrics
+from rlhf_jax.training.ppo_scores import (
+    ScoreStats,
+    init_score_stats,
+    scale_scores,
+    shape_scores,
+    truncate_responses,
+)
 from rlhf_jax.training.ppo_settings import Settings
 from rlhf_jax.training.ppo_update import make_experience, run_epochs
 from rlhf_jax.training.state import OptimizerSettings, make_optimizer
@@ -54,6 +61,8 @@ class PPOState(NamedTuple):
       kl_coef: f32[], the weight of the KL penalty.
       frozen: {"ref": the reference policy}, with a JAX reward model also {"reward": its
         parameters}. No step changes it.
+      score_stats: of the scores until now; None without `scale_reward`.
+      penalty_coef: f32[], of the surrogate "kl_penalty"; None with another one.
     """
 
     step: jax.Array
@@ -61,6 +70,8 @@ class PPOState(NamedTuple):
     opt_state: Any
     kl_coef: jax.Array
     frozen: Params
+    score_stats: ScoreStats | None = None
+    penalty_coef: jax.Array | None = None
 
 
 def init_state(
@@ -90,9 +101,16 @@ def init_state(
     if reward_params is not None:
         frozen["reward"] = reward_params
     trained = {"model": params, "value_head": init_value_head(model.config.n_embd)}
-    kl_coef = jnp.asarray(settings.kl_coef, jnp.float32)
-    step = jnp.zeros((), jnp.int32)
-    return PPOState(step, trained, optimizer.init(trained), kl_coef, frozen)
+    has_penalty = settings.surrogate == "kl_penalty"
+    return PPOState(
+        jnp.zeros((), jnp.int32),
+        trained,
+        optimizer.init(trained),
+        jnp.asarray(settings.kl_coef, jnp.float32),
+        frozen,
+        score_stats=None if settings.scale_reward is None else init_score_stats(),
+        penalty_coef=jnp.asarray(settings.penalty_coef, jnp.float32) if has_penalty else None,
+    )
 
 
 def make_step(
@@ -112,8 +130,8 @@ def make_step(
       stop_token_ids: tokens that end a response.
 
     Returns:
-      The step. Scores in its rollout are final: with penalty and clipping. It raises a ValueError
-      while tracing if the state holds no reward model.
+      The step. Scores in its rollout are final: penalised, clipped and scaled. It raises a
+      ValueError while tracing if the state holds no reward model.
 
     >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
     >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
@@ -169,13 +187,16 @@ def sample_responses(
     *,
     stop_token_ids: Sequence[int] = (),
 ) -> Rollout:
-    """Responses as PPO samples them: no top-k or top-p, and limits drawn where asked for."""
+    """Responses as PPO samples them: no top-k or top-p, limits drawn and ends cut where asked for.
+
+    `settings.truncate_token` has to be an id.
+    """
     limit_key, key = jax.random.split(key)
     limits = None
     if settings.min_response_length is not None:
         rows, longest = batch.prompts.shape[:1], settings.response_length
         limits = jax.random.randint(limit_key, rows, settings.min_response_length, longest + 1)
-    return generate(
+    rollout = generate(
         model,
         params,
         batch.prompts,
@@ -186,6 +207,7 @@ def sample_responses(
         stop_token_ids=tuple(stop_token_ids) if settings.stop_at_eos else (),
         max_lengths=limits,
     )
+    return truncate_responses(settings, rollout)
 
 
 def response_scores(
@@ -236,16 +258,19 @@ def make_update_step(
     """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)."""
     optimizer = optimizer or make_optimizer(OPTIMIZER)
     stops = tuple(stop_token_ids)
-    if settings.missing_eos_penalty is not None and not (stops and settings.stop_at_eos):
+    has_price = (settings.missing_eos_penalty, settings.missing_eos_score) != (None, None)
+    if has_price and not stops and settings.truncate_token is None:
         raise InputError(
-            "ppo.missing_eos_penalty needs responses that can end: set ppo.stop_at_eos and give "
-            "stop_token_ids, or leave the penalty out."
+            "ppo.missing_eos_penalty and ppo.missing_eos_score need responses that can end: give "
+            "stop_token_ids, or leave them out."
         )
 
     def update_step(state, batch, rollout, scores, key):
         scores = shape_scores(settings, stops, rollout, scores)
-        scored, entropy = _score_rollout(model, settings, state, batch, rollout, scores)
-        rewards, kl = functional.token_rewards(
+        rows = rollout.mask.any(axis=1)
+        scores, score_stats, scaling = scale_scores(settings, state.score_stats, scores, rows)
+        scored, entropy, exact_kl = _score_rollout(model, settings, state, batch, rollout, scores)
+        rewards, _ = functional.token_rewards(
             scores,
             scored.logprobs,
             scored.ref_logprobs,
@@ -253,28 +278,33 @@ def make_update_step(
             kl_coef=state.kl_coef,
             kl_kind=settings.kl_estimator,
         )
-        metrics = _objective_metrics(settings, state, scored, rewards, kl, entropy)
+        metrics = objective_metrics(state.kl_coef, scored, rewards, entropy, exact_kl) | scaling
         experience = make_experience(settings, scored, rewards)
         params, opt_state, update_metrics = run_epochs(
-            model, settings, optimizer, state.params, state.opt_state, experience, key
+            model,
+            settings,
+            optimizer,
+            state.params,
+            state.opt_state,
+            experience,
+            key,
+            penalty_coef=state.penalty_coef,
         )
-        kl_coef = state.kl_coef
-        if settings.adaptive_kl:
-            kl_coef = functional.adaptive_kl_update(
-                kl_coef,
-                metrics["objective/kl"],
-                jnp.sum(scored.mask.any(axis=1), dtype=jnp.float32),
-                target=settings.target,
-                horizon=settings.horizon,
-            )
-        new_state = PPOState(state.step + 1, params, opt_state, kl_coef, state.frozen)
-        return new_state, {**metrics, **update_metrics}, scored
+        kl_coef = _adapt_kl_coef(settings, state.kl_coef, metrics["objective/kl"], rows)
+        penalty_coef, penalty = _adapt_penalty(model, settings, params, scored, state.penalty_coef)
+        new_state = PPOState(
+            state.step + 1, params, opt_state, kl_coef, state.frozen, score_stats, penalty_coef
+        )
+        return new_state, {**metrics, **update_metrics, **penalty}, scored
 
     return update_step
 
 
 def _score_rollout(model, settings, state, batch, rollout, scores):
-    """(ScoredRollout, entropy f32[B, T]): policy, value and reference on the sampled tokens.
+    """(ScoredRollout, entropy, KL): policy, value and reference on the sampled tokens.
+
+    Entropy and KL, over the whole vocabulary, are f32[B, T] and not 0 off the mask; the KL is None
+    unless asked for.
 
     The policy's log-probs are computed anew rather than taken from sampling: the pass is needed for
     the values, and the first ratios are then 1 but for the rounding of another batch shape.
@@ -283,39 +313,51 @@ def _score_rollout(model, settings, state, batch, rollout, scores):
     logprobs, entropy, hidden = response_logprobs(
         model, state.params["model"], *parts, temperature=settings.temperature
     )
-    ref_logprobs, _, _ = response_logprobs(
+    ref_logprobs, _, ref_hidden = response_logprobs(
         model, state.frozen["ref"], *parts, temperature=settings.temperature
     )
+    exact_kl = None
+    if settings.exact_kl:
+        # The same logits as those above, which are there once when compiled.
+        logits = model.logits(state.params["model"], hidden) / settings.temperature
+        ref_logits = model.logits(state.frozen["ref"], ref_hidden) / settings.temperature
+        exact_kl = functional.token_kl(logits, ref_logits)
     values = apply_head(state.params["value_head"], hidden)
     logprobs, ref_logprobs, values = (
         jnp.where(rollout.mask, x, 0.0) for x in (logprobs, ref_logprobs, values)
     )
-    return ScoredRollout(*parts, logprobs, ref_logprobs, values, scores), entropy
+    return ScoredRollout(*parts, logprobs, ref_logprobs, values, scores), entropy, exact_kl
 
 
-def _objective_metrics(settings, state, scored, rewards, kl, entropy):
-    """What the iteration sampled: means over responses of scores and of sums over tokens.
+def _adapt_kl_coef(settings, coef, kl, rows):
+    """The weight of the KL penalty in the rewards of the next iteration."""
+    if not settings.adaptive_kl:
+        return coef
+    num_samples = jnp.sum(rows, dtype=jnp.float32)
+    return functional.adaptive_kl_update(
+        coef, kl, num_samples, target=settings.target, horizon=settings.horizon
+    )
 
-    Rows without a token only fill up a short last batch, and count nowhere.
-    """
-    mask, scores = scored.mask, scored.scores
-    rows = mask.any(axis=1)
-    score_mean = functional.masked_mean(scores, rows)
-    # token_rewards puts the score on the last real token; what remains is the penalty.
-    total = functional.masked_mean(jnp.sum(rewards, axis=1), rows)
-    differences = jnp.sum(scored.logprobs - scored.ref_logprobs, axis=1)
-    tokens = jnp.sum(mask, dtype=jnp.float32)
-    return {
-        "objective/scores": score_mean,
-        "objective/scores_std": jnp.sqrt(functional.masked_var(scores, rows, unbiased=False)),
-        "objective/kl": functional.masked_mean(differences, rows),
-        "objective/rlhf_reward": total,
-        "objective/non_score_reward": total - score_mean,
-        "objective/entropy": functional.masked_mean(jnp.sum(-scored.logprobs, axis=1), rows),
-        "objective/kl_coef": state.kl_coef,
-        "objective/response_length": functional.masked_mean(
-            jnp.sum(mask, axis=1, dtype=jnp.float32), rows
-        ),
-        "policy/entropy_avg": functional.masked_mean(entropy, mask),
-        "perf/tokens": tokens + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
-    }
+
+def _adapt_penalty(model, settings, params, scored, coef):
+    """(the coefficient for the next iteration, metrics), by how far this one moved the policy."""
+    if settings.surrogate != "kl_penalty":
+        return coef, {}
+    logprobs, _, _ = response_logprobs(
+        model,
+        params["model"],
+        scored.prompts,
+        scored.prompt_mask,
+        scored.tokens,
+        scored.mask,
+        temperature=settings.temperature,
+    )
+    # k3 of the old policy to the new one: its tokens, and the r - 1 - log r of the loss.
+    kl = functional.masked_mean(
+        functional.kl_estimate(scored.logprobs, logprobs, "k3"), scored.mask
+    )
+    adapted = functional.penalty_kl_update(coef, kl, target=settings.penalty_target)
+    # Halved for long it would be 0, and stay so whatever the KL becomes.
+    furthest = 2.0**20
+    adapted = jnp.clip(adapted, settings.penalty_coef / furthest, settings.penalty_coef * furthest)
+    return adapted, {"policy/penalty_kl": kl, "policy/penalty_coef": coef}

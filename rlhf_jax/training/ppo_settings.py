@@ -27,8 +27,27 @@ class Settings:
       gamma, lam: of the advantage estimates.
       cliprange, cliprange_value, vf_coef: of the clipped losses.
       whiten_rewards: divides the token rewards by their deviation.
-      missing_eos_penalty: taken off the score of a response without EOS.
-      cliprange_reward: scores are clipped to plus and minus this.
+      truncate_token: a token, as text or id, with which a response is over, for the reward, the
+        update and the evaluation alike; sampling itself runs on to EOS or the limit. In YAML and on
+        the command line a number is an id.
+      truncate_after: the token counts from this place on, the first being 0.
+      missing_eos_penalty: taken off the score of a response that neither EOS nor `truncate_token`
+        ended.
+      missing_eos_score: the score of such a response, whatever it was given; not together with
+        the penalty.
+      cliprange_reward: scores are clipped to plus and minus this, before they are scaled.
+      scale_reward: divides scores by the deviation of all scores until now, "running", or of those
+        of the first iteration, "ref".
+      exact_kl: adds the metric `objective/kl_exact`, the KL over the whole vocabulary; it holds the
+        logits of policy and reference at once, 8 bytes for each token of a response and entry of
+        the vocabulary.
+      surrogate: "clip", or "kl_penalty": a penalty on the KL between old and new policy instead.
+      penalty_coef: start value of that penalty's coefficient, which is doubled after an iteration
+        that moved the policy by more than 1.5 `penalty_target`, and halved below a 1.5th of it.
+      penalty_target: in nats per token.
+      max_approxkl: an iteration ends before the first update whose minibatch has moved further
+        than this, by `policy/approxkl_avg`; the learning rate's schedule counts updates taken.
+      entropy_coef: weight of the entropy of the next token, in nats, that is to be raised.
     """
 
     total_episodes: int = 8192
@@ -50,13 +69,25 @@ class Settings:
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
     whiten_rewards: bool = False
+    truncate_token: int | str | None = None
+    truncate_after: int = 0
     missing_eos_penalty: float | None = None
+    missing_eos_score: float | None = None
     cliprange_reward: float | None = None
+    scale_reward: Literal["running", "ref"] | None = None
+    exact_kl: bool = False
+    surrogate: Literal["clip", "kl_penalty"] = "clip"
+    penalty_coef: float = 1.0
+    penalty_target: float = 0.01
+    max_approxkl: float | None = None
+    entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
         counts = ("total_episodes", "batch_size", "num_ppo_epochs", "num_mini_batches")
-        for name in (*counts, "response_length", "target", "horizon", "temperature"):
-            if getattr(self, name) <= 0:
+        above = ("target", "horizon", "temperature", "penalty_coef", "penalty_target")
+        optional = ("cliprange_reward", "max_approxkl")
+        for name in (*counts, "response_length", *above, *optional):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise InputError(f"ppo.{name} must be above 0, but is {getattr(self, name)}.")
         if self.batch_size % self.num_mini_batches:
             raise InputError(
@@ -70,21 +101,47 @@ class Settings:
                 f"{self.response_length}, but is {shortest}."
             )
         self._check_coefficients()
+        self._check_ends()
 
     def _check_coefficients(self) -> None:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"ppo.{name} must be from 0 to 1, but is {getattr(self, name)}.")
-        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef"):
+        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "entropy_coef"):
             if getattr(self, name) < 0:
                 raise InputError(f"ppo.{name} must not be negative, but is {getattr(self, name)}.")
-        if self.cliprange_reward is not None and self.cliprange_reward <= 0:
-            raise InputError(
-                f"ppo.cliprange_reward must be above 0, but is {self.cliprange_reward}."
-            )
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise InputError(
                 f"ppo.kl_estimator must be k1, k2 or k3, but is {self.kl_estimator!r}."
+            )
+        if self.surrogate not in ("clip", "kl_penalty"):
+            raise InputError(
+                f"ppo.surrogate must be clip or kl_penalty, but is {self.surrogate!r}."
+            )
+        if self.scale_reward not in ("running", "ref", None):
+            raise InputError(
+                f"ppo.scale_reward must be running, ref or null, but is {self.scale_reward!r}."
+            )
+
+    def _check_ends(self) -> None:
+        token, after = self.truncate_token, self.truncate_after
+        if token == "" or (isinstance(token, int) and token < 0):
+            raise InputError(f"ppo.truncate_token must be a text or an id, but is {token!r}.")
+        if not 0 <= after < self.response_length or (after and token is None):
+            raise InputError(
+                "ppo.truncate_after must be from 0 to below ppo.response_length = "
+                f"{self.response_length}, and 0 without ppo.truncate_token, but is {after}."
+            )
+        if self.missing_eos_penalty is None and self.missing_eos_score is None:
+            return
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise InputError(
+                "ppo.missing_eos_penalty and ppo.missing_eos_score exclude each other; set one."
+            )
+        if not self.stop_at_eos and token is None:
+            raise InputError(
+                "ppo.missing_eos_penalty and ppo.missing_eos_score need responses that can end: "
+                "set ppo.stop_at_eos or ppo.truncate_token, or leave them out."
             )
 
     @property

@@ -1,5 +1,6 @@
-"""From scored responses to new parameters: advantages, then epochs of clipped updates."""
+"""From scored responses to new parameters: advantages, then epochs of updates."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -48,8 +49,18 @@ def run_epochs(
     opt_state: Any,
     experience: Experience,
     key: jax.Array,
+    *,
+    penalty_coef: jax.Array | None = None,
 ) -> tuple[Params, Any, dict[str, jax.Array]]:
-    """Epochs x minibatches of clipped updates, as one scan; (params, opt_state, metrics)."""
+    """Epochs x minibatches of updates, as one scan; (params, opt_state, metrics).
+
+    Args:
+      params: {"model": the policy, "value_head": the value head}.
+      penalty_coef: f32[], of the surrogate "kl_penalty".
+
+    Raises:
+      ValueError: the experience has not `batch_size` rows.
+    """
     rows, minibatches = settings.batch_size, settings.num_mini_batches
     if experience.returns.shape[0] != rows:
         raise ValueError(
@@ -58,32 +69,68 @@ def run_epochs(
     epoch_keys = jax.random.split(key, settings.num_ppo_epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, rows))(epoch_keys)
     order = order.reshape(settings.num_ppo_epochs * minibatches, rows // minibatches)
-
-    def update(carry, indices):
-        params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[indices], experience)
-        grads, metrics = jax.grad(_loss, has_aux=True)(params, model, settings, minibatch)
-        params, opt_state, norm = apply_gradients(optimizer, params, opt_state, grads)
-        return (params, opt_state), {**metrics, "train/grad_norm": norm}
-
+    update = functools.partial(_update, model, settings, optimizer, experience, penalty_coef)
+    if settings.max_approxkl is not None:
+        return _update_until(update, settings.max_approxkl, (params, opt_state), order)
     (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), order)
     ratio_var = jnp.var(metrics["val/ratio"])
     metrics = {name: jnp.mean(values) for name, values in metrics.items()}
     return params, opt_state, {**metrics, "val/ratio_var": ratio_var}
 
 
-def _loss(params, model, settings, minibatch):
-    """Policy loss + vf_coef * value loss of one minibatch, and its metrics."""
+def _update_until(update, max_approxkl, carry, order):
+    """Updates until a minibatch has moved further than max_approxkl, whose own is left out too.
+
+    Metrics are means over the minibatches until then, and that one.
+    """
+    take = functools.partial(_update_if_near, update, max_approxkl)
+    leave = functools.partial(_no_update, take)
+
+    def step(carry, indices):
+        carry, is_on = carry
+        carry, is_taken, metrics = jax.lax.cond(is_on, take, leave, carry, indices)
+        return (carry, is_taken), (metrics, is_on, is_taken)
+
+    start = (carry, jnp.ones((), bool))
+    ((params, opt_state), _), (metrics, measured, taken) = jax.lax.scan(step, start, order)
+    ratio_var = functional.masked_var(metrics["val/ratio"], measured, unbiased=False)
+    metrics = {name: functional.masked_mean(x, measured) for name, x in metrics.items()}
+    metrics |= {"val/ratio_var": ratio_var, "policy/updates": jnp.mean(taken, dtype=jnp.float32)}
+    return params, opt_state, metrics
+
+
+def _update_if_near(update, max_approxkl, carry, indices):
+    """(carry, whether it was updated, metrics) of one minibatch."""
+    updated, metrics = update(carry, indices)
+    is_near = metrics["policy/approxkl_avg"] <= max_approxkl
+    carry = jax.tree.map(lambda new, old: jnp.where(is_near, new, old), updated, carry)
+    return carry, is_near, metrics
+
+
+def _no_update(take, carry, indices):
+    """The form of what `take` gives, and nothing of its work."""
+    metrics = jax.eval_shape(take, carry, indices)[2]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+    return carry, jnp.zeros((), bool), zeros
+
+
+def _update(model, settings, optimizer, experience, penalty_coef, carry, indices):
+    """One update on the rows of the indices: ((params, opt_state), metrics)."""
+    params, opt_state = carry
+    minibatch = jax.tree.map(lambda x: x[indices], experience)
+    grads, metrics = jax.grad(_loss, has_aux=True)(params, model, settings, minibatch, penalty_coef)
+    params, opt_state, norm = apply_gradients(optimizer, params, opt_state, grads)
+    return (params, opt_state), {**metrics, "train/grad_norm": norm}
+
+
+def _loss(params, model, settings, minibatch, penalty_coef):
+    """Policy loss + vf_coef * value loss - entropy_coef * entropy of one minibatch; metrics."""
     rollout = minibatch.rollout
     parts = (rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
     hidden = response_hidden(model, params["model"], *parts)
     logits = model.logits(params["model"], hidden) / settings.temperature
-    policy_loss, policy = functional.ppo_policy_loss(
-        functional.token_logprobs(logits, rollout.tokens),
-        rollout.logprobs,
-        minibatch.advantages,
-        rollout.mask,
-        clip_range=settings.cliprange,
+    policy_loss, policy_metrics = _policy_loss(
+        settings, functional.token_logprobs(logits, rollout.tokens), minibatch, penalty_coef
     )
     value_loss, value = functional.ppo_value_loss(
         apply_head(params["value_head"], hidden),
@@ -92,12 +139,36 @@ def _loss(params, model, settings, minibatch):
         rollout.mask,
         clip_range=settings.cliprange_value,
     )
+    loss = policy_loss + settings.vf_coef * value_loss
     metrics = {
         "loss/policy_avg": policy_loss,
         "loss/value_avg": value_loss,
-        "policy/approxkl_avg": policy["approxkl"],
-        "policy/clipfrac_avg": policy["clipfrac"],
+        **policy_metrics,
         "val/clipfrac_avg": value["clipfrac"],
+    }
+    if settings.entropy_coef:
+        entropy_loss = -functional.masked_mean(functional.token_entropy(logits), rollout.mask)
+        loss += settings.entropy_coef * entropy_loss
+        metrics["loss/entropy_avg"] = entropy_loss
+    return loss, metrics
+
+
+def _policy_loss(settings, logprobs, minibatch, penalty_coef):
+    """(loss, metrics) of the surrogate that the settings name."""
+    rollout = minibatch.rollout
+    arrays = (logprobs, rollout.logprobs, minibatch.advantages, rollout.mask)
+    if settings.surrogate == "clip":
+        loss, policy = functional.ppo_policy_loss(*arrays, clip_range=settings.cliprange)
+        return loss, {
+            "policy/approxkl_avg": policy["approxkl"],
+            "policy/clipfrac_avg": policy["clipfrac"],
+            "val/ratio": policy["ratio"],
+        }
+    if penalty_coef is None:
+        raise ValueError("the state holds no penalty_coef: make it with the same settings.")
+    loss, policy = functional.kl_penalty_policy_loss(*arrays, kl_coef=penalty_coef)
+    halved_squares = functional.kl_estimate(logprobs, rollout.logprobs, "k2")
+    return loss, {
+        "policy/approxkl_avg": functional.masked_mean(halved_squares, rollout.mask),
         "val/ratio": policy["ratio"],
     }
-    return policy_loss + settings.vf_coef * value_loss, metrics

@@ -63,6 +63,10 @@ def test_sizes_that_do_not_fit_the_devices_are_named(settings, said):
         ("params/ln_f/bias", PartitionSpec()),
         ("params/value_head/kernel", PartitionSpec()),
         ("kl_coef", PartitionSpec()),
+        ("penalty_coef", PartitionSpec()),
+        ("score_stats/count", PartitionSpec()),
+        ("score_stats/mean", PartitionSpec()),
+        ("score_stats/m2", PartitionSpec()),
         ("opt_state/1/0/mu/layers/attn/c_attn/kernel", PartitionSpec(None, "fsdp", "tensor")),
         ("opt_state/1/0/count", PartitionSpec()),
     ],
@@ -84,7 +88,8 @@ def test_every_array_of_every_state_has_a_place(stage):
         params = model.init(key)
         rewards = {"reward_params": {"model": params, "head": {"kernel": jnp.zeros(8)}}}
         extra = rewards if stage is ppo else {}
-        return stage.init_state(model, params, stage.Settings(), key, **extra)
+        options = {"scale_reward": "running", "surrogate": "kl_penalty"} if stage is ppo else {}
+        return stage.init_state(model, params, stage.Settings(**options), key, **extra)
 
     state = jax.eval_shape(init, jax.random.key(0))
     mesh = make_mesh(Settings(1, 1, 1), jax.devices()[:1])

@@ -167,6 +167,9 @@ def test_all_of_a_run_is_checked_before_its_first_stage(tmp_path, capsys):
     for section, values in wrong.items():
         told = message(run_rlhf, small.rlhf(tmp_path, **{section: values}))
         assert told.startswith(said[section])
+    # Also where the tokenizer is yet to be trained.
+    told = message(run_rlhf, small.rlhf(tmp_path, ppo={"truncate_token": ". no token"}))
+    assert told.startswith("ppo.truncate_token = '. no token' is ")
     # Each attempt may put right what the last one had wrong, since nothing was done.
     assert not list(tmp_path.glob("**/metrics.jsonl"))
 
@@ -202,6 +205,18 @@ def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path, sft_run, rew
         f"The reward model in {folder} has another tokenizer than the policy; train both with the "
         "same one."
     )
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("no token", "ppo.truncate_token = 'no token' is "),
+        (300, "ppo.truncate_token = 300 is no id of the tokenizer, which has 300 tokens; give"),
+    ],
+)
+def test_a_truncate_token_that_the_tokenizer_does_not_have(tmp_path, sft_run, token, said):
+    config = small.ppo(tmp_path, sft_run[0], ppo={"truncate_token": token})
+    assert message(train_ppo, config, small.short_response).startswith(said)
 
 
 def test_models_that_are_missing_or_of_another_kind(tmp_path, sft_run):

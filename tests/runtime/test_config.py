@@ -226,6 +226,24 @@ def test_a_folder_with_work_refuses_another_configuration(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
 
 
+def test_a_key_that_an_earlier_version_had_not_is_as_by_default(tmp_path):
+    there = claim(tmp_path, seed=1)
+    del there["sft"]["batch_size"], there["seed"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(there))
+    (tmp_path / "metrics.jsonl").touch()
+    assert "seed is 0 there and 1 here" in message(lambda: claim(tmp_path, seed=1))
+    assert "sft.batch_size is 16 there" in message(lambda: claim(tmp_path, sft={"batch_size": 3}))
+    assert claim(tmp_path)["sft"]["batch_size"] == 16
+
+
+def test_a_token_is_a_text_or_an_id_and_stays_so_in_the_file(written):
+    for text, token in ((".", "."), ("13", 13), ('"\\n"', "\n"), ("null", None)):
+        config = parse(PPOConfig, written(f"ppo: {{truncate_token: {text}}}\n"))
+        assert config.ppo.truncate_token == token
+        assert parse(PPOConfig, written(to_yaml(config))) == config
+    assert parse(PPOConfig, ["--ppo.truncate_token", "."]).ppo.truncate_token == "."
+
+
 def test_how_a_run_is_watched_saved_and_spread_may_change(tmp_path):
     claim(tmp_path, seed=1)
     (tmp_path / "metrics.jsonl").touch()

@@ -1,5 +1,6 @@
 """A run that was stopped and started again equals one that was not, bit for bit."""
 
+import collections
 import functools
 import os
 import shutil
@@ -10,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
@@ -79,6 +81,58 @@ def test_ctrl_c_saves_and_the_same_call_goes_on_as_if_nothing_was(
     assert "Stopping after this step; once more to stop at once." in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(stopped_after)]
     assert not (tmp_path / "hf").exists()
+    train(tmp_path)
+    small.assert_same_run(uninterrupted, tmp_path)
+
+
+OPTIONS = {
+    "truncate_token": "e",
+    "truncate_after": 2,
+    "missing_eos_score": -1.0,
+    "scale_reward": "running",
+    "exact_kl": True,
+    "surrogate": "kl_penalty",
+    "penalty_target": 1e-6,
+    "max_approxkl": 0.5,
+    "entropy_coef": 0.01,
+}
+
+
+def test_the_running_scores_and_the_penalty_go_on_as_if_nothing_was(
+    tmp_path, monkeypatch, sft_run, reward_run
+):
+    def train(name):
+        train_ppo(small.ppo(tmp_path / name, sft_run[0], reward_run[0], ppo=OPTIONS))
+
+    train("whole")
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, PPOStage, "step", 2)
+        with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
+            train("parts")
+    train("parts")
+    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    saved = small.checkpoint(tmp_path / "parts")
+    assert float(saved["score_stats"]["count"]) == 32
+    assert float(saved["penalty_coef"]) > 1.0
+    scales = [row["objective/score_scale"] for row in small.rows(tmp_path / "parts/metrics.jsonl")]
+    assert len(set(scales)) == 4
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch, stages):
+    """Its configuration has not the keys of now, and its checkpoint not the fields."""
+    earlier = ("step", "params", "opt_state", "kl_coef", "frozen")
+    _, train, uninterrupted = stages["ppo"]
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, PPOStage, "step", 2)
+        state = collections.namedtuple("PPOState", earlier)
+        saved = PPOStage.saved
+        patch.setattr(PPOStage, "saved", lambda *args: state(**saved(*args)))
+        with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
+            train(tmp_path)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for name in (*OPTIONS, "penalty_coef"):
+        del config["ppo"][name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     train(tmp_path)
     small.assert_same_run(uninterrupted, tmp_path)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import warnings
-from types import SimpleNamespace
 
 import chex
 import jax
@@ -18,59 +17,19 @@ from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import ppo
 from rlhf_jax.training.ppo_scores import shape_scores
 from rlhf_jax.training.state import make_optimizer
-from tests.models.gpt2_by_loop import hidden_by_loop, log_softmax, logits_by_loop
-
-EOS = 10
-SETTINGS = ppo.Settings(
-    batch_size=4,
-    num_ppo_epochs=1,
-    num_mini_batches=1,
-    response_length=5,
-    temperature=0.7,
-    kl_coef=0.3,
-    gamma=0.9,
-    lam=0.8,
-    vf_coef=0.5,
-    missing_eos_penalty=0.75,
-    cliprange_reward=1.5,
+from tests.models.gpt2_by_loop import hidden_by_loop
+from tests.training.ppo_by_loop import (
+    EOS,
+    KEY,
+    RATE,
+    SCORES,
+    SETTINGS,
+    SGD,
+    experience_by_loop,
+    losses_by_loop,
+    texts_of,
+    update_with,
 )
-RATE = 0.05
-SGD = optax.sgd(RATE)
-KEY = jax.random.key(7)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    lengths = (4, 1, 3, 2)
-    mask = np.array([[t >= 4 - length for t in range(4)] for length in lengths])
-    tokens = np.where(mask, np.random.default_rng(4).integers(0, 10, mask.shape), 6)
-    return PromptBatch(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.arange(4))
-
-
-@pytest.fixture(scope="module")
-def rollout():
-    """Responses that were not sampled: three end with EOS, the last does not."""
-    rng, lengths = np.random.default_rng(5), np.array([3, 1, 5, 5])
-    mask = np.arange(5) < lengths[:, None]
-    tokens = np.where(mask, rng.integers(0, 10, size=mask.shape), 0)
-    tokens[[0, 1, 2], lengths[:3] - 1] = EOS
-    return Rollout(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.zeros((4, 5)))
-
-
-@pytest.fixture(scope="module")
-def state(model, params, ref_params, reward_params):
-    state = ppo.init_state(
-        model,
-        params,
-        SETTINGS,
-        KEY,
-        optimizer=SGD,
-        ref_params=ref_params,
-        reward_params=reward_params,
-    )
-    kernel = np.random.default_rng(8).normal(size=16) * 0.2
-    head = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.float32(0.3)}
-    return state._replace(params={**state.params, "value_head": head})
 
 
 @pytest.fixture(scope="module")
@@ -92,94 +51,6 @@ def step(model, reward_model):
 def done(step, state, batch):
     """(new state, metrics, scored rollout) of one iteration."""
     return step(state, batch)
-
-
-def update_with(model, settings):
-    return jax.jit(ppo.make_update_step(model, settings, optimizer=SGD, stop_token_ids=(EOS,)))
-
-
-def texts_of(scored):
-    """[(prompt, response)] without padding."""
-    arrays = (scored.prompts, scored.prompt_mask, scored.tokens, scored.mask)
-    for prompt, prompt_mask, tokens, mask in zip(*(np.asarray(x) for x in arrays), strict=True):
-        yield list(prompt[prompt_mask]), list(tokens[mask])
-
-
-def logprobs_by_loop(params, config, prompt, response, temperature):
-    """(log-probs of the response tokens, log-probs [T, V] that they were chosen from)."""
-    if not response:
-        return np.zeros(0), np.zeros((0, config.vocab_size))
-    logits = logits_by_loop(params, config, prompt + response[:-1])[len(prompt) - 1 :]
-    whole = log_softmax(logits / temperature)
-    return np.array([whole[t, token] for t, token in enumerate(response)]), whole
-
-
-def values_by_loop(params, config, prompt, response):
-    if not response:
-        return np.zeros(0)
-    states = hidden_by_loop(params["model"], config, prompt + response[:-1])[len(prompt) - 1 :]
-    head = params["value_head"]
-    return states @ np.asarray(head["kernel"], np.float64) + float(head["bias"])
-
-
-def kl_by_loop(difference, kind):
-    return {"k1": difference, "k3": np.exp(-difference) - 1 + difference}[kind]
-
-
-def experience_by_loop(model, settings, state, scored):
-    """One SimpleNamespace per row, and the numbers of the whole iteration, in float64."""
-    rows = []
-    for (prompt, response), score in zip(texts_of(scored), scored.scores, strict=True):
-        row = SimpleNamespace(prompt=prompt, response=response, score=float(score))
-        arguments = (model.config, prompt, response, settings.temperature)
-        row.logprobs, whole = logprobs_by_loop(state.params["model"], *arguments)
-        row.ref_logprobs, _ = logprobs_by_loop(state.frozen["ref"], *arguments)
-        row.entropy = -(np.exp(whole) * whole).sum(axis=1)
-        row.values = values_by_loop(state.params, model.config, prompt, response)
-        row.kl = row.logprobs - row.ref_logprobs
-        row.rewards = -float(state.kl_coef) * kl_by_loop(row.kl, settings.kl_estimator)
-        if response:
-            row.rewards[-1] += row.score
-        rows.append(row)
-    real = np.concatenate([row.rewards for row in rows])
-    for row in rows:
-        shaped = row.rewards
-        if settings.whiten_rewards:
-            scale = np.sqrt(real.var(ddof=1) + 1e-8)
-            shaped = (shaped - real.mean()) / scale + real.mean()
-        row.advantages = np.zeros(len(row.response))
-        next_value = next_advantage = 0.0
-        for t in reversed(range(len(row.response))):
-            delta = shaped[t] + settings.gamma * next_value - row.values[t]
-            next_advantage = delta + settings.gamma * settings.lam * next_advantage
-            next_value, row.advantages[t] = row.values[t], next_advantage
-        row.returns = row.advantages + row.values
-    real = np.concatenate([row.advantages for row in rows])
-    for row in rows:
-        row.advantages = (row.advantages - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8)
-    return rows
-
-
-def losses_by_loop(model, settings, params, rows):
-    """(policy loss, value loss, share of clipped tokens, ratio), means over the real tokens."""
-    policy, value, clipped, ratios = [], [], [], []
-    for row in rows:
-        logprobs, _ = logprobs_by_loop(
-            params["model"], model.config, row.prompt, row.response, settings.temperature
-        )
-        values = values_by_loop(params, model.config, row.prompt, row.response)
-        for t in range(len(row.response)):
-            ratio = np.exp(logprobs[t] - row.logprobs[t])
-            within = min(max(ratio, 1 - settings.cliprange), 1 + settings.cliprange)
-            advantage, old = row.advantages[t], row.values[t]
-            policy.append(max(-advantage * ratio, -advantage * within))
-            clipped.append(-advantage * within > -advantage * ratio)
-            near = old + min(
-                max(values[t] - old, -settings.cliprange_value), settings.cliprange_value
-            )
-            value.append(0.5 * max((x - row.returns[t]) ** 2 for x in (values[t], near)))
-            ratios.append(ratio)
-    return tuple(np.mean(x) for x in (policy, value, clipped, ratios))
 
 
 def check_scored(rows, scored):
@@ -340,9 +211,6 @@ WHITENED = dataclasses.replace(
 @pytest.fixture(scope="module")
 def whitened(model):
     return update_with(model, WHITENED)
-
-
-SCORES = np.array([0.5, -2.0, 3.0, 1.0], np.float32)
 
 
 def test_whitened_rewards_k3_and_the_controller_are_those_of_the_loops(
