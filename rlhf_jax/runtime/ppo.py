@@ -38,6 +38,7 @@ from rlhf_jax.runtime.evaluation import (
 from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training import ppo
+from rlhf_jax.training.ppo_scores import check_ends
 from rlhf_jax.training.state import make_optimizer
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ def train_ppo(
 
 
 def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
-    """Raises an InputError if responses exceed the model's positions, or batches miss the mesh."""
+    """Raises an InputError if responses exceed the model's positions, or batches miss the mesh.
+
+    Likewise if a missing EOS has a price, and no response can have one.
+    """
+    check_ends(config.ppo, stop_token_ids=(0,))  # which one it is makes no difference here
     assemble.check_positions(
         model,
         config.data.max_prompt_length + config.ppo.response_length,

@@ -15,7 +15,6 @@ import optax
 
 from rlhf_jax import functional
 from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
@@ -23,6 +22,7 @@ from rlhf_jax.rollout.score import end_scores, response_hidden
 from rlhf_jax.training.ppo_metrics import objective_metrics
 from rlhf_jax.training.ppo_scores import (
     ScoreStats,
+    check_ends,
     init_score_stats,
     scale_scores,
     shape_scores,
@@ -258,12 +258,7 @@ def make_update_step(
     """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)."""
     optimizer = optimizer or make_optimizer(OPTIMIZER)
     stops = tuple(stop_token_ids)
-    has_price = (settings.missing_eos_penalty, settings.missing_eos_score) != (None, None)
-    if has_price and not stops and settings.truncate_token is None:
-        raise InputError(
-            "ppo.missing_eos_penalty and ppo.missing_eos_score need responses that can end: give "
-            "stop_token_ids, or leave them out."
-        )
+    check_ends(settings, stops)
 
     def update_step(state, batch, rollout, scores, key):
         scores = shape_scores(settings, stops, rollout, scores)

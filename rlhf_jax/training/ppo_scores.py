@@ -47,6 +47,18 @@ def truncate_responses(settings: Settings, rollout: Rollout) -> Rollout:
     return Rollout(jnp.where(mask, rollout.tokens, 0), mask, jnp.where(mask, rollout.logprobs, 0.0))
 
 
+def check_ends(settings: Settings, stop_token_ids: Sequence[int]) -> None:
+    """Raises an InputError if a missing EOS has a price, and no response can end."""
+    if settings.missing_eos_penalty is None and settings.missing_eos_score is None:
+        return
+    stops_at_eos = settings.stop_at_eos and len(stop_token_ids) > 0
+    if not stops_at_eos and settings.truncate_token is None:
+        raise InputError(
+            "ppo.missing_eos_penalty and ppo.missing_eos_score need responses that can end: set "
+            "ppo.stop_at_eos and give stop_token_ids, or set ppo.truncate_token, or leave them out."
+        )
+
+
 def has_end(settings: Settings, stop_token_ids: Sequence[int], rollout: Rollout) -> jax.Array:
     """bool[B]: whether a response came to an end of its own, by a stop token or by being cut."""
     ends = jnp.zeros(rollout.mask.shape, bool)

@@ -132,16 +132,9 @@ class Settings:
                 "ppo.truncate_after must be from 0 to below ppo.response_length = "
                 f"{self.response_length}, and 0 without ppo.truncate_token, but is {after}."
             )
-        if self.missing_eos_penalty is None and self.missing_eos_score is None:
-            return
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError(
                 "ppo.missing_eos_penalty and ppo.missing_eos_score exclude each other; set one."
-            )
-        if not self.stop_at_eos and token is None:
-            raise InputError(
-                "ppo.missing_eos_penalty and ppo.missing_eos_score need responses that can end: "
-                "set ppo.stop_at_eos or ppo.truncate_token, or leave them out."
             )
 
     @property

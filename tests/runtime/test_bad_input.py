@@ -167,6 +167,9 @@ def test_all_of_a_run_is_checked_before_its_first_stage(tmp_path, capsys):
     for section, values in wrong.items():
         told = message(run_rlhf, small.rlhf(tmp_path, **{section: values}))
         assert told.startswith(said[section])
+    endless = {"missing_eos_score": -1.0, "stop_at_eos": False}
+    told = message(run_rlhf, small.rlhf(tmp_path, ppo=endless))
+    assert "need responses that can end" in told
     # Also where the tokenizer is yet to be trained.
     told = message(run_rlhf, small.rlhf(tmp_path, ppo={"truncate_token": ". no token"}))
     assert told.startswith("ppo.truncate_token = '. no token' is ")

@@ -72,7 +72,7 @@ def test_the_exact_kl_is_that_of_the_loops(model, state, batch, rollout):
 # --- the penalised surrogate ---------------------------------------------------------------------
 
 PENALISED = dataclasses.replace(
-    SETTINGS, surrogate="kl_penalty", penalty_coef=2.0, penalty_target=0.02
+    SETTINGS, surrogate="kl_penalty", penalty_coef=2.0, penalty_target=0.01
 )
 
 

@@ -213,9 +213,11 @@ def test_a_token_by_its_text_is_for_who_has_a_tokenizer(model, state, batch):
 
 def test_a_price_of_no_end_needs_something_that_ends(model):
     settings = dataclasses.replace(PLAIN, missing_eos_score=-1.0)
-    with pytest.raises(InputError, match="need responses that can end: give stop_token_ids"):
-        ppo.make_update_step(model, settings, optimizer=SGD)
-    cut = dataclasses.replace(settings, stop_at_eos=False, truncate_token=STOP)
+    endless = dataclasses.replace(settings, stop_at_eos=False)
+    for which, stops in ((settings, ()), (endless, (EOS,))):
+        with pytest.raises(InputError, match="need responses that can end: set ppo.stop_at_eos"):
+            ppo.make_update_step(model, which, optimizer=SGD, stop_token_ids=stops)
+    cut = dataclasses.replace(endless, truncate_token=STOP)
     ppo.make_update_step(model, cut, optimizer=SGD)
 
 
@@ -228,7 +230,6 @@ def test_a_price_of_no_end_needs_something_that_ends(model):
         ({"truncate_token": 1, "truncate_after": -1}, "below ppo.response_length = 32, .* is -1"),
         ({"truncate_after": 3}, "0 without ppo.truncate_token, but is 3"),
         ({"missing_eos_score": 0.0, "missing_eos_penalty": 1.0}, "exclude each other; set one"),
-        ({"missing_eos_score": 0.0, "stop_at_eos": False}, "set ppo.stop_at_eos or ppo.truncate_t"),
         ({"scale_reward": "std"}, "must be running, ref or null, but is 'std'"),
     ],
     ids=str,
