@@ -23,7 +23,7 @@ REPLICATED = (
     r"c_proj/bias",
     r"(head|value_head)/(kernel|bias)",
     r"(step|count|kl_coef|penalty_coef)",
-    r"score_stats/(mean|m2)",
+    r"score_stats/(num_scores|mean|m2)",
 )
 
 

@@ -22,12 +22,12 @@ class ScoreStats(NamedTuple):
     """What is known of the scores until now, f32[] each.
 
     Attributes:
-      count: how many there were.
+      num_scores: how many there were.
       mean: their mean.
       m2: the sum of their squared distances from it.
     """
 
-    count: jax.Array
+    num_scores: jax.Array
     mean: jax.Array
     m2: jax.Array
 
@@ -105,14 +105,14 @@ def update_score_stats(stats: ScoreStats, scores: jax.Array, rows: jax.Array) ->
     Variances, eq. 2.1 (1979).
     """
     added = jnp.sum(rows, dtype=jnp.float32)
-    count = stats.count + added
+    count = stats.num_scores + added
     difference = functional.masked_mean(scores, rows) - stats.mean
     squares = added * functional.masked_var(scores, rows, unbiased=False)
     share = added / jnp.maximum(count, 1.0)
     return ScoreStats(
         count,
         stats.mean + difference * share,
-        stats.m2 + squares + jnp.square(difference) * stats.count * share,
+        stats.m2 + squares + jnp.square(difference) * stats.num_scores * share,
     )
 
 
@@ -139,8 +139,8 @@ def scale_scores(
         raise ValueError("the state holds no score_stats: make it with the same settings.")
     updated = update_score_stats(stats, scores, rows)
     if settings.scale_reward == "ref":
-        updated = jax.tree.map(lambda x, y: jnp.where(stats.count > 0, x, y), stats, updated)
-    deviation = jnp.sqrt(updated.m2 / jnp.maximum(updated.count - 1.0, 1.0))
+        updated = jax.tree.map(lambda x, y: jnp.where(stats.num_scores > 0, x, y), stats, updated)
+    deviation = jnp.sqrt(updated.m2 / jnp.maximum(updated.num_scores - 1.0, 1.0))
     # Equal scores differ from their mean by rounding, which is nothing to divide by.
     scale = jnp.where(deviation > 1e-6 * jnp.abs(updated.mean), deviation, 1.0)
     metrics = {

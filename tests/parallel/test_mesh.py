@@ -64,7 +64,7 @@ def test_sizes_that_do_not_fit_the_devices_are_named(settings, said):
         ("params/value_head/kernel", PartitionSpec()),
         ("kl_coef", PartitionSpec()),
         ("penalty_coef", PartitionSpec()),
-        ("score_stats/count", PartitionSpec()),
+        ("score_stats/num_scores", PartitionSpec()),
         ("score_stats/mean", PartitionSpec()),
         ("score_stats/m2", PartitionSpec()),
         ("opt_state/1/0/mu/layers/attn/c_attn/kernel", PartitionSpec(None, "fsdp", "tensor")),

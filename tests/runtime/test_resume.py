@@ -112,7 +112,7 @@ def test_the_running_scores_and_the_penalty_go_on_as_if_nothing_was(
     train("parts")
     small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     saved = small.checkpoint(tmp_path / "parts")
-    assert float(saved["score_stats"]["count"]) == 32
+    assert float(saved["score_stats"]["num_scores"]) == 32
     assert float(saved["penalty_coef"]) > 1.0
     scales = [row["objective/score_scale"] for row in small.rows(tmp_path / "parts/metrics.jsonl")]
     assert len(set(scales)) == 4

@@ -250,7 +250,7 @@ def test_with_everything_on_many_steps_compile_once(model, reward_model, state, 
         for number in range(3):
             running, metrics, _ = step(running, batch, jax.random.fold_in(KEY, number))
     assert step._cache_size() == 1
-    assert int(running.score_stats.count) == 12
+    assert int(running.score_stats.num_scores) == 12
     assert {(x.shape, x.dtype) for x in metrics.values()} == {((), jnp.dtype("float32"))}
     assert all(np.isfinite(value) for value in metrics.values())
 

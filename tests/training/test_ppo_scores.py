@@ -91,7 +91,9 @@ def test_a_response_without_an_end_gets_a_fixed_score(at_eos, token):
         truncate_after=0 if token is None else 2,
         missing_eos_score=-1.25,
     )
-    rollout = truncate_responses(settings, random_rollout(7))
+    given = random_rollout(7)
+    # With what was cut off still there, which is no end any more.
+    rollout = truncate_responses(settings, given)._replace(tokens=given.tokens)
     scores = np.random.default_rng(8).normal(size=64).astype(np.float32)
     expected = scores.copy()
     for row in range(64):
@@ -139,7 +141,7 @@ def test_scores_are_divided_by_the_deviation_until_now_or_of_the_first_iteration
         deviation = np.std(seen, ddof=1)
         assert scale == pytest.approx(deviation, rel=1e-4)
         np.testing.assert_allclose(result[rows], scores[rows] / deviation, rtol=1e-4)
-    assert int(stats.count) == len(seen)
+    assert int(stats.num_scores) == len(seen)
     assert float(stats.mean) == pytest.approx(np.mean(seen), rel=1e-5, abs=1e-6)
 
 
@@ -183,7 +185,7 @@ def test_scores_are_fixed_then_clipped_then_scaled(model, state, batch, rollout)
         }
         for name, value in expected.items():
             assert float(metrics[name]) == pytest.approx(value, rel=1e-5, abs=1e-6), name
-        assert float(running.score_stats.count) == 4 * (number + 1)
+        assert float(running.score_stats.num_scores) == 4 * (number + 1)
     assert update._cache_size() == 1
 
 
