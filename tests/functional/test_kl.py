@@ -104,6 +104,15 @@ def test_the_kl_to_what_the_reference_rules_out_is_infinite():
     np.testing.assert_array_equal(gradient, 0.0)
 
 
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_the_kl_of_what_is_no_distribution_is_nan_with_a_gradient_of_zero(garbage):
+    garbled, plain = np.float32([0.0, garbage]), np.float32([0.0, 1.0])
+    for pair in ((garbled, plain), (plain, garbled)):
+        value, gradients = jax.value_and_grad(rlhf.token_kl, argnums=(0, 1))(*pair)
+        assert np.isnan(value)
+        np.testing.assert_array_equal(np.stack(gradients), 0.0)
+
+
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="^kind must be one of 'k1', 'k2', 'k3', but is 'k4'"):
         rlhf.kl_estimate(np.zeros(1, np.float32), np.zeros(1, np.float32), "k4")
