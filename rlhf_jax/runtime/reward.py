@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import Batches, eval_batches
-from rlhf_jax.data.datasets import Kind, load_rows
+from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.encoding import warn
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.pairs import pair_rows
 from rlhf_jax.data.rankings import ranking_rows
 from rlhf_jax.models.huggingface import save_reward_model

@@ -1,0 +1,154 @@
+"""The formats of data sets: which columns a kind of rows needs, and rows under canonical names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+
+Row = dict[str, Any]
+Kind = Literal["text", "pairs", "rankings", "prompts"]
+
+# The first alternative whose columns are all there is the one that is read.
+FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "text": (("prompt", "completion"), ("messages",), ("text",)),
+    "pairs": (("chosen", "rejected"), ("responses",)),
+    "rankings": (("responses",), ("chosen", "rejected")),
+    "prompts": (("prompt",), ("text",)),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "text": (),
+    "pairs": ("prompt", "margin"),
+    "rankings": ("prompt", "margin"),
+    "prompts": (),
+}
+CANONICAL = (
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "chosen",
+    "rejected",
+    "margin",
+    "responses",
+)
+
+
+def rows_of(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) -> list[Row]:
+    """The rows at `indices`, checked; errors count rows from 1, as in the file."""
+    found = _format(table.column_names, kind, path)
+    kept = [c for c in (*found, *OPTIONAL[kind]) if c in table.column_names]
+    if kind != "prompts":
+        table = table.select_columns(kept)
+    rows = []
+    for index, row in zip(indices, table.select(indices), strict=True):
+        for column in kept:
+            _check_value(row[column], column, index + 1, path)
+        if kind == "pairs":
+            _check_two(row, index + 1, path)
+        rows.extend(_canonical(dict(row), kind))
+    return rows
+
+
+def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
+    """The first of a kind's alternatives whose columns are all there."""
+    for alternative in FORMATS[kind]:
+        if all(column in columns for column in alternative):
+            return alternative
+    wanted = ", or ".join(" and ".join(f"`{c}`" for c in names) for names in FORMATS[kind])
+    raise InputError(
+        f"{path} has the columns {', '.join(columns)}, but {kind} rows need {wanted}: name the "
+        "right ones in data.columns."
+    )
+
+
+def _canonical(row: Row, kind: Kind) -> list[Row]:
+    """The rows that one row of the file stands for: as many as its responses have pairs."""
+    if kind == "rankings":
+        return [ranking_of(row)]
+    if kind != "pairs":
+        return [row]
+    common = {"prompt": row.get("prompt", ""), "margin": float(row.get("margin") or 0.0)}
+    if "responses" not in row:
+        return [{**common, "chosen": row["chosen"], "rejected": row["rejected"]}]
+    ranked = row["responses"]
+    return [
+        {**common, "chosen": better, "rejected": worse}
+        for place, better in enumerate(ranked)
+        for worse in ranked[place + 1 :]
+    ]
+
+
+def ranking_of(row: Row) -> Row:
+    """The responses of a row in one list, best first; how many they are is looked at later."""
+    responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+    margin = float(row.get("margin") or 0.0)
+    return {"prompt": row.get("prompt", ""), "responses": responses, "margin": margin}
+
+
+def _check_two(row: Row, number: int, path: str) -> None:
+    """Raises if a row has responses of which no pair can be made."""
+    if "responses" in row and len(row["responses"]) < 2:
+        raise InputError(
+            f"Row {number} of {path}: column 'responses' is no list of two or more texts, best "
+            "first."
+        )
+
+
+def _check_value(value: Any, column: str, number: int, path: str) -> None:
+    """Raises unless a value is what its column holds."""
+    if column == "margin":
+        if value is not None and not _is_finite(value):
+            raise InputError(
+                f"Row {number} of {path}: column 'margin' holds {value!r}, not a finite number."
+            )
+    elif column == "messages":
+        if not _are_messages(value):
+            raise InputError(
+                f"Row {number} of {path}: column 'messages' is no list of turns such as "
+                '{"role": "user", "content": "text"}.'
+            )
+    elif column == "responses":
+        if not isinstance(value, list):
+            raise InputError(
+                f"Row {number} of {path}: column 'responses' is no list of two or more texts, best "
+                "first."
+            )
+        for response in value:
+            if not isinstance(response, str):
+                raise InputError(not_text(path, number, column, response))
+    elif not isinstance(value, str):
+        raise InputError(not_text(path, number, column, value))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in value
+        )
+    )
+
+
+def not_text(path: str, number: int, column: str, value: Any) -> str:
+    """The sentence for a value that should have been text."""
+    if value is None:
+        return f"Row {number} of {path}: column {column!r} holds nothing: give it a text."
+    what = {int: "a number", float: "a number", bool: "a truth value", list: "a list"}
+    return (
+        f"Row {number} of {path}: column {column!r} holds {what.get(type(value), 'an object')} "
+        f"({str(value)[:40]}), not text."
+    )
