@@ -170,7 +170,10 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
     notes: list[str] = []
     places = [(key, folder / key) for key in STAGES if (folder / key).is_dir()]
     places = places or [("", folder)]
-    rows = {place: _rows(place / "metrics.jsonl", notes) for _, place in places}
+    rows = {
+        place: [_unscaled(row) for row in _rows(place / "metrics.jsonl", notes)]
+        for _, place in places
+    }
     evaluation = _evaluation(folder / "evaluation.json", notes)
     judged = {
         place: evaluation if place == folder else _evaluation(place / "evaluation.json", notes)
@@ -214,6 +217,13 @@ def format_table(rows: Sequence[Row]) -> str:
         "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
         for cells in (header, rule, *body)
     )
+
+
+def _unscaled(row: Row) -> Row:
+    """A row with the score before PPO scaled it: what it is divided by moves from step to step."""
+    if "objective/unscaled_scores" not in row:
+        return row
+    return {**row, "objective/scores": row["objective/unscaled_scores"]}
 
 
 def _rows(path: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -399,24 +409,27 @@ def _evaluated(row: Row) -> Sample:
 
 
 def _logged_samples(rows: Sequence[Row]) -> tuple[tuple[Sample, ...], str]:
-    """The last samples of `samples.jsonl`, each beside the first one for its prompt if any."""
+    """The last samples of `samples.jsonl`, each beside the first one for its prompt if any.
+
+    Several responses to one prompt are told apart by their label, such as "chosen" or "place 2".
+    """
     steps = [_number(row.get("step")) for row in rows]
     known = [step for step in steps if step is not None]
     if not known:
         return (), ""
     first_step, last_step = min(known), max(known)
     last = [row for row, step in zip(rows, steps) if step == last_step][:MAX_SAMPLES]
-    first = {
-        _text(row.get("prompt", "")): row
-        for row, step in zip(rows, steps)
-        if step == first_step < last_step
-    }
+    first = {_place(row): row for row, step in zip(rows, steps) if step == first_step < last_step}
     samples = []
     for row in last:
-        prompt = _text(row.get("prompt", ""))
-        sides = _sides(first[prompt], f"Step {first_step:,.0f}") if prompt in first else ()
+        prompt, before = _text(row.get("prompt", "")), first.get(_place(row))
+        sides = () if before is None else _sides(before, f"Step {first_step:,.0f}")
         samples.append(Sample(prompt, (*sides, *_sides(row, f"Step {last_step:,.0f}"))))
     return tuple(samples), f"Samples of step {last_step:,.0f}"
+
+
+def _place(row: Row) -> tuple[str, str]:
+    return _text(row.get("prompt", "")), _text(row.get("label", ""))
 
 
 def _sides(row: Row, heading: str) -> tuple[Side, ...]:

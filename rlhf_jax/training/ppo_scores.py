@@ -55,7 +55,8 @@ def check_ends(settings: Settings, stop_token_ids: Sequence[int]) -> None:
     if not stops_at_eos and settings.truncate_token is None:
         raise InputError(
             "ppo.missing_eos_penalty and ppo.missing_eos_score need responses that can end: set "
-            "ppo.stop_at_eos and give stop_token_ids, or set ppo.truncate_token, or leave them out."
+            "ppo.stop_at_eos, with stop_token_ids where a step is made by hand, or set "
+            "ppo.truncate_token, or leave them out."
         )
 
 

@@ -1,6 +1,7 @@
 """The section `ppo` of a configuration."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from rlhf_jax.errors import InputError
@@ -28,8 +29,8 @@ class Settings:
       cliprange, cliprange_value, vf_coef: of the clipped losses.
       whiten_rewards: divides the token rewards by their deviation.
       truncate_token: a token, as text or id, with which a response is over, for the reward, the
-        update and the evaluation alike; sampling itself runs on to EOS or the limit. In YAML and on
-        the command line a number is an id.
+        update and the run's own evaluation alike; sampling itself runs on to EOS or the limit. In
+        YAML and on the command line a number is an id.
       truncate_after: the token counts from this place on, the first being 0.
       missing_eos_penalty: taken off the score of a response that neither EOS nor `truncate_token`
         ended.
@@ -104,6 +105,10 @@ class Settings:
         self._check_ends()
 
     def _check_coefficients(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"ppo.{field.name} must be a finite number, but is {value}.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"ppo.{name} must be from 0 to 1, but is {getattr(self, name)}.")

@@ -18,6 +18,8 @@ from rlhf_jax import functional
 from rlhf_jax.functional import logprobs
 from tests.functional.cases import SHARED, function_name, make_cases
 
+LOGITS = ("logits", "ref_logits")
+
 
 def spec_of(name, x):
     """Rows split over four devices, and the vocabulary over two."""
@@ -25,12 +27,12 @@ def spec_of(name, x):
         return PartitionSpec("tensor")
     if x.ndim == 0:
         return PartitionSpec()
-    return PartitionSpec("fsdp", None, "tensor") if name == "logits" else PartitionSpec("fsdp")
+    return PartitionSpec("fsdp", None, "tensor") if name in LOGITS else PartitionSpec("fsdp")
 
 
 def with_even_vocabulary(name, x):
     """Eight tokens instead of seven."""
-    if name == "logits":
+    if name in LOGITS:
         return np.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=-1.0)
     return np.pad(x, ((0, 1), (0, 0))) if name in SHARED else x
 

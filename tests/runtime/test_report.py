@@ -220,6 +220,26 @@ def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
     assert second.sides[0].numbers == (("score", "nan", ""),)
 
 
+def test_several_responses_to_a_prompt_stand_beside_their_own_first_ones():
+    places = ("place 1", "place 2")
+    rows = [
+        {"step": step, "prompt": "p", "response": f"{place} at {step}", "label": place}
+        for step in (0, 9)
+        for place in places
+    ]
+    samples, _ = report._logged_samples(rows)
+    for sample, place in zip(samples, places, strict=True):
+        texts = [side.text for side in sample.sides if side.heading.startswith("Step")]
+        assert texts == [f"{place} at 0", f"{place} at 9"]
+
+
+def test_scores_are_shown_as_they_were_before_ppo_scaled_them():
+    scaled = {"step": 1, "objective/scores": 4.0, "objective/unscaled_scores": 1.5}
+    assert report._unscaled(scaled)["objective/scores"] == 1.5
+    plain = {"step": 1, "objective/scores": 4.0}
+    assert report._unscaled(plain) is plain
+
+
 def test_format_table_aligns_and_takes_what_json_gives():
     rows = [
         {"metric": "gold score", "before": -0.5, "after": 1.25},

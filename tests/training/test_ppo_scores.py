@@ -189,6 +189,18 @@ def test_scores_are_fixed_then_clipped_then_scaled(model, state, batch, rollout)
     assert update._cache_size() == 1
 
 
+def test_a_row_that_only_fills_up_the_batch_is_no_part_of_the_statistics(
+    model, state, batch, rollout
+):
+    settings = dataclasses.replace(PLAIN, scale_reward="running")
+    running = state._replace(score_stats=init_score_stats())
+    short = rollout._replace(mask=rollout.mask & (np.arange(4) != 1)[:, None])
+    after, metrics, _ = update_with(model, settings)(running, batch, short, SCORES, KEY)
+    assert float(after.score_stats.num_scores) == 3
+    deviation = np.std(np.delete(SCORES, 1), ddof=1)
+    assert float(metrics["objective/score_scale"]) == pytest.approx(deviation, rel=1e-5)
+
+
 def test_the_last_real_token_gets_the_scaled_score(model, state, batch, rollout):
     """The KL penalty is left out, so that rewards are scores, and returns those under lam = 1."""
     settings = dataclasses.replace(PLAIN, scale_reward="ref", gamma=1.0, lam=1.0)
