@@ -22,10 +22,17 @@ SMOOTH_FROM = 60
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One named row of points (x, y); y may be NaN or infinite, which leaves a gap."""
+    """One named row of points (x, y); y may be NaN or infinite, which leaves a gap.
+
+    Attributes:
+      label: the name in the legend.
+      points: in the order of x, for a line.
+      band: (x, low, high) of an area behind a line, finite and in the order of x.
+    """
 
     label: str
     points: tuple[Point, ...]
+    band: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Curve:
       path: the main line (or the dots), an SVG path in the square of `SIDE`.
       raw: the unsmoothed values behind a smoothed main line, else "".
       trend: the smoothed line through dots, else "".
+      band: the outline of the area behind a line, else "".
     """
 
     label: str
@@ -45,6 +53,7 @@ class Curve:
     path: str
     raw: str = ""
     trend: str = ""
+    band: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +147,15 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 def _chart(
     title: str, series: Sequence[Series], note: str, x_label: str, *, dots: bool
 ) -> Chart | None:
-    finite = [Series(s.label, tuple(p for p in s.points if _finite(p))) for s in series]
+    finite = [
+        dataclasses.replace(s, points=tuple(p for p in s.points if _finite(p))) for s in series
+    ]
     shown = [(s, f) for s, f in zip(series, finite) if f.points]
     if not shown:
         return None
     x_range = _padded([x for _, f in shown for x, _ in f.points], 0.03 if dots else 0.0)
-    y_range = _padded([y for _, f in shown for _, y in f.points], 0.06)
+    heights = [y for _, f in shown for y in (*(y for _, y in f.points), *_ends(f))]
+    y_range = _padded(heights, 0.06)
     data = {
         "x": x_range,
         "y": y_range,
@@ -172,10 +184,33 @@ def _curve(series: Series, finite: Series, x_range: Point, y_range: Point, dots:
         if len(ordered) >= 8:
             trend = _line(_smooth_line(ordered, 2 * span), x_range, y_range)
         return Curve(series.label, last, _dots(thin(ordered), x_range, y_range), trend=trend)
+    band = _band(series.band, span, x_range, y_range)
     if len(finite.points) < SMOOTH_FROM:
-        return Curve(series.label, last, _line(series.points, x_range, y_range))
+        return Curve(series.label, last, _line(series.points, x_range, y_range), band=band)
     main = _line(_smooth_line(finite.points, span), x_range, y_range)
-    return Curve(series.label, last, main, raw=_line(thin(finite.points), x_range, y_range))
+    raw = "" if band else _line(thin(finite.points), x_range, y_range)
+    return Curve(series.label, last, main, raw=raw, band=band)
+
+
+def _ends(series: Series) -> list[float]:
+    """The heights that the band of a series reaches."""
+    return [y for _, *ends in series.band for y in ends]
+
+
+def _band(
+    band: Sequence[tuple[float, float, float]], span: float, x_range: Point, y_range: Point
+) -> str:
+    """The outline of an area, there along its upper edge and back along the lower one.
+
+    Its edges are smoothed as the line in it is.
+    """
+    if len(band) < 2:
+        return ""
+    upper, lower = [(x, high) for x, _, high in band], [(x, low) for x, low, _ in band]
+    if len(band) >= SMOOTH_FROM:
+        upper, lower = (_smooth_line(edge, span) for edge in (upper, lower))
+    there, back = (_line(edge, x_range, y_range) for edge in (upper, lower[::-1]))
+    return f"{there}L{back[1:]}Z"
 
 
 def _smooth_line(points: Sequence[Point], span: float) -> list[Point]:

@@ -28,6 +28,7 @@ from rlhf_jax.runtime.charts import Chart, Series, dot_chart, line_chart
 from rlhf_jax.runtime.metrics import disk_errors, read_lines, replace_file
 from rlhf_jax.runtime.pairs import pair_charts
 from rlhf_jax.runtime.progress import short_number
+from rlhf_jax.runtime.seed_metrics import Spread, seeds_of, split_seeds
 
 Row = Mapping[str, Any]
 
@@ -262,7 +263,8 @@ def _evaluation(path: epath.Path, notes: list[str]) -> dict[str, Any]:
 def _stage(
     key: str, folder: epath.Path, rows: Sequence[Row], evaluation: Row, notes: list[str]
 ) -> Stage:
-    metrics = _series(rows)
+    series = _series(rows)
+    metrics, spreads = split_seeds(series)
     named = {name for plot in (*_MAIN, *_DIAGNOSTICS) for name, _ in plot.lines}
     rest = sorted(set(metrics) - named)
     title = STAGES[key or _kind(metrics)]
@@ -271,11 +273,11 @@ def _stage(
     return Stage(
         key=key or "run",
         title=title,
-        summary=_summary(rows),
-        main=_charts(_MAIN, metrics),
+        summary=_summary(rows) + _seeds(len(seeds_of(series))),
+        main=_charts(_MAIN, metrics, spreads),
         pairs=pair_charts(evaluation),
-        diagnostics=_charts(_DIAGNOSTICS, metrics),
-        others=_charts([_Plot(name, "", ((name, name),)) for name in rest], metrics),
+        diagnostics=_charts(_DIAGNOSTICS, metrics, spreads),
+        others=_charts([_Plot(name, "", ((name, name),)) for name in rest], metrics, spreads),
         samples=samples,
         samples_title=samples_title,
     )
@@ -294,12 +296,17 @@ def _series(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
 
 
 def _charts(
-    plots: Iterable[_Plot], metrics: Mapping[str, Sequence[tuple[float, float]]]
+    plots: Iterable[_Plot],
+    metrics: Mapping[str, Sequence[tuple[float, float]]],
+    spreads: Mapping[str, Spread],
 ) -> tuple[Chart, ...]:
+    """Lines over the step; of several seeds, their mean and behind it one deviation around it."""
     charts = []
     for plot in plots:
         lines = [
-            Series(label, tuple(metrics[name])) for name, label in plot.lines if name in metrics
+            Series(label, tuple(metrics[name]), spreads[name].band if name in spreads else ())
+            for name, label in plot.lines
+            if name in metrics
         ]
         charts.append(line_chart(plot.title, lines, note=plot.note))
     return tuple(chart for chart in charts if chart is not None)
@@ -336,13 +343,14 @@ def _note_not_finite(
 
 
 def _tiles(key: str, rows: Sequence[Row]) -> list[Tile]:
-    metrics = _series(rows)
+    metrics, spreads = split_seeds(_series(rows))
     tiles = []
     for name, label, with_start in _HIGHLIGHTS[key or _kind(metrics)]:
         values = [value for _, value in metrics.get(name, ()) if math.isfinite(value)]
         if values:
             start = _value(values[0]) if with_start and len(values) > 1 else ""
-            tiles.append(Tile(label, _value(values[-1]), start))
+            around = f" ± {_value(spreads[name].deviation)}" if name in spreads else ""
+            tiles.append(Tile(label, _value(values[-1]) + around, start))
     return tiles
 
 
@@ -363,6 +371,10 @@ def _summary(rows: Sequence[Row]) -> str:
     if len(times) > 1:
         text += f" in {_duration(max(times) - min(times))}"
     return text
+
+
+def _seeds(count: int) -> str:
+    return f"; mean of {count} seeds, ± one standard deviation" if count else ""
 
 
 def _duration(seconds: float) -> str:
