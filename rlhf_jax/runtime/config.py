@@ -119,6 +119,11 @@ class EvaluationSettings:
             )
 
 
+def _check_num_seeds(count: int) -> None:
+    if count < 1:
+        raise InputError(f"num_seeds must be at least 1, but is {count}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """All settings of `train_sft.py`."""
@@ -154,7 +159,12 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """All settings of `train_ppo.py`."""
+    """All settings of `train_ppo.py`.
+
+    Attributes:
+      num_seeds: independent runs, with the seeds `seed`, `seed + 1`, ..., trained as one program;
+        metrics are their means, and the report shows their spread.
+    """
 
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
@@ -166,7 +176,11 @@ class PPOConfig:
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
+    num_seeds: int = 1
     run_dir: str = "runs/ppo"
+
+    def __post_init__(self) -> None:
+        _check_num_seeds(self.num_seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +203,11 @@ class StageOptimizers:
 
 @dataclasses.dataclass(frozen=True)
 class RLHFConfig:
-    """All settings of `run_rlhf.py`; `data` and `optimizer` hold one part for each stage."""
+    """All settings of `run_rlhf.py`; `data` and `optimizer` hold one part for each stage.
+
+    Attributes:
+      num_seeds: of PPO, as in `train_ppo.py`; the stages before it run once, with `seed`.
+    """
 
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
@@ -204,7 +222,11 @@ class RLHFConfig:
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
+    num_seeds: int = 1
     run_dir: str = "runs/rlhf"
+
+    def __post_init__(self) -> None:
+        _check_num_seeds(self.num_seeds)
 
 
 @dataclasses.dataclass(frozen=True)

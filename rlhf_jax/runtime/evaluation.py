@@ -185,7 +185,14 @@ def table_of(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def write_evaluation(run_dir: str, comparison: Comparison, num_samples: int) -> dict[str, Any]:
-    """Writes `evaluation.json`: metrics, the table, and samples of both side by side."""
+    """Writes `evaluation.json` and returns its content."""
+    evaluation = evaluation_of(comparison, num_samples)
+    save_evaluation(run_dir, evaluation)
+    return evaluation
+
+
+def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
+    """The content of `evaluation.json`: metrics, the table, and samples of both side by side."""
     before, after = comparison.before, comparison.after
     samples = [
         {
@@ -200,13 +207,11 @@ def write_evaluation(run_dir: str, comparison: Comparison, num_samples: int) -> 
         }
         for row in range(min(num_samples, len(before.prompts)))
     ]
-    evaluation = {
+    return {
         "metrics": {**comparison.metrics, "num_prompts": len(before.prompts)},
         "table": table_of(comparison),
         "samples": samples,
     }
-    save_evaluation(run_dir, evaluation)
-    return evaluation
 
 
 def save_evaluation(run_dir: str, evaluation: dict[str, Any]) -> None:

@@ -122,6 +122,7 @@ def ppo_config(config: RLHFConfig) -> PPOConfig:
         optimizer=config.optimizer.ppo,
         ppo=config.ppo,
         evaluation=config.evaluation,
+        num_seeds=config.num_seeds,
         run_dir=f"{config.run_dir}/ppo",
         **_shared(config),
     )

@@ -64,7 +64,11 @@ def train_ppo(
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(PPOConfig, config)
-    return loop.run(lambda: PPOStage(config, reward_fn), config)
+    if config.num_seeds == 1:
+        return loop.run(lambda: PPOStage(config, reward_fn), config)
+    from rlhf_jax.runtime.ppo_seeds import SeedsStage  # which is made of the stage below
+
+    return loop.run(lambda: SeedsStage(config, reward_fn), config)
 
 
 def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
@@ -151,28 +155,27 @@ class PPOStage:
         self.optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
         shape = jax.eval_shape(self._init, self.params, self.reward_params)
         self.flops_per_token = self._flops_per_token(shape)
-        state, rows, whole = (
-            tree_shardings(self.mesh, shape),
-            batch_sharding(self.mesh),
-            replicated(self.mesh),
-        )
+        state, rows, whole = self._places(shape)
+        self.state_places = state
         made = {"optimizer": self.optimizer, "stop_token_ids": stops}
         if self.reward_fn is None:
             step = ppo.make_step(self.model, self.settings, reward_model=self.reward_model, **made)
             self._step = jax.jit(
-                step,
+                self._of_runs(step, 3, returns_state=True),
                 in_shardings=(state, rows, whole),
                 out_shardings=(state, whole, rows),
                 donate_argnums=0,
             )
         else:
+            sample = ppo.make_rollout_step(self.model, self.settings, stop_token_ids=stops)
             self._sample = jax.jit(
-                ppo.make_rollout_step(self.model, self.settings, stop_token_ids=stops),
+                self._of_runs(sample, 3, returns_state=False),
                 in_shardings=(state, rows, whole),
                 out_shardings=rows,
             )
+            update = ppo.make_update_step(self.model, self.settings, **made)
             self._update = jax.jit(
-                ppo.make_update_step(self.model, self.settings, **made),
+                self._of_runs(update, 5, returns_state=True),
                 in_shardings=(state, rows, rows, rows, whole),
                 out_shardings=(state, whole, rows),
                 donate_argnums=0,
@@ -187,8 +190,17 @@ class PPOStage:
             gold_fn=self.gold_fn,
             batch_size=config.evaluation.batch_size,
         )
-        self._before: Judged | None = None
+        self._before: dict[int, Judged] = {}
         self._compared: tuple[int, Comparison] | None = None
+
+    def _places(self, shape: ppo.PPOState) -> tuple[ppo.PPOState, Any, Any]:
+        """The shardings of the state, of rows, and of what every device holds whole."""
+        return tree_shardings(self.mesh, shape), batch_sharding(self.mesh), replicated(self.mesh)
+
+    def _of_runs(self, function, num_arguments: int, *, returns_state: bool):
+        """A function of one run, as it is compiled: here the same."""
+        del num_arguments, returns_state
+        return function
 
     def _flops_per_token(self, state) -> float:
         """Sampling and the scoring passes forwards, and the epochs forwards and backwards.
@@ -220,22 +232,31 @@ class PPOStage:
 
     def init_state(self):
         """The state before the first iteration, sharded; the loaded parameters are let go."""
-        state = assemble.born_sharded(self.mesh, self._init, self.params, self.reward_params)
+        init = jax.jit(self._init, out_shardings=self.state_places)
+        state = init(self.params, self.reward_params)
         self.params = self.reward_params = None
         return state
 
     def step(self, state, index):
         """One iteration on batch number `index`; its output is the scored rollout and its rows."""
-        batch = self.batches.at(index)
-        key = jax.random.fold_in(self.key, index)
+        batch, key = self._batch(index), self._key(index)
         if self.reward_fn is None:
             state, metrics, rollout = self._step(state, batch, key)
         else:
-            sample_key, update_key = jax.random.split(key)
+            sample_key, update_key = self._split(key)
             responses = self._sample(state, batch, sample_key)
             scores = self._score(self.reward_fn, batch, responses)
             state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
         return state, metrics, (rollout, batch.indices)
+
+    def _batch(self, index: int) -> PromptBatch:
+        return self.batches.at(index)
+
+    def _key(self, index: int) -> jax.Array:
+        return jax.random.fold_in(self.key, index)
+
+    def _split(self, key: jax.Array) -> jax.Array:
+        return jax.random.split(key)
 
     def _score(self, reward_fn: RewardFunction, batch: PromptBatch, responses) -> np.ndarray:
         prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
@@ -267,16 +288,17 @@ class PPOStage:
         """The comparison of this state, made once."""
         step = int(state.step)
         if self._compared is None or self._compared[0] != step:
-            self._compared = (step, self._judge_both(state))
+            self._compared = (step, self._judge_both(state, self.eval_key))
         return self._compared[1]
 
-    def _judge_both(self, state) -> Comparison:
+    def _judge_both(self, state, key, run: int = 0) -> Comparison:
+        """Policy against reference; what the reference answers in a run is kept by its number."""
         assert self.held_out is not None
         ref, reward_params = state.frozen["ref"], state.frozen.get("reward")
-        judged = (self.held_out, self.held_out_rows, ref, reward_params, self.eval_key)
-        if self._before is None:
-            self._before = self.judge(ref, *judged)
-        return compare(self._before, self.judge(state.params["model"], *judged))
+        judged = (self.held_out, self.held_out_rows, ref, reward_params, key)
+        if run not in self._before:
+            self._before[run] = self.judge(ref, *judged)
+        return compare(self._before[run], self.judge(state.params["model"], *judged))
 
     def samples(self, state, output, count):
         """Responses of the last iteration, with score and KL in nats."""
