@@ -4,6 +4,8 @@ Four kinds of rows are understood. `text`: `prompt` + `completion`, or `messages
 `pairs`: an optional `prompt` with `chosen` and `rejected` (and perhaps a `margin`), or with
 `responses`, best first, of which every two make a pair. `rankings`: the same columns, with a pair
 as a ranking of two. `prompts`: `prompt` or `text`; all other columns are kept for reward functions.
+All but `text` may hold messages instead of a text. A file of comparisons is read as `text` and as
+`prompts` too: the preferred responses, and what they answer.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_jax.data import builtin
+from rlhf_jax.data.conversations import part_rows
 from rlhf_jax.data.files import files_of_split, looks_local, read_files, single_file
 from rlhf_jax.data.formats import CANONICAL, FORMATS, Kind, Row, ranking_of, rows_of
 from rlhf_jax.errors import InputError
@@ -60,6 +63,14 @@ class Settings:
         than one, padding that no row of a batch needs is cut off.
       prompt_tokens: for prompts that are whole texts: keep the first n tokens, n drawn uniformly
         from this closed range by (seed, row).
+      split_at: splits texts that are whole conversations behind the last place where they have
+        this, say "\\n\\nAssistant:", into prompt and response. Where a prompt is given nothing is
+        split. Rows that do not have it are dropped, and pairs that are not the same before it.
+      prompt_suffix: what prompts end with, say "TL;DR:". Prompts that are too long then lose the
+        right end of what stands before it. Where the responses begin with it, it goes over to the
+        prompt, on a line of its own.
+      min_response_words: pairs with a response of fewer words are dropped; of rankings, the
+        response.
 
     Raises:
       InputError: naming the setting that cannot be, and what is allowed.
@@ -82,6 +93,9 @@ class Settings:
     packing: bool = True
     length_buckets: int = 1
     prompt_tokens: tuple[int, int] | None = None
+    split_at: str | None = None
+    prompt_suffix: str | None = None
+    min_response_words: int = 0
 
     def __post_init__(self) -> None:
         for key in ("builtin_rows", "max_prompt_length"):
@@ -89,7 +103,11 @@ class Settings:
         # Two tokens are the shortest text of which one is predicted, one and EOS a response.
         for key in ("max_length", "max_response_length"):
             _at_least(2, key, getattr(self, key))
-        _at_least(0, "seed", self.seed)
+        for key in ("seed", "min_response_words"):
+            _at_least(0, key, getattr(self, key))
+        for key in ("split_at", "prompt_suffix"):
+            if getattr(self, key) is not None and not getattr(self, key).strip():
+                raise InputError(f"data.{key} is empty: give it a text, or leave it out (null).")
         if not 1 <= self.length_buckets <= 4:
             raise InputError(
                 f"data.length_buckets is {self.length_buckets}: set it to a number from 1 to 4."
@@ -144,18 +162,22 @@ def _at_least(lowest: int, key: str, value: int) -> None:
         raise InputError(f"data.{key} is {value}: set it to {lowest} or more.")
 
 
-def load_rows(settings: Settings, kind: Kind) -> tuple[list[Row], list[Row]]:
+def load_rows(
+    settings: Settings, kind: Kind, *, quiet: bool = False
+) -> tuple[list[Row], list[Row]]:
     """The training and the evaluation rows, with canonical column names.
 
     Args:
       settings: where they are and how many are wanted.
       kind: "text", "pairs", "rankings" or "prompts".
+      quiet: leaves out the warning of dropped rows, for who reads the same rows again.
 
     Returns:
       (train_rows, eval_rows), lists of dicts. "text" rows have `prompt` and `completion`, or
       `messages`, or `text`. "pairs" rows have `chosen`, `rejected`, `margin` (0.0 where the file
       has none) and `prompt` ("" likewise). "rankings" rows have `responses` in their stead, a list
       of any length. "prompts" rows have `prompt` or `text` and every other column of the file.
+      Each text may be messages instead, but for `text`.
 
     Raises:
       InputError: in one sentence that names the file, if it is missing, empty or unreadable, has
@@ -163,6 +185,28 @@ def load_rows(settings: Settings, kind: Kind) -> tuple[list[Row], list[Row]]:
     """
     if kind not in FORMATS:
         raise InputError(f"The kind of rows is {kind!r}: it is one of {', '.join(FORMATS)}.")
+    train, evaluation = _rows(settings, kind)
+    eval_path = settings.eval_path or settings.path
+    train = part_rows(train, kind, settings, settings.path, quiet=quiet)
+    evaluation = part_rows(evaluation, kind, settings, eval_path, quiet=quiet)
+    if kind == "prompts":
+        _check_prompts(train, settings.path)
+        _check_prompts(evaluation, eval_path)
+    return train, evaluation
+
+
+def _check_prompts(rows: list[Row], path: str) -> None:
+    """Raises if a row has a whole conversation in which the prompt was not looked for."""
+    if any("prompt" not in row and "text" not in row for row in rows):
+        raise InputError(
+            f"Of {path} the column `chosen` is read for its prompts, but holds texts: say in "
+            'data.split_at where the responses begin ("\\n\\nAssistant:", say), or name the column '
+            "of prompts in data.columns."
+        )
+
+
+def _rows(settings: Settings, kind: Kind) -> tuple[list[Row], list[Row]]:
+    """The rows as `load_rows` gives them, but for prompts that are inside other texts."""
     if settings.path == BUILTIN:
         train = _builtin_rows(settings, kind, settings.builtin_rows, "train")[: settings.max_rows]
         if settings.eval_path is not None:

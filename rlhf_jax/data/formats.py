@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_jax.data.chat import are_messages
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pairs": (("chosen", "rejected"), ("responses",)),
     "rankings": (("responses",), ("chosen", "rejected")),
     "prompts": (("prompt",), ("text",)),
+}
+# Read where none of those is there: comparisons, for stages that need no second response.
+OF_COMPARISONS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "text": (("prompt", "chosen"), ("chosen",)),
+    "prompts": (("messages",), ("chosen",)),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "text": (),
@@ -57,7 +63,7 @@ def rows_of(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) 
 
 def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
     """The first of a kind's alternatives whose columns are all there."""
-    for alternative in FORMATS[kind]:
+    for alternative in (*FORMATS[kind], *OF_COMPARISONS.get(kind, ())):
         if all(column in columns for column in alternative):
             return alternative
     wanted = ", or ".join(" and ".join(f"`{c}`" for c in names) for names in FORMATS[kind])
@@ -71,8 +77,10 @@ def _canonical(row: Row, kind: Kind) -> list[Row]:
     """The rows that one row of the file stands for: as many as its responses have pairs."""
     if kind == "rankings":
         return [ranking_of(row)]
-    if kind != "pairs":
-        return [row]
+    if kind == "text":
+        return [_text_of_comparison(row) if "chosen" in row else row]
+    if kind == "prompts":
+        return [row if "prompt" in row or "text" in row else _prompt_of_messages(row)]
     common = {"prompt": row.get("prompt", ""), "margin": float(row.get("margin") or 0.0)}
     if "responses" not in row:
         return [{**common, "chosen": row["chosen"], "rejected": row["rejected"]}]
@@ -82,6 +90,22 @@ def _canonical(row: Row, kind: Kind) -> list[Row]:
         for place, better in enumerate(ranked)
         for worse in ranked[place + 1 :]
     ]
+
+
+def _text_of_comparison(row: Row) -> Row:
+    """The preferred response as a completion, or the preferred conversation as a whole."""
+    if "prompt" in row:
+        return {"prompt": row["prompt"], "completion": row["chosen"]}
+    return {"text" if isinstance(row["chosen"], str) else "messages": row["chosen"]}
+
+
+def _prompt_of_messages(row: Row) -> Row:
+    """The row with the turns of its messages, before the assistant's last one, as its prompt."""
+    turns = row["messages"] if "messages" in row else row["chosen"]
+    if isinstance(turns, str):
+        return row  # it has to be split, which is done later
+    ends = len(turns) > 1 and turns[-1]["role"] == "assistant"
+    return {**row, "prompt": turns[:-1] if ends else turns}
 
 
 def ranking_of(row: Row) -> Row:
@@ -108,7 +132,7 @@ def _check_value(value: Any, column: str, number: int, path: str) -> None:
                 f"Row {number} of {path}: column 'margin' holds {value!r}, not a finite number."
             )
     elif column == "messages":
-        if not _are_messages(value):
+        if not are_messages(value):
             raise InputError(
                 f"Row {number} of {path}: column 'messages' is no list of turns such as "
                 '{"role": "user", "content": "text"}.'
@@ -120,27 +144,14 @@ def _check_value(value: Any, column: str, number: int, path: str) -> None:
                 "first."
             )
         for response in value:
-            if not isinstance(response, str):
+            if not isinstance(response, str) and not are_messages(response):
                 raise InputError(not_text(path, number, column, response))
-    elif not isinstance(value, str):
+    elif not isinstance(value, str) and (column == "text" or not are_messages(value)):
         raise InputError(not_text(path, number, column, value))
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in value
-        )
-    )
 
 
 def not_text(path: str, number: int, column: str, value: Any) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.batches import TextBatch
+from rlhf_jax.data.chat import completion_texts, message_texts
+from rlhf_jax.data.cutting import Prompt, encode_prompts, warn_of_cut_prompts
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, warn, width, with_eos
 from rlhf_jax.errors import InputError
@@ -95,7 +97,8 @@ def tokenize_texts(
     Prompt and completion are tokenized apart, as they are when the model answers, and EOS is
     appended once. A completion keeps its first `max_response_length` tokens, a whole text its first
     `max_length`; what loses its right end loses its EOS. A prompt keeps its last
-    `max_prompt_length` tokens, or fewer if that and its completion exceed `max_length`.
+    `max_prompt_length` tokens, or fewer if that and its completion exceed `max_length`; if it ends
+    with `prompt_suffix`, the first ones and that.
 
     Returns:
       (texts, counts); the counts are `cut_prompts`, `cut_texts` and `dropped`, each of which is
@@ -105,10 +108,11 @@ def tokenize_texts(
       InputError: if no row is left, or messages cannot be rendered.
     """
     parts = [_parts(row, number, tokenizer, settings) for number, row in enumerate(rows, 1)]
-    prompts = encode(tokenizer, [prompt or "" for prompt, _ in parts])
+    heads = [prompt or "" for prompt, _ in parts]
+    prompts = encode_prompts(tokenizer, heads, settings.prompt_suffix, settings.max_prompt_length)
     completions = encode(tokenizer, [completion for _, completion in parts])
     counts = {"cut_prompts": 0, "cut_texts": 0, "dropped": 0}
-    texts = []
+    texts, cut_prompts = [], []
     for (prompt, _), head, tail in zip(parts, prompts, completions, strict=True):
         if is_empty(tail, tokenizer.eos_token_id):
             counts["dropped"] += 1
@@ -120,11 +124,13 @@ def tokenize_texts(
         kept = whole[:most]
         room = min(settings.max_prompt_length, settings.max_length - len(kept))
         counts["cut_texts"] += len(kept) < len(whole)
-        counts["cut_prompts"] += len(head) > room
-        head = head[max(0, len(head) - room) :]
-        learned_from = max(1, len(head)) if settings.completion_only else 1
-        texts.append(Text(head + kept, learned_from))
-    _warn(counts, len(parts), settings)
+        if len(head.tokens) > room:
+            cut_prompts.append(head)
+        before = head.cut(room)
+        learned_from = max(1, len(before)) if settings.completion_only else 1
+        texts.append(Text(before + kept, learned_from))
+    counts["cut_prompts"] = len(cut_prompts)
+    _warn(cut_prompts, counts, len(parts), settings)
     if not texts:
         raise InputError(
             f"No text is left to learn from: all {len(parts)} rows are empty (an empty completion "
@@ -133,14 +139,14 @@ def tokenize_texts(
     return texts, counts
 
 
-def _warn(counts: Mapping[str, int], total: int, settings: Settings) -> None:
-    warn(
-        counts["cut_prompts"],
-        total,
-        "prompts lost their left end: they exceed data.max_prompt_length "
-        f"({settings.max_prompt_length} tokens) or, with their completion, data.max_length "
-        f"({settings.max_length}).",
+def _warn(
+    cut_prompts: Sequence[Prompt], counts: Mapping[str, int], total: int, settings: Settings
+) -> None:
+    limits = (
+        f"data.max_prompt_length ({settings.max_prompt_length} tokens) or, with their completion, "
+        f"data.max_length ({settings.max_length})"
     )
+    warn_of_cut_prompts(cut_prompts, total, limits, settings.prompt_suffix)
     warn(
         counts["cut_texts"],
         total,
@@ -156,47 +162,10 @@ def _parts(
 ) -> tuple[str | None, str]:
     """(prompt, completion) of a row; the prompt is None where all of it is one text."""
     if "completion" in row:
-        return row["prompt"], row["completion"]
+        return completion_texts(row["prompt"], row["completion"], number, tokenizer)
     if "messages" in row:
-        return _render(row["messages"], number, tokenizer, settings.completion_only)
+        return message_texts(row["messages"], number, tokenizer, settings.completion_only)
     return None, row["text"]
-
-
-def _render(
-    messages: list[dict[str, Any]],
-    number: int,
-    tokenizer: PreTrainedTokenizerFast,
-    completion_only: bool,
-) -> tuple[str | None, str]:
-    """Messages through the chat template, parted before the last turn if that alone is learned."""
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "The data have messages, but the tokenizer has no chat template: use a tokenizer with "
-            "one, or data with prompt and completion."
-        )
-    whole = _without_tail(str(tokenizer.apply_chat_template(messages, tokenize=False)), tokenizer)
-    if not completion_only:
-        return None, whole
-    if messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"The messages of row {number} end with a turn of {messages[-1]['role']!r}: with "
-            "data.completion_only the last turn is the one that is learned, and has to be the "
-            "assistant's."
-        )
-    head = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    prompt = str(head)
-    if not whole.startswith(prompt):
-        raise InputError(
-            f"The chat template renders the messages of row {number} otherwise when their last "
-            "turn is missing, so that turn cannot be told apart: set data.completion_only to false."
-        )
-    return prompt, whole[len(prompt) :]
-
-
-def _without_tail(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The text up to a last EOS, after which many templates write a line break."""
-    stripped = text.rstrip()
-    return stripped if stripped.endswith(tokenizer.eos_token) else text
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,17 @@ class Settings:
       path: folder or hub name of a tokenizer to use. None trains one on the training texts.
       vocab_size: entries of a tokenizer trained on the spot, its two special tokens included; a
         small corpus may fill fewer.
+      chat_template: what makes a text of messages, a Jinja template or a file with one; instead of
+        the one that the tokenizer has.
 
     Raises:
-      InputError: if `vocab_size` cannot hold every byte and the special tokens.
+      InputError: if `vocab_size` cannot hold every byte and the special tokens, or the template is
+        none.
     """
 
     path: str | None = None
     vocab_size: int = 1024
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCABULARY:
@@ -48,6 +53,38 @@ class Settings:
                 "tokenizer.path is empty: give a folder or a hub name, or leave it out (null) to "
                 "train a tokenizer on the data."
             )
+        if self.chat_template is not None and "{" not in self.chat_template:
+            file = os.path.expanduser(self.chat_template)
+            if not os.path.isfile(file):
+                raise InputError(
+                    f"tokenizer.chat_template {self.chat_template!r} is neither a file nor a Jinja "
+                    "template, which has {{ }} or {% %} in it."
+                )
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    """Gives the tokenizer a chat template: a Jinja text, or the content of a file.
+
+    Raises:
+      InputError: the file cannot be read, or is no Jinja template.
+    """
+    import jinja2
+    from jinja2.ext import loopcontrols
+
+    name, text = "tokenizer.chat_template", template
+    if "{" not in template:
+        name = f"{name} {template}"
+        try:
+            text = Path(template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{name} cannot be read: {error}.") from error
+    try:
+        # transformers' own extension, {% generation %}, marks text and adds none.
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+        jinja2.Environment(extensions=[loopcontrols]).parse(plain)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"{name} is no Jinja template: {error}.") from error
+    tokenizer.chat_template = text
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
-from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer
+from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
@@ -43,8 +43,12 @@ def choose_tokenizer(
     path = settings.path or model_path
     if path is not None:
         with local_folder(path) as folder:
-            return load_tokenizer(folder)
-    return train_tokenizer(texts(), settings.vocab_size)
+            tokenizer = load_tokenizer(folder)
+    else:
+        tokenizer = train_tokenizer(texts(), settings.vocab_size)
+    if settings.chat_template is not None:
+        use_chat_template(tokenizer, settings.chat_template)
+    return tokenizer
 
 
 def load_model(

@@ -13,6 +13,7 @@ from etils import epath
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.data.chat import prompt_text
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.prompts import prompt_rows
@@ -55,13 +56,18 @@ class Responder:
     Args:
       model, tokenizer: which must belong together.
       settings: the section `generation`.
+      prompt_suffix: of the section `data`: before it prompts are cut that are too long.
 
     Raises:
       InputError: the response alone would fill all positions of the model.
     """
 
     def __init__(
-        self, model: Model, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerFast,
+        settings: GenerationSettings,
+        prompt_suffix: str | None = None,
     ) -> None:
         room = model.config.n_positions - settings.max_new_tokens
         if room < 1:
@@ -70,11 +76,11 @@ class Responder:
                 f"prompt in the model's n_positions = {model.config.n_positions}; shorten it."
             )
         self.tokenizer, self.batch_size = tokenizer, settings.batch_size
-        self.data = DataSettings(max_prompt_length=room)
+        self.data = DataSettings(max_prompt_length=room, prompt_suffix=prompt_suffix)
         self._respond = jax.jit(sampler(model, tokenizer, settings))
 
     def __call__(self, params: Params, prompts: Sequence[str], key: jax.Array) -> list[str]:
-        """One response to each prompt, without EOS; long prompts lose their left end."""
+        """One response to each prompt, without EOS; long prompts are cut as in PPO."""
         return [text for batch in self.batches(params, prompts, key) for text in batch]
 
     def batches(
@@ -113,8 +119,8 @@ def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
     tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
     key = jax.random.key(config.seed)
     model, params = assemble.load_model(config.model, tokenizer, key)
-    responder = Responder(model, tokenizer, config.generation)
-    prompts = _prompts(config)
+    responder = Responder(model, tokenizer, config.generation, config.data.prompt_suffix)
+    prompts = _prompts(config, tokenizer)
     responses = (
         text for batch in responder.batches(jax.device_put(params), prompts, key) for text in batch
     )
@@ -137,8 +143,9 @@ def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
     return len(prompts)
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
+def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
     train, held_out = load_rows(config.data, "prompts")
-    return [row["prompt"] if "prompt" in row else row["text"] for row in held_out or train]
+    rows = held_out or train
+    return [prompt_text(row, number, tokenizer) for number, row in enumerate(rows, 1)]

@@ -70,13 +70,13 @@ def _check_ahead(config: RLHFConfig) -> None:
     if config.evaluation.gold_fn is not None:
         assemble.load_function(config.evaluation.gold_fn)
     if config.model.reward_path is None:
-        load_rows(config.data.reward, reward.kind_of(config.reward))
+        load_rows(config.data.reward, reward.kind_of(config.reward), quiet=True)
         reward.check_sizes(reward_config(config), model, mesh)
     else:
         load_reward_model(config.model.reward_path)
     if config.ppo.truncate_token is not None:
         ppo.step_settings(ppo_config(config), first_tokenizer(sft_config(config)))
-    load_rows(config.data.ppo, "prompts")
+    load_rows(config.data.ppo, "prompts", quiet=True)
     ppo.check_sizes(ppo_config(config), model, mesh)
 
 

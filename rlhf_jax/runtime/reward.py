@@ -25,7 +25,7 @@ from rlhf_jax.runtime.evaluation import save_evaluation
 from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.sft import text_of
-from rlhf_jax.runtime.supervised import SupervisedStage
+from rlhf_jax.runtime.supervised import SupervisedStage, check_micro_batches
 from rlhf_jax.training import reward
 
 
@@ -52,7 +52,7 @@ def check_sizes(config: RewardConfig, model: Model, mesh: Mesh) -> None:
         config.data.max_prompt_length + config.data.max_response_length,
         "data.max_prompt_length + data.max_response_length",
     )
-    check_batch_size(mesh, "reward.batch_size", config.reward.batch_size)
+    check_micro_batches(mesh, "reward", config.reward)
     check_batch_size(mesh, "reward.eval_batch_size", config.reward.eval_batch_size)
 
 

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import Batches
+from rlhf_jax.data.chat import contents, prompt_text
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.models.huggingface import save_pretrained
@@ -20,7 +21,7 @@ from rlhf_jax.runtime import assemble, loop
 from rlhf_jax.runtime.config import SFTConfig, resolve
 from rlhf_jax.runtime.evaluation import perplexity
 from rlhf_jax.runtime.generation import Responder
-from rlhf_jax.runtime.supervised import SupervisedStage
+from rlhf_jax.runtime.supervised import SupervisedStage, check_micro_batches
 from rlhf_jax.training import sft
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def train_sft(config: SFTConfig | str | Mapping[str, Any]) -> loop.StageResult:
 def check_sizes(config: SFTConfig, model: Model, mesh: Mesh) -> None:
     """Raises an InputError if rows exceed the model's positions, or batches miss the mesh."""
     assemble.check_positions(model, config.data.max_length, "data.max_length")
-    check_batch_size(mesh, "sft.batch_size", config.sft.batch_size)
+    check_micro_batches(mesh, "sft", config.sft)
     check_batch_size(mesh, "sft.eval_batch_size", config.sft.eval_batch_size)
 
 
@@ -55,7 +56,7 @@ def first_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer that this stage starts from, or trains on its rows."""
     if rows is None:
-        rows, _ = load_rows(config.data, "text")
+        rows, _ = load_rows(config.data, "text", quiet=True)
     texts = (text_of(row) for row in rows)
     return assemble.choose_tokenizer(config.tokenizer, config.model.path, lambda: texts)
 
@@ -77,8 +78,11 @@ class SFTStage(SupervisedStage):
             rows, config.sft.batch_size, config.seed, buckets=config.data.length_buckets
         )
         self.held_out = text_rows(held_out, self.tokenizer, config.data)[0] if held_out else None
-        self.prompts = [prompt_of(row) for row in held_out[: config.logging.num_samples]]
-        self.responder = Responder(self.model, self.tokenizer, config.generation)
+        shown = enumerate(held_out[: config.logging.num_samples], 1)
+        self.prompts = [prompt_of(row, number, self.tokenizer) for number, row in shown]
+        self.responder = Responder(
+            self.model, self.tokenizer, config.generation, config.data.prompt_suffix
+        )
         self.total_steps = math.ceil(config.sft.num_epochs * self.batches.steps_per_epoch)
         self.compile_step(sft, config.sft, unembeds=True)
 
@@ -108,13 +112,16 @@ class SFTStage(SupervisedStage):
 def text_of(row: Mapping[str, Any]) -> str:
     """All the text of a row, for training a tokenizer."""
     if "messages" in row:
-        return "\n".join(message["content"] for message in row["messages"])
+        return contents(row["messages"])
     names = ("text", "prompt", "completion", "chosen", "rejected")
-    return "".join([*(str(row.get(name) or "") for name in names), *row.get("responses", ())])
+    parts = [*(row.get(name) for name in names), *row.get("responses", ())]
+    return "".join(contents(part) for part in parts)
 
 
-def prompt_of(row: Mapping[str, Any]) -> str:
+def prompt_of(row: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
     """What a sample of the model starts from: the prompt, or the first words of the text."""
     if "messages" in row:
         return row["messages"][0]["content"]
-    return row["prompt"] if "prompt" in row else " ".join(row["text"].split()[:8])
+    if "prompt" in row:
+        return prompt_text(row, number, tokenizer)
+    return " ".join(row["text"].split()[:8])

@@ -3,14 +3,29 @@
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
+from rlhf_jax.parallel.partition import (
+    batch_sharding,
+    check_batch_size,
+    replicated,
+    tree_shardings,
+)
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.evaluation import sum_metrics
 from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training.state import make_optimizer
+
+
+def check_micro_batches(mesh: Mesh, section: str, settings: Any) -> None:
+    """Raises an InputError if the rows of a step, or of a part of it, miss the mesh."""
+    steps = settings.gradient_accumulation_steps
+    name = f"{section}.batch_size"
+    if steps > 1:
+        name = f"{name} / {section}.gradient_accumulation_steps"
+    check_batch_size(mesh, name, settings.batch_size // steps)
 
 
 class SupervisedStage:

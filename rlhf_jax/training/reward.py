@@ -14,6 +14,7 @@ from rlhf_jax.functional import pairwise_loss, ranking_loss, tokenwise_pairwise_
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores, token_scores
+from rlhf_jax.training.accumulate import accumulated_gradients, check_steps
 from rlhf_jax.training.state import (
     OptimizerSettings,
     TrainState,
@@ -37,6 +38,8 @@ class Settings:
         last scores of all responses to a prompt, each two of them, a prompt counting once. It is
         evaluated on pairs by their last scores whatever it is trained on.
       batch_size: pairs a step, or rankings.
+      gradient_accumulation_steps: parts that a batch is run in, one after another, to save memory;
+        the step is that of the whole batch.
       num_epochs: passes over the data; may be a fraction.
       center_coef: weight of the squared sum of both scores, which keeps them near 0; of
         "last_token" alone.
@@ -45,6 +48,7 @@ class Settings:
 
     objective: Objective = "last_token"
     batch_size: int = 32
+    gradient_accumulation_steps: int = 1
     num_epochs: float = 1.0
     center_coef: float = 0.0
     eval_batch_size: int = 32
@@ -58,6 +62,7 @@ class Settings:
         for name in ("batch_size", "num_epochs", "eval_batch_size"):
             if getattr(self, name) <= 0:
                 raise InputError(f"reward.{name} must be above 0, but is {getattr(self, name)}.")
+        check_steps("reward", self.batch_size, self.gradient_accumulation_steps)
         if self.center_coef < 0:
             raise InputError(f"reward.center_coef must not be negative, but is {self.center_coef}.")
         if self.center_coef > 0 and self.objective != "last_token":
@@ -115,16 +120,19 @@ def make_step(
     """
     optimizer = optimizer or make_optimizer(OptimizerSettings())
 
-    def loss_fn(params, batch):
+    def loss_fn(params, batch, key, denominator):
+        del key
         if settings.objective == "ranking":
-            return _ranking_loss(model, params, batch)
+            return _ranking_loss(model, params, batch, denominator)
         if settings.objective == "tokenwise":
-            return _tokenwise_loss(model, params, batch)
-        return _loss(model, params, batch, settings.center_coef)
+            return _tokenwise_loss(model, params, batch, denominator)
+        return _loss(model, params, batch, settings.center_coef, denominator)
 
     def step(state, batch, key):
         del key
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch)
+        grads, metrics = accumulated_gradients(
+            loss_fn, _count, state.params, batch, None, settings.gradient_accumulation_steps
+        )
         params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         metrics["train/grad_norm"] = norm
@@ -189,7 +197,14 @@ def _loss(model, params, batch, center_coef, denominator=None):
     return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
 
 
-def _tokenwise_loss(model, params, batch):
+def _count(batch):
+    """f32[]: the pairs, or the prompts with a pair, that every loss here is a mean over."""
+    if isinstance(batch, RankingBatch):
+        return jnp.sum(jnp.sum(jnp.any(batch.mask, axis=2), axis=1) > 1, dtype=jnp.float32)
+    return jnp.sum(batch.rows, dtype=jnp.float32)
+
+
+def _tokenwise_loss(model, params, batch, denominator=None):
     responses, masks = responses_of(batch)
     scores = token_scores(model, params, batch.prompts, batch.prompt_mask, responses, masks)
     loss, metrics = tokenwise_pairwise_loss(
@@ -200,13 +215,14 @@ def _tokenwise_loss(model, params, batch):
         batch.chosen_mask,
         batch.rejected_mask,
         mask=batch.rows,
+        denominator=denominator,
     )
     return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
 
 
-def _ranking_loss(model, params, batch):
+def _ranking_loss(model, params, batch, denominator=None):
     scores = end_scores(model, params, *batch)
-    loss, metrics = ranking_loss(scores, jnp.any(batch.mask, axis=2))
+    loss, metrics = ranking_loss(scores, jnp.any(batch.mask, axis=2), denominator=denominator)
     return loss, {"loss": loss, **metrics}
 
 

@@ -11,6 +11,7 @@ from rlhf_jax.batches import TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.training.accumulate import accumulated_gradients, check_steps
 from rlhf_jax.training.state import (
     OptimizerSettings,
     TrainState,
@@ -28,6 +29,8 @@ class Settings:
 
     Attributes:
       batch_size: rows a step; a packed row holds several texts.
+      gradient_accumulation_steps: parts that a batch is run in, one after another, to save memory;
+        the step is that of the whole batch, but each part has dropout of its own.
       num_epochs: passes over the data; may be a fraction.
       dropout: trains with the dropout rates of the model's configuration.
       label_smoothing, z_loss: of `functional.cross_entropy_loss`.
@@ -35,6 +38,7 @@ class Settings:
     """
 
     batch_size: int = 16
+    gradient_accumulation_steps: int = 1
     num_epochs: float = 1.0
     dropout: bool = True
     label_smoothing: float = 0.0
@@ -45,6 +49,7 @@ class Settings:
         for name in ("batch_size", "num_epochs", "eval_batch_size"):
             if getattr(self, name) <= 0:
                 raise InputError(f"sft.{name} must be above 0, but is {getattr(self, name)}.")
+        check_steps("sft", self.batch_size, self.gradient_accumulation_steps)
         if not 0 <= self.label_smoothing < 1:
             raise InputError(
                 "sft.label_smoothing must be at least 0 and below 1, but is "
@@ -86,11 +91,14 @@ def make_step(
     """
     optimizer = optimizer or make_optimizer(OptimizerSettings())
 
-    def loss_fn(params, batch, key):
-        return _loss(model, params, batch, settings, key if settings.dropout else None)
+    def loss_fn(params, batch, key, denominator):
+        return _loss(model, params, batch, settings, key, denominator)
 
     def step(state, batch, key):
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
+        dropout_key, parts = key if settings.dropout else None, settings.gradient_accumulation_steps
+        grads, metrics = accumulated_gradients(
+            loss_fn, _count, state.params, batch, dropout_key, parts
+        )
         params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
         metrics = {
             "train/loss": metrics["loss"],
@@ -111,10 +119,14 @@ def make_eval_step(model: Model) -> Callable[[Params, TextBatch], Metrics]:
 
     def evaluate(params, batch):
         _, metrics = _loss(model, params, batch, Settings(), None, denominator=1.0)
-        count = jnp.sum(batch.loss_mask[:, 1:], dtype=jnp.float32)
-        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "count": count}
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "count": _count(batch)}
 
     return evaluate
+
+
+def _count(batch):
+    """f32[]: the tokens that the loss is a mean over."""
+    return jnp.sum(batch.loss_mask[:, 1:], dtype=jnp.float32)
 
 
 def _loss(model, params, batch, settings, dropout_key, denominator=None):

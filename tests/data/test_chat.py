@@ -1,0 +1,152 @@
+"""Messages for prompts, completions and judged responses, through the chat template."""
+
+import pytest
+
+from rlhf_jax.data import load_rows, pair_rows, prompt_rows, ranking_rows, text_rows
+from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.tokenizers import use_chat_template
+from rlhf_jax.errors import InputError
+from tests.data.test_sft import TEMPLATE, ids, turns
+
+HEAD = "<user>Hi.\n<assistant>Hello.<|endoftext|>\n<user>Was it dull?\n<assistant>"
+PROMPT = turns("Hi.", "Hello.", "Was it dull?")
+GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("It was.", "No."))
+
+
+@pytest.fixture
+def chat(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    return tokenizer
+
+
+def parts_of(batch, row=0):
+    """The tokens of prompt, chosen and rejected response."""
+    sides = ((batch.prompts, batch.prompt_mask), batch[2:4], batch[4:6])
+    return [tokens[row][mask[row]].tolist() for tokens, mask in sides]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD},
+        {"prompt": PROMPT, "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
+        {"prompt": PROMPT, "chosen": "It was.", "rejected": "No."},
+        {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
+    ],
+    ids=["apart", "repeated", "texts", "whole"],
+)
+def test_pairs_of_messages(chat, write, row):
+    rows, _ = load_rows(Settings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
+    batch = pair_rows(rows, chat, Settings())
+    expected = [ids(chat, text) for text in (HEAD, "It was.<|endoftext|>", "No.<|endoftext|>")]
+    assert parts_of(batch) == expected
+
+
+def test_a_text_as_prompt_of_messages_is_the_users_turn(chat):
+    """As in HuggingFaceH4/ultrafeedback_binarized, whose responses repeat it."""
+    whole = turns("Was it dull?", "It was."), turns("Was it dull?", "No.")
+    rows = [{"prompt": "Was it dull?", "chosen": whole[0], "rejected": whole[1]}]
+    prompt, chosen, _ = parts_of(pair_rows(rows, chat, Settings()))
+    assert prompt == ids(chat, "<user>Was it dull?\n<assistant>")
+    assert chosen == ids(chat, "It was.<|endoftext|>")
+
+
+def test_conversations_that_part_before_their_last_turn_are_dropped(chat, caplog):
+    other = turns("Hi.", "Hello.", "Was it fun?")
+    pair = {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}
+    apart = {"chosen": PROMPT + GOOD, "rejected": other + BAD}
+    batch = pair_rows([apart, pair, {"chosen": GOOD, "rejected": BAD}], chat, Settings())
+    assert len(batch.rows) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 pairs were dropped because they differ before their last turn."
+    ]
+    with pytest.raises(InputError, match="No pair is left: of 1, .*, 1 no prompt in common and 0"):
+        pair_rows([apart], chat, Settings())
+
+
+def test_rankings_of_messages(chat):
+    row = {"prompt": PROMPT, "responses": [GOOD, PROMPT + BAD, "Who knows?"]}
+    batch = ranking_rows([row], chat, Settings())
+    assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
+    for place, text in enumerate(("It was.", "No.", "Who knows?")):
+        tokens = batch.responses[0, place][batch.mask[0, place]].tolist()
+        assert tokens == ids(chat, text + "<|endoftext|>")
+
+
+@pytest.mark.parametrize("completion", [GOOD, "It was.", PROMPT + GOOD])
+def test_a_completion_of_messages(chat, completion):
+    rows = [{"prompt": PROMPT, "completion": completion}]
+    batch, _ = text_rows(rows, chat, Settings())
+    tokens = batch.tokens[0][batch.segments[0] > 0].tolist()
+    assert tokens == ids(chat, HEAD + "It was.<|endoftext|>")
+    assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(chat, "It was.<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PROMPT, "label": 1},
+        {"messages": PROMPT + GOOD, "label": 1},
+        {"messages": PROMPT, "label": 1},
+        {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD, "label": 1},
+    ],
+)
+def test_prompts_of_messages_end_where_the_assistant_answers(chat, write, row):
+    rows, _ = load_rows(Settings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
+    assert rows[0]["label"] == 1
+    batch = prompt_rows(rows, chat, Settings())
+    assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
+
+
+def test_comparisons_of_messages_are_texts_too(chat, write):
+    path = write("a.jsonl", [{"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
+    rows, _ = load_rows(Settings(path=path, eval_rows=0), "text")
+    assert rows == [{"messages": PROMPT + GOOD}]
+
+
+def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
+    row = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
+    with pytest.raises(InputError, match="prompt of row 1 ends with a turn of 'assistant'"):
+        prompt_rows([{"prompt": PROMPT + GOOD}], chat, Settings())
+    monkeypatch.setattr(chat, "chat_template", "{{ raise_exception('roles must alternate.') }}")
+    with pytest.raises(InputError, match="render the messages of row 1: roles must alternate"):
+        pair_rows([row], chat, Settings())
+    monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
+    with pytest.raises(InputError, match=r"row 1 otherwise .* use another tokenizer.chat_template"):
+        pair_rows([row], chat, Settings())
+    monkeypatch.setattr(chat, "chat_template", None)
+    with pytest.raises(
+        InputError, match="no chat template: .* give one as tokenizer.chat_template"
+    ):
+        pair_rows([row], chat, Settings())
+
+
+@pytest.mark.parametrize("value", [[{"role": "user"}], [3], [["a"]]])
+def test_lists_that_are_no_messages(write, value):
+    path = write("a.jsonl", [{"prompt": "p", "completion": value}])
+    with pytest.raises(InputError, match="Row 1 of .*column 'completion' holds a list"):
+        load_rows(Settings(path=path, eval_rows=0), "text")
+
+
+# --- the template as a setting -------------------------------------------------------------------
+
+
+def test_a_template_is_a_text_or_a_file(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    use_chat_template(tokenizer, TEMPLATE)
+    assert tokenizer.chat_template == TEMPLATE
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% generation %}" + TEMPLATE + "{% endgeneration %}")
+    use_chat_template(tokenizer, str(TokenizerSettings(chat_template=str(file)).chat_template))
+    assert tokenizer.chat_template == file.read_text()
+
+
+def test_templates_that_are_none(tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"'chat\.jinja' is neither a file nor a Jinja template"):
+        TokenizerSettings(chat_template="chat.jinja")
+    with pytest.raises(InputError, match=r"tokenizer\.chat_template is no Jinja template: "):
+        use_chat_template(tokenizer, "{% for %}")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe{")
+    with pytest.raises(InputError, match="binary cannot be read: "):
+        use_chat_template(tokenizer, str(tmp_path / "binary"))

@@ -1,0 +1,189 @@
+"""Whole conversations split into prompt and response, and prompts that keep their ending."""
+
+import pytest
+
+from rlhf_jax.data import load_rows, pair_rows, prompt_rows, ranking_rows, text_rows
+from rlhf_jax.data.cutting import encode_prompts
+from rlhf_jax.data.datasets import Settings
+from rlhf_jax.errors import InputError
+from tests.data.test_sft import ids
+
+MARK = "\n\nAssistant:"
+HEAD = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Was it dull?\n\nAssistant:"
+PAIR = {"chosen": HEAD + " It was.", "rejected": HEAD + " No."}
+APART = {"chosen": HEAD + " It was.", "rejected": "\n\nHuman: Hi.\n\nAssistant: No."}
+UNMARKED = {"chosen": "It was.", "rejected": "No."}
+
+
+def load(path, kind, **settings):
+    return load_rows(Settings(path=path, **{"eval_rows": 0, **settings}), kind)[0]
+
+
+def test_pairs_are_split_at_the_last_turn(write, caplog):
+    path = write("a.jsonl", [PAIR, APART, UNMARKED])
+    assert load(path, "pairs", split_at=MARK) == [
+        {"prompt": HEAD, "chosen": " It was.", "rejected": " No.", "margin": 0.0}
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"2 of 3 pairs of {path} were dropped because they do not have data.split_at "
+        r"('\n\nAssistant:') in one of their texts, or not the same before it."
+    ]
+    caplog.clear()
+    load_rows(Settings(path=path, eval_rows=0, split_at=MARK), "pairs", quiet=True)
+    assert not caplog.records
+
+
+def test_both_parts_of_a_hold_out_are_split(write):
+    settings = Settings(path=write("a.jsonl", [PAIR] * 4), eval_rows=2, split_at=MARK)
+    train, held_out = load_rows(settings, "pairs")
+    assert {row["prompt"] for row in train + held_out} == {HEAD}
+
+
+def test_rows_with_a_prompt_are_not_split(write):
+    row = {"prompt": HEAD, "chosen": " One.\n\nAssistant: Two.", "rejected": " Three."}
+    path = write("a.jsonl", [row])
+    assert load(path, "pairs", split_at=MARK) == [{**row, "margin": 0.0}]
+    expected = [{"prompt": HEAD, "completion": row["chosen"]}]
+    assert load(path, "text", split_at=MARK) == expected
+    assert load(path, "prompts", split_at=MARK) == [row]
+
+
+def test_rankings_are_split(write, caplog):
+    rows = [{"responses": [PAIR["chosen"], PAIR["rejected"]]}, {"responses": ["none"]}]
+    assert load(write("a.jsonl", rows), "rankings", split_at=MARK) == [
+        {"prompt": HEAD, "responses": [" It was.", " No."], "margin": 0.0}
+    ]
+    assert len(caplog.records) == 1
+
+
+def test_texts_of_comparisons_learn_the_last_turn(write, tokenizer, caplog):
+    path = write("a.jsonl", [PAIR, UNMARKED])
+    rows = load(path, "text", split_at=MARK)
+    assert rows == [{"prompt": HEAD, "completion": " It was."}]
+    assert "1 of 2 texts of" in caplog.text
+    batch, _ = text_rows(rows, tokenizer, Settings())
+    assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(tokenizer, " It was.<|endoftext|>")
+    assert load(path, "text")[0] == {"text": PAIR["chosen"]}
+
+
+def test_prompts_of_comparisons_and_of_texts(write):
+    row = {**PAIR, "id": 7}
+    expected = {"id": 7, "prompt": HEAD, "chosen": " It was.", "rejected": " No."}
+    assert load(write("a.jsonl", [row]), "prompts", split_at=MARK) == [expected]
+    row = {"text": PAIR["chosen"], "id": 7}
+    expected = {"id": 7, "prompt": HEAD, "completion": " It was."}
+    assert load(write("b.jsonl", [row]), "prompts", split_at=MARK) == [expected]
+
+
+def test_what_cannot_be_split_is_one_sentence(write):
+    path = write("a.jsonl", [UNMARKED])
+    with pytest.raises(
+        InputError, match="No row of .* can be split: none has data.split_at .* all"
+    ):
+        load(path, "pairs", split_at=MARK)
+    with pytest.raises(
+        InputError, match="column `chosen` is read for its prompts, but holds texts"
+    ):
+        load(path, "prompts")
+    message = [{"role": "user", "content": "Hi."}]
+    path = write("b.jsonl", [{"chosen": message, "rejected": message}])
+    with pytest.raises(InputError, match="Row 1 holds messages, .*: leave out data.split_at"):
+        load(path, "pairs", split_at=MARK)
+    for key in ("split_at", "prompt_suffix"):
+        with pytest.raises(InputError, match=f"data.{key} is empty: give it a text"):
+            Settings(**{key: " "})
+
+
+# --- prompts with an ending ----------------------------------------------------------------------
+
+POST = "I saw The Golden River. The acting was superb. The plot was dull."
+TLDR = {"prompt_suffix": "TL;DR:"}
+
+
+def test_long_prompts_are_cut_before_their_ending(tokenizer, caplog):
+    settings = Settings(**TLDR, max_prompt_length=20)
+    texts = [POST * 3 + "\n\nTL;DR:", "Short.\n\nTL;DR:", POST * 3]
+    ending = ids(tokenizer, "\n\nTL;DR:")
+    whole = ids(tokenizer, POST * 3)
+    batch = prompt_rows([{"prompt": text} for text in texts], tokenizer, settings)
+    found = [tokens[mask].tolist() for tokens, mask in zip(*batch[:2], strict=True)]
+    assert found[0] == whole[: 20 - len(ending)] + ending
+    assert found[1] == ids(tokenizer, texts[1])
+    assert found[2] == whole[-20:]
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 3 prompts lost their left end: they exceed data.max_prompt_length (20 tokens).",
+        "1 of 3 prompts lost the right end of what stands before 'TL;DR:': they exceed "
+        "data.max_prompt_length (20 tokens).",
+    ]
+
+
+def test_every_kind_of_rows_is_cut_alike(tokenizer):
+    settings = Settings(**TLDR, max_prompt_length=20)
+    prompt = POST * 3 + "\n\nTL;DR:"
+    pair = {"prompt": prompt, "chosen": " Good.", "rejected": " Bad."}
+    ranking = {"prompt": prompt, "responses": [" Good.", " Bad."]}
+    text = {"prompt": prompt, "completion": " Good."}
+    expected = prompt_rows([{"prompt": prompt}], tokenizer, settings).prompts[0].tolist()
+    for batch in (
+        pair_rows([pair], tokenizer, settings),
+        ranking_rows([ranking], tokenizer, settings),
+    ):
+        assert batch.prompts[0].tolist() == expected
+    batch, report = text_rows([text], tokenizer, settings)
+    assert batch.tokens[0][:20].tolist() == expected
+    assert report.cut_prompts == 1
+    # With less room than that, the completion keeps its own.
+    short = Settings(**TLDR, max_prompt_length=20, max_length=20)
+    batch, _ = text_rows([text], tokenizer, short)
+    completion = ids(tokenizer, " Good.<|endoftext|>")
+    ending = ids(tokenizer, "\n\nTL;DR:")
+    assert batch.tokens[0].tolist()[-len(ending + completion) :] == ending + completion
+
+
+def test_the_ending_is_whole_or_an_error(tokenizer):
+    prompts = encode_prompts(tokenizer, ["a TL;DR: ", "b"], "TL;DR:", 99)
+    assert prompts[0].ending == ids(tokenizer, " TL;DR: ")
+    assert prompts[1].ending == []
+    with pytest.raises(InputError, match=r"data.prompt_suffix 'TL;DR:' has \d+ tokens, more than"):
+        encode_prompts(tokenizer, ["a TL;DR:"], "TL;DR:", 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [("post\nTL;DR:", " it"), ("post\nTL;DR: ", "it"), ("post", "TL;DR: it")],
+    ids=["apart", "space", "responses"],
+)
+def test_where_the_ending_stands_makes_no_difference(write, prompt, response):
+    """The hub's two data sets of TL;DR have it at the end of prompts, and before the responses."""
+    expected = {"prompt": "post\nTL;DR:", "chosen": " it", "rejected": " it too", "margin": 0.0}
+    row = {"prompt": prompt, "chosen": response, "rejected": response + " too"}
+    assert load(write("a.jsonl", [row]), "pairs", **TLDR) == [expected]
+    row = {"prompt": prompt, "label": response}
+    columns = {"completion": "label"}
+    expected = [{"prompt": "post\nTL;DR:", "completion": " it"}]
+    assert load(write("b.jsonl", [row]), "text", **TLDR, columns=columns) == expected
+    row = {"prompt": prompt, "responses": [response]}
+    found = load(write("c.jsonl", [row]), "rankings", **TLDR)
+    assert found == [{"prompt": "post\nTL;DR:", "responses": [" it"], "margin": 0.0}]
+
+
+# --- short responses -----------------------------------------------------------------------------
+
+
+def test_pairs_with_a_short_response_are_dropped(tokenizer, caplog):
+    settings = Settings(min_response_words=3)
+    row = {"prompt": "p", "chosen": " It was fun.", "rejected": " It was dull."}
+    short = {**row, "rejected": " Quite dull."}
+    batch = pair_rows([row, short, {**row, "chosen": " Fun."}], tokenizer, settings)
+    assert len(batch.rows) == 1
+    message = "2 of 3 pairs were dropped because they have a response of fewer than 3 words."
+    assert [record.getMessage() for record in caplog.records] == [message]
+    with pytest.raises(InputError, match="No pair is left: .*, 1 a response of fewer than 3 words"):
+        pair_rows([short], tokenizer, settings)
+
+
+def test_short_responses_leave_a_ranking(tokenizer, caplog):
+    row = {"prompt": "p", "responses": [" It was fun.", " Fun.", " It was dull."]}
+    batch = ranking_rows([row], tokenizer, Settings(min_response_words=3))
+    assert batch.mask.any(axis=2).tolist() == [[True, True]]
+    assert "1 of 3 ranked responses were dropped because they have fewer than 3" in caplog.text
