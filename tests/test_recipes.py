@@ -1,0 +1,237 @@
+"""The configurations of configs/: each is read, and each recipe runs a few steps when made tiny."""
+
+import copy
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_jax import runtime
+from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.errors import InputError
+from rlhf_jax.runtime import config
+from rlhf_jax.training.state import make_optimizer
+from scripts.pair_by_prompt import pair_by_prompt
+from tests import small
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("**/*.yaml"))
+KINDS = {
+    "run_rlhf": config.RLHFConfig,
+    "train_sft": config.SFTConfig,
+    "train_reward": config.RewardConfig,
+    "train_ppo": config.PPOConfig,
+}
+STAGES = ("sft", "reward", "ppo")
+STEPS = 2
+# What makes a recipe tiny; all that is left out here is the recipe's own. With one optimizer and
+# one length of texts the recipes share compiled steps.
+MODEL = {"path": None, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64}
+LENGTHS = {"max_length": 64, "max_prompt_length": 40, "max_response_length": 24}
+DATA = {**LENGTHS, "eval_rows": 0, "packing": False}
+SUPERVISED = {
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "eval_batch_size": 4,
+    "num_epochs": 1,
+}
+OPTIMIZER = {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "linear"}
+BATCH = {
+    "sft": SUPERVISED,
+    "reward": SUPERVISED,
+    "ppo": {
+        "total_episodes": 8,
+        "batch_size": 4,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 1,
+        "response_length": 16,
+    },
+}
+LOGGING = {"tensorboard": False, "num_samples": 2}
+
+WORDS = ("tea", "chess", "trees", "trains", "bread", "rain", "maps", "cats")
+POSTS = [
+    f"SUBREDDIT: r/{w}\nTITLE: On {w}\nPOST: I like {w}, and write of it often." for w in WORDS
+]
+# Long enough that all texts are cut to one length.
+GOOD = [f" {w}: a joy for young and old, by day and by night, in Kyoto or Zagreb." for w in WORDS]
+BAD = [f" {w}? Not one bit: dull, far too loud, and quite beyond my purse." for w in WORDS]
+HEADS = [f"\n\nHuman: {post}\n\nAssistant: Which?\n\nHuman: Any.\n\nAssistant:" for post in POSTS]
+PARTS = list(zip(POSTS, HEADS, GOOD, BAD, strict=True))
+# The columns that the recipe's data sets on the hub have.
+ROWS = {
+    "stanfordnlp/imdb": [{"text": p + good, "label": 1} for p, _, good, _ in PARTS],
+    "imdb/pairs_train.jsonl": [{"chosen": p + a, "rejected": p + b} for p, _, a, b in PARTS],
+    "Anthropic/hh-rlhf": [{"chosen": h + a, "rejected": h + b} for _, h, a, b in PARTS],
+    "CarperAI/openai_summarize_tldr": [
+        {"prompt": f"{post}\nTL;DR:", "label": good} for post, _, good, _ in PARTS
+    ],
+    "CarperAI/openai_summarize_comparisons": [
+        {"prompt": post, "chosen": f"TL;DR:{good}", "rejected": f"TL;DR:{bad}"}
+        for post, _, good, bad in PARTS
+    ],
+}
+
+
+def command_of(path):
+    """The command that a recipe's first comments give for it."""
+    text = (ROOT / path).read_text()
+    (name,) = re.findall(rf"^# python scripts/(\w+)\.py --config {re.escape(path)}$", text, re.M)
+    return name
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made = config.resolve(KINDS[command_of(path)], path)
+    assert made.run_dir.startswith("runs/")
+    settings = made.optimizer
+    of_all = isinstance(settings, config.StageOptimizers)
+    for each in [getattr(settings, stage) for stage in STAGES] if of_all else [settings]:
+        make_optimizer(each, 10)
+
+
+def write_rows(folder, source):
+    """A folder with the splits of a data set, as a path to it; or a file."""
+    text = "".join(json.dumps(row) + "\n" for row in ROWS[source])
+    target = folder / source
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.endswith(".jsonl"):
+        target.write_text(text)
+    else:
+        target.mkdir(exist_ok=True)
+        for split in ("train", "test", "valid"):
+            (target / f"{split}.jsonl").write_text(text)
+    return str(target)
+
+
+def tiny_data(data, folder):
+    """The section `data` of one stage, with local files in the place of the hub's."""
+    data = {**data, **DATA, "path": write_rows(folder, data["path"])}
+    data.pop("eval_path", None)
+    if data["path"].endswith(".jsonl"):
+        data.pop("eval_split", None)
+    return data
+
+
+def tiny(path, folder):
+    """The configuration of a recipe, made tiny."""
+    made = copy.deepcopy(yaml.safe_load((ROOT / path).read_text()))
+    one_stage = not (STAGES[0] in made["data"] and STAGES[2] in made["data"])
+    if one_stage:
+        made["data"] = tiny_data(made["data"], folder)
+        made["optimizer"] = OPTIMIZER
+    else:
+        made["optimizer"] = dict.fromkeys(STAGES, OPTIMIZER)
+        made["data"] = {name: tiny_data(data, folder) for name, data in made["data"].items()}
+    for stage in set(STAGES) & set(made):
+        made[stage] |= BATCH[stage]
+    paths = {name: str(folder / there) for name, there in made["model"].items() if "runs/" in there}
+    made["model"] = {**MODEL, **paths}
+    made["tokenizer"] = {"vocab_size": 300} if not paths else {}
+    made["generation"] = {"max_new_tokens": 4}
+    if command_of(path) in ("train_reward", "train_ppo"):
+        made.pop("generation")
+    return made | {"logging": LOGGING, "run_dir": str(folder / made["run_dir"])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    """Compiled programs are shared, and what the library of data sets caches stays in here."""
+    import datasets
+
+    small.use_cache(small.cache_folder(tmp_path_factory))
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("datasets")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
+
+
+def run(path, folder, **model):
+    made = tiny(path, folder)
+    made["model"] |= model
+    if model:  # a reward model goes with the tokenizer of the policy
+        made["tokenizer"] = {"path": model["reward_path"]}
+    return getattr(runtime, command_of(path))(made).metrics
+
+
+def assert_ran(metrics, ppo_folder, ending):
+    """Each stage took its steps, and PPO's prompts are what the recipe says."""
+    assert {value for name, value in metrics.items() if name.endswith("/step")} == {float(STEPS)}
+    assert 0 < metrics["sft/train/loss"] < 8
+    assert 0 < metrics.get("reward/train/loss", 1.0) < 3
+    assert "ppo/objective/kl" in metrics
+    prompts = [row["prompt"] for row in small.rows(ppo_folder / "samples.jsonl")]
+    assert len(prompts) == 2
+    assert all(prompt.endswith(ending) for prompt in prompts)
+
+
+@pytest.fixture(scope="module")
+def tldr(tmp_path_factory):
+    """The three stages of configs/tldr/ in a row, as (folder, metrics)."""
+    folder = tmp_path_factory.mktemp("tldr")
+    found = {}
+    for stage in STAGES:
+        metrics = run(f"configs/tldr/{stage}.yaml", folder)
+        found |= {f"{stage}/{name}": value for name, value in metrics.items()}
+    return folder / "runs" / "tldr", found
+
+
+def test_tldr_runs_a_few_steps(tldr):
+    folder, metrics = tldr
+    assert_ran(metrics, folder / "ppo", "\nTL;DR:")
+
+
+def test_hh_runs_a_few_steps(tmp_path):
+    metrics = run("configs/hh/rlhf.yaml", tmp_path)
+    assert_ran(metrics, tmp_path / "runs" / "hh" / "ppo", "\n\nAssistant:")
+
+
+def test_imdb_runs_a_few_steps_with_a_reward_model_that_is_there(tldr, tmp_path):
+    reward_path = str(tldr[0] / "reward" / "hf")
+    metrics = run("configs/imdb/rlhf.yaml", tmp_path, reward_path=reward_path)
+    assert_ran(metrics, tmp_path / "runs" / "imdb" / "ppo", "")
+    lengths = yaml.safe_load((tmp_path / "runs/imdb/config.yaml").read_text())["data"]["ppo"]
+    assert lengths["prompt_tokens"] == [2, 8]
+
+
+def write_lines(file, rows):
+    """A file of JSON lines, packed if its name says so."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "_small" in path])
+def test_the_small_recipes_read_their_files(path, tmp_path, monkeypatch):
+    """Files as the comments describe them, and the pairs that the commands there make of them."""
+    made = config.resolve(config.RLHFConfig, ROOT / path)
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation"):
+        write_lines(f"imdb/{split}.jsonl.gz", ROWS["stanfordnlp/imdb"])
+        write_lines(f"imdb/pairs_{split}.jsonl", ROWS["imdb/pairs_train.jsonl"])
+        write_lines(f"hh/{split}.jsonl", ROWS["Anthropic/hh-rlhf"])
+        rows = [{"prompt": f"{post}\nTL;DR:", "completion": f" It is {post}"} for post in POSTS]
+        write_lines(f"dialogsum/{split}.jsonl.gz", rows)
+        pairs = f"dialogsum/pairs_{split}.jsonl"
+        assert pair_by_prompt(f"dialogsum/{split}.jsonl.gz", pairs) == len(POSTS)
+    for stage, kind in zip(STAGES, ("text", "pairs", "prompts"), strict=True):
+        train, held_out = load_rows(getattr(made.data, stage), kind)
+        assert len(train) == len(held_out) == len(POSTS)
+
+
+def test_pairs_by_prompt_prefer_the_own_completion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_lines("rows.jsonl", [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(5)])
+    assert pair_by_prompt("rows.jsonl", "pairs.jsonl") == 5
+    pairs = small.rows("pairs.jsonl")
+    assert all(pair["chosen"][1:] == pair["prompt"][1:] for pair in pairs)
+    assert all(pair["rejected"] != pair["chosen"] for pair in pairs)
+    for side in ("chosen", "rejected"):
+        assert sorted(pair[side] for pair in pairs) == [f"c{n}" for n in range(5)]
+    write_lines("texts.jsonl", [{"text": "one"}, {"text": "two"}])
+    with pytest.raises(InputError, match=r"texts\.jsonl has no two rows with the columns `prompt`"):
+        pair_by_prompt("texts.jsonl", "pairs.jsonl")
