@@ -99,7 +99,8 @@ def _usable(
         elif any(0 < len(text.split()) < fewest_words for text in found[1]):
             short += 1
         else:
-            usable.append(_Texts(found[0], *found[1], row.get("margin", 0.0)))
+            prompt, (chosen, rejected) = found
+            usable.append(_Texts(prompt, chosen, rejected, row.get("margin", 0.0)))
     return usable, apart, short
 
 
