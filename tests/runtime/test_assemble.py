@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.runtime import assemble
+from rlhf_jax.runtime.sft import prompt_of, text_of
 
 
 def test_no_two_stages_share_a_key():
@@ -52,3 +55,18 @@ def test_a_folder_behind_an_address_is_copied_and_a_local_one_is_not(tmp_path, m
         assert (Path(folder) / "config.json").read_text() == "{}"
         assert not folder.startswith(str(tmp_path))
     assert not Path(folder).exists()
+
+
+def test_a_chat_template_of_the_settings_stays_with_the_tokenizer(tmp_path):
+    template = "{% for turn in messages %}[{{ turn['content'] }}]{% endfor %}"
+    settings = TokenizerSettings(vocab_size=258, chat_template=template)
+    tokenizer = assemble.choose_tokenizer(settings, None, lambda: ["a", "b"])
+    tokenizer.save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "Hi."}]
+    row = {"prompt": messages, "completion": [{"role": "assistant", "content": "Ho."}]}
+    assert prompt_of(row, 1, load_tokenizer(tmp_path)) == "[Hi.]"
+    assert text_of(row) == "Hi.Ho."
+    assert text_of({"responses": ["a", messages]}) == "aHi."
+    # Another template takes the place of that in the folder.
+    other = TokenizerSettings(path=str(tmp_path), chat_template="{{ messages[0]['content'] }}")
+    assert prompt_of(row, 1, assemble.choose_tokenizer(other, None, list)) == "Hi."
