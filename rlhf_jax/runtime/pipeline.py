@@ -11,7 +11,7 @@ from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.runtime import assemble, evaluation, loop, ppo, reward
+from rlhf_jax.runtime import assemble, judging, loop, ppo, reward
 from rlhf_jax.runtime.config import (
     PPOConfig,
     RewardConfig,
@@ -138,9 +138,9 @@ def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:
     if (accuracy := metrics.get("reward/eval/accuracy")) is not None:
         print(f"Reward model: {accuracy:.1%} of the held-out pairs ranked as their label says")
     folder = epath.Path(config.run_dir)
-    compared = evaluation.read_evaluation(f"{config.run_dir}/ppo")
+    compared = judging.read_evaluation(f"{config.run_dir}/ppo")
     if compared is not None:
-        evaluation.save_evaluation(config.run_dir, compared)
+        judging.save_evaluation(config.run_dir, compared)
         print(format_table(compared["table"]))
     with disk_errors(folder):
         report = write_report(folder)

@@ -27,7 +27,8 @@ from rlhf_jax.parallel.partition import (
 )
 from rlhf_jax.runtime import assemble, loop
 from rlhf_jax.runtime.config import PPOConfig, resolve
-from rlhf_jax.runtime.evaluation import (
+from rlhf_jax.runtime.generation import decode
+from rlhf_jax.runtime.judging import (
     Comparison,
     Judged,
     PolicyJudge,
@@ -35,7 +36,6 @@ from rlhf_jax.runtime.evaluation import (
     compare,
     write_evaluation,
 )
-from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training import ppo
 from rlhf_jax.training.ppo_scores import check_ends

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.runtime import assemble
-from rlhf_jax.runtime.evaluation import Comparison, evaluation_of, save_evaluation, table_of
+from rlhf_jax.runtime.judging import Comparison, evaluation_of, save_evaluation, table_of
 from rlhf_jax.runtime.ppo import PPOStage
 from rlhf_jax.runtime.seed_metrics import with_means
 from rlhf_jax.training.ppo import PPOState

@@ -21,8 +21,8 @@ from rlhf_jax.parallel.partition import batch_sharding, check_batch_size
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import assemble, loop
 from rlhf_jax.runtime.config import RewardConfig, resolve
-from rlhf_jax.runtime.evaluation import save_evaluation
 from rlhf_jax.runtime.generation import decode
+from rlhf_jax.runtime.judging import save_evaluation
 from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.sft import text_of
 from rlhf_jax.runtime.supervised import SupervisedStage, check_micro_batches

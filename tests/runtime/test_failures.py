@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime import checkpoint as checkpoints
-from rlhf_jax.runtime import evaluation, loop, train_ppo, train_sft
+from rlhf_jax.runtime import judging, loop, train_ppo, train_sft
 from rlhf_jax.runtime import sft as sft_stage
 from tests import small
 
@@ -235,8 +235,8 @@ def test_a_full_disk_at_the_end(tmp_path, monkeypatch, sft_run, module, name, ho
 
 
 def test_a_full_disk_under_the_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "replace_file", no_space)
-    told = message(evaluation.save_evaluation, str(tmp_path), {"table": []})
+    monkeypatch.setattr(judging, "replace_file", no_space)
+    told = message(judging.save_evaluation, str(tmp_path), {"table": []})
     assert told.startswith(f"cannot write to {tmp_path}: No space left on device")
 
 

@@ -1,0 +1,231 @@
+"""Judging responses on held-out prompts, before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.runtime import assemble
+from rlhf_jax.runtime.generation import decode
+from rlhf_jax.runtime.metrics import disk_errors, replace_file
+from rlhf_jax.training import ppo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Sampler = Callable[[Params, PromptBatch, jax.Array], Rollout]
+
+
+class Judged(NamedTuple):
+    """One response to each prompt, and what was found about it, rows first.
+
+    Attributes:
+      prompts, responses: texts.
+      kl: f32[N], summed log-ratio to the reference in nats, an estimate of KL(policy || reference).
+      lengths: i64[N], tokens, EOS included.
+      scores: f32[N] of the reward model or reward function; None without one.
+      gold: f32[N] of the gold score; None without one.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    kl: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray | None
+    gold: np.ndarray | None
+
+
+class Comparison(NamedTuple):
+    """Two policies on the same prompts.
+
+    Attributes:
+      before, after: what each one answered.
+      metrics: means of the second, and its win rate over the first (ties count half), by the gold
+        score where there is one and else by the score.
+    """
+
+    before: Judged
+    after: Judged
+    metrics: dict[str, float]
+
+
+class PolicyJudge:
+    """Samples one response to each prompt and scores them all.
+
+    Args:
+      model: the form of the policy and, by default, of the reference.
+      sample: (params, batch, key) -> Rollout.
+      temperature: of the log-probs that the KL is measured with.
+      reward_model, reward_fn, gold_fn: what scores responses; each may be None.
+      batch_size: prompts at a time.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerFast,
+        sample: Sampler,
+        *,
+        temperature: float,
+        batch_size: int,
+        reference_model: Model | None = None,
+        reward_model: Model | None = None,
+        reward_fn: assemble.ScoreFunction | None = None,
+        gold_fn: assemble.ScoreFunction | None = None,
+    ) -> None:
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.reward_fn, self.gold_fn = reward_fn, gold_fn
+        reference_model = reference_model or model
+
+        def judge(params, ref_params, reward_params, batch, key):
+            rollout = sample(params, batch, key)
+            parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
+            logprobs, _, _ = ppo.response_logprobs(model, params, *parts, temperature=temperature)
+            ref_logprobs, _, _ = ppo.response_logprobs(
+                reference_model, ref_params, *parts, temperature=temperature
+            )
+            kl = jnp.sum(jnp.where(rollout.mask, logprobs - ref_logprobs, 0.0), axis=1)
+            scores = None
+            if reward_model is not None:
+                scores = ppo.response_scores(reward_model, reward_params, batch, rollout)
+            return rollout, kl, scores
+
+        self._judge = jax.jit(judge)
+
+    def __call__(
+        self,
+        params: Params,
+        rows: PromptBatch,
+        columns: list[dict[str, Any]],
+        ref_params: Params,
+        reward_params: Params | None,
+        key: jax.Array,
+    ) -> Judged:
+        """What the policy answers to all prompts; batch i is sampled with `fold_in(key, i)`."""
+        parts = []
+        for index, batch in enumerate(eval_batches(rows, self.batch_size)):
+            batch_key = jax.random.fold_in(key, index)
+            part = self._judge(params, ref_params, reward_params, batch, batch_key)
+            parts.append(jax.device_get(part))
+        rollout, kl, scores = jax.tree.map(lambda *x: np.concatenate(x)[: len(columns)], *parts)
+        prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
+        responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        extra = columns_of(columns, rows.indices)
+        if self.reward_fn is not None:
+            scores = np.asarray(assemble.call_scores(self.reward_fn, prompts, responses, extra))
+        gold = None
+        if self.gold_fn is not None:
+            gold = np.asarray(assemble.call_scores(self.gold_fn, prompts, responses, extra))
+        return Judged(prompts, responses, kl, rollout.mask.sum(axis=1), scores, gold)
+
+
+def compare(before: Judged, after: Judged) -> Comparison:
+    """The second policy's means, and its win rate over the first."""
+    return Comparison(before, after, means(after) | _win_rates(before, after))
+
+
+def means(judged: Judged) -> dict[str, float]:
+    """The means that one set of responses has, by metric name."""
+    columns = {
+        "scores": judged.scores,
+        "gold": judged.gold,
+        "kl": judged.kl,
+        "response_length": judged.lengths,
+    }
+    return {name: float(np.mean(x)) for name, x in columns.items() if x is not None}
+
+
+def _win_rates(before: Judged, after: Judged) -> dict[str, float]:
+    rates = {}
+    for name, old, new in (
+        ("win_rate", before.gold, after.gold),
+        ("win_rate_scores", before.scores, after.scores),
+    ):
+        if old is not None and new is not None:
+            rates[name] = float(np.mean((new > old) + 0.5 * (new == old)))
+    return rates
+
+
+_NAMES = {
+    "gold": "gold score",
+    "scores": "reward-model score",
+    "kl": "KL to the reference (nats per response)",
+    "response_length": "response length (tokens)",
+    "win_rate": "win rate by the gold score",
+    "win_rate_scores": "win rate by the reward model",
+}
+
+
+def table_of(comparison: Comparison) -> list[dict[str, Any]]:
+    """Rows {"metric", "before", "after"} of the before/after table."""
+    before, after = means(comparison.before), comparison.metrics
+    return [
+        {"metric": text, "before": before.get(name), "after": after[name]}
+        for name, text in _NAMES.items()
+        if name in after
+    ]
+
+
+def write_evaluation(run_dir: str, comparison: Comparison, num_samples: int) -> dict[str, Any]:
+    """Writes `evaluation.json` and returns its content."""
+    evaluation = evaluation_of(comparison, num_samples)
+    save_evaluation(run_dir, evaluation)
+    return evaluation
+
+
+def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
+    """The content of `evaluation.json`: metrics, the table, and samples of both side by side."""
+    before, after = comparison.before, comparison.after
+    samples = [
+        {
+            "prompt": before.prompts[row],
+            "before": before.responses[row],
+            "after": after.responses[row],
+            "before_gold": _number(before.gold, row),
+            "after_gold": _number(after.gold, row),
+            "before_score": _number(before.scores, row),
+            "after_score": _number(after.scores, row),
+            "kl": _number(after.kl, row),
+        }
+        for row in range(min(num_samples, len(before.prompts)))
+    ]
+    return {
+        "metrics": {**comparison.metrics, "num_prompts": len(before.prompts)},
+        "table": table_of(comparison),
+        "samples": samples,
+    }
+
+
+def save_evaluation(run_dir: str, evaluation: dict[str, Any]) -> None:
+    """Writes the dict as `evaluation.json`."""
+    folder = epath.Path(run_dir)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(evaluation, indent=2, ensure_ascii=False)
+        replace_file(folder / "evaluation.json", text.encode())
+
+
+def read_evaluation(run_dir: str) -> dict[str, Any] | None:
+    """The content of `evaluation.json`, or None where there is none."""
+    file = epath.Path(run_dir) / "evaluation.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _number(values: np.ndarray | None, row: int) -> float | None:
+    return None if values is None else float(values[row])
+
+
+def columns_of(rows: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:
+    """The columns of these rows beside the prompt, as lists."""
+    chosen = [rows[index] for index in np.asarray(indices).tolist()]
+    names = [name for name in chosen[0] if name != "prompt"]
+    return {name: [row.get(name) for row in chosen] for name in names}
