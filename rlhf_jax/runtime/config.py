@@ -103,11 +103,15 @@ class EvaluationSettings:
     Attributes:
       gold_fn: "module:function", a score that nothing is trained on:
         f(prompts, completions, **columns) -> list of numbers. Null: the reward model alone judges.
+      judge_fn: "module:function", a judge of two policies: f(prompts, responses_a, responses_b,
+        **columns) -> for each prompt a number from 0 (a is better) to 1 (b is better), 0.5 being a
+        tie. It is asked in both orders, and the mean counts.
       batch_size: prompts at a time.
       num_samples: pairs of responses, before and after, that the report shows.
     """
 
     gold_fn: str | None = None
+    judge_fn: str | None = None
     batch_size: int = 128
     num_samples: int = 12
 
@@ -122,6 +126,31 @@ class EvaluationSettings:
 def _check_num_seeds(count: int) -> None:
     if count < 1:
         raise InputError(f"num_seeds must be at least 1, but is {count}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandEvaluationSettings(EvaluationSettings):
+    """The section `evaluation` of `evaluate.py`: what a run has, and what this command alone does.
+
+    Attributes:
+      gold_fn, judge_fn, batch_size, num_samples: as in a run.
+      best_of: how many responses to choose the best from, say [1, 2, 4, 8, 16]: the mean score of
+        what the reward model then chooses. The largest number is sampled for each prompt. Empty:
+        none of it.
+      rouge_rows: texts at most, the first ones, whose teacher-forced ROUGE is computed; 0: none.
+    """
+
+    best_of: tuple[int, ...] = ()
+    rouge_rows: int = 2000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(n < 1 for n in self.best_of):
+            raise InputError(
+                f"evaluation.best_of must hold numbers from 1 on, but is {list(self.best_of)}."
+            )
+        if self.rouge_rows < 0:
+            raise InputError(f"evaluation.rouge_rows must be at least 0, but is {self.rouge_rows}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,11 +282,11 @@ class EvaluateConfig:
     """All settings of `evaluate.py`.
 
     Attributes:
-      kind: "text": loss and perplexity of `model.path` on texts; "pairs": accuracy, calibration and
-        length bias of the reward model `model.reward_path`; "policy": responses of `model.path`,
-        against those of `model.reference_path` where given, by the reward model and the gold score.
-        The KL is that of the unfiltered distributions, also where top-k, top-p or greedy decoding
-        sampled.
+      kind: "text": loss, perplexity and teacher-forced ROUGE of `model.path` on texts; "pairs":
+        accuracy, calibration and length bias of the reward model `model.reward_path`; "policy":
+        responses of `model.path`, against those of `model.reference_path` where given, by the
+        reward model, the gold score, a judge and ROUGE, and the best of several. The KL is that of
+        the unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
     """
 
     kind: Literal["text", "pairs", "policy"] = "policy"
@@ -265,7 +294,7 @@ class EvaluateConfig:
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
     generation: GenerationSettings = GenerationSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
+    evaluation: CommandEvaluationSettings = CommandEvaluationSettings()
     mesh: MeshSettings = MeshSettings()
     seed: int = 0
     run_dir: str = "runs/evaluation"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.datasets import load_rows
@@ -15,20 +18,32 @@ from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
-from rlhf_jax.models.interface import Model
+from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.runtime import assemble
+from rlhf_jax.runtime.best_of import best_of_curve, best_of_table
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.generation import sampler
 from rlhf_jax.runtime.judging import (
+    Comparison,
+    Judged,
     PolicyJudge,
     Sampler,
+    columns_of,
     compare,
     means,
     save_evaluation,
     write_evaluation,
 )
 from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
-from rlhf_jax.runtime.report import format_table
+from rlhf_jax.runtime.python_judge import judge_both_orders
+from rlhf_jax.runtime.report import format_table, write_report
+from rlhf_jax.runtime.rouge import ROUGE, rouge_scores
+from rlhf_jax.runtime.teacher_forced import (
+    TeacherForcedRouge,
+    completion_rows,
+    have_completions,
+    published_metrics,
+)
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:
@@ -36,7 +51,9 @@ if TYPE_CHECKING:
 
 
 def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluates a model on held-out rows; writes `evaluation.json` and prints a table.
+    """Evaluates a model on held-out rows; writes `evaluation.json` and `report.html`.
+
+    A table is printed to standard output.
 
     Returns:
       The content of `evaluation.json`.
@@ -49,25 +66,46 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
     evaluation = kinds[config.kind](config)
     save_evaluation(config.run_dir, evaluation)
     print(format_table(evaluation["table"]))
+    print(f"evaluation: the report is in {write_report(config.run_dir)}", file=sys.stderr)
     return evaluation
 
 
 def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer, model, params = _load(config, config.model.path, "model.path")
     assemble.check_positions(model, config.data.max_length, "data.max_length")
-    rows, _ = text_rows(_held_out(config, "text"), tokenizer, config.data)
+    held_out = _held_out(config, "text")
+    rows, _ = text_rows(held_out, tokenizer, config.data)
     evaluate = jax.jit(sft.make_eval_step(model))
     batches = eval_batches(rows, config.evaluation.batch_size)
     sums = sum_metrics(evaluate(params, batch) for batch in batches)
     loss = sums["loss"] / sums["count"]
-    return _plain(
-        {
-            "loss": loss,
-            "accuracy": sums["accuracy"] / sums["count"],
-            "perplexity": perplexity(loss),
-            "num_tokens": sums["count"],
-        }
+    metrics = {
+        "loss": loss,
+        "accuracy": sums["accuracy"] / sums["count"],
+        "perplexity": perplexity(loss),
+        "num_tokens": sums["count"],
+    }
+    judged = held_out[: config.evaluation.rouge_rows]
+    if judged and have_completions(judged, config.data):
+        metrics |= _teacher_forced(config, judged, tokenizer, model, params)
+    return _plain(metrics)
+
+
+def _teacher_forced(
+    config: EvaluateConfig,
+    held_out: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    model: Model,
+    params: Params,
+) -> dict[str, float]:
+    """ROUGE on the completions, and all as published."""
+    rows = completion_rows(held_out, tokenizer, config.data)
+    batch_size, max_length = config.evaluation.batch_size, config.data.max_length
+    rouge = TeacherForcedRouge(model, tokenizer, rows, batch_size=batch_size)
+    published = published_metrics(
+        model, params, tokenizer, rows, max_length=max_length, batch_size=batch_size
     )
+    return rouge(params) | published
 
 
 def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
@@ -86,6 +124,7 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
+    _check_policy(config)
     tokenizer, model, params = _load(config, config.model.path, "model.path")
     reference_model, ref_params = model, params
     if config.model.reference_path is not None:
@@ -106,16 +145,83 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         "reward_model": reward_model,
         "gold_fn": None if gold is None else assemble.load_function(gold),
     }
-    prompts = prompt_rows(rows, tokenizer, config.data)
-    others = (prompts, rows, ref_params, reward_params, jax.random.key(config.seed))
+    prompts, key = prompt_rows(rows, tokenizer, config.data), jax.random.key(config.seed)
     after = PolicyJudge(model, tokenizer, _sampler(model, tokenizer, config), **shared)
-    judged = after(params, *others)
+    answer = functools.partial(after, params, prompts, rows, ref_params, reward_params)
+    judged = _with_rouge(answer(key), rows)
+    curve = _best_of(answer, judged, key, config.evaluation.best_of)
     if config.model.reference_path is None:
-        return _plain(means(judged) | {"num_prompts": len(rows)})
+        return _with_curve(_plain(means(judged) | {"num_prompts": len(rows)}), curve)
     sample = _sampler(reference_model, tokenizer, config)
     before = PolicyJudge(reference_model, tokenizer, sample, **shared)
-    comparison = compare(before(ref_params, *others), judged)
-    return write_evaluation(config.run_dir, comparison, config.evaluation.num_samples)
+    others = (prompts, rows, ref_params, reward_params, key)
+    started = _with_rouge(before(ref_params, *others), rows)
+    comparison = _compare(config, started, judged, columns_of(rows, prompts.indices))
+    evaluation = write_evaluation(config.run_dir, comparison, config.evaluation.num_samples)
+    return _with_curve(evaluation, curve)
+
+
+def _check_policy(config: EvaluateConfig) -> None:
+    """Raises an InputError where a part of the evaluation lacks what it needs."""
+    if config.evaluation.judge_fn is not None and config.model.reference_path is None:
+        raise InputError(
+            "evaluation.judge_fn compares the responses of two policies: give "
+            "--model.reference_path the other one."
+        )
+    if not config.evaluation.best_of:
+        return
+    if config.model.reward_path is None:
+        raise InputError(
+            "evaluation.best_of needs a score to choose the best response by: give "
+            "--model.reward_path a reward model."
+        )
+    if config.generation.temperature == 0:
+        raise InputError(
+            "evaluation.best_of needs responses that differ, and at generation.temperature 0 all "
+            "are the same: set it above 0."
+        )
+
+
+def _with_rouge(judged: Judged, rows: Sequence[Mapping[str, Any]]) -> Judged:
+    """With the ROUGE of the responses, where all rows have a completion that is a text."""
+    references = [row.get("completion") for row in rows]
+    texts = [reference for reference in references if isinstance(reference, str)]
+    if len(texts) < len(rows):
+        return judged
+    return judged._replace(rouge=rouge_scores(judged.responses, texts))
+
+
+def _best_of(
+    answer: Callable[[jax.Array], Judged], first: Judged, key: jax.Array, sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The curve of the best of n responses, of which the first is there already."""
+    if not sizes:
+        return []
+    judged = [first]
+    for number in range(1, max(sizes)):
+        # From the far end: the first numbers are those of the first response's batches.
+        judged.append(answer(jax.random.fold_in(key, 2**31 - number)))
+    scores = np.stack([each.scores for each in judged if each.scores is not None], axis=1)
+    gold = [each.gold for each in judged if each.gold is not None]
+    return best_of_curve(scores, np.stack(gold, axis=1) if gold else None, sizes)
+
+
+def _with_curve(evaluation: dict[str, Any], curve: list[dict[str, Any]]) -> dict[str, Any]:
+    if not curve:
+        return evaluation
+    table = [*evaluation["table"], *best_of_table(curve)]
+    return {**evaluation, "table": table, "best_of": curve}
+
+
+def _compare(
+    config: EvaluateConfig, before: Judged, after: Judged, columns: dict[str, list[Any]]
+) -> Comparison:
+    name = config.evaluation.judge_fn
+    if name is None:
+        return compare(before, after)
+    judge = assemble.load_function(name)
+    texts = (before.prompts, before.responses, after.responses)
+    return compare(before, after, judge_both_orders(judge, *texts, columns))
 
 
 def _sampler(model: Model, tokenizer: PreTrainedTokenizerFast, config: EvaluateConfig) -> Sampler:
@@ -145,8 +251,14 @@ def _held_out(config: EvaluateConfig, kind: Any) -> list[dict[str, Any]]:
 
 def _plain(metrics: dict[str, float]) -> dict[str, Any]:
     """An evaluation of one model: nothing to compare with."""
-    table = [{"metric": name, "after": value} for name, value in metrics.items()]
+    table = [{"metric": _NAMES.get(name, name), "after": value} for name, value in metrics.items()]
     return {"metrics": metrics, "table": table, "samples": []}
+
+
+_NAMES = {
+    "loss_published": "loss, counted as published",
+    **{f"{name}_published": f"ROUGE-{name[5:]}, counted as published" for name in ROUGE},
+}
 
 
 def perplexity(loss: float) -> float:

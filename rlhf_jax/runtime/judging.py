@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,8 +15,11 @@ from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.runtime import assemble
+from rlhf_jax.runtime.bootstrap import bootstrap_interval
 from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
+from rlhf_jax.runtime.python_judge import Verdicts
+from rlhf_jax.runtime.rouge import ROUGE
 from rlhf_jax.training import ppo
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class Judged(NamedTuple):
       lengths: i64[N], tokens, EOS included.
       scores: f32[N] of the reward model or reward function; None without one.
       gold: f32[N] of the gold score; None without one.
+      rouge: `rouge_scores` against the true completions; None without them.
     """
 
     prompts: list[str]
@@ -42,6 +46,7 @@ class Judged(NamedTuple):
     lengths: np.ndarray
     scores: np.ndarray | None
     gold: np.ndarray | None
+    rouge: Mapping[str, float] | None = None
 
 
 class Comparison(NamedTuple):
@@ -49,8 +54,8 @@ class Comparison(NamedTuple):
 
     Attributes:
       before, after: what each one answered.
-      metrics: means of the second, and its win rate over the first (ties count half), by the gold
-        score where there is one and else by the score.
+      metrics: means of the second, and its win rates over the first: by the gold score, by the
+        score and by a judge, each where there is one, ties half, with the ends of the interval.
     """
 
     before: Judged
@@ -128,9 +133,17 @@ class PolicyJudge:
         return Judged(prompts, responses, kl, rollout.mask.sum(axis=1), scores, gold)
 
 
-def compare(before: Judged, after: Judged) -> Comparison:
-    """The second policy's means, and its win rate over the first."""
-    return Comparison(before, after, means(after) | _win_rates(before, after))
+def compare(before: Judged, after: Judged, verdicts: Verdicts | None = None) -> Comparison:
+    """The second policy's means, and its win rates over the first.
+
+    Args:
+      verdicts: of a Python judge on the responses of both.
+    """
+    rates = _win_rates(before, after)
+    if verdicts is not None:
+        rates |= _with_interval("win_rate_judge", verdicts.preferences)
+        rates["judge_position_bias"] = verdicts.position_bias
+    return Comparison(before, after, means(after) | rates)
 
 
 def means(judged: Judged) -> dict[str, float]:
@@ -141,18 +154,25 @@ def means(judged: Judged) -> dict[str, float]:
         "kl": judged.kl,
         "response_length": judged.lengths,
     }
-    return {name: float(np.mean(x)) for name, x in columns.items() if x is not None}
+    found = {name: float(np.mean(x)) for name, x in columns.items() if x is not None}
+    return found | dict(judged.rouge or {})
 
 
 def _win_rates(before: Judged, after: Judged) -> dict[str, float]:
-    rates = {}
+    rates: dict[str, float] = {}
     for name, old, new in (
         ("win_rate", before.gold, after.gold),
         ("win_rate_scores", before.scores, after.scores),
     ):
         if old is not None and new is not None:
-            rates[name] = float(np.mean((new > old) + 0.5 * (new == old)))
+            rates |= _with_interval(name, (new > old) + 0.5 * (new == old))
     return rates
+
+
+def _with_interval(name: str, wins: np.ndarray) -> dict[str, float]:
+    """The mean of float[N] wins, and the ends of its 95 % bootstrap interval over prompts."""
+    low, high = bootstrap_interval(wins)
+    return {name: float(np.mean(wins)), f"{name}_low": low, f"{name}_high": high}
 
 
 _NAMES = {
@@ -162,17 +182,24 @@ _NAMES = {
     "response_length": "response length (tokens)",
     "win_rate": "win rate by the gold score",
     "win_rate_scores": "win rate by the reward model",
+    "win_rate_judge": "win rate by the judge",
+    "judge_position_bias": "the judge's bias to the response shown second",
+    **{name: f"ROUGE-{name[5:]} of responses" for name in ROUGE},
 }
 
 
 def table_of(comparison: Comparison) -> list[dict[str, Any]]:
-    """Rows {"metric", "before", "after"} of the before/after table."""
+    """Rows {"metric", "before", "after"} of the before/after table, win rates with "interval"."""
     before, after = means(comparison.before), comparison.metrics
-    return [
-        {"metric": text, "before": before.get(name), "after": after[name]}
-        for name, text in _NAMES.items()
-        if name in after
-    ]
+    rows = []
+    for name, text in _NAMES.items():
+        if name not in after:
+            continue
+        row: dict[str, Any] = {"metric": text, "before": before.get(name), "after": after[name]}
+        if f"{name}_low" in after:
+            row["interval"] = [after[f"{name}_low"], after[f"{name}_high"]]
+        rows.append(row)
+    return rows
 
 
 def write_evaluation(run_dir: str, comparison: Comparison, num_samples: int) -> dict[str, Any]:

@@ -119,9 +119,9 @@ def _range(found: diagnostics.LengthBin) -> str:
 def pair_charts(evaluation: Mapping[str, Any]) -> tuple[Chart, ...]:
     """The two curves of the report, as far as the content of an `evaluation.json` has them."""
     found, metrics = (_dict(evaluation.get(key)) for key in ("pairs", "metrics"))
-    reliability = _points(found.get("calibration"), "confidence", "correct")
-    lengths = _points(found.get("lengths"), "length_difference", "accuracy")
-    ends = _points(found.get("calibration"), "low", "high")
+    reliability = points_of(found.get("calibration"), "confidence", "correct")
+    lengths = points_of(found.get("lengths"), "length_difference", "accuracy")
+    ends = points_of(found.get("calibration"), "low", "high")
     ideal = tuple((x, x) for x in (ends[0][0], ends[-1][1])) if ends else ()
     rule = tuple((x, 1.0 if x > 0 else 0.0 if x < 0 else 0.5) for x, _ in lengths)
     error = _text(metrics.get("calibration_error"))
@@ -161,7 +161,7 @@ def _text(value: Any) -> str:
     return short_number(value) if isinstance(value, int | float) else ""
 
 
-def _points(rows: Any, x: str, y: str) -> tuple[Point, ...]:
+def points_of(rows: Any, x: str, y: str) -> tuple[Point, ...]:
     """(x, y) of the rows that have both as numbers."""
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     pairs = [(row.get(x), row.get(y)) for row in rows]

@@ -67,8 +67,9 @@ def _check_ahead(config: RLHFConfig) -> None:
     else:
         model, _ = load_pretrained(config.model.path)
     mesh = make_mesh(config.mesh)
-    if config.evaluation.gold_fn is not None:
-        assemble.load_function(config.evaluation.gold_fn)
+    for name in (config.evaluation.gold_fn, config.evaluation.judge_fn):
+        if name is not None:
+            assemble.load_function(name)
     if config.model.reward_path is None:
         load_rows(config.data.reward, reward.kind_of(config.reward), quiet=True)
         reward.check_sizes(reward_config(config), model, mesh)

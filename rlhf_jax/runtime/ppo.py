@@ -36,6 +36,7 @@ from rlhf_jax.runtime.judging import (
     compare,
     write_evaluation,
 )
+from rlhf_jax.runtime.python_judge import judge_both_orders
 from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training import ppo
 from rlhf_jax.training.ppo_scores import check_ends
@@ -117,6 +118,8 @@ class PPOStage:
             )
         gold = config.evaluation.gold_fn
         self.gold_fn = None if gold is None else assemble.load_function(gold)
+        judge = config.evaluation.judge_fn
+        self.judge_fn = None if judge is None else assemble.load_function(judge)
         self._load()
         self._compile()
 
@@ -298,7 +301,12 @@ class PPOStage:
         judged = (self.held_out, self.held_out_rows, ref, reward_params, key)
         if run not in self._before:
             self._before[run] = self.judge(ref, *judged)
-        return compare(self._before[run], self.judge(state.params["model"], *judged))
+        before, after = self._before[run], self.judge(state.params["model"], *judged)
+        if self.judge_fn is None:
+            return compare(before, after)
+        columns = columns_of(self.held_out_rows, self.held_out.indices)
+        texts = (after.prompts, before.responses, after.responses)
+        return compare(before, after, judge_both_orders(self.judge_fn, *texts, columns))
 
     def samples(self, state, output, count):
         """Responses of the last iteration, with score and KL in nats."""

@@ -24,6 +24,7 @@ import jinja2
 from etils import epath
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.best_of import best_of_charts
 from rlhf_jax.runtime.charts import Chart, Series, dot_chart, line_chart
 from rlhf_jax.runtime.metrics import disk_errors, read_lines, replace_file
 from rlhf_jax.runtime.pairs import pair_charts
@@ -152,13 +153,16 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
     """Writes `run_dir/report.html` and returns its path.
 
     `run_dir` is the folder of one stage, or that of `run_rlhf` with the folders `sft`, `reward` and
-    `ppo` in it, and optionally holds an `evaluation.json`:
+    `ppo` in it, and optionally holds an `evaluation.json`; or it is that of `evaluate` and holds
+    nothing else:
 
         {"metrics": {name: number},
-         "table": [{"metric": name, "before": number | null, "after": number | null}],
+         "table": [{"metric": name, "before": number | null, "after": number | null,
+                    "interval": [low, high] of "after", where there is one}],
          "samples": [{"prompt", "before", "after": text, "before_gold", "after_gold",
                       "before_score", "after_score", "kl": number}],
-         "pairs": {"calibration", "lengths": [{name: number}]}}      as `pair_evaluation` makes it
+         "pairs": {"calibration", "lengths": [{name: number}]},      as `pair_evaluation` makes it
+         "best_of": [{"n", "kl", "scores", "gold": number}]}
 
     Every part is optional; numbers that JSON lacks are the strings "NaN", "Infinity", "-Infinity".
 
@@ -170,7 +174,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         raise InputError(f"there is no run folder {run_dir}; give the --run_dir of a run")
     notes: list[str] = []
     places = [(key, folder / key) for key in STAGES if (folder / key).is_dir()]
-    places = places or [("", folder)]
+    if not places and not _is_evaluation_alone(folder):
+        places = [("", folder)]
     rows = {
         place: [_unscaled(row) for row in _rows(place / "metrics.jsonl", notes)]
         for _, place in places
@@ -187,6 +192,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         notes=notes,
         tiles=[tile for key, place in places for tile in _tiles(key, rows[place])],
         tradeoff=next(filter(None, (_tradeoff(rows[place]) for _, place in places)), None),
+        curves=(*best_of_charts(evaluation), *(() if places else pair_charts(evaluation))),
         table=_table(evaluation.get("table", [])),
         metrics=[(name, _value(v)) for name, v in evaluation.get("metrics", {}).items()],
         samples=[_evaluated(row) for row in evaluation.get("samples", [])[:MAX_SAMPLES]],
@@ -250,7 +256,7 @@ def _evaluation(path: epath.Path, notes: list[str]) -> dict[str, Any]:
     except ValueError as error:
         notes.append(f"{path.name} cannot be read: {error}.")
         return {}
-    types = {"metrics": dict, "table": list, "samples": list, "pairs": dict}
+    types = {"metrics": dict, "table": list, "samples": list, "pairs": dict, "best_of": list}
     content = content if isinstance(content, dict) else {}
     parts = {k: content[k] for k, kind in types.items() if isinstance(content.get(k), kind)}
     for key in ("table", "samples"):
@@ -258,6 +264,13 @@ def _evaluation(path: epath.Path, notes: list[str]) -> dict[str, Any]:
     if not any(parts.values()):
         notes.append(f"{path.name} holds no metrics, no table and no samples.")
     return parts
+
+
+def _is_evaluation_alone(folder: epath.Path) -> bool:
+    """Whether there is an evaluation, and nothing that a run leaves."""
+    if not (folder / "evaluation.json").exists():
+        return False
+    return not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml"))
 
 
 def _stage(
@@ -391,9 +404,17 @@ def _table(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
     for row in rows:
         before, after = _number(row.get("before")), _number(row.get("after"))
         change = "–" if before is None or after is None else _change(before, after)
-        cells = (_value(row.get("before")), _value(row.get("after")), change)
+        cells = (_value(row.get("before")), _value(row.get("after")) + _interval(row), change)
         result.append((_text(row.get("metric", "")), *cells))
     return result
+
+
+def _interval(row: Row) -> str:
+    """The interval of a row as in " (0.81 to 0.93)", or nothing."""
+    ends = row.get("interval")
+    if not isinstance(ends, list) or len(ends) != 2 or None in map(_number, ends):
+        return ""
+    return f" ({_value(ends[0])} to {_value(ends[1])})"
 
 
 def _change(before: float, after: float) -> str:

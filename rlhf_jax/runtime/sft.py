@@ -13,15 +13,17 @@ from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.chat import contents, prompt_text
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.sft import text_rows
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size
+from rlhf_jax.parallel.partition import batch_sharding, check_batch_size
 from rlhf_jax.runtime import assemble, loop
 from rlhf_jax.runtime.config import SFTConfig, resolve
 from rlhf_jax.runtime.evaluation import perplexity
 from rlhf_jax.runtime.generation import Responder
 from rlhf_jax.runtime.supervised import SupervisedStage, check_micro_batches
+from rlhf_jax.runtime.teacher_forced import TeacherForcedRouge, completion_rows, have_completions
 from rlhf_jax.training import sft
 
 if TYPE_CHECKING:
@@ -85,13 +87,32 @@ class SFTStage(SupervisedStage):
         )
         self.total_steps = math.ceil(config.sft.num_epochs * self.batches.steps_per_epoch)
         self.compile_step(sft, config.sft, unembeds=True)
+        self.rouge = self._rouge(held_out[: config.sft.rouge_rows])
+
+    def _rouge(self, rows: Sequence[Mapping[str, Any]]) -> TeacherForcedRouge | None:
+        """What computes ROUGE on some held-out rows; None without any."""
+        if not rows:
+            return None
+        if not have_completions(rows, self.config.data):
+            raise InputError(
+                "sft.rouge_rows compares with completions, which the held-out rows do not have: "
+                "give rows of prompt and completion, or set it to 0."
+            )
+        return TeacherForcedRouge(
+            self.model,
+            self.tokenizer,
+            completion_rows(rows, self.tokenizer, self.config.data),
+            batch_size=self.config.sft.eval_batch_size,
+            place=batch_sharding(self.mesh),
+        )
 
     def evaluate(self, state):
-        """Loss in nats per token, accuracy and perplexity on the held-out texts."""
+        """Loss in nats per token, accuracy, perplexity and ROUGE on the held-out texts."""
         means = self.held_out_means(state, self.config.sft.eval_batch_size)
         if means:
             means["eval/perplexity"] = perplexity(means["eval/loss"])
-        return means
+        rouge = {} if self.rouge is None else self.rouge(state.params)
+        return means | {f"eval/{name}": value for name, value in rouge.items()}
 
     def samples(self, state, output, count):
         """Responses to held-out prompts, or continuations of the beginnings of held-out texts."""

@@ -35,6 +35,8 @@ class Settings:
       dropout: trains with the dropout rates of the model's configuration.
       label_smoothing, z_loss: of `functional.cross_entropy_loss`.
       eval_batch_size: rows a step of the evaluation.
+      rouge_rows: held-out rows, the first ones, whose ROUGE each evaluation computes: of the
+        likeliest next tokens, each after the true ones, against the completion.
     """
 
     batch_size: int = 16
@@ -44,12 +46,15 @@ class Settings:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     eval_batch_size: int = 16
+    rouge_rows: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_epochs", "eval_batch_size"):
             if getattr(self, name) <= 0:
                 raise InputError(f"sft.{name} must be above 0, but is {getattr(self, name)}.")
         check_steps("sft", self.batch_size, self.gradient_accumulation_steps)
+        if self.rouge_rows < 0:
+            raise InputError(f"sft.rouge_rows must be at least 0, but is {self.rouge_rows}.")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(
                 "sft.label_smoothing must be at least 0 and below 1, but is "

@@ -24,8 +24,11 @@ def as_float64(tree):
     return np.asarray(tree, np.float64)
 
 
-def hidden_by_loop(params, config, tokens):
-    """[L, D] after the final layer norm, of one text without padding."""
+def hidden_by_loop(params, config, tokens, keys=None):
+    """[L, D] after the final layer norm, of one text without padding.
+
+    Where `keys` is given, only so many positions are seen, by those behind them too.
+    """
     params = as_float64(params)
     layers = params["layers"]
     x = np.stack(
@@ -36,17 +39,17 @@ def hidden_by_loop(params, config, tokens):
     )
     for n in range(config.n_layer):
         h = _norm(x, layers["ln_1"]["scale"][n], layers["ln_1"]["bias"][n], config)
-        x = x + _attention(h, layers["attn"], n, config)
+        x = x + _attention(h, layers["attn"], n, config, keys or len(tokens))
         h = _norm(x, layers["ln_2"]["scale"][n], layers["ln_2"]["bias"][n], config)
         h = ACTIVATIONS[config.activation_function](_linear(h, layers["mlp"]["c_fc"], n))
         x = x + _linear(h, layers["mlp"]["c_proj"], n)
     return _norm(x, params["ln_f"]["scale"], params["ln_f"]["bias"], config)
 
 
-def logits_by_loop(params, config, tokens):
+def logits_by_loop(params, config, tokens, keys=None):
     """[L, V] of one text."""
     table = np.asarray(params["wte"]["embedding"], np.float64)[: config.vocab_size]
-    return hidden_by_loop(params, config, tokens) @ table.T
+    return hidden_by_loop(params, config, tokens, keys) @ table.T
 
 
 def log_softmax(logits):
@@ -55,19 +58,18 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def _attention(x, params, n, config):
+def _attention(x, params, n, config, keys):
     q, k, v = np.split(_linear(x, params["c_attn"], n), 3, axis=1)
     width = config.n_embd // config.n_head
     out = np.zeros_like(x)
     for head in range(config.n_head):
         part = slice(head * width, (head + 1) * width)
         for t in range(len(x)):
+            seen = range(min(t + 1, keys))
             weights = np.exp(
-                log_softmax(
-                    np.array([q[t, part] @ k[s, part] / math.sqrt(width) for s in range(t + 1)])
-                )
+                log_softmax(np.array([q[t, part] @ k[s, part] / math.sqrt(width) for s in seen]))
             )
-            out[t, part] = sum(weights[s] * v[s, part] for s in range(t + 1))
+            out[t, part] = sum(weights[s] * v[s, part] for s in seen)
     return _linear(out, params["c_proj"], n)
 
 

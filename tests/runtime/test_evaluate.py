@@ -1,0 +1,236 @@
+"""The command `evaluate` on models of one layer: what it finds, writes and needs."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data import train_tokenizer
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
+from rlhf_jax.runtime import judging, run_evaluate, train_sft
+from rlhf_jax.runtime.best_of import best_of_curve
+from rlhf_jax.runtime.bootstrap import bootstrap_interval
+from rlhf_jax.runtime.config import PPOConfig, SFTConfig, resolve
+from rlhf_jax.runtime.ppo import PPOStage
+from rlhf_jax.runtime.rouge import ROUGE, rouge_scores
+from rlhf_jax.runtime.sft import SFTStage
+from tests import small
+
+ROWS = [
+    {"prompt": f"Film {n}:", "completion": f" It was {word}."}
+    for n, word in enumerate(("good", "bad", "good and long"))
+]
+SHARED = {
+    "generation": {"max_new_tokens": 3, "min_new_tokens": 3},
+    "evaluation": {"batch_size": 2, "num_samples": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with `policy`, `reference` and `reward`, and the rows in `rows.jsonl`."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tokenizer = train_tokenizer([row["prompt"] + row["completion"] for row in ROWS], 280)
+    config = GPT2Config(len(tokenizer), n_positions=32, n_embd=8, n_layer=1, n_head=1,
+                        eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    model, keys = GPT2(config), jax.random.split(jax.random.key(0), 3)
+    policy, reference, reward = (jax.tree.map(lambda x: 8 * x, model.init(key)) for key in keys)
+    save_pretrained(folder / "policy", model, policy, tokenizer)
+    save_pretrained(folder / "reference", model, reference, tokenizer)
+    head = {"kernel": jnp.arange(8.0) - 3}
+    save_reward_model(folder / "reward", model, {"model": reward, "head": head}, tokenizer)
+    return folder
+
+
+def evaluate(models, run_dir, kind="policy", evaluation=None, generation=None, data=None, **paths):
+    """The evaluation of `policy` with its other models, as a dict."""
+    config = {
+        "kind": kind,
+        "model": {name: str(models / folder) for name, folder in paths.items()},
+        "data": {"path": str(models / "rows.jsonl"), "eval_rows": 0, "max_prompt_length": 24,
+                 "max_length": 32, **(data or {})},
+        "generation": SHARED["generation"] | (generation or {}),
+        "evaluation": SHARED["evaluation"] | (evaluation or {}),
+        "run_dir": str(run_dir),
+    }  # fmt: skip
+    found = run_evaluate(config)
+    assert json.loads((run_dir / "evaluation.json").read_text()) == found
+    return found
+
+
+def gold(prompts, completions, completion):
+    """How many letters a response shares with the true completion, counted by kind of letter."""
+    return [float(len(set(a) & set(b))) for a, b in zip(completions, completion, strict=True)]
+
+
+def by_length(prompts, responses_a, responses_b, completion):
+    """A judge that sees the completions as well, and leans to the second place."""
+    assert all(isinstance(text, str) for text in completion)
+    return [0.2 + 0.6 * (len(b) > len(a)) for a, b in zip(responses_a, responses_b, strict=True)]
+
+
+HERE = "tests.runtime.test_evaluate"
+JUDGE = f"{HERE}:by_length"
+BOTH = {"path": "policy", "reference_path": "reference", "reward_path": "reward"}
+
+
+@pytest.fixture(scope="module")
+def compared(models, tmp_path_factory):
+    """(folder, evaluation) of the policy against the reference with all that there is."""
+    folder, judged = tmp_path_factory.mktemp("compared"), []
+    original = judging.PolicyJudge.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            judging.PolicyJudge,
+            "__call__",
+            lambda *arguments: judged.append(original(*arguments)) or judged[-1],
+        )
+        settings = {"gold_fn": f"{HERE}:gold", "judge_fn": JUDGE, "best_of": [2, 1, 3]}
+        found = evaluate(models, folder, evaluation=settings, **BOTH)
+    return folder, found, judged
+
+
+def test_a_policy_is_judged_in_every_way(compared):
+    _, found, judged = compared
+    metrics, (after, *others, before) = found["metrics"], judged
+    wins = (after.scores > before.scores) + 0.5 * (after.scores == before.scores)
+    assert metrics["win_rate_scores"] == wins.mean()
+    ends = (metrics["win_rate_scores_low"], metrics["win_rate_scores_high"])
+    assert ends == bootstrap_interval(wins)
+    asked = [
+        (0.2 + 0.6 * (len(b) > len(a)) + 0.8 - 0.6 * (len(a) > len(b))) / 2
+        for a, b in zip(before.responses, after.responses)
+    ]
+    assert metrics["win_rate_judge"] == pytest.approx(np.mean(asked))
+    assert {"win_rate", "win_rate_low", "judge_position_bias"} <= metrics.keys()
+    completions = [row["completion"] for row in ROWS]
+    assert {name: metrics[name] for name in ROUGE} == rouge_scores(after.responses, completions)
+    table = {row["metric"]: row for row in found["table"]}
+    started = rouge_scores(before.responses, completions)
+    assert table["ROUGE-1 of responses"]["before"] == started["rouge1"]
+    assert len(others) == 2
+
+
+def test_the_best_of_n_is_chosen_among_the_responses_of_one_policy(compared):
+    folder, found, judged = compared
+    policy = judged[:3]
+    texts = [tuple(each.responses) for each in policy]
+    assert len(set(texts)) == 3
+    scores, golds = (np.stack([getattr(x, name) for x in policy], 1) for name in ("scores", "gold"))
+    assert found["best_of"] == best_of_curve(scores, golds, [1, 2, 3])
+    assert found["best_of"][2]["scores"] == pytest.approx(scores.max(axis=1).mean())
+    assert "best of 3, gold score (KL at most 0.43 nats)" in {r["metric"] for r in found["table"]}
+    page = (folder / "report.html").read_text()
+    for text in ("Best of n", "win rate by the judge", "Samples before and after"):
+        assert text in page, text
+    for text in ("metrics.jsonl", "config.yaml", "Nothing was logged"):
+        assert text not in page, text
+
+
+def test_texts_have_both_kinds_of_rouge_and_nothing_else_changes(models, tmp_path, caplog, capsys):
+    short = {"max_response_length": 4}  # something is cut, which is said once
+    with caplog.at_level(logging.WARNING):
+        found = evaluate(models, tmp_path, "text", data=short, path="policy")["metrics"]
+    assert len({record.getMessage() for record in caplog.records}) == len(caplog.records) > 0
+    assert {f"{name}{end}" for name in ROUGE for end in ("", "_published")} < found.keys()
+    assert "ROUGE-Lsum, counted as published" in capsys.readouterr().out
+    without = evaluate(models, tmp_path, "text", {"rouge_rows": 0}, data=short, path="policy")
+    assert without["metrics"] == {
+        name: found[name] for name in ("loss", "accuracy", "perplexity", "num_tokens")
+    }
+
+
+def test_the_stage_logs_the_rouge_that_the_command_finds(models, tmp_path):
+    data = {"eval_rows": 2, "max_response_length": 4}
+    settings = {
+        "model": {"path": str(models / "policy")},
+        "data": {"path": str(models / "rows.jsonl"), "max_length": 32, **data},
+        "sft": {"eval_batch_size": 2, "rouge_rows": 1},
+        "generation": SHARED["generation"],
+    }
+    stage = SFTStage(resolve(SFTConfig, settings))
+    logged = stage.evaluate(stage.init_state())
+    found = evaluate(models, tmp_path, "text", {"rouge_rows": 1}, data=data, path="policy")
+    names = ("loss", "accuracy", "perplexity", *ROUGE)
+    assert logged.keys() == {f"eval/{name}" for name in names}
+    assert [logged[f"eval/{name}"] for name in names] == pytest.approx(
+        [found["metrics"][name] for name in names], rel=1e-5
+    )
+
+
+def message(function, *arguments, **keywords):
+    """The sentence that a call fails with, one line."""
+    with pytest.raises(InputError) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("paths", "settings", "said"),
+    [
+        ({}, {"evaluation": {"best_of": [1, 2]}}, "evaluation.best_of needs a score to choose"),
+        (
+            {},
+            {"evaluation": {"best_of": [0]}},
+            "evaluation.best_of must hold numbers from 1 on, but",
+        ),
+        (
+            {},
+            {"evaluation": {"rouge_rows": -1}},
+            "evaluation.rouge_rows must be at least 0, but is",
+        ),
+        ({}, {"evaluation": {"judge_fn": JUDGE}}, "evaluation.judge_fn compares the responses of"),
+        (
+            BOTH,
+            {"evaluation": {"best_of": [2]}, "generation": {"temperature": 0.0}},
+            "evaluation.best_of needs responses that differ, and at generation.temperature 0 all",
+        ),
+        (BOTH, {"evaluation": {"judge_fn": "json:none"}}, "'json:none' names no function (module"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_one_sentence(models, tmp_path, paths, settings, said):
+    paths = {"path": "policy", **paths}
+    assert message(evaluate, models, tmp_path, **settings, **paths).startswith(said)
+
+
+def test_the_stage_needs_completions_to_compute_rouge(models, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "It was good."}\n' * 4)
+    config = small.sft(
+        tmp_path / "run",
+        model={"path": str(models / "policy")},
+        data={"path": str(tmp_path / "texts.jsonl"), "eval_rows": 2, "max_length": 16},
+        sft={"rouge_rows": 1},
+    )
+    assert message(train_sft, config) == (
+        "sft.rouge_rows compares with completions, which the held-out rows do not have: give rows "
+        "of prompt and completion, or set it to 0."
+    )
+    assert message(train_sft, {"sft": {"rouge_rows": -1}}) == (
+        "sft.rouge_rows must be at least 0, but is -1."
+    )
+
+
+def test_ppo_asks_the_judge_as_well(models, tmp_path):
+    config = {
+        "model": {"path": str(models / "policy"), "reward_path": str(models / "reward")},
+        "data": {"path": str(models / "rows.jsonl"), "eval_rows": 1, "max_prompt_length": 24},
+        "ppo": {"total_episodes": 2, "batch_size": 2, "num_mini_batches": 1, "response_length": 3},
+        "evaluation": {"batch_size": 1, "judge_fn": JUDGE},
+        "run_dir": str(tmp_path),
+    }
+    stage = PPOStage(resolve(PPOConfig, config))
+    one = np.ones(1)
+    stage.judge = lambda params, *_: judging.Judged(["p"], [params], one, one, one, None)
+    state = SimpleNamespace(params={"model": "longer"}, frozen={"ref": "short"}, step=0)
+    # (0.8 + 1 - 0.2) / 2: the longer response is the second one
+    assert stage.evaluate(state)["eval/win_rate_judge"] == pytest.approx(0.8)
+    state = SimpleNamespace(params={"model": "x"}, frozen={"ref": "short"}, step=1)
+    assert stage.evaluate(state)["eval/win_rate_judge"] == pytest.approx(0.2)

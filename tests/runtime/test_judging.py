@@ -1,0 +1,264 @@
+"""What is said of texts and scores: by loops, by enumeration, and by simulated data."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.runtime import best_of, judging, report
+from rlhf_jax.runtime.bootstrap import bootstrap_interval
+from rlhf_jax.runtime.python_judge import Verdicts, call_judge, judge_both_orders
+from rlhf_jax.runtime.rouge import rouge_scores
+
+# --- ROUGE ---------------------------------------------------------------------------------------
+
+
+def f1(shared, predicted, true):
+    return 2 * shared / (predicted + true) if shared else 0.0
+
+
+def ngram_f1(prediction, reference, n):
+    """Each n-gram of the prediction strikes out one of the reference."""
+    grams, left = (
+        [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        for words in (prediction, reference)
+    )
+    total, shared = len(left), 0
+    for gram in grams:
+        if gram in left:
+            left.remove(gram)
+            shared += 1
+    return f1(shared, len(grams), total)
+
+
+def longest_common(a, b):
+    if not a or not b:
+        return 0
+    if a[0] == b[0]:
+        return 1 + longest_common(a[1:], b[1:])
+    return max(longest_common(a[1:], b), longest_common(a, b[1:]))
+
+
+def test_rouge_is_that_of_a_loop():
+    rng = np.random.default_rng(0)
+    texts = [rng.choice(list("abcd"), size=rng.integers(0, 8)).tolist() for _ in range(60)]
+    pairs = list(zip(texts[:30], texts[30:], strict=True))
+    found = rouge_scores(*([" ".join(words) for words in side] for side in zip(*pairs)))
+    expected = {
+        "rouge1": np.mean([ngram_f1(*pair, 1) for pair in pairs]),
+        "rouge2": np.mean([ngram_f1(*pair, 2) for pair in pairs]),
+        "rougeL": np.mean([f1(longest_common(*p), len(p[0]), len(p[1])) for p in pairs]),
+    }
+    assert expected["rouge2"] > 0.05
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert all(type(value) is float for value in found.values())
+
+
+def test_rouge_of_lines_and_of_words():
+    found = rouge_scores(["c d\na b"], ["a b\nc d"])
+    assert found == {"rouge1": 1.0, "rouge2": pytest.approx(1 / 3 * 2), "rougeL": 0.5,
+                     "rougeLsum": 1.0}  # fmt: skip
+    assert rouge_scores(["Runs, RUNS"], ["runs -- runs!"])["rouge2"] == 1.0
+    assert rouge_scores(["running"], ["run"])["rouge1"] == 0.0  # no stemmer
+
+
+# --- the bootstrap -------------------------------------------------------------------------------
+
+
+def test_the_interval_is_that_of_a_loop_and_of_all_resamples():
+    values = np.array([0.0, 0.25, 0.5, 1.0])
+    every = [np.mean(drawn) for drawn in itertools.product(values, repeat=4)]
+    expected = np.quantile(every, [0.025, 0.975])
+    assert bootstrap_interval(values, num_resamples=100_000) == pytest.approx(expected, abs=0.001)
+
+    wins = np.random.default_rng(1).choice([0.0, 0.5, 1.0], size=40, p=[0.3, 0.1, 0.6])
+    rng, averages = np.random.default_rng(2), []
+    for _ in range(4000):
+        averages.append(np.mean([wins[rng.integers(40)] for _ in range(40)]))
+    expected = np.quantile(averages, [0.05, 0.95])
+    assert bootstrap_interval(wins, level=0.9) == pytest.approx(expected, abs=0.013)
+    smooth = rng.random(20)
+    assert bootstrap_interval(smooth) == bootstrap_interval(smooth)
+    assert bootstrap_interval(smooth) != bootstrap_interval(smooth, seed=1)
+    assert bootstrap_interval(np.ones(3)) == (1.0, 1.0)
+
+
+def test_the_interval_holds_the_true_mean_about_as_often_as_it_says():
+    rng, truth = np.random.default_rng(3), 0.7 + 0.5 * 0.1
+    drawn = rng.choice([0.0, 0.5, 1.0], size=(600, 150), p=[0.2, 0.1, 0.7])
+    ends = np.array([bootstrap_interval(row, num_resamples=1000) for row in drawn])
+    held = np.mean((ends[:, 0] <= truth) & (truth <= ends[:, 1]))
+    assert held == pytest.approx(0.945, abs=0.025)
+    width = 2 * 1.96 * np.std(drawn[0]) / math.sqrt(150)
+    assert np.mean(ends[:, 1] - ends[:, 0]) == pytest.approx(width, rel=0.1)
+
+
+# --- two policies --------------------------------------------------------------------------------
+
+
+def judged(scores, gold=None, rouge=None):
+    scores = np.asarray(scores, np.float32)
+    texts = [f"text {n}" for n in range(len(scores))]
+    lengths = np.ones(len(scores), int)
+    return judging.Judged(texts, texts, 0 * scores, lengths, scores, gold, rouge)
+
+
+def test_win_rates_and_their_intervals_are_in_metrics_table_and_page(tmp_path):
+    rng = np.random.default_rng(0)
+    before, after = (rng.integers(0, 4, 60) + shift for shift in (0, 1))
+    preferences = rng.random(60)
+    comparison = judging.compare(
+        judged(before, np.zeros(60), {"rouge1": 0.25}),
+        judged(after, np.ones(60), {"rouge1": 0.5}),
+        Verdicts(preferences, 0.125),
+    )
+    wins = [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after)]
+    low, high = bootstrap_interval(np.array(wins))
+    found = comparison.metrics
+    assert (found["win_rate_scores"], found["win_rate"]) == (np.mean(wins), 1.0)
+    assert (found["win_rate_scores_low"], found["win_rate_scores_high"]) == (low, high)
+    assert low < np.mean(wins) < high
+    assert (found["win_rate_low"], found["win_rate_high"]) == (1.0, 1.0)
+    assert found["win_rate_judge"] == np.mean(preferences)
+    assert found["judge_position_bias"] == 0.125
+
+    evaluation = judging.write_evaluation(str(tmp_path), comparison, 2)
+    rows = {row["metric"]: row for row in evaluation["table"]}
+    assert rows["win rate by the reward model"]["interval"] == [low, high]
+    assert (rows["ROUGE-1 of responses"]["before"], rows["ROUGE-1 of responses"]["after"]) == (
+        0.25,
+        0.5,
+    )
+    text = report.format_table(evaluation["table"])
+    assert f"{np.mean(wins):.4g} ({low:.4g} to {high:.4g})" in text
+    page = report.write_report(tmp_path).read_text()
+    assert f"({low:.4g} to {high:.4g})" in page
+    assert "metrics.jsonl" not in page  # an evaluation alone lacks nothing
+    assert "Supervised fine-tuning" not in page
+
+
+@pytest.mark.parametrize("interval", [3, [1], ["a", "b"], None, [0.1, None]])
+def test_an_interval_of_another_form_is_left_out(interval):
+    table = report.format_table([{"metric": "x", "after": 0.5, "interval": interval}])
+    assert table.splitlines()[-1].split() == ["x", "–", "0.5", "–"]
+
+
+# --- a judge in Python ---------------------------------------------------------------------------
+
+
+def likes_long(prompts, responses_a, responses_b, bonus):
+    """Prefers the longer response, and whatever is shown second; says nothing of its own."""
+    lengths = zip(responses_a, responses_b, bonus, strict=True)
+    return [0.6 * (len(b) > len(a)) + 0.3 * (len(b) == len(a)) + more for a, b, more in lengths]
+
+
+def test_a_judge_is_asked_in_both_orders_so_that_its_bias_cancels():
+    verdicts = judge_both_orders(
+        likes_long, list("pqr"), ["a", "bb", "cc"], ["aaa", "b", "dd"], {"bonus": [0.4, 0.2, 0.0]}
+    )
+    # (f(before, after) + 1 - f(after, before)) / 2, whatever is added to both
+    np.testing.assert_allclose(verdicts.preferences, [0.8, 0.2, 0.5])
+    answers = np.array([[1.0, 0.4], [0.2, 0.8], [0.3, 0.3]])
+    assert verdicts.position_bias == pytest.approx(answers.mean() - 0.5)
+
+
+def test_a_judge_that_only_looks_at_the_place_finds_a_tie():
+    verdicts = judge_both_orders(lambda p, a, b: [1.0] * len(p), ["p"], ["a"], ["b"], {})
+    assert (verdicts.preferences.tolist(), verdicts.position_bias) == ([0.5], 0.5)
+
+
+def raises(prompts, responses_a, responses_b):
+    raise KeyError("two\nlines")
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (lambda p, a, b: [0.5], "gave 1 answers for 2 prompts; it has to give one number from 0"),
+        (lambda p, a, b: [0.5, 1.5], "gave 1.5 for the prompt 'q'; it has to give one number"),
+        (lambda p, a, b: [-0.1, 1.0], "gave -0.1 for the prompt 'p'; it has to give"),
+        (lambda p, a, b: [0.5, math.nan], "gave nan for the prompt 'q'; it has to give"),
+        (lambda p, a, b: ["0.5", "B"], "gave ['0.5', 'B']; it has to give one number from 0 (a"),
+        (lambda p, a, b: None, "gave None; it has to give one number"),
+        (lambda p, a, b: [None, 0.5], "gave [None, 0.5]; it has to give"),
+        (lambda p, a: [0.5], "raised TypeError: "),
+        (raises, "The judge raises raised KeyError: 'two\\nlines'; it is called as f(prompts, "),
+    ],
+)
+def test_what_is_wrong_with_a_judge_is_one_sentence(judge, said):
+    with pytest.raises(InputError) as error:
+        call_judge(judge, ["p", "q"], ["a", "b"], ["c", "d"], {})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_judge_may_answer_with_an_array():
+    found = call_judge(
+        lambda p, a, b: np.array([True, False]), ["p", "q"], ["a"] * 2, ["b"] * 2, {}
+    )
+    assert found.tolist() == [1.0, 0.0]
+
+
+# --- best of n -----------------------------------------------------------------------------------
+
+
+def chosen_by_enumeration(proxy, scores, n):
+    """The mean over all subsets of n, of the best by the proxy; ties are drawn."""
+    found = []
+    for row, values in zip(proxy, scores, strict=True):
+        for subset in itertools.combinations(range(len(row)), n):
+            top = max(row[i] for i in subset)
+            found.append(np.mean([values[i] for i in subset if row[i] == top]))
+    return np.mean(found)
+
+
+def test_the_best_of_n_is_the_mean_over_all_subsets():
+    rng = np.random.default_rng(0)
+    smooth, gold = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+    tied = rng.integers(0, 3, size=(3, 6)).astype(float)
+    tied[0] = 1.0
+    for proxy in (smooth, tied):
+        for scores in (gold, proxy):
+            found = best_of.best_of_means(proxy, scores, range(1, 7))
+            expected = [chosen_by_enumeration(proxy, scores, n) for n in range(1, 7)]
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(best_of.best_of_means(smooth, smooth, [6]), smooth.max(1).mean())
+
+
+def test_the_curve_is_unbiased_and_its_kl_that_of_chosen_responses():
+    # Responses are uniform numbers from 0 to 1, and their own scores: the best of n is beta(n, 1).
+    uniform = np.random.default_rng(1).random((4000, 8))
+    for row in best_of.best_of_curve(uniform, None, [8, 1, 4, 4, 2]):
+        n = row["n"]
+        assert row["scores"] == pytest.approx(n / (n + 1), abs=0.01)
+        x = (np.arange(20_000) + 0.5) / 20_000
+        density = n * x ** (n - 1)
+        assert row["kl"] == pytest.approx(np.mean(density * np.log(density)), abs=1e-3)
+
+
+def test_the_curve_is_in_table_and_page(tmp_path):
+    rng = np.random.default_rng(2)
+    curve = best_of.best_of_curve(rng.normal(size=(5, 4)), rng.normal(size=(5, 4)), [4, 1, 2])
+    assert [row["n"] for row in curve] == [1, 2, 4]
+    table = best_of.best_of_table(curve)
+    assert table[1] == {
+        "metric": "best of 2, reward-model score (KL at most 0.19 nats)",
+        "after": curve[1]["scores"],
+    }
+    evaluation = {"metrics": {}, "table": table, "samples": [], "best_of": curve}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page = report.write_report(tmp_path).read_text()
+    assert "Best of n" in page
+    assert "n = 1, 2, 4" in page
+    (chart,) = best_of.best_of_charts(evaluation)
+    drawn = [series["points"] for series in json.loads(chart.data)["series"]]
+    for points, key in zip(drawn, ("scores", "gold"), strict=True):
+        np.testing.assert_allclose(points, [(row["kl"], row[key]) for row in curve], rtol=1e-4)
+
+
+@pytest.mark.parametrize("content", [3, [], [4, {"n": 1}], {"n": 2}, [{"kl": "x", "scores": 1}]])
+def test_a_file_of_another_form_has_no_curve_of_the_best(content):
+    assert best_of.best_of_charts({"best_of": content}) == ()
