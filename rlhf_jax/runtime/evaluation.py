@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.data.chat import are_messages, contents
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.pairs import pair_rows
 from rlhf_jax.data.prompts import prompt_rows
@@ -183,9 +184,9 @@ def _check_policy(config: EvaluateConfig) -> None:
 
 
 def _with_rouge(judged: Judged, rows: Sequence[Mapping[str, Any]]) -> Judged:
-    """With the ROUGE of the responses, where all rows have a completion that is a text."""
+    """With the ROUGE of the responses, where all rows have a completion, of text or messages."""
     references = [row.get("completion") for row in rows]
-    texts = [reference for reference in references if isinstance(reference, str)]
+    texts = [contents(x) for x in references if isinstance(x, str) or are_messages(x)]
     if len(texts) < len(rows):
         return judged
     return judged._replace(rouge=rouge_scores(judged.responses, texts))
