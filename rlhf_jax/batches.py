@@ -69,11 +69,14 @@ class PromptBatch(NamedTuple):
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; a row that only fills up a short
         last batch is False throughout.
       indices: i32[B], the row of the data set that each prompt is from.
+      texts: of PPO-ptx, to be learned in the updates on the responses, a number of rows of their
+        own; None without it.
     """
 
     prompts: jax.Array
     prompt_mask: jax.Array
     indices: jax.Array
+    texts: TextBatch | None = None
 
 
 class Rollout(NamedTuple):

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
+import jax
 import numpy as np
 
 from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
@@ -85,7 +86,8 @@ class Batches(Generic[Rows]):
         indices = self.indices(step)
         widths = self._widths(indices)
         mine = indices[_part(self.batch_size, process_index, process_count)]
-        batch = type(self.rows)(*(array[mine] for array in self.rows))
+        # Not field by field, since a PromptBatch may hold no texts.
+        batch = jax.tree.map(lambda array: array[mine], self.rows)
         return batch if widths is None else _trim(batch, widths)
 
     def indices(self, step: int) -> Any:
@@ -141,10 +143,15 @@ def eval_batches(
     """
     part = _part(batch_size, process_index, process_count)
     for start in range(0, rows[0].shape[0], batch_size):
-        batch: list[Any] = [np.asarray(array[start : start + batch_size]) for array in rows]
-        missing = batch_size - batch[0].shape[0]
-        filled: list[Any] = [np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in batch]
-        yield type(rows)(*(array[part] for array in filled))
+        rows_of_batch = slice(start, start + batch_size)
+        yield jax.tree.map(functools.partial(_filled, rows_of_batch, part), rows)
+
+
+def _filled(rows: slice, part: slice, array: Any) -> Any:
+    """A part of these rows of an array, with rows of zeros for those that it does not have."""
+    batch = np.asarray(array[rows])
+    missing = rows.stop - rows.start - batch.shape[0]
+    return np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))[part]
 
 
 def _part(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -293,6 +293,11 @@ class GPT2:
         """The final layer norm, in the compute dtype."""
         return _layer_norm(self.config, self.dtype).apply({"params": params["ln_f"]}, x)
 
+    def shift_final(self, params, shift):
+        """Parameters whose final layer norm has that much more of a bias; nothing else changes."""
+        norm = params["ln_f"]
+        return {**params, "ln_f": {**norm, "bias": norm["bias"] + shift}}
+
     def unembedding(self, params):
         """[Vp, D], the token embedding."""
         return params["wte"]["embedding"]

@@ -105,6 +105,14 @@ class Model(Protocol):
         """The final layer norm, [..., D] -> [..., D]."""
         ...
 
+    def shift_final(self, params: Params, shift: jax.Array) -> Params:
+        """Parameters under which `final` gives its result + f32[D] shift.
+
+        `params` may be the trained half that `split` gives. A family whose final norm has nothing
+        to add raises an InputError.
+        """
+        ...
+
     def unembedding(self, params: Params) -> jax.Array:
         """[Vp, D], one row for each token; rows from `config.vocab_size` on are padding."""
         ...

@@ -193,11 +193,13 @@ class PPOConfig:
     Attributes:
       num_seeds: independent runs, with the seeds `seed`, `seed + 1`, ..., trained as one program;
         metrics are their means, and the report shows their spread.
+      ptx: the texts of PPO-ptx, as for supervised fine-tuning; read if `ppo.ptx_coef` is above 0.
     """
 
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
+    ptx: DataSettings = DataSettings()
     optimizer: OptimizerSettings = PPO_OPTIMIZER
     ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -214,11 +216,22 @@ class PPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageData:
-    """The section `data` of `run_rlhf.py`: one for each stage."""
+    """The section `data` of `run_rlhf.py`: one for each stage.
+
+    Attributes:
+      ptx: the texts of PPO-ptx, read if `ppo.ptx_coef` is above 0; left as it is by default, those
+        of `sft`.
+    """
 
     sft: DataSettings = DataSettings()
     reward: DataSettings = DataSettings()
     ppo: DataSettings = DataSettings()
+    ptx: DataSettings = DataSettings()
+
+    @property
+    def ptx_texts(self) -> DataSettings:
+        """The texts of PPO-ptx: `ptx` where it was set, else `sft`."""
+        return self.sft if self.ptx == DataSettings() else self.ptx
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Stage(Protocol):
     name: str
     total_steps: int
     flops_per_token: float  # of products with parameters, for each real token of a step
+    flops_per_step: float  # and of what a step reads beside these tokens
 
     def init_state(self) -> Any:
         """The state before the first step."""
@@ -236,8 +237,9 @@ class _Loop:
         """Tokens per second, seconds per step and, on devices whose peak is known, the MFU."""
         speed = self.throughput.metrics()
         if speed:
-            tokens_per_second = speed["perf/tokens_per_sec"]
-            mfu = utilization(self.stage.flops_per_token, tokens_per_second)
+            rate, seconds = speed["perf/tokens_per_sec"], speed["perf/step_time"]
+            beside = self.stage.flops_per_step / max(rate * seconds, 1.0)
+            mfu = utilization(self.stage.flops_per_token + beside, rate)
             speed |= {} if mfu is None else {"perf/mfu": mfu}
         return speed
 

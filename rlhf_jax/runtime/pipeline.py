@@ -78,6 +78,8 @@ def _check_ahead(config: RLHFConfig) -> None:
     if config.ppo.truncate_token is not None:
         ppo.step_settings(ppo_config(config), first_tokenizer(sft_config(config)))
     load_rows(config.data.ppo, "prompts", quiet=True)
+    if config.ppo.ptx_coef:
+        load_rows(config.data.ptx_texts, "text", quiet=True)
     ppo.check_sizes(ppo_config(config), model, mesh)
 
 
@@ -120,6 +122,7 @@ def ppo_config(config: RLHFConfig) -> PPOConfig:
     return PPOConfig(
         model=model,
         data=config.data.ppo,
+        ptx=config.data.ptx_texts,
         optimizer=config.optimizer.ppo,
         ppo=config.ppo,
         evaluation=config.evaluation,

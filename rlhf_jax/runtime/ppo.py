@@ -15,6 +15,7 @@ from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.prompts import prompt_rows
+from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.models.interface import Model
@@ -86,6 +87,10 @@ def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
     rows_a_step = config.ppo.batch_size // config.ppo.num_mini_batches
     check_batch_size(mesh, "ppo.batch_size / ppo.num_mini_batches", rows_a_step)
     check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)
+    if config.ppo.ptx_coef:
+        assemble.check_positions(model, config.ptx.max_length, "ptx.max_length")
+        rows_a_step = config.ppo.num_texts // config.ppo.num_mini_batches
+        check_batch_size(mesh, "ppo.ptx_batch_size / ppo.num_mini_batches", rows_a_step)
 
 
 def step_settings(config: PPOConfig, tokenizer: PreTrainedTokenizerFast) -> ppo.Settings:
@@ -148,16 +153,31 @@ class PPOStage:
             config.seed,
             buckets=data.length_buckets,
         )
+        self.texts = self._load_texts() if config.ppo.ptx_coef else None
         self.held_out = (
             prompt_rows(self.held_out_rows, self.tokenizer, data) if self.held_out_rows else None
         )
         self.total_steps = config.ppo.num_iterations
+
+    def _load_texts(self) -> Batches:
+        """The texts of PPO-ptx, of which each iteration reads its own."""
+        settings = self.config.ptx
+        train, _ = load_rows(settings, "text")
+        rows, _ = text_rows(train, self.tokenizer, settings)
+        # By another seed than the prompts, whose order would be the same if they are as many.
+        return Batches(
+            rows,
+            self.config.ppo.num_texts,
+            self.config.seed + 1,
+            buckets=settings.length_buckets,
+        )
 
     def _compile(self) -> None:
         config, stops = self.config, (self.tokenizer.eos_token_id,)
         self.optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
         shape = jax.eval_shape(self._init, self.params, self.reward_params)
         self.flops_per_token = self._flops_per_token(shape)
+        self.flops_per_step = self._flops_of_texts(shape)
         state, rows, whole = self._places(shape)
         self.state_places = state
         made = {"optimizer": self.optimizer, "stop_token_ids": stops}
@@ -218,6 +238,14 @@ class PPOStage:
         passes = 3 + (self.settings.surrogate == "kl_penalty")
         return 2.0 * (passes * policy + reward) + 6.0 * self.config.ppo.num_ppo_epochs * policy
 
+    def _flops_of_texts(self, state) -> float:
+        """The texts of an iteration, on average, forwards and backwards in each epoch."""
+        if self.texts is None:
+            return 0.0
+        tokens = np.mean((self.texts.rows.segments > 0).sum(axis=1)) * self.config.ppo.num_texts
+        policy = multiplied_parameters(state.params["model"], unembeds=True)
+        return 6.0 * self.config.ppo.num_ppo_epochs * policy * float(tokens)
+
     def _sample_for_judging(self, stops, params, batch, key):
         return ppo.sample_responses(
             self.model, params, batch, key, self.settings, stop_token_ids=stops
@@ -253,7 +281,8 @@ class PPOStage:
         return state, metrics, (rollout, batch.indices)
 
     def _batch(self, index: int) -> PromptBatch:
-        return self.batches.at(index)
+        batch = self.batches.at(index)
+        return batch if self.texts is None else batch._replace(texts=self.texts.at(index))
 
     def _key(self, index: int) -> jax.Array:
         return jax.random.fold_in(self.key, index)

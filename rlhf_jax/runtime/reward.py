@@ -23,6 +23,7 @@ from rlhf_jax.runtime import assemble, loop
 from rlhf_jax.runtime.config import RewardConfig, resolve
 from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.judging import save_evaluation
+from rlhf_jax.runtime.normalization import Normalizer
 from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.sft import text_of
 from rlhf_jax.runtime.supervised import SupervisedStage, check_micro_batches
@@ -89,15 +90,35 @@ class RewardStage(SupervisedStage):
         self.held_out = encode(held_out, self.tokenizer, data) if held_out else None
         self.total_steps = math.ceil(config.reward.num_epochs * self.batches.steps_per_epoch)
         self.compile_step(reward, config.reward, unembeds=False)
+        self.normalize = Normalizer(self.model, self.mesh, rows, config.reward, config.seed)
+
+    def init_state(self):
+        """The state before the first step, normalized where that is asked for."""
+        state = super().init_state()
+        if not self.config.reward.normalize_before:
+            return state
+        return state._replace(params=self.normalize(state.params))
+
+    def _at_end(self, state):
+        """What is written and judged: after the last step, the normalized model if asked for.
+
+        Checkpoints hold the model as it was trained, so that it is normalized once however often
+        the run is continued.
+        """
+        if not self.config.reward.normalize_after or int(state.step) < self.total_steps:
+            return state
+        return state._replace(params=self.normalize(state.params))
 
     def evaluate(self, state):
         """Loss, accuracy and mean difference of scores on the held-out pairs."""
+        state = self._at_end(state)
         return self.held_out_means(state, self.config.reward.eval_batch_size)
 
     def samples(self, state, output, count):
         """Held-out pairs or rankings with the scores of all their responses."""
         if self.held_out is None or count == 0:
             return []
+        state = self._at_end(state)
         rows = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
         responses, masks = map(np.asarray, reward.responses_of(rows))
         scorer = jax.jit(end_scores, static_argnums=0)
@@ -122,6 +143,7 @@ class RewardStage(SupervisedStage):
 
         And `evaluation.json`, with what the held-out pairs say of the scores.
         """
+        state = self._at_end(state)
         if self.held_out is not None:
             step, place = jax.jit(reward.make_score_step(self.model)), batch_sharding(self.mesh)
             pairs = score_pairs(

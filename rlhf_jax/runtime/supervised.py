@@ -42,6 +42,7 @@ class SupervisedStage:
     batches: Any
     held_out: Any
     total_steps: int
+    flops_per_step = 0.0
     init_key: jax.Array
     key: jax.Array
 

@@ -131,7 +131,8 @@ def make_step(
 
     Returns:
       The step. Scores in its rollout are final: penalised, clipped and scaled. It raises a
-      ValueError while tracing if the state holds no reward model.
+      ValueError while tracing if the state holds no reward model, or the batch no texts while
+      `ptx_coef` is above 0.
 
     >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
     >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
@@ -284,6 +285,7 @@ def make_update_step(
             experience,
             key,
             penalty_coef=state.penalty_coef,
+            texts=batch.texts,
         )
         kl_coef = _adapt_kl_coef(settings, state.kl_coef, metrics["objective/kl"], rows)
         penalty_coef, penalty = _adapt_penalty(model, settings, params, scored, state.penalty_coef)

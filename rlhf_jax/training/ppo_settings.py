@@ -49,6 +49,10 @@ class Settings:
       max_approxkl: an iteration ends before the first update whose minibatch has moved further
         than this, by `policy/approxkl_avg`; the learning rate's schedule counts updates taken.
       entropy_coef: weight of the entropy of the next token, in nats, that is to be raised.
+      ptx_coef: weight of the cross entropy of texts in every update (PPO-ptx of InstructGPT), in
+        nats per token; 0 reads no texts.
+      ptx_batch_size: rows of texts in one iteration (a packed row holds several), split over its
+        minibatches anew in each epoch; null takes `batch_size`.
     """
 
     total_episodes: int = 8192
@@ -82,17 +86,24 @@ class Settings:
     penalty_target: float = 0.01
     max_approxkl: float | None = None
     entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
+    ptx_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("total_episodes", "batch_size", "num_ppo_epochs", "num_mini_batches")
         above = ("target", "horizon", "temperature", "penalty_coef", "penalty_target")
-        optional = ("cliprange_reward", "max_approxkl")
+        optional = ("cliprange_reward", "max_approxkl", "ptx_batch_size")
         for name in (*counts, "response_length", *above, *optional):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise InputError(f"ppo.{name} must be above 0, but is {getattr(self, name)}.")
         if self.batch_size % self.num_mini_batches:
             raise InputError(
                 f"ppo.batch_size = {self.batch_size} is not divisible by ppo.num_mini_batches = "
+                f"{self.num_mini_batches}; change one of them."
+            )
+        if self.num_texts % self.num_mini_batches:
+            raise InputError(
+                f"ppo.ptx_batch_size = {self.num_texts} is not divisible by ppo.num_mini_batches = "
                 f"{self.num_mini_batches}; change one of them."
             )
         shortest = self.min_response_length
@@ -112,7 +123,8 @@ class Settings:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"ppo.{name} must be from 0 to 1, but is {getattr(self, name)}.")
-        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "entropy_coef"):
+        coefficients = ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef")
+        for name in (*coefficients, "cliprange", "cliprange_value"):
             if getattr(self, name) < 0:
                 raise InputError(f"ppo.{name} must not be negative, but is {getattr(self, name)}.")
         if self.kl_estimator not in ("k1", "k2", "k3"):
@@ -141,6 +153,11 @@ class Settings:
             raise InputError(
                 "ppo.missing_eos_penalty and ppo.missing_eos_score exclude each other; set one."
             )
+
+    @property
+    def num_texts(self) -> int:
+        """Rows of texts that an iteration of PPO-ptx reads."""
+        return self.batch_size if self.ptx_batch_size is None else self.ptx_batch_size
 
     @property
     def num_iterations(self) -> int:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax import functional
-from rlhf_jax.batches import ScoredRollout
+from rlhf_jax.batches import ScoredRollout, TextBatch
 from rlhf_jax.models.heads import apply_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_hidden
+from rlhf_jax.training.ppo_ptx import text_minibatches, with_ptx
 from rlhf_jax.training.ppo_settings import Settings
 from rlhf_jax.training.state import apply_gradients
 
@@ -51,15 +52,17 @@ def run_epochs(
     key: jax.Array,
     *,
     penalty_coef: jax.Array | None = None,
+    texts: TextBatch | None = None,
 ) -> tuple[Params, Any, dict[str, jax.Array]]:
     """Epochs x minibatches of updates, as one scan; (params, opt_state, metrics).
 
     Args:
       params: {"model": the policy, "value_head": the value head}.
       penalty_coef: f32[], of the surrogate "kl_penalty".
+      texts: of PPO-ptx, for `ptx_coef`.
 
     Raises:
-      ValueError: the experience has not `batch_size` rows.
+      ValueError: the experience has not `batch_size` rows, or the texts not theirs.
     """
     rows, minibatches = settings.batch_size, settings.num_mini_batches
     if experience.returns.shape[0] != rows:
@@ -69,16 +72,17 @@ def run_epochs(
     epoch_keys = jax.random.split(key, settings.num_ppo_epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, rows))(epoch_keys)
     order = order.reshape(settings.num_ppo_epochs * minibatches, rows // minibatches)
+    parts = (order, text_minibatches(settings, texts, key))
     update = functools.partial(_update, model, settings, optimizer, experience, penalty_coef)
     if settings.max_approxkl is not None:
-        return _update_until(update, settings.max_approxkl, (params, opt_state), order)
-    (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), order)
+        return _update_until(update, settings.max_approxkl, (params, opt_state), parts)
+    (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), parts)
     ratio_var = jnp.var(metrics["val/ratio"])
     metrics = {name: jnp.mean(values) for name, values in metrics.items()}
     return params, opt_state, {**metrics, "val/ratio_var": ratio_var}
 
 
-def _update_until(update, max_approxkl, carry, order):
+def _update_until(update, max_approxkl, carry, parts):
     """Updates until a minibatch has moved further than max_approxkl, whose own is left out too.
 
     Metrics are means over the minibatches until then, and that one.
@@ -86,45 +90,47 @@ def _update_until(update, max_approxkl, carry, order):
     take = functools.partial(_update_if_near, update, max_approxkl)
     leave = functools.partial(_no_update, take)
 
-    def step(carry, indices):
+    def step(carry, part):
         carry, is_on = carry
-        carry, is_taken, metrics = jax.lax.cond(is_on, take, leave, carry, indices)
+        carry, is_taken, metrics = jax.lax.cond(is_on, take, leave, carry, part)
         return (carry, is_taken), (metrics, is_on, is_taken)
 
     start = (carry, jnp.ones((), bool))
-    ((params, opt_state), _), (metrics, measured, taken) = jax.lax.scan(step, start, order)
+    ((params, opt_state), _), (metrics, measured, taken) = jax.lax.scan(step, start, parts)
     ratio_var = functional.masked_var(metrics["val/ratio"], measured, unbiased=False)
     metrics = {name: functional.masked_mean(x, measured) for name, x in metrics.items()}
     metrics |= {"val/ratio_var": ratio_var, "policy/updates": jnp.mean(taken, dtype=jnp.float32)}
     return params, opt_state, metrics
 
 
-def _update_if_near(update, max_approxkl, carry, indices):
+def _update_if_near(update, max_approxkl, carry, part):
     """(carry, whether it was updated, metrics) of one minibatch."""
-    updated, metrics = update(carry, indices)
+    updated, metrics = update(carry, part)
     is_near = metrics["policy/approxkl_avg"] <= max_approxkl
     carry = jax.tree.map(lambda new, old: jnp.where(is_near, new, old), updated, carry)
     return carry, is_near, metrics
 
 
-def _no_update(take, carry, indices):
+def _no_update(take, carry, part):
     """The form of what `take` gives, and nothing of its work."""
-    metrics = jax.eval_shape(take, carry, indices)[2]
+    metrics = jax.eval_shape(take, carry, part)[2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
     return carry, jnp.zeros((), bool), zeros
 
 
-def _update(model, settings, optimizer, experience, penalty_coef, carry, indices):
-    """One update on the rows of the indices: ((params, opt_state), metrics)."""
-    params, opt_state = carry
+def _update(model, settings, optimizer, experience, penalty_coef, carry, part):
+    """One update on the rows of some indices, and texts: ((params, opt_state), metrics)."""
+    (params, opt_state), (indices, texts) = carry, part
     minibatch = jax.tree.map(lambda x: x[indices], experience)
-    grads, metrics = jax.grad(_loss, has_aux=True)(params, model, settings, minibatch, penalty_coef)
+    grads, metrics = jax.grad(_loss, has_aux=True)(
+        params, model, settings, minibatch, penalty_coef, texts
+    )
     params, opt_state, norm = apply_gradients(optimizer, params, opt_state, grads)
     return (params, opt_state), {**metrics, "train/grad_norm": norm}
 
 
-def _loss(params, model, settings, minibatch, penalty_coef):
-    """Policy loss + vf_coef * value loss - entropy_coef * entropy of one minibatch; metrics."""
+def _loss(params, model, settings, minibatch, penalty_coef, texts):
+    """Policy loss + vf_coef * value loss - entropy_coef * entropy + ptx_coef * texts; metrics."""
     rollout = minibatch.rollout
     parts = (rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
     hidden = response_hidden(model, params["model"], *parts)
@@ -150,7 +156,7 @@ def _loss(params, model, settings, minibatch, penalty_coef):
         entropy_loss = -functional.masked_mean(functional.token_entropy(logits), rollout.mask)
         loss += settings.entropy_coef * entropy_loss
         metrics["loss/entropy_avg"] = entropy_loss
-    return loss, metrics
+    return with_ptx(settings, model, params["model"], texts, loss, metrics)
 
 
 def _policy_loss(settings, logprobs, minibatch, penalty_coef):

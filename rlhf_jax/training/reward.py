@@ -44,6 +44,10 @@ class Settings:
       center_coef: weight of the squared sum of both scores, which keeps them near 0; of
         "last_token" alone.
       eval_batch_size: pairs, or rankings, a step of the evaluation.
+      normalize_before: scales and shifts the fresh, or given, reward model before its training,
+        until its scores of preferred responses have mean 0 and variance 1.
+      normalize_after: likewise after its training: what is written and evaluated at the end.
+      normalize_rows: of the preferred responses of so many training rows, or of all.
     """
 
     objective: Objective = "last_token"
@@ -52,6 +56,9 @@ class Settings:
     num_epochs: float = 1.0
     center_coef: float = 0.0
     eval_batch_size: int = 32
+    normalize_before: bool = False
+    normalize_after: bool = False
+    normalize_rows: int = 256
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
@@ -63,6 +70,10 @@ class Settings:
             if getattr(self, name) <= 0:
                 raise InputError(f"reward.{name} must be above 0, but is {getattr(self, name)}.")
         check_steps("reward", self.batch_size, self.gradient_accumulation_steps)
+        if self.normalize_rows < 2:
+            raise InputError(
+                f"reward.normalize_rows must be at least 2, but is {self.normalize_rows}."
+            )
         if self.center_coef < 0:
             raise InputError(f"reward.center_coef must not be negative, but is {self.center_coef}.")
         if self.center_coef > 0 and self.objective != "last_token":

@@ -1,5 +1,6 @@
 """Batches: a pure function of (seed, step), the same rows on every number of hosts."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -180,9 +181,9 @@ def test_hosts_have_to_divide_the_batch():
 def test_evaluation_visits_every_row_once_and_fills_with_inert_ones(data):
     batches = list(eval_batches(data, 2))
     assert len(batches) == 3
-    whole = [np.concatenate(arrays) for arrays in zip(*batches, strict=True)]
-    assert_equal([array[:5] for array in whole], data)
-    for array, original in zip(whole, data, strict=True):
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
+    assert_equal(jax.tree.map(lambda array: array[:5], whole), data)
+    for array, original in zip(jax.tree.leaves(whole), jax.tree.leaves(data), strict=True):
         assert array.shape[0] == 6
         assert array.dtype == original.dtype
         assert not array[5:].any()

@@ -95,14 +95,18 @@ OPTIONS = {
     "penalty_target": 1e-6,
     "max_approxkl": 0.5,
     "entropy_coef": 0.01,
+    "ptx_coef": 0.5,
+    "ptx_batch_size": 4,
 }
+TEXTS = {"builtin_rows": 16, "eval_rows": 0, "max_length": 48}
 
 
-def test_the_running_scores_and_the_penalty_go_on_as_if_nothing_was(
+def test_the_running_scores_the_penalty_and_the_texts_go_on_as_if_nothing_was(
     tmp_path, monkeypatch, sft_run, reward_run
 ):
     def train(name):
-        train_ppo(small.ppo(tmp_path / name, sft_run[0], reward_run[0], ppo=OPTIONS))
+        config = small.ppo(tmp_path / name, sft_run[0], reward_run[0], ppo=OPTIONS, ptx=TEXTS)
+        train_ppo(config)
 
     train("whole")
     with monkeypatch.context() as patch:
@@ -114,6 +118,8 @@ def test_the_running_scores_and_the_penalty_go_on_as_if_nothing_was(
     saved = small.checkpoint(tmp_path / "parts")
     assert float(saved["score_stats"]["num_scores"]) == 32
     assert float(saved["penalty_coef"]) > 1.0
+    losses = [row["loss/ptx_avg"] for row in small.rows(tmp_path / "parts/metrics.jsonl")]
+    assert len(set(losses)) == 4
     scales = [row["objective/score_scale"] for row in small.rows(tmp_path / "parts/metrics.jsonl")]
     assert len(set(scales)) == 4
 
@@ -132,6 +138,7 @@ def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch, stag
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     for name in (*OPTIONS, "penalty_coef"):
         del config["ppo"][name]
+    del config["ptx"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     train(tmp_path)
     small.assert_same_run(uninterrupted, tmp_path)

@@ -1,0 +1,90 @@
+"""A run whose reward model is normalized before and after its training."""
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from rlhf_jax.models.huggingface import load_reward_model
+from rlhf_jax.runtime import loop, train_reward
+from rlhf_jax.runtime.config import RewardConfig, resolve
+from rlhf_jax.runtime.judging import read_evaluation
+from rlhf_jax.runtime.reward import RewardStage
+from rlhf_jax.training.reward import make_score_step
+from tests import small
+from tests.runtime.test_resume import interrupt_in
+
+NORMALIZED = {"normalize_before": True, "normalize_after": True, "normalize_rows": 12}
+
+
+def config(folder, sft_run, **changes):
+    return small.reward(folder, sft_run[0], reward={**NORMALIZED, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, sft_run):
+    folder = tmp_path_factory.mktemp("normalized")
+    train_reward(config(folder, sft_run))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, sft_run):
+    folder = tmp_path_factory.mktemp("stage")
+    return RewardStage(resolve(RewardConfig, config(folder, sft_run)))
+
+
+def scores_of_first_rows(stage, params):
+    """Of both responses of the pairs that the run trains on first: a batch and a half of them."""
+    indices = np.concatenate([stage.batches.indices(step) for step in (0, 1)])[:12]
+    rows = jax.tree.map(lambda array: array[indices], stage.batches.rows)
+    return np.asarray(jax.jit(make_score_step(stage.model))(params, rows), np.float64)
+
+
+def test_what_is_written_is_normalized_on_the_first_training_rows(whole, stage):
+    model, params = load_reward_model(whole / "hf")
+    written = scores_of_first_rows(stage, params)
+    assert written[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
+    assert written[:, 0].std() == pytest.approx(1.0, abs=1e-5)
+    trained = scores_of_first_rows(stage, small.checkpoint(whole)["params"])
+    assert abs(trained[:, 0].mean()) > 1e-3
+    expected = (trained - trained[:, 0].mean()) / trained[:, 0].std()
+    np.testing.assert_allclose(written, expected, atol=1e-4)
+
+
+def test_training_starts_from_a_normalized_model(stage):
+    """The same seed gives the same fresh head, which is then scaled."""
+    state = stage.init_state()
+    scores = scores_of_first_rows(stage, state.params)
+    assert scores[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
+    assert scores[:, 0].std() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_run_is_judged_by_what_it_wrote(whole, stage):
+    _, params = load_reward_model(whole / "hf")
+    step = jax.jit(make_score_step(stage.model))
+    scores = np.asarray(step(params, stage.held_out), np.float64)
+    margin = (scores[:, 0] - scores[:, 1]).mean()
+    last = small.rows(whole / "metrics.jsonl")[-1]
+    assert last["eval/margin"] == pytest.approx(margin, rel=1e-4)
+    judged = read_evaluation(str(whole))["metrics"]
+    assert judged["margin"] == pytest.approx(margin, rel=1e-4)
+    samples = [row for row in small.rows(whole / "samples.jsonl") if row["step"] == small.STEPS]
+    told = [row["score"] for row in samples]
+    np.testing.assert_allclose(told, scores[:2].ravel(), rtol=1e-4, atol=1e-5)
+    # The deviation was about 1 before, from the normalization at the start, and not by 1e-4.
+    trained = np.asarray(step(small.checkpoint(whole)["params"], stage.held_out), np.float64)
+    assert abs((trained[:, 0] - trained[:, 1]).mean() / margin - 1) > 1e-3
+
+
+def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, whole):
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, RewardStage, "step", 2)
+        with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
+            train_reward(config(tmp_path, sft_run))
+    train_reward(config(tmp_path, sft_run))
+    small.assert_same_run(whole, tmp_path)
+    # Once more from the last checkpoint: nothing is left but to write the model.
+    epath.Path(tmp_path / "hf").rmtree()
+    train_reward(config(tmp_path, sft_run))
+    small.assert_same_run(whole, tmp_path)

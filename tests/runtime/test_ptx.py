@@ -1,0 +1,65 @@
+"""The texts of PPO-ptx in a run: where they are from, their order, and what they cost."""
+
+import types
+
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.runtime import loop, pipeline
+from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
+from rlhf_jax.runtime.ppo import PPOStage
+from rlhf_jax.runtime.utilization import multiplied_parameters
+from tests import small
+
+TEXTS = {"builtin_rows": 32, "eval_rows": 8, "max_length": 48, "packing": False}
+
+
+def stage_of(folder, sft_run, **ptx):
+    options = {"ptx_coef": 0.5, "ptx_batch_size": 4}
+    config = small.ppo(folder, sft_run[0], ppo=options, ptx={**TEXTS, **ptx})
+    return PPOStage(resolve(PPOConfig, config), small.short_response)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, sft_run):
+    return stage_of(tmp_path_factory.mktemp("ptx"), sft_run)
+
+
+def test_texts_are_read_in_an_order_of_their_own(stage):
+    texts, prompts = stage.texts, stage.batches
+    assert texts.num_rows == prompts.num_rows == 32
+    seen = np.concatenate([texts.indices(step) for step in range(8)])
+    assert sorted(seen) == list(range(32))
+    assert seen.tolist() != np.concatenate([prompts.indices(step) for step in range(4)]).tolist()
+    np.testing.assert_array_equal(texts.at(3).tokens, texts.rows.tokens[texts.indices(3)])
+
+
+def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage, monkeypatch):
+    real = stage.texts.rows.segments > 0
+    policy = multiplied_parameters(stage.params, unembeds=True)
+    expected = 6 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
+    assert stage.flops_per_step == pytest.approx(expected)
+    given = []
+    monkeypatch.setattr(loop, "utilization", lambda *args: given.append(args))
+    speed = {"perf/tokens_per_sec": 50.0, "perf/step_time": 4.0}
+    throughput = types.SimpleNamespace(metrics=lambda: dict(speed))
+    stage = types.SimpleNamespace(flops_per_token=10.0, flops_per_step=400.0)
+    fake = types.SimpleNamespace(stage=stage, throughput=throughput)
+    assert loop._Loop._speed(fake) == speed
+    # 200 tokens a step at 10, and 400 more: 12 for each.
+    assert given == [(12.0, 50.0)]
+
+
+def test_texts_longer_than_the_model_has_positions_are_refused(tmp_path, sft_run):
+    with pytest.raises(InputError, match="ptx.max_length = 65 exceeds the model's n_positions"):
+        stage_of(tmp_path, sft_run, max_length=65)
+
+
+def test_of_all_three_stages_it_reads_the_texts_of_the_first_unless_others_are_given():
+    values = small.rlhf("run", ppo={"ptx_coef": 0.5})
+    config = resolve(RLHFConfig, values)
+    assert pipeline.ppo_config(config).ptx == config.data.sft
+    values["data"]["ptx"] = {"path": "texts.jsonl"}
+    config = resolve(RLHFConfig, values)
+    assert pipeline.ppo_config(config).ptx == config.data.ptx != config.data.sft
