@@ -44,7 +44,9 @@ def score_moments(stats: ScoreStats) -> tuple[float, float]:
     return mean, deviation
 
 
-def normalize_scores(model: Model, params: Params, mean: jax.Array, deviation: jax.Array) -> Params:
+def normalize_scores(
+    model: Model, params: Params, mean: jax.Array | float, deviation: jax.Array | float
+) -> Params:
     """A reward model's parameters under which it scores (score - mean) / deviation.
 
         w' = w / deviation

@@ -33,10 +33,12 @@ def make_configs(folder, one_device, sizes):
     logging = {"eval_every": 0, "samples_every": 1, "num_samples": 8, "progress": False}
     shared = {"mesh": mesh, "logging": logging, "data": {"eval_rows": 0}}
     sft, rewarded = one_device / "sft", one_device / "reward"
+    normalized = {"normalize_before": True, "normalize_after": True}
+    texts = {"builtin_rows": 32, "eval_rows": 0, "max_length": 16}
     return {
         "sft": small.sft(folder / "sft", **shared),
-        "reward": small.reward(folder / "reward", sft, **shared),
-        "ppo": small.ppo(folder / "ppo", sft, rewarded, **shared),
+        "reward": small.reward(folder / "reward", sft, **shared, reward=normalized),
+        "ppo": small.ppo(folder / "ppo", sft, rewarded, **shared, ppo={"ptx_coef": 0.5}, ptx=texts),
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax.batches import TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import ppo
 from tests.training.ppo_by_loop import (
@@ -237,7 +238,10 @@ def test_with_everything_on_many_steps_compile_once(model, reward_model, state, 
         exact_kl=True,
         max_approxkl=0.5,
         entropy_coef=0.01,
+        ptx_coef=0.5,
     )
+    real = jnp.ones((4, 6), jnp.int32)
+    batch = batch._replace(texts=TextBatch(3 * real, real, real > 0))
     optimizer = optax.adam(1e-3)
     # Copies: the step takes the buffers of the state that it is given.
     params, reward = jax.tree.map(jnp.copy, (state.params["model"], state.frozen["reward"]))
