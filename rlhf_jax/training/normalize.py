@@ -71,7 +71,7 @@ def normalize_scores(
     >>> before, after = (model.final(p["model"], state) @ p["head"]["kernel"]
     ...                  for p in (params, normalized))
     >>> print(f"{after:.4f} {(before - 3) / 2:.4f}")
-    7.5822 7.5822
+    7.3125 7.3125
     """
     kernel = params["head"]["kernel"]
     shift = -mean * kernel / jnp.sum(jnp.square(kernel))

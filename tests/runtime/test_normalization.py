@@ -58,6 +58,7 @@ def test_training_starts_from_a_normalized_model(stage):
     scores = scores_of_first_rows(stage, state.params)
     assert scores[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
     assert scores[:, 0].std() == pytest.approx(1.0, abs=1e-5)
+    assert stage._at_end(state) is state  # and is left alone until the end
 
 
 def test_the_run_is_judged_by_what_it_wrote(whole, stage):
