@@ -33,6 +33,10 @@ class SeedsStage(PPOStage):
         self.seed_batches = [
             dataclasses.replace(self.batches, seed=seed, buckets=1) for seed in self.seeds
         ]
+        self.seed_texts = [
+            dataclasses.replace(self.texts, seed=self.texts.seed + place, buckets=1)
+            for place in range(len(self.seeds) if self.texts is not None else 0)
+        ]
         keys = [assemble.stage_keys(seed, "ppo", 3) for seed in self.seeds]
         self.seed_keys = jnp.stack([key for _, key, _ in keys])
         self.seed_eval_keys = [key for _, _, key in keys]
@@ -59,6 +63,9 @@ class SeedsStage(PPOStage):
 
     def _batch(self, index):
         batches = [batches.at(index) for batches in self.seed_batches]
+        if self.texts is not None:
+            texts = [texts.at(index) for texts in self.seed_texts]
+            batches = [b._replace(texts=t) for b, t in zip(batches, texts, strict=True)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
     def _key(self, index):
