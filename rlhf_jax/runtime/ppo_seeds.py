@@ -33,10 +33,12 @@ class SeedsStage(PPOStage):
         self.seed_batches = [
             dataclasses.replace(self.batches, seed=seed, buckets=1) for seed in self.seeds
         ]
-        self.seed_texts = [
-            dataclasses.replace(self.texts, seed=self.texts.seed + place, buckets=1)
-            for place in range(len(self.seeds) if self.texts is not None else 0)
-        ]
+        self.seed_texts = []
+        if (texts := self.texts) is not None:
+            self.seed_texts = [
+                dataclasses.replace(texts, seed=texts.seed + place, buckets=1)
+                for place in range(len(self.seeds))
+            ]
         keys = [assemble.stage_keys(seed, "ppo", 3) for seed in self.seeds]
         self.seed_keys = jnp.stack([key for _, key, _ in keys])
         self.seed_eval_keys = [key for _, _, key in keys]
@@ -63,7 +65,7 @@ class SeedsStage(PPOStage):
 
     def _batch(self, index):
         batches = [batches.at(index) for batches in self.seed_batches]
-        if self.texts is not None:
+        if self.seed_texts:
             texts = [texts.at(index) for texts in self.seed_texts]
             batches = [b._replace(texts=t) for b, t in zip(batches, texts, strict=True)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
