@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ class SeedsStage(PPOStage):
         return many._replace(frozen=state.frozen), _behind_seeds(rows), whole
 
     def _of_runs(self, function, num_arguments, *, returns_state):
-        axes = PPOState(*(0 for _ in PPOState._fields))._replace(frozen=None)
+        # All but the frozen parts have the axis of seeds.
+        axes: Any = PPOState(**dict.fromkeys(PPOState._fields, cast(Any, 0)))._replace(frozen=None)
         return jax.vmap(
             function,
             in_axes=(axes, *(0 for _ in range(num_arguments - 1))),
