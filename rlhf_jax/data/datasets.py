@@ -1,9 +1,10 @@
 """Rows of text from the embedded corpus, from local files or from the hub, under canonical names.
 
-Four kinds of rows are understood. `text`: `prompt` + `completion`, or `messages`, or `text`.
+Five kinds of rows are understood. `text`: `prompt` + `completion`, or `messages`, or `text`.
 `pairs`: an optional `prompt` with `chosen` and `rejected` (and perhaps a `margin`), or with
 `responses`, best first, of which every two make a pair. `rankings`: the same columns, with a pair
 as a ranking of two. `prompts`: `prompt` or `text`; all other columns are kept for reward functions.
+`references`: the same, but each row has a `prompt` and a `completion`, the reference response.
 All but `text` may hold messages instead of a text. A file of comparisons is read as `text` and as
 `prompts` too: the preferred responses, and what they answer.
 """
@@ -169,15 +170,16 @@ def load_rows(
 
     Args:
       settings: where they are and how many are wanted.
-      kind: "text", "pairs", "rankings" or "prompts".
+      kind: "text", "pairs", "rankings", "prompts" or "references".
       quiet: leaves out the warning of dropped rows, for who reads the same rows again.
 
     Returns:
       (train_rows, eval_rows), lists of dicts. "text" rows have `prompt` and `completion`, or
       `messages`, or `text`. "pairs" rows have `chosen`, `rejected`, `margin` (0.0 where the file
       has none) and `prompt` ("" likewise). "rankings" rows have `responses` in their stead, a list
-      of any length. "prompts" rows have `prompt` or `text` and every other column of the file.
-      Each text may be messages instead, but for `text`.
+      of any length. "prompts" rows have `prompt` or `text` and every other column of the file,
+      "references" rows `prompt`, `completion` and every other one. Each text may be messages
+      instead, but for `text`.
 
     Raises:
       InputError: in one sentence that names the file, if it is missing, empty or unreadable, has
@@ -228,7 +230,7 @@ def _rows(settings: Settings, kind: Kind) -> tuple[list[Row], list[Row]]:
 
 def _builtin_rows(settings: Settings, kind: Kind, rows: int, split: builtin.Split) -> list[Row]:
     """Rows of the embedded corpus; the two splits share no prompt."""
-    if kind == "text":
+    if kind in ("text", "references"):
         return builtin.texts(settings.seed, rows, split)
     if kind == "pairs":
         return builtin.pairs(settings.seed, rows, split)

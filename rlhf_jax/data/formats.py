@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_jax.data.chat import are_messages
+from rlhf_jax.data.chat import are_messages, contents
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
     import datasets
 
 Row = dict[str, Any]
-Kind = Literal["text", "pairs", "rankings", "prompts"]
+Kind = Literal["text", "pairs", "rankings", "prompts", "references"]
 
 # The first alternative whose columns are all there is the one that is read.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -21,6 +21,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pairs": (("chosen", "rejected"), ("responses",)),
     "rankings": (("responses",), ("chosen", "rejected")),
     "prompts": (("prompt",), ("text",)),
+    "references": (("prompt", "completion"),),
 }
 # Read where none of those is there: comparisons, for stages that need no second response.
 OF_COMPARISONS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -32,6 +33,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "pairs": ("prompt", "margin"),
     "rankings": ("prompt", "margin"),
     "prompts": (),
+    "references": (),
 }
 CANONICAL = (
     "text",
@@ -49,7 +51,7 @@ def rows_of(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) 
     """The rows at `indices`, checked; errors count rows from 1, as in the file."""
     found = _format(table.column_names, kind, path)
     kept = [c for c in (*found, *OPTIONAL[kind]) if c in table.column_names]
-    if kind != "prompts":
+    if kind not in ("prompts", "references"):
         table = table.select_columns(kept)
     rows = []
     for index, row in zip(indices, table.select(indices), strict=True):
@@ -57,6 +59,8 @@ def rows_of(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) 
             _check_value(row[column], column, index + 1, path)
         if kind == "pairs":
             _check_two(row, index + 1, path)
+        if kind == "references" and not contents(row["completion"]).strip():
+            raise InputError(f"Row {index + 1} of {path}: column 'completion' is an empty text.")
         rows.extend(_canonical(dict(row), kind))
     return rows
 
@@ -75,6 +79,8 @@ def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
 
 def _canonical(row: Row, kind: Kind) -> list[Row]:
     """The rows that one row of the file stands for: as many as its responses have pairs."""
+    if kind == "references":
+        return [row]
     if kind == "rankings":
         return [ranking_of(row)]
     if kind == "text":

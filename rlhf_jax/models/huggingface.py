@@ -105,21 +105,26 @@ def load_pretrained(
 
 
 def load_reward_model(
-    folder_or_hub_name: str | pathlib.Path, *, dtype: DTypeLike = jnp.float32
+    folder_or_hub_name: str | pathlib.Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    label: int | None = None,
 ) -> tuple[GPT2, Params]:
     """A reward model: a GPT-2 and a linear head on the last real token.
 
     Args:
-      folder_or_hub_name: a folder or hub name of a `GPT2ForSequenceClassification` with one label.
+      folder_or_hub_name: a folder or hub name of a `GPT2ForSequenceClassification`.
       dtype: what the model computes in; the parameters are float32 in any case.
+      label: whose logit is the score, from 0; None where there is one label only.
 
     Returns:
       (model, {"model": GPT-2 parameters, "head": {"kernel": f32[D]}}).
 
     Raises:
-      InputError: the folder cannot be found, read, or represented, or has more labels than one.
+      InputError: the folder cannot be found, read, or represented, has more labels than one
+        without saying which is meant, or not the one that is meant.
     """
-    model, params = _load(folder_or_hub_name, dtype, with_head=True)
+    model, params = _load(folder_or_hub_name, dtype, with_head=True, label=label)
     return model, {"model": params["model"], "head": {"kernel": params["head"]["kernel"][0]}}
 
 
@@ -192,7 +197,7 @@ def save_reward_model(
 # Reading
 
 
-def _load(name, dtype, *, with_head) -> tuple[GPT2, Params]:
+def _load(name, dtype, *, with_head, label=None) -> tuple[GPT2, Params]:
     """The model, and {"model": ..., "head": {"kernel": [1, D]}} (the head only `with_head`)."""
     dtype = jnp.dtype(dtype).name
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -203,7 +208,7 @@ def _load(name, dtype, *, with_head) -> tuple[GPT2, Params]:
     if with_head:
         shapes["head"] = {"kernel": jax.ShapeDtypeStruct((1, model.config.n_embd), jnp.float32)}
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-    _read_tensors(folder, tree, _slots(model, with_head=with_head))
+    _read_tensors(folder, tree, _slots(model, with_head=with_head), label)
     # A copy, because JAX on a CPU would otherwise keep NumPy's memory and could not donate it.
     return model, jax.tree.map(jnp.array, tree)
 
@@ -308,11 +313,13 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
-def _read_tensors(folder: pathlib.Path, tree: Params, slots: dict[str, _Slot]) -> None:
+def _read_tensors(
+    folder: pathlib.Path, tree: Params, slots: dict[str, _Slot], label: int | None
+) -> None:
     """Fills the preallocated `tree`, one tensor at a time, and sees that each one came once."""
     missing, lm_head = set(slots), None
     for file in _weight_files(folder):
-        for name, tensor in _tensors(file, slots):
+        for name, tensor in _tensors(file, slots, label):
             if name == "lm_head.weight":
                 lm_head = tensor
                 continue
@@ -337,8 +344,13 @@ def _read_tensors(folder: pathlib.Path, tree: Params, slots: dict[str, _Slot]) -
         )
 
 
-def _tensors(file: pathlib.Path, slots: dict[str, _Slot]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name without `transformer.`, tensor as stored) of one file, names and shapes checked."""
+def _tensors(
+    file: pathlib.Path, slots: dict[str, _Slot], label: int | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name without `transformer.`, tensor as stored) of one file, names and shapes checked.
+
+    Of a head with several labels there comes the row of this one.
+    """
     try:
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118, the file is no mapping
@@ -346,10 +358,26 @@ def _tensors(file: pathlib.Path, slots: dict[str, _Slot]) -> Iterator[tuple[str,
                 if short.endswith(_BUFFERS):
                     continue
                 head = tensors.get_slice(name)
-                _check_tensor(file, name, tuple(head.get_shape()), head.get_dtype(), slots)
-                yield short, tensors.get_tensor(name)
+                shape = tuple(head.get_shape())
+                if short == _SCORE and label is not None and short in slots:
+                    shape = _shape_of_label(file, name, shape, label)
+                _check_tensor(file, name, shape, head.get_dtype(), slots)
+                tensor = tensors.get_tensor(name)
+                if label is not None and shape != tensor.shape:
+                    tensor = tensor[label : label + 1]
+                yield short, tensor
     except SafetensorError as error:
         raise InputError(f"{file} cannot be read ({error}); save or download it again.") from error
+
+
+def _shape_of_label(file, name, shape, label) -> tuple[int, ...]:
+    """The shape of one row of a head with several labels."""
+    if not shape or label >= shape[0]:
+        raise InputError(
+            f"{file}: the tensor {name!r} has shape {list(shape)}, so there is no label {label}; "
+            "the first one is 0."
+        )
+    return (1, *shape[1:])
 
 
 def _check_tensor(file, name, shape, dtype, slots) -> None:
@@ -367,7 +395,8 @@ def _check_tensor(file, name, shape, dtype, slots) -> None:
     if short == _SCORE and shape[:1] != (1,):
         raise InputError(
             f"{file}: the tensor {name!r} has shape {list(shape)}, but a reward model has one "
-            f"label, {list(slot.shape)}."
+            f"label, {list(slot.shape)}; of a classifier choose the label that is the score "
+            "(`label` of a source in `rewards`)."
         )
     if shape != slot.shape:
         raise InputError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -85,21 +87,44 @@ def load_model(
 def load_scorer(
     path: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[GPT2, Params]:
-    """The reward model at a path; it scores tokens, so it must share the policy's tokenizer.
+    """The reward model at a path, to score tokens of this tokenizer.
 
     Raises:
       InputError: the folder cannot be read, or its tokenizer is another one.
     """
-    with local_folder(path) as folder:
-        model, params = load_reward_model(folder, dtype=compute_dtype(settings.dtype))
-        theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+    model, params, theirs = load_reward(path, settings)
     check_vocabulary(model, tokenizer, path)
-    if any(theirs.get(token) != index for token, index in ours.items()):
+    if not shares_tokens(tokenizer, theirs):
         raise InputError(
-            f"The reward model in {path} has another tokenizer than the policy; train both with "
-            "the same one."
+            f"The reward model in {path} has another tokenizer than tokenizer.path; leave that "
+            "out, for a reward model is evaluated with its own."
         )
     return model, params
+
+
+def load_reward(
+    path: str, settings: ModelSettings, label: int | None = None
+) -> tuple[GPT2, Params, PreTrainedTokenizerFast]:
+    """The reward model at a path, and its own tokenizer.
+
+    Raises:
+      InputError: the folder cannot be read.
+    """
+    with local_folder(path) as folder:
+        dtype = compute_dtype(settings.dtype)
+        return *load_reward_model(folder, dtype=dtype, label=label), load_tokenizer(folder)
+
+
+def shares_tokens(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast) -> bool:
+    """Whether our tokens mean the same to them, and texts are cut into tokens by the same merges.
+
+    They may have more tokens, say one for padding.
+    """
+    vocabulary = theirs.get_vocab()
+    if any(vocabulary.get(token) != index for token, index in ours.get_vocab().items()):
+        return False
+    models = [json.loads(each.backend_tokenizer.to_str())["model"] for each in (ours, theirs)]
+    return models[0].get("merges") == models[1].get("merges")
 
 
 def check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerFast, path: str) -> None:
@@ -172,30 +197,51 @@ def call_scores(
 ) -> list[float]:
     """function(prompts, completions, **columns), checked: one finite number for each completion.
 
+    What the function raises goes on as it is, with a note that names the function.
+
     Raises:
       InputError: it gave something else.
     """
     name = getattr(function, "__name__", "the score function")
-    given = function(prompts, completions, **columns)
     try:
-        scores = [float(score) for score in given]
-    except (TypeError, ValueError):
+        given = function(prompts, completions, **columns)
+    except Exception as error:
+        error.add_note(f"This was raised by {name}, which was to score {len(completions)} texts.")
+        raise
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
         raise InputError(
             f"{name} gave {str(given)[:80]}; it has to give a list of numbers, one for each "
             "completion."
-        ) from None
-    if len(scores) != len(completions):
+        )
+    values = list(given)
+    if len(values) != len(completions):
         raise InputError(
-            f"{name} gave {len(scores)} scores for {len(completions)} completions; it has to give "
+            f"{name} gave {len(values)} scores for {len(completions)} completions; it has to give "
             "one for each."
         )
-    for score, completion in zip(scores, completions, strict=True):
-        if not math.isfinite(score):
-            raise InputError(
-                f"{name} gave the score {score} for the completion {completion[:80]!r}; it has to "
-                "give a finite number."
-            )
-    return scores
+    return [
+        _finite_number(name, index, value, completion)
+        for index, (value, completion) in enumerate(zip(values, completions, strict=True))
+    ]
+
+
+def _finite_number(name: str, index: int, value: Any, completion: str) -> float:
+    """A score of a function as a float."""
+    try:
+        if isinstance(value, (str, bytes)) or np.ndim(value) > 0:
+            raise TypeError
+        score = float(value)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{name} gave {repr(value)[:80]} at index {index}; it has to give a number for each "
+            "completion."
+        ) from None
+    if not math.isfinite(score):
+        raise InputError(
+            f"{name} gave the score {score} for the completion {completion[:80]!r} at index "
+            f"{index}; it has to give a finite number."
+        )
+    return score
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.metrics import Settings as LoggingSettings
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
+from rlhf_jax.runtime.sources import RewardSource
 from rlhf_jax.training.ppo import OPTIMIZER as PPO_OPTIMIZER
 from rlhf_jax.training.ppo import Settings as PPOSettings
 from rlhf_jax.training.reward import Settings as RewardSettings
@@ -191,6 +192,7 @@ class PPOConfig:
     """All settings of `train_ppo.py`.
 
     Attributes:
+      rewards: a list of sources of scores, beside `model.reward_path` and added up.
       num_seeds: independent runs, with the seeds `seed`, `seed + 1`, ..., trained as one program;
         metrics are their means, and the report shows their spread.
       ptx: the texts of PPO-ptx, as for supervised fine-tuning; read if `ppo.ptx_coef` is above 0.
@@ -202,6 +204,7 @@ class PPOConfig:
     ptx: DataSettings = DataSettings()
     optimizer: OptimizerSettings = PPO_OPTIMIZER
     ppo: PPOSettings = PPOSettings()
+    rewards: tuple[RewardSource, ...] = ()
     evaluation: EvaluationSettings = EvaluationSettings()
     mesh: MeshSettings = MeshSettings()
     logging: LoggingSettings = LoggingSettings()
@@ -248,6 +251,8 @@ class RLHFConfig:
     """All settings of `run_rlhf.py`; `data` and `optimizer` hold one part for each stage.
 
     Attributes:
+      rewards: a list of sources of PPO's scores, added up. With it no reward model is trained,
+        unless one of them has neither path nor function.
       num_seeds: of PPO, as in `train_ppo.py`; the stages before it run once, with `seed`.
     """
 
@@ -258,6 +263,7 @@ class RLHFConfig:
     sft: SFTSettings = SFTSettings()
     reward: RewardSettings = RewardSettings()
     ppo: PPOSettings = PPOSettings()
+    rewards: tuple[RewardSource, ...] = ()
     generation: GenerationSettings = GenerationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     mesh: MeshSettings = MeshSettings()
@@ -300,12 +306,14 @@ class EvaluateConfig:
         responses of `model.path`, against those of `model.reference_path` where given, by the
         reward model, the gold score, a judge and ROUGE, and the best of several. The KL is that of
         the unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
+      rewards: a list of sources of scores, beside `model.reward_path` and added up; for "policy".
     """
 
     kind: Literal["text", "pairs", "policy"] = "policy"
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
+    rewards: tuple[RewardSource, ...] = ()
     generation: GenerationSettings = GenerationSettings()
     evaluation: CommandEvaluationSettings = CommandEvaluationSettings()
     mesh: MeshSettings = MeshSettings()
@@ -491,6 +499,8 @@ def _one_sentence(kind: type):
 def _sentence(kind: type, text: str) -> str:
     text = " ".join(text.split())
     # The innermost complaint is about the key; what wraps it retells the way there.
+    if found := re.search(r"Parser key ['\"](\w+)['\"]: Problem with given class_path", text):
+        return _wrong_element(found[1], text)
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
         return _unknown(kind, f"{found[1]}.{found[2]}")
     if found := re.search(r"(?:unrecognized arguments: --|Option ')([\w.]+)", text):
@@ -499,6 +509,18 @@ def _sentence(kind: type, text: str) -> str:
         return f"{found[1]!r} is no option; settings are given as --section.key value."
     if found := re.search(r"Parser key ['\"]([\w.]+)['\"]: (.*)", text):
         return f"{found[1]} {_wrong_type(found[2])}"
+    return text
+
+
+def _wrong_element(key: str, text: str) -> str:
+    """What is wrong with one element of a list of sources."""
+    if found := re.search(r"Option '([\w.]+)'", text):
+        fields = [field.name for field in dataclasses.fields(RewardSource)]
+        near = difflib.get_close_matches(found[1], fields, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"Unknown key {found[1]!r}{hint} in {key}; each has {', '.join(fields)}."
+    if found := re.search(r"class_path.*Parser key ['\"]([\w.]+)['\"]: (.*)", text):
+        return f"{key}: {found[1]} {_wrong_type(found[2])}"
     return text
 
 
@@ -513,7 +535,7 @@ def _wrong_type(reason: str) -> str:
 
 
 def _type_name(text: str) -> str:
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "").replace("tuple", "list")
     return text.replace("Literal[", "one of [").replace("NoneType", "null")
 
 

@@ -38,6 +38,7 @@ from rlhf_jax.runtime.judging import (
 from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.python_judge import judge_both_orders
 from rlhf_jax.runtime.report import format_table, write_report
+from rlhf_jax.runtime.rewards import find_sources, load_rewards
 from rlhf_jax.runtime.rouge import ROUGE, rouge_scores
 from rlhf_jax.runtime.teacher_forced import (
     TeacherForcedRouge,
@@ -132,11 +133,11 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         dtype = assemble.compute_dtype(config.model.dtype)
         reference_model, ref_params = load_pretrained(config.model.reference_path, dtype=dtype)
         assemble.check_vocabulary(reference_model, tokenizer, config.model.reference_path)
-    reward_model = reward_params = None
-    if config.model.reward_path is not None:
-        reward_model, reward_params = assemble.load_scorer(
-            config.model.reward_path, config.model, tokenizer
-        )
+    rewards = reward_model = reward_params = None
+    if sources := find_sources(config.model.reward_path, config.rewards):
+        rewards, reward_params = load_rewards(sources, config.model, tokenizer)
+        reward_model = rewards.single
+        reward_params = reward_params if reward_model is None else reward_params[0]
     rows = _held_out(config, "prompts")
     gold = config.evaluation.gold_fn
     shared = {
@@ -144,6 +145,7 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         "batch_size": config.evaluation.batch_size,
         "reference_model": reference_model,
         "reward_model": reward_model,
+        "rewards": rewards,
         "gold_fn": None if gold is None else assemble.load_function(gold),
     }
     prompts, key = prompt_rows(rows, tokenizer, config.data), jax.random.key(config.seed)
@@ -171,10 +173,10 @@ def _check_policy(config: EvaluateConfig) -> None:
         )
     if not config.evaluation.best_of:
         return
-    if config.model.reward_path is None:
+    if config.model.reward_path is None and not config.rewards:
         raise InputError(
             "evaluation.best_of needs a score to choose the best response by: give "
-            "--model.reward_path a reward model."
+            "--model.reward_path a reward model, or --rewards a list of sources."
         )
     if config.generation.temperature == 0:
         raise InputError(

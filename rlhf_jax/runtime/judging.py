@@ -19,6 +19,7 @@ from rlhf_jax.runtime.bootstrap import bootstrap_interval
 from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
 from rlhf_jax.runtime.python_judge import Verdicts
+from rlhf_jax.runtime.rewards import Responses, Rewards
 from rlhf_jax.runtime.rouge import ROUGE
 from rlhf_jax.training import ppo
 
@@ -70,7 +71,9 @@ class PolicyJudge:
       model: the form of the policy and, by default, of the reference.
       sample: (params, batch, key) -> Rollout.
       temperature: of the log-probs that the KL is measured with.
-      reward_model, reward_fn, gold_fn: what scores responses; each may be None.
+      reward_model: what scores responses, in the same program; may be None.
+      rewards: what scores them where no reward model does it alone; may be None.
+      gold_fn: what scores them likewise, though nothing is trained on it; may be None.
       batch_size: prompts at a time.
     """
 
@@ -84,11 +87,11 @@ class PolicyJudge:
         batch_size: int,
         reference_model: Model | None = None,
         reward_model: Model | None = None,
-        reward_fn: assemble.ScoreFunction | None = None,
+        rewards: Rewards | None = None,
         gold_fn: assemble.ScoreFunction | None = None,
     ) -> None:
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.reward_fn, self.gold_fn = reward_fn, gold_fn
+        self.rewards, self.gold_fn = None if reward_model is not None else rewards, gold_fn
         reference_model = reference_model or model
 
         def judge(params, ref_params, reward_params, batch, key):
@@ -112,10 +115,13 @@ class PolicyJudge:
         rows: PromptBatch,
         columns: list[dict[str, Any]],
         ref_params: Params,
-        reward_params: Params | None,
+        reward_params: Any,
         key: jax.Array,
     ) -> Judged:
-        """What the policy answers to all prompts; batch i is sampled with `fold_in(key, i)`."""
+        """What the policy answers to all prompts; batch i is sampled with `fold_in(key, i)`.
+
+        `reward_params` are those of the reward model, or the tuple that the rewards take.
+        """
         parts = []
         for index, batch in enumerate(eval_batches(rows, self.batch_size)):
             batch_key = jax.random.fold_in(key, index)
@@ -125,8 +131,12 @@ class PolicyJudge:
         prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
         responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
         extra = columns_of(columns, rows.indices)
-        if self.reward_fn is not None:
-            scores = np.asarray(assemble.call_scores(self.reward_fn, prompts, responses, extra))
+        if self.rewards is not None:
+            candidates = [(rollout.tokens, rollout.mask)]
+            given = Responses(
+                self.tokenizer, rows.prompts, rows.prompt_mask, candidates, extra, rows.indices
+            )
+            scores, _ = self.rewards(reward_params or (), given, self.batch_size)
         gold = None
         if self.gold_fn is not None:
             gold = np.asarray(assemble.call_scores(self.gold_fn, prompts, responses, extra))

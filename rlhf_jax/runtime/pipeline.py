@@ -22,6 +22,7 @@ from rlhf_jax.runtime.config import (
 )
 from rlhf_jax.runtime.metrics import disk_errors
 from rlhf_jax.runtime.report import format_table, write_report
+from rlhf_jax.runtime.rewards import find_sources
 from rlhf_jax.runtime.sft import first_tokenizer, train_sft
 
 
@@ -30,7 +31,8 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
 
     The run folders of the stages are `sft/`, `reward/` and `ppo/` inside that of the whole, and
     each continues where it was interrupted. The reward model starts from the fine-tuned model,
-    unless `model.reward_path` names one that is trained already; then that stage is left out.
+    unless `model.reward_path` names one that is trained already; then that stage is left out, as it
+    is where `rewards` has other sources and none without path and function.
 
     Args:
       config: an `RLHFConfig`, a YAML file, or a nested dict.
@@ -47,7 +49,7 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
     stages: list[tuple[str, Callable[..., loop.StageResult], Any]] = [
         ("sft", train_sft, sft_config(config))
     ]
-    if config.model.reward_path is None:
+    if trains_reward_model(config):
         stages.append(("reward", reward.train_reward, reward_config(config)))
     stages.append(("ppo", ppo.train_ppo, ppo_config(config)))
     for number, (name, train, stage_config) in enumerate(stages, start=1):
@@ -70,17 +72,28 @@ def _check_ahead(config: RLHFConfig) -> None:
     for name in (config.evaluation.gold_fn, config.evaluation.judge_fn):
         if name is not None:
             assemble.load_function(name)
-    if config.model.reward_path is None:
+    if trains_reward_model(config):
         load_rows(config.data.reward, reward.kind_of(config.reward), quiet=True)
         reward.check_sizes(reward_config(config), model, mesh)
-    else:
-        load_reward_model(config.model.reward_path)
+    for each in find_sources(ppo_config(config).model.reward_path, config.rewards):
+        if each.source.path not in (None, _trained(config)):
+            load_reward_model(each.source.path, label=each.source.label)
     if config.ppo.truncate_token is not None:
         ppo.step_settings(ppo_config(config), first_tokenizer(sft_config(config)))
-    load_rows(config.data.ppo, "prompts", quiet=True)
+    load_rows(config.data.ppo, ppo.kind_of(ppo_config(config)), quiet=True)
     if config.ppo.ptx_coef:
         load_rows(config.data.ptx_texts, "text", quiet=True)
     ppo.check_sizes(ppo_config(config), model, mesh)
+
+
+def trains_reward_model(config: RLHFConfig) -> bool:
+    """Whether a reward model is trained: there is none yet, and PPO's rewards call for one."""
+    called_for = not config.rewards or any(source.is_bare for source in config.rewards)
+    return config.model.reward_path is None and called_for
+
+
+def _trained(config: RLHFConfig) -> str:
+    return f"{config.run_dir}/reward/hf"
 
 
 _TITLES = {"sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO"}
@@ -114,10 +127,9 @@ def reward_config(config: RLHFConfig) -> RewardConfig:
 
 def ppo_config(config: RLHFConfig) -> PPOConfig:
     """The part of the configuration that is the third stage's."""
+    reward_path = _trained(config) if trains_reward_model(config) else config.model.reward_path
     model = dataclasses.replace(
-        config.model,
-        path=f"{config.run_dir}/sft/hf",
-        reward_path=config.model.reward_path or f"{config.run_dir}/reward/hf",
+        config.model, path=f"{config.run_dir}/sft/hf", reward_path=reward_path
     )
     return PPOConfig(
         model=model,
@@ -125,6 +137,7 @@ def ppo_config(config: RLHFConfig) -> PPOConfig:
         ptx=config.data.ptx_texts,
         optimizer=config.optimizer.ppo,
         ppo=config.ppo,
+        rewards=config.rewards,
         evaluation=config.evaluation,
         num_seeds=config.num_seeds,
         run_dir=f"{config.run_dir}/ppo",

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.batches import PromptBatch
+from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
@@ -38,6 +39,7 @@ from rlhf_jax.runtime.judging import (
     write_evaluation,
 )
 from rlhf_jax.runtime.python_judge import judge_both_orders
+from rlhf_jax.runtime.rewards import Responses, find_sources, load_rewards, reference_tokens
 from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training import ppo
 from rlhf_jax.training.ppo_scores import check_ends
@@ -52,12 +54,13 @@ RewardFunction = Callable[..., list[float]]
 def train_ppo(
     config: PPOConfig | str | Mapping[str, Any], reward_fn: RewardFunction | None = None
 ) -> loop.StageResult:
-    """Trains a policy by PPO against a reward model, or against a Python function.
+    """Trains a policy by PPO against reward models, Python functions, or a sum of several.
 
     Args:
       config: a `PPOConfig`, a YAML file, or a nested dict.
       reward_fn: f(prompts, completions, **columns) -> one number for each completion, columns being
-        the other columns of the data set; used instead of `model.reward_path`.
+        the other columns of the data set; it counts with weight 1 beside the sources of `rewards`,
+        and is used instead of a `model.reward_path` that none of these stands for.
 
     Returns:
       The run folder, and the last value of each metric.
@@ -105,21 +108,27 @@ def step_settings(config: PPOConfig, tokenizer: PreTrainedTokenizerFast) -> ppo.
     return dataclasses.replace(config.ppo, truncate_token=token)
 
 
+def kind_of(config: PPOConfig) -> Kind:
+    """The kind of rows that PPO reads."""
+    return "references" if config.ppo.subtract_reference_score else "prompts"
+
+
 class PPOStage:
     """What the loop needs of PPO; see `loop.Stage`."""
 
     name = "ppo"
 
     def __init__(self, config: PPOConfig, reward_fn: RewardFunction | None = None) -> None:
-        self.config, self.reward_fn = config, reward_fn
+        self.config = config
         if config.model.path is None:
             raise InputError(
                 "PPO starts from a trained policy: give --model.path a folder or hub name."
             )
-        if config.model.reward_path is None and reward_fn is None:
+        self.sources = find_sources(config.model.reward_path, config.rewards, reward_fn)
+        if not self.sources:
             raise InputError(
-                "PPO needs a reward: give --model.reward_path a reward model's folder, or call "
-                "train_ppo with a reward_fn."
+                "PPO needs a reward: give --model.reward_path a reward model's folder, or "
+                "--rewards a list of them and of functions, or call train_ppo with a reward_fn."
             )
         gold = config.evaluation.gold_fn
         self.gold_fn = None if gold is None else assemble.load_function(gold)
@@ -130,23 +139,14 @@ class PPOStage:
 
     def _load(self) -> None:
         config, data = self.config, self.config.data
-        self.rows, self.held_out_rows = load_rows(data, "prompts")
+        self.rows, self.held_out_rows = load_rows(data, kind_of(config))
         self.tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
         self.settings = step_settings(config, self.tokenizer)
         init_key, self.key, self.eval_key = assemble.stage_keys(config.seed, "ppo", 3)
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
         self.mesh = make_mesh(config.mesh)
         check_sizes(config, self.model, self.mesh)
-        self.reward_model, self.reward_params = None, None
-        if self.reward_fn is None and config.model.reward_path is not None:
-            self.reward_model, self.reward_params = assemble.load_scorer(
-                config.model.reward_path, config.model, self.tokenizer
-            )
-            assemble.check_positions(
-                self.reward_model,
-                data.max_prompt_length + config.ppo.response_length,
-                "data.max_prompt_length + ppo.response_length, to be scored by the reward model,",
-            )
+        self._load_rewards()
         self.batches = Batches(
             prompt_rows(self.rows, self.tokenizer, data),
             config.ppo.batch_size,
@@ -172,6 +172,27 @@ class PPOStage:
             buckets=settings.length_buckets,
         )
 
+    def _load_rewards(self) -> None:
+        """One reward model is part of the whole step; others score between its two halves."""
+        config, data = self.config, self.config.data
+        self.rewards, params = load_rewards(
+            self.sources, config.model, self.tokenizer, mesh=self.mesh
+        )
+        self.rewards.check_positions(
+            data.max_prompt_length + config.ppo.response_length,
+            "data.max_prompt_length + ppo.response_length, to be scored by the reward model,",
+        )
+        self.references = None
+        if config.ppo.subtract_reference_score:
+            self.rewards.check_positions(
+                data.max_prompt_length + data.max_response_length,
+                "data.max_prompt_length + data.max_response_length, to be scored by the reward "
+                "model,",
+            )
+            self.references = reference_tokens(self.rows, self.tokenizer, data)
+        self.reward_model = self.rewards.single if self.references is None else None
+        self.reward_params = params[0] if self.reward_model is not None else params or None
+
     def _compile(self) -> None:
         config, stops = self.config, (self.tokenizer.eos_token_id,)
         self.optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
@@ -181,7 +202,7 @@ class PPOStage:
         state, rows, whole = self._places(shape)
         self.state_places = state
         made = {"optimizer": self.optimizer, "stop_token_ids": stops}
-        if self.reward_fn is None:
+        if self.reward_model is not None:
             step = ppo.make_step(self.model, self.settings, reward_model=self.reward_model, **made)
             self._step = jax.jit(
                 self._of_runs(step, 3, returns_state=True),
@@ -209,7 +230,7 @@ class PPOStage:
             functools.partial(self._sample_for_judging, stops),
             temperature=config.ppo.temperature,
             reward_model=self.reward_model,
-            reward_fn=self.reward_fn,
+            rewards=self.rewards,
             gold_fn=self.gold_fn,
             batch_size=config.evaluation.batch_size,
         )
@@ -271,14 +292,16 @@ class PPOStage:
     def step(self, state, index):
         """One iteration on batch number `index`; its output is the scored rollout and its rows."""
         batch, key = self._batch(index), self._key(index)
-        if self.reward_fn is None:
+        if self.reward_model is not None:
             state, metrics, rollout = self._step(state, batch, key)
-        else:
-            sample_key, update_key = self._split(key)
-            responses = self._sample(state, batch, sample_key)
-            scores = self._score(self.reward_fn, batch, responses)
-            state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
-        return state, metrics, (rollout, batch.indices)
+            return state, metrics, (rollout, batch.indices)
+        sample_key, update_key = self._split(key)
+        responses = self._sample(state, batch, sample_key)
+        scores, parts = self._score(state, batch, responses)
+        state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
+        # Over the rows of a run, where there are several runs.
+        means = {name: np.mean(values, axis=-1) for name, values in parts.items()}
+        return state, {**metrics, **means}, (rollout, batch.indices)
 
     def _batch(self, index: int) -> PromptBatch:
         batch = self.batches.at(index)
@@ -290,13 +313,21 @@ class PPOStage:
     def _split(self, key: jax.Array) -> jax.Array:
         return jax.random.split(key)
 
-    def _score(self, reward_fn: RewardFunction, batch: PromptBatch, responses) -> np.ndarray:
-        prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
-        completions = decode(self.tokenizer, responses.tokens, responses.mask)
-        scores = assemble.call_scores(
-            reward_fn, prompts, completions, columns_of(self.rows, batch.indices)
+    def _score(
+        self, state, batch: PromptBatch, responses: Rollout
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """f32[B] scores, and what they are made of, float[B] each."""
+        candidates = [(responses.tokens, responses.mask)]
+        if self.references is not None:
+            tokens, mask = self.references
+            candidates.append((tokens[batch.indices], mask[batch.indices]))
+        columns = columns_of(self.rows, batch.indices)
+        given = Responses(
+            self.tokenizer, batch.prompts, batch.prompt_mask, candidates, columns, batch.indices
         )
-        return np.asarray(scores, np.float32)
+        params = state.frozen.get("reward", ())
+        scores, parts = self.rewards(params, given, self.config.ppo.batch_size)
+        return np.asarray(scores, np.float32), parts
 
     def observe(self, output):
         """The gold score of the sampled responses, where there is one."""
@@ -361,11 +392,15 @@ class PPOStage:
         """The saved parts beside the frozen ones, if these are still what they were."""
         if saved["frozen"]["fingerprint"] != assemble.fingerprint(state.frozen):
             raise InputError(
-                f"The model in {self.config.model.path} or {self.config.model.reward_path} is not "
-                f"the one that the run in {self.config.run_dir} began with; put it back, or choose "
-                "another --run_dir."
+                f"The model in {self.config.model.path} or {self._reward_paths()} is not the one "
+                f"that the run in {self.config.run_dir} began with; put it back, or choose another "
+                "--run_dir."
             )
         return state._replace(**{**saved, "frozen": state.frozen})
+
+    def _reward_paths(self) -> str:
+        paths = [each.source.path for each in self.sources if each.source.path is not None]
+        return " or ".join(paths) or "None"
 
     def finish(self, state):
         """Writes `hf/` and, where there are held-out prompts, `evaluation.json`."""

@@ -77,9 +77,9 @@ class SeedsStage(PPOStage):
     def _split(self, key):
         return jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
 
-    def _score(self, reward_fn, batch, responses):
+    def _score(self, state, batch, responses):
         flat = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for x in (batch, responses)]
-        return super()._score(reward_fn, *flat).reshape(len(self.seeds), -1)
+        return jax.tree.map(lambda x: x.reshape(len(self.seeds), -1), super()._score(state, *flat))
 
     def step(self, state, index):
         """One iteration of every run; its metrics are means, its output holds those of each."""

@@ -15,6 +15,7 @@ import optax
 
 from rlhf_jax import functional
 from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
@@ -146,6 +147,11 @@ def make_step(
     >>> int(state.step), rollout.tokens.shape
     (1, (2, 3))
     """
+    if settings.subtract_reference_score:
+        raise InputError(
+            "ppo.subtract_reference_score needs the reference responses, which a whole step does "
+            "not see; subtract their scores between make_rollout_step and make_update_step."
+        )
     rollout_step = make_rollout_step(model, settings, stop_token_ids=stop_token_ids)
     update_step = make_update_step(
         model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids

@@ -1,9 +1,10 @@
 """From a score as it was given to the one that PPO is to raise.
 
 The order is that of openai/lm-human-preferences (cut, then a fixed score for what has no end), and
-after it that of trlX (clip, then scale):
+after it that of trlX (clip, then scale). The score of the reference response is taken off as soon
+as there are scores, since a price that the response pays is no difference of the two:
 
-    cut -> missing EOS -> clip -> scale
+    cut -> score -> less the reference's score -> missing EOS -> clip -> scale
 """
 
 from collections.abc import Sequence

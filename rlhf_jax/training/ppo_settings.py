@@ -36,6 +36,8 @@ class Settings:
         ended.
       missing_eos_score: the score of such a response, whatever it was given; not together with
         the penalty.
+      subtract_reference_score: takes off the score that the same rewards give to the data set's
+        `completion` of the prompt.
       cliprange_reward: scores are clipped to plus and minus this, before they are scaled.
       scale_reward: divides scores by the deviation of all scores until now, "running", or of those
         of the first iteration, "ref".
@@ -78,6 +80,7 @@ class Settings:
     truncate_after: int = 0
     missing_eos_penalty: float | None = None
     missing_eos_score: float | None = None
+    subtract_reference_score: bool = False
     cliprange_reward: float | None = None
     scale_reward: Literal["running", "ref"] | None = None
     exact_kl: bool = False

@@ -628,3 +628,28 @@ def test_tokenizers_that_do_not_fit(tmp_path, size, special, pad, message):
         save_reward_model(tmp_path, model, {"model": PARAMS, "head": HEAD}, tokenizer)
     assert_one_sentence(error)
     assert not any(tmp_path.iterdir())
+
+
+# Classifiers with several labels
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_logit_of_one_label_is_a_score(reward_folder, label):
+    rows = np.stack([np.arange(8), -np.arange(8)]).astype(np.float32)
+    edit_tensors(reward_folder, adding("score.weight", rows))
+    _, params = load_reward_model(reward_folder, label=label)
+    np.testing.assert_array_equal(params["head"]["kernel"], rows[label])
+
+
+def test_a_label_is_one_of_the_classifiers(reward_folder):
+    _, params = load_reward_model(reward_folder, label=0)  # the only one
+    assert_equal(params["head"], load_reward_model(reward_folder)[1]["head"])
+    with pytest.raises(InputError, match=r"shape \[1, 8\], so there is no label 1; the first"):
+        load_reward_model(reward_folder, label=1)
+    edit_tensors(reward_folder, adding("score.weight", np.ones((2, 8), np.float32)))
+    with pytest.raises(InputError, match=r"label, \[1, 8\]; of a classifier choose the") as error:
+        load_reward_model(reward_folder)
+    assert_one_sentence(error)
+    edit_tensors(reward_folder, adding("score.weight", np.ones((2, 9), np.float32)))
+    with pytest.raises(InputError, match=r"\[1, 9\], but .* asks for \[1, 8\]"):
+        load_reward_model(reward_folder, label=1)

@@ -191,22 +191,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, sft_run):
     )
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path, sft_run, reward_run):
-    folder = tmp_path / "reward" / "hf"
-    folder.mkdir(parents=True)
-    for file in (reward_run[0] / "hf").iterdir():
-        text = file.read_bytes()
-        if file.name == "tokenizer.json":
-            # Two tokens change places.
-            vocabulary = json.loads(text)
-            ids = vocabulary["model"]["vocab"]
-            ids["a"], ids["b"] = ids["b"], ids["a"]
-            text = json.dumps(vocabulary).encode()
-        (folder / file.name).write_bytes(text)
-    config = small.ppo(tmp_path / "run", sft_run[0], tmp_path / "reward")
-    assert message(train_ppo, config) == (
-        f"The reward model in {folder} has another tokenizer than the policy; train both with the "
-        "same one."
+def test_pairs_are_evaluated_with_the_reward_models_own_tokenizer(tmp_path, reward_run):
+    tokenizer = train_tokenizer((row["completion"] for row in builtin.texts(0, 100)), 290)
+    tokenizer.save_pretrained(tmp_path / "other")
+    config = {
+        "kind": "pairs",
+        "model": {"reward_path": f"{reward_run[0]}/hf"},
+        "tokenizer": {"path": str(tmp_path / "other")},
+        "run_dir": str(tmp_path),
+    }
+    assert message(run_evaluate, config) == (
+        f"The reward model in {reward_run[0]}/hf has another tokenizer than tokenizer.path; leave "
+        "that out, for a reward model is evaluated with its own."
     )
 
 

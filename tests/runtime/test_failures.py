@@ -97,7 +97,10 @@ def without_evaluation(folder, sft_run):
             lambda scores: None,
             "my_reward gave None; it has to give a list of numbers, one for each",
         ),
-        (lambda scores: ["good"] * 8, "my_reward gave ['good', 'good',"),
+        (
+            lambda scores: [*scores[1:], "good"],
+            "my_reward gave 'good' at index 7; it has to give a number for each completion.",
+        ),
     ],
 )
 def test_a_wrong_score_is_named_and_costs_no_step(tmp_path, sft_run, capsys, fail, said):
@@ -118,6 +121,7 @@ def test_an_error_in_a_reward_function_keeps_its_traceback_and_the_run_goes_on(t
     with pytest.raises(ZeroDivisionError) as raised:
         train_ppo(without_evaluation(tmp_path / "parts", sft_run), failing_at(4, divide))
     assert raised.traceback[-1].path == raised.traceback[-2].path  # our file, not the library's
+    assert raised.value.__notes__ == ["This was raised by my_reward, which was to score 8 texts."]
     assert saved_steps(tmp_path / "parts") == [3]
     train_ppo(without_evaluation(tmp_path / "parts", sft_run), small.short_response)
     train_ppo(without_evaluation(tmp_path / "whole", sft_run), small.short_response)

@@ -1,0 +1,102 @@
+"""The section `rewards` of a configuration: where scores come from, and how much each counts."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from rlhf_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSource:
+    """An element of the list `rewards`; the score of a response is the weighted sum over them.
+
+    One with neither `path` nor `function` is the reward model of `model.reward_path`, or the one
+    that `run_rlhf` trains.
+
+    Attributes:
+      path: a Hugging Face folder or hub name of a reward model. It scores tokens if it has the
+        policy's tokenizer, else texts.
+      function: "module:function", a reward in Python: f(prompts, completions, **columns) -> one
+        number for each completion, columns being the other columns of the data set.
+      weight: what its scores are multiplied by; with 0 they are only logged.
+      name: of its metric; by default the function's name, or the folder's (not counting `hf`).
+      label: of a classifier with several labels, the one whose logit is the score, from 0.
+    """
+
+    path: str | None = None
+    function: str | None = None
+    weight: float = 1.0
+    name: str | None = None
+    label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.function is not None:
+            raise InputError(
+                f"rewards: a source is a path or a function, but one is {self.path!r} and "
+                f"{self.function!r}; make two of it."
+            )
+        if not math.isfinite(self.weight):
+            raise InputError(f"rewards: weight must be a finite number, but is {self.weight}.")
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            raise InputError(
+                "rewards: name must be letters, digits, points, hyphens or underscores, but is "
+                f"{self.name!r}."
+            )
+        if self.label is not None and (self.label < 0 or self.function is not None):
+            raise InputError(
+                "rewards: label must be 0 or more, and belongs to a reward model, but is "
+                f"{self.label}."
+            )
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is the reward model that is named, or trained, elsewhere."""
+        return self.path is None and self.function is None
+
+
+def resolve_sources(
+    reward_path: str | None, sources: Sequence[RewardSource]
+) -> tuple[RewardSource, ...]:
+    """The sources with their paths and names, that of `model.reward_path` among them.
+
+    Where `model.reward_path` is given and no source stands for it, it is one more of weight 1.
+
+    Raises:
+      InputError: a source stands for `model.reward_path`, which is not given; or two have one name.
+    """
+    if reward_path is None and any(source.is_bare for source in sources):
+        raise InputError(
+            "rewards: a source without path and function is the reward model of model.reward_path, "
+            "which is not given; give it, or the source a path or a function."
+        )
+    if reward_path is not None and not any(source.is_bare for source in sources):
+        sources = (RewardSource(), *sources)
+    found = [
+        dataclasses.replace(source, path=reward_path) if source.is_bare else source
+        for source in sources
+    ]
+    named = tuple(dataclasses.replace(s, name=s.name or _default_name(s)) for s in found)
+    check_names([source.name or "" for source in named])
+    return named
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises an InputError if two sources have one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"rewards: two sources are called {name!r}; give one another name.")
+
+
+def _default_name(source: RewardSource) -> str:
+    """The function's name, or that of the last folder of a path but `hf`."""
+    if source.function is not None:
+        return plain_name(source.function.rpartition(":")[2])
+    folders = [part for part in (source.path or "").split("/") if part not in ("", "hf")]
+    return plain_name(folders[-1] if folders else "")
+
+
+def plain_name(text: str) -> str:
+    """The text as a name of a metric."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("_") or "reward"
