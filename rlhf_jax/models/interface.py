@@ -91,7 +91,8 @@ class Model(Protocol):
           x: [B, L, D].
           mask: bool[B, L], or i32[B, L] segments (0 on padding; equal numbers see each other).
           positions: i32[B, L].
-          cache: past tokens of the same B rows, to be read and then extended by these L.
+          cache: past tokens of the same B rows, to be read and then extended by these L. One that
+            nothing was written to may have more layers than the stack.
           prefix: past tokens of B / K rows, read only: its row b serves rows b * K and on, K
             of them. This is how several responses share the keys and values of their prompt.
           dropout_key: trains with dropout; None runs without.
@@ -137,7 +138,12 @@ class Model(Protocol):
         ...
 
     def split(self, params: Params, num_layers_unfrozen: int) -> tuple[Params, Params]:
-        """(frozen, trained) halves: the lower layers with the embeddings, and the upper layers."""
+        """(frozen, trained) halves: the lower layers with the embeddings, and the upper layers.
+
+        The frozen half has all that `embed` and `unembedding` read, the trained one what `final`
+        reads, and both have "layers", of any number. Raises an InputError where the number is not
+        from 0 to `config.n_layer`.
+        """
         ...
 
     def merge(self, frozen: Params, trained: Params) -> Params:

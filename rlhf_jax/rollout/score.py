@@ -14,6 +14,8 @@ def response_hidden(
     prompt_mask: jax.Array,
     tokens: jax.Array,
     mask: jax.Array,
+    *,
+    lower: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states in which each response token is chosen.
 
@@ -21,18 +23,45 @@ def response_hidden(
     the first one at the end of the prompt. Only these T states pass the final layer norm.
 
     Args:
+      params: whole, or, where `lower` is given, the upper half that `model.split` gives.
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded, P >= 1.
       tokens, mask: i32[B, T] and bool[B, T], right-padded.
+      lower: [B, P + T - 1, D], what `lower_states` made of the same rows.
 
     Returns:
       [B, T, D] in the compute dtype.
     """
-    whole = jnp.concatenate([prompts, tokens[:, :-1]], axis=1)
-    whole_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
-    positions = positions_from(whole_mask)
-    x = model.embed(params, whole, positions)
+    whole, whole_mask, positions = _read_rows(prompts, prompt_mask, tokens, mask)
+    x = model.embed(params, whole, positions) if lower is None else lower
     x, _ = model.layers(params["layers"], x, whole_mask, positions)
     return model.final(params, x[:, prompts.shape[1] - 1 :])
+
+
+def lower_states(
+    model: Model,
+    frozen: Params,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """[B, P + T - 1, D] in the compute dtype: what the upper layers read of the same rows.
+
+    Args:
+      frozen: the lower half that `model.split` gives, with the embeddings.
+    """
+    whole, whole_mask, positions = _read_rows(prompts, prompt_mask, tokens, mask)
+    x, _ = model.layers(
+        frozen["layers"], model.embed(frozen, whole, positions), whole_mask, positions
+    )
+    return x
+
+
+def _read_rows(prompts, prompt_mask, tokens, mask):
+    """(tokens, mask, positions) of all that is read: the last token of a response predicts none."""
+    whole = jnp.concatenate([prompts, tokens[:, :-1]], axis=1)
+    whole_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
+    return whole, whole_mask, positions_from(whole_mask)
 
 
 def end_scores(
@@ -42,6 +71,8 @@ def end_scores(
     prompt_mask: jax.Array,
     responses: jax.Array,
     mask: jax.Array,
+    *,
+    frozen: Params | None = None,
 ) -> jax.Array:
     """Scores of K responses to each prompt by a reward model, read at the last real token.
 
@@ -53,11 +84,14 @@ def end_scores(
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; P may be 0.
       responses, mask: i32[B, K, T] and bool[B, K, T], right-padded; a response without a real token
         is scored at its first position, which means nothing.
+      frozen: the lower half that `model.split` gives, where `params["model"]` is the upper one; no
+        gradient is computed for it.
 
     Returns:
       f32[B, K].
     """
-    x, flat_mask = _judged_hidden(model, params["model"], prompts, prompt_mask, responses, mask)
+    rows = (prompts, prompt_mask, responses, mask)
+    x, flat_mask = _judged_hidden(model, params["model"], *rows, frozen)
     last = jnp.maximum(flat_mask.sum(axis=1) - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     return apply_head(params["head"], model.final(params["model"], x)).reshape(mask.shape[:2])
@@ -70,6 +104,8 @@ def token_scores(
     prompt_mask: jax.Array,
     responses: jax.Array,
     mask: jax.Array,
+    *,
+    frozen: Params | None = None,
 ) -> jax.Array:
     """Scores at every token of K responses to each prompt: of the text up to and with that token.
 
@@ -78,22 +114,28 @@ def token_scores(
     Returns:
       f32[B, K, T]; off the mask they mean nothing.
     """
-    x, _ = _judged_hidden(model, params["model"], prompts, prompt_mask, responses, mask)
+    rows = (prompts, prompt_mask, responses, mask)
+    x, _ = _judged_hidden(model, params["model"], *rows, frozen)
     return apply_head(params["head"], model.final(params["model"], x)).reshape(mask.shape)
 
 
-def _judged_hidden(model, trunk, prompts, prompt_mask, responses, mask):
+def _judged_hidden(model, trained, prompts, prompt_mask, responses, mask, frozen):
     """([B * K, T, D] before the final layer norm, bool[B * K, T]): each prompt is run once."""
     _, count, length = responses.shape
     flat, flat_mask = responses.reshape(-1, length), mask.reshape(-1, length)
     positions = positions_from(flat_mask)
-    prefix = None
+    # A stack of its own for the frozen layers, which are then not gone back through.
+    embedding = trained if frozen is None else frozen
+    stacks = [part["layers"] for part in (frozen, trained) if part is not None]
+    prefixes = [None for _ in stacks]
     if prompts.shape[1]:
         prompt_positions = positions_from(prompt_mask)
-        x = model.embed(trunk, prompts, prompt_positions)
+        x = model.embed(embedding, prompts, prompt_positions)
         cache = model.init_cache(*prompts.shape)
-        _, prefix = model.layers(trunk["layers"], x, prompt_mask, prompt_positions, cache)
+        for i, stack in enumerate(stacks):
+            x, prefixes[i] = model.layers(stack, x, prompt_mask, prompt_positions, cache)
         positions += jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), count)[:, None]
-    x = model.embed(trunk, flat, positions)
-    x, _ = model.layers(trunk["layers"], x, flat_mask, positions, prefix=prefix)
+    x = model.embed(embedding, flat, positions)
+    for stack, prefix in zip(stacks, prefixes, strict=True):
+        x, _ = model.layers(stack, x, flat_mask, positions, prefix=prefix)
     return x, flat_mask

@@ -274,6 +274,39 @@ def fingerprint(tree: Any) -> jax.Array:
     return total
 
 
+def saved_parts(state: Any) -> dict[str, Any]:
+    """What a checkpoint holds of a state with the field `frozen`: all else, and its checksum.
+
+    A dict without what the settings have no use for, so that fields that are added to the state
+    leave the checkpoints of earlier versions readable.
+    """
+    parts = state._asdict()
+    if parts["frozen"] is not None:
+        parts["frozen"] = {"fingerprint": fingerprint(state.frozen)}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def resumed_state(
+    state: Any, saved: dict[str, Any], run_dir: str, paths: Iterable[str | None]
+) -> Any:
+    """The saved parts beside the frozen ones.
+
+    Args:
+      paths: where the frozen parts were read from.
+
+    Raises:
+      InputError: the frozen parts are not what they were.
+    """
+    frozen = state.frozen
+    if frozen is not None and saved["frozen"]["fingerprint"] != fingerprint(frozen):
+        names = " or ".join(str(path) for path in paths)
+        raise InputError(
+            f"The model in {names} is not the one that the run in {run_dir} began with; put it "
+            "back, or choose another --run_dir."
+        )
+    return state._replace(**{**saved, "frozen": frozen})
+
+
 def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
     """Calls save(folder, *args) for `hf/` of a run folder.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -63,19 +64,27 @@ class Checkpoints:
         """Saves the pytree; a step that is there already is left as it is."""
         if self._manager.latest_step() != step:
             with _os_errors():
-                self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+                self._manager.save(step, args=ocp.args.StandardSave(_written(state)), force=True)
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint, with the structure, dtypes and shardings of `like`."""
         step = self._manager.latest_step()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _written(like))
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return jax.tree.map(lambda old, new: old if new is None else new, like, restored)
 
     def close(self) -> None:
         """Waits for a write that is under way."""
         with _os_errors():
             self._manager.wait_until_finished()
             self._manager.close()
+
+
+def _written(state: Any) -> Any:
+    """The pytree with None for arrays without an element, which Orbax refuses: a stack of no layers
+    has them.
+    """
+    return jax.tree.map(lambda leaf: leaf if np.size(leaf) else None, state)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ class ModelSettings:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
       reward_path: likewise for the reward model that scores responses; PPO and evaluation read it.
       reference_path: likewise for the policy that evaluation compares with.
+      value_path: likewise for the reward model that PPO's value model starts from, with
+        `ppo.value_model: reward`; null takes the one at `reward_path`.
       n_layer, n_head, n_embd, n_positions: of a fresh model.
       dropout: of a fresh model, in supervised fine-tuning alone.
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
@@ -50,6 +52,7 @@ class ModelSettings:
     path: str | None = None
     reward_path: str | None = None
     reference_path: str | None = None
+    value_path: str | None = None
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128

@@ -1,5 +1,6 @@
 """The reward model of a run, normalized on responses that it is trained on."""
 
+import functools
 from typing import Any
 
 import jax
@@ -31,8 +32,11 @@ class Normalizer:
         self._rows = Batches(rows, count, seed).at(0)
         self._add = jax.jit(normalize.make_stats_step(model))
 
-    def __call__(self, params: Params) -> Params:
+    def __call__(self, params: Params, frozen: Params | None = None) -> Params:
         """The parameters that score so; all but the head and the final norm are the same arrays.
+
+        Args:
+          params: of a reward model; its "model" may be the trained half above `frozen`.
 
         Raises:
           InputError: the scores do not differ.
@@ -41,6 +45,7 @@ class Normalizer:
         batches = (
             jax.device_put(batch, place) for batch in eval_batches(self._rows, self._batch_size)
         )
-        moments = normalize.score_moments(normalize.stats_of(self._add, params, batches))
+        add = functools.partial(self._add, frozen=frozen)
+        moments = normalize.score_moments(normalize.stats_of(add, params, batches))
         normalized = normalize.normalize_scores(self._model, params, *moments)
         return jax.device_put(normalized, tree_shardings(self._mesh, normalized))

@@ -65,7 +65,8 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
 def _check_ahead(config: RLHFConfig) -> None:
     """Finds what is wrong with the later stages before hours are spent on the first."""
     if config.model.path is None:
-        model = GPT2(GPT2Config(n_positions=config.model.n_positions))
+        sizes = config.model
+        model = GPT2(GPT2Config(n_positions=sizes.n_positions, n_layer=sizes.n_layer))
     else:
         model, _ = load_pretrained(config.model.path)
     mesh = make_mesh(config.mesh)

@@ -38,10 +38,11 @@ from rlhf_jax.runtime.judging import (
     compare,
     write_evaluation,
 )
+from rlhf_jax.runtime.ppo_flops import flops_per_text_token, flops_per_token
 from rlhf_jax.runtime.python_judge import judge_both_orders
 from rlhf_jax.runtime.rewards import Responses, find_sources, load_rewards, reference_tokens
-from rlhf_jax.runtime.utilization import multiplied_parameters
 from rlhf_jax.training import ppo
+from rlhf_jax.training.frozen import check_unfrozen
 from rlhf_jax.training.ppo_scores import check_ends
 from rlhf_jax.training.state import make_optimizer
 
@@ -79,8 +80,11 @@ def train_ppo(
 def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
     """Raises an InputError if responses exceed the model's positions, or batches miss the mesh.
 
-    Likewise if a missing EOS has a price, and no response can have one.
+    Likewise if a missing EOS has a price, and no response can have one; if more layers are to be
+    trained than there are; and if there is nothing that the values could start from.
     """
+    check_unfrozen(model, config.ppo.num_layers_unfrozen, "ppo")
+    value_path(config)
     check_ends(config.ppo, stop_token_ids=(0,))  # which one it is makes no difference here
     assemble.check_positions(
         model,
@@ -94,6 +98,27 @@ def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
         assemble.check_positions(model, config.ptx.max_length, "ptx.max_length")
         rows_a_step = config.ppo.num_texts // config.ppo.num_mini_batches
         check_batch_size(mesh, "ppo.ptx_batch_size / ppo.num_mini_batches", rows_a_step)
+
+
+def value_path(config: PPOConfig) -> str | None:
+    """Where the reward model is that a value model "reward" starts from; None for another one.
+
+    Raises:
+      InputError: there is none, or one is given that is not read.
+    """
+    model, reads_one = config.model, config.ppo.value_model == "reward"
+    path = model.value_path or model.reward_path
+    if reads_one and path is None:
+        raise InputError(
+            "ppo.value_model reward needs a reward model to start from: give --model.value_path "
+            "its folder, or set ppo.value_model to policy or shared."
+        )
+    if not reads_one and model.value_path is not None:
+        raise InputError(
+            f"model.value_path is read by ppo.value_model reward alone, but that is "
+            f"{config.ppo.value_model}; change one of them."
+        )
+    return path if reads_one else None
 
 
 def step_settings(config: PPOConfig, tokenizer: PreTrainedTokenizerFast) -> ppo.Settings:
@@ -147,6 +172,7 @@ class PPOStage:
         self.mesh = make_mesh(config.mesh)
         check_sizes(config, self.model, self.mesh)
         self._load_rewards()
+        self._load_value()
         self.batches = Batches(
             prompt_rows(self.rows, self.tokenizer, data),
             config.ppo.batch_size,
@@ -193,15 +219,37 @@ class PPOStage:
         self.reward_model = self.rewards.single if self.references is None else None
         self.reward_params = params[0] if self.reward_model is not None else params or None
 
+    def _load_value(self) -> None:
+        """The reward model that the value model starts from, where it starts from one."""
+        config, path = self.config, value_path(self.config)
+        self.value_model, self.value_params = None, None
+        if path is None:
+            return
+        self.value_model, self.value_params = assemble.load_scorer(
+            path, config.model, self.tokenizer
+        )
+        assemble.check_positions(
+            self.value_model,
+            config.data.max_prompt_length + config.ppo.response_length,
+            "data.max_prompt_length + ppo.response_length, to be valued by the value model,",
+        )
+
     def _compile(self) -> None:
         config, stops = self.config, (self.tokenizer.eos_token_id,)
         self.optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
-        shape = jax.eval_shape(self._init, self.params, self.reward_params)
-        self.flops_per_token = self._flops_per_token(shape)
-        self.flops_per_step = self._flops_of_texts(shape)
+        given = (self.params, self.reward_params, self.value_params)
+        shape = jax.eval_shape(self._init, *given)
+        # Tokens are those of one run, however many runs the state holds.
+        one = jax.eval_shape(functools.partial(PPOStage._init, self), *given)
+        self.flops_per_token = flops_per_token(one, self.settings)
+        self.flops_per_step = config.num_seeds * self._flops_of_texts(one)
         state, rows, whole = self._places(shape)
         self.state_places = state
-        made = {"optimizer": self.optimizer, "stop_token_ids": stops}
+        made = {
+            "optimizer": self.optimizer,
+            "stop_token_ids": stops,
+            "value_model": self.value_model,
+        }
         if self.reward_model is not None:
             step = ppo.make_step(self.model, self.settings, reward_model=self.reward_model, **made)
             self._step = jax.jit(
@@ -246,33 +294,19 @@ class PPOStage:
         del num_arguments, returns_state
         return function
 
-    def _flops_per_token(self, state) -> float:
-        """Sampling and the scoring passes forwards, and the epochs forwards and backwards.
-
-        Scoring is done by the policy, the reference and the reward model; the penalty on the KL to
-        the old policy has the new one score once more.
-
-        Prompt tokens count like those of responses, though their logits are never computed.
-        """
-        policy = multiplied_parameters(state.params["model"], unembeds=True)
-        reward = multiplied_parameters(state.frozen.get("reward"), unembeds=False)
-        passes = 3 + (self.settings.surrogate == "kl_penalty")
-        return 2.0 * (passes * policy + reward) + 6.0 * self.config.ppo.num_ppo_epochs * policy
-
     def _flops_of_texts(self, state) -> float:
         """The texts of an iteration, on average, forwards and backwards in each epoch."""
         if self.texts is None:
             return 0.0
         tokens = np.mean((self.texts.rows.segments > 0).sum(axis=1)) * self.config.ppo.num_texts
-        policy = multiplied_parameters(state.params["model"], unembeds=True)
-        return 6.0 * self.config.ppo.num_ppo_epochs * policy * float(tokens)
+        return flops_per_text_token(state, self.settings) * float(tokens)
 
     def _sample_for_judging(self, stops, params, batch, key):
         return ppo.sample_responses(
             self.model, params, batch, key, self.settings, stop_token_ids=stops
         )
 
-    def _init(self, params, reward_params):
+    def _init(self, params, reward_params, value_params):
         return ppo.init_state(
             self.model,
             params,
@@ -280,13 +314,14 @@ class PPOStage:
             self.key,
             optimizer=self.optimizer,
             reward_params=reward_params,
+            value_params=value_params,
         )
 
     def init_state(self):
         """The state before the first iteration, sharded; the loaded parameters are let go."""
         init = jax.jit(self._init, out_shardings=self.state_places)
-        state = init(self.params, self.reward_params)
-        self.params = self.reward_params = None
+        state = init(self.params, self.reward_params, self.value_params)
+        self.params = self.reward_params = self.value_params = None
         return state
 
     def step(self, state, index):
@@ -357,11 +392,11 @@ class PPOStage:
     def _judge_both(self, state, key, run: int = 0) -> Comparison:
         """Policy against reference; what the reference answers in a run is kept by its number."""
         assert self.held_out is not None
-        ref, reward_params = state.frozen["ref"], state.frozen.get("reward")
-        judged = (self.held_out, self.held_out_rows, ref, reward_params, key)
+        policy, ref = (of(self.model, state) for of in (ppo.policy_params, ppo.reference_params))
+        judged = (self.held_out, self.held_out_rows, ref, state.frozen.get("reward"), key)
         if run not in self._before:
             self._before[run] = self.judge(ref, *judged)
-        before, after = self._before[run], self.judge(state.params["model"], *judged)
+        before, after = self._before[run], self.judge(policy, *judged)
         if self.judge_fn is None:
             return compare(before, after)
         columns = columns_of(self.held_out_rows, self.held_out.indices)
@@ -380,31 +415,19 @@ class PPOStage:
         ]
 
     def saved(self, state):
-        """All but the frozen parts, which are read from their own folders again; their checksum.
-
-        A dict without what the settings have no use for, so that fields that are added to the state
-        leave the checkpoints of earlier versions readable.
-        """
-        parts = state._replace(frozen={"fingerprint": assemble.fingerprint(state.frozen)})._asdict()
-        return {name: part for name, part in parts.items() if part is not None}
+        """All but the frozen parts, which are read from their own folders again; their checksum."""
+        return assemble.saved_parts(state)
 
     def resumed(self, state, saved):
         """The saved parts beside the frozen ones, if these are still what they were."""
-        if saved["frozen"]["fingerprint"] != assemble.fingerprint(state.frozen):
-            raise InputError(
-                f"The model in {self.config.model.path} or {self._reward_paths()} is not the one "
-                f"that the run in {self.config.run_dir} began with; put it back, or choose another "
-                "--run_dir."
-            )
-        return state._replace(**{**saved, "frozen": state.frozen})
-
-    def _reward_paths(self) -> str:
-        paths = [each.source.path for each in self.sources if each.source.path is not None]
-        return " or ".join(paths) or "None"
+        rewards = [each.source.path for each in self.sources if each.source.path is not None]
+        paths = [self.config.model.path, *rewards]
+        return assemble.resumed_state(state, saved, self.config.run_dir, paths)
 
     def finish(self, state):
         """Writes `hf/` and, where there are held-out prompts, `evaluation.json`."""
-        parts = (self.model, jax.device_get(state.params["model"]), self.tokenizer)
+        policy = jax.device_get(ppo.policy_params(self.model, state))
+        parts = (self.model, policy, self.tokenizer)
         assemble.export(self.config.run_dir, save_pretrained, *parts)
         if self.held_out is not None:
             count = self.config.evaluation.num_samples

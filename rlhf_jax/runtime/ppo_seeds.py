@@ -15,7 +15,7 @@ from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.judging import Comparison, evaluation_of, save_evaluation, table_of
 from rlhf_jax.runtime.ppo import PPOStage
 from rlhf_jax.runtime.seed_metrics import with_means
-from rlhf_jax.training.ppo import PPOState
+from rlhf_jax.training.ppo import PPOState, policy_params
 
 
 class SeedsStage(PPOStage):
@@ -44,8 +44,8 @@ class SeedsStage(PPOStage):
         self.seed_eval_keys = [key for _, _, key in keys]
         self._seeds_compared: tuple[int, list[Comparison]] | None = None
 
-    def _init(self, params, reward_params):
-        state = super()._init(params, reward_params)
+    def _init(self, params, reward_params, value_params):
+        state = super()._init(params, reward_params, value_params)
         many = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self.seeds), *x.shape)), state)
         return many._replace(frozen=state.frozen)
 
@@ -127,7 +127,7 @@ class SeedsStage(PPOStage):
         `evaluation.json` with the means of all and samples of the first.
         """
         for place, seed in enumerate(self.seeds):
-            params = jax.device_get(_run(state.params["model"], place))
+            params = jax.device_get(policy_params(self.model, _run_of(state, place)))
             folder = f"{self.config.run_dir}/seed_{seed}" if place else self.config.run_dir
             assemble.export(folder, save_pretrained, self.model, params, self.tokenizer)
         if self.held_out is None:

@@ -28,6 +28,7 @@ from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.sft import text_of
 from rlhf_jax.runtime.supervised import SupervisedStage, check_micro_batches
 from rlhf_jax.training import reward
+from rlhf_jax.training.frozen import check_unfrozen
 
 
 def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageResult:
@@ -47,7 +48,11 @@ def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageRe
 
 
 def check_sizes(config: RewardConfig, model: Model, mesh: Mesh) -> None:
-    """Raises an InputError if rows exceed the model's positions, or batches miss the mesh."""
+    """Raises an InputError if rows exceed the model's positions, or batches miss the mesh.
+
+    Likewise if more layers are to be trained than there are.
+    """
+    check_unfrozen(model, config.reward.num_layers_unfrozen, "reward")
     assemble.check_positions(
         model,
         config.data.max_prompt_length + config.data.max_response_length,
@@ -97,7 +102,7 @@ class RewardStage(SupervisedStage):
         state = super().init_state()
         if not self.config.reward.normalize_before:
             return state
-        return state._replace(params=self.normalize(state.params))
+        return state._replace(params=self.normalize(state.params, state.frozen))
 
     def _at_end(self, state):
         """What is written and judged: after the last step, the normalized model if asked for.
@@ -107,7 +112,11 @@ class RewardStage(SupervisedStage):
         """
         if not self.config.reward.normalize_after or int(state.step) < self.total_steps:
             return state
-        return state._replace(params=self.normalize(state.params))
+        return state._replace(params=self.normalize(state.params, state.frozen))
+
+    def whole(self, state):
+        """The reward model, frozen layers included."""
+        return reward.whole_params(self.model, state)
 
     def evaluate(self, state):
         """Loss, accuracy and mean difference of scores on the held-out pairs."""
@@ -121,9 +130,9 @@ class RewardStage(SupervisedStage):
         state = self._at_end(state)
         rows = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
         responses, masks = map(np.asarray, reward.responses_of(rows))
-        scorer = jax.jit(end_scores, static_argnums=0)
+        scorer, params = jax.jit(end_scores, static_argnums=0), self.whole(state)
         scores = jax.device_get(
-            scorer(self.model, state.params, rows.prompts, rows.prompt_mask, responses, masks)
+            scorer(self.model, params, rows.prompts, rows.prompt_mask, responses, masks)
         )
         prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
         places = range(responses.shape[1])
@@ -146,11 +155,12 @@ class RewardStage(SupervisedStage):
         state = self._at_end(state)
         if self.held_out is not None:
             step, place = jax.jit(reward.make_score_step(self.model)), batch_sharding(self.mesh)
+            params = self.whole(state)
             pairs = score_pairs(
-                lambda batch: step(state.params, jax.device_put(batch, place)),
+                lambda batch: step(params, jax.device_put(batch, place)),
                 eval_batches(self.held_out, self.config.reward.eval_batch_size),
             )
             # The table is for a terminal: on the page of the run the charts say the same.
             save_evaluation(self.config.run_dir, {**pair_evaluation(pairs), "table": []})
-        parts = (self.model, jax.device_get(state.params), self.tokenizer)
+        parts = (self.model, jax.device_get(self.whole(state)), self.tokenizer)
         assemble.export(self.config.run_dir, save_reward_model, *parts)

@@ -61,7 +61,9 @@ class SupervisedStage:
 
         self._init = init
         shape = jax.eval_shape(init, self.params)
-        self.flops_per_token = 6.0 * multiplied_parameters(shape.params, unembeds=unembeds)
+        frozen = multiplied_parameters(shape.frozen, unembeds=False)
+        trained = multiplied_parameters(shape.params, unembeds=unembeds)
+        self.flops_per_token = 2.0 * frozen + 6.0 * trained
         state, rows, whole = (
             tree_shardings(self.mesh, shape),
             batch_sharding(self.mesh),
@@ -75,9 +77,13 @@ class SupervisedStage:
         )
         self._evaluate = jax.jit(
             training.make_eval_step(self.model),
-            in_shardings=(state.params, rows),
+            in_shardings=(tree_shardings(self.mesh, jax.eval_shape(self.whole, shape)), rows),
             out_shardings=whole,
         )
+
+    def whole(self, state: Any) -> Any:
+        """The parameters of the whole model."""
+        return state.params
 
     def init_state(self) -> Any:
         """The state before the first step, sharded; the loaded parameters are let go."""
@@ -99,15 +105,15 @@ class SupervisedStage:
         """The evaluation's metrics, means over all held-out tokens or pairs; {} without any."""
         if self.held_out is None:
             return {}
-        batches = eval_batches(self.held_out, batch_size)
-        sums = sum_metrics(self._evaluate(state.params, batch) for batch in batches)
+        batches, params = eval_batches(self.held_out, batch_size), self.whole(state)
+        sums = sum_metrics(self._evaluate(params, batch) for batch in batches)
         count = sums.pop("count")
         return {f"eval/{name}": value / count for name, value in sums.items()}
 
     def saved(self, state: Any) -> Any:
-        """All of it."""
-        return state
+        """All but a frozen half, which is read or made again; of that a checksum."""
+        return assemble.saved_parts(state)
 
     def resumed(self, state: Any, saved: Any) -> Any:
-        """All of it."""
-        return saved
+        """The saved parts, beside the frozen half if it is still what it was."""
+        return assemble.resumed_state(state, saved, self.config.run_dir, [self.config.model.path])

@@ -12,15 +12,18 @@ from rlhf_jax.training.ppo_scores import ScoreStats, init_score_stats, update_sc
 from rlhf_jax.training.reward import Batch, responses_of
 
 
-def make_stats_step(model: Model) -> Callable[[Params, ScoreStats, Batch], ScoreStats]:
-    """A pure (params, stats, batch) -> stats, with the scores of the preferred responses added.
+def make_stats_step(model: Model) -> Callable[..., ScoreStats]:
+    """A pure (params, stats, batch, frozen=None) -> stats, with the scores of the preferred
+    responses added.
 
-    `params` are those of a reward model. Rows that only fill up a batch count nowhere.
+    `params` are those of a reward model, above its frozen half where that is given. Rows that only
+    fill up a batch count nowhere.
     """
 
-    def add(params, stats, batch):
+    def add(params, stats, batch, frozen=None):
         responses, mask = (x[:, :1] for x in responses_of(batch))
-        scores = end_scores(model, params, batch.prompts, batch.prompt_mask, responses, mask)
+        rows = (batch.prompts, batch.prompt_mask, responses, mask)
+        scores = end_scores(model, params, *rows, frozen=frozen)
         return update_score_stats(stats, scores[:, 0], jnp.any(mask, axis=(1, 2)))
 
     return add

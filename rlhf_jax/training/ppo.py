@@ -16,11 +16,19 @@ import optax
 from rlhf_jax import functional
 from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
-from rlhf_jax.rollout.score import end_scores, response_hidden
+from rlhf_jax.rollout.score import end_scores
+from rlhf_jax.training.frozen import split_params
 from rlhf_jax.training.ppo_metrics import objective_metrics
+from rlhf_jax.training.ppo_passes import (
+    init_value,
+    policy_params,
+    reference_params,
+    response_logprobs,
+    score_rollout,
+    value_form,
+)
 from rlhf_jax.training.ppo_scores import (
     ScoreStats,
     check_ends,
@@ -41,6 +49,8 @@ __all__ = [
     "make_rollout_step",
     "make_step",
     "make_update_step",
+    "policy_params",
+    "reference_params",
     "response_logprobs",
     "response_scores",
     "sample_responses",
@@ -57,11 +67,14 @@ class PPOState(NamedTuple):
 
     Attributes:
       step: i32[], iterations done.
-      params: {"model": the policy, "value_head": the value head on its trunk}, float32.
+      params: what is trained, float32: {"model": the policy, "value_head": the head on it}, or with
+        a value model of its own {"model": ..., "value_model": {"model": ..., "head": ...}}.
       opt_state: of the optimizer.
       kl_coef: f32[], the weight of the KL penalty.
       frozen: {"ref": the reference policy}, with a JAX reward model also {"reward": its
-        parameters}. No step changes it.
+        parameters}. With `num_layers_unfrozen` also {"trunk": embeddings and lower layers}, and
+        then policy and reference are upper halves; `policy_params` and `reference_params` give
+        them whole. No step changes it.
       score_stats: of the scores until now; None without `scale_reward`.
       penalty_coef: f32[], of the surrogate "kl_penalty"; None with another one.
     """
@@ -84,24 +97,40 @@ def init_state(
     optimizer: optax.GradientTransformation | None = None,
     ref_params: Params | None = None,
     reward_params: Params | None = None,
+    value_params: Params | None = None,
 ) -> PPOState:
     """The state before the first iteration.
 
     Args:
-      params: the policy's parameters to start from.
-      key: there for symmetry; the value head starts at zero and nothing is random.
-      ref_params: the reference's parameters; by default a copy of `params`.
+      params: the policy's parameters to start from, whole.
+      key: there for symmetry; nothing is random.
+      ref_params: the reference's parameters, whole; by default a copy of `params`. With
+        `num_layers_unfrozen` their frozen half has to be that of `params`.
       reward_params: {"model": ..., "head": ...} of the reward model that `make_step` is to use.
+      value_params: likewise, what a value model "reward" starts from; by default `reward_params`.
 
     The state holds `params` and `reward_params` themselves: a step that donates it consumes them.
+
+    Raises:
+      InputError: the settings ask for more unfrozen layers than there are, for a reference that
+        shares frozen layers with the policy and differs in them, or for a value model that starts
+        from a reward model where none is given.
     """
     del key
     optimizer = optimizer or make_optimizer(OPTIMIZER)
+    trunk, policy = split_params(model, params, settings.num_layers_unfrozen, "ppo")
+    ref = policy
+    if ref_params is not None:
+        ref_trunk, ref = split_params(model, ref_params, settings.num_layers_unfrozen, "ppo")
+        _check_shared(trunk, ref_trunk)
     # A copy, since a step that donates its state must not hold one buffer twice.
-    frozen = {"ref": jax.tree.map(jnp.copy, params if ref_params is None else ref_params)}
+    frozen = {"ref": jax.tree.map(jnp.copy, ref)}
+    if trunk is not None:
+        frozen["trunk"] = trunk
     if reward_params is not None:
         frozen["reward"] = reward_params
-    trained = {"model": params, "value_head": init_value_head(model.config.n_embd)}
+    start = reward_params if value_params is None else value_params
+    trained = {"model": policy, **init_value(settings, model, policy, start)}
     has_penalty = settings.surrogate == "kl_penalty"
     return PPOState(
         jnp.zeros((), jnp.int32),
@@ -114,11 +143,28 @@ def init_state(
     )
 
 
+def _check_shared(trunk: Params | None, ref_trunk: Params | None) -> None:
+    """Raises an InputError if the frozen half of the reference is another than the policy's."""
+    pairs = list(zip(jax.tree.leaves(trunk), jax.tree.leaves(ref_trunk), strict=True))
+    if any(isinstance(leaf, jax.core.Tracer) for pair in pairs for leaf in pair):
+        raise InputError(
+            "ref_params with ppo.num_layers_unfrozen are compared with params; call init_state "
+            "outside of jit."
+        )
+    if not all(bool(jnp.array_equal(ours, theirs)) for ours, theirs in pairs):
+        raise InputError(
+            "ref_params differ from params in layers or embeddings that ppo.num_layers_unfrozen "
+            "freezes and the two share; give a reference with the same ones, or set "
+            "ppo.num_layers_unfrozen to null."
+        )
+
+
 def make_step(
     model: Model,
     settings: Settings,
     *,
     reward_model: Model | None = None,
+    value_model: Model | None = None,
     optimizer: optax.GradientTransformation | None = None,
     stop_token_ids: Sequence[int] = (),
 ) -> Callable[[PPOState, PromptBatch, jax.Array], tuple[PPOState, Metrics, ScoredRollout]]:
@@ -128,6 +174,8 @@ def make_step(
       model: the policy; the reference has the same form.
       reward_model: the trunk of the reward model whose parameters are in
         `state.frozen["reward"]`; by default of the policy's form.
+      value_model: the form of a value model that starts as a reward model; by default that of
+        `reward_model`.
       stop_token_ids: tokens that end a response.
 
     Returns:
@@ -153,10 +201,14 @@ def make_step(
             "not see; subtract their scores between make_rollout_step and make_update_step."
         )
     rollout_step = make_rollout_step(model, settings, stop_token_ids=stop_token_ids)
-    update_step = make_update_step(
-        model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids
-    )
     reward_model = reward_model or model
+    update_step = make_update_step(
+        model,
+        settings,
+        value_model=value_model or reward_model,
+        optimizer=optimizer,
+        stop_token_ids=stop_token_ids,
+    )
 
     def step(state, batch, key):
         if "reward" not in state.frozen:
@@ -179,7 +231,7 @@ def make_rollout_step(
 
     def rollout_step(state, batch, key):
         return sample_responses(
-            model, state.params["model"], batch, key, settings, stop_token_ids=stop_token_ids
+            model, policy_params(model, state), batch, key, settings, stop_token_ids=stop_token_ids
         )
 
     return rollout_step
@@ -232,38 +284,24 @@ def response_scores(
     return scores[:, 0]
 
 
-def response_logprobs(
-    model: Model,
-    params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array,
-    *,
-    temperature: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(logprobs f32[B, T], entropy f32[B, T], hidden [B, T, D]) of the response tokens, in nats."""
-    hidden = response_hidden(model, params, prompts, prompt_mask, tokens, mask)
-    logits = model.logits(params, hidden) / temperature
-    return (
-        functional.token_logprobs(logits, tokens),
-        functional.token_entropy(logits),
-        hidden,
-    )
-
-
 def make_update_step(
     model: Model,
     settings: Settings,
     *,
+    value_model: Model | None = None,
     optimizer: optax.GradientTransformation | None = None,
     stop_token_ids: Sequence[int] = (),
 ) -> Callable[
     [PPOState, PromptBatch, Rollout, jax.Array, jax.Array],
     tuple[PPOState, Metrics, ScoredRollout],
 ]:
-    """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)."""
+    """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout).
+
+    Args:
+      value_model: the form of a value model that starts as a reward model; by default the policy's.
+    """
     optimizer = optimizer or make_optimizer(OPTIMIZER)
+    values = value_form(settings, model, value_model)
     stops = tuple(stop_token_ids)
     check_ends(settings, stops)
 
@@ -271,7 +309,9 @@ def make_update_step(
         scores = shape_scores(settings, stops, rollout, scores)
         rows = rollout.mask.any(axis=1)
         scores, score_stats, scaling = scale_scores(settings, state.score_stats, scores, rows)
-        scored, entropy, exact_kl = _score_rollout(model, settings, state, batch, rollout, scores)
+        scored, lower, entropy, exact_kl = score_rollout(
+            model, values, settings, state, batch, rollout, scores
+        )
         rewards, _ = functional.token_rewards(
             scores,
             scored.logprobs,
@@ -281,7 +321,7 @@ def make_update_step(
             kl_kind=settings.kl_estimator,
         )
         metrics = objective_metrics(state.kl_coef, scored, rewards, entropy, exact_kl) | scaling
-        experience = make_experience(settings, scored, rewards)
+        experience = make_experience(settings, scored, rewards)._replace(lower=lower)
         params, opt_state, update_metrics = run_epochs(
             model,
             settings,
@@ -292,44 +332,25 @@ def make_update_step(
             key,
             penalty_coef=state.penalty_coef,
             texts=batch.texts,
+            value_model=values,
+            trunk=state.frozen.get("trunk"),
         )
         kl_coef = _adapt_kl_coef(settings, state.kl_coef, metrics["objective/kl"], rows)
-        penalty_coef, penalty = _adapt_penalty(model, settings, params, scored, state.penalty_coef)
+        penalty_coef, penalty = _adapt_penalty(
+            model,
+            settings,
+            params,
+            scored,
+            state.penalty_coef,
+            trunk=state.frozen.get("trunk"),
+            lower=lower,
+        )
         new_state = PPOState(
             state.step + 1, params, opt_state, kl_coef, state.frozen, score_stats, penalty_coef
         )
         return new_state, {**metrics, **update_metrics, **penalty}, scored
 
     return update_step
-
-
-def _score_rollout(model, settings, state, batch, rollout, scores):
-    """(ScoredRollout, entropy, KL): policy, value and reference on the sampled tokens.
-
-    Entropy and KL, over the whole vocabulary, are f32[B, T] and not 0 off the mask; the KL is None
-    unless asked for.
-
-    The policy's log-probs are computed anew rather than taken from sampling: the pass is needed for
-    the values, and the first ratios are then 1 but for the rounding of another batch shape.
-    """
-    parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-    logprobs, entropy, hidden = response_logprobs(
-        model, state.params["model"], *parts, temperature=settings.temperature
-    )
-    ref_logprobs, _, ref_hidden = response_logprobs(
-        model, state.frozen["ref"], *parts, temperature=settings.temperature
-    )
-    exact_kl = None
-    if settings.exact_kl:
-        # The same logits as those above, which are there once when compiled.
-        logits = model.logits(state.params["model"], hidden) / settings.temperature
-        ref_logits = model.logits(state.frozen["ref"], ref_hidden) / settings.temperature
-        exact_kl = functional.token_kl(logits, ref_logits)
-    values = apply_head(state.params["value_head"], hidden)
-    logprobs, ref_logprobs, values = (
-        jnp.where(rollout.mask, x, 0.0) for x in (logprobs, ref_logprobs, values)
-    )
-    return ScoredRollout(*parts, logprobs, ref_logprobs, values, scores), entropy, exact_kl
 
 
 def _adapt_kl_coef(settings, coef, kl, rows):
@@ -342,7 +363,7 @@ def _adapt_kl_coef(settings, coef, kl, rows):
     )
 
 
-def _adapt_penalty(model, settings, params, scored, coef):
+def _adapt_penalty(model, settings, params, scored, coef, *, trunk=None, lower=None):
     """(the coefficient for the next iteration, metrics), by how far this one moved the policy."""
     if settings.surrogate != "kl_penalty":
         return coef, {}
@@ -354,6 +375,8 @@ def _adapt_penalty(model, settings, params, scored, coef):
         scored.tokens,
         scored.mask,
         temperature=settings.temperature,
+        trunk=trunk,
+        lower=lower,
     )
     # k3 of the old policy to the new one: its tokens, and the r - 1 - log r of the loss.
     kl = functional.masked_mean(

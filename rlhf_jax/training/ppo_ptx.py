@@ -4,7 +4,8 @@ import jax
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.functional import cross_entropy_loss
-from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.interface import Model, Params, positions_from
+from rlhf_jax.training.frozen import whole_params
 from rlhf_jax.training.ppo_settings import Settings
 
 # `split(key, n)` may be the folding in of 0 to n - 1: this number is none of them.
@@ -50,18 +51,23 @@ def with_ptx(
     texts: TextBatch | None,
     loss: jax.Array,
     metrics: dict[str, jax.Array],
+    *,
+    trunk: Params | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss + ptx_coef * the loss of a minibatch's texts, metrics with `loss/ptx_avg`).
 
-    Both are as they were where `ptx_coef` is 0. `params` are the whole policy's.
+    Both are as they were where `ptx_coef` is 0. `params` are the whole policy's, or its trained
+    half above the frozen `trunk`.
     """
     if not settings.ptx_coef or texts is None:
         return loss, metrics
-    ptx_loss = text_loss(model, params, texts)
+    ptx_loss = text_loss(model, params, texts, trunk=trunk)
     return loss + settings.ptx_coef * ptx_loss, {**metrics, "loss/ptx_avg": ptx_loss}
 
 
-def text_loss(model: Model, params: Params, texts: TextBatch) -> jax.Array:
+def text_loss(
+    model: Model, params: Params, texts: TextBatch, *, trunk: Params | None = None
+) -> jax.Array:
     """f32[]: cross entropy of the texts in nats, a mean over the tokens that their loss mask has.
 
         -E_{x ~ pretraining} [log pi(x)]
@@ -72,9 +78,19 @@ def text_loss(model: Model, params: Params, texts: TextBatch) -> jax.Array:
     and the mean one over texts; here each token counts the same, so that the coefficient does not
     depend on the length of the rows, nor on what is packed into one.
     """
-    hidden = model.hidden(params, texts.tokens, texts.segments)
+    hidden = _text_hidden(model, params, texts, trunk)
     # A token is predicted from the state before it; the last state predicts nothing.
-    loss, _ = cross_entropy_loss(
-        model.logits(params, hidden[:, :-1]), texts.tokens[:, 1:], texts.loss_mask[:, 1:]
-    )
+    logits = model.logits(whole_params(model, trunk, params), hidden[:, :-1])
+    loss, _ = cross_entropy_loss(logits, texts.tokens[:, 1:], texts.loss_mask[:, 1:])
     return loss
+
+
+def _text_hidden(model, params, texts, trunk):
+    """[B, L, D] of the texts; nothing goes back through a frozen trunk, a stack of its own."""
+    if trunk is None:
+        return model.hidden(params, texts.tokens, texts.segments)
+    positions = positions_from(texts.segments)
+    x = model.embed(trunk, texts.tokens, positions)
+    for stack in (trunk["layers"], params["layers"]):
+        x, _ = model.layers(stack, x, texts.segments, positions)
+    return model.final(params, x)

@@ -55,6 +55,13 @@ class Settings:
         nats per token; 0 reads no texts.
       ptx_batch_size: rows of texts in one iteration (a packed row holds several), split over its
         minibatches anew in each epoch; null takes `batch_size`.
+      num_layers_unfrozen: so many upper layers are trained, with the final layer norm and the value
+        head; 0 trains these two alone. The layers below and the embeddings are frozen, and policy
+        and reference share them. Null trains all.
+      value_model: "shared", a head on the policy's layers; "policy", a model of its own that starts
+        as the policy, its head at zero; "reward", one that starts as the reward model, head
+        included. With `num_layers_unfrozen` that of "policy" shares the frozen layers, while that
+        of "reward" is trained whole.
     """
 
     total_episodes: int = 8192
@@ -91,6 +98,8 @@ class Settings:
     entropy_coef: float = 0.0
     ptx_coef: float = 0.0
     ptx_batch_size: int | None = None
+    num_layers_unfrozen: int | None = None
+    value_model: Literal["shared", "policy", "reward"] = "shared"
 
     def __post_init__(self) -> None:
         counts = ("total_episodes", "batch_size", "num_ppo_epochs", "num_mini_batches")
@@ -117,6 +126,7 @@ class Settings:
             )
         self._check_coefficients()
         self._check_ends()
+        self._check_networks()
 
     def _check_coefficients(self) -> None:
         for field in dataclasses.fields(self):
@@ -155,6 +165,17 @@ class Settings:
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError(
                 "ppo.missing_eos_penalty and ppo.missing_eos_score exclude each other; set one."
+            )
+
+    def _check_networks(self) -> None:
+        if self.num_layers_unfrozen is not None and self.num_layers_unfrozen < 0:
+            raise InputError(
+                "ppo.num_layers_unfrozen must not be negative, but is "
+                f"{self.num_layers_unfrozen}; null trains all layers."
+            )
+        if self.value_model not in ("shared", "policy", "reward"):
+            raise InputError(
+                f"ppo.value_model must be shared, policy or reward, but is {self.value_model!r}."
             )
 
     @property

@@ -9,9 +9,9 @@ import optax
 
 from rlhf_jax import functional
 from rlhf_jax.batches import ScoredRollout, TextBatch
-from rlhf_jax.models.heads import apply_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_hidden
+from rlhf_jax.training.ppo_passes import response_logits, response_values
 from rlhf_jax.training.ppo_ptx import text_minibatches, with_ptx
 from rlhf_jax.training.ppo_settings import Settings
 from rlhf_jax.training.state import apply_gradients
@@ -24,11 +24,13 @@ class Experience(NamedTuple):
       rollout: the responses with all that was scored.
       advantages: f32[B, T], whitened, 0 off the mask.
       returns: f32[B, T], what the values should be, 0 off the mask.
+      lower: [B, P + T - 1, D], what the frozen layers made of the rows; None without any.
     """
 
     rollout: ScoredRollout
     advantages: jax.Array
     returns: jax.Array
+    lower: jax.Array | None = None
 
 
 def make_experience(settings: Settings, scored: ScoredRollout, rewards: jax.Array) -> Experience:
@@ -53,13 +55,17 @@ def run_epochs(
     *,
     penalty_coef: jax.Array | None = None,
     texts: TextBatch | None = None,
+    value_model: Model | None = None,
+    trunk: Params | None = None,
 ) -> tuple[Params, Any, dict[str, jax.Array]]:
     """Epochs x minibatches of updates, as one scan; (params, opt_state, metrics).
 
     Args:
-      params: {"model": the policy, "value_head": the value head}.
+      params: what is trained, as in `PPOState.params`.
       penalty_coef: f32[], of the surrogate "kl_penalty".
       texts: of PPO-ptx, for `ptx_coef`.
+      value_model: the form of a value model that is not the policy's.
+      trunk: the frozen half of the policy, with `experience.lower`; None without any.
 
     Raises:
       ValueError: the experience has not `batch_size` rows, or the texts not theirs.
@@ -73,7 +79,10 @@ def run_epochs(
     order = jax.vmap(lambda key: jax.random.permutation(key, rows))(epoch_keys)
     order = order.reshape(settings.num_ppo_epochs * minibatches, rows // minibatches)
     parts = (order, text_minibatches(settings, texts, key))
-    update = functools.partial(_update, model, settings, optimizer, experience, penalty_coef)
+    loss = functools.partial(
+        _loss, model=model, settings=settings, value_model=value_model or model, trunk=trunk
+    )
+    update = functools.partial(_update, loss, optimizer, experience, penalty_coef)
     if settings.max_approxkl is not None:
         return _update_until(update, settings.max_approxkl, (params, opt_state), parts)
     (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), parts)
@@ -118,28 +127,28 @@ def _no_update(take, carry, part):
     return carry, jnp.zeros((), bool), zeros
 
 
-def _update(model, settings, optimizer, experience, penalty_coef, carry, part):
+def _update(loss, optimizer, experience, penalty_coef, carry, part):
     """One update on the rows of some indices, and texts: ((params, opt_state), metrics)."""
     (params, opt_state), (indices, texts) = carry, part
     minibatch = jax.tree.map(lambda x: x[indices], experience)
-    grads, metrics = jax.grad(_loss, has_aux=True)(
-        params, model, settings, minibatch, penalty_coef, texts
-    )
+    grads, metrics = jax.grad(loss, has_aux=True)(params, minibatch, penalty_coef, texts)
     params, opt_state, norm = apply_gradients(optimizer, params, opt_state, grads)
     return (params, opt_state), {**metrics, "train/grad_norm": norm}
 
 
-def _loss(params, model, settings, minibatch, penalty_coef, texts):
+def _loss(params, minibatch, penalty_coef, texts, *, model, settings, value_model, trunk):
     """Policy loss + vf_coef * value loss - entropy_coef * entropy + ptx_coef * texts; metrics."""
     rollout = minibatch.rollout
     parts = (rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
-    hidden = response_hidden(model, params["model"], *parts)
-    logits = model.logits(params["model"], hidden) / settings.temperature
+    hidden = response_hidden(model, params["model"], *parts, lower=minibatch.lower)
+    logits = response_logits(
+        model, params["model"], hidden, temperature=settings.temperature, trunk=trunk
+    )
     policy_loss, policy_metrics = _policy_loss(
         settings, functional.token_logprobs(logits, rollout.tokens), minibatch, penalty_coef
     )
     value_loss, value = functional.ppo_value_loss(
-        apply_head(params["value_head"], hidden),
+        response_values(settings, value_model, params, parts, hidden=hidden, lower=minibatch.lower),
         rollout.values,
         minibatch.returns,
         rollout.mask,
@@ -156,7 +165,7 @@ def _loss(params, model, settings, minibatch, penalty_coef, texts):
         entropy_loss = -functional.masked_mean(functional.token_entropy(logits), rollout.mask)
         loss += settings.entropy_coef * entropy_loss
         metrics["loss/entropy_avg"] = entropy_loss
-    return with_ptx(settings, model, params["model"], texts, loss, metrics)
+    return with_ptx(settings, model, params["model"], texts, loss, metrics, trunk=trunk)
 
 
 def _policy_loss(settings, logprobs, minibatch, penalty_coef):

@@ -1,6 +1,7 @@
 """The reward model: a scalar head on a language model, trained on compared responses."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from rlhf_jax.functional import pairwise_loss, ranking_loss, tokenwise_pairwise_
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores, token_scores
+from rlhf_jax.training import frozen
 from rlhf_jax.training.accumulate import accumulated_gradients, check_steps
 from rlhf_jax.training.state import (
     OptimizerSettings,
@@ -48,6 +50,8 @@ class Settings:
         until its scores of preferred responses have mean 0 and variance 1.
       normalize_after: likewise after its training: what is written and evaluated at the end.
       normalize_rows: of the preferred responses of so many training rows, or of all.
+      num_layers_unfrozen: so many upper layers are trained, with the final layer norm and the head;
+        0 trains these two alone. The layers below and the embeddings are frozen. Null trains all.
     """
 
     objective: Objective = "last_token"
@@ -59,6 +63,7 @@ class Settings:
     normalize_before: bool = False
     normalize_after: bool = False
     normalize_rows: int = 256
+    num_layers_unfrozen: int | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
@@ -73,6 +78,11 @@ class Settings:
         if self.normalize_rows < 2:
             raise InputError(
                 f"reward.normalize_rows must be at least 2, but is {self.normalize_rows}."
+            )
+        if self.num_layers_unfrozen is not None and self.num_layers_unfrozen < 0:
+            raise InputError(
+                "reward.num_layers_unfrozen must not be negative, but is "
+                f"{self.num_layers_unfrozen}; null trains all layers."
             )
         if self.center_coef < 0:
             raise InputError(f"reward.center_coef must not be negative, but is {self.center_coef}.")
@@ -101,11 +111,27 @@ def init_state(
     Args:
       params: a language model's parameters, which get a fresh head, or
         {"model": ..., "head": ...} of a reward model to be trained further.
+
+    Returns:
+      A state of which `whole_params` gives the reward model.
+
+    Raises:
+      InputError: more layers are to be trained than the model has.
     """
-    del settings
     if set(params) != {"model", "head"}:
         params = init_params(model, params, key)
-    return init_train_state(params, optimizer or make_optimizer(OptimizerSettings()))
+    lower, trained = frozen.split_params(
+        model, params["model"], settings.num_layers_unfrozen, "reward"
+    )
+    return init_train_state(
+        {**params, "model": trained}, optimizer or make_optimizer(OptimizerSettings()), lower
+    )
+
+
+def whole_params(model: Model, state: TrainState) -> Params:
+    """{"model": ..., "head": ...} of a state, frozen layers included."""
+    trunk = frozen.whole_params(model, state.frozen, state.params["model"])
+    return {**state.params, "model": trunk}
 
 
 def make_step(
@@ -131,30 +157,33 @@ def make_step(
     """
     optimizer = optimizer or make_optimizer(OptimizerSettings())
 
-    def loss_fn(params, batch, key, denominator):
+    def loss_fn(params, batch, key, denominator, *, lower):
         del key
         if settings.objective == "ranking":
-            return _ranking_loss(model, params, batch, denominator)
+            return _ranking_loss(model, params, batch, lower, denominator)
         if settings.objective == "tokenwise":
-            return _tokenwise_loss(model, params, batch, denominator)
-        return _loss(model, params, batch, settings.center_coef, denominator)
+            return _tokenwise_loss(model, params, batch, lower, denominator)
+        return _loss(model, params, batch, settings.center_coef, lower, denominator)
 
     def step(state, batch, key):
         del key
+        loss = functools.partial(loss_fn, lower=state.frozen)
         grads, metrics = accumulated_gradients(
-            loss_fn, _count, state.params, batch, None, settings.gradient_accumulation_steps
+            loss, _count, state.params, batch, None, settings.gradient_accumulation_steps
         )
         params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
         metrics = {f"train/{name}": value for name, value in metrics.items()}
         metrics["train/grad_norm"] = norm
         metrics["perf/tokens"] = sum(jnp.sum(mask, dtype=jnp.float32) for mask in _masks(batch))
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return step
 
 
 def make_eval_step(model: Model) -> Callable[[Params, Batch], Metrics]:
     """A pure (params, batch) -> {"loss", "accuracy", "margin", "count"}: sums over pairs.
+
+    The parameters are whole.
 
     The loss is that of "last_token" on every pair, also of a `RankingBatch`, so that all objectives
     are measured alike.
@@ -171,7 +200,10 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], Metrics]:
 
 
 def make_score_step(model: Model) -> Callable[[Params, Batch], jax.Array]:
-    """A pure (params, batch) -> f32[B, K] of end scores; of pairs K is 2, the chosen one first."""
+    """A pure (params, batch) -> f32[B, K] of end scores; of pairs K is 2, the chosen one first.
+
+    The parameters are whole.
+    """
 
     def score(params, batch):
         return end_scores(model, params, batch.prompts, batch.prompt_mask, *responses_of(batch))
@@ -194,9 +226,11 @@ def _masks(batch):
     return batch.prompt_mask, batch.chosen_mask, batch.rejected_mask
 
 
-def _loss(model, params, batch, center_coef, denominator=None):
+def _loss(model, params, batch, center_coef, lower=None, denominator=None):
     responses, masks = responses_of(batch)
-    scores = end_scores(model, params, batch.prompts, batch.prompt_mask, responses, masks)
+    scores = end_scores(
+        model, params, batch.prompts, batch.prompt_mask, responses, masks, frozen=lower
+    )
     loss, metrics = pairwise_loss(
         scores[:, 0],
         scores[:, 1],
@@ -215,9 +249,11 @@ def _count(batch):
     return jnp.sum(batch.rows, dtype=jnp.float32)
 
 
-def _tokenwise_loss(model, params, batch, denominator=None):
+def _tokenwise_loss(model, params, batch, lower, denominator=None):
     responses, masks = responses_of(batch)
-    scores = token_scores(model, params, batch.prompts, batch.prompt_mask, responses, masks)
+    scores = token_scores(
+        model, params, batch.prompts, batch.prompt_mask, responses, masks, frozen=lower
+    )
     loss, metrics = tokenwise_pairwise_loss(
         scores[:, 0],
         scores[:, 1],
@@ -231,8 +267,8 @@ def _tokenwise_loss(model, params, batch, denominator=None):
     return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
 
 
-def _ranking_loss(model, params, batch, denominator=None):
-    scores = end_scores(model, params, *batch)
+def _ranking_loss(model, params, batch, lower, denominator=None):
+    scores = end_scores(model, params, *batch, frozen=lower)
     loss, metrics = ranking_loss(scores, jnp.any(batch.mask, axis=2), denominator=denominator)
     return loss, {"loss": loss, **metrics}
 

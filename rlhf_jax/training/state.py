@@ -18,11 +18,13 @@ class TrainState(NamedTuple):
       step: i32[], optimizer steps taken.
       params: what is trained, float32.
       opt_state: of the optimizer.
+      frozen: the half of the model that no step changes; None where all of it trains.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    frozen: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +126,11 @@ def _decayed(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def init_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_train_state(
+    params: Params, optimizer: optax.GradientTransformation, frozen: Params | None = None
+) -> TrainState:
+    """The state before the first step; the optimizer knows `params` alone."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
 
 
 def apply_gradients(

@@ -61,16 +61,25 @@ def kl_by_loop(difference, kind):
     return {"k1": difference, "k3": np.exp(-difference) - 1 + difference}[kind]
 
 
-def experience_by_loop(model, settings, state, scored):
-    """One SimpleNamespace per row, and the numbers of the whole iteration, in float64."""
+def experience_by_loop(model, settings, state, scored, values=None):
+    """One SimpleNamespace per row, and the numbers of the whole iteration, in float64.
+
+    `values` are those of each row, where a value model of its own gives them.
+    """
     rows = []
-    for (prompt, response), score in zip(texts_of(scored), scored.scores, strict=True):
+    for i, ((prompt, response), score) in enumerate(
+        zip(texts_of(scored), scored.scores, strict=True)
+    ):
         row = SimpleNamespace(prompt=prompt, response=response, score=float(score))
         arguments = (model.config, prompt, response, settings.temperature)
         row.logprobs, whole = logprobs_by_loop(state.params["model"], *arguments)
         row.ref_logprobs, _ = logprobs_by_loop(state.frozen["ref"], *arguments)
         row.entropy = -(np.exp(whole) * whole).sum(axis=1)
-        row.values = values_by_loop(state.params, model.config, prompt, response)
+        row.values = (
+            values_by_loop(state.params, model.config, prompt, response)
+            if values is None
+            else values[i]
+        )
         row.kl = row.logprobs - row.ref_logprobs
         row.rewards = -float(state.kl_coef) * kl_by_loop(row.kl, settings.kl_estimator)
         if response:
