@@ -27,6 +27,8 @@ def main(command: str, kind: str) -> int:
     from rlhf_jax.runtime import config, loop
 
     _set_up_logging()
+    # Functions that settings name are looked for where the command was called, too.
+    sys.path.append(os.getcwd())
 
     try:
         getattr(runtime, command)(config.parse(getattr(config, kind)))

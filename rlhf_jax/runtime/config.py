@@ -465,6 +465,11 @@ def _check_sections(kind: Any, content: Any, name: str) -> None:
         raise InputError(
             f"{name} holds no keys, but {str(content)[:40]!r}; write one `key: value` to a line."
         )
+    if {} in (content.get("rewards") or []):
+        raise InputError(
+            "rewards: a source has at least one key; {weight: 1.0} stands for the reward model of "
+            "model.reward_path, or the one that is trained."
+        )
     for field in dataclasses.fields(kind):
         if field.name in content and dataclasses.is_dataclass(field.type):
             _check_sections(field.type, content[field.name], f"The section {field.name!r}")
@@ -517,6 +522,10 @@ def _sentence(kind: type, text: str) -> str:
 
 def _wrong_element(key: str, text: str) -> str:
     """What is wrong with one element of a list of sources."""
+    if "Not a valid subclass" in text:
+        return (
+            f"{key}: a source is no text and not empty, but keys and values such as path: folder."
+        )
     if found := re.search(r"Option '([\w.]+)'", text):
         fields = [field.name for field in dataclasses.fields(RewardSource)]
         near = difflib.get_close_matches(found[1], fields, n=1)

@@ -9,7 +9,7 @@ from etils import epath
 
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime import assemble, judging, loop, ppo, reward
 from rlhf_jax.runtime.config import (
@@ -76,15 +76,31 @@ def _check_ahead(config: RLHFConfig) -> None:
     if trains_reward_model(config):
         load_rows(config.data.reward, reward.kind_of(config.reward), quiet=True)
         reward.check_sizes(reward_config(config), model, mesh)
-    for each in find_sources(ppo_config(config).model.reward_path, config.rewards):
-        if each.source.path not in (None, _trained(config)):
-            load_reward_model(each.source.path, label=each.source.label)
+    _check_rewards_ahead(config, model)
     if config.ppo.truncate_token is not None:
         ppo.step_settings(ppo_config(config), first_tokenizer(sft_config(config)))
     load_rows(config.data.ppo, ppo.kind_of(ppo_config(config)), quiet=True)
     if config.ppo.ptx_coef:
         load_rows(config.data.ptx_texts, "text", quiet=True)
     ppo.check_sizes(ppo_config(config), model, mesh)
+
+
+def _check_rewards_ahead(config: RLHFConfig, model: GPT2) -> None:
+    """The same of what scores and values responses; `model` has the form of what is trained."""
+    of_ppo, trained = ppo_config(config), _trained(config)
+    paths = {
+        each.source.path: each.source.label
+        for each in find_sources(of_ppo.model.reward_path, config.rewards)
+    }
+    if (path := ppo.value_path(of_ppo)) is not None:
+        paths.setdefault(path, ppo.value_label(of_ppo))
+    for path, label in paths.items():
+        if path == trained:
+            ppo.check_scorer(of_ppo, model)
+        elif path is not None:
+            scorer, _, theirs = assemble.load_reward(path, config.model, label)
+            if assemble.shares_tokens(first_tokenizer(sft_config(config)), theirs):
+                ppo.check_scorer(of_ppo, scorer)
 
 
 def trains_reward_model(config: RLHFConfig) -> bool:

@@ -34,6 +34,7 @@ from rlhf_jax.runtime.judging import (
     Comparison,
     Judged,
     PolicyJudge,
+    check_columns,
     columns_of,
     compare,
     write_evaluation,
@@ -100,6 +101,17 @@ def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
         check_batch_size(mesh, "ppo.ptx_batch_size / ppo.num_mini_batches", rows_a_step)
 
 
+def check_scorer(config: PPOConfig, scorer: Model) -> None:
+    """Raises an InputError if a reward model of tokens has too few positions for what it scores."""
+    data, scored = config.data, "to be scored by the reward model,"
+    lengths = {"ppo.response_length": config.ppo.response_length}
+    if config.ppo.subtract_reference_score:
+        lengths["data.max_response_length"] = data.max_response_length
+    for name, length in lengths.items():
+        what = f"data.max_prompt_length + {name}, {scored}"
+        assemble.check_positions(scorer, data.max_prompt_length + length, what)
+
+
 def value_path(config: PPOConfig) -> str | None:
     """Where the reward model is that a value model "reward" starts from; None for another one.
 
@@ -119,6 +131,14 @@ def value_path(config: PPOConfig) -> str | None:
             f"{config.ppo.value_model}; change one of them."
         )
     return path if reads_one else None
+
+
+def value_label(config: PPOConfig) -> int | None:
+    """The label of the classifier that the values start from: that of its source in `rewards`."""
+    path = value_path(config)
+    same = (source.label for source in config.rewards if source.path == path)
+    bare = (source.label for source in config.rewards if source.is_bare)
+    return next(same if config.model.value_path else bare, None)
 
 
 def step_settings(config: PPOConfig, tokenizer: PreTrainedTokenizerFast) -> ppo.Settings:
@@ -171,6 +191,8 @@ class PPOStage:
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
         self.mesh = make_mesh(config.mesh)
         check_sizes(config, self.model, self.mesh)
+        if any(each.function is not None for each in self.sources):
+            check_columns(self.rows)
         self._load_rewards()
         self._load_value()
         self.batches = Batches(
@@ -204,17 +226,10 @@ class PPOStage:
         self.rewards, params = load_rewards(
             self.sources, config.model, self.tokenizer, mesh=self.mesh
         )
-        self.rewards.check_positions(
-            data.max_prompt_length + config.ppo.response_length,
-            "data.max_prompt_length + ppo.response_length, to be scored by the reward model,",
-        )
+        for scorer in self.rewards.token_models:
+            check_scorer(config, scorer)
         self.references = None
         if config.ppo.subtract_reference_score:
-            self.rewards.check_positions(
-                data.max_prompt_length + data.max_response_length,
-                "data.max_prompt_length + data.max_response_length, to be scored by the reward "
-                "model,",
-            )
             self.references = reference_tokens(self.rows, self.tokenizer, data)
         self.reward_model = self.rewards.single if self.references is None else None
         self.reward_params = params[0] if self.reward_model is not None else params or None
@@ -225,9 +240,16 @@ class PPOStage:
         self.value_model, self.value_params = None, None
         if path is None:
             return
-        self.value_model, self.value_params = assemble.load_scorer(
-            path, config.model, self.tokenizer
+        self.value_model, self.value_params, theirs = assemble.load_reward(
+            path, config.model, value_label(config)
         )
+        assemble.check_vocabulary(self.value_model, self.tokenizer, path)
+        if not assemble.shares_tokens(self.tokenizer, theirs):
+            raise InputError(
+                f"The reward model in {path}, which the values are to start from, has another "
+                "tokenizer than the policy: give --model.value_path one with the policy's, or set "
+                "ppo.value_model to policy or shared."
+            )
         assemble.check_positions(
             self.value_model,
             config.data.max_prompt_length + config.ppo.response_length,
@@ -360,9 +382,7 @@ class PPOStage:
         given = Responses(
             self.tokenizer, batch.prompts, batch.prompt_mask, candidates, columns, batch.indices
         )
-        params = state.frozen.get("reward", ())
-        scores, parts = self.rewards(params, given, self.config.ppo.batch_size)
-        return np.asarray(scores, np.float32), parts
+        return self.rewards(state.frozen.get("reward", ()), given, self.config.ppo.batch_size)
 
     def observe(self, output):
         """The gold score of the sampled responses, where there is one."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rlhf_jax.data.chat import completion_texts
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right, warn, width, with_eos
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
 from rlhf_jax.rollout.score import end_scores
@@ -234,11 +235,11 @@ class Rewards:
             return None
         return self.scorers[0].model if self.scorers[0].tokenizer is None else None
 
-    def check_positions(self, needed: int, what: str) -> None:
-        """Raises an InputError if a model that scores tokens has fewer positions than these."""
-        for scorer in self.scorers:
-            if isinstance(scorer, ModelScores) and scorer.tokenizer is None:
-                assemble.check_positions(scorer.model, needed, what)
+    @property
+    def token_models(self) -> list[Model]:
+        """The reward models that score tokens, not texts."""
+        models = [scorer for scorer in self.scorers if isinstance(scorer, ModelScores)]
+        return [scorer.model for scorer in models if scorer.tokenizer is None]
 
     def __call__(
         self, params: Sequence[Params], responses: Responses, batch_size: int
@@ -259,7 +260,12 @@ class Rewards:
             for name, scores in zip(self.names, given, strict=True):
                 parts[f"objective/rewards/{name}"] = scores[:, 0]
         weighted = [weight * scores for weight, scores in zip(self.weights, given, strict=True)]
-        total = sum(weighted[1:], start=weighted[0])
+        total = np.asarray(sum(weighted[1:], start=weighted[0]), np.float32)
+        if not np.isfinite(total).all():
+            raise InputError(
+                f"The scores of {', '.join(self.names)} come to {total[~np.isfinite(total)][0]}: "
+                "give rewards that are finite in float32."
+            )
         if total.shape[1] == 1:
             return total[:, 0], parts
         raw, reference = total[:, 0], total[:, 1]
