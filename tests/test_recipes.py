@@ -6,12 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from rlhf_jax import runtime
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config
 from rlhf_jax.training.state import make_optimizer
 from scripts.pair_by_prompt import pair_by_prompt
@@ -129,6 +131,8 @@ def tiny(path, folder):
         made["data"] = {name: tiny_data(data, folder) for name, data in made["data"].items()}
     for stage in set(STAGES) & set(made):
         made[stage] |= BATCH[stage]
+        if "num_layers_unfrozen" in made[stage]:  # the one layer, over frozen embeddings
+            made[stage]["num_layers_unfrozen"] = 1
     paths = {name: str(folder / there) for name, there in made["model"].items() if "runs/" in there}
     made["model"] = {**MODEL, **paths}
     made["tokenizer"] = {"vocab_size": 300} if not paths else {}
@@ -183,6 +187,19 @@ def tldr(tmp_path_factory):
 def test_tldr_runs_a_few_steps(tldr):
     folder, metrics = tldr
     assert_ran(metrics, folder / "ppo", "\nTL;DR:")
+
+
+def test_tldr_freezes_takes_the_references_off_and_counts_as_published(tldr):
+    folder, metrics = tldr
+    parts = (metrics[f"ppo/objective/{name}_scores"] for name in ("raw", "reference"))
+    assert np.subtract(*parts) == pytest.approx(metrics["ppo/objective/scores"], abs=1e-5)
+    assert 0 <= metrics["sft/eval/rouge1"] <= 1
+    sft, policy = (load_pretrained(folder / stage / "hf")[1] for stage in ("sft", "ppo"))
+    scorer = load_reward_model(folder / "reward" / "hf")[1]["model"]
+    for frozen in (policy, scorer):
+        kept = frozen["wpe"]["embedding"]
+        np.testing.assert_array_equal(kept, sft["wpe"]["embedding"])
+        assert np.any(frozen["ln_f"]["bias"] != sft["ln_f"]["bias"])
 
 
 def test_hh_runs_a_few_steps(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import math
 import tempfile
@@ -190,6 +191,27 @@ def load_function(name: str) -> ScoreFunction:
     if not callable(function):
         raise InputError(f"{name!r} is not a function; write it as module:function.")
     return function
+
+
+def check_call(function: ScoreFunction, columns: Iterable[str]) -> None:
+    """Raises an InputError if a function cannot be called as function(prompts, completions, ...).
+
+    Args:
+      columns: names of the other columns of the data, which are given by keyword.
+    """
+    name = getattr(function, "__name__", "the score function")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return  # that of some functions in C cannot be known
+    try:
+        signature.bind([], [], **dict.fromkeys(columns, []))
+    except TypeError as error:
+        raise InputError(
+            f"{name} cannot be called as {name}(prompts, completions, **columns) with the other "
+            f"columns of the data by name ({error}): let it take **columns, and call no column "
+            "prompts or completions."
+        ) from None
 
 
 def call_scores(

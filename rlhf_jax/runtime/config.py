@@ -218,6 +218,11 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _check_num_seeds(self.num_seeds)
+        if self.ppo.ptx_coef and self.ptx == DataSettings() and self.data.path != self.ptx.path:
+            raise InputError(
+                f"ppo.ptx_coef is {self.ppo.ptx_coef}, but there are no texts to mix in: give "
+                "--ptx.path a data set of texts, or set ppo.ptx_coef to 0."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,8 +373,8 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-# What may differ when a run goes on: how it is watched, and how often it is saved.
-_FREE_TO_CHANGE = ("logging.", "checkpoint.", "run_dir", "mesh.")
+# What may differ when a run goes on: how it is watched and judged, and how often it is saved.
+_FREE_TO_CHANGE = ("logging.", "checkpoint.", "evaluation.", "run_dir", "mesh.")
 
 
 def claim_run_dir(config: Any) -> None:

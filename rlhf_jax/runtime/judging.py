@@ -13,7 +13,6 @@ from etils import epath
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.bootstrap import bootstrap_interval
@@ -260,16 +259,6 @@ def read_evaluation(run_dir: str) -> dict[str, Any] | None:
 
 def _number(values: np.ndarray | None, row: int) -> float | None:
     return None if values is None else float(values[row])
-
-
-def check_columns(rows: list[dict[str, Any]]) -> None:
-    """Raises an InputError if a column has the name of an argument of reward functions."""
-    for name in ("prompts", "completions"):
-        if name in rows[0]:
-            raise InputError(
-                f"The data have a column {name!r}, which is the name of an argument of reward "
-                "functions; give the column another name."
-            )
 
 
 def columns_of(rows: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:

@@ -146,7 +146,7 @@ class _Loop:
     def __init__(self, stage, config, checkpoints, writer, progress) -> None:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.writer, self.progress, self.throughput = writer, progress, Throughput()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.logged_step = time.monotonic(), 0
 
     def run(self, state: Any, start: int, interrupted: threading.Event) -> Any:
         pending = None
@@ -162,7 +162,13 @@ class _Loop:
             pending = (index + 1, metrics, output)
             stopping = interrupted.is_set()  # read once: what is said below has to be so
             if stopping or self._is_due(index + 1) or self._is_save_due(index + 1):
-                self._pause(state, *pending, stopping=stopping)
+                try:
+                    self._pause(state, *pending, stopping=stopping)
+                except DivergedError:
+                    raise  # there is nothing to go on from
+                except Exception:
+                    self._rescue(state, index + 1, pending)
+                    raise
                 pending = None
             if stopping:
                 raise Interrupted(
@@ -212,12 +218,13 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def _rescue(self, state: Any, step: int, pending: tuple | None) -> None:
-        """Saves the state of `step` after an error in the next one, say in a reward function."""
+        """Saves the state of `step` after an error that followed, say in a reward function."""
         if step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return  # nothing was done yet, or the failed step has used the state up
         with contextlib.suppress(Exception):  # the first error is the one to be told
-            if pending is not None:
+            if pending is not None and pending[0] != self.logged_step:
                 self._log(*pending)
+        with contextlib.suppress(Exception):
             self._save(step, state)
             where = f"is saved in {self.config.run_dir}"
             self.progress.message(f"Step {step} {where}; the same command continues from there.")
@@ -231,6 +238,7 @@ class _Loop:
         if wanted or step % self.config.logging.log_every == 0:
             values |= self.stage.observe(output) | (evaluation or {}) | self._speed()
             self.writer.write(step, values)
+            self.logged_step = step
         self.progress.update(step, values)
 
     def _speed(self) -> Metrics:

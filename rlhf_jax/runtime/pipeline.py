@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.parallel.mesh import make_mesh
@@ -74,15 +75,20 @@ def _check_ahead(config: RLHFConfig) -> None:
         if name is not None:
             assemble.load_function(name)
     if trains_reward_model(config):
-        load_rows(config.data.reward, reward.kind_of(config.reward), quiet=True)
+        rows, _ = load_rows(config.data.reward, reward.kind_of(config.reward), quiet=True)
+        if all("chosen" in row and row["chosen"] == row["rejected"] for row in rows):
+            raise InputError(
+                f"No pair is left of the {len(rows)} in {config.data.reward.path}: the two "
+                "responses of each are equal."
+            )
         reward.check_sizes(reward_config(config), model, mesh)
-    _check_rewards_ahead(config, model)
     if config.ppo.truncate_token is not None:
         ppo.step_settings(ppo_config(config), first_tokenizer(sft_config(config)))
     load_rows(config.data.ppo, ppo.kind_of(ppo_config(config)), quiet=True)
     if config.ppo.ptx_coef:
         load_rows(config.data.ptx_texts, "text", quiet=True)
     ppo.check_sizes(ppo_config(config), model, mesh)
+    _check_rewards_ahead(config, model)
 
 
 def _check_rewards_ahead(config: RLHFConfig, model: GPT2) -> None:

@@ -34,7 +34,6 @@ from rlhf_jax.runtime.judging import (
     Comparison,
     Judged,
     PolicyJudge,
-    check_columns,
     columns_of,
     compare,
     write_evaluation,
@@ -191,8 +190,9 @@ class PPOStage:
         self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
         self.mesh = make_mesh(config.mesh)
         check_sizes(config, self.model, self.mesh)
-        if any(each.function is not None for each in self.sources):
-            check_columns(self.rows)
+        for function in (*(each.function for each in self.sources), self.gold_fn):
+            if function is not None:
+                assemble.check_call(function, columns_of(self.rows, [0]))
         self._load_rewards()
         self._load_value()
         self.batches = Batches(

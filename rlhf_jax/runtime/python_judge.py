@@ -66,17 +66,20 @@ def call_judge(
       float64[N], for each prompt the probability that response b, the second, is the better one: 0
       for a, 1 for b, 0.5 for a tie.
 
+    What the judge raises goes on as it is, with a note that names the judge.
+
     Raises:
-      InputError: it raised an error, or gave something else than one number from 0 to 1 a prompt.
+      InputError: it gave something else than one number from 0 to 1 a prompt.
     """
     name = getattr(judge, "__name__", "the judge")
     try:
         given = judge(list(prompts), list(responses_a), list(responses_b), **columns)
     except Exception as error:
-        raise InputError(
-            f"The judge {name} raised {type(error).__name__}: {_line(error)}; it is called as "
-            "f(prompts, responses_a, responses_b, **columns)."
-        ) from error
+        error.add_note(
+            f"This was raised by the judge {name}, which is called as f(prompts, responses_a, "
+            "responses_b, **columns)."
+        )
+        raise
     wanted = "one number from 0 (a is better) to 1 (b is better) for each prompt"
     try:
         answers = [_number(answer) for answer in given]

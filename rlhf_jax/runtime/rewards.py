@@ -244,7 +244,7 @@ class Rewards:
     def __call__(
         self, params: Sequence[Params], responses: Responses, batch_size: int
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(float[N], parts): scores of the policy's responses, less those of the references.
+        """(f32[N], parts): scores of the policy's responses, less those of the references.
 
         Parts, float[N] each, are `objective/rewards/NAME`, what each of several sources gave to the
         policy's responses, and where there are references `objective/raw_scores` and
@@ -260,17 +260,23 @@ class Rewards:
             for name, scores in zip(self.names, given, strict=True):
                 parts[f"objective/rewards/{name}"] = scores[:, 0]
         weighted = [weight * scores for weight, scores in zip(self.weights, given, strict=True)]
-        total = np.asarray(sum(weighted[1:], start=weighted[0]), np.float32)
-        if not np.isfinite(total).all():
+        total = sum(weighted[1:], start=weighted[0])
+        scores = total[:, 0]
+        if total.shape[1] > 1:
+            parts |= {"objective/raw_scores": scores, "objective/reference_scores": total[:, 1]}
+            scores = scores - total[:, 1]
+        return self._checked(scores), parts
+
+    def _checked(self, scores: np.ndarray) -> np.ndarray:
+        """f32[N], if all are finite in that."""
+        with np.errstate(over="ignore"):
+            scores = np.asarray(scores, np.float32)
+        if not np.isfinite(scores).all():
             raise InputError(
-                f"The scores of {', '.join(self.names)} come to {total[~np.isfinite(total)][0]}: "
+                f"The scores of {', '.join(self.names)} come to {scores[~np.isfinite(scores)][0]}: "
                 "give rewards that are finite in float32."
             )
-        if total.shape[1] == 1:
-            return total[:, 0], parts
-        raw, reference = total[:, 0], total[:, 1]
-        parts |= {"objective/raw_scores": raw, "objective/reference_scores": reference}
-        return raw - reference, parts
+        return scores
 
 
 def load_rewards(

@@ -1,6 +1,7 @@
 """What goes wrong while a run is under way: NaN, a full disk, a reward function in Python."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +79,23 @@ def failing_at(call, fail):
         return fail(scores) if len(calls) == call else scores
 
     return my_reward
+
+
+def test_an_error_in_the_last_evaluation_loses_no_step(tmp_path, sft_run):
+    def divide(scores):
+        return [score / 0 for score in scores]
+
+    # Four steps, and after the second both policies: what fails is the evaluation after the last.
+    with pytest.raises(ZeroDivisionError):
+        train_ppo(small.ppo(tmp_path, sft_run[0]), failing_at(7, divide))
+    assert saved_steps(tmp_path) == [4]
+    assert not (tmp_path / "hf").exists()
+    # How it is judged may be another way now.
+    judged = {"batch_size": 8, "num_samples": 1}
+    train_ppo(small.ppo(tmp_path, sft_run[0], evaluation=judged), small.short_response)
+    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["samples"]) == 1
+    assert (tmp_path / "hf").exists()
 
 
 def without_evaluation(folder, sft_run):

@@ -16,7 +16,7 @@ from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model
 from rlhf_jax.runtime import assemble, pipeline, rewards, run_evaluate, run_rlhf, train_ppo
 from rlhf_jax.runtime.config import ModelSettings, PPOConfig, RLHFConfig, parse, resolve, to_yaml
-from rlhf_jax.runtime.ppo import PPOStage
+from rlhf_jax.runtime.ppo import PPOStage, value_label
 from rlhf_jax.runtime.rewards import FunctionScores, ModelScores, Responses, Rewards
 from rlhf_jax.runtime.sources import RewardSource
 from rlhf_jax.training import ppo
@@ -578,3 +578,91 @@ def test_sources_are_looked_at_before_the_first_stage(tmp_path):
     assert message(run_rlhf, small.rlhf(tmp_path, rewards=wrong)).startswith(
         "There is no folder ./"
     )
+
+
+@pytest.mark.parametrize(
+    ("function", "columns", "said"),
+    [
+        (lambda prompts, completions: [], ["label"], "got an unexpected keyword argument 'label'"),
+        (lambda prompts, completions, **columns: [], ["prompts"], "multiple values for argument"),
+        (lambda prompts: [], [], "too many positional arguments"),
+    ],
+)
+def test_a_function_that_cannot_be_called_with_the_data_is_refused(function, columns, said):
+    told = message(assemble.check_call, function, columns)
+    assert said in told
+    assert told.endswith("let it take **columns, and call no column prompts or completions.")
+    assemble.check_call(lambda p, c, **columns: [], ["label", "completion"])
+    assemble.check_call(max, ["label"])  # nothing is known of it
+
+
+def test_all_functions_are_tried_with_the_columns_before_the_first_step(tmp_path, sft_run):
+    def narrow(prompts, completions):
+        return [0.0 for _ in completions]
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a b", "label": 1}\n' * 16)
+    data = {"path": str(tmp_path / "rows.jsonl")}
+    told = message(train_ppo, small.ppo(tmp_path / "run", sft_run[0], data=data), narrow)
+    assert told.startswith("narrow cannot be called as narrow(prompts, completions, **columns)")
+
+
+def test_scores_beyond_float32_are_refused(bytes_tokenizer):
+    def huge(prompts, completions, **columns):
+        return [1e39 for _ in completions]
+
+    scorer = Rewards(["huge"], [1.0], [FunctionScores(huge)])
+    told = message(scorer, (), responses_of(bytes_tokenizer), 3)
+    assert told.startswith("The scores of huge come to inf")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"rewards": [{}]}, "rewards: a source has at least one key; {weight: 1.0} stands for"),
+        ({"ppo": {"ptx_coef": 1.0}, "data": {"path": "x.jsonl"}}, "there are no texts to mix in"),
+    ],
+)
+def test_what_cannot_be_configured(tmp_path, sections, said):
+    assert said in message(train_ppo, small.ppo(tmp_path, tmp_path, **sections))
+
+
+def test_values_cannot_start_from_a_model_with_another_tokenizer(
+    tmp_path, sft_run, reward_run, text_scorer
+):
+    sections = {"ppo": {"value_model": "reward"}, "model": {"value_path": text_scorer}}
+    config = small.ppo(tmp_path, sft_run[0], reward_run[0], **sections)
+    config["model"] |= {"path": f"{sft_run[0]}/hf", "reward_path": f"{reward_run[0]}/hf"}
+    assert "which the values are to start from, has another tokenizer" in message(train_ppo, config)
+
+
+def test_the_values_of_a_classifier_are_those_of_its_label():
+    def label(model, sources):
+        values = {"model": model, "rewards": sources, "ppo": {"value_model": "reward"}}
+        return value_label(resolve(PPOConfig, values))
+
+    assert label({"reward_path": "a"}, [{"label": 1}]) == 1
+    assert label({"reward_path": "a", "value_path": "b"}, [{"label": 1}]) is None
+    assert label({"value_path": "b"}, [{"path": "b", "label": 2}]) == 2
+
+
+def test_what_values_and_scores_need_is_looked_for_before_the_first_stage(tmp_path):
+    nowhere = {"model": {"value_path": str(tmp_path / "no")}, "ppo": {"value_model": "reward"}}
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text('{"prompt": "a", "completion": "b"}\n' * 40)
+    sizes = {"max_prompt_length": 16, "max_response_length": 60, "eval_rows": 0}
+    long = {
+        "ppo": {"subtract_reference_score": True},
+        "data": {**small.rlhf("-")["data"], "ppo": {"path": str(posts), **sizes}},
+    }
+    equal = tmp_path / "equal.jsonl"
+    equal.write_text('{"chosen": "same", "rejected": "same"}\n' * 4)
+    for sections, said in (
+        (nowhere, "There is no folder"),
+        (
+            long,
+            "data.max_prompt_length + data.max_response_length, to be scored by the reward model",
+        ),
+        ({"data": {"reward": {"path": str(equal), "eval_rows": 0}}}, "No pair is left of the 4 in"),
+    ):
+        assert said in message(run_rlhf, small.rlhf(tmp_path / "run", **sections))
+        assert not (tmp_path / "run" / "sft" / "metrics.jsonl").exists()

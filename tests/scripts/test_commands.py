@@ -89,6 +89,17 @@ def test_what_is_wrong_is_one_line_and_status_2(environment, tmp_path):
     assert err.startswith("error: There is no file or folder no.jsonl: give one that exists")
 
 
+def test_functions_are_found_where_the_command_is_called(environment, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def score(prompts, completions, **columns): ...\n")
+    monkeypatch.chdir(tmp_path)
+    found = ("--model.path", str(tmp_path / "none"), "--rewards")
+    _, _, err = run(environment, "train_ppo", *found, '[{function: "mine:score"}]')
+    assert err.startswith("error: There is no f"), err
+    assert "mine" not in err
+    _, _, err = run(environment, "train_ppo", *found, '[{function: "mine:other"}]')
+    assert err.startswith("error: 'mine:other' names no function")
+
+
 def test_a_hub_name_that_cannot_be_reached_is_one_line(environment):
     status, out, err = run(environment, "generate", "--model.path", "no/such", "--prompt", "hi")
     assert (status, out, err.count("\n")) == (2, "", 1), err
