@@ -189,11 +189,10 @@ def test_tldr_runs_a_few_steps(tldr):
     assert_ran(metrics, folder / "ppo", "\nTL;DR:")
 
 
-def test_tldr_freezes_takes_the_references_off_and_counts_as_published(tldr):
+def test_tldr_trains_upper_layers_on_scores_less_those_of_the_references(tldr):
     folder, metrics = tldr
     parts = (metrics[f"ppo/objective/{name}_scores"] for name in ("raw", "reference"))
     assert np.subtract(*parts) == pytest.approx(metrics["ppo/objective/scores"], abs=1e-5)
-    assert 0 <= metrics["sft/eval/rouge1"] <= 1
     sft, policy = (load_pretrained(folder / stage / "hf")[1] for stage in ("sft", "ppo"))
     scorer = load_reward_model(folder / "reward" / "hf")[1]["model"]
     for frozen in (policy, scorer):
