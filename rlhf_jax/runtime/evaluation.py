@@ -126,7 +126,7 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
-    _check_policy(config)
+    gold_fn, judge_fn = _check_policy(config)
     tokenizer, model, params = _load(config, config.model.path, "model.path")
     reference_model, ref_params = model, params
     if config.model.reference_path is not None:
@@ -139,14 +139,13 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         reward_model = rewards.single
         reward_params = reward_params if reward_model is None else reward_params[0]
     rows = _held_out(config, "prompts")
-    gold = config.evaluation.gold_fn
     shared = {
         "temperature": config.generation.temperature or 1.0,
         "batch_size": config.evaluation.batch_size,
         "reference_model": reference_model,
         "reward_model": reward_model,
         "rewards": rewards,
-        "gold_fn": None if gold is None else assemble.load_function(gold),
+        "gold_fn": gold_fn,
     }
     prompts, key = prompt_rows(rows, tokenizer, config.data), jax.random.key(config.seed)
     after = PolicyJudge(model, tokenizer, _sampler(model, tokenizer, config), **shared)
@@ -159,30 +158,38 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     before = PolicyJudge(reference_model, tokenizer, sample, **shared)
     others = (prompts, rows, ref_params, reward_params, key)
     started = _with_rouge(before(ref_params, *others), rows)
-    comparison = _compare(config, started, judged, columns_of(rows, prompts.indices))
+    comparison = _compare(judge_fn, started, judged, columns_of(rows, prompts.indices))
     evaluation = write_evaluation(config.run_dir, comparison, config.evaluation.num_samples)
     return _with_curve(evaluation, curve)
 
 
-def _check_policy(config: EvaluateConfig) -> None:
-    """Raises an InputError where a part of the evaluation lacks what it needs."""
+def _check_policy(
+    config: EvaluateConfig,
+) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+    """The gold score and the judge, found before any model is loaded; None where none is named.
+
+    Raises:
+      InputError: a part of the evaluation lacks what it needs.
+    """
     if config.evaluation.judge_fn is not None and config.model.reference_path is None:
         raise InputError(
             "evaluation.judge_fn compares the responses of two policies: give "
             "--model.reference_path the other one."
         )
-    if not config.evaluation.best_of:
-        return
-    if config.model.reward_path is None and not config.rewards:
+    names = (config.evaluation.gold_fn, config.evaluation.judge_fn)
+    gold_fn, judge_fn = (None if name is None else assemble.load_function(name) for name in names)
+    best_of = bool(config.evaluation.best_of)
+    if best_of and config.model.reward_path is None and not config.rewards:
         raise InputError(
             "evaluation.best_of needs a score to choose the best response by: give "
             "--model.reward_path a reward model, or --rewards a list of sources."
         )
-    if config.generation.temperature == 0:
+    if best_of and config.generation.temperature == 0:
         raise InputError(
             "evaluation.best_of needs responses that differ, and at generation.temperature 0 all "
             "are the same: set it above 0."
         )
+    return gold_fn, judge_fn
 
 
 def _with_rouge(judged: Judged, rows: Sequence[Mapping[str, Any]]) -> Judged:
@@ -217,12 +224,13 @@ def _with_curve(evaluation: dict[str, Any], curve: list[dict[str, Any]]) -> dict
 
 
 def _compare(
-    config: EvaluateConfig, before: Judged, after: Judged, columns: dict[str, list[Any]]
+    judge: Callable[..., Any] | None,
+    before: Judged,
+    after: Judged,
+    columns: dict[str, list[Any]],
 ) -> Comparison:
-    name = config.evaluation.judge_fn
-    if name is None:
+    if judge is None:
         return compare(before, after)
-    judge = assemble.load_function(name)
     texts = (before.prompts, before.responses, after.responses)
     return compare(before, after, judge_both_orders(judge, *texts, columns))
 

@@ -201,6 +201,13 @@ def test_what_an_evaluation_lacks_is_one_sentence(models, tmp_path, paths, setti
     assert message(evaluate, models, tmp_path, **settings, **paths).startswith(said)
 
 
+@pytest.mark.parametrize("name", ["gold_fn", "judge_fn"])
+def test_functions_are_looked_for_before_models(models, tmp_path, name):
+    paths = {"path": "nowhere", "reference_path": "nowhere"}
+    told = message(evaluate, models, tmp_path, evaluation={name: "json:none"}, **paths)
+    assert told.startswith("'json:none' names no function (")
+
+
 def test_the_stage_needs_completions_to_compute_rouge(models, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "It was good."}\n' * 4)
     config = small.sft(
