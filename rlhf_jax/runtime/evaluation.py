@@ -17,6 +17,7 @@ from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.pairs import pair_rows
 from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.data.sft import text_rows
+from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
@@ -31,9 +32,9 @@ from rlhf_jax.runtime.judging import (
     Sampler,
     columns_of,
     compare,
+    evaluation_of,
     means,
     save_evaluation,
-    write_evaluation,
 )
 from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.python_judge import judge_both_orders
@@ -130,9 +131,9 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer, model, params = _load(config, config.model.path, "model.path")
     reference_model, ref_params = model, params
     if config.model.reference_path is not None:
-        dtype = assemble.compute_dtype(config.model.dtype)
-        reference_model, ref_params = load_pretrained(config.model.reference_path, dtype=dtype)
-        assemble.check_vocabulary(reference_model, tokenizer, config.model.reference_path)
+        reference_model, ref_params = _load_reference(
+            config.model.reference_path, config, tokenizer
+        )
     rewards = reward_model = reward_params = None
     if sources := find_sources(config.model.reward_path, config.rewards):
         rewards, reward_params = load_rewards(sources, config.model, tokenizer)
@@ -159,8 +160,7 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     others = (prompts, rows, ref_params, reward_params, key)
     started = _with_rouge(before(ref_params, *others), rows)
     comparison = _compare(judge_fn, started, judged, columns_of(rows, prompts.indices))
-    evaluation = write_evaluation(config.run_dir, comparison, config.evaluation.num_samples)
-    return _with_curve(evaluation, curve)
+    return _with_curve(evaluation_of(comparison, config.evaluation.num_samples), curve)
 
 
 def _check_policy(
@@ -246,6 +246,24 @@ def _load(config: EvaluateConfig, path: str | None, name: str):
     tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
     model, params = assemble.load_model(config.model, tokenizer, jax.random.key(config.seed))
     return tokenizer, model, jax.device_put(params)
+
+
+def _load_reference(
+    path: str, config: EvaluateConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Model, Params]:
+    """The policy to compare with, which has to read tokens as the other one writes them."""
+    with assemble.local_folder(path) as folder:
+        theirs = load_tokenizer(folder)
+        shares_tokens = assemble.shares_tokens
+        if not (shares_tokens(tokenizer, theirs) and shares_tokens(theirs, tokenizer)):
+            raise InputError(
+                f"model.reference_path {path} has another tokenizer than the policy, whose tokens "
+                "it would misread; give a model that has the same one."
+            )
+        dtype = assemble.compute_dtype(config.model.dtype)
+        model, params = load_pretrained(folder, dtype=dtype)
+    assemble.check_vocabulary(model, tokenizer, path)
+    return model, params
 
 
 def _required(path: str | None, name: str) -> str:

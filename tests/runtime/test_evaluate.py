@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -206,6 +207,21 @@ def test_functions_are_looked_for_before_models(models, tmp_path, name):
     paths = {"path": "nowhere", "reference_path": "nowhere"}
     told = message(evaluate, models, tmp_path, evaluation={name: "json:none"}, **paths)
     assert told.startswith("'json:none' names no function (")
+
+
+def test_a_reference_of_another_tokenizer_is_refused(models, tmp_path):
+    """As many tokens, of which two have changed places."""
+    shutil.copytree(models / "reference", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    paths = {"path": "policy", "reference_path": tmp_path / "other"}
+    assert message(evaluate, models, tmp_path, **paths) == (
+        f"model.reference_path {tmp_path}/other has another tokenizer than the policy, whose "
+        "tokens it would misread; give a model that has the same one."
+    )
 
 
 def test_the_stage_needs_completions_to_compute_rouge(models, tmp_path):
