@@ -62,7 +62,7 @@ def test_the_evaluation_compares_before_and_after(finished):
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert evaluation == json.loads((folder / "ppo" / "evaluation.json").read_text())
     names = {row["metric"] for row in evaluation["table"]}
-    assert {"gold score", "reward-model score", "win rate by the gold score"} <= names
+    assert {"gold score", "score", "win rate by the gold score"} <= names
     assert evaluation["metrics"]["num_prompts"] == 8
     assert {"prompt", "before", "after"} <= evaluation["samples"][0].keys()
 

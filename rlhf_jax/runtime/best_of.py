@@ -1,4 +1,4 @@
-"""Best-of-n: how good the best of n responses is by the reward model's own choice."""
+"""Best-of-n: how good the best of n responses is, chosen by the score."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def best_of_curve(
     """Rows {"n", "kl", "scores"} and, where there is a gold score, "gold", in the order of n.
 
     Args:
-      scores: float[N, K] of the reward model, which also chooses.
+      scores: float[N, K], which also choose.
       gold: float[N, K], or None.
       sizes: each n from 1 to K.
     """
@@ -92,7 +92,7 @@ def best_of_curve(
     ]
 
 
-_NAMES = {"scores": "reward-model score", "gold": "gold score"}
+_NAMES = {"scores": "score", "gold": "gold score"}
 
 
 def best_of_table(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def best_of_table(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def best_of_charts(evaluation: Mapping[str, Any]) -> tuple[Chart, ...]:
     """The curve of the report, if the content of an `evaluation.json` has one.
 
-    Where the gold score falls and the reward model's goes on rising, the latter is overoptimized.
+    Where the gold score falls and the score goes on rising, the latter is overoptimized.
     """
     rows = evaluation.get("best_of")
     lines = [Series(text, points_of(rows, "kl", key)) for key, text in _NAMES.items()]

@@ -106,7 +106,7 @@ class EvaluationSettings:
 
     Attributes:
       gold_fn: "module:function", a score that nothing is trained on:
-        f(prompts, completions, **columns) -> list of numbers. Null: the reward model alone judges.
+        f(prompts, completions, **columns) -> list of numbers. Null: the score alone judges.
       judge_fn: "module:function", a judge of two policies: f(prompts, responses_a, responses_b,
         **columns) -> for each prompt a number from 0 (a is better) to 1 (b is better), 0.5 being a
         tie. It is asked in both orders, and the mean counts.
@@ -139,8 +139,8 @@ class CommandEvaluationSettings(EvaluationSettings):
     Attributes:
       gold_fn, judge_fn, batch_size, num_samples: as in a run.
       best_of: how many responses to choose the best from, say [1, 2, 4, 8, 16]: the mean score of
-        what the reward model then chooses. The largest number is sampled for each prompt. Empty:
-        none of it.
+        what the score then chooses. The largest number is sampled for each prompt. Empty: none of
+        it.
       rouge_rows: texts at most, the first ones, whose teacher-forced ROUGE is computed; 0: none.
     """
 
@@ -312,8 +312,8 @@ class EvaluateConfig:
       kind: "text": loss, perplexity and teacher-forced ROUGE of `model.path` on texts; "pairs":
         accuracy, calibration and length bias of the reward model `model.reward_path`; "policy":
         responses of `model.path`, against those of `model.reference_path` where given, by the
-        reward model, the gold score, a judge and ROUGE, and the best of several. The KL is that of
-        the unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
+        score, the gold score, a judge and ROUGE, and the best of several. The KL is that of the
+        unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
       rewards: a list of sources of scores, beside `model.reward_path` and added up; for "policy".
     """
 

@@ -187,11 +187,11 @@ def _with_interval(name: str, wins: np.ndarray) -> dict[str, float]:
 
 _NAMES = {
     "gold": "gold score",
-    "scores": "reward-model score",
+    "scores": "score",
     "kl": "KL to the reference (nats per response)",
     "response_length": "response length (tokens)",
     "win_rate": "win rate by the gold score",
-    "win_rate_scores": "win rate by the reward model",
+    "win_rate_scores": "win rate by the score",
     "win_rate_judge": "win rate by the judge",
     "judge_position_bias": "the judge's bias to the response shown second",
     **{name: f"ROUGE-{name[5:]} of responses" for name in ROUGE},

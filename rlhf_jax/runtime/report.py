@@ -71,7 +71,7 @@ _MAIN = (
             ("eval/rougeLsum", "Lsum"),
         ),
     ),
-    _Plot("Score", "reward model, mean per response", (("objective/scores", "proxy score"),)),
+    _Plot("Score", "mean per response", (("objective/scores", "score"),)),
     _Plot("Gold score", "mean per response", (("objective/gold", "gold score"),)),
     _Plot(
         "KL to the reference",
@@ -102,7 +102,7 @@ _HIGHLIGHTS = {  # by stage: (metric, what the tile says, whether to show what i
     "reward": (("eval/accuracy", "Reward, accuracy", True),),
     "ppo": (
         ("objective/gold", "PPO, gold score", True),
-        ("objective/scores", "PPO, proxy score", True),
+        ("objective/scores", "PPO, score", True),
         ("objective/kl", "PPO, KL", False),
     ),
 }
@@ -326,20 +326,20 @@ def _charts(
 
 
 def _tradeoff(rows: Sequence[Row]) -> Chart | None:
-    """Gold and proxy score over the KL paid for them: where they part, the proxy is overfitted.
+    """Score and gold score over the KL paid for them: where they part, the first is overfitted.
 
     Gao et al., Scaling Laws for Reward Model Overoptimization, figure 1 (arXiv:2210.10760), with
     the KL itself rather than its root on the axis.
     """
     lines = []
-    for name, label in (("objective/scores", "proxy score"), ("objective/gold", "gold score")):
+    for name, label in (("objective/scores", "score"), ("objective/gold", "gold score")):
         pairs = ((_number(row.get("objective/kl")), _number(row.get(name))) for row in rows)
         points = tuple((x, y) for x, y in pairs if x is not None and y is not None)
         lines.append(Series(label, points))
     if not all(line.points for line in lines):
         return None
     return dot_chart(
-        "Gold against proxy score over KL", lines, x_label="KL to the reference, nats per response"
+        "Score and gold score over KL", lines, x_label="KL to the reference, nats per response"
     )
 
 

@@ -127,7 +127,7 @@ def test_win_rates_and_their_intervals_are_in_metrics_table_and_page(tmp_path):
 
     evaluation = judging.write_evaluation(str(tmp_path), comparison, 2)
     rows = {row["metric"]: row for row in evaluation["table"]}
-    assert rows["win rate by the reward model"]["interval"] == [low, high]
+    assert rows["win rate by the score"]["interval"] == [low, high]
     assert (rows["ROUGE-1 of responses"]["before"], rows["ROUGE-1 of responses"]["after"]) == (
         0.25,
         0.5,
@@ -253,7 +253,7 @@ def test_the_curve_is_in_table_and_page(tmp_path):
     assert [row["n"] for row in curve] == [1, 2, 4]
     table = best_of.best_of_table(curve)
     assert table[1] == {
-        "metric": "best of 2, reward-model score (KL at most 0.19 nats)",
+        "metric": "best of 2, score (KL at most 0.19 nats)",
         "after": curve[1]["scores"],
     }
     evaluation = {"metrics": {}, "table": table, "samples": [], "best_of": curve}

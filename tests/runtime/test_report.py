@@ -108,7 +108,7 @@ def test_a_whole_run_shows_all_that_there_is(whole_run):
     for text in (
         "demo", "Supervised fine-tuning", "Reward model", "PPO", "40 steps in 2 min",
         "SFT, loss", "1.25", "Reward, accuracy", "PPO, gold score",
-        "Gold against proxy score over KL", "gold score", "+1.5", "A prompt", "The first answer",
+        "Score and gold score over KL", "gold score", "+1.5", "A prompt", "The first answer",
         "The second answer", "Policy loss", "Throughput", "my/own", "seed: 17 # <b>", "python",
     ):  # fmt: skip
         assert text in page.text, text
@@ -118,9 +118,9 @@ def test_a_whole_run_shows_all_that_there_is(whole_run):
 @pytest.mark.parametrize(
     ("rows", "shown", "absent"),
     [
-        ([{"step": 1, "train/loss": 2.0, "eval/loss": 2.5}], "SFT, loss", "Gold against"),
+        ([{"step": 1, "train/loss": 2.0, "eval/loss": 2.5}], "SFT, loss", "Score and gold"),
         ([{"step": 1, "eval/accuracy": 0.7, "eval/margin": 0.1}], "Reward, accuracy", "SFT"),
-        (ppo_rows(), "Gold against proxy score over KL", "SFT"),
+        (ppo_rows(), "Score and gold score over KL", "SFT"),
     ],
 )
 def test_a_single_stage_is_known_by_its_metrics(tmp_path, rows, shown, absent):
@@ -196,7 +196,7 @@ def test_an_empty_stage_does_not_hide_the_others(whole_run):
     page = read(whole_run)
     assert "reward/metrics.jsonl is empty" in page.text
     assert "Nothing was logged." in page.text
-    assert "Gold against proxy score over KL" in page.text
+    assert "Score and gold score over KL" in page.text
 
 
 def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):

@@ -133,9 +133,7 @@ def test_ppo_writes_a_comparison_with_the_policy_it_started_from(ppo_run, sft_ru
     rows = {row["metric"]: row for row in evaluation["table"]}
     before = rows["KL to the reference (nats per response)"]
     assert before["before"] == pytest.approx(0.0, abs=1e-5)
-    assert rows["reward-model score"]["after"] == pytest.approx(
-        evaluation["metrics"]["scores"], rel=1e-6
-    )
+    assert rows["score"]["after"] == pytest.approx(evaluation["metrics"]["scores"], rel=1e-6)
     last = small.rows(ppo_run[0] / "metrics.jsonl")[-1]
     assert last["eval/scores"] == evaluation["metrics"]["scores"]
     ours, theirs = (load_pretrained(f"{run[0]}/hf")[1] for run in (ppo_run, sft_run))
