@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.chat import are_messages, contents
@@ -23,7 +24,7 @@ from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.best_of import best_of_curve, best_of_table
-from rlhf_jax.runtime.config import EvaluateConfig, resolve
+from rlhf_jax.runtime.config import EvaluateConfig, resolve, to_yaml
 from rlhf_jax.runtime.generation import sampler
 from rlhf_jax.runtime.judging import (
     Comparison,
@@ -36,9 +37,10 @@ from rlhf_jax.runtime.judging import (
     means,
     save_evaluation,
 )
+from rlhf_jax.runtime.metrics import disk_errors, replace_file
 from rlhf_jax.runtime.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.python_judge import judge_both_orders
-from rlhf_jax.runtime.report import format_table, write_report
+from rlhf_jax.runtime.report import format_table, holds_config_of_a_run, write_report
 from rlhf_jax.runtime.rewards import find_sources, load_rewards
 from rlhf_jax.runtime.rouge import ROUGE, rouge_scores
 from rlhf_jax.runtime.teacher_forced import (
@@ -56,7 +58,8 @@ if TYPE_CHECKING:
 def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, Any]:
     """Evaluates a model on held-out rows; writes `evaluation.json` and `report.html`.
 
-    A table is printed to standard output.
+    Beside them is the configuration in `config.yaml`, unless that of a training run is there. A
+    table is printed to standard output.
 
     Returns:
       The content of `evaluation.json`.
@@ -67,10 +70,20 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
     config = resolve(EvaluateConfig, config)
     kinds = {"text": _evaluate_text, "pairs": _evaluate_pairs, "policy": _evaluate_policy}
     evaluation = kinds[config.kind](config)
+    _save_config(config)
     save_evaluation(config.run_dir, evaluation)
     print(format_table(evaluation["table"]))
     print(f"evaluation: the report is in {write_report(config.run_dir)}", file=sys.stderr)
     return evaluation
+
+
+def _save_config(config: EvaluateConfig) -> None:
+    """Writes `config.yaml` over that of an earlier evaluation, but never over that of a run."""
+    folder = epath.Path(config.run_dir)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not holds_config_of_a_run(folder):
+            replace_file(folder / "config.yaml", to_yaml(config).encode())
 
 
 def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -154,7 +155,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
 
     `run_dir` is the folder of one stage, or that of `run_rlhf` with the folders `sft`, `reward` and
     `ppo` in it, and optionally holds an `evaluation.json`; or it is that of `evaluate` and holds
-    nothing else:
+    nothing else but a `config.yaml`:
 
         {"metrics": {name: number},
          "table": [{"metric": name, "before": number | null, "after": number | null,
@@ -268,9 +269,15 @@ def _evaluation(path: epath.Path, notes: list[str]) -> dict[str, Any]:
 
 def _is_evaluation_alone(folder: epath.Path) -> bool:
     """Whether there is an evaluation, and nothing that a run leaves."""
-    if not (folder / "evaluation.json").exists():
+    if not (folder / "evaluation.json").exists() or (folder / "metrics.jsonl").exists():
         return False
-    return not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml"))
+    return not holds_config_of_a_run(folder)
+
+
+def holds_config_of_a_run(folder: epath.Path) -> bool:
+    """Whether there is a `config.yaml` that `evaluate` did not write, whose own has a `kind`."""
+    file = folder / "config.yaml"
+    return file.exists() and not re.search(r"^kind:", file.read_text(), re.MULTILINE)
 
 
 def _stage(

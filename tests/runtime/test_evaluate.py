@@ -17,7 +17,7 @@ from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
 from rlhf_jax.runtime import judging, run_evaluate, train_sft
 from rlhf_jax.runtime.best_of import best_of_curve
 from rlhf_jax.runtime.bootstrap import bootstrap_interval
-from rlhf_jax.runtime.config import PPOConfig, SFTConfig, resolve
+from rlhf_jax.runtime.config import EvaluateConfig, PPOConfig, SFTConfig, resolve
 from rlhf_jax.runtime.ppo import PPOStage
 from rlhf_jax.runtime.rouge import ROUGE, rouge_scores
 from rlhf_jax.runtime.sft import SFTStage
@@ -131,8 +131,24 @@ def test_the_best_of_n_is_chosen_among_the_responses_of_one_policy(compared):
     page = (folder / "report.html").read_text()
     for text in ("Best of n", "win rate by the judge", "Samples before and after"):
         assert text in page, text
-    for text in ("metrics.jsonl", "config.yaml", "Nothing was logged"):
+    for text in ("metrics.jsonl", "Nothing was logged", "has no config.yaml"):
         assert text not in page, text
+
+
+def test_an_evaluation_says_how_it_was_made(compared, models, tmp_path):
+    folder, _, _ = compared
+    config = resolve(EvaluateConfig, folder / "config.yaml")
+    assert (config.run_dir, config.evaluation.best_of) == (str(folder), (2, 1, 3))
+    assert "reference_path: " in (folder / "report.html").read_text()
+
+    for batch_size in (2, 3):
+        settings = {"batch_size": batch_size, "rouge_rows": 0}
+        evaluate(models, tmp_path, "text", settings, path="policy")
+        config = resolve(EvaluateConfig, tmp_path / "config.yaml")
+        assert config.evaluation.batch_size == batch_size
+    (tmp_path / "config.yaml").write_text("model: {path: null}\n")  # of a run of training
+    evaluate(models, tmp_path, "text", {"rouge_rows": 0}, path="policy")
+    assert (tmp_path / "config.yaml").read_text() == "model: {path: null}\n"
 
 
 def test_texts_have_both_kinds_of_rouge_and_nothing_else_changes(models, tmp_path, caplog, capsys):
