@@ -6,6 +6,7 @@ wide screen. The template of the report draws them.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ class Curve:
       raw: the unsmoothed values behind a smoothed main line, else "".
       trend: the smoothed line through dots, else "".
       band: the outline of the area behind a line, else "".
+      lone: dots where a line has a point between gaps, else "".
     """
 
     label: str
@@ -54,6 +56,7 @@ class Curve:
     raw: str = ""
     trend: str = ""
     band: str = ""
+    lone: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,9 @@ def _curve(series: Series, finite: Series, x_range: Point, y_range: Point, dots:
         return Curve(series.label, last, _dots(thin(ordered), x_range, y_range), trend=trend)
     band = _band(series.band, span, x_range, y_range)
     if len(finite.points) < SMOOTH_FROM:
-        return Curve(series.label, last, _line(series.points, x_range, y_range), band=band)
+        lone = [run[0] for run in _runs(series.points) if len(run) == 1]
+        path, dots = _line(series.points, x_range, y_range), _dots(lone, x_range, y_range)
+        return Curve(series.label, last, path, band=band, lone=dots)
     main = _line(_smooth_line(finite.points, span), x_range, y_range)
     raw = "" if band else _line(thin(finite.points), x_range, y_range)
     return Curve(series.label, last, main, raw=raw, band=band)
@@ -228,19 +233,16 @@ def _decayed(values: Sequence[float], span: float) -> list[Point]:
 
 
 def _line(points: Sequence[Point], x_range: Point, y_range: Point) -> str:
-    """An SVG path through the points, with gaps where one is not finite; a lone point is a dot."""
-    parts, pen_down = [], False
-    for i, point in enumerate(points):
-        if not _finite(point):
-            pen_down = False
-            continue
-        x, y = _place(point, x_range, y_range)
-        parts.append(f"{'L' if pen_down else 'M'}{x:.4g} {y:.4g}")
-        alone = i + 1 == len(points) or not _finite(points[i + 1])
-        if not pen_down and alone:
-            parts.append("h0")
-        pen_down = True
-    return "".join(parts)
+    """An SVG path through the points, with gaps where one is not finite."""
+    runs = [run for run in _runs(points) if len(run) > 1]
+    places = ([_place(point, x_range, y_range) for point in run] for run in runs)
+    return "".join("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in run) for run in places)
+
+
+def _runs(points: Sequence[Point]) -> list[list[Point]]:
+    """The finite points, parted where one is not finite."""
+    groups = itertools.groupby(points, key=_finite)
+    return [list(run) for finite, run in groups if finite]
 
 
 def _dots(points: Sequence[Point], x_range: Point, y_range: Point) -> str:

@@ -34,7 +34,7 @@ from rlhf_jax.runtime.judging import (
     columns_of,
     compare,
     evaluation_of,
-    means,
+    evaluation_of_one,
     save_evaluation,
 )
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
@@ -104,7 +104,17 @@ def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
     judged = held_out[: config.evaluation.rouge_rows]
     if judged and have_completions(judged, config.data):
         metrics |= _teacher_forced(config, judged, tokenizer, model, params)
-    return _plain(metrics)
+    table = [{"metric": _NAMES.get(name, name), "after": value} for name, value in metrics.items()]
+    return {"metrics": metrics, "table": table, "samples": []}
+
+
+_NAMES = {
+    "loss": "loss (nats per token)",
+    "num_tokens": "tokens",
+    "loss_published": "loss, counted as published",
+    **{name: f"ROUGE-{name[5:]}, teacher-forced" for name in ROUGE},
+    **{f"{name}_published": f"ROUGE-{name[5:]}, counted as published" for name in ROUGE},
+}
 
 
 def _teacher_forced(
@@ -167,7 +177,7 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     judged = _with_rouge(answer(key), rows)
     curve = _best_of(answer, judged, key, config.evaluation.best_of)
     if config.model.reference_path is None:
-        return _with_curve(_plain(means(judged) | {"num_prompts": len(rows)}), curve)
+        return _with_curve(evaluation_of_one(judged, config.evaluation.num_samples), curve)
     sample = _sampler(reference_model, tokenizer, config)
     before = PolicyJudge(reference_model, tokenizer, sample, **shared)
     others = (prompts, rows, ref_params, reward_params, key)
@@ -289,18 +299,6 @@ def _held_out(config: EvaluateConfig, kind: Any) -> list[dict[str, Any]]:
     """The held-out rows, or all where none are held out."""
     train, held_out = load_rows(config.data, kind)
     return held_out or train
-
-
-def _plain(metrics: dict[str, float]) -> dict[str, Any]:
-    """An evaluation of one model: nothing to compare with."""
-    table = [{"metric": _NAMES.get(name, name), "after": value} for name, value in metrics.items()]
-    return {"metrics": metrics, "table": table, "samples": []}
-
-
-_NAMES = {
-    "loss_published": "loss, counted as published",
-    **{f"{name}_published": f"ROUGE-{name[5:]}, counted as published" for name in ROUGE},
-}
 
 
 def perplexity(loss: float) -> float:

@@ -242,6 +242,27 @@ def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
     }
 
 
+def evaluation_of_one(judged: Judged, num_samples: int) -> dict[str, Any]:
+    """The content of `evaluation.json` of one policy, of which no KL is known."""
+    metrics = {name: value for name, value in means(judged).items() if name != "kl"}
+    metrics["num_prompts"] = len(judged.prompts)
+    rows = ((_NAMES.get(name), value) for name, value in metrics.items())
+    samples = [
+        {
+            "prompt": judged.prompts[row],
+            "response": judged.responses[row],
+            "gold": _number(judged.gold, row),
+            "score": _number(judged.scores, row),
+        }
+        for row in range(min(num_samples, len(judged.prompts)))
+    ]
+    return {
+        "metrics": metrics,
+        "table": [{"metric": text or "prompts", "after": value} for text, value in rows],
+        "samples": samples,
+    }
+
+
 def save_evaluation(run_dir: str, evaluation: dict[str, Any]) -> None:
     """Writes the dict as `evaluation.json`."""
     folder = epath.Path(run_dir)

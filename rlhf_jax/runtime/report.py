@@ -66,10 +66,10 @@ _MAIN = (
         "ROUGE",
         "",
         (
-            ("eval/rouge1", "1"),
-            ("eval/rouge2", "2"),
-            ("eval/rougeL", "L"),
-            ("eval/rougeLsum", "Lsum"),
+            ("eval/rouge1", "ROUGE-1"),
+            ("eval/rouge2", "ROUGE-2"),
+            ("eval/rougeL", "ROUGE-L"),
+            ("eval/rougeLsum", "ROUGE-Lsum"),
         ),
     ),
     _Plot("Score", "mean per response", (("objective/scores", "score"),)),
@@ -162,6 +162,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
                     "interval": [low, high] of "after", where there is one}],
          "samples": [{"prompt", "before", "after": text, "before_gold", "after_gold",
                       "before_score", "after_score", "kl": number}],
+                     or of one policy [{"prompt", "response": text, "gold", "score": number}],
          "pairs": {"calibration", "lengths": [{name: number}]},      as `pair_evaluation` makes it
          "best_of": [{"n", "kl", "scores", "gold": number}]}
 
@@ -186,6 +187,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         place: evaluation if place == folder else _evaluation(place / "evaluation.json", notes)
         for _, place in places
     }
+    table, samples = evaluation.get("table", []), evaluation.get("samples", [])
     stages = [_stage(key, place, rows[place], judged[place], notes) for key, place in places]
     page = _template().render(
         title=folder.name,
@@ -194,10 +196,12 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         tiles=[tile for key, place in places for tile in _tiles(key, rows[place])],
         tradeoff=next(filter(None, (_tradeoff(rows[place]) for _, place in places)), None),
         curves=(*best_of_charts(evaluation), *(() if places else pair_charts(evaluation))),
-        table=_table(evaluation.get("table", [])),
-        metrics=[(name, _value(v)) for name, v in evaluation.get("metrics", {}).items()],
-        samples=[_evaluated(row) for row in evaluation.get("samples", [])[:MAX_SAMPLES]],
-        samples_total=len(evaluation.get("samples", [])),
+        table=_table(table) if table else [],
+        table_title="Evaluation" if _are_of_one(table) else "Before and after",
+        metrics=_metrics(evaluation),
+        samples=[_evaluated(row) for row in samples[:MAX_SAMPLES]],
+        samples_title="Samples before and after" if _are_of_two(samples) else "Samples",
+        samples_total=len(samples),
         stages=stages,
         configs=_configs(folder, places),
         versions=_versions(),
@@ -218,7 +222,7 @@ def format_table(rows: Sequence[Row]) -> str:
     gold score     0.5   1.75   +1.25
     KL               –      4       –
     """
-    header, body = ("metric", "before", "after", "change"), _table(rows)
+    header, *body = _table(rows)
     widths = [max(map(len, column)) for column in zip(header, *body)]
     rule = ["-" * width for width in widths]
     return "\n".join(
@@ -405,15 +409,32 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _table(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
-    """Rows of text: metric, before, after, change."""
-    result = []
+def _table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Rows of text, the heading first: metric, before, after, change; or metric and value."""
+    if _are_of_one(rows):
+        values = [_value(row.get("after")) + _interval(row) for row in rows]
+        names = [_text(row.get("metric", "")) for row in rows]
+        return [("metric", "value"), *zip(names, values, strict=True)]
+    result: list[tuple[str, ...]] = [("metric", "before", "after", "change")]
     for row in rows:
         before, after = _number(row.get("before")), _number(row.get("after"))
         change = "–" if before is None or after is None else _change(before, after)
         cells = (_value(row.get("before")), _value(row.get("after")) + _interval(row), change)
         result.append((_text(row.get("metric", "")), *cells))
     return result
+
+
+def _are_of_one(rows: Sequence[Row]) -> bool:
+    """Whether the rows of a table are of one model, with nothing before."""
+    return bool(rows) and all(row.get("before") is None for row in rows)
+
+
+def _metrics(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Metrics with values as text: none of single seeds, and none if the table has them all."""
+    metrics = evaluation.get("metrics", {}).items()
+    found = [(name, _value(value)) for name, value in metrics if not seeds_of([name])]
+    table = {_value(row.get("after")) for row in evaluation.get("table", [])}
+    return [] if all(text in table for _, text in found) else found
 
 
 def _interval(row: Row) -> str:
@@ -429,8 +450,15 @@ def _change(before: float, after: float) -> str:
     return text if text.startswith("-") or text in ("0", "nan") else f"+{text}"
 
 
+def _are_of_two(samples: Sequence[Row]) -> bool:
+    """Whether `evaluation.json`'s samples are of two policies."""
+    return not any("response" in row for row in samples)
+
+
 def _evaluated(row: Row) -> Sample:
-    """One entry of `evaluation.json`'s samples: the same prompt before and after."""
+    """One of `evaluation.json`'s samples: the prompt's response, or those before and after."""
+    if "response" in row:
+        return Sample(_text(row.get("prompt", "")), _sides(row, "Response"))
     sides = []
     for key, heading in (("before", "Before"), ("after", "After")):
         numbers = []

@@ -260,6 +260,27 @@ def test_format_table_aligns_and_takes_what_json_gives():
     assert report.format_table([]).splitlines()[0] == "metric  before  after  change"
 
 
+def test_an_evaluation_of_one_model_has_one_column_and_no_number_twice(tmp_path):
+    table = [{"metric": "gold score", "after": 0.25}, {"metric": "prompts", "after": 8}]
+    assert report.format_table(table).splitlines()[0] == "metric      value"
+    evaluation = {
+        "metrics": {"gold": 0.25, "num_prompts": 8, "seed_3/gold": 0.75},
+        "table": table,
+        "samples": [{"prompt": "A prompt", "response": "An answer", "gold": 1.5, "score": None}],
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    text = read(tmp_path).text
+    for shown in ("Evaluation", "gold score", "An answer", "1.50"):
+        assert shown in text, shown
+    for absent in ("efore", "change", "num_prompts", "seed_3"):
+        assert absent not in text, absent
+    evaluation["metrics"]["kl"] = 4.5
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    text = read(tmp_path).text
+    assert "num_prompts" in text
+    assert "seed_3" not in text
+
+
 def coordinates(path):
     return [tuple(map(float, pair)) for pair in re.findall(r"[ML](\S+?) ([\d.e+-]+)", path)]
 
@@ -279,11 +300,11 @@ def test_a_line_goes_through_its_points():
 def test_gaps_single_points_and_constants_are_drawn():
     nan = math.nan
     points = ((0, 1.0), (1, nan), (2, 2.0), (3, 3.0), (4, math.inf), (5, 1.0))
-    path = charts.line_chart("t", [Series("a", points)]).curves[0].path
-    assert path.count("M") == 3
-    assert path.count("L") == 1
-    assert path.count("h0") == 2
-    assert charts.line_chart("t", [Series("a", ((3, 7.0),))]).curves[0].path == "M500 500h0"
+    curve = charts.line_chart("t", [Series("a", points)]).curves[0]
+    assert [curve.path.count(letter) for letter in "MLh"] == [1, 1, 0]
+    assert [curve.lone.count(letter) for letter in "MLh"] == [2, 0, 2]
+    curve = charts.line_chart("t", [Series("a", ((3, 7.0),))]).curves[0]
+    assert (curve.path, curve.lone) == ("", "M500 500h0")
     assert charts.line_chart("t", [Series("a", ((0, nan),)), Series("b", ())]) is None
 
 
