@@ -239,6 +239,18 @@ def test_the_small_recipes_read_their_files(path, tmp_path, monkeypatch):
         assert len(train) == len(held_out) == len(POSTS)
 
 
+def test_pairs_by_prompt_of_equal_texts_are_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"p{n}", "completion": "the same" if n else "another"} for n in range(5)]
+    write_lines("rows.jsonl", rows)
+    assert pair_by_prompt("rows.jsonl", "pairs.jsonl") == 2
+    assert {pair["chosen"] for pair in small.rows("pairs.jsonl")} == {"the same", "another"}
+    assert capsys.readouterr().err == "3 of 5 pairs of equal texts were skipped\n"
+    write_lines("rows.jsonl", rows[1:])
+    with pytest.raises(InputError, match=r"The completions in rows\.jsonl are all equal; give"):
+        pair_by_prompt("rows.jsonl", "pairs.jsonl")
+
+
 def test_pairs_by_prompt_prefer_the_own_completion(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines("rows.jsonl", [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(5)])
