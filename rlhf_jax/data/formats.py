@@ -70,6 +70,11 @@ def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
     for alternative in (*FORMATS[kind], *OF_COMPARISONS.get(kind, ())):
         if all(column in columns for column in alternative):
             return alternative
+    if kind == "references":
+        raise InputError(
+            f"{path} has the columns {', '.join(columns)}, but ppo.subtract_reference_score needs "
+            "`prompt` and `completion`: name the right ones in data.columns, or set it to false."
+        )
     wanted = ", or ".join(" and ".join(f"`{c}`" for c in names) for names in FORMATS[kind])
     raise InputError(
         f"{path} has the columns {', '.join(columns)}, but {kind} rows need {wanted}: name the "
@@ -164,6 +169,12 @@ def not_text(path: str, number: int, column: str, value: Any) -> str:
     """The sentence for a value that should have been text."""
     if value is None:
         return f"Row {number} of {path}: column {column!r} holds nothing: give it a text."
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    if column != "text" and any(turn.get("content") is None for turn in turns):
+        return (
+            f"Row {number} of {path}: column {column!r} holds a message without content: each has "
+            "a role and a content."
+        )
     what = {int: "a number", float: "a number", bool: "a truth value", list: "a list"}
     return (
         f"Row {number} of {path}: column {column!r} holds {what.get(type(value), 'an object')} "

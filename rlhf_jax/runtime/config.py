@@ -470,7 +470,8 @@ def _check_sections(kind: Any, content: Any, name: str) -> None:
         raise InputError(
             f"{name} holds no keys, but {str(content)[:40]!r}; write one `key: value` to a line."
         )
-    if {} in (content.get("rewards") or []):
+    sources = content.get("rewards")
+    if isinstance(sources, (list, tuple)) and {} in sources:
         raise InputError(
             "rewards: a source has at least one key; {weight: 1.0} stands for the reward model of "
             "model.reward_path, or the one that is trained."
@@ -521,7 +522,7 @@ def _sentence(kind: type, text: str) -> str:
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         return f"{found[1]!r} is no option; settings are given as --section.key value."
     if found := re.search(r"Parser key ['\"]([\w.]+)['\"]: (.*)", text):
-        return f"{found[1]} {_wrong_type(found[2])}"
+        return f"{found[1]} {_wrong_type(found[2], found[1])}"
     return text
 
 
@@ -541,14 +542,27 @@ def _wrong_element(key: str, text: str) -> str:
     return text
 
 
-def _wrong_type(reason: str) -> str:
+_LISTS = {
+    "rewards": "[{function: module:function}]",
+    "best_of": "[1, 2, 4]",
+    "prompt_tokens": "[2, 8]",
+}
+
+
+def _wrong_type(reason: str, key: str = "") -> str:
+    """What a value must be, for a list with an example, and what it is."""
     if found := re.search(r"^Expected an? (.*?)\. Got value: (.*)$", reason):
         given = "null" if found[2] == "None" else repr(found[2])
-        return f"must be {_type_name(found[1])}, but is {given}."
-    if found := re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)$", reason):
+        kinds = _type_name(found[1])
+    elif found := re.search(r"Subtypes: \[(.*)\] Errors: .* Given value: (.*)$", reason):
+        given = repr(found[2])
         kinds = " or ".join(_type_name(kind) for kind in found[1].split(", "))
-        return f"must be {kinds}, but is {found[2]!r}."
-    return f"is wrong: {reason}"
+    else:
+        return f"is wrong: {reason}"
+    example = _LISTS.get(key.rpartition(".")[2])
+    if kinds.startswith("list") and example is not None:
+        kinds = f"a list such as {example}{' or null' if kinds.endswith('null') else ''}"
+    return f"must be {kinds}, but is {given}."
 
 
 def _type_name(text: str) -> str:

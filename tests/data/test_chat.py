@@ -122,10 +122,18 @@ def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
         pair_rows([row], chat, Settings())
 
 
-@pytest.mark.parametrize("value", [[{"role": "user"}], [3], [["a"]]])
-def test_lists_that_are_no_messages(write, value):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([{"role": "user"}], "a message without content: each has a role and a content"),
+        ([{"content": "a"}], "a list "),
+        ([3], "a list "),
+        ([["a"]], "a list "),
+    ],
+)
+def test_lists_that_are_no_messages(write, value, said):
     path = write("a.jsonl", [{"prompt": "p", "completion": value}])
-    with pytest.raises(InputError, match="Row 1 of .*column 'completion' holds a list"):
+    with pytest.raises(InputError, match=f"Row 1 of .*column 'completion' holds {said}"):
         load_rows(Settings(path=path, eval_rows=0), "text")
 
 

@@ -201,6 +201,11 @@ def message(function, *arguments, **keywords):
         ),
         (
             {},
+            {"evaluation": {"best_of": 4}},
+            "evaluation.best_of must be a list such as [1, 2, 4], but is '4'.",
+        ),
+        (
+            {},
             {"evaluation": {"rouge_rows": -1}},
             "evaluation.rouge_rows must be at least 0, but is",
         ),

@@ -299,7 +299,7 @@ def test_sources_in_a_file_and_on_the_command_line(tmp_path):
     [
         ([{"pth": "a"}], "Unknown key 'pth' (did you mean path?) in rewards; each has path, func"),
         ([{"path": "a", "weight": "x"}], "rewards: weight must be float, but is 'x'."),
-        ({"path": "a"}, "rewards must be list, but is "),
+        ({"path": "a"}, "rewards must be a list such as [{function: module:function}], but is "),
         ([{"path": "a", "function": "b:c"}], "rewards: a source is a path or a function, but"),
     ],
 )
@@ -481,7 +481,7 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"prompt": "a"}], "has the columns prompt, but references rows need `prompt` and `compl"),
+        ([{"prompt": "a"}], "has the columns prompt, but ppo.subtract_reference_score needs `pr"),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
             "Row 2 of {path}: column 'completion' holds nothing: give it a text.",
