@@ -44,9 +44,7 @@ def pair_by_prompt(source: str, output: str, *, split: str = "train", seed: int 
         if row["completion"] != other["completion"]
     ]
     if not pairs:
-        raise InputError(
-            f"The completions in {source} are all equal; give texts that differ."
-        )
+        raise InputError(f"The completions in {source} are all equal; give texts that differ.")
     if skipped := len(rows) - len(pairs):
         print(f"{skipped} of {len(rows)} pairs of equal texts were skipped", file=sys.stderr)
     lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)

@@ -190,8 +190,8 @@ def _curve(series: Series, finite: Series, x_range: Point, y_range: Point, dots:
     band = _band(series.band, span, x_range, y_range)
     if len(finite.points) < SMOOTH_FROM:
         lone = [run[0] for run in _runs(series.points) if len(run) == 1]
-        path, dots = _line(series.points, x_range, y_range), _dots(lone, x_range, y_range)
-        return Curve(series.label, last, path, band=band, lone=dots)
+        path, alone = _line(series.points, x_range, y_range), _dots(lone, x_range, y_range)
+        return Curve(series.label, last, path, band=band, lone=alone)
     main = _line(_smooth_line(finite.points, span), x_range, y_range)
     raw = "" if band else _line(thin(finite.points), x_range, y_range)
     return Curve(series.label, last, main, raw=raw, band=band)
