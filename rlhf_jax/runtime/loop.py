@@ -166,8 +166,10 @@ class _Loop:
                     self._pause(state, *pending, stopping=stopping)
                 except DivergedError:
                     raise  # there is nothing to go on from
-                except Exception:
-                    self._rescue(state, index + 1, pending)
+                except Exception as error:
+                    # On a full disk the lines of this step are lost: it has to be taken again.
+                    if not isinstance(error.__cause__, OSError):
+                        self._rescue(state, index + 1, pending)
                     raise
                 pending = None
             if stopping:
