@@ -110,10 +110,9 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x, visible, past, deterministic):
         config, (batch, length, width) = self.config, x.shape
-        qkv = _dense(config, self.dtype, 3 * width, "c_attn")(x)
-        q, k, v = (
-            part.reshape(batch, length, config.n_head, -1) for part in jnp.split(qkv, 3, axis=-1)
-        )
+        # [D, 3, D]: what splits the last axis over devices gives each the same heads of all three.
+        qkv = _dense(config, self.dtype, (3, width), "c_attn")(x)
+        q, k, v = (qkv[:, :, i].reshape(batch, length, config.n_head, -1) for i in range(3))
         q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
         logits = [_masked_logits("blhd,bmhd->bhlm", q, k, visible)]
         if past is not None:
@@ -147,9 +146,15 @@ class _MLP(nn.Module):
         return _dense(config, self.dtype, config.n_embd, "c_proj", scale)(h)
 
 
-def _dense(config: GPT2Config, dtype: str, features: int, name: str, scale: float = 1.0):
+def _dense(
+    config: GPT2Config,
+    dtype: str,
+    features: int | tuple[int, ...],
+    name: str,
+    scale: float = 1.0,
+):
     kernel_init = nn.initializers.normal(config.initializer_range * scale)
-    return nn.Dense(features, dtype=jnp.dtype(dtype), kernel_init=kernel_init, name=name)
+    return nn.DenseGeneral(features, dtype=jnp.dtype(dtype), kernel_init=kernel_init, name=name)
 
 
 def _layer_norm(config: GPT2Config, dtype: str, name: str | None = None) -> nn.LayerNorm:

@@ -546,6 +546,8 @@ def _slots(model: GPT2, *, with_head: bool) -> dict[str, _Slot]:
     for layer in range(config.n_layer):
         for name, path in _LAYER.items():
             shape = _leaf(params["layers"], path).shape[1:]
+            if path[1] == "c_attn":  # [D, 3, D] and [3, D] here
+                shape = (*shape[:-2], 3 * width)
             slots[f"h.{layer}.{name}"] = _Slot(("model", "layers", *path), layer, shape)
     if with_head:
         slots[_SCORE] = _Slot(("head", "kernel"), None, (1, width))
@@ -565,7 +567,9 @@ def _leaf(tree: Params, path: tuple[str, ...]) -> Any:
 def _view(tree: Params, slot: _Slot) -> np.ndarray:
     """The part of the NumPy tree that is this tensor: without the rows that pad the vocabulary."""
     leaf = _leaf(tree, slot.path)
-    return leaf[: slot.shape[0]] if slot.layer is None else leaf[slot.layer]
+    if slot.layer is None:
+        return leaf[: slot.shape[0]]
+    return leaf[slot.layer].reshape(slot.shape)
 
 
 def _full_name(name: str) -> str:

@@ -13,9 +13,11 @@ from rlhf_jax.errors import InputError
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"wte/embedding", PartitionSpec("tensor", "fsdp")),
     (r"wpe/embedding", PartitionSpec(None, "fsdp")),
-    (r"(c_attn|c_fc)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"c_attn/kernel", PartitionSpec(None, "fsdp", None, "tensor")),
+    (r"c_attn/bias", PartitionSpec(None, None, "tensor")),
+    (r"c_fc/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"c_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"(c_attn|c_fc)/bias", PartitionSpec(None, "tensor")),
+    (r"c_fc/bias", PartitionSpec(None, "tensor")),
 )
 # Replicated on purpose: they are small, and every device needs them whole.
 REPLICATED = (

@@ -59,7 +59,8 @@ def log_softmax(logits):
 
 
 def _attention(x, params, n, config, keys):
-    q, k, v = np.split(_linear(x, params["c_attn"], n), 3, axis=1)
+    kernel, bias = params["c_attn"]["kernel"][n], params["c_attn"]["bias"][n]
+    q, k, v = (x @ kernel[:, i] + bias[i] for i in range(3))
     width = config.n_embd // config.n_head
     out = np.zeros_like(x)
     for head in range(config.n_head):

@@ -548,7 +548,7 @@ def test_other_files_of_the_folder_stay(folder):
 
 def test_parameters_of_another_model_are_refused(tmp_path):
     other = GPT2(dataclasses.replace(CONFIG, n_layer=3))
-    message = r"params\['layers'\].* must have shape \(3, 24\), but has \(2, 24\)"
+    message = r"params\['layers'\].* must have shape \(3, 3, 8\), but has \(2, 3, 8\)"
     with pytest.raises(ValueError, match=message):
         save_pretrained(tmp_path, other, PARAMS)
     rest = {key: value for key, value in PARAMS.items() if key != "ln_f"}

@@ -53,10 +53,11 @@ def test_sizes_that_do_not_fit_the_devices_are_named(settings, said):
     [
         ("params/wte/embedding", PartitionSpec("tensor", "fsdp")),
         ("params/model/wpe/embedding", PartitionSpec(None, "fsdp")),
-        ("params/layers/attn/c_attn/kernel", PartitionSpec(None, "fsdp", "tensor")),
+        ("params/layers/attn/c_attn/kernel", PartitionSpec(None, "fsdp", None, "tensor")),
         ("frozen/ref/layers/mlp/c_fc/kernel", PartitionSpec(None, "fsdp", "tensor")),
         ("params/layers/attn/c_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
         ("params/layers/mlp/c_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
+        ("params/layers/attn/c_attn/bias", PartitionSpec(None, None, "tensor")),
         ("params/layers/mlp/c_fc/bias", PartitionSpec(None, "tensor")),
         ("params/layers/mlp/c_proj/bias", PartitionSpec()),
         ("params/layers/ln_1/scale", PartitionSpec()),
@@ -67,7 +68,7 @@ def test_sizes_that_do_not_fit_the_devices_are_named(settings, said):
         ("score_stats/num_scores", PartitionSpec()),
         ("score_stats/mean", PartitionSpec()),
         ("score_stats/m2", PartitionSpec()),
-        ("opt_state/1/0/mu/layers/attn/c_attn/kernel", PartitionSpec(None, "fsdp", "tensor")),
+        ("opt_state/1/0/mu/layers/attn/c_attn/kernel", PartitionSpec(None, "fsdp", None, "tensor")),
         ("opt_state/1/0/count", PartitionSpec()),
     ],
 )
