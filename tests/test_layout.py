@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "functional",
     "batches",
-    "models",
     "parallel",
+    "models",
     "rollout",
     "training",
     "data",

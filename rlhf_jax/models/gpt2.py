@@ -16,6 +16,7 @@ import numpy as np
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Cache, Params, positions_from
+from rlhf_jax.parallel.constraints import collect, split_cache, split_rows
 
 VOCABULARY_MULTIPLE = 128
 
@@ -227,9 +228,11 @@ class GPT2:
 
     def embed(self, params, tokens, positions, *, dropout_key=None):
         """Token plus position embedding, [B, L, D] in the compute dtype."""
-        wte, wpe = params["wte"]["embedding"], params["wpe"]["embedding"]
+        tables = collect({name: params[name] for name in ("wte", "wpe")}, self.dtype)
+        wte, wpe = tables["wte"]["embedding"], tables["wpe"]["embedding"]
         x = jnp.take(wte, tokens, axis=0, mode="clip").astype(self.dtype)
         x += jnp.take(wpe, positions, axis=0, mode="clip").astype(self.dtype)
+        x = split_rows(x)
         if dropout_key is None:
             return x
         return nn.Dropout(self.config.embd_pdrop).apply(
@@ -254,11 +257,13 @@ class GPT2:
 
         def body(x, layer):
             params, past, key = layer
+            params = collect(params, self.dtype, is_layer=True)
             past = None if past is None else (*past, past_visible)
             rngs = {} if key is None else {"dropout": key}
             x, memory = self._block.apply(
                 {"params": params}, x, visible, past, key is None, rngs=rngs
             )
+            x = split_rows(x)
             return x, memory if cache is not None else None
 
         past = None if prefix is None else (prefix.keys, prefix.values)
@@ -282,7 +287,8 @@ class GPT2:
                 *(jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values)),
                 past_visible,
             )
-            x, new = self._block.apply({"params": layer}, x, visible, past)
+            layer = collect(layer, self.dtype, is_layer=True)
+            x, new = self._block.apply({"params": layer}, split_rows(x), visible, past)
             at = (i, 0, cache.length, 0, 0)
             keys, values = (
                 jax.lax.dynamic_update_slice(whole, part[None], at)
@@ -290,7 +296,8 @@ class GPT2:
             )
             return (x, keys, values, i + 1), None
 
-        (x, keys, values, _), _ = jax.lax.scan(body, (x, cache.keys, cache.values, 0), stack)
+        past = (split_cache(cache.keys), split_cache(cache.values))
+        (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), stack)
         new_mask = jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, cache.length))
         return x, Cache(keys, values, new_mask, cache.length + length)
 
@@ -309,9 +316,10 @@ class GPT2:
 
     def logits(self, params, hidden):
         """f32[..., V] logits of [..., D] hidden states."""
-        table = self.unembedding(params).astype(hidden.dtype)
+        table = collect({"wte": params["wte"]}, self.dtype)["wte"]["embedding"]
+        table = table.astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return logits[..., : self.config.vocab_size]
+        return split_rows(logits, last="tensor")[..., : self.config.vocab_size]
 
     def hidden(self, params, tokens, mask=None, *, dropout_key=None):
         """Hidden states after the final layer norm.
@@ -393,6 +401,7 @@ def _own_visible(mask: jax.Array) -> jax.Array:
 def _fill(cache: Cache, memory: tuple[jax.Array, jax.Array], mask: jax.Array) -> Cache:
     """A fresh cache with the keys and values [N, B, L, H, d] of its first L positions."""
     missing = cache.mask.shape[1] - mask.shape[1]
-    keys, values = (jnp.pad(m, ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0))) for m in memory)
+    padding = ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0))
+    keys, values = (split_cache(jnp.pad(m, padding)) for m in memory)
     written = jnp.pad(mask.astype(bool), ((0, 0), (0, missing)))
     return Cache(keys, values, written, mask.shape[1])

@@ -7,8 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from rlhf_jax.errors import InputError
-
-AXES = ("data", "fsdp", "tensor")
+from rlhf_jax.parallel.partition import AXES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import InputError
 
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # rows of a batch are split over both together
+
 # The first pattern that a path ends with decides. Optimizer moments end with the paths of their
 # parameters. Stacked layers have a leading axis that is never split.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -43,6 +46,11 @@ def partition_spec(path: str) -> PartitionSpec:
     raise ValueError(f"no partition rule covers {path!r}; add one to RULES or to REPLICATED.")
 
 
+def layer_spec(path: str) -> PartitionSpec:
+    """The spec of one layer's array, say at `attn/c_attn/kernel`: that of the stack, without it."""
+    return PartitionSpec(*partition_spec(path)[1:])
+
+
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for each array, or abstract array, of a state or of parameters.
 
@@ -51,7 +59,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def sharding(path, leaf):
-        name = "/".join(_key_name(key) for key in path)
+        name = path_name(path)
         spec = partition_spec(name)
         _check_divides(mesh, name, leaf.shape, spec)
         return NamedSharding(mesh, spec)
@@ -61,7 +69,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp together."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -85,6 +93,11 @@ def _check_divides(mesh, name, shape, spec):
                 f"{name} has shape {shape}, of which {size} is not divisible by mesh.{axis} = "
                 f"{mesh.shape[axis]}; choose a {axis} that divides it."
             )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A path of a tree, as the rules have it: `params/layers/attn/c_attn/kernel`."""
+    return "/".join(_key_name(key) for key in path)
 
 
 def _key_name(key: Any) -> str:

@@ -1,0 +1,120 @@
+"""What the compiler is told of arrays inside a step: rows stay on their devices, parameters travel.
+
+Left to itself the compiler may well do the opposite: leave a parameter that is split over `fsdp`
+where it is, collect the rows of all devices, and add up partial products. Here each layer's
+parameters are collected when the layer needs them, in the compute dtype, and its gradients are
+added up and split again right behind it (Rajbhandari et al. 2020, ZeRO, stage 3; arXiv:1910.02054).
+
+All of it does nothing unless the program is traced with a mesh of our axes (`on_mesh`) of more than
+one device.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from rlhf_jax.parallel.partition import AXES, ROWS, layer_spec, partition_spec, path_name
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_mesh(mesh: Mesh, function: Function) -> Function:
+    """The function, called, traced and compiled with `jax.set_mesh(mesh)`."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
+def split_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
+    """The array with axis 0 split over the devices that rows are split over, and no other axis.
+
+    Args:
+      last: the axis of the mesh that the last axis of the array is split over, if any.
+
+    An axis that does not divide is not split.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return x
+    spec = [ROWS if _divides(mesh, x.shape[0], ROWS) else None, *(None for _ in x.shape[1:])]
+    if last is not None and _divides(mesh, x.shape[-1], (last,)):
+        spec[-1] = last
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def spread_rows(x: jax.Array) -> jax.Array:
+    """The array with axis 0 split over all devices where it divides, else as by `split_rows`."""
+    mesh = _mesh()
+    if mesh is None or not _divides(mesh, x.shape[0], AXES):
+        return split_rows(x)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
+
+
+def split_cache(x: jax.Array) -> jax.Array:
+    """Keys or values [N, B, C, H, d] with rows split as in `split_rows`, and heads over `tensor`."""
+    mesh = _mesh()
+    if mesh is None:
+        return x
+    rows = ROWS if _divides(mesh, x.shape[1], ROWS) else None
+    heads = "tensor" if _divides(mesh, x.shape[3], ("tensor",)) else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, rows, None, heads, None))
+
+
+def collect(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
+    """Parameters as the products of one layer need them: split over `tensor` alone.
+
+    Matrices and embeddings are cast to the compute dtype first, which halves what travels. In the
+    backward pass their gradients are split as the parameters are.
+
+    Args:
+      params: a part of a model's parameters, with the paths that the rules know.
+      is_layer: of one layer, without the axis of layers.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return params
+
+    def of(path, leaf):
+        name = path_name(path)
+        spec = layer_spec(name) if is_layer else partition_spec(name)
+        if "fsdp" not in spec:
+            return leaf
+        return _collect(leaf.astype(dtype), spec)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _collect(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(leaf, whole)
+
+
+def _collect_forward(leaf, spec):
+    return _collect(leaf, spec), None
+
+
+def _collect_backward(spec, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, spec),)
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _mesh() -> Any:
+    """The mesh that is set, if it is one of ours that leaves the spreading to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = set(mesh.axis_names) == set(AXES) and mesh.size > 1
+    return mesh if ours and set(mesh.axis_types) == {AxisType.Auto} else None
+
+
+def _divides(mesh: Any, size: int, axes: tuple[str, ...]) -> bool:
+    return size % math.prod(mesh.shape[axis] for axis in axes) == 0
