@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Cache, Params, positions_from
-from rlhf_jax.parallel.constraints import collect, split_cache, split_rows
+from rlhf_jax.parallel.constraints import collect, join_rows, split_cache, split_rows
 
 VOCABULARY_MULTIPLE = 128
 
@@ -84,35 +84,46 @@ class Block(nn.Module):
     Its call takes `x` [B, L, D], `visible` bool[B, L, L] and optionally a past of B / K rows (keys
     and values [B / K, C, H, D / H], and what each of the L tokens sees of them, bool[B, L, C]), and
     returns (x, (keys, values)) with keys and values [B, L, H, D / H] of these tokens.
+
+    In decoding, few tokens meet all parameters: these stay where they are, and rows travel.
     """
 
     config: GPT2Config
     dtype: str
+    is_decoding: bool = False
 
     @nn.compact
     def __call__(self, x, visible, past=None, deterministic=True):
         config = self.config
-        attended, memory = self._attention(self._norm("ln_1")(x), visible, past, deterministic)
-        x = x + nn.Dropout(config.resid_pdrop)(attended, deterministic)
-        h = _MLP(config, self.dtype, name="mlp")(self._norm("ln_2")(x))
-        return x + nn.Dropout(config.resid_pdrop)(h, deterministic), memory
+        attended, memory = self._attention(self._norm("ln_1", x), visible, past, deterministic)
+        x = self._place(x + nn.Dropout(config.resid_pdrop)(attended, deterministic))
+        mlp = _MLP(config, self.dtype, self.is_decoding, name="mlp")
+        h = mlp(self._norm("ln_2", x))
+        return self._place(x + nn.Dropout(config.resid_pdrop)(h, deterministic)), memory
 
-    def _norm(self, name):
-        return _layer_norm(self.config, self.dtype, name)
+    def _norm(self, name, x):
+        return self._place(_layer_norm(self.config, self.dtype, name)(x))
+
+    def _place(self, x):
+        return join_rows(x, last="fsdp") if self.is_decoding else split_rows(x)
 
     def _attention(self, x, visible, past, deterministic):
-        return _Attention(self.config, self.dtype, name="attn")(x, visible, past, deterministic)
+        attention = _Attention(self.config, self.dtype, self.is_decoding, name="attn")
+        return attention(x, visible, past, deterministic)
 
 
 class _Attention(nn.Module):
     config: GPT2Config
     dtype: str
+    is_decoding: bool
 
     @nn.compact
     def __call__(self, x, visible, past, deterministic):
         config, (batch, length, width) = self.config, x.shape
         # [D, 3, D]: what splits the last axis over devices gives each the same heads of all three.
         qkv = _dense(config, self.dtype, (3, width), "c_attn")(x)
+        qkv = join_rows(qkv, last="tensor") if self.is_decoding else qkv
+        qkv = split_rows(qkv, last="tensor")
         q, k, v = (qkv[:, :, i].reshape(batch, length, config.n_head, -1) for i in range(3))
         q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
         logits = [_masked_logits("blhd,bmhd->bhlm", q, k, visible)]
@@ -129,7 +140,8 @@ class _Attention(nn.Module):
                 past_values.shape[0], -1, *weights.shape[1:3], past_values.shape[1]
             )
             out += jnp.einsum("gkhlm,gmhd->gklhd", share, past_values).reshape(out.shape)
-        out = out.reshape(batch, length, width)
+        out = split_rows(out.reshape(batch, length, width), last="tensor")
+        out = join_rows(out, last="tensor") if self.is_decoding else out
         scale = (2 * config.n_layer) ** -0.5  # residual branches add up: Radford et al. 2019, 2.3
         return _dense(config, self.dtype, width, "c_proj", scale)(out), (k, v)
 
@@ -137,11 +149,13 @@ class _Attention(nn.Module):
 class _MLP(nn.Module):
     config: GPT2Config
     dtype: str
+    is_decoding: bool
 
     @nn.compact
     def __call__(self, x):
         config = self.config
         h = _dense(config, self.dtype, config.inner_width, "c_fc")(x)
+        h = (join_rows if self.is_decoding else split_rows)(h, last="tensor")
         h = _ACTIVATIONS[config.activation_function](h)
         scale = (2 * config.n_layer) ** -0.5
         return _dense(config, self.dtype, config.n_embd, "c_proj", scale)(h)
@@ -263,7 +277,6 @@ class GPT2:
             x, memory = self._block.apply(
                 {"params": params}, x, visible, past, key is None, rngs=rngs
             )
-            x = split_rows(x)
             return x, memory if cache is not None else None
 
         past = None if prefix is None else (prefix.keys, prefix.values)
@@ -287,8 +300,7 @@ class GPT2:
                 *(jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values)),
                 past_visible,
             )
-            layer = collect(layer, self.dtype, is_layer=True)
-            x, new = self._block.apply({"params": layer}, split_rows(x), visible, past)
+            x, new = block.apply({"params": layer}, x, visible, past)
             at = (i, 0, cache.length, 0, 0)
             keys, values = (
                 jax.lax.dynamic_update_slice(whole, part[None], at)
@@ -296,6 +308,7 @@ class GPT2:
             )
             return (x, keys, values, i + 1), None
 
+        block = Block(self.config, self.dtype, is_decoding=True)
         past = (split_cache(cache.keys), split_cache(cache.values))
         (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), stack)
         new_mask = jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, cache.length))

@@ -5,32 +5,18 @@ where it is, collect the rows of all devices, and add up partial products. Here 
 parameters are collected when the layer needs them, in the compute dtype, and its gradients are
 added up and split again right behind it (Rajbhandari et al. 2020, ZeRO, stage 3; arXiv:1910.02054).
 
-All of it does nothing unless the program is traced with a mesh of our axes (`on_mesh`) of more than
-one device.
+All of it does nothing unless the program is traced under `jax.set_mesh` with a mesh as `make_mesh`
+makes it, of more than one device.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from rlhf_jax.parallel.partition import AXES, ROWS, layer_spec, partition_spec, path_name
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def on_mesh(mesh: Mesh, function: Function) -> Function:
-    """The function, called, traced and compiled with `jax.set_mesh(mesh)`."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return function(*args, **kwargs)
-
-    return cast(Function, call)
 
 
 def split_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
@@ -41,10 +27,22 @@ def split_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
 
     An axis that does not divide is not split.
     """
+    return _split(x, ROWS, last)
+
+
+def join_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
+    """The array with axis 0 split over `data` alone, so that parameters split over `fsdp` may stay.
+
+    It then costs less to move the rows than the parameters; as by `split_rows` otherwise.
+    """
+    return _split(x, ("data",), last)
+
+
+def _split(x, axes, last):
     mesh = _mesh()
     if mesh is None:
         return x
-    spec = [ROWS if _divides(mesh, x.shape[0], ROWS) else None, *(None for _ in x.shape[1:])]
+    spec = [axes if _divides(mesh, x.shape[0], axes) else None, *(None for _ in x.shape[1:])]
     if last is not None and _divides(mesh, x.shape[-1], (last,)):
         spec[-1] = last
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
@@ -59,7 +57,7 @@ def spread_rows(x: jax.Array) -> jax.Array:
 
 
 def split_cache(x: jax.Array) -> jax.Array:
-    """Keys or values [N, B, C, H, d] with rows split as in `split_rows`, and heads over `tensor`."""
+    """Keys or values [N, B, C, H, d], rows split as in `split_rows`, and heads over `tensor`."""
     mesh = _mesh()
     if mesh is None:
         return x

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 
 from rlhf_jax.runtime.checkpoint import Checkpoints
 from rlhf_jax.runtime.config import claim_run_dir, to_dict
@@ -48,6 +49,7 @@ class Stage(Protocol):
     """One stage of training: what differs between SFT, reward model and PPO."""
 
     name: str
+    mesh: Mesh
     total_steps: int
     flops_per_token: float  # of products with parameters, for each real token of a step
     flops_per_step: float  # and of what a step reads beside these tokens
@@ -98,11 +100,18 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
       Interrupted: Ctrl-C or SIGTERM, after the state was saved.
     """
     claim_run_dir(config)
-    folder = epath.Path(config.run_dir)
     if is_finished(config.run_dir):
         print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
         return StageResult(config.run_dir, last_metrics(config.run_dir))
     stage = make_stage()
+    with jax.set_mesh(stage.mesh):
+        _train(stage, config)
+    return StageResult(config.run_dir, last_metrics(config.run_dir))
+
+
+def _train(stage: Stage, config: Any) -> None:
+    """The run of a stage from where it stopped, or from its beginning, to its end."""
+    folder = epath.Path(config.run_dir)
     with disk_errors(folder):
         checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     try:
@@ -129,7 +138,6 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
     finally:
         with disk_errors(folder):
             checkpoints.close()
-    return StageResult(config.run_dir, last_metrics(config.run_dir))
 
 
 def last_metrics(run_dir: str) -> Metrics:
