@@ -19,6 +19,13 @@ from jax.sharding import AxisType, PartitionSpec
 from rlhf_jax.parallel.partition import AXES, ROWS, layer_spec, partition_spec, path_name
 
 
+def rows_over_devices(count: int) -> int:
+    """The least number of rows, no less than `count`, that `split_rows` splits."""
+    mesh = _mesh()
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+    return -(-count // parts) * parts
+
+
 def split_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
     """The array with axis 0 split over the devices that rows are split over, and no other axis.
 

@@ -86,6 +86,16 @@ def check_batch_size(mesh: Mesh, name: str, batch_size: int) -> None:
         )
 
 
+def check_heads(mesh: Mesh, n_head: int) -> None:
+    """Raises an InputError if the heads of attention cannot be split as the rules say."""
+    parts = mesh.shape["tensor"]
+    if n_head % parts:
+        raise InputError(
+            f"The model has n_head = {n_head} heads of attention, which are not divisible by "
+            f"mesh.tensor = {parts}; choose a tensor that divides them, and use fsdp instead."
+        )
+
+
 def _check_divides(mesh, name, shape, spec):
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:

@@ -20,8 +20,11 @@ from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.best_of import best_of_curve, best_of_table
 from rlhf_jax.runtime.config import EvaluateConfig, resolve, to_yaml
@@ -69,7 +72,10 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
     """
     config = resolve(EvaluateConfig, config)
     kinds = {"text": _evaluate_text, "pairs": _evaluate_pairs, "policy": _evaluate_policy}
-    evaluation = kinds[config.kind](config)
+    mesh = make_mesh(config.mesh)
+    check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)
+    with jax.set_mesh(mesh):
+        evaluation = kinds[config.kind](config)
     _save_config(config)
     save_evaluation(config.run_dir, evaluation)
     print(format_table(evaluation["table"]))
@@ -144,7 +150,7 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
         "data.max_prompt_length + data.max_response_length",
     )
     rows = pair_rows(_held_out(config, "pairs"), tokenizer, config.data)
-    step, params = jax.jit(reward.make_score_step(model)), jax.device_put(params)
+    step, params = jax.jit(reward.make_score_step(model)), _placed(config, model, params)
     batches = eval_batches(rows, config.evaluation.batch_size)
     return pair_evaluation(score_pairs(lambda batch: step(params, batch), batches))
 
@@ -159,7 +165,9 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         )
     rewards = reward_model = reward_params = None
     if sources := find_sources(config.model.reward_path, config.rewards):
-        rewards, reward_params = load_rewards(sources, config.model, tokenizer)
+        rewards, reward_params = load_rewards(
+            sources, config.model, tokenizer, make_mesh(config.mesh)
+        )
         reward_model = rewards.single
         reward_params = reward_params if reward_model is None else reward_params[0]
     rows = _held_out(config, "prompts")
@@ -268,7 +276,14 @@ def _load(config: EvaluateConfig, path: str | None, name: str):
     path = _required(path, name)
     tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
     model, params = assemble.load_model(config.model, tokenizer, jax.random.key(config.seed))
-    return tokenizer, model, jax.device_put(params)
+    return tokenizer, model, _placed(config, model, params)
+
+
+def _placed(config: EvaluateConfig, model: GPT2, params: Params) -> Params:
+    """The parameters on the mesh of the configuration."""
+    mesh = make_mesh(config.mesh)
+    check_heads(mesh, model.config.n_head)
+    return jax.device_put(params, tree_shardings(mesh, params))
 
 
 def _load_reference(
@@ -286,7 +301,7 @@ def _load_reference(
         dtype = assemble.compute_dtype(config.model.dtype)
         model, params = load_pretrained(folder, dtype=dtype)
     assemble.check_vocabulary(model, tokenizer, path)
-    return model, params
+    return model, _placed(config, model, params)
 
 
 def _required(path: str | None, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
@@ -19,6 +20,9 @@ from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel.constraints import rows_over_devices
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.config import GenerateConfig, GenerationSettings, resolve
@@ -88,7 +92,7 @@ class Responder:
     ) -> Iterator[list[str]]:
         """The responses, batch by batch as they are ready."""
         rows = prompt_rows([{"prompt": prompt} for prompt in prompts], self.tokenizer, self.data)
-        batch_size = min(self.batch_size, len(prompts))
+        batch_size = min(self.batch_size, rows_over_devices(len(prompts)))
         for index, batch in enumerate(eval_batches(rows, batch_size)):
             rollout = self._respond(params, batch, jax.random.fold_in(key, index))
             texts = decode(self.tokenizer, rollout.tokens, rollout.mask)
@@ -118,16 +122,14 @@ def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
         raise InputError("generate needs a model: give --model.path a folder or hub name.")
     tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
     key = jax.random.key(config.seed)
+    mesh = make_mesh(config.mesh)
     model, params = assemble.load_model(config.model, tokenizer, key)
+    check_heads(mesh, model.config.n_head)
+    check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
+    params = jax.device_put(params, tree_shardings(mesh, params))
     responder = Responder(model, tokenizer, config.generation, config.data.prompt_suffix)
     prompts = _prompts(config, tokenizer)
-    responses = (
-        text for batch in responder.batches(jax.device_put(params), prompts, key) for text in batch
-    )
-    lines = (
-        json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n"
-        for prompt, response in zip(prompts, responses, strict=True)
-    )
+    lines = _lines(responder, mesh, params, prompts, key)
     if config.output is None:
         sys.stdout.writelines(lines)
         return len(prompts)
@@ -141,6 +143,16 @@ def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
             "be written."
         ) from error
     return len(prompts)
+
+
+def _lines(
+    responder: Responder, mesh: Mesh, params: Params, prompts: Sequence[str], key: jax.Array
+) -> Iterator[str]:
+    """One line of JSON for each prompt, as the responses are ready."""
+    with jax.set_mesh(mesh):
+        texts = (text for batch in responder.batches(params, prompts, key) for text in batch)
+        for prompt, response in zip(prompts, texts, strict=True):
+            yield json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n"
 
 
 def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:

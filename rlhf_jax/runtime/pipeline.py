@@ -67,7 +67,14 @@ def _check_ahead(config: RLHFConfig) -> None:
     """Finds what is wrong with the later stages before hours are spent on the first."""
     if config.model.path is None:
         sizes = config.model
-        model = GPT2(GPT2Config(n_positions=sizes.n_positions, n_layer=sizes.n_layer))
+        model = GPT2(
+            GPT2Config(
+                n_positions=sizes.n_positions,
+                n_layer=sizes.n_layer,
+                n_head=sizes.n_head,
+                n_embd=sizes.n_embd,
+            )
+        )
     else:
         model, _ = load_pretrained(config.model.path)
     mesh = make_mesh(config.mesh)

@@ -18,12 +18,14 @@ from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import (
     batch_sharding,
     check_batch_size,
+    check_heads,
     replicated,
     tree_shardings,
 )
@@ -77,7 +79,7 @@ def train_ppo(
     return loop.run(lambda: SeedsStage(config, reward_fn), config)
 
 
-def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
+def check_sizes(config: PPOConfig, model: GPT2, mesh: Mesh) -> None:
     """Raises an InputError if responses exceed the model's positions, or batches miss the mesh.
 
     Likewise if a missing EOS has a price, and no response can have one; if more layers are to be
@@ -91,6 +93,7 @@ def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
         config.data.max_prompt_length + config.ppo.response_length,
         "data.max_prompt_length + ppo.response_length",
     )
+    check_heads(mesh, model.config.n_head)
     rows_a_step = config.ppo.batch_size // config.ppo.num_mini_batches
     check_batch_size(mesh, "ppo.batch_size / ppo.num_mini_batches", rows_a_step)
     check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)

@@ -1,7 +1,7 @@
-"""The three stages on eight CPU devices, for several meshes; checks where their states stand.
+"""The stages on eight CPU devices, for several meshes; checks where their states stand.
 
-Started by test_stages.py, with the folder of the runs on one device, in a process of its own: the
-number of devices is fixed at start.
+Started by test_stages.py and by tools/check_meshes.py, in a process of its own: the number of
+devices is fixed at start.
 """
 
 import os
@@ -9,11 +9,11 @@ import os
 if __name__ == "__main__":  # and not when it is looked through for doctests
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import json
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
@@ -21,18 +21,27 @@ from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.runtime import loop, train_sft
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
 from rlhf_jax.runtime.ppo import PPOStage
+from rlhf_jax.runtime.ppo_seeds import SeedsStage
 from rlhf_jax.runtime.reward import RewardStage
 from rlhf_jax.runtime.sft import SFTStage
 from tests import small
-from tests.parallel.test_stages import MESHES, make_configs, mesh_name
+from tests.parallel.meshes import make_configs, mesh_name
+
+KINDS = {
+    "sft": (SFTConfig, SFTStage),
+    "reward": (RewardConfig, RewardStage),
+    "ppo": (PPOConfig, PPOStage),
+    "frozen": (PPOConfig, PPOStage),
+    "seeds": (PPOConfig, SeedsStage),
+}
 
 
-def assert_in_place(mesh, state):
+def assert_in_place(mesh, state, seeds=()):
     """Each array is split as the rules say, and no device holds more than its part."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = partition_spec(name)
-        assert leaf.sharding.spec == spec, (name, leaf.sharding)
+        has_seeds = bool(seeds) and not name.startswith("frozen")
+        spec = (*((None,) if has_seeds else ()), *partition_spec(name))
         parts = [mesh.shape[axis] if axis else 1 for axis in spec]
         parts += [1] * (leaf.ndim - len(parts))
         part = tuple(size // n for size, n in zip(leaf.shape, parts, strict=True))
@@ -45,39 +54,36 @@ def checked(stage_class):
     class Checked(stage_class):
         def init_state(self):
             state = super().init_state()
-            assert_in_place(self.mesh, state)
+            assert_in_place(self.mesh, state, getattr(self, "seeds", ()))
             return state
 
         def step(self, state, index):
             state, metrics, output = super().step(state, index)
-            assert_in_place(self.mesh, state)
+            assert_in_place(self.mesh, state, getattr(self, "seeds", ()))
             return state, metrics, output
 
     return Checked
 
 
-def main(base, one_device):
+def main(base, plan):
+    """Runs what the plan says, a JSON list of [mesh, stages], beside the runs on one device."""
     small.use_cache(Path(base) / "compiled-eight")
-    kinds = {
-        "sft": (SFTConfig, SFTStage),
-        "reward": (RewardConfig, RewardStage),
-        "ppo": (PPOConfig, PPOStage),
-    }
-    for sizes in MESHES:
+    for sizes, stages in json.loads(plan):
         folder = Path(base) / mesh_name(sizes)
-        configs = make_configs(folder, Path(one_device), sizes)
-        for name, (kind, stage) in kinds.items():
+        configs = make_configs(folder, Path(base) / mesh_name((1, 1, 1)), sizes)
+        for name in stages:
+            kind, stage = KINDS[name]
             config = resolve(kind, configs[name])
             loop.run(lambda stage=stage, config=config: checked(stage)(config), config)
     for values in (
         {"mesh": {"data": 1, "fsdp": 1, "tensor": 8}, "model": {"n_embd": 36, "n_head": 4}},
+        {"mesh": {"data": 1, "fsdp": 8}, "model": {"n_embd": 36, "n_head": 4}},
         {"mesh": {"data": 8}, "sft": {"batch_size": 12}},
         {"mesh": {"data": 3}},
     ):
         with pytest.raises(InputError) as error:
             train_sft(small.sft(Path(base) / "wrong", **values))
         sys.stdout.write(f"{error.value}\n")
-    assert np.prod(MESHES, axis=1).tolist() == [8] * len(MESHES)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Trains all stages on eight CPU devices, in every factorisation of data x fsdp x tensor, and
+compares them with one device: losses and all other metrics over ten steps, and the sampled tokens.
+
+    python tools/check_meshes.py [FOLDER]
+
+It prints the largest difference of each, as a share of what is tolerated (1e-5, absolute and
+relative), and exits with 1 where one is above 1. The tests do the same for four of the ten.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rlhf_jax.runtime import train_ppo, train_reward, train_sft  # noqa: E402
+from tests.parallel.meshes import (  # noqa: E402
+    FACTORISATIONS,
+    STAGES,
+    differences,
+    make_configs,
+    mesh_name,
+    sampled,
+)
+
+ONE = (1, 1, 1)
+
+
+def main(folder: str) -> int:
+    """The exit status."""
+    base = Path(folder)
+    trains = {"sft": train_sft, "reward": train_reward}
+    for name, config in make_configs(base / mesh_name(ONE), base / mesh_name(ONE), ONE).items():
+        trains.get(name, train_ppo)(config)
+    plan = json.dumps([(sizes, STAGES) for sizes in FACTORISATIONS])
+    command = [sys.executable, "-m", "tests.parallel.eight_devices", str(base), plan]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    worst = 0.0
+    for sizes in FACTORISATIONS:
+        for stage in STAGES:
+            one, several = base / mesh_name(ONE) / stage, base / mesh_name(sizes) / stage
+            found = differences(one, several)
+            name = max(found, key=lambda metric: found[metric])
+            same = stage in ("sft", "reward") or sampled(one) == sampled(several)
+            worst = max(worst, found[name] if same else float("inf"))
+            tokens = "" if same else ", OTHER TOKENS"
+            print(f"{mesh_name(sizes)} {stage:8} {found[name]:.3f} ({name}){tokens}", flush=True)
+    print(f"{len(FACTORISATIONS)} factorisations, largest share of what is tolerated: {worst:.3f}")
+    return int(worst > 1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(main(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as temporary:
+        sys.exit(main(temporary))
