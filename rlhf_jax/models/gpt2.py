@@ -85,7 +85,8 @@ class Block(nn.Module):
     and values [B / K, C, H, D / H], and what each of the L tokens sees of them, bool[B, L, C]), and
     returns (x, (keys, values)) with keys and values [B, L, H, D / H] of these tokens.
 
-    In decoding, few tokens meet all parameters: these stay where they are, and rows travel.
+    In decoding, one token of each row meets all parameters: these stay where they are, and the rows
+    travel (Pope et al. 2022, section 3.2: weight-stationary layouts; arXiv:2211.05102).
     """
 
     config: GPT2Config
@@ -242,11 +243,13 @@ class GPT2:
 
     def embed(self, params, tokens, positions, *, dropout_key=None):
         """Token plus position embedding, [B, L, D] in the compute dtype."""
-        tables = collect({name: params[name] for name in ("wte", "wpe")}, self.dtype)
+        tables = {name: params[name] for name in ("wte", "wpe")}
+        is_decoding = tokens.shape[1] == 1  # see Block
+        tables = tables if is_decoding else collect(tables, self.dtype)
         wte, wpe = tables["wte"]["embedding"], tables["wpe"]["embedding"]
         x = jnp.take(wte, tokens, axis=0, mode="clip").astype(self.dtype)
         x += jnp.take(wpe, positions, axis=0, mode="clip").astype(self.dtype)
-        x = split_rows(x)
+        x = join_rows(x, last="fsdp") if is_decoding else split_rows(x)
         if dropout_key is None:
             return x
         return nn.Dropout(self.config.embd_pdrop).apply(
@@ -328,10 +331,13 @@ class GPT2:
         return params["wte"]["embedding"]
 
     def logits(self, params, hidden):
-        """f32[..., V] logits of [..., D] hidden states."""
-        table = collect({"wte": params["wte"]}, self.dtype)["wte"]["embedding"]
-        table = table.astype(hidden.dtype)
+        """f32[..., V] logits of [..., D] hidden states; of one state a row as in decoding."""
+        table, is_decoding = {"wte": params["wte"]}, hidden.ndim == 2
+        hidden = join_rows(hidden, last="fsdp") if is_decoding else hidden
+        table = table if is_decoding else collect(table, self.dtype)
+        table = table["wte"]["embedding"].astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        logits = join_rows(logits, last="tensor") if is_decoding else logits
         return split_rows(logits, last="tensor")[..., : self.config.vocab_size]
 
     def hidden(self, params, tokens, mask=None, *, dropout_key=None):

@@ -1,0 +1,137 @@
+"""Steps compiled for eight CPU devices: what moves between these, and what each one holds.
+
+Nothing is run and no array is made. Started by test_compiled.py in a process of its own: the number
+of devices is fixed at start.
+"""
+
+import os
+
+if __name__ == "__main__":  # and not when it is looked through for doctests
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import json
+import math
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.parallel.mesh import Settings, make_mesh
+from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
+from rlhf_jax.training import ppo, reward, sft
+
+# No two sizes are the same, nor are they divided by 2, 4 or 8.
+LAYERS, WIDTH, VOCABULARY, PADDED, ROWS = 3, 320, 1100, 1152, 16
+MODEL = GPT2(
+    GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=8, n_inner=1216
+    )
+)
+PROMPT, RESPONSE = 24, 16
+
+
+def rows(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct((ROWS, *shape), dtype)
+
+
+def tokens(length):
+    return rows(length), rows(length, dtype=bool)
+
+
+def sft_parts(model=MODEL):
+    """(init, step, batch, whether the step returns rows) of supervised fine-tuning."""
+    settings = sft.Settings(batch_size=ROWS)
+    batch = TextBatch(rows(40), rows(40), rows(40, dtype=bool))
+    return (
+        lambda key: sft.init_state(model, model.init(key), settings, key),
+        sft.make_step(model, settings),
+        batch,
+        False,
+    )
+
+
+def reward_parts():
+    """The same of the reward model."""
+    settings = reward.Settings(batch_size=ROWS)
+    pairs = (*tokens(PROMPT), *tokens(RESPONSE), *tokens(RESPONSE))
+    batch = PairBatch(*pairs, rows(dtype=jnp.float32), rows(dtype=bool))
+    return (
+        lambda key: reward.init_state(MODEL, MODEL.init(key), settings, key),
+        reward.make_step(MODEL, settings),
+        batch,
+        False,
+    )
+
+
+def ppo_parts():
+    """The same of a whole iteration of PPO."""
+    settings = ppo.Settings(batch_size=ROWS, num_mini_batches=1, response_length=RESPONSE)
+
+    def init(key):
+        scorer = {"model": MODEL.init(key), "head": {"kernel": jnp.ones(WIDTH)}}
+        return ppo.init_state(MODEL, MODEL.init(key), settings, key, reward_params=scorer)
+
+    step = ppo.make_step(MODEL, settings, stop_token_ids=(5,))
+    return init, step, PromptBatch(*tokens(PROMPT), rows()), True
+
+
+def rollout_parts():
+    """The same of PPO's sampling alone."""
+    init, _, batch, _ = ppo_parts()
+    settings = ppo.Settings(batch_size=ROWS, num_mini_batches=1, response_length=RESPONSE)
+    sample = ppo.make_rollout_step(MODEL, settings, stop_token_ids=(5,))
+    return init, lambda *args: (None, None, sample(*args)), batch, True
+
+
+def compiled(parts, sizes):
+    """The program of a step on a mesh."""
+    init, step, batch, returns_rows = parts
+    mesh = make_mesh(Settings(*sizes))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shape = jax.eval_shape(init, key)
+    state, by_rows, whole = tree_shardings(mesh, shape), batch_sharding(mesh), replicated(mesh)
+    made = jax.eval_shape(step, shape, batch, key)
+    outs = (None if made[0] is None else state, whole, *([by_rows] if returns_rows else []))
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, in_shardings=(state, by_rows, whole), out_shardings=outs)
+        return jitted.lower(shape, batch, key).compile()
+
+
+def gathered(text):
+    """The shape of each array that the all-gathers of a program make whole."""
+    shapes = []
+    for line in text.splitlines():
+        if found := re.search(r" = (.*?) all-gather(?:-start)?\(", line):
+            shapes += [
+                [int(size) for size in dims.split(",") if size]
+                for dims in re.findall(r"\w+\[([\d,]*)\]", found[1])
+            ]
+    return shapes
+
+
+def bytes_per_device(sizes):
+    """What one device holds of the state of GPT-2's width and vocabulary, and all of it."""
+    model = GPT2(GPT2Config(n_layer=2))
+    parts = sft_parts(model)
+    state = jax.eval_shape(parts[0], jax.eval_shape(lambda: jax.random.key(0)))
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    analysis = compiled(parts, sizes).memory_analysis()
+    batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in parts[2])
+    return analysis.argument_size_in_bytes - batch // math.prod(sizes[:2]), total
+
+
+def main():
+    parts = {"sft": sft_parts, "reward": reward_parts, "ppo": ppo_parts, "rollout": rollout_parts}
+    steps = {}
+    for program in sys.argv[1:]:
+        name, mesh = program.split()
+        sizes = tuple(map(int, mesh.split("x")))
+        steps[program] = gathered(compiled(parts[name](), sizes).as_text())
+    json.dump({"gathered": steps, "bytes": bytes_per_device((1, 8, 1))}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
