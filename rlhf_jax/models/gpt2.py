@@ -16,6 +16,7 @@ import numpy as np
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Cache, Params, positions_from
+from rlhf_jax.models.remat import Remat, check_remat, rematerialized
 from rlhf_jax.parallel.constraints import collect, join_rows, split_cache, split_rows
 
 VOCABULARY_MULTIPLE = 128
@@ -203,6 +204,7 @@ class GPT2:
     Args:
       config: the sizes.
       dtype: what products are computed in; parameters stay float32, logits come out in float32.
+      remat: what the backward pass computes again, as in `models/remat.py`; decoding has none.
 
     The parameters are `{"wte": {"embedding": [Vp, D]}, "wpe": {"embedding": [n_positions, D]},
     "layers": blocks stacked on axis 0, "ln_f": {"scale": [D], "bias": [D]}}`.
@@ -216,9 +218,11 @@ class GPT2:
 
     config: GPT2Config
     dtype: str = "float32"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        check_remat("remat", self.remat)
 
     @property
     def _block(self) -> Block:
@@ -284,7 +288,7 @@ class GPT2:
 
         past = None if prefix is None else (prefix.keys, prefix.values)
         keys = None if dropout_key is None else jax.random.split(dropout_key, _depth(stack))
-        x, memory = jax.lax.scan(body, x, (stack, past, keys))
+        x, memory = jax.lax.scan(rematerialized(body, self.remat), x, (stack, past, keys))
         return x, None if cache is None else _fill(cache, memory, mask)
 
     def _extend(self, stack, x, mask, visible, cache):

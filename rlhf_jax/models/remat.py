@@ -1,0 +1,39 @@
+"""Rematerialization: layers that are computed again in the backward pass, to save memory."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+
+from rlhf_jax.errors import InputError
+
+Remat = Literal["none", "full", "dots"]
+
+_POLICIES = {
+    "full": None,
+    # Products with parameters have no batch axes; those inside attention have.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_remat(name: str, remat: str) -> None:
+    """Raises an InputError that names the setting if there is no such way."""
+    if remat not in get_args(Remat):
+        raise InputError(f"{name} must be one of {', '.join(get_args(Remat))}, but is {remat!r}.")
+
+
+def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """The body of a scan over layers, of which the backward pass keeps less than it reads.
+
+    Args:
+      body: (carry, layer) -> (carry, output).
+      remat: "none" keeps all; "full" the carry alone, and computes the layer once more; "dots" also
+        the products with parameters, so that attention, norms and activations are computed once
+        more. Values and gradients are the same.
+
+    Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
+    """
+    if remat == "none":
+        return body
+    # In a scan the compiler cannot merge the two computations, which is what CSE would do.
+    return jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
