@@ -14,7 +14,7 @@ Metrics = dict[str, Any]  # f32[] each
 
 def accumulated_gradients(
     loss_fn: Callable[..., tuple[jax.Array, Metrics]],
-    count: Callable[[Any], jax.Array],
+    count: Callable[[Any], Any],
     params: Params,
     batch: Any,
     key: jax.Array | None,
@@ -31,9 +31,10 @@ def accumulated_gradients(
     Args:
       loss_fn: (params, part, key, denominator) -> (loss, metrics), sums over the denominator, or
         means where that is None.
-      count: what the loss of a batch is to be divided by, f32[].
+      count: what the loss of a batch is to be divided by, f32[], or several where it is made of
+        several.
       params: what to differentiate by.
-      batch: arrays [B, ...].
+      batch: arrays [B, ...]; B may be another for each.
       key: of dropout, or None; each part has its own.
       steps: the number of parts. 1 runs the batch whole, by its own means.
 
@@ -58,13 +59,33 @@ def accumulated_gradients(
     return sums
 
 
-def check_steps(section: str, batch_size: int, steps: int) -> None:
+def in_parts(function: Callable[[Any], Any], rows: Any, steps: int) -> Any:
+    """function(rows), of which a `steps`-th is run at a time, one after another.
+
+    Args:
+      function: from arrays [B, ...] to arrays [B, ...], each row by itself.
+      rows: arrays [B, ...].
+      steps: the number of parts; 1 runs all rows at once.
+
+    Raises:
+      ValueError: `steps` does not divide B.
+
+    >>> print(in_parts(lambda x: x * 10, jnp.arange(4), 2))
+    [ 0 10 20 30]
+    """
+    if steps == 1:
+        return function(rows)
+    results = jax.lax.map(function, jax.tree.map(lambda array: _parts(array, steps), rows))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), results)
+
+
+def check_steps(section: str, batch_size: int, steps: int, *, name: str = "batch_size") -> None:
     """Raises an InputError that names the settings unless the steps divide the batch."""
     if steps < 1:
         raise InputError(f"{section}.gradient_accumulation_steps must be above 0, but is {steps}.")
     if batch_size % steps:
         raise InputError(
-            f"{section}.batch_size = {batch_size} is not divisible by "
+            f"{section}.{name} = {batch_size} is not divisible by "
             f"{section}.gradient_accumulation_steps = {steps}; change one of them."
         )
 

@@ -6,6 +6,7 @@ pure function, `make_step`; with any other reward the two halves around it are c
 `make_rollout_step` and `make_update_step`, and only tokens and scores leave the device.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.score import end_scores
+from rlhf_jax.training.accumulate import in_parts
 from rlhf_jax.training.frozen import split_params
 from rlhf_jax.training.ppo_metrics import objective_metrics
 from rlhf_jax.training.ppo_passes import (
@@ -218,7 +220,9 @@ def make_step(
             )
         sample_key, update_key = jax.random.split(key)
         rollout = rollout_step(state, batch, sample_key)
-        scores = response_scores(reward_model, state.frozen["reward"], batch, rollout)
+        score = functools.partial(_end_scores, reward_model, state.frozen["reward"])
+        rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
+        scores = in_parts(score, rows, settings.num_score_parts)
         return update_step(state, batch, rollout, scores, update_key)
 
     return step
@@ -273,15 +277,14 @@ def response_scores(
     reward_model: Model, reward_params: Params, batch: PromptBatch, rollout: Rollout
 ) -> jax.Array:
     """f32[B]: what the reward model gives at the last real token of each response."""
-    scores = end_scores(
-        reward_model,
-        reward_params,
-        batch.prompts,
-        batch.prompt_mask,
-        rollout.tokens[:, None],
-        rollout.mask[:, None],
-    )
-    return scores[:, 0]
+    rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
+    return _end_scores(reward_model, reward_params, rows)
+
+
+def _end_scores(model, params, rows):
+    """The same of the four arrays."""
+    prompts, prompt_mask, tokens, mask = rows
+    return end_scores(model, params, prompts, prompt_mask, tokens[:, None], mask[:, None])[:, 0]
 
 
 def make_update_step(
@@ -367,17 +370,11 @@ def _adapt_penalty(model, settings, params, scored, coef, *, trunk=None, lower=N
     """(the coefficient for the next iteration, metrics), by how far this one moved the policy."""
     if settings.surrogate != "kl_penalty":
         return coef, {}
-    logprobs, _, _ = response_logprobs(
-        model,
-        params["model"],
-        scored.prompts,
-        scored.prompt_mask,
-        scored.tokens,
-        scored.mask,
-        temperature=settings.temperature,
-        trunk=trunk,
-        lower=lower,
+    score = functools.partial(
+        _logprobs, model, params["model"], temperature=settings.temperature, trunk=trunk
     )
+    rows = (scored.prompts, scored.prompt_mask, scored.tokens, scored.mask)
+    logprobs = in_parts(score, (rows, lower), settings.num_score_parts)
     # k3 of the old policy to the new one: its tokens, and the r - 1 - log r of the loss.
     kl = functional.masked_mean(
         functional.kl_estimate(scored.logprobs, logprobs, "k3"), scored.mask
@@ -387,3 +384,11 @@ def _adapt_penalty(model, settings, params, scored, coef, *, trunk=None, lower=N
     furthest = 2.0**20
     adapted = jnp.clip(adapted, settings.penalty_coef / furthest, settings.penalty_coef * furthest)
     return adapted, {"policy/penalty_kl": kl, "policy/penalty_coef": coef}
+
+
+def _logprobs(model, params, rows_and_lower, *, temperature, trunk):
+    """f32[B, T] of rows, above what the frozen layers made of them."""
+    rows, lower = rows_and_lower
+    return response_logprobs(
+        model, params, *rows, temperature=temperature, trunk=trunk, lower=lower
+    )[0]

@@ -6,6 +6,7 @@ layers, of which policy, reference and a value model each have their own, in eve
 epoch. Without it there is no trunk, and each pass begins with the tokens.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import lower_states, response_hidden
+from rlhf_jax.training.accumulate import in_parts
 from rlhf_jax.training.frozen import whole_params
 from rlhf_jax.training.ppo_settings import Settings
 
@@ -158,16 +160,25 @@ def score_rollout(
     f32[B, T] and not 0 off the mask; the KL is None unless asked for.
 
     The policy's log-probs are computed anew rather than taken from sampling: the pass is needed for
-    the values, and the first ratios are then 1 but for the rounding of another batch shape.
+    the values, and the first ratios are then 1 but for the rounding of another batch shape. With
+    `settings.score_batch_size` so many rows are run at a time.
     """
-    parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
+    rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
+    passes = functools.partial(_passes, model, value_model, settings, state)
+    lower, entropy, exact_kl, scored = in_parts(passes, rows, settings.num_score_parts)
+    scored = (jnp.where(rollout.mask, x, 0.0) for x in scored)
+    return ScoredRollout(*rows, *scored, scores), lower, entropy, exact_kl
+
+
+def _passes(model, value_model, settings, state, rows):
+    """(lower states, entropy, KL, (logprobs, reference logprobs, values)) of rows."""
     policy, ref, trunk = state.params["model"], state.frozen["ref"], state.frozen.get("trunk")
-    lower = None if trunk is None else lower_states(model, trunk, *parts)
+    lower = None if trunk is None else lower_states(model, trunk, *rows)
     logprobs, entropy, hidden = response_logprobs(
-        model, policy, *parts, temperature=settings.temperature, trunk=trunk, lower=lower
+        model, policy, *rows, temperature=settings.temperature, trunk=trunk, lower=lower
     )
     ref_logprobs, _, ref_hidden = response_logprobs(
-        model, ref, *parts, temperature=settings.temperature, trunk=trunk, lower=lower
+        model, ref, *rows, temperature=settings.temperature, trunk=trunk, lower=lower
     )
     exact_kl = None
     if settings.exact_kl:
@@ -177,9 +188,5 @@ def score_rollout(
             for params, x in ((policy, hidden), (ref, ref_hidden))
         )
         exact_kl = functional.token_kl(logits, ref_logits)
-    values = response_values(settings, value_model, state.params, parts, hidden=hidden, lower=lower)
-    logprobs, ref_logprobs, values = (
-        jnp.where(rollout.mask, x, 0.0) for x in (logprobs, ref_logprobs, values)
-    )
-    scored = ScoredRollout(*parts, logprobs, ref_logprobs, values, scores)
-    return scored, lower, entropy, exact_kl
+    values = response_values(settings, value_model, state.params, rows, hidden=hidden, lower=lower)
+    return lower, entropy, exact_kl, (logprobs, ref_logprobs, values)

@@ -1,6 +1,7 @@
 """PPO-ptx: texts that the policy is not to forget, mixed into its updates (InstructGPT)."""
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.functional import cross_entropy_loss
@@ -53,26 +54,38 @@ def with_ptx(
     metrics: dict[str, jax.Array],
     *,
     trunk: Params | None = None,
+    denominator: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss + ptx_coef * the loss of a minibatch's texts, metrics with `loss/ptx_avg`).
 
     Both are as they were where `ptx_coef` is 0. `params` are the whole policy's, or its trained
-    half above the frozen `trunk`.
+    half above the frozen `trunk`; the denominator is that of `text_loss`.
     """
     if not settings.ptx_coef or texts is None:
         return loss, metrics
-    ptx_loss = text_loss(model, params, texts, trunk=trunk)
+    ptx_loss = text_loss(model, params, texts, trunk=trunk, denominator=denominator)
     return loss + settings.ptx_coef * ptx_loss, {**metrics, "loss/ptx_avg": ptx_loss}
 
 
+def count_text_tokens(texts: TextBatch) -> jax.Array:
+    """f32[]: the tokens that `text_loss` is a mean over."""
+    return jnp.sum(texts.loss_mask[:, 1:], dtype=jnp.float32)
+
+
 def text_loss(
-    model: Model, params: Params, texts: TextBatch, *, trunk: Params | None = None
+    model: Model,
+    params: Params,
+    texts: TextBatch,
+    *,
+    trunk: Params | None = None,
+    denominator: jax.Array | None = None,
 ) -> jax.Array:
     """f32[]: cross entropy of the texts in nats, a mean over the tokens that their loss mask has.
 
         -E_{x ~ pretraining} [log pi(x)]
 
     At temperature 1 whatever responses are sampled at, and without dropout. 0 if no token counts.
+    With a denominator it is the sum over that, for a part of a larger batch.
 
     Ouyang et al., InstructGPT, eq. 2 (arXiv:2203.02155), where log pi(x) is that of a whole text
     and the mean one over texts; here each token counts the same, so that the coefficient does not
@@ -81,7 +94,9 @@ def text_loss(
     hidden = _text_hidden(model, params, texts, trunk)
     # A token is predicted from the state before it; the last state predicts nothing.
     logits = model.logits(whole_params(model, trunk, params), hidden[:, :-1])
-    loss, _ = cross_entropy_loss(logits, texts.tokens[:, 1:], texts.loss_mask[:, 1:])
+    loss, _ = cross_entropy_loss(
+        logits, texts.tokens[:, 1:], texts.loss_mask[:, 1:], denominator=denominator
+    )
     return loss
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.training.accumulate import check_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,11 @@ class Settings:
       batch_size: responses sampled in one iteration.
       num_ppo_epochs: passes over each iteration's responses.
       num_mini_batches: optimizer steps in each pass; divides `batch_size`.
+      gradient_accumulation_steps: parts that the rows of each optimizer step are run in, one after
+        another, to save memory; the step is that of all of them.
+      score_batch_size: responses that the passes between sampling and the updates, of policy,
+        reference, values and reward models, score at a time, to save memory; divides `batch_size`.
+        Null scores all at once.
       response_length: the longest response, in tokens.
       min_response_length: where given, each response's limit is drawn uniformly from it to
         `response_length`.
@@ -68,6 +74,8 @@ class Settings:
     batch_size: int = 128
     num_ppo_epochs: int = 4
     num_mini_batches: int = 4
+    gradient_accumulation_steps: int = 1
+    score_batch_size: int | None = None
     response_length: int = 32
     min_response_length: int | None = None
     stop_at_eos: bool = True
@@ -104,20 +112,11 @@ class Settings:
     def __post_init__(self) -> None:
         counts = ("total_episodes", "batch_size", "num_ppo_epochs", "num_mini_batches")
         above = ("target", "horizon", "temperature", "penalty_coef", "penalty_target")
-        optional = ("cliprange_reward", "max_approxkl", "ptx_batch_size")
+        optional = ("cliprange_reward", "max_approxkl", "ptx_batch_size", "score_batch_size")
         for name in (*counts, "response_length", *above, *optional):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise InputError(f"ppo.{name} must be above 0, but is {getattr(self, name)}.")
-        if self.batch_size % self.num_mini_batches:
-            raise InputError(
-                f"ppo.batch_size = {self.batch_size} is not divisible by ppo.num_mini_batches = "
-                f"{self.num_mini_batches}; change one of them."
-            )
-        if self.num_texts % self.num_mini_batches:
-            raise InputError(
-                f"ppo.ptx_batch_size = {self.num_texts} is not divisible by ppo.num_mini_batches = "
-                f"{self.num_mini_batches}; change one of them."
-            )
+        self._check_parts()
         shortest = self.min_response_length
         if shortest is not None and not 0 < shortest <= self.response_length:
             raise InputError(
@@ -127,6 +126,26 @@ class Settings:
         self._check_coefficients()
         self._check_ends()
         self._check_networks()
+
+    def _check_parts(self) -> None:
+        minibatches = self.num_mini_batches
+        for name, rows in (("batch_size", self.batch_size), ("ptx_batch_size", self.num_texts)):
+            if rows % minibatches:
+                raise InputError(
+                    f"ppo.{name} = {rows} is not divisible by ppo.num_mini_batches = "
+                    f"{minibatches}; change one of them."
+                )
+            check_steps(
+                "ppo",
+                rows // minibatches,
+                self.gradient_accumulation_steps,
+                name=f"{name} / ppo.num_mini_batches",
+            )
+        if self.batch_size % (self.score_batch_size or 1):
+            raise InputError(
+                f"ppo.batch_size = {self.batch_size} is not divisible by ppo.score_batch_size = "
+                f"{self.score_batch_size}; change one of them."
+            )
 
     def _check_coefficients(self) -> None:
         for field in dataclasses.fields(self):
@@ -182,6 +201,11 @@ class Settings:
     def num_texts(self) -> int:
         """Rows of texts that an iteration of PPO-ptx reads."""
         return self.batch_size if self.ptx_batch_size is None else self.ptx_batch_size
+
+    @property
+    def num_score_parts(self) -> int:
+        """Parts that an iteration's responses are scored in."""
+        return self.batch_size // (self.score_batch_size or self.batch_size)
 
     @property
     def num_iterations(self) -> int:

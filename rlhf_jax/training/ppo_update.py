@@ -9,10 +9,12 @@ import optax
 
 from rlhf_jax import functional
 from rlhf_jax.batches import ScoredRollout, TextBatch
+from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_hidden
+from rlhf_jax.training.accumulate import accumulated_gradients
 from rlhf_jax.training.ppo_passes import response_logits, response_values
-from rlhf_jax.training.ppo_ptx import text_minibatches, with_ptx
+from rlhf_jax.training.ppo_ptx import count_text_tokens, text_minibatches, with_ptx
 from rlhf_jax.training.ppo_settings import Settings
 from rlhf_jax.training.state import apply_gradients
 
@@ -80,9 +82,15 @@ def run_epochs(
     order = order.reshape(settings.num_ppo_epochs * minibatches, rows // minibatches)
     parts = (order, text_minibatches(settings, texts, key))
     loss = functools.partial(
-        _loss, model=model, settings=settings, value_model=value_model or model, trunk=trunk
+        _loss,
+        model=model,
+        settings=settings,
+        value_model=value_model or model,
+        trunk=trunk,
+        penalty_coef=penalty_coef,
     )
-    update = functools.partial(_update, loss, optimizer, experience, penalty_coef)
+    steps = settings.gradient_accumulation_steps
+    update = functools.partial(_update, loss, steps, optimizer, experience)
     if settings.max_approxkl is not None:
         return _update_until(update, settings.max_approxkl, (params, opt_state), parts)
     (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), parts)
@@ -127,32 +135,41 @@ def _no_update(take, carry, part):
     return carry, jnp.zeros((), bool), zeros
 
 
-def _update(loss, optimizer, experience, penalty_coef, carry, part):
+def _update(loss, steps, optimizer, experience, carry, part):
     """One update on the rows of some indices, and texts: ((params, opt_state), metrics)."""
     (params, opt_state), (indices, texts) = carry, part
     minibatch = jax.tree.map(lambda x: x[indices], experience)
-    grads, metrics = jax.grad(loss, has_aux=True)(params, minibatch, penalty_coef, texts)
+    grads, metrics = accumulated_gradients(loss, _count, params, (minibatch, texts), None, steps)
     params, opt_state, norm = apply_gradients(optimizer, params, opt_state, grads)
     return (params, opt_state), {**metrics, "train/grad_norm": norm}
 
 
-def _loss(params, minibatch, penalty_coef, texts, *, model, settings, value_model, trunk):
+def _count(batch):
+    """(f32[] tokens of responses, f32[] tokens of texts) that the losses are means over."""
+    minibatch, texts = batch
+    tokens = jnp.sum(minibatch.rollout.mask, dtype=jnp.float32)
+    return tokens, None if texts is None else count_text_tokens(texts)
+
+
+def _loss(params, batch, key, denominators, *, model, settings, value_model, trunk, penalty_coef):
     """Policy loss + vf_coef * value loss - entropy_coef * entropy + ptx_coef * texts; metrics."""
+    del key
+    (minibatch, texts), (count, text_count) = batch, denominators or (None, None)
     rollout = minibatch.rollout
     parts = (rollout.prompts, rollout.prompt_mask, rollout.tokens, rollout.mask)
     hidden = response_hidden(model, params["model"], *parts, lower=minibatch.lower)
     logits = response_logits(
         model, params["model"], hidden, temperature=settings.temperature, trunk=trunk
     )
-    policy_loss, policy_metrics = _policy_loss(
-        settings, functional.token_logprobs(logits, rollout.tokens), minibatch, penalty_coef
-    )
+    logprobs = functional.token_logprobs(logits, rollout.tokens)
+    policy_loss, policy_metrics = _policy_loss(settings, logprobs, minibatch, penalty_coef, count)
     value_loss, value = functional.ppo_value_loss(
         response_values(settings, value_model, params, parts, hidden=hidden, lower=minibatch.lower),
         rollout.values,
         minibatch.returns,
         rollout.mask,
         clip_range=settings.cliprange_value,
+        denominator=count,
     )
     loss = policy_loss + settings.vf_coef * value_loss
     metrics = {
@@ -162,18 +179,23 @@ def _loss(params, minibatch, penalty_coef, texts, *, model, settings, value_mode
         "val/clipfrac_avg": value["clipfrac"],
     }
     if settings.entropy_coef:
-        entropy_loss = -functional.masked_mean(functional.token_entropy(logits), rollout.mask)
+        entropy_loss = -batch_mean(functional.token_entropy(logits), rollout.mask, count)
         loss += settings.entropy_coef * entropy_loss
         metrics["loss/entropy_avg"] = entropy_loss
-    return with_ptx(settings, model, params["model"], texts, loss, metrics, trunk=trunk)
+    policy = params["model"]
+    return with_ptx(
+        settings, model, policy, texts, loss, metrics, trunk=trunk, denominator=text_count
+    )
 
 
-def _policy_loss(settings, logprobs, minibatch, penalty_coef):
+def _policy_loss(settings, logprobs, minibatch, penalty_coef, count):
     """(loss, metrics) of the surrogate that the settings name."""
     rollout = minibatch.rollout
     arrays = (logprobs, rollout.logprobs, minibatch.advantages, rollout.mask)
     if settings.surrogate == "clip":
-        loss, policy = functional.ppo_policy_loss(*arrays, clip_range=settings.cliprange)
+        loss, policy = functional.ppo_policy_loss(
+            *arrays, clip_range=settings.cliprange, denominator=count
+        )
         return loss, {
             "policy/approxkl_avg": policy["approxkl"],
             "policy/clipfrac_avg": policy["clipfrac"],
@@ -181,9 +203,11 @@ def _policy_loss(settings, logprobs, minibatch, penalty_coef):
         }
     if penalty_coef is None:
         raise ValueError("the state holds no penalty_coef: make it with the same settings.")
-    loss, policy = functional.kl_penalty_policy_loss(*arrays, kl_coef=penalty_coef)
+    loss, policy = functional.kl_penalty_policy_loss(
+        *arrays, kl_coef=penalty_coef, denominator=count
+    )
     halved_squares = functional.kl_estimate(logprobs, rollout.logprobs, "k2")
     return loss, {
-        "policy/approxkl_avg": functional.masked_mean(halved_squares, rollout.mask),
+        "policy/approxkl_avg": batch_mean(halved_squares, rollout.mask, count),
         "val/ratio": policy["ratio"],
     }
