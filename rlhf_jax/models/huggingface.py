@@ -6,57 +6,37 @@ index). Language models are in the format of `GPT2LMHeadModel`, reward models in
 written, whatever type they were stored in: they are the master copy that an optimizer updates.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import pathlib
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.gpt2_tensors import param_shapes, slots_of
 from rlhf_jax.models.interface import Params
+from rlhf_jax.models.reading import INDEX, WEIGHTS, find_tensors, read_json, read_params
+from rlhf_jax.models.writing import (
+    brought_tensors,
+    files_of,
+    write_json,
+    write_on_first_host,
+    write_weights,
+)
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
-
-# Tensor name (without its `transformer.`) -> path in the parameters. Hugging Face's Conv1D kernels
-# are [in, out] as ours, so nothing is transposed.
-_TOP: dict[str, tuple[str, ...]] = {
-    "wte.weight": ("wte", "embedding"),
-    "wpe.weight": ("wpe", "embedding"),
-    "ln_f.weight": ("ln_f", "scale"),
-    "ln_f.bias": ("ln_f", "bias"),
-}
-_LAYER: dict[str, tuple[str, ...]] = {
-    "ln_1.weight": ("ln_1", "scale"),
-    "ln_1.bias": ("ln_1", "bias"),
-    "attn.c_attn.weight": ("attn", "c_attn", "kernel"),
-    "attn.c_attn.bias": ("attn", "c_attn", "bias"),
-    "attn.c_proj.weight": ("attn", "c_proj", "kernel"),
-    "attn.c_proj.bias": ("attn", "c_proj", "bias"),
-    "ln_2.weight": ("ln_2", "scale"),
-    "ln_2.bias": ("ln_2", "bias"),
-    "mlp.c_fc.weight": ("mlp", "c_fc", "kernel"),
-    "mlp.c_fc.bias": ("mlp", "c_fc", "bias"),
-    "mlp.c_proj.weight": ("mlp", "c_proj", "kernel"),
-    "mlp.c_proj.bias": ("mlp", "c_proj", "bias"),
-}
-_SCORE = "score.weight"
-_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# From a tree of `jax.ShapeDtypeStruct` to the tree of where these arrays are to be.
+Place = Callable[[Any], Any]
 
 # Variants of GPT-2 that `models/gpt2.py` does not compute: each key may be absent or as here.
 _FIXED = {
@@ -69,25 +49,23 @@ _FIXED = {
 _GPT2_EOS = 50256  # what transformers takes for BOS and EOS where a GPT-2 configuration is silent
 
 
-class _Slot(NamedTuple):
-    """Where a tensor belongs: a leaf of {"model": ..., "head": ...}, one layer of it or all."""
-
-    path: tuple[str, ...]
-    layer: int | None
-    shape: tuple[int, ...]
-
-
 def load_pretrained(
-    folder_or_hub_name: str | pathlib.Path, *, dtype: DTypeLike = jnp.float32
+    folder_or_hub_name: str | pathlib.Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
 ) -> tuple[GPT2, Params]:
     """A GPT-2 language model and its parameters.
 
     Args:
       folder_or_hub_name: a local folder, or a name on the hub such as "openai-community/gpt2".
       dtype: what the model computes in; the parameters are float32 in any case.
+      place: from a tree of `jax.ShapeDtypeStruct` to a tree of shardings, where the parameters are
+        to be; by default on the default device. Each host reads what its devices are to hold, a
+        part of one array at a time, and never has the model whole.
 
     Returns:
-      (model, params), params on the default device, the vocabulary padded as in `models/gpt2.py`.
+      (model, params), the vocabulary padded as in `models/gpt2.py`.
 
     Raises:
       InputError: the folder cannot be found, read, or represented.
@@ -100,7 +78,7 @@ def load_pretrained(
     >>> same_model == model, bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, same_params)))
     (True, True)
     """
-    model, params = _load(folder_or_hub_name, dtype, with_head=False)
+    model, params = _load(folder_or_hub_name, dtype, place, with_head=False)
     return model, params["model"]
 
 
@@ -109,6 +87,7 @@ def load_reward_model(
     *,
     dtype: DTypeLike = jnp.float32,
     label: int | None = None,
+    place: Place | None = None,
 ) -> tuple[GPT2, Params]:
     """A reward model: a GPT-2 and a linear head on the last real token.
 
@@ -116,6 +95,7 @@ def load_reward_model(
       folder_or_hub_name: a folder or hub name of a `GPT2ForSequenceClassification`.
       dtype: what the model computes in; the parameters are float32 in any case.
       label: whose logit is the score, from 0; None where there is one label only.
+      place: as in `load_pretrained`, of the tree that is returned.
 
     Returns:
       (model, {"model": GPT-2 parameters, "head": {"kernel": f32[D]}}).
@@ -124,8 +104,32 @@ def load_reward_model(
       InputError: the folder cannot be found, read, or represented, has more labels than one
         without saying which is meant, or not the one that is meant.
     """
-    model, params = _load(folder_or_hub_name, dtype, with_head=True, label=label)
-    return model, {"model": params["model"], "head": {"kernel": params["head"]["kernel"][0]}}
+    return _load(folder_or_hub_name, dtype, place, with_head=True, label=label)
+
+
+def check_pretrained(
+    folder_or_hub_name: str | pathlib.Path, *, dtype: DTypeLike = jnp.float32
+) -> GPT2:
+    """The model that `load_pretrained` gives, without its parameters.
+
+    Raises:
+      InputError: as there.
+    """
+    return _check(folder_or_hub_name, dtype, with_head=False)
+
+
+def check_reward_model(
+    folder_or_hub_name: str | pathlib.Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    label: int | None = None,
+) -> GPT2:
+    """The model that `load_reward_model` gives, without its parameters.
+
+    Raises:
+      InputError: as there.
+    """
+    return _check(folder_or_hub_name, dtype, with_head=True, label=label)
 
 
 def save_pretrained(
@@ -136,10 +140,12 @@ def save_pretrained(
     All files are written under temporary names first, so that a save that is cut short leaves no
     half file behind; weights that an earlier save left there are replaced.
 
+    The parameters may be spread over devices and hosts: one tensor at a time is brought to the
+    first host, which alone writes. All hosts have to call this.
+
     Args:
-      folder: a local folder; made if need be.
-      model, params: as from `load_pretrained`; the rows that pad the vocabulary are cut off. The
-        parameters have to be addressable by this process.
+      folder: a local folder of the first host; made if need be.
+      model, params: as from `load_pretrained`; the rows that pad the vocabulary are cut off.
       tokenizer: anything with `save_pretrained(folder)`.
 
     Raises:
@@ -147,14 +153,13 @@ def save_pretrained(
       OSError: the folder cannot be written.
     """
     _check_params(model, params)
-    tree = {"model": jax.device_get(params)}
     config = _config_json(model.config, "GPT2LMHeadModel")
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ids = {name: value for name, value in ids.items() if value is not None}
     texts = {"config.json": config}
     if ids:
         texts["generation_config.json"] = {"_from_model_config": True, **ids}
-    _save(folder, tree, _slots(model, with_head=False), texts, tokenizer)
+    _save(folder, model, model, {"model": params}, texts, tokenizer)
 
 
 def save_reward_model(
@@ -168,8 +173,10 @@ def save_reward_model(
     and `vocab_size` grows by one. The tokenizer is written with that pad token, padding on the
     right (transformers does not shift the positions of this model under left padding).
 
+    As in `save_pretrained` one tensor at a time is brought to the first host.
+
     Args:
-      folder: a local folder; made if need be.
+      folder: a local folder of the first host; made if need be.
       model: the GPT-2 under the head.
       params: {"model": GPT-2 parameters, "head": {"kernel": [D]}}.
       tokenizer: a transformers tokenizer, which is not changed.
@@ -183,34 +190,43 @@ def save_reward_model(
     if set(params["head"]) != {"kernel"}:
         raise ValueError(f"a reward head is {{'kernel': [D]}}, but has {sorted(params['head'])}.")
     config, tokenizer = _with_pad_token(model.config, tokenizer)
-    tree = jax.device_get({"model": params["model"], "head": params["head"]})
-    tree["head"] = {"kernel": tree["head"]["kernel"][None]}
-    rows = tree["model"]["wte"]["embedding"][: model.config.vocab_size]
-    rows = np.pad(rows, ((0, config.vocab_size - model.config.vocab_size), (0, 0)))
-    tree["model"] = {**tree["model"], "wte": {"embedding": rows}}
-    slots = _slots(GPT2(config), with_head=True)
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     texts = {"config.json": {**_config_json(config, "GPT2ForSequenceClassification"), **labels}}
-    _save(folder, tree, slots, texts, tokenizer)
+    _save(folder, model, GPT2(config), params, texts, tokenizer)
 
 
 # Reading
 
 
-def _load(name, dtype, *, with_head, label=None) -> tuple[GPT2, Params]:
-    """The model, and {"model": ..., "head": {"kernel": [1, D]}} (the head only `with_head`)."""
+def _load(name, dtype, place, *, with_head, label=None) -> tuple[GPT2, Params]:
+    """The model, and {"model": ..., "head": {"kernel": [D]}} (the head only `with_head`)."""
+    folder, model = _open(name, dtype)
+    shapes = {"model": param_shapes(model)}
+    if with_head:
+        shapes["head"] = {"kernel": jax.ShapeDtypeStruct((model.config.n_embd,), jnp.float32)}
+    # A language model is placed by itself, as it is returned.
+    whole = shapes if with_head else shapes["model"]
+    places = None if place is None else place(whole)
+    if places is not None and not with_head:
+        places = {"model": places}
+    return model, read_params(folder, slots_of(model, with_head=with_head), shapes, places, label)
+
+
+def _check(name, dtype, *, with_head, label=None) -> GPT2:
+    """The model, if all tensors are there."""
+    folder, model = _open(name, dtype)
+    with contextlib.ExitStack() as files:
+        find_tensors(folder, slots_of(model, with_head=with_head), label, files)
+    return model
+
+
+def _open(name, dtype) -> tuple[pathlib.Path, GPT2]:
+    """The local folder, and the model that its config.json describes."""
     dtype = jnp.dtype(dtype).name
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = _find_folder(name)
-    model = GPT2(_read_config(folder / "config.json"), dtype=dtype)
-    shapes = {"model": _shapes(model)}
-    if with_head:
-        shapes["head"] = {"kernel": jax.ShapeDtypeStruct((1, model.config.n_embd), jnp.float32)}
-    tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-    _read_tensors(folder, tree, _slots(model, with_head=with_head), label)
-    # A copy, because JAX on a CPU would otherwise keep NumPy's memory and could not donate it.
-    return model, jax.tree.map(jnp.array, tree)
+    return folder, GPT2(_read_config(folder / "config.json"), dtype=dtype)
 
 
 def _find_folder(name: str | pathlib.Path) -> pathlib.Path:
@@ -243,20 +259,8 @@ def _download(name: str) -> pathlib.Path:
         ) from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path.parent} holds no {path.name}; give the folder of a saved model.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); save or download it again.") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a JSON object; save or download it again.")
-    return data
-
-
 def _read_config(path: pathlib.Path) -> GPT2Config:
-    data = _read_json(path)
+    data = read_json(path)
     for key, allowed in {"model_type": "gpt2", **_FIXED}.items():
         given = data.get(key, allowed if key in _FIXED else None)
         if given != allowed:
@@ -288,132 +292,23 @@ def _typed(path: pathlib.Path, field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{folder / INDEX} has no weight_map; save or download it again.")
-        files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
-        for file in files:
-            if not file.is_file():
-                raise InputError(
-                    f"{folder} lacks {file.name}, which its {INDEX} names; download it again."
-                )
-        return files
-    if any(folder.glob("pytorch_model*.bin")):
-        raise InputError(
-            f"{folder} holds its weights as pytorch_model.bin only, which needs PyTorch to be "
-            "read; convert it where torch and transformers are installed: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
-        )
-    raise InputError(
-        f"{folder} holds neither {WEIGHTS} nor {INDEX}; save the model as safetensors."
-    )
-
-
-def _read_tensors(
-    folder: pathlib.Path, tree: Params, slots: dict[str, _Slot], label: int | None
-) -> None:
-    """Fills the preallocated `tree`, one tensor at a time, and sees that each one came once."""
-    missing, lm_head = set(slots), None
-    for file in _weight_files(folder):
-        for name, tensor in _tensors(file, slots, label):
-            if name == "lm_head.weight":
-                lm_head = tensor
-                continue
-            if name not in missing:
-                raise InputError(f"{folder} holds the tensor {name!r} twice; save it again.")
-            missing.remove(name)
-            _view(tree, slots[name])[...] = tensor
-    if _SCORE in missing:
-        raise InputError(
-            f"{folder} has no tensor {_SCORE!r}, so it is no reward model; "
-            "train one, or load it as a language model."
-        )
-    if missing:
-        raise InputError(
-            f"{folder} lacks the tensor {min(missing)!r} ({len(missing)} missing in all) of the "
-            "model that its config.json describes; save or download it again."
-        )
-    if lm_head is not None and not np.array_equal(lm_head, _view(tree, slots["wte.weight"])):
-        raise InputError(
-            f"{folder}: the tensor 'lm_head.weight' differs from 'wte.weight', "
-            "but only tied embeddings are supported; choose another model."
-        )
-
-
-def _tensors(
-    file: pathlib.Path, slots: dict[str, _Slot], label: int | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(name without `transformer.`, tensor as stored) of one file, names and shapes checked.
-
-    Of a head with several labels there comes the row of this one.
-    """
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, the file is no mapping
-                short = name.removeprefix("transformer.")
-                if short.endswith(_BUFFERS):
-                    continue
-                head = tensors.get_slice(name)
-                shape = tuple(head.get_shape())
-                if short == _SCORE and label is not None and short in slots:
-                    shape = _shape_of_label(file, name, shape, label)
-                _check_tensor(file, name, shape, head.get_dtype(), slots)
-                tensor = tensors.get_tensor(name)
-                if label is not None and shape != tensor.shape:
-                    tensor = tensor[label : label + 1]
-                yield short, tensor
-    except SafetensorError as error:
-        raise InputError(f"{file} cannot be read ({error}); save or download it again.") from error
-
-
-def _shape_of_label(file, name, shape, label) -> tuple[int, ...]:
-    """The shape of one row of a head with several labels."""
-    if not shape or label >= shape[0]:
-        raise InputError(
-            f"{file}: the tensor {name!r} has shape {list(shape)}, so there is no label {label}; "
-            "the first one is 0."
-        )
-    return (1, *shape[1:])
-
-
-def _check_tensor(file, name, shape, dtype, slots) -> None:
-    short = name.removeprefix("transformer.")
-    slot = slots.get("wte.weight" if short == "lm_head.weight" else short)
-    if slot is None and short == _SCORE:
-        raise InputError(
-            f"{file} is a reward model, for it holds {name!r}: load it with load_reward_model."
-        )
-    if slot is None:
-        raise InputError(
-            f"{file}: the tensor {name!r} {list(shape)} is no part of the GPT-2 that config.json "
-            "describes; check n_layer, or choose another model."
-        )
-    if short == _SCORE and shape[:1] != (1,):
-        raise InputError(
-            f"{file}: the tensor {name!r} has shape {list(shape)}, but a reward model has one "
-            f"label, {list(slot.shape)}; of a classifier choose the label that is the score "
-            "(`label` of a source in `rewards`)."
-        )
-    if shape != slot.shape:
-        raise InputError(
-            f"{file}: the tensor {name!r} has shape {list(shape)}, "
-            f"but config.json asks for {list(slot.shape)}."
-        )
-    if dtype not in _FLOATS:
-        raise InputError(
-            f"{file}: the tensor {name!r} is stored as {dtype}, but only {', '.join(_FLOATS)} can "
-            "be read; save the model unquantized."
-        )
-
-
 # Writing
 
 
-def _save(folder, tree, slots, texts, tokenizer) -> None:
+def _save(folder, model, written, params, texts, tokenizer) -> None:
+    """Brings the parameters of `model`, and writes them as those of `written`, on the first host.
+
+    The two differ at most in their vocabulary.
+    """
+    slots = slots_of(written, with_head="head" in params)
+    files = files_of(slots)
+    names = [name for part in files.values() for name in part]
+    tensors = brought_tensors(params, slots, names, model.config.vocab_size)
+    write = functools.partial(_write_folder, folder, slots, files, texts, tokenizer)
+    write_on_first_host(write, tensors, str(folder))
+
+
+def _write_folder(folder, slots, files, texts, tokenizer, tensors) -> None:
     """Writes the JSON `texts`, the tokenizer and the weights, and moves them into place."""
     if "://" in str(folder):
         raise InputError(f"Models are saved to local folders, but {folder} is an address.")
@@ -424,8 +319,8 @@ def _save(folder, tree, slots, texts, tokenizer) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         for file, data in texts.items():
-            _write_json(temporary / file, data)
-        _write_weights(temporary, tree, slots)
+            write_json(temporary / file, data)
+        write_weights(temporary, slots, files, tensors)
         _publish(temporary, folder)
 
 
@@ -439,40 +334,6 @@ def _config_json(config: GPT2Config, architecture: str) -> dict[str, Any]:
         "torch_dtype": "float32",  # and transformers 4 this one
         "use_cache": True,
     }
-
-
-def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_weights(folder: pathlib.Path, tree: Params, slots: dict[str, _Slot]) -> None:
-    """One file, or several of at most `MAX_SHARD_BYTES` and their index."""
-    shards: list[list[str]] = [[]]
-    sizes = {name: 4 * int(np.prod(slot.shape)) for name, slot in slots.items()}
-    room = MAX_SHARD_BYTES
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = MAX_SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    files = [WEIGHTS]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        weight_map = {_full_name(n): file for file, names in zip(files, shards) for n in names}
-        metadata = {"total_size": sum(sizes.values())}
-        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    for file, names in zip(files, shards):
-        tensors = {
-            _full_name(n): np.ascontiguousarray(_view(tree, slots[n]), dtype=np.float32)
-            for n in names
-        }
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(f"{file} could not be written: {error}") from error
-        # safetensors lets nobody but the owner read its files, whatever the umask says.
-        shutil.copymode(folder / "config.json", folder / file)
 
 
 def _publish(temporary: pathlib.Path, folder: pathlib.Path) -> None:
@@ -518,7 +379,7 @@ def _with_pad_token(config: GPT2Config, tokenizer: Any) -> tuple[GPT2Config, Any
 
 
 def _check_params(model: GPT2, params: Params) -> None:
-    expected = _shapes_by_path(_shapes(model))
+    expected = _shapes_by_path(param_shapes(model))
     given = _shapes_by_path(params)
     for path in sorted(expected.keys() | given.keys()):
         if expected.get(path) != given.get(path):
@@ -530,47 +391,3 @@ def _check_params(model: GPT2, params: Params) -> None:
 def _shapes_by_path(params: Params) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree.leaves_with_path(params)
     return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
-
-
-# Both ways
-
-
-def _slots(model: GPT2, *, with_head: bool) -> dict[str, _Slot]:
-    """Every tensor of the folder by its name without `transformer.`, in the order written."""
-    config = model.config
-    params, width = _shapes(model), config.n_embd
-    slots: dict[str, _Slot] = {}
-    for name, path in _TOP.items():
-        slots[name] = _Slot(("model", *path), None, _leaf(params, path).shape)
-    slots["wte.weight"] = slots["wte.weight"]._replace(shape=(config.vocab_size, width))
-    for layer in range(config.n_layer):
-        for name, path in _LAYER.items():
-            shape = _leaf(params["layers"], path).shape[1:]
-            if path[1] == "c_attn":  # [D, 3, D] and [3, D] here
-                shape = (*shape[:-2], 3 * width)
-            slots[f"h.{layer}.{name}"] = _Slot(("model", "layers", *path), layer, shape)
-    if with_head:
-        slots[_SCORE] = _Slot(("head", "kernel"), None, (1, width))
-    return slots
-
-
-@functools.cache
-def _shapes(model: GPT2) -> Params:
-    """Shapes and dtypes of the parameters; traced once for each model, and only to be read."""
-    return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def _leaf(tree: Params, path: tuple[str, ...]) -> Any:
-    return functools.reduce(lambda node, key: node[key], path, tree)
-
-
-def _view(tree: Params, slot: _Slot) -> np.ndarray:
-    """The part of the NumPy tree that is this tensor: without the rows that pad the vocabulary."""
-    leaf = _leaf(tree, slot.path)
-    if slot.layer is None:
-        return leaf[: slot.shape[0]]
-    return leaf[slot.layer].reshape(slot.shape)
-
-
-def _full_name(name: str) -> str:
-    return name if name == _SCORE else f"transformer.{name}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -21,8 +23,9 @@ from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from rlhf_jax.models.huggingface import check_reward_model, load_pretrained, load_reward_model
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel.hosts import is_first
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.runtime.config import ModelSettings
 
@@ -55,9 +58,15 @@ def choose_tokenizer(
 
 
 def load_model(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, key: jax.Array
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    key: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[GPT2, Params]:
     """The language model at `model.path`, or a fresh one for the tokenizer's vocabulary.
+
+    Args:
+      mesh: where each parameter is born in its place; by default all are on one device.
 
     Raises:
       InputError: the folder cannot be read, or the tokenizer has ids that the model lacks.
@@ -65,9 +74,9 @@ def load_model(
     dtype = compute_dtype(settings.dtype)
     if settings.path is not None:
         with local_folder(settings.path) as folder:
-            model, params = load_pretrained(folder, dtype=dtype)
+            model, params = load_pretrained(folder, dtype=dtype, place=_place(mesh))
         check_vocabulary(model, tokenizer, settings.path)
-        return model, params
+        return dataclasses.replace(model, remat=settings.remat), params
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=settings.n_positions,
@@ -81,19 +90,24 @@ def load_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = GPT2(config, dtype)
+    model = GPT2(config, dtype, settings.remat)
+    if mesh is not None:
+        return model, born_sharded(mesh, model.init, key)
     return model, jax.jit(model.init)(key)
 
 
 def load_scorer(
-    path: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerFast
+    path: str,
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    mesh: Mesh | None = None,
 ) -> tuple[GPT2, Params]:
-    """The reward model at a path, to score tokens of this tokenizer.
+    """The reward model at a path, to score tokens of this tokenizer; its place is the mesh.
 
     Raises:
       InputError: the folder cannot be read, or its tokenizer is another one.
     """
-    model, params, theirs = load_reward(path, settings)
+    model, params, theirs = load_reward(path, settings, mesh=mesh)
     check_vocabulary(model, tokenizer, path)
     if not shares_tokens(tokenizer, theirs):
         raise InputError(
@@ -104,16 +118,32 @@ def load_scorer(
 
 
 def load_reward(
-    path: str, settings: ModelSettings, label: int | None = None
+    path: str, settings: ModelSettings, label: int | None = None, mesh: Mesh | None = None
 ) -> tuple[GPT2, Params, PreTrainedTokenizerFast]:
-    """The reward model at a path, and its own tokenizer.
+    """The reward model at a path, in its place on the mesh, and its own tokenizer.
 
     Raises:
       InputError: the folder cannot be read.
     """
     with local_folder(path) as folder:
         dtype = compute_dtype(settings.dtype)
-        return *load_reward_model(folder, dtype=dtype, label=label), load_tokenizer(folder)
+        model, params = load_reward_model(folder, dtype=dtype, label=label, place=_place(mesh))
+        model = dataclasses.replace(model, remat=settings.remat)
+        return model, params, load_tokenizer(folder)
+
+
+def check_reward(
+    path: str, settings: ModelSettings, label: int | None = None
+) -> tuple[GPT2, PreTrainedTokenizerFast]:
+    """As `load_reward`, without the parameters."""
+    with local_folder(path) as folder:
+        dtype = compute_dtype(settings.dtype)
+        return check_reward_model(folder, dtype=dtype, label=label), load_tokenizer(folder)
+
+
+def _place(mesh: Mesh | None) -> Callable[[Any], Any] | None:
+    """Where parameters are to be read to."""
+    return None if mesh is None else functools.partial(tree_shardings, mesh)
 
 
 def shares_tokens(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast) -> bool:
@@ -333,10 +363,10 @@ def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
     """Calls save(folder, *args) for `hf/` of a run folder.
 
     safetensors writes to local files alone, so for an address such as gs:// the files are made in a
-    temporary folder and copied.
+    temporary folder and copied. All hosts have to call this; the first one writes.
     """
     target = epath.Path(run_dir) / "hf"
-    if "://" not in str(run_dir):
+    if "://" not in str(run_dir) or not is_first():
         save(str(target), *args)
         return
     with tempfile.TemporaryDirectory() as folder:

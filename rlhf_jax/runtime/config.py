@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.remat import Remat, check_remat
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.metrics import Settings as LoggingSettings
@@ -47,6 +48,9 @@ class ModelSettings:
       n_layer, n_head, n_embd, n_positions: of a fresh model.
       dropout: of a fresh model, in supervised fine-tuning alone.
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
+      remat: what the backward pass of training computes again instead of keeping it, to save
+        memory: "none"; "full", all of each layer but its input; "dots", all but the products with
+        parameters.
     """
 
     path: str | None = None
@@ -59,8 +63,10 @@ class ModelSettings:
     n_positions: int = 256
     dropout: float = 0.1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
+        check_remat("model.remat", self.remat)
         if not 0 <= self.dropout < 1:
             raise InputError(
                 f"model.dropout must be at least 0 and below 1, but is {self.dropout}."

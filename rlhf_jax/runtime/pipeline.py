@@ -10,7 +10,7 @@ from etils import epath
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.huggingface import load_pretrained
+from rlhf_jax.models.huggingface import check_pretrained
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime import assemble, judging, loop, ppo, reward
 from rlhf_jax.runtime.config import (
@@ -76,7 +76,7 @@ def _check_ahead(config: RLHFConfig) -> None:
             )
         )
     else:
-        model, _ = load_pretrained(config.model.path)
+        model = check_pretrained(config.model.path)
     mesh = make_mesh(config.mesh)
     for name in (config.evaluation.gold_fn, config.evaluation.judge_fn):
         if name is not None:
@@ -111,7 +111,7 @@ def _check_rewards_ahead(config: RLHFConfig, model: GPT2) -> None:
         if path == trained:
             ppo.check_scorer(of_ppo, model)
         elif path is not None:
-            scorer, _, theirs = assemble.load_reward(path, config.model, label)
+            scorer, theirs = assemble.check_reward(path, config.model, label)
             if assemble.shares_tokens(first_tokenizer(sft_config(config)), theirs):
                 ppo.check_scorer(of_ppo, scorer)
 

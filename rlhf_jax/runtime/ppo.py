@@ -94,13 +94,22 @@ def check_sizes(config: PPOConfig, model: GPT2, mesh: Mesh) -> None:
         "data.max_prompt_length + ppo.response_length",
     )
     check_heads(mesh, model.config.n_head)
-    rows_a_step = config.ppo.batch_size // config.ppo.num_mini_batches
-    check_batch_size(mesh, "ppo.batch_size / ppo.num_mini_batches", rows_a_step)
+    _check_parts(mesh, config.ppo, "batch_size", config.ppo.batch_size)
+    if config.ppo.score_batch_size is not None:
+        check_batch_size(mesh, "ppo.score_batch_size", config.ppo.score_batch_size)
     check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)
     if config.ppo.ptx_coef:
         assemble.check_positions(model, config.ptx.max_length, "ptx.max_length")
-        rows_a_step = config.ppo.num_texts // config.ppo.num_mini_batches
-        check_batch_size(mesh, "ppo.ptx_batch_size / ppo.num_mini_batches", rows_a_step)
+        _check_parts(mesh, config.ppo, "ptx_batch_size", config.ppo.num_texts)
+
+
+def _check_parts(mesh: Mesh, settings: ppo.Settings, name: str, rows: int) -> None:
+    """Raises an InputError if the rows of an update, or of a part of it, miss the mesh."""
+    steps = settings.gradient_accumulation_steps
+    name = f"ppo.{name} / ppo.num_mini_batches"
+    if steps > 1:
+        name = f"{name} / ppo.gradient_accumulation_steps"
+    check_batch_size(mesh, name, rows // settings.num_mini_batches // steps)
 
 
 def check_scorer(config: PPOConfig, scorer: Model) -> None:
@@ -190,8 +199,10 @@ class PPOStage:
         self.tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
         self.settings = step_settings(config, self.tokenizer)
         init_key, self.key, self.eval_key = assemble.stage_keys(config.seed, "ppo", 3)
-        self.model, self.params = assemble.load_model(config.model, self.tokenizer, init_key)
         self.mesh = make_mesh(config.mesh)
+        self.model, self.params = assemble.load_model(
+            config.model, self.tokenizer, init_key, self.mesh
+        )
         check_sizes(config, self.model, self.mesh)
         for function in (*(each.function for each in self.sources), self.gold_fn):
             if function is not None:
@@ -244,7 +255,7 @@ class PPOStage:
         if path is None:
             return
         self.value_model, self.value_params, theirs = assemble.load_reward(
-            path, config.model, value_label(config)
+            path, config.model, value_label(config), self.mesh
         )
         assemble.check_vocabulary(self.value_model, self.tokenizer, path)
         if not assemble.shares_tokens(self.tokenizer, theirs):
@@ -385,7 +396,8 @@ class PPOStage:
         given = Responses(
             self.tokenizer, batch.prompts, batch.prompt_mask, candidates, columns, batch.indices
         )
-        return self.rewards(state.frozen.get("reward", ()), given, self.config.ppo.batch_size)
+        at_once = self.config.ppo.score_batch_size or self.config.ppo.batch_size
+        return self.rewards(state.frozen.get("reward", ()), given, at_once)
 
     def observe(self, output):
         """The gold score of the sampled responses, where there is one."""
@@ -449,8 +461,7 @@ class PPOStage:
 
     def finish(self, state):
         """Writes `hf/` and, where there are held-out prompts, `evaluation.json`."""
-        policy = jax.device_get(ppo.policy_params(self.model, state))
-        parts = (self.model, policy, self.tokenizer)
+        parts = (self.model, ppo.policy_params(self.model, state), self.tokenizer)
         assemble.export(self.config.run_dir, save_pretrained, *parts)
         if self.held_out is not None:
             count = self.config.evaluation.num_samples

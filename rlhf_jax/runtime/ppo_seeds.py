@@ -127,7 +127,7 @@ class SeedsStage(PPOStage):
         `evaluation.json` with the means of all and samples of the first.
         """
         for place, seed in enumerate(self.seeds):
-            params = jax.device_get(policy_params(self.model, _run_of(state, place)))
+            params = policy_params(self.model, _run_of(state, place))
             folder = f"{self.config.run_dir}/seed_{seed}" if place else self.config.run_dir
             assemble.export(folder, save_pretrained, self.model, params, self.tokenizer)
         if self.held_out is None:

@@ -86,8 +86,11 @@ class RewardStage(SupervisedStage):
             config.tokenizer, config.model.path, lambda: (text_of(row) for row in train)
         )
         trunk_key, self.init_key, self.key = assemble.stage_keys(config.seed, "reward", 3)
-        self.model, self.params = assemble.load_model(config.model, self.tokenizer, trunk_key)
-        check_sizes(config, self.model, make_mesh(config.mesh))
+        self.mesh = make_mesh(config.mesh)
+        self.model, self.params = assemble.load_model(
+            config.model, self.tokenizer, trunk_key, self.mesh
+        )
+        check_sizes(config, self.model, self.mesh)
         encode = ranking_rows if kind == "rankings" else pair_rows
         rows = encode(train, self.tokenizer, data)
         self.batches = Batches(
@@ -163,5 +166,5 @@ class RewardStage(SupervisedStage):
             )
             # The table is for a terminal: on the page of the run the charts say the same.
             save_evaluation(self.config.run_dir, {**pair_evaluation(pairs), "table": []})
-        parts = (self.model, jax.device_get(self.whole(state)), self.tokenizer)
+        parts = (self.model, self.whole(state), self.tokenizer)
         assemble.export(self.config.run_dir, save_reward_model, *parts)

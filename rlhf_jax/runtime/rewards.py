@@ -290,7 +290,7 @@ def load_rewards(
     Args:
       found: the sources, at least one.
       tokenizer: the policy's.
-      mesh: where the reward models are to run; by default on one device.
+      mesh: where the reward models are and run; by default on one device.
 
     Raises:
       InputError: a reward model or its tokenizer cannot be read.
@@ -302,7 +302,7 @@ def load_rewards(
             scorers.append(FunctionScores(each.function))
             continue
         path = each.source.path or ""
-        model, tree, theirs = assemble.load_reward(path, settings, each.source.label)
+        model, tree, theirs = assemble.load_reward(path, settings, each.source.label, mesh)
         shares = assemble.shares_tokens(tokenizer, theirs)
         assemble.check_vocabulary(model, tokenizer if shares else theirs, path)
         shardings = None if mesh is None else (tree_shardings(mesh, tree), batch_sharding(mesh))

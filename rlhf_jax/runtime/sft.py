@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import Batches
@@ -74,8 +73,11 @@ class SFTStage(SupervisedStage):
         train, held_out = load_rows(config.data, "text")
         self.tokenizer = first_tokenizer(config, train)
         self.init_key, self.key, self.sample_key = assemble.stage_keys(config.seed, "sft", 3)
-        self.model, self.params = assemble.load_model(config.model, self.tokenizer, self.init_key)
-        check_sizes(config, self.model, make_mesh(config.mesh))
+        self.mesh = make_mesh(config.mesh)
+        self.model, self.params = assemble.load_model(
+            config.model, self.tokenizer, self.init_key, self.mesh
+        )
+        check_sizes(config, self.model, self.mesh)
         rows, _ = text_rows(train, self.tokenizer, config.data)
         self.batches = Batches(
             rows, config.sft.batch_size, config.seed, buckets=config.data.length_buckets
@@ -127,7 +129,7 @@ class SFTStage(SupervisedStage):
 
     def finish(self, state):
         """Writes `hf/`, which transformers opens."""
-        parts = (self.model, jax.device_get(state.params), self.tokenizer)
+        parts = (self.model, state.params, self.tokenizer)
         assemble.export(self.config.run_dir, save_pretrained, *parts)
 
 

@@ -6,7 +6,6 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import eval_batches
-from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import (
     batch_sharding,
     check_batch_size,
@@ -31,12 +30,13 @@ def check_micro_batches(mesh: Mesh, section: str, settings: Any) -> None:
 class SupervisedStage:
     """The common half of `SFTStage` and `RewardStage`; see `loop.Stage`.
 
-    A subclass reads its data and model into `config`, `model`, `params`, `batches` (of training
-    rows), `held_out` (rows, or None), `total_steps`, and two keys, `init_key` and `key`; then it
-    calls `compile_step`.
+    A subclass reads its data and model into `config`, `mesh`, `model`, `params` (in their places on
+    the mesh), `batches` (of training rows), `held_out` (rows, or None), `total_steps`, and two
+    keys, `init_key` and `key`; then it calls `compile_step`.
     """
 
     config: Any
+    mesh: Mesh
     model: Any
     params: Any
     batches: Any
@@ -51,7 +51,6 @@ class SupervisedStage:
 
         `unembeds` tells whether the stage computes logits, for the count of FLOPs.
         """
-        self.mesh = make_mesh(self.config.mesh)
         optimizer = make_optimizer(self.config.optimizer, self.total_steps)
 
         def init(params):

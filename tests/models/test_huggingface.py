@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import resource
+import signal
 import sys
 import types
 
@@ -10,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save, save_file
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import huggingface
+from rlhf_jax.models import huggingface, writing
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import (
     load_pretrained,
@@ -66,6 +68,22 @@ def folder(tmp_path):
 def reward_folder(tmp_path):
     save_reward_model(tmp_path / "reward", MODEL, {"model": PARAMS, "head": HEAD})
     return tmp_path / "reward"
+
+
+def named_tensors(params):
+    """What the files hold of parameters, by the names in them."""
+    params = jax.device_get(params)
+    names = {"scale": "weight", "kernel": "weight", "bias": "bias"}
+    tensors = {f"{name}.weight": params[name]["embedding"] for name in ("wte", "wpe")}
+    tensors["wte.weight"] = tensors["wte.weight"][: CONFIG.vocab_size]
+    tensors |= {f"ln_f.{names[kind]}": array for kind, array in params["ln_f"].items()}
+    for path, stack in jax.tree.leaves_with_path(params["layers"]):
+        *keys, kind = (key.key for key in path)
+        for layer, array in enumerate(stack):
+            if "c_attn" in keys:  # [..., 3, D]
+                array = array.reshape(*array.shape[:-2], -1)
+            tensors[f"h.{layer}.{'.'.join(keys)}.{names[kind]}"] = np.ascontiguousarray(array)
+    return tensors
 
 
 def edit_config(folder, **changes):
@@ -153,8 +171,13 @@ def test_files_are_named_as_transformers_names_them(folder):
     np.testing.assert_array_equal(
         tensors["transformer.h.1.mlp.c_fc.weight"], PARAMS["layers"]["mlp"]["c_fc"]["kernel"][1]
     )
-    with huggingface.safe_open(folder / "model.safetensors", framework="numpy") as file:
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_weights_are_written_byte_for_byte_as_by_safetensors(folder):
+    tensors = {f"transformer.{name}": array for name, array in named_tensors(PARAMS).items()}
+    assert (folder / "model.safetensors").read_bytes() == save(tensors, metadata={"format": "pt"})
 
 
 def test_without_token_ids_there_is_no_generation_config(folder):
@@ -166,7 +189,7 @@ def test_without_token_ids_there_is_no_generation_config(folder):
 
 @pytest.mark.parametrize("limit", [1, 1000, 2000])
 def test_shards(folder, monkeypatch, limit):
-    monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", limit)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", limit)
     save_pretrained(folder, MODEL, PARAMS)
     assert not (folder / "model.safetensors").exists()
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -475,18 +498,18 @@ def contents(folder):
 def test_an_interrupted_save_changes_nothing(folder, monkeypatch, interruption):
     before = contents(folder)
 
-    def half_written(tensors, path, metadata):
+    def half_written(path, shapes, tensors):
         path.write_bytes(b"half")
         raise interruption
 
-    monkeypatch.setattr(huggingface, "save_file", half_written)
+    monkeypatch.setattr(writing, "write_safetensors", half_written)
     with pytest.raises(interruption):
         save_pretrained(folder, MODEL, random_params(MODEL, seed=1))
     assert contents(folder) == before
 
 
 def test_a_save_cut_short_among_shards_leaves_no_mixture(folder, monkeypatch):
-    monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 2000)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 2000)
     save_pretrained(folder, MODEL, PARAMS)
     replace = huggingface.pathlib.Path.replace
 
@@ -509,7 +532,7 @@ def test_weights_are_moved_into_place_last(tmp_path, monkeypatch):
         "replace",
         lambda path, target: moved.append(path.name) or replace(path, target),
     )
-    monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 4000)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 4000)
     save_pretrained(tmp_path, MODEL, PARAMS, FolderTokenizer())
     assert moved == [
         "config.json",
@@ -521,15 +544,19 @@ def test_weights_are_moved_into_place_last(tmp_path, monkeypatch):
     ]
 
 
-def test_a_full_disk_is_an_oserror(folder, monkeypatch):
+def test_a_full_disk_is_an_oserror(folder):
     before = contents(folder)
-
-    def full(tensors, path, metadata):
-        raise SafetensorError("no space left on device")
-
-    monkeypatch.setattr(huggingface, "save_file", full)
-    with pytest.raises(OSError, match="model.safetensors could not be written: no space left"):
-        save_pretrained(folder, MODEL, PARAMS)
+    # A limit on the size of files ends a write as a full disk does.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = len(before["model.safetensors"]) - 1
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            save_pretrained(folder, MODEL, PARAMS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert contents(folder) == before
 
 

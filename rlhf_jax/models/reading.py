@@ -1,0 +1,338 @@
+"""Parameters read from safetensors files a part at a time, each device its own part.
+
+No more is in this host's memory at once than what one of its devices is to hold of one leaf, and of
+a stack of layers that is large no more than some layers.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from safetensors import SafetensorError, safe_open
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.gpt2_tensors import SCORE, WTE, Slot
+from rlhf_jax.models.interface import Params
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PART_BYTES = 2**28  # of a leaf that are read before they go to a device, if its rows allow it
+
+_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+Index = tuple[slice, ...]
+
+
+class TensorFile(NamedTuple):
+    """A tensor of an open file.
+
+    Attributes:
+      file: where it is.
+      data: what `safe_open(...).get_slice` gives.
+    """
+
+    file: pathlib.Path
+    data: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        return tuple(self.data.get_shape())
+
+    def read(self, index: Index) -> np.ndarray:
+        """float32 of the part at these slices; no other part of the file is read."""
+        try:
+            return np.asarray(self.data[index]).astype(np.float32, copy=False)
+        except SafetensorError as error:
+            raise _unreadable(self.file, error) from error
+
+
+def read_params(
+    folder: pathlib.Path,
+    slots: dict[str, Slot],
+    shapes: Params,
+    shardings: Params | None,
+    label: int | None,
+) -> Params:
+    """The tensors of a folder as float32 arrays, once it is certain that all of them fit.
+
+    Args:
+      slots: the tensors that there have to be.
+      shapes: what their leaves become.
+      shardings: where each leaf is to be; None for the default device.
+      label: of a head with several labels, the one to be read.
+
+    Raises:
+      InputError: a tensor is missing, too many, twice there, or not of the shape or type it needs.
+    """
+    with contextlib.ExitStack() as files:
+        tensors = find_tensors(folder, slots, label, files)
+        by_path: dict[tuple[str, ...], list[str]] = {}
+        for name, slot in slots.items():
+            by_path.setdefault(slot.path, []).append(name)  # the layers of a stack in their order
+        leaves, structure = jax.tree.flatten_with_path(shapes)
+        places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+        arrays = []
+        for (path, leaf), place in zip(leaves, places, strict=True):
+            names = by_path[tuple(key.key for key in path)]
+            stacked = slots[names[0]].layer is not None
+            parts = [tensors[name] for name in names]
+            read = functools.partial(_read_part, parts, stacked, label or 0, leaf.shape[-1])
+            arrays.append(make_array(leaf.shape, place, read))
+    return jax.tree.unflatten(structure, arrays)
+
+
+def make_array(
+    shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]
+) -> jax.Array:
+    """A float32 array, each device of this process given what it holds of it and no more.
+
+    Args:
+      sharding: None for the default device.
+      read: the values at slices with a start and a stop for each axis.
+
+    Where the first axis is not split, `PART_BYTES` are read at a time, or one row if that is more.
+    """
+    local = shape if sharding is None else sharding.shard_shape(shape)
+    rows = max(1, PART_BYTES // (4 * math.prod(local[1:])))
+    if rows >= shape[0] or local[0] < shape[0]:
+        return jax.block_until_ready(_placed(shape, sharding, read))
+    array = jax.jit(_zeros, static_argnums=0, out_shardings=sharding)(shape)
+    put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+    for start in range(0, shape[0], rows):
+        part_shape = (min(rows, shape[0] - start), *shape[1:])
+        part = _placed(part_shape, sharding, functools.partial(_read_behind, read, start))
+        array = jax.block_until_ready(put(array, part, start))
+    return array
+
+
+def _placed(shape, sharding, read):
+    """The whole array at once; what several devices hold is read for all of them together."""
+    # Copies, because JAX on a CPU would otherwise keep NumPy's memory and could not donate it.
+    if sharding is None:
+        return jnp.array(read(tuple(slice(0, size) for size in shape)))
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*bound) for bound in bounds))
+        arrays += [jnp.array(part, device=device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _zeros(shape):
+    return jnp.zeros(shape, jnp.float32)
+
+
+def _put(array, part, start):
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)
+
+
+def _read_behind(read, start, index):
+    """What stands so many rows further down."""
+    rows, *rest = index
+    return read((slice(start + rows.start, start + rows.stop), *rest))
+
+
+def _read_part(
+    tensors: list[TensorFile], stacked: bool, label: int, width: int, index: Index
+) -> np.ndarray:
+    """The part of a leaf at these slices, of which each layer is a tensor if it is a stack."""
+    if not stacked:
+        return _read_one(tensors[0], label, width, index)
+    layers, *rest = index
+    part = np.empty([each.stop - each.start for each in index], np.float32)
+    for place, tensor in enumerate(tensors[layers]):
+        part[place] = _read_one(tensor, label, width, tuple(rest))
+    return part
+
+
+def _read_one(tensor: TensorFile, label: int, width: int, index: Index) -> np.ndarray:
+    """The same of one tensor, whose shape in the file may be another one (see `Slot`)."""
+    shape = tensor.shape
+    if len(index) < len(shape):
+        return tensor.read((slice(label, label + 1), *index))[0]
+    if len(index) > len(shape):
+        *rows, outer, inner = index
+        starts = [width * i for i in range(outer.start, outer.stop)]
+        parts = [
+            tensor.read((*rows, slice(start + inner.start, start + inner.stop))) for start in starts
+        ]
+        return np.stack(parts, axis=-2)
+    rows, *rest = index
+    if rows.stop <= shape[0]:
+        return tensor.read(index)
+    part = np.zeros([each.stop - each.start for each in index], np.float32)
+    if rows.start < shape[0]:  # what pads the vocabulary is not in the file
+        part[: shape[0] - rows.start] = tensor.read((slice(rows.start, shape[0]), *rest))
+    return part
+
+
+def find_tensors(
+    folder: pathlib.Path,
+    slots: dict[str, Slot],
+    label: int | None,
+    files: contextlib.ExitStack,
+) -> dict[str, TensorFile]:
+    """Each tensor by its name without `transformer.`, names, shapes and types checked.
+
+    Args:
+      files: closes the files.
+
+    Raises:
+      InputError: as `read_params`.
+    """
+    found: dict[str, TensorFile] = {}
+    tied = None
+    for file in _weight_files(folder):
+        for name, tensor in _open(file, slots, label, files):
+            if name == "lm_head.weight":
+                tied = tensor
+                continue
+            if name in found:
+                raise InputError(f"{folder} holds the tensor {name!r} twice; save it again.")
+            found[name] = tensor
+    missing = slots.keys() - found.keys()
+    if SCORE in missing:
+        raise InputError(
+            f"{folder} has no tensor {SCORE!r}, so it is no reward model; "
+            "train one, or load it as a language model."
+        )
+    if missing:
+        raise InputError(
+            f"{folder} lacks the tensor {min(missing)!r} ({len(missing)} missing in all) of the "
+            "model that its config.json describes; save or download it again."
+        )
+    if tied is not None and not _are_equal(tied, found[WTE]):
+        raise InputError(
+            f"{folder}: the tensor 'lm_head.weight' differs from 'wte.weight', "
+            "but only tied embeddings are supported; choose another model."
+        )
+    return found
+
+
+def _are_equal(one: TensorFile, other: TensorFile) -> bool:
+    """Whether two tensors of one shape are the same, some rows of both at a time."""
+    count, width = one.shape
+    rows = max(1, PART_BYTES // (4 * width))
+    parts = [(slice(start, min(start + rows, count)),) for start in range(0, count, rows)]
+    return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
+
+
+def _open(
+    file: pathlib.Path, slots: dict[str, Slot], label: int | None, files: contextlib.ExitStack
+) -> list[tuple[str, TensorFile]]:
+    """(name without `transformer.`, tensor) of all in a file, names, shapes and types checked."""
+    found = []
+    try:
+        tensors = files.enter_context(safe_open(file, framework="numpy"))
+        for name in tensors.keys():  # noqa: SIM118, the file is no mapping
+            short = name.removeprefix("transformer.")
+            if short.endswith(_BUFFERS):
+                continue
+            tensor = TensorFile(file, tensors.get_slice(name))
+            shape = tensor.shape
+            if short == SCORE and label is not None and short in slots:
+                shape = _shape_of_label(file, name, shape, label)
+            _check_tensor(file, name, shape, tensor.data.get_dtype(), slots)
+            found.append((short, tensor))
+    except SafetensorError as error:
+        raise _unreadable(file, error) from error
+    return found
+
+
+def _unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
+    return InputError(f"{file} cannot be read ({error}); save or download it again.")
+
+
+def _shape_of_label(file, name, shape, label) -> tuple[int, ...]:
+    """The shape of one row of a head with several labels."""
+    if not shape or label >= shape[0]:
+        raise InputError(
+            f"{file}: the tensor {name!r} has shape {list(shape)}, so there is no label {label}; "
+            "the first one is 0."
+        )
+    return (1, *shape[1:])
+
+
+def _check_tensor(file, name, shape, dtype, slots) -> None:
+    short = name.removeprefix("transformer.")
+    slot = slots.get(WTE if short == "lm_head.weight" else short)
+    if slot is None and short == SCORE:
+        raise InputError(
+            f"{file} is a reward model, for it holds {name!r}: load it with load_reward_model."
+        )
+    if slot is None:
+        raise InputError(
+            f"{file}: the tensor {name!r} {list(shape)} is no part of the GPT-2 that config.json "
+            "describes; check n_layer, or choose another model."
+        )
+    if short == SCORE and shape[:1] != (1,):
+        raise InputError(
+            f"{file}: the tensor {name!r} has shape {list(shape)}, but a reward model has one "
+            f"label, {list(slot.shape)}; of a classifier choose the label that is the score "
+            "(`label` of a source in `rewards`)."
+        )
+    if shape != slot.shape:
+        raise InputError(
+            f"{file}: the tensor {name!r} has shape {list(shape)}, "
+            f"but config.json asks for {list(slot.shape)}."
+        )
+    if dtype not in _FLOATS:
+        raise InputError(
+            f"{file}: the tensor {name!r} is stored as {dtype}, but only {', '.join(_FLOATS)} can "
+            "be read; save the model unquantized."
+        )
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{folder / INDEX} has no weight_map; save or download it again.")
+        files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+        for file in files:
+            if not file.is_file():
+                raise InputError(
+                    f"{folder} lacks {file.name}, which its {INDEX} names; download it again."
+                )
+        return files
+    if any(folder.glob("pytorch_model*.bin")):
+        raise InputError(
+            f"{folder} holds its weights as pytorch_model.bin only, which needs PyTorch to be "
+            "read; convert it where torch and transformers are installed: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
+        )
+    raise InputError(
+        f"{folder} holds neither {WEIGHTS} nor {INDEX}; save the model as safetensors."
+    )
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder.
+
+    Raises:
+      InputError: there is no such file, or no object in it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path.parent} holds no {path.name}; give the folder of a saved model.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); save or download it again.") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not a JSON object; save or download it again.")
+    return data

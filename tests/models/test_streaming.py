@@ -1,0 +1,158 @@
+"""Parameters come from files and go to files a part at a time, wherever they are."""
+
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import reading, writing
+from rlhf_jax.models.huggingface import (
+    check_pretrained,
+    check_reward_model,
+    load_pretrained,
+    load_reward_model,
+    save_pretrained,
+    save_reward_model,
+)
+from tests.models.test_huggingface import HEAD, MODEL, PARAMS, adding, assert_equal, edit_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streaming")
+    save_pretrained(folder / "model", MODEL, PARAMS)
+    save_reward_model(folder / "reward", MODEL, {"model": PARAMS, "head": HEAD})
+    return folder
+
+
+def test_eight_devices_read_their_parts_and_are_written_whole(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.eight_devices", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def sizes_in_host_memory(monkeypatch):
+    """A list of how many bytes are made on the host for devices, filled as they are."""
+    sizes, read_part = [], reading._read_part
+
+    def read(*arguments):
+        part = read_part(*arguments)
+        sizes.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(reading, "_read_part", read)
+    return sizes
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1600, 2**28])
+def test_a_large_stack_is_read_by_layers(folder, monkeypatch, part_bytes):
+    """A row of an unstacked leaf, or a layer of a stack, whatever the bound."""
+    sizes = sizes_in_host_memory(monkeypatch)
+    monkeypatch.setattr(reading, "PART_BYTES", part_bytes)
+    _, params = load_pretrained(folder / "model")
+    assert_equal(params, PARAMS)
+    assert {leaf.committed for leaf in jax.tree.leaves(params)} == {False}
+    layer = PARAMS["layers"]["attn"]["c_attn"]["kernel"][0].nbytes
+    assert max(sizes) <= max(part_bytes, layer)
+    assert sum(sizes) == sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
+    _, reward = load_reward_model(folder / "reward")
+    assert_equal(reward, {"model": PARAMS, "head": HEAD})
+
+
+def test_what_is_loaded_can_be_donated(folder, monkeypatch):
+    for part_bytes in (1, 2**28):
+        monkeypatch.setattr(reading, "PART_BYTES", part_bytes)
+        _, params = load_pretrained(folder / "model")
+        jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(params)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_tied_heads_are_compared_by_rows(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(reading, "PART_BYTES", 100)  # three of eleven rows
+    save_pretrained(tmp_path, MODEL, PARAMS)
+    table = np.asarray(PARAMS["wte"]["embedding"])[:11]
+    edit_tensors(tmp_path, adding("lm_head.weight", table))
+    assert_equal(load_pretrained(tmp_path)[1], PARAMS)
+    edit_tensors(
+        tmp_path, adding("lm_head.weight", np.where(np.arange(11)[:, None] < 10, table, 0))
+    )
+    with pytest.raises(InputError, match="'lm_head.weight' differs from"):
+        load_pretrained(tmp_path)
+
+
+def test_folders_are_checked_without_being_read(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(reading.TensorFile, "read", None)
+    assert check_pretrained(folder / "model") == MODEL
+    assert check_reward_model(folder / "reward").config.vocab_size == MODEL.config.vocab_size + 1
+    with pytest.raises(InputError, match="so it is no reward model"):
+        check_reward_model(folder / "model")
+
+
+def test_one_tensor_at_a_time_is_written(tmp_path):
+    """The one before is let go of before the next is asked for."""
+    shapes = {"a": (3, 2), "b": (4,), "c": (2, 2)}
+    last = []
+
+    def tensors():
+        for count, shape in enumerate(shapes.values()):
+            assert not last or last[0]() is None
+            array = np.full(shape, count, np.float32)
+            last[:] = [weakref.ref(array)]
+            yield array[:1] if count == 2 else array  # zeros stand for the row that is not there
+            del array
+
+    writing.write_safetensors(tmp_path / "file", shapes, tensors())
+    found = load((tmp_path / "file").read_bytes())
+    assert {name: array.shape for name, array in found.items()} == shapes
+    np.testing.assert_array_equal(found["c"], [[2, 2], [0, 0]])
+
+
+def be_one_of_two_hosts(monkeypatch, index, told=None):
+    """What `write_on_first_host` asks of JAX; `told` is what the first host says."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(
+        writing.multihost_utils,
+        "broadcast_one_to_all",
+        lambda flag: flag if told is None else np.int32(told),
+    )
+
+
+def fails_after_one(tensors):
+    next(tensors)
+    raise OSError("no space left")
+
+
+def test_a_host_that_cannot_write_still_takes_part(monkeypatch):
+    be_one_of_two_hosts(monkeypatch, index=0)
+    tensors = iter(range(3))
+    with pytest.raises(OSError, match="no space left"):
+        writing.write_on_first_host(fails_after_one, tensors, "here")
+    assert not list(tensors)
+    writing.write_on_first_host(list, iter(range(3)), "here")
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_other_hosts_bring_and_do_not_write(monkeypatch, has_failed):
+    be_one_of_two_hosts(monkeypatch, index=1, told=has_failed)
+    tensors = iter(range(3))
+    if has_failed:
+        with pytest.raises(OSError, match="the first host could not write here"):
+            writing.write_on_first_host(pytest.fail, tensors, "here")
+    else:
+        writing.write_on_first_host(pytest.fail, tensors, "here")
+    assert not list(tensors)
