@@ -117,8 +117,8 @@ def make_array(
 
 def _placed(shape, sharding, read):
     """The whole array at once; what several devices hold is read for all of them together."""
-    # Copies, because JAX on a CPU would otherwise keep NumPy's memory and could not donate it.
     if sharding is None:
+        # A copy, because JAX on a CPU would otherwise keep NumPy's memory and could not donate it.
         return jnp.array(read(tuple(slice(0, size) for size in shape)))
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -127,7 +127,7 @@ def _placed(shape, sharding, read):
     arrays = []
     for bounds, devices in holders.items():
         part = read(tuple(slice(*bound) for bound in bounds))
-        arrays += [jnp.array(part, device=device) for device in devices]
+        arrays += [jax.device_put(part, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

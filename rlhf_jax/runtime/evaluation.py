@@ -20,7 +20,6 @@ from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.mesh import make_mesh
@@ -143,14 +142,16 @@ def _teacher_forced(
 def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
     path = _required(config.model.reward_path, "model.reward_path")
     tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
-    model, params = assemble.load_scorer(path, config.model, tokenizer)
+    mesh = make_mesh(config.mesh)
+    model, params = assemble.load_scorer(path, config.model, tokenizer, mesh)
+    check_heads(mesh, model.config.n_head)
     assemble.check_positions(
         model,
         config.data.max_prompt_length + config.data.max_response_length,
         "data.max_prompt_length + data.max_response_length",
     )
     rows = pair_rows(_held_out(config, "pairs"), tokenizer, config.data)
-    step, params = jax.jit(reward.make_score_step(model)), _placed(config, model, params)
+    step = jax.jit(reward.make_score_step(model))
     batches = eval_batches(rows, config.evaluation.batch_size)
     return pair_evaluation(score_pairs(lambda batch: step(params, batch), batches))
 
@@ -275,15 +276,10 @@ def _sampler(model: Model, tokenizer: PreTrainedTokenizerFast, config: EvaluateC
 def _load(config: EvaluateConfig, path: str | None, name: str):
     path = _required(path, name)
     tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
-    model, params = assemble.load_model(config.model, tokenizer, jax.random.key(config.seed))
-    return tokenizer, model, _placed(config, model, params)
-
-
-def _placed(config: EvaluateConfig, model: GPT2, params: Params) -> Params:
-    """The parameters on the mesh of the configuration."""
-    mesh = make_mesh(config.mesh)
+    key, mesh = jax.random.key(config.seed), make_mesh(config.mesh)
+    model, params = assemble.load_model(config.model, tokenizer, key, mesh)
     check_heads(mesh, model.config.n_head)
-    return jax.device_put(params, tree_shardings(mesh, params))
+    return tokenizer, model, params
 
 
 def _load_reference(
@@ -298,10 +294,12 @@ def _load_reference(
                 f"model.reference_path {path} has another tokenizer than the policy, whose tokens "
                 "it would misread; give a model that has the same one."
             )
-        dtype = assemble.compute_dtype(config.model.dtype)
-        model, params = load_pretrained(folder, dtype=dtype)
+        dtype, mesh = assemble.compute_dtype(config.model.dtype), make_mesh(config.mesh)
+        place = functools.partial(tree_shardings, mesh)
+        model, params = load_pretrained(folder, dtype=dtype, place=place)
+    check_heads(mesh, model.config.n_head)
     assemble.check_vocabulary(model, tokenizer, path)
-    return model, _placed(config, model, params)
+    return model, params
 
 
 def _required(path: str | None, name: str) -> str:

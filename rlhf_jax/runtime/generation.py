@@ -22,7 +22,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.constraints import rows_over_devices
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
+from rlhf_jax.parallel.partition import check_batch_size, check_heads
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.config import GenerateConfig, GenerationSettings, resolve
@@ -123,10 +123,9 @@ def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
     tokenizer = assemble.choose_tokenizer(config.tokenizer, config.model.path, list)
     key = jax.random.key(config.seed)
     mesh = make_mesh(config.mesh)
-    model, params = assemble.load_model(config.model, tokenizer, key)
+    model, params = assemble.load_model(config.model, tokenizer, key, mesh)
     check_heads(mesh, model.config.n_head)
     check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
-    params = jax.device_put(params, tree_shardings(mesh, params))
     responder = Responder(model, tokenizer, config.generation, config.data.prompt_suffix)
     prompts = _prompts(config, tokenizer)
     lines = _lines(responder, mesh, params, prompts, key)

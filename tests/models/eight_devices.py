@@ -52,6 +52,7 @@ def main(base):
     for sizes, part_bytes in (((1, 8, 1), 2**28), ((2, 2, 2), 1)):
         reading.PART_BYTES = part_bytes
         mesh = make_mesh(Settings(*sizes))
+        jax.set_mesh(mesh)  # as stages do while they load and export
         place = functools.partial(tree_shardings, mesh)
         READ.clear()
         _, params = load_pretrained(folder / "model", place=place)
