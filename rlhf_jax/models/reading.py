@@ -164,10 +164,11 @@ def _read_one(tensor: TensorFile, label: int, width: int, index: Index) -> np.nd
     if len(index) < len(shape):
         return tensor.read((slice(label, label + 1), *index))[0]
     if len(index) > len(shape):
-        *rows, outer, inner = index
+        *before, outer, inner = index
         starts = [width * i for i in range(outer.start, outer.stop)]
         parts = [
-            tensor.read((*rows, slice(start + inner.start, start + inner.stop))) for start in starts
+            tensor.read((*before, slice(start + inner.start, start + inner.stop)))
+            for start in starts
         ]
         return np.stack(parts, axis=-2)
     rows, *rest = index

@@ -165,9 +165,10 @@ def score_rollout(
     """
     rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
     passes = functools.partial(_passes, model, value_model, settings, state)
-    lower, entropy, exact_kl, scored = in_parts(passes, rows, settings.num_score_parts)
-    scored = (jnp.where(rollout.mask, x, 0.0) for x in scored)
-    return ScoredRollout(*rows, *scored, scores), lower, entropy, exact_kl
+    lower, entropy, exact_kl, per_token = in_parts(passes, rows, settings.num_score_parts)
+    logprobs, ref_logprobs, values = (jnp.where(rollout.mask, x, 0.0) for x in per_token)
+    scored = ScoredRollout(*rows, logprobs, ref_logprobs, values, scores)
+    return scored, lower, entropy, exact_kl
 
 
 def _passes(model, value_model, settings, state, rows):
