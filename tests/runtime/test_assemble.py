@@ -2,15 +2,23 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from etils import epath
 
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer
-from rlhf_jax.runtime import assemble
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.huggingface import save_reward_model
+from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.runtime import assemble, ppo
+from rlhf_jax.runtime.config import ModelSettings, PPOConfig
 from rlhf_jax.runtime.sft import prompt_of, text_of
 
 
@@ -70,3 +78,53 @@ def test_a_chat_template_of_the_settings_stays_with_the_tokenizer(tmp_path):
     # Another template takes the place of that in the folder.
     other = TokenizerSettings(path=str(tmp_path), chat_template="{{ messages[0]['content'] }}")
     assert prompt_of(row, 1, assemble.choose_tokenizer(other, None, list)) == "Hi."
+
+
+def test_models_are_born_in_their_places_with_the_settings(tmp_path):
+    """Fresh ones, those of a folder, and reward models."""
+    tokenizer = assemble.choose_tokenizer(TokenizerSettings(vocab_size=258), None, lambda: ["ab"])
+    mesh, key = make_mesh(MeshSettings()), jax.random.key(0)
+    settings = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8, "remat": "full"}
+    model, params = assemble.load_model(ModelSettings(**settings), tokenizer, key, mesh)
+    scorer = {"model": params, "head": {"kernel": jnp.ones(8)}}
+    save_reward_model(tmp_path, model, scorer, tokenizer)
+    of_folder = ModelSettings(remat="dots")
+    scoring_model, scorer, _ = assemble.load_reward(str(tmp_path), of_folder, mesh=mesh)
+    assert (model.remat, scoring_model.remat) == ("full", "dots")
+    for tree in (params, scorer):
+        assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(mesh, tree)
+    _, expected = assemble.load_model(ModelSettings(**settings), tokenizer, key)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    jax.tree.map(np.testing.assert_array_equal, scorer["model"], expected)
+
+
+def test_a_host_that_is_not_the_first_copies_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(assemble, "is_first", lambda: False)
+    given = []
+    assemble.export(
+        "gs://bucket/run", lambda *arguments: given.append(arguments), "model", "params"
+    )
+    assert given == [("gs://bucket/run/hf", "model", "params")]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"batch_size": 8, "gradient_accumulation_steps": 2},
+            "ppo.batch_size / ppo.num_mini_batches / ppo.gradient_accumulation_steps = 2 is not",
+        ),
+        ({"batch_size": 16, "score_batch_size": 2}, "ppo.score_batch_size = 2 is not divisible"),
+        (
+            {"batch_size": 16, "ptx_batch_size": 4, "ptx_coef": 1.0},
+            "ppo.ptx_batch_size / ppo.num_mini_batches = 2 is not divisible by mesh data x",
+        ),
+    ],
+)
+def test_parts_of_ppo_have_to_fit_the_mesh(values, message):
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 1})
+    model = SimpleNamespace(config=SimpleNamespace(n_positions=4096, n_layer=2, n_head=2))
+    config = PPOConfig(ppo=ppo.ppo.Settings(num_mini_batches=2, **values))
+    with pytest.raises(InputError) as error:
+        ppo.check_sizes(config, model, mesh)
+    assert str(error.value).startswith(message)
