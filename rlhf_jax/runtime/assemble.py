@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import json
@@ -15,14 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.runtime.config import ModelSettings
 
@@ -174,6 +177,16 @@ def born_sharded(mesh: Mesh, init: Callable[..., Any], *args: Any) -> Any:
     return jax.jit(init, out_shardings=shardings)(*args)
 
 
+def batch_at(batches: Batches, step: int, rows: NamedSharding) -> Any:
+    """The batch of a step: NumPy arrays, or arrays that span the hosts where there are several.
+
+    Each of these reads only the rows that its devices hold.
+    """
+    if not hosts.several():
+        return batches.at(step)
+    return hosts.from_rows(functools.partial(batches.rows_at, step), batches.batch_size, rows)
+
+
 def load_function(name: str) -> ScoreFunction:
     """The function that "module:function" names.
 
@@ -219,11 +232,18 @@ def call_scores(
 ) -> list[float]:
     """function(prompts, completions, **columns), checked: one finite number for each completion.
 
-    What the function raises goes on as it is, with a note that names the function.
+    With several hosts the first one asks and tells the others. What the function raises goes on as
+    it is, with a note that names the function.
 
     Raises:
       InputError: it gave something else.
     """
+    return hosts.from_first(_call_scores, function, prompts, completions, columns)
+
+
+def _call_scores(
+    function: ScoreFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
+) -> list[float]:
     name = getattr(function, "__name__", "the score function")
     try:
         given = function(prompts, completions, **columns)
@@ -329,12 +349,22 @@ def resumed_state(
     return state._replace(**{**saved, "frozen": frozen})
 
 
-def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
-    """Calls save(folder, *args) for `hf/` of a run folder.
+def export(
+    run_dir: str,
+    save: Callable[..., None],
+    model: Model,
+    params: Params,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Calls save(folder, model, params, tokenizer) for `hf/` of a run folder, on the first host.
 
+    Parameters that are spread over several hosts are put together; all of them have to call this.
     safetensors writes to local files alone, so for an address such as gs:// the files are made in a
     temporary folder and copied.
     """
+    args = (model, hosts.to_host(params), tokenizer)
+    if not hosts.is_first():
+        return
     target = epath.Path(run_dir) / "hf"
     if "://" not in str(run_dir):
         save(str(target), *args)

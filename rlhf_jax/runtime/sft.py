@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import Batches
@@ -16,6 +15,7 @@ from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
 from rlhf_jax.runtime import assemble, loop
@@ -43,6 +43,7 @@ def train_sft(config: SFTConfig | str | Mapping[str, Any]) -> loop.StageResult:
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(SFTConfig, config)
+    join(config.distributed)
     return loop.run(lambda: SFTStage(config), config)
 
 
@@ -127,7 +128,7 @@ class SFTStage(SupervisedStage):
 
     def finish(self, state):
         """Writes `hf/`, which transformers opens."""
-        parts = (self.model, jax.device_get(state.params), self.tokenizer)
+        parts = (self.model, state.params, self.tokenizer)
         assemble.export(self.config.run_dir, save_pretrained, *parts)
 
 
