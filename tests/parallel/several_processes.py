@@ -32,16 +32,22 @@ class Stopped(Exception):
     """The end of a run that is to be continued."""
 
 
-def make_configs(folder, before, processes):
-    """The stages in a folder, each from what the run `before` left of the one ahead of it."""
+def make_configs(folder, before, processes, kind):
+    """The stages in a folder, each from what the run `before` left of the one ahead of it.
+
+    Of the `kind` "full" they do all that goes from the devices to the hosts and back; compiled in
+    each of many processes, that takes minutes.
+    """
+    full = kind == "full"
     shared = {"mesh": MESHES[processes], "checkpoint": {"every": 2}}
     sft, rewarded = before / "sft", before / "reward"
     function = "tests.small:short_response"
     texts = {"builtin_rows": 16, "eval_rows": 0, "max_length": 16}
+    data = {"eval_rows": 8 if full else 0}
     return {
-        "sft": small.sft(folder / "sft", **shared, sft={"rouge_rows": 4}),
+        "sft": small.sft(folder / "sft", **shared, sft={"rouge_rows": 4 if full else 0}),
         "reward": small.reward(
-            folder / "reward", sft, **shared, reward={"normalize_before": True}
+            folder / "reward", sft, **shared, data=data, reward={"normalize_before": full}
         ),
         "ppo": small.ppo(
             folder / "ppo",
@@ -50,7 +56,7 @@ def make_configs(folder, before, processes):
             **shared,
             rewards=[{"function": function, "weight": 0.1}],
             evaluation={"gold_fn": function},
-            ppo={"ptx_coef": 0.5},
+            ppo={"ptx_coef": 0.5 if full else 0.0},
             ptx=texts,
         ),
     }
@@ -115,7 +121,7 @@ def stop_stages(monkeypatch):
     monkeypatch.setattr(PPOStage, "step", killed)
 
 
-def main(address, processes, place, base, task):
+def main(address, processes, place, base, task, kind):
     processes, base = int(processes), Path(base)
     join(Settings(address, processes, int(place), timeout=60))
     read = []
@@ -132,7 +138,7 @@ def main(address, processes, place, base, task):
             check_errors(base)
             stop_stages(monkeypatch)
         folder = base / task
-        for name, config in make_configs(folder, base / "one", processes).items():
+        for name, config in make_configs(folder, base / "one", processes, kind).items():
             if task == "stop" and name != "ppo":
                 with pytest.raises(Stopped):
                     TRAIN[name](config)
