@@ -40,15 +40,13 @@ def make_configs(folder, before, processes, kind):
     """
     full = kind == "full"
     shared = {"mesh": MESHES[processes], "checkpoint": {"every": 2}}
+    shared["data"] = {"eval_rows": 8 if full else 0}
     sft, rewarded = before / "sft", before / "reward"
     function = "tests.small:short_response"
     texts = {"builtin_rows": 16, "eval_rows": 0, "max_length": 16}
-    data = {"eval_rows": 8 if full else 0}
     return {
         "sft": small.sft(folder / "sft", **shared, sft={"rouge_rows": 4 if full else 0}),
-        "reward": small.reward(
-            folder / "reward", sft, **shared, data=data, reward={"normalize_before": full}
-        ),
+        "reward": small.reward(folder / "reward", sft, **shared, reward={"normalize_before": full}),
         "ppo": small.ppo(
             folder / "ppo",
             sft,

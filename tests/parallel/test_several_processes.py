@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -77,7 +78,12 @@ def runs(tmp_path_factory):
     """Folders of runs: `one/` without a stop, `alone/` and `four/` behind two processes."""
     small.use_cache(small.cache_folder(tmp_path_factory))
     base = tmp_path_factory.mktemp("processes")
-    train_and_continue(base)
+    optimized = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)  # as in the other processes
+    try:
+        train_and_continue(base)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", optimized)
     return base
 
 
@@ -104,9 +110,8 @@ def test_the_two_were_stopped_behind_their_checkpoint(runs):
         assert not (runs / "stop" / name / "hf").exists()
 
 
-@pytest.mark.parametrize("folder", ["alone", "four"])
-@pytest.mark.parametrize("stage", TRAIN)
-def test_metrics_are_those_of_one_process(runs, stage, folder):
+def assert_same_metrics(runs, folder, stage):
+    """Within the rounding of sums in another order."""
     expected, actual = (small.rows(runs / x / stage / "metrics.jsonl") for x in ("one", folder))
     assert len(expected) == len(actual) == small.STEPS
     for row, other in zip(expected, actual, strict=True):
@@ -117,14 +122,28 @@ def test_metrics_are_those_of_one_process(runs, stage, folder):
             )
 
 
-@pytest.mark.parametrize("folder", ["alone", "four"])
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_samples_are_those_of_one_process(runs, stage, folder):
-    def texts(rows):
-        return [{key: x for key, x in row.items() if not isinstance(x, float)} for row in rows]
+def assert_same_samples(runs, folder, stage):
+    """The same texts, whatever their scores are in the last digit."""
+    one, other = (
+        [
+            {key: value for key, value in row.items() if not isinstance(value, float)}
+            for row in small.rows(runs / x / stage / "samples.jsonl")
+        ]
+        for x in ("one", folder)
+    )
+    assert one == other
 
-    expected, actual = (small.rows(runs / x / stage / "samples.jsonl") for x in ("one", folder))
-    assert texts(expected) == texts(actual) != []
+
+@pytest.mark.parametrize("folder", ["alone", "four"])
+@pytest.mark.parametrize("stage", TRAIN)
+def test_metrics_are_those_of_one_process(runs, stage, folder):
+    assert_same_metrics(runs, folder, stage)
+
+
+@pytest.mark.parametrize("folder", ["alone", "four"])
+def test_samples_are_those_of_one_process(runs, folder):
+    assert_same_samples(runs, folder, "ppo")
+    assert len(small.rows(runs / folder / "ppo" / "samples.jsonl")) == 2 * small.STEPS / 2
 
 
 @pytest.mark.parametrize("folder", ["alone", "four"])
@@ -134,7 +153,6 @@ def test_the_exported_models_are_whole(runs, folder):
         expected, actual = (tree.get("model", tree)["ln_f"]["scale"] for tree in (expected, actual))
         np.testing.assert_allclose(actual, expected, rtol=1e-3)
     assert (runs / folder / "ppo" / "report.html").exists()
-    assert (runs / folder / "ppo" / "evaluation.json").exists()
 
 
 def test_the_configuration_names_no_processes(runs):
