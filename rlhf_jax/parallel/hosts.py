@@ -90,9 +90,7 @@ def _spanning(sharding: NamedSharding, array: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def from_rows(
-    read: Callable[[int, int], Any], num_rows: int, sharding: NamedSharding
-) -> tuple[Any, ...]:
+def from_rows(read: Callable[[int, int], Any], num_rows: int, sharding: NamedSharding) -> Any:
     """A batch that spans the hosts, of which each reads only the rows that its devices hold.
 
     Args:
@@ -101,21 +99,22 @@ def from_rows(
       sharding: of the rows, as by `batch_sharding`.
     """
     held = sharding.addressable_devices_indices_map((num_rows,)).values()
-    ranges = sorted({_ends(index[0], num_rows) for index in held if index is not None})
+    ranges = sorted({_ends(index, num_rows) for index in held})
     parts = [read(*ends) for ends in ranges]
 
     def array(*pieces):
         found = dict(zip(ranges, pieces, strict=True))
         shape = (num_rows, *pieces[0].shape[1:])
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: found[_ends(index[0], num_rows)]
+            shape, sharding, lambda index: found[_ends(index, num_rows)]
         )
 
     return jax.tree.map(array, *parts)
 
 
-def _ends(rows: slice, num_rows: int) -> tuple[int, int]:
-    start, stop, _ = rows.indices(num_rows)
+def _ends(index: Any, num_rows: int) -> tuple[int, int]:
+    """The first and the last row, not counting itself, of an index such as (slice(0, 4), ...)."""
+    start, stop, _ = index[0].indices(num_rows)
     return start, stop
 
 
