@@ -260,7 +260,10 @@ class _Loop:
         with contextlib.suppress(Exception):
             self._save(step, state)
             where = f"is saved in {self.config.run_dir}"
-            self.progress.message(f"Step {step} {where}; the same command continues from there.")
+            if hosts.is_first():
+                self.progress.message(
+                    f"Step {step} {where}; the same command continues from there."
+                )
 
     def _log(self, step, metrics, output, evaluation: Metrics | None = None) -> None:
         values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
