@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -78,12 +77,7 @@ def runs(tmp_path_factory):
     """Folders of runs: `one/` without a stop, `alone/` and `four/` behind two processes."""
     small.use_cache(small.cache_folder(tmp_path_factory))
     base = tmp_path_factory.mktemp("processes")
-    optimized = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)  # as in the other processes
-    try:
-        train_and_continue(base)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", optimized)
+    train_and_continue(base)
     return base
 
 
