@@ -83,9 +83,14 @@ class Batches(Generic[Rows]):
         Raises:
           InputError: if the hosts do not divide the batch.
         """
+        part = _part(self.batch_size, process_index, process_count)
+        return self.rows_at(step, part.start, part.stop)
+
+    def rows_at(self, step: int, start: int, stop: int) -> Rows:
+        """Some rows of the batch of a step, from `start` to `stop`, in the widths of the whole."""
         indices = self.indices(step)
         widths = self._widths(indices)
-        mine = indices[_part(self.batch_size, process_index, process_count)]
+        mine = indices[start:stop]
         # Not field by field, since a PromptBatch may hold no texts.
         batch = jax.tree.map(lambda array: array[mine], self.rows)
         return batch if widths is None else _trim(batch, widths)

@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import check_reward_model, load_pretrained, load_reward_model
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.parallel.hosts import is_first
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.runtime.config import ModelSettings
 
@@ -204,6 +205,16 @@ def born_sharded(mesh: Mesh, init: Callable[..., Any], *args: Any) -> Any:
     return jax.jit(init, out_shardings=shardings)(*args)
 
 
+def batch_at(batches: Batches, step: int, rows: NamedSharding) -> Any:
+    """The batch of a step: NumPy arrays, or arrays that span the hosts where there are several.
+
+    Each of these reads only the rows that its devices hold.
+    """
+    if not hosts.several():
+        return batches.at(step)
+    return hosts.from_rows(functools.partial(batches.rows_at, step), batches.batch_size, rows)
+
+
 def load_function(name: str) -> ScoreFunction:
     """The function that "module:function" names.
 
@@ -249,11 +260,18 @@ def call_scores(
 ) -> list[float]:
     """function(prompts, completions, **columns), checked: one finite number for each completion.
 
-    What the function raises goes on as it is, with a note that names the function.
+    With several hosts the first one asks and tells the others. What the function raises goes on as
+    it is, with a note that names the function.
 
     Raises:
       InputError: it gave something else.
     """
+    return hosts.from_first(_call_scores, function, prompts, completions, columns)
+
+
+def _call_scores(
+    function: ScoreFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
+) -> list[float]:
     name = getattr(function, "__name__", "the score function")
     try:
         given = function(prompts, completions, **columns)
@@ -366,7 +384,7 @@ def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
     temporary folder and copied. All hosts have to call this; the first one writes.
     """
     target = epath.Path(run_dir) / "hf"
-    if "://" not in str(run_dir) or not is_first():
+    if "://" not in str(run_dir) or not hosts.is_first():
         save(str(target), *args)
         return
     with tempfile.TemporaryDirectory() as folder:

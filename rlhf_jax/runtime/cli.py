@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
+import traceback
 
-INPUT_ERROR, DIVERGED, INTERRUPTED = 2, 1, 130
+INPUT_ERROR, DIVERGED, FAILED, INTERRUPTED = 2, 1, 1, 130
 
 
 def main(command: str, kind: str) -> int:
@@ -24,6 +25,7 @@ def main(command: str, kind: str) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from rlhf_jax import runtime
     from rlhf_jax.errors import InputError
+    from rlhf_jax.parallel import hosts
     from rlhf_jax.runtime import config, loop
 
     _set_up_logging()
@@ -34,18 +36,29 @@ def main(command: str, kind: str) -> int:
         getattr(runtime, command)(config.parse(getattr(config, kind)))
         sys.stdout.flush()  # here, where an error can be told
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return INPUT_ERROR
+        return _ended(error, f"error: {error}", INPUT_ERROR)
     except loop.DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return DIVERGED
+        return _ended(error, f"error: {error}", DIVERGED)
     except KeyboardInterrupt as interrupt:
         default = "Interrupted; the same command continues from the last checkpoint, if any."
-        print(str(interrupt) or default, file=sys.stderr)
-        return INTERRUPTED
+        return _ended(interrupt, str(interrupt) or default, INTERRUPTED)
     except BrokenPipeError:  # who read our output, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not hosts.several():
+            raise
+        return _ended(error, traceback.format_exc().rstrip(), FAILED)
     return 0
+
+
+def _ended(error: BaseException, text: str, status: int) -> int:
+    """The status, after the text was printed: by the first host alone where all know it."""
+    from rlhf_jax.parallel import hosts
+
+    if hosts.is_first() or not hosts.was_told(error):
+        print(text, file=sys.stderr)
+    hosts.leave(error, status)
+    return status
 
 
 def _set_up_logging() -> None:

@@ -21,6 +21,7 @@ from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.remat import Remat, check_remat
+from rlhf_jax.parallel.distributed import Settings as DistributedSettings
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.metrics import Settings as LoggingSettings
@@ -174,6 +175,7 @@ class SFTConfig:
     sft: SFTSettings = SFTSettings()
     generation: GenerationSettings = GenerationSettings()
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
@@ -190,6 +192,7 @@ class RewardConfig:
     optimizer: OptimizerSettings = OptimizerSettings()
     reward: RewardSettings = RewardSettings()
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
@@ -216,6 +219,7 @@ class PPOConfig:
     rewards: tuple[RewardSource, ...] = ()
     evaluation: EvaluationSettings = EvaluationSettings()
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
@@ -281,6 +285,7 @@ class RLHFConfig:
     generation: GenerationSettings = GenerationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
@@ -380,7 +385,7 @@ def to_yaml(config: Any) -> str:
 
 
 # What may differ when a run goes on: how it is watched and judged, and how often it is saved.
-_FREE_TO_CHANGE = ("logging.", "checkpoint.", "evaluation.", "run_dir", "mesh.")
+_FREE_TO_CHANGE = ("logging.", "checkpoint.", "evaluation.", "run_dir", "mesh.", "distributed.")
 
 
 def claim_run_dir(config: Any) -> None:
@@ -397,6 +402,8 @@ def claim_run_dir(config: Any) -> None:
             f"--run_dir {config.run_dir} needs a package that opens such addresses ({error}); "
             "install it, or give a local folder."
         ) from error
+    # Which processes there are is no part of a run: who repeats it has others.
+    config = dataclasses.replace(config, distributed=DistributedSettings())
     file = folder / "config.yaml"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -552,6 +559,7 @@ _LISTS = {
     "rewards": "[{function: module:function}]",
     "best_of": "[1, 2, 4]",
     "prompt_tokens": "[2, 8]",
+    "local_device_ids": "[0, 1]",
 }
 
 

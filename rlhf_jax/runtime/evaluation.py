@@ -22,6 +22,7 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
 from rlhf_jax.runtime import assemble
@@ -322,7 +323,7 @@ def perplexity(loss: float) -> float:
 def sum_metrics(parts) -> dict[str, float]:
     """The sums of the metrics of several batches."""
     sums: dict[str, float] = {}
-    for part in jax.device_get(list(parts)):
+    for part in hosts.to_host(list(parts)):
         for name, value in part.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return sums

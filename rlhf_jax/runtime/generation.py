@@ -20,6 +20,7 @@ from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.prompts import prompt_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.constraints import rows_over_devices
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size, check_heads
@@ -100,8 +101,8 @@ class Responder:
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, tokens: Any, mask: Any) -> list[str]:
-    """The texts of i32[B, T] tokens under bool[B, T], without special tokens."""
-    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    """The texts of i32[B, T] tokens under bool[B, T], without special tokens; all hosts call it."""
+    tokens, mask = (np.asarray(array) for array in hosts.to_host((tokens, mask)))
     rows = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
     return tokenizer.batch_decode(
         rows, skip_special_tokens=True, clean_up_tokenization_spaces=False

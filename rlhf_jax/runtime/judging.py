@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.bootstrap import bootstrap_interval
 from rlhf_jax.runtime.generation import decode
@@ -75,6 +77,7 @@ class PolicyJudge:
       rewards: what scores them where no reward model does it alone; may be None.
       gold_fn: what scores them likewise, though nothing is trained on it; may be None.
       batch_size: prompts at a time.
+      place: where a batch goes on the mesh of the parameters, if that spans several hosts.
     """
 
     def __init__(
@@ -89,8 +92,9 @@ class PolicyJudge:
         reward_model: Model | None = None,
         rewards: Rewards | None = None,
         gold_fn: assemble.ScoreFunction | None = None,
+        place: NamedSharding | None = None,
     ) -> None:
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer, self.batch_size, self.place = tokenizer, batch_size, place
         self.rewards, self.gold_fn = None if reward_model is not None else rewards, gold_fn
         reference_model = reference_model or model
 
@@ -125,8 +129,9 @@ class PolicyJudge:
         parts = []
         for index, batch in enumerate(eval_batches(rows, self.batch_size)):
             batch_key = jax.random.fold_in(key, index)
-            part = self._judge(params, ref_params, reward_params, batch, batch_key)
-            parts.append(jax.device_get(part))
+            placed = batch if self.place is None else hosts.from_host(batch, self.place)
+            part = self._judge(params, ref_params, reward_params, placed, batch_key)
+            parts.append(hosts.to_host(part))
         rollout, kl, scores = jax.tree.map(lambda *x: np.concatenate(x)[: len(columns)], *parts)
         prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
         responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
@@ -264,7 +269,9 @@ def evaluation_of_one(judged: Judged, num_samples: int) -> dict[str, Any]:
 
 
 def save_evaluation(run_dir: str, evaluation: dict[str, Any]) -> None:
-    """Writes the dict as `evaluation.json`."""
+    """Writes the dict as `evaluation.json`, on the first host."""
+    if not hosts.is_first():
+        return
     folder = epath.Path(run_dir)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

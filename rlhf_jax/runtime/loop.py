@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.checkpoint import Checkpoints
 from rlhf_jax.runtime.config import claim_run_dir, to_dict
-from rlhf_jax.runtime.metrics import MetricsWriter, disk_errors, read_lines
+from rlhf_jax.runtime.metrics import MetricsWriter, NoWriter, disk_errors, read_lines
 from rlhf_jax.runtime.progress import Progress, Throughput
 from rlhf_jax.runtime.report import write_report
 from rlhf_jax.runtime.utilization import utilization
@@ -28,9 +29,13 @@ Metrics = dict[str, float]
 class DivergedError(FloatingPointError):
     """A loss or a gradient is not a number; the message names the step and what is kept."""
 
+    told_to_all = True  # all hosts see the same numbers
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the state was saved; the message says how to continue."""
+
+    told_to_all = True  # all hosts have agreed to stop
 
 
 class StageResult(NamedTuple):
@@ -99,14 +104,15 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
       DivergedError: a loss or gradient is NaN or infinite.
       Interrupted: Ctrl-C or SIGTERM, after the state was saved.
     """
-    claim_run_dir(config)
-    if is_finished(config.run_dir):
-        print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
-        return StageResult(config.run_dir, last_metrics(config.run_dir))
-    stage = make_stage()
-    with jax.set_mesh(stage.mesh):
-        _train(stage, config)
-    return StageResult(config.run_dir, last_metrics(config.run_dir))
+    with hosts.ending_together():
+        hosts.from_first(claim_run_dir, config)
+        if not hosts.from_first(is_finished, config.run_dir):
+            stage = make_stage()
+            with jax.set_mesh(stage.mesh):
+                _train(stage, config)
+        elif hosts.is_first():
+            print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
+        return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
 
 
 def _train(stage: Stage, config: Any) -> None:
@@ -119,25 +125,34 @@ def _train(stage: Stage, config: Any) -> None:
         state = stage.init_state()
         if start:
             state = stage.resumed(state, checkpoints.restore(stage.saved(state)))
+        shown = config.logging.progress and hosts.is_first()
         with (
-            MetricsWriter(
-                folder, config.logging, to_dict(config), name=stage.name, initial_step=start
-            ) as writer,
-            Progress(stage.total_steps, start, stage.name, config.logging.progress) as progress,
+            _writer(stage.name, config, start) as writer,
+            Progress(stage.total_steps, start, stage.name, shown) as progress,
             _interrupts() as interrupted,
         ):
             loop = _Loop(stage, config, checkpoints, writer, progress)
             state = loop.run(state, start, interrupted)
         with disk_errors(folder):
             stage.finish(state)
-            report = write_report(folder)
-        print(
-            f"{stage.name}: the model is in {folder / 'hf'}, the report in {report}",
-            file=sys.stderr,
-        )
+            report = hosts.from_first(write_report, folder)
+        if hosts.is_first():
+            print(
+                f"{stage.name}: the model is in {folder / 'hf'}, the report in {report}",
+                file=sys.stderr,
+            )
     finally:
         with disk_errors(folder):
             checkpoints.close()
+
+
+def _writer(name: str, config: Any, start: int) -> MetricsWriter | NoWriter:
+    """What writes the run's lines: on the first host alone."""
+    if not hosts.is_first():
+        return NoWriter()
+    return MetricsWriter(
+        config.run_dir, config.logging, to_dict(config), name=name, initial_step=start
+    )
 
 
 def last_metrics(run_dir: str) -> Metrics:
@@ -155,6 +170,7 @@ class _Loop:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.writer, self.progress, self.throughput = writer, progress, Throughput()
         self.saved_at, self.logged_step = time.monotonic(), 0
+        self.agree, self.late = hosts.Agreement(2), False
 
     def run(self, state: Any, start: int, interrupted: threading.Event) -> Any:
         pending = None
@@ -168,7 +184,8 @@ class _Loop:
             if pending is not None:
                 self._log(*pending)
             pending = (index + 1, metrics, output)
-            stopping = interrupted.is_set()  # read once: what is said below has to be so
+            # Read once, for what is said below has to be so; and the same on all hosts.
+            stopping, self.late = self.agree(interrupted.is_set(), self._is_late())
             if stopping or self._is_due(index + 1) or self._is_save_due(index + 1):
                 try:
                     self._pause(state, *pending, stopping=stopping)
@@ -194,15 +211,19 @@ class _Loop:
             or _every(self.config.logging.samples_every, step)
         )
 
+    def _is_late(self) -> bool:
+        """Whether the clock of this host says that it is time to save."""
+        minutes, waited = self.config.checkpoint.minutes, time.monotonic() - self.saved_at
+        return minutes > 0 and waited >= 60.0 * minutes
+
     def _is_save_due(self, step: int) -> bool:
-        settings, waited = self.config.checkpoint, time.monotonic() - self.saved_at
-        late = settings.minutes > 0 and waited >= 60.0 * settings.minutes
-        return late or step == self.stage.total_steps or _every(settings.every, step)
+        every = self.config.checkpoint.every
+        return self.late or step == self.stage.total_steps or _every(every, step)
 
     def _pause(self, state, step, metrics, output, *, stopping: bool) -> None:
         """Evaluates, writes samples and saves, where it is time for each."""
         logging, last = self.config.logging, step == self.stage.total_steps
-        self._check(step, jax.device_get(metrics))
+        self._check(step, hosts.to_host(metrics))
         evaluation: Metrics = {}
         with self.throughput.pause():
             if stopping:  # who stops us may not wait for an evaluation
@@ -231,16 +252,21 @@ class _Loop:
         """Saves the state of `step` after an error that followed, say in a reward function."""
         if step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return  # nothing was done yet, or the failed step has used the state up
+        if not hosts.all_come(f"rescue/{self.stage.name}/{step}", 10.0):
+            return  # the others, who hold parts of the state, are elsewhere
         with contextlib.suppress(Exception):  # the first error is the one to be told
             if pending is not None and pending[0] != self.logged_step:
                 self._log(*pending)
         with contextlib.suppress(Exception):
             self._save(step, state)
             where = f"is saved in {self.config.run_dir}"
-            self.progress.message(f"Step {step} {where}; the same command continues from there.")
+            if hosts.is_first():
+                self.progress.message(
+                    f"Step {step} {where}; the same command continues from there."
+                )
 
     def _log(self, step, metrics, output, evaluation: Metrics | None = None) -> None:
-        values = {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
+        values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
         self._check(step, values)
         tokens = values.pop("perf/tokens", 0.0)
         self.throughput.add(int(tokens))

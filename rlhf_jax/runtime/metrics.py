@@ -265,6 +265,22 @@ class MetricsWriter:
             self.close()
 
 
+class NoWriter:
+    """In place of a `MetricsWriter` on the hosts that write nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+
 class _Lines:
     """One JSONL file that grows.
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import Batches, eval_batches
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
 from rlhf_jax.training import normalize, reward
 
@@ -42,9 +43,7 @@ class Normalizer:
           InputError: the scores do not differ.
         """
         place = batch_sharding(self._mesh)
-        batches = (
-            jax.device_put(batch, place) for batch in eval_batches(self._rows, self._batch_size)
-        )
+        batches = (hosts.put(batch, place) for batch in eval_batches(self._rows, self._batch_size))
         add = functools.partial(self._add, frozen=frozen)
         moments = normalize.score_moments(normalize.stats_of(add, params, batches))
         normalized = normalize.normalize_scores(self._model, params, *moments)

@@ -11,6 +11,8 @@ from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import check_pretrained
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime import assemble, judging, loop, ppo, reward
 from rlhf_jax.runtime.config import (
@@ -45,7 +47,13 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(RLHFConfig, config)
-    claim_run_dir(config)
+    join(config.distributed)
+    with hosts.ending_together():
+        return _run(config)
+
+
+def _run(config: RLHFConfig) -> loop.StageResult:
+    hosts.from_first(claim_run_dir, config)
     metrics: dict[str, float] = {}
     stages: list[tuple[str, Callable[..., loop.StageResult], Any]] = [
         ("sft", train_sft, sft_config(config))
@@ -54,12 +62,13 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
         stages.append(("reward", reward.train_reward, reward_config(config)))
     stages.append(("ppo", ppo.train_ppo, ppo_config(config)))
     for number, (name, train, stage_config) in enumerate(stages, start=1):
-        print(f"Stage {number} of {len(stages)}: {_TITLES[name]}", file=sys.stderr, flush=True)
-        if number == 1 and not loop.is_finished(stage_config.run_dir):
+        if hosts.is_first():
+            print(f"Stage {number} of {len(stages)}: {_TITLES[name]}", file=sys.stderr, flush=True)
+        if number == 1 and not hosts.from_first(loop.is_finished, stage_config.run_dir):
             _check_ahead(config)
         result = train(stage_config)
         metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
-    _finish(config, metrics)
+    hosts.from_first(_finish, config, metrics)
     return loop.StageResult(config.run_dir, metrics)
 
 
@@ -176,7 +185,7 @@ def ppo_config(config: RLHFConfig) -> PPOConfig:
 
 
 def _shared(config: RLHFConfig) -> dict[str, Any]:
-    names = ("mesh", "logging", "checkpoint", "seed")
+    names = ("mesh", "distributed", "logging", "checkpoint", "seed")
     return {name: getattr(config, name) for name in names}
 
 

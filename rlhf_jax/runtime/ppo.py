@@ -21,6 +21,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.models.interface import Model
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import (
     batch_sharding,
@@ -72,6 +74,7 @@ def train_ppo(
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(PPOConfig, config)
+    join(config.distributed)
     if config.num_seeds == 1:
         return loop.run(lambda: PPOStage(config, reward_fn), config)
     from rlhf_jax.runtime.ppo_seeds import SeedsStage  # which is made of the stage below
@@ -280,6 +283,7 @@ class PPOStage:
         self.flops_per_token = flops_per_token(one, self.settings)
         self.flops_per_step = config.num_seeds * self._flops_of_texts(one)
         state, rows, whole = self._places(shape)
+        self.rows_place = rows
         self.state_places = state
         made = {
             "optimizer": self.optimizer,
@@ -317,6 +321,7 @@ class PPOStage:
             rewards=self.rewards,
             gold_fn=self.gold_fn,
             batch_size=config.evaluation.batch_size,
+            place=batch_sharding(self.mesh),
         )
         self._before: dict[int, Judged] = {}
         self._compared: tuple[int, Comparison] | None = None
@@ -369,14 +374,17 @@ class PPOStage:
         sample_key, update_key = self._split(key)
         responses = self._sample(state, batch, sample_key)
         scores, parts = self._score(state, batch, responses)
-        state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
+        given = hosts.from_host(scores, self.rows_place)
+        state, metrics, rollout = self._update(state, batch, responses, given, update_key)
         # Over the rows of a run, where there are several runs.
         means = {name: np.mean(values, axis=-1) for name, values in parts.items()}
         return state, {**metrics, **means}, (rollout, batch.indices)
 
     def _batch(self, index: int) -> PromptBatch:
-        batch = self.batches.at(index)
-        return batch if self.texts is None else batch._replace(texts=self.texts.at(index))
+        batch = assemble.batch_at(self.batches, index, self.rows_place)
+        if self.texts is None:
+            return batch
+        return batch._replace(texts=assemble.batch_at(self.texts, index, self.rows_place))
 
     def _key(self, index: int) -> jax.Array:
         return jax.random.fold_in(self.key, index)
@@ -388,6 +396,8 @@ class PPOStage:
         self, state, batch: PromptBatch, responses: Rollout
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """f32[B] scores, and what they are made of, float[B] each."""
+        if hosts.several():
+            batch, responses = hosts.to_host((batch, responses))
         candidates = [(responses.tokens, responses.mask)]
         if self.references is not None:
             tokens, mask = self.references
@@ -406,7 +416,7 @@ class PPOStage:
         rollout, indices = output
         prompts = decode(self.tokenizer, rollout.prompts, rollout.prompt_mask)
         completions = decode(self.tokenizer, rollout.tokens, rollout.mask)
-        columns = columns_of(self.rows, indices)
+        columns = columns_of(self.rows, hosts.to_host(indices))
         gold = assemble.call_scores(self.gold_fn, prompts, completions, columns)
         return {"objective/gold": float(np.mean(gold))}
 
@@ -440,7 +450,7 @@ class PPOStage:
 
     def samples(self, state, output, count):
         """Responses of the last iteration, with score and KL in nats."""
-        rollout = jax.device_get(output[0])
+        rollout = hosts.to_host(output[0])
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
         kl = (rollout.logprobs - rollout.ref_logprobs).sum(axis=1)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime import assemble
 from rlhf_jax.runtime.judging import Comparison, evaluation_of, save_evaluation, table_of
 from rlhf_jax.runtime.ppo import PPOStage
@@ -69,7 +70,8 @@ class SeedsStage(PPOStage):
         if self.seed_texts:
             texts = [texts.at(index) for texts in self.seed_texts]
             batches = [b._replace(texts=t) for b, t in zip(batches, texts, strict=True)]
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+        return hosts.from_host(stacked, self.rows_place)
 
     def _key(self, index):
         return jax.vmap(lambda key: jax.random.fold_in(key, index))(self.seed_keys)
@@ -78,6 +80,8 @@ class SeedsStage(PPOStage):
         return jnp.moveaxis(jax.vmap(jax.random.split)(key), 0, 1)
 
     def _score(self, state, batch, responses):
+        if hosts.several():
+            batch, responses = hosts.to_host((batch, responses))
         flat = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for x in (batch, responses)]
         return jax.tree.map(lambda x: x.reshape(len(self.seeds), -1), super()._score(state, *flat))
 
@@ -91,7 +95,7 @@ class SeedsStage(PPOStage):
     def observe(self, output):
         """The metrics of each seed, and the gold score of the sampled responses if there is one."""
         rollout, indices, metrics = output
-        values = jax.device_get(metrics)
+        values = hosts.to_host(metrics)
         found = [
             super(SeedsStage, self).observe((_run(rollout, place), indices[place]))
             for place in range(len(self.seeds))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 
 JudgeFunction = Callable[..., list[float]]
 
@@ -66,11 +67,22 @@ def call_judge(
       float64[N], for each prompt the probability that response b, the second, is the better one: 0
       for a, 1 for b, 0.5 for a tie.
 
-    What the judge raises goes on as it is, with a note that names the judge.
+    With several hosts the first one asks and tells the others. What the judge raises goes on as it
+    is, with a note that names the judge.
 
     Raises:
       InputError: it gave something else than one number from 0 to 1 a prompt.
     """
+    return hosts.from_first(_call_judge, judge, prompts, responses_a, responses_b, columns)
+
+
+def _call_judge(
+    judge: JudgeFunction,
+    prompts: Sequence[str],
+    responses_a: Sequence[str],
+    responses_b: Sequence[str],
+    columns: dict[str, list[Any]],
+) -> np.ndarray:
     name = getattr(judge, "__name__", "the judge")
     try:
         given = judge(list(prompts), list(responses_a), list(responses_b), **columns)

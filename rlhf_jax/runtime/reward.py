@@ -16,6 +16,8 @@ from rlhf_jax.data.pairs import pair_rows
 from rlhf_jax.data.rankings import ranking_rows
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_reward_model
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
 from rlhf_jax.rollout.score import end_scores
@@ -44,6 +46,7 @@ def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageRe
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(RewardConfig, config)
+    join(config.distributed)
     return loop.run(lambda: RewardStage(config), config)
 
 
@@ -135,7 +138,7 @@ class RewardStage(SupervisedStage):
         rows = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
         responses, masks = map(np.asarray, reward.responses_of(rows))
         scorer, params = jax.jit(end_scores, static_argnums=0), self.whole(state)
-        scores = jax.device_get(
+        scores = hosts.to_host(
             scorer(self.model, params, rows.prompts, rows.prompt_mask, responses, masks)
         )
         prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
@@ -161,7 +164,7 @@ class RewardStage(SupervisedStage):
             step, place = jax.jit(reward.make_score_step(self.model)), batch_sharding(self.mesh)
             params = self.whole(state)
             pairs = score_pairs(
-                lambda batch: step(params, jax.device_put(batch, place)),
+                lambda batch: hosts.to_host(step(params, hosts.put(batch, place))),
                 eval_batches(self.held_out, self.config.reward.eval_batch_size),
             )
             # The table is for a terminal: on the page of the run the charts say the same.

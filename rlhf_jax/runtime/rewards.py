@@ -16,6 +16,7 @@ from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right, warn, width, with_eos
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import assemble
@@ -133,7 +134,7 @@ class ModelScores:
         shardings: tuple[Any, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._warned = False
+        self._warned, self._rows = False, None
 
         def score(params, prompts, prompt_mask, candidates):
             return end_scores(model, params, prompts, prompt_mask, *_stacked(candidates))
@@ -142,6 +143,7 @@ class ModelScores:
             self._score = jax.jit(score)
         else:
             params, rows = shardings
+            self._rows = rows
             placed = (params, rows, rows, rows)
             self._score = jax.jit(score, in_shardings=placed, out_shardings=rows)
 
@@ -155,8 +157,9 @@ class ModelScores:
         parts = []
         for start in range(0, count, batch_size):
             part = arrays if count == batch_size else _rows(arrays, start, batch_size)
+            part = part if self._rows is None else hosts.from_host(part, self._rows)
             parts.append(self._score(params, *part))
-        return np.concatenate(jax.device_get(parts))[:count]
+        return np.concatenate(hosts.to_host(parts))[:count]
 
     def _encoded(self, responses: Responses) -> tuple[Any, Any, tuple[Tokens, ...]]:
         """The texts as tokens of its own; their widths are powers of two, so that few compile."""

@@ -15,6 +15,7 @@ from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
 from rlhf_jax.runtime import assemble, loop
@@ -42,6 +43,7 @@ def train_sft(config: SFTConfig | str | Mapping[str, Any]) -> loop.StageResult:
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(SFTConfig, config)
+    join(config.distributed)
     return loop.run(lambda: SFTStage(config), config)
 
 

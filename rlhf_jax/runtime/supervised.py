@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import (
     batch_sharding,
     check_batch_size,
@@ -68,6 +69,7 @@ class SupervisedStage:
             batch_sharding(self.mesh),
             replicated(self.mesh),
         )
+        self.rows = rows
         self._step = jax.jit(
             training.make_step(self.model, settings, optimizer=optimizer),
             in_shardings=(state, rows, whole),
@@ -93,7 +95,7 @@ class SupervisedStage:
     def step(self, state: Any, index: int) -> Any:
         """One optimizer step on batch number `index`."""
         key = jax.random.fold_in(self.key, index)
-        state, metrics = self._step(state, self.batches.at(index), key)
+        state, metrics = self._step(state, assemble.batch_at(self.batches, index, self.rows), key)
         return state, metrics, None
 
     def observe(self, output: Any) -> dict[str, float]:
@@ -105,7 +107,8 @@ class SupervisedStage:
         if self.held_out is None:
             return {}
         batches, params = eval_batches(self.held_out, batch_size), self.whole(state)
-        sums = sum_metrics(self._evaluate(params, batch) for batch in batches)
+        placed = (hosts.from_host(batch, self.rows) for batch in batches)
+        sums = sum_metrics(self._evaluate(params, batch) for batch in placed)
         count = sums.pop("count")
         return {f"eval/{name}": value / count for name, value in sums.items()}
 

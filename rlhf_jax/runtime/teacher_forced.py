@@ -19,6 +19,7 @@ from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.functional import token_logprobs
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.generation import decode
 from rlhf_jax.runtime.rouge import rouge_scores
 
@@ -83,9 +84,9 @@ class TeacherForcedRouge:
         """`rouge1`, `rouge2`, `rougeL` and `rougeLsum`."""
         parts = []
         for batch in eval_batches(self.rows, self.batch_size):
-            placed = batch if self.place is None else jax.device_put(batch, self.place)
+            placed = batch if self.place is None else hosts.put(batch, self.place)
             parts.append(self._predict(params, placed))
-        predicted = np.concatenate(jax.device_get(parts))[: len(self.references)]
+        predicted = np.concatenate(hosts.to_host(parts))[: len(self.references)]
         predictions = decode(self.tokenizer, predicted, self.rows.loss_mask)
         return rouge_scores(predictions, self.references)
 

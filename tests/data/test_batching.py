@@ -195,3 +195,12 @@ def test_evaluation_on_several_hosts():
     whole = list(eval_batches(data, 4))
     for first, second, batch in zip(*parts, whole, strict=True):
         assert_equal([np.concatenate(pair) for pair in zip(first, second, strict=True)], batch)
+
+
+def test_rows_of_a_batch_are_those_of_the_whole_in_its_widths():
+    batches = Batches(texts([3, 30, 9, 5], 32), 4, seed=1, buckets=4)
+    whole = batches.at(5)
+    for rows in (slice(0, 1), slice(1, 4), slice(2, 2)):
+        part = batches.rows_at(5, rows.start, rows.stop)
+        for array, expected in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(array, expected[rows])

@@ -1,0 +1,248 @@
+"""How the processes of one run find each other: `jax.distributed`, on clusters and by hand."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from rlhf_jax.errors import InputError
+
+CUT_OFF = 30  # seconds that JAX's own limit, at which it ends the process, lies behind ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The section `distributed` of a configuration: the processes that train together.
+
+    A single process needs none of it. The processes of a Cloud TPU slice, of an `srun` and of an
+    `mpirun` find each other; elsewhere each is given the first three.
+
+    Attributes:
+      coordinator: "host:port" of process 0, as the others reach it; the port is any free one.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+      local_device_ids: the GPUs that this process takes; empty: all, or one each where SLURM or
+        Open MPI started several processes on this machine.
+      auto: whether processes on a cluster find each other; false leaves each alone.
+      timeout: seconds to wait for the others at the start.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: tuple[int, ...] = ()
+    auto: bool = True
+    timeout: int = 300
+
+    def __post_init__(self) -> None:
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if any(x is None for x in given) and any(x is not None for x in given):
+            raise InputError(
+                "distributed.coordinator, distributed.num_processes and distributed.process_id "
+                f"belong together, but are {given[0]}, {given[1]} and {given[2]}; give all three, "
+                "or none on a cluster or with a single process."
+            )
+        if self.coordinator is not None:
+            self._check_address(self.coordinator)
+        count, place = self.num_processes, self.process_id
+        if count is not None and place is not None and not 0 <= place < count:
+            raise InputError(
+                "distributed.process_id must be from 0 to distributed.num_processes - 1, but they "
+                f"are {place} and {count}."
+            )
+        if self.timeout < 1 or any(number < 0 for number in self.local_device_ids):
+            raise InputError(
+                "distributed.timeout must be at least 1 and distributed.local_device_ids from 0 "
+                f"on, but are {self.timeout} and {list(self.local_device_ids)}."
+            )
+
+    @staticmethod
+    def _check_address(address: str) -> None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise InputError(
+                "distributed.coordinator must be host:port, such as 10.0.0.2:8476, but is "
+                f"{address!r}."
+            )
+
+
+def join(settings: Settings) -> None:
+    """Joins the other processes of the run; does nothing in a process that is alone or has joined.
+
+    It has to come before anything that touches a device. On the CPU the processes exchange arrays
+    by Gloo, which is what JAX takes there by itself.
+
+    Raises:
+      InputError: JAX has begun to use the devices, or the others cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    arguments = _arguments(settings)
+    if arguments is None:
+        return
+    if settings.process_id:
+        _wait_for(settings.coordinator or "", settings.timeout)
+    with _time_limit(settings.timeout):
+        try:
+            jax.distributed.initialize(
+                **arguments, initialization_timeout=settings.timeout + CUT_OFF
+            )
+        except (RuntimeError, ValueError) as error:
+            raise InputError(_reason(settings, " ".join(str(error).split()))) from error
+    if _takes_all_gpus(settings):
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, "all")
+    if jax.process_index() > 0:  # the first process warns for all
+        logging.getLogger("rlhf_jax").setLevel(logging.ERROR)
+
+
+def _arguments(settings: Settings) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be given; None where this process is alone."""
+    local = list(settings.local_device_ids) or None
+    if settings.coordinator is not None:
+        if settings.num_processes == 1:
+            return None
+        return {
+            "coordinator_address": settings.coordinator,
+            "num_processes": settings.num_processes,
+            "process_id": settings.process_id,
+            "local_device_ids": local,
+            "cluster_detection_method": "deactivate",
+        }
+    if not settings.auto:
+        return None
+    if _slurm_tasks() > 1 or _tpu_workers() > 1:
+        return {"local_device_ids": local}
+    if _mpi_processes() > 1:
+        # What JAX needs of Open MPI before version 5 is in the environment.
+        found = "OMPI_MCA_orte_hnp_uri" in os.environ
+        return {
+            "local_device_ids": local,
+            "cluster_detection_method": None if found else "mpi4py",
+        }
+    return None
+
+
+def _slurm_tasks() -> int:
+    """Tasks of the `srun` that started this process; 1 where none did."""
+    needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    if any(name not in os.environ for name in needed):
+        return 1
+    return int(os.environ.get("SLURM_NTASKS", "1"))
+
+
+def _mpi_processes() -> int:
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+
+
+def _takes_all_gpus(settings: Settings) -> bool:
+    """Whether JAX would take one GPU alone, though no other process shares this machine."""
+    if settings.coordinator is not None or settings.local_device_ids:
+        return False
+    if _slurm_tasks() > 1:
+        tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+        return all(part.split("(")[0] == "1" for part in tasks.split(","))
+    return _mpi_processes() > 1 and os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+
+
+def _tpu_workers() -> int:
+    """Hosts of the Cloud TPU slices that this one belongs to; 1 elsewhere."""
+    # At its import JAX asks for "tpu,cpu" on a machine with TPUs, and on no other.
+    if "tpu" not in (jax.config.jax_platforms or ""):
+        return 1
+    names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    hosts = next((os.environ[name] for name in names if name in os.environ), None)
+    hosts = _metadata("worker-network-endpoints") if hosts is None else hosts
+    slices = os.environ.get("MEGASCALE_NUM_SLICES") or _slices(_metadata("tpu-env"))
+    return len(hosts.split(",")) * int(slices or 1)
+
+
+def _slices(tpu_env: str) -> str:
+    """The number of slices in lines such as MEGASCALE_NUM_SLICES: '2'."""
+    pairs = (line.split(":", 1) for line in tpu_env.splitlines() if ":" in line)
+    found = {name.strip(): value.strip().strip("'") for name, value in pairs}
+    return found.get("MEGASCALE_NUM_SLICES", "")
+
+
+def _metadata(key: str) -> str:
+    """An attribute of this machine in Google's cloud; "" where there is none."""
+    address = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
+def _wait_for(coordinator: str, timeout: int) -> None:
+    """Returns when the port of process 0 is open.
+
+    JAX would end the process by itself, with a trace of its own, if it were not in time.
+    """
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise InputError(
+                    f"Process 0 cannot be reached at distributed.coordinator {coordinator} within "
+                    f"{timeout} seconds ({error}): start it, and let that be its address and a "
+                    "port that no firewall closes."
+                ) from None
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _time_limit(timeout: int) -> Iterator[None]:
+    """Ends this process with one sentence if the block takes longer, since JAX would abort it."""
+
+    def end() -> None:
+        sys.stderr.write(
+            f"error: The processes did not all come together within {timeout} seconds: start "
+            "distributed.num_processes of them, each with a distributed.process_id of its own.\n"
+        )
+        sys.stderr.flush()
+        os._exit(2)
+
+    timer = threading.Timer(timeout, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _reason(settings: Settings, text: str) -> str:
+    """One sentence about what kept the processes from joining."""
+    if "before any JAX" in text:
+        return (
+            "The processes of a run have to join before JAX uses a device, which it has done "
+            "here: call jax.distributed.initialize first, or this earlier."
+        )
+    if "Failed to start RPC server" in text:
+        return (
+            f"Process 0 cannot listen at distributed.coordinator {settings.coordinator}: its port "
+            "is taken, perhaps by an earlier run; choose another one for all processes."
+        )
+    if _mpi_processes() > 1 and importlib.util.find_spec("mpi4py") is None:
+        return (
+            "The processes of Open MPI find each other by mpi4py, which is not installed: install "
+            "it, or give distributed.coordinator, distributed.num_processes and "
+            "distributed.process_id."
+        )
+    return f"The processes of this run could not join: {text}"

@@ -1,0 +1,151 @@
+"""One of several processes that train the three stages together; it checks what they share.
+
+Started by test_several_processes.py. The first processes stop each stage after its first
+checkpoint, the last one by SIGKILL; others go on from there.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.data.batching import Batches
+from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import batch_sharding, hosts, make_mesh
+from rlhf_jax.parallel.distributed import Settings, join
+from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.runtime import loop, train_ppo, train_reward, train_sft
+from rlhf_jax.runtime.ppo import PPOStage
+from rlhf_jax.runtime.supervised import SupervisedStage
+from tests import small
+
+TRAIN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+STOP_AT = 3  # steps, one behind the checkpoint
+MESHES = {1: {}, 2: {"data": 1, "fsdp": 2}, 4: {"data": 2, "tensor": 2}}
+
+
+class Stopped(Exception):
+    """The end of a run that is to be continued."""
+
+
+def make_configs(folder, before, processes, kind):
+    """The stages in a folder, each from what the run `before` left of the one ahead of it.
+
+    Of the `kind` "full" they do all that goes from the devices to the hosts and back; compiled in
+    each of many processes, that takes minutes.
+    """
+    full = kind == "full"
+    shared = {"mesh": MESHES[processes], "checkpoint": {"every": 2}}
+    shared["data"] = {"eval_rows": 8 if full else 0}
+    sft, rewarded = before / "sft", before / "reward"
+    function = "tests.small:short_response"
+    texts = {"builtin_rows": 16, "eval_rows": 0, "max_length": 16}
+    return {
+        "sft": small.sft(folder / "sft", **shared, sft={"rouge_rows": 4 if full else 0}),
+        "reward": small.reward(folder / "reward", sft, **shared, reward={"normalize_before": full}),
+        "ppo": small.ppo(
+            folder / "ppo",
+            sft,
+            rewarded,
+            **shared,
+            rewards=[{"function": function, "weight": 0.1}],
+            evaluation={"gold_fn": function},
+            ppo={"ptx_coef": 0.5 if full else 0.0},
+            ptx=texts,
+        ),
+    }
+
+
+def check_what_is_shared():
+    """Whatever is known to one process, and arrays that lie on several."""
+    place = jax.process_index()
+    assert hosts.is_first() == (place == 0)
+    assert hosts.from_first(lambda: place) == 0
+    with pytest.raises(ZeroDivisionError) as error:
+        hosts.from_first(lambda: 1 / place)
+    assert hosts.was_told(error.value)
+    assert hosts.all_come("checked", 60.0)
+
+    agree = hosts.Agreement(2)
+    assert agree(place == 1, False) == (False, False)
+    assert agree(False, False) == (True, False)
+    assert agree(False, False) == (False, False)
+
+    rows = batch_sharding(make_mesh(MeshSettings(**MESHES[jax.process_count()])))
+    whole = {"x": np.arange(24.0).reshape(8, 3), "y": {"z": np.arange(8)}}
+    read = []
+
+    def part(start, stop):
+        read.append((start, stop))
+        return jax.tree.map(lambda array: array[start:stop], whole)
+
+    for spanning in (hosts.from_rows(part, 8, rows), hosts.from_host(whole, rows)):
+        assert not spanning["x"].is_fully_addressable
+        jax.tree.map(np.testing.assert_array_equal, hosts.to_host(spanning), whole)
+    return read
+
+
+def check_errors(folder):
+    """What is wrong for all is raised by all, and one of them says it."""
+    with pytest.raises(InputError, match=r"sft\.batch_size = 7") as error:
+        train_sft(small.sft(folder / "wrong", sft={"batch_size": 7}, mesh=MESHES[2]))
+    assert hosts.was_told(error.value)
+    assert sorted(path.name for path in (folder / "wrong").iterdir()) == ["config.yaml"]
+
+
+def stop_stages(monkeypatch):
+    """Stages stop behind their first checkpoint; the last process of a PPO run is killed there."""
+    step = SupervisedStage.step
+
+    def stopping(stage, state, index):
+        if index == STOP_AT:
+            raise Stopped
+        return step(stage, state, index)
+
+    ppo_step = PPOStage.step
+
+    def killed(stage, state, index):
+        if index == STOP_AT and not hosts.is_first():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ppo_step(stage, state, index)
+
+    # The state is not saved at the stop: what goes on takes a step once more.
+    monkeypatch.setattr(loop._Loop, "_rescue", lambda *_: None)
+    monkeypatch.setattr(SupervisedStage, "step", stopping)
+    monkeypatch.setattr(PPOStage, "step", killed)
+
+
+def main(address, processes, place, base, task, kind):
+    processes, base = int(processes), Path(base)
+    join(Settings(address, processes, int(place), timeout=60))
+    read = []
+    rows_at = Batches.rows_at
+
+    def reading(batches, step, start, stop):
+        read.append((batches.batch_size, start, stop))
+        return rows_at(batches, step, start, stop)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Batches, "rows_at", reading)
+        if task == "stop":
+            assert check_what_is_shared() == [(4 * int(place), 4 * int(place) + 4)]
+            check_errors(base)
+            stop_stages(monkeypatch)
+        folder = base / task
+        for name, config in make_configs(folder, base / "one", processes, kind).items():
+            if task == "stop" and name != "ppo":
+                with pytest.raises(Stopped):
+                    TRAIN[name](config)
+            else:
+                TRAIN[name](config)
+    half = 0 if int(place) < processes // 2 else 4
+    # The step of normalization reads all; of training batches each process reads its half.
+    assert {(start, stop) for size, start, stop in read if size == 8} == {(half, half + 4)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,163 @@
+"""Two processes train as one does, are killed, and one or four go on from what they left."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from tests import small
+from tests.parallel.several_processes import STOP_AT, TRAIN, make_configs
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 300  # after which processes are ended that should have come to an end
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def start(processes, base, task, kind):
+    """The processes of a task, each writing to a file of its own."""
+    address = f"localhost:{free_port()}"
+    environment = {
+        **{key: value for key, value in os.environ.items() if "XLA_FLAGS" not in key},
+        "JAX_PLATFORMS": "cpu",
+        # How fast they run is of no matter here, and they compile much.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    arguments = [sys.executable, "-m", "tests.parallel.several_processes", address, str(processes)]
+    started = []
+    for place in range(processes):
+        with (base / f"{task}-{place}.log").open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    [*arguments, str(place), str(base), task, kind],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
+
+
+def ends_of(started):
+    """Their exit statuses, once the first has failed or all are done; none is left running."""
+    until = time.monotonic() + SECONDS
+    try:
+        while time.monotonic() < until:
+            statuses = [process.poll() for process in started]
+            if None not in statuses or any(statuses):
+                break
+            time.sleep(0.05)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return statuses
+
+
+def logs(base, task):
+    return "\n".join(log.read_text()[-4000:] for log in sorted(base.glob(f"{task}-*.log")))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of runs: `one/` without a stop, `alone/` and `four/` behind two processes."""
+    small.use_cache(small.cache_folder(tmp_path_factory))
+    base = tmp_path_factory.mktemp("processes")
+    train_and_continue(base)
+    return base
+
+
+def train_and_continue(base, kind="plain"):
+    """Makes all runs, those of a `kind` of configurations of several_processes.py."""
+    for name, config in make_configs(base / "one", base / "one", 1, kind).items():
+        TRAIN[name](config)
+    statuses = ends_of(start(2, base, "stop", kind))
+    assert statuses[1] == -9, logs(base, "stop")
+    for name in TRAIN:
+        assert small.rows(base / "stop" / name / "metrics.jsonl")[-1]["step"] < small.STEPS
+    for name in ("alone", "four"):
+        shutil.copytree(base / "stop", base / name)
+    four = start(4, base, "four", kind)
+    for name, config in make_configs(base / "alone", base / "one", 1, kind).items():
+        TRAIN[name](config)
+    assert ends_of(four) == [0] * 4, logs(base, "four")
+
+
+def test_the_two_were_stopped_behind_their_checkpoint(runs):
+    for name in TRAIN:
+        saved = runs / "stop" / name / "checkpoints"
+        assert {path.name for path in saved.iterdir()} == {str(STOP_AT - 1)}
+        assert not (runs / "stop" / name / "hf").exists()
+
+
+def assert_same_metrics(runs, folder, stage):
+    """Within the rounding of sums in another order."""
+    expected, actual = (small.rows(runs / x / stage / "metrics.jsonl") for x in ("one", folder))
+    assert len(expected) == len(actual) == small.STEPS
+    for row, other in zip(expected, actual, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            np.testing.assert_allclose(
+                other[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{row['step']} {name}"
+            )
+
+
+def assert_same_samples(runs, folder, stage):
+    """The same texts, whatever their scores are in the last digit."""
+    one, other = (
+        [
+            {key: value for key, value in row.items() if not isinstance(value, float)}
+            for row in small.rows(runs / x / stage / "samples.jsonl")
+        ]
+        for x in ("one", folder)
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize("folder", ["alone", "four"])
+@pytest.mark.parametrize("stage", TRAIN)
+def test_metrics_are_those_of_one_process(runs, stage, folder):
+    assert_same_metrics(runs, folder, stage)
+
+
+@pytest.mark.parametrize("folder", ["alone", "four"])
+def test_samples_are_those_of_one_process(runs, folder):
+    assert_same_samples(runs, folder, "ppo")
+    assert len(small.rows(runs / folder / "ppo" / "samples.jsonl")) == 2 * small.STEPS / 2
+
+
+@pytest.mark.parametrize("folder", ["alone", "four"])
+def test_the_exported_models_are_whole(runs, folder):
+    for stage, load in (("sft", load_pretrained), ("reward", load_reward_model)):
+        (_, expected), (_, actual) = (load(runs / x / stage / "hf") for x in ("one", folder))
+        expected, actual = (tree.get("model", tree)["ln_f"]["scale"] for tree in (expected, actual))
+        np.testing.assert_allclose(actual, expected, rtol=1e-3)
+    assert (runs / folder / "ppo" / "report.html").exists()
+
+
+def test_the_configuration_names_no_processes(runs):
+    """So that config.yaml repeats the run wherever it is fed back."""
+    text = (runs / "four" / "sft" / "config.yaml").read_text()
+    assert "coordinator: null" in text
+
+
+def test_the_first_process_speaks_for_all(runs):
+    first, *others = [(runs / f"four-{place}.log").read_text() for place in range(4)]
+    assert "the model is in" in first
+    for log in others:
+        assert "step" not in log
+        assert "the model is in" not in log
