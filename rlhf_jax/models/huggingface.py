@@ -203,7 +203,7 @@ def _load(name, dtype, *, with_head, label=None) -> tuple[GPT2, Params]:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = _find_folder(name)
-    model = GPT2(_read_config(folder / "config.json"), dtype=dtype)
+    model = GPT2(read_config(folder / "config.json"), dtype=dtype)
     shapes = {"model": _shapes(model)}
     if with_head:
         shapes["head"] = {"kernel": jax.ShapeDtypeStruct((1, model.config.n_embd), jnp.float32)}
@@ -255,7 +255,12 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return data
 
 
-def _read_config(path: pathlib.Path) -> GPT2Config:
+def read_config(path: pathlib.Path) -> GPT2Config:
+    """The sizes that a config.json gives.
+
+    Raises:
+      InputError: the file cannot be read, or is that of another model.
+    """
     data = _read_json(path)
     for key, allowed in {"model_type": "gpt2", **_FIXED}.items():
         given = data.get(key, allowed if key in _FIXED else None)
