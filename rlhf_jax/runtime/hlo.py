@@ -173,21 +173,20 @@ def trip_count(module: Module, around: Computation, loop: Instruction) -> int | 
 
 def _bound(module: Module, condition: Computation) -> tuple[int, int | None] | None:
     """(bound, index of the counter in what the loop carries) of a condition."""
-    for instruction in condition.instructions.values():
-        if instruction.opcode == "fusion":
-            inner = _bound(module, module.computations[called(instruction, "calls")])
-            if inner is not None:
-                return inner[0], None
-        if instruction.opcode != "compare" or "direction=LT" not in instruction.rest:
+    for name in condition.instructions:
+        compare, place, given = _inside(module, condition, name)
+        if compare.opcode != "compare" or "direction=LT" not in compare.rest:
             continue
-        counter, limit = instruction.operands
-        bound = _constant(condition, limit)
+        (counter, at), (limit, where) = (_outside(place, given, x) for x in compare.operands)
+        bound = _constant(where, limit)
         if bound is None:
             continue
-        source = condition.instructions[counter]
+        source = at.instructions[counter]
         if source.opcode == "add":
-            bound -= _constant(condition, source.operands[1]) or 0
-            source = condition.instructions[source.operands[0]]
+            added, place = _outside(at, given, source.operands[1])
+            bound -= _constant(place, added) or 0
+            counter, at = _outside(at, given, source.operands[0])
+            source = at.instructions[counter]
         return bound, _tuple_index(source)
     return None
 
@@ -197,14 +196,34 @@ def _step(module: Module, body: Computation, index: int) -> int:
     root = body.instructions[body.root]
     if root.opcode != "tuple":
         return 1
-    instruction, place = body.instructions[root.operands[index]], body
-    if instruction.opcode == "fusion":
-        place = module.computations[called(instruction, "calls")]
-        instruction = place.instructions[place.root]
-    if instruction.opcode != "add":
+    added, place, given = _inside(module, body, root.operands[index])
+    if added.opcode != "add":
         return 1
-    added = [_constant(place, name) for name in instruction.operands]
-    return next((number for number in added if number), 1)
+    found = (_outside(place, given, operand) for operand in added.operands)
+    numbers = [_constant(where, operand) for operand, where in found]
+    return next((number for number in numbers if number), 1)
+
+
+_Given = tuple[Instruction, Computation] | None
+
+
+def _inside(
+    module: Module, place: Computation, name: str
+) -> tuple[Instruction, Computation, _Given]:
+    """An instruction and where it stands; of a fusion its result, and the fusion and its place."""
+    instruction = place.instructions[name]
+    if instruction.opcode != "fusion":
+        return instruction, place, None
+    inner = module.computations[called(instruction, "calls")]
+    return inner.instructions[inner.root], inner, (instruction, place)
+
+
+def _outside(place: Computation, given: _Given, name: str) -> tuple[str, Computation]:
+    """A name and where it stands; of a parameter of a fusion, what the fusion is given for it."""
+    instruction = place.instructions[name]
+    if given is None or place is given[1] or instruction.opcode != "parameter":
+        return name, place
+    return given[0].operands[int(instruction.value)], given[1]
 
 
 def _constant(computation: Computation, name: str) -> int | None:

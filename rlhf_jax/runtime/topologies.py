@@ -59,8 +59,10 @@ def _cpu_devices(count: int) -> list[jax.Device]:
 
 
 def _tpu_devices(name: str) -> list[jax.Device]:
-    # Nobody is to be asked for a slice that is not there, which would take minutes.
+    # Nobody is to be asked for a slice that is not there, which would take minutes; and several may
+    # compile at once, where but one may run.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
