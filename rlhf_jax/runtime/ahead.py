@@ -180,7 +180,8 @@ def _bytes_on_device(shape: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(jax.tree.map(of, shape, shardings)))
 
 
-def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+def _array(dtype: Any, *shape: int) -> Any:
+    """The shape of an array, which stands for the array itself."""
     return jax.ShapeDtypeStruct(shape, jnp.float32 if dtype is float else dtype)
 
 
@@ -196,8 +197,8 @@ def _compared(config: RewardConfig, num_responses: int) -> PairBatch | RankingBa
     if config.reward.objective == "ranking":
         size = (rows, num_responses, data.max_response_length)
         return RankingBatch(*before, _array(jnp.int32, *size), _array(bool, *size))
-    size = (rows, data.max_response_length)
-    response = (_array(jnp.int32, *size), _array(bool, *size))
+    length = data.max_response_length
+    response = (_array(jnp.int32, rows, length), _array(bool, rows, length))
     return PairBatch(*before, *response, *response, _array(float, rows), _array(bool, rows))
 
 

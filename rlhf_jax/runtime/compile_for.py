@@ -24,8 +24,8 @@ from rlhf_jax.runtime.shapes import SHAPES, find_shape
 from rlhf_jax.runtime.topologies import KNOWN, Topology, find_topology
 
 STAGES = ("sft", "reward", "ppo")
-_KINDS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
-_PARTS = {
+_KINDS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+_PARTS: dict[str, Any] = {
     "sft": pipeline.sft_config,
     "reward": pipeline.reward_config,
     "ppo": pipeline.ppo_config,
@@ -132,7 +132,7 @@ def cost_of(
       InputError: no such model, or a mesh or batch that does not fit the topology.
     """
     mesh = make_mesh(config.mesh, topology.devices)
-    dtype = config.model.dtype
+    dtype: str = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if topology.is_tpu else compute_dtype("auto")
     model = GPT2(find_shape(model_name, config.model, config.tokenizer), dtype)

@@ -64,7 +64,8 @@ def parse(text: str) -> Module:
     ('main', 'parameter')
     """
     computations: dict[str, Computation] = {}
-    entry, name, root, instructions = "", "", "", {}
+    instructions: dict[str, Instruction] = {}
+    entry = name = root = ""
     for line in text.splitlines():
         if header := _HEADER.match(line):
             name, root, instructions = header[2], "", {}

@@ -1,6 +1,7 @@
 """Devices by the name of their slice, there or not."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import tempfile
@@ -63,13 +64,11 @@ def _tpu_devices(name: str) -> list[jax.Device]:
     # compile at once, where but one may run.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"--topology {name} needs libtpu, the compiler for TPUs ({error}); install the extra: "
+            f"--topology {name} needs libtpu, the compiler for TPUs; install the extra: "
             "pip install 'rlhf-jax[tpu]'."
-        ) from None
+        )
     try:
         with quiet():
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
