@@ -202,7 +202,7 @@ def _program_lines(program: dict[str, Any], chip: dict[str, Any] | None) -> list
         f"  {'memory read, written':<20} {program['moved'] / 1e9:.4g} GB",
         f"  {'received':<20}{program['received'] / 1e9:.4g} GB",
         *_collective_lines(program["collectives"]),
-        *(f"  {warning}" for warning in program["warnings"]),
+        *(f"  {warning}" for warning in program["warnings"][:3]),
     ]
     if "roofline" in program:
         line = program["roofline"]

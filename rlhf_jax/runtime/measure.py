@@ -87,7 +87,7 @@ def measure(program: Program, num_devices: int) -> Cost | TooLarge:
         flops,
         bytes_moved(module),
         collectives(module, num_devices),
-        [line for line in said if "rematerialization" in line],
+        _warnings(said),
     )
 
 
@@ -95,7 +95,15 @@ def _peak(memory: Any) -> int:
     """The most that is held at any time; the sum of the parts where a backend does not tell."""
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes
     total += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    return getattr(memory, "peak_memory_in_bytes", 0) or total
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    # The CPU's leaves out what is made on the way.
+    return peak if peak > memory.argument_size_in_bytes else total
+
+
+def _warnings(lines: list[str]) -> list[str]:
+    """What the compiler says of arrays that it first copies to all devices, each once."""
+    found = (re.search(r"(Involuntary full rematerialization.*?)(\. As the|$)", x) for x in lines)
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _too_large(message: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime import ahead, compile_for, topologies
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
-from rlhf_jax.runtime.measure import Cost, TooLarge, _too_large, measure
+from rlhf_jax.runtime.measure import Cost, TooLarge, _too_large, _warnings, measure
 from rlhf_jax.runtime.ppo import PPOStage
 from rlhf_jax.runtime.reward import RewardStage
 from rlhf_jax.runtime.sft import SFTStage
@@ -97,6 +97,7 @@ def test_the_command_prints_the_numbers_and_writes_them(folder, capsys):
     assert "roofline" not in program
     parameters = found["parameters"] * 4
     assert program["arguments"] > 3 * parameters  # with the two moments of Adam
+    assert program["peak"] > program["arguments"]
     assert "sft of" in printed
     assert "held at most" in printed
 
@@ -155,6 +156,13 @@ def test_what_the_compiler_has_no_room_for_is_told():
         }
     )
     assert "does not fit. The compiler needs 47.00G bytes of memory, and has 15.75G." in text
+
+
+def test_what_the_compiler_could_not_split_is_told_once():
+    said = "W1120 partitioner.cc:666] [SPMD] Involuntary full rematerialization. The compiler "
+    said += "cannot go from a to b for operation %x. As the last resort, SPMD will replicate."
+    told = "Involuntary full rematerialization. The compiler cannot go from a to b for operation %x"
+    assert _warnings(["other", said, said]) == [told]
 
 
 def test_a_slice_needs_libtpu(monkeypatch):
