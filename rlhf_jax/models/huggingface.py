@@ -226,7 +226,7 @@ def _open(name, dtype) -> tuple[pathlib.Path, GPT2]:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = _find_folder(name)
-    return folder, GPT2(_read_config(folder / "config.json"), dtype=dtype)
+    return folder, GPT2(read_config(folder / "config.json"), dtype=dtype)
 
 
 def _find_folder(name: str | pathlib.Path) -> pathlib.Path:
@@ -259,7 +259,12 @@ def _download(name: str) -> pathlib.Path:
         ) from error
 
 
-def _read_config(path: pathlib.Path) -> GPT2Config:
+def read_config(path: pathlib.Path) -> GPT2Config:
+    """The sizes that a config.json gives.
+
+    Raises:
+      InputError: the file cannot be read, or is that of another model.
+    """
     data = read_json(path)
     for key, allowed in {"model_type": "gpt2", **_FIXED}.items():
         given = data.get(key, allowed if key in _FIXED else None)

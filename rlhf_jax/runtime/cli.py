@@ -4,16 +4,30 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 
 INPUT_ERROR, DIVERGED, FAILED, INTERRUPTED = 2, 1, 1, 130
 
 
 def main(command: str, kind: str) -> int:
-    """Runs a command with the configuration of the command line.
+    """Runs a command with the configuration of the command line; the exit status is that of `run`.
 
     Args:
       command: a function of `rlhf_jax.runtime`, by name, that takes the configuration.
       kind: the class in `runtime/config.py` that describes it, by name.
+    """
+
+    def work():
+        from rlhf_jax import runtime
+        from rlhf_jax.runtime import config
+
+        getattr(runtime, command)(config.parse(getattr(config, kind)))
+
+    return run(work)
+
+
+def run(work: Callable[[], object]) -> int:
+    """Runs the work of a command, which may import the package: only here it is prepared for that.
 
     Returns:
       The exit status: 0, 2 for what the user can mend, 1 for a diverged run, 130 when interrupted.
@@ -23,17 +37,16 @@ def main(command: str, kind: str) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # huggingface_hub tells of each of its many attempts to reach the hub.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    from rlhf_jax import runtime
     from rlhf_jax.errors import InputError
     from rlhf_jax.parallel import hosts
-    from rlhf_jax.runtime import config, loop
+    from rlhf_jax.runtime import loop
 
     _set_up_logging()
     # Functions that settings name are looked for where the command was called, too.
     sys.path.append(os.getcwd())
 
     try:
-        getattr(runtime, command)(config.parse(getattr(config, kind)))
+        work()
         sys.stdout.flush()  # here, where an error can be told
     except InputError as error:
         return _ended(error, f"error: {error}", INPUT_ERROR)

@@ -303,10 +303,10 @@ def test_unknown_configuration_keys_and_whole_numbers(folder):
 def test_silent_configurations_have_the_end_of_text_of_gpt2(tmp_path, vocab_size, eos):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gpt2", "vocab_size": vocab_size}))
-    config = huggingface._read_config(path)
+    config = huggingface.read_config(path)
     assert (config.bos_token_id, config.eos_token_id) == (eos, eos)
     path.write_text(json.dumps({"model_type": "gpt2", "eos_token_id": None}))
-    assert huggingface._read_config(path).eos_token_id is None
+    assert huggingface.read_config(path).eos_token_id is None
 
 
 # What is refused

@@ -1,0 +1,68 @@
+"""The tool that makes the table of docs/scaling.md."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = importlib.util.spec_from_file_location("scaling_table", ROOT / "tools" / "scaling_table.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+scaling_table = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(scaling_table)
+
+LISTED = yaml.safe_load((ROOT / "tools" / "scaling_rows.yaml").read_text())
+ROW = ["gpt2-xl", "sft", "v5e:16x16", "4x64x1", "--sft.gradient_accumulation_steps 2"]
+COLLECTIVE = {"kind": "all-gather", "shape": "bf16[8]", "times": 3, "total": 2e9}
+PROGRAM = {
+    "name": "step",
+    "fits": True,
+    "arguments": 2**30,
+    "unread": 0,
+    "peak": 3 * 2**30,
+    "flops": 1e12,
+    "received": 2.5e9,
+    "collectives": [COLLECTIVE],
+    "roofline": {"seconds": 0.25, "bound": "memory"},
+}
+
+
+def test_every_row_is_a_command_of_its_own():
+    names = [scaling_table.name_of(row) for row in LISTED["rows"]]
+    assert len(set(names)) == len(names)
+    for row in LISTED["rows"]:
+        flags = scaling_table.flags_of(row, LISTED["common"])
+        assert flags[:4] == ["--topology", row[2], "--model", row[0]]
+    assert scaling_table.flags_of(ROW, LISTED["common"])[6:8] == ["--mesh.data", "4"]
+
+
+@pytest.mark.parametrize(
+    ("program", "cells"),
+    [
+        (
+            PROGRAM,
+            "1 GiB | 3 GiB | yes | 1e+12 | 2.5 GB | 0.25 s | memory | "
+            "all-gather bf16[8], 3 times: 2 GB |",
+        ),
+        (
+            {"name": "step", "fits": False, "needed": "47G", "available": "15.75G", "flops": 1e12},
+            " |  | no | 1e+12 |  |  |  | needs 47G of 15.75G |",
+        ),
+    ],
+)
+def test_a_line_tells_what_fits_and_what_breaks(program, cells):
+    line = scaling_table.line_of(ROW, {"programs": [program]})
+    assert line.startswith("| gpt2-xl | sft | v5e:16x16 | 4 x 64 x 1 | `--sft.gradient_acc")
+    assert line.endswith(cells)
+    assert line.count("|") == scaling_table.HEADER.splitlines()[0].count("|")
+
+
+def test_the_table_goes_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{scaling_table.BEGIN}\nold\n{scaling_table.END}\nafter\n")
+    for _ in range(2):
+        scaling_table.write_table(page, "new")
+    text = f"before\n{scaling_table.BEGIN}\nnew\n{scaling_table.END}\nafter\n"
+    assert page.read_text() == text
