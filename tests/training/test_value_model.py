@@ -166,9 +166,12 @@ def test_the_value_loss_does_not_touch_the_policy(model, params, batch, rollout)
     zeros = jnp.zeros(rollout.tokens.shape)
     scored = ScoredRollout(*parts, zeros, zeros, zeros, jnp.zeros(4))
     experience = Experience(scored, advantages=zeros, returns=zeros + 1.0)
-    loss = functools.partial(_loss, model=model, settings=settings, value_model=model, trunk=None)
+    loss = functools.partial(
+        _loss, model=model, settings=settings, value_model=model, trunk=None, penalty_coef=None
+    )
     start.params["value_model"]["head"]["kernel"] += 1.0  # one of zero would hand nothing on
-    grads = jax.jit(jax.grad(loss, has_aux=True))(start.params, experience, None, None)[0]
+    batch = (experience, None)
+    grads = jax.jit(jax.grad(loss, has_aux=True))(start.params, batch, None, None)[0]
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["model"]))
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["value_model"]))
 
