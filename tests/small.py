@@ -128,10 +128,10 @@ def checkpoint(run_dir, step=STEPS):
         return checkpointer.restore(folder)
 
 
-def assert_same_run(first, second):
+def assert_same_run(first, second, step=STEPS):
     """Bit for bit: metrics, samples, the model, and all that the last checkpoint holds."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert rows(Path(first) / name) == rows(Path(second) / name)
     weights = [(Path(run) / "hf" / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]
-    jax.tree.map(np.testing.assert_array_equal, checkpoint(first), checkpoint(second))
+    jax.tree.map(np.testing.assert_array_equal, checkpoint(first, step), checkpoint(second, step))

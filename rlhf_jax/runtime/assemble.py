@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
@@ -28,6 +27,7 @@ from rlhf_jax.models.huggingface import check_reward_model, load_pretrained, loa
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.runtime.checksums import fingerprint
 from rlhf_jax.runtime.config import ModelSettings
 
 if TYPE_CHECKING:
@@ -330,18 +330,6 @@ def stage_keys(seed: int, stage: str, count: int) -> list[jax.Array]:
     """Keys of a stage ("sft", "reward" or "ppo"), which no other stage of this seed shares."""
     number = ("sft", "reward", "ppo").index(stage)
     return list(jax.random.split(jax.random.fold_in(jax.random.key(seed), number), count))
-
-
-@jax.jit
-def fingerprint(tree: Any) -> jax.Array:
-    """u32[]: a checksum of float32 arrays, of which no single one can change without it."""
-    total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(tree):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
-        # Odd weights have inverses modulo 2^32, so that a changed element changes its product.
-        weights = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
-        total = total * jnp.uint32(2654435761) + jnp.sum(bits * weights, dtype=jnp.uint32)
-    return total
 
 
 def saved_parts(state: Any) -> dict[str, Any]:

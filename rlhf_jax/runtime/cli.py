@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import FrameType
 
 INPUT_ERROR, DIVERGED, FAILED, INTERRUPTED = 2, 1, 1, 130
 
@@ -23,15 +25,41 @@ def main(command: str, kind: str) -> int:
 
         getattr(runtime, command)(config.parse(getattr(config, kind)))
 
-    return run(work)
+    # What other commands leave at SIGTERM is no whole output.
+    trains = command.startswith(("train_", "run_rlhf"))
+    return _until_terminated(work) if trains else run(work)
+
+
+def _until_terminated(work: Callable[[], object]) -> int:
+    """`run`, but 0 as well when SIGTERM came: nothing is lost that a run has done."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run(work)
+    except _TerminatedHere as terminated:
+        from rlhf_jax.parallel import hosts
+
+        hosts.leave(terminated, 0)
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _TerminatedHere(BaseException):
+    """SIGTERM came while no stage was there to take it: at the imports, or between stages."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _TerminatedHere
 
 
 def run(work: Callable[[], object]) -> int:
     """Runs the work of a command, which may import the package: only here it is prepared for that.
 
     Returns:
-      The exit status: 0, 2 for what the user can mend, 1 for a diverged run, 130 when interrupted.
-      Each but the first comes with one sentence on standard error.
+      The exit status: 0, 2 for what the user can mend, 1 for a diverged run, 130 when interrupted;
+      and 0 when training was terminated by SIGTERM, which loses nothing. Each but the first comes
+      with one sentence on standard error.
     """
     # transformers says at its import that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,6 +68,7 @@ def run(work: Callable[[], object]) -> int:
     from rlhf_jax.errors import InputError
     from rlhf_jax.parallel import hosts
     from rlhf_jax.runtime import loop
+    from rlhf_jax.runtime.signals import Terminated
 
     _set_up_logging()
     # Functions that settings name are looked for where the command was called, too.
@@ -52,6 +81,8 @@ def run(work: Callable[[], object]) -> int:
         return _ended(error, f"error: {error}", INPUT_ERROR)
     except loop.DivergedError as error:
         return _ended(error, f"error: {error}", DIVERGED)
+    except Terminated as terminated:
+        return _ended(terminated, str(terminated), 0)
     except KeyboardInterrupt as interrupt:
         default = "Interrupted; the same command continues from the last checkpoint, if any."
         return _ended(interrupt, str(interrupt) or default, INTERRUPTED)
@@ -81,4 +112,5 @@ def _set_up_logging() -> None:
     logger = logging.getLogger("rlhf_jax")
     logger.handlers, logger.propagate = [handler], False
     # Orbax logs there the traceback of what it raises as well, say a full disk.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -409,9 +409,7 @@ def claim_run_dir(config: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         there = yaml.safe_load(file.read_text()) if file.exists() else None
         if there is not None and _holds_work(folder):
-            # What a folder of an earlier version does not name was as it still is by default.
-            defaults = _flat(to_dict(type(config)()))
-            _check_same(config.run_dir, defaults | _flat(there), _flat(to_dict(config)))
+            check_same(config, there)
         replace_file(file, to_yaml(config).encode())
 
 
@@ -423,12 +421,20 @@ def _holds_work(folder: epath.Path) -> bool:
     )
 
 
-def _check_same(run_dir: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_same(config: Any, there: Any) -> None:
+    """Raises an InputError unless a run with one configuration may go on with another.
+
+    Args:
+      there: that of the run, as from `to_dict`.
+    """
+    # What a folder of an earlier version does not name was as it still is by default.
+    old = _flat(to_dict(type(config)())) | _flat(there)
+    new = _flat(to_dict(config))
     for key in sorted({*old, *new}):
         if key.startswith(_FREE_TO_CHANGE) or old.get(key) == new.get(key):
             continue
         raise InputError(
-            f"The run folder {run_dir} was made with another configuration: {key} is "
+            f"The run folder {config.run_dir} was made with another configuration: {key} is "
             f"{old.get(key)!r} there and {new.get(key)!r} here; choose another --run_dir, or give "
             "the same configuration to continue that run."
         )

@@ -1,41 +1,36 @@
 """The loop that every stage runs in: step, log, evaluate, save, and stop losing nothing."""
 
 import contextlib
+import logging
 import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.checkpoint import Checkpoints
-from rlhf_jax.runtime.config import claim_run_dir, to_dict
-from rlhf_jax.runtime.metrics import MetricsWriter, NoWriter, disk_errors, read_lines
+from rlhf_jax.runtime.config import check_same, claim_run_dir, to_dict
+from rlhf_jax.runtime.metrics import MetricsWriter, NoWriter, disk_errors, plain, read_lines
 from rlhf_jax.runtime.progress import Progress, Throughput
+from rlhf_jax.runtime.records import Record
 from rlhf_jax.runtime.report import write_report
+from rlhf_jax.runtime.signals import CutShort, Interrupted, Signals, Terminated
 from rlhf_jax.runtime.utilization import utilization
 
 Metrics = dict[str, float]
+
+logger = logging.getLogger("rlhf_jax.runtime.loop")
 
 
 class DivergedError(FloatingPointError):
     """A loss or a gradient is not a number; the message names the step and what is kept."""
 
     told_to_all = True  # all hosts see the same numbers
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the state was saved; the message says how to continue."""
-
-    told_to_all = True  # all hosts have agreed to stop
 
 
 class StageResult(NamedTuple):
@@ -64,7 +59,10 @@ class Stage(Protocol):
         ...
 
     def step(self, state: Any, index: int) -> tuple[Any, Mapping[str, jax.Array], Any]:
-        """Step number `index` from 0: (state, metrics on the device, output for `observe`)."""
+        """Step number `index` from 0: (state, metrics on the device, output for `observe`).
+
+        The output is None where neither `observe` nor `samples` need any.
+        """
         ...
 
     def observe(self, output: Any) -> Metrics:
@@ -100,41 +98,40 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
       config: that of the stage.
 
     Raises:
-      InputError: the folder cannot be written, or holds a run with another configuration.
+      InputError: the folder cannot be written, holds a run with another configuration, or has
+        checkpoints of which none can be used.
       DivergedError: a loss or gradient is NaN or infinite.
-      Interrupted: Ctrl-C or SIGTERM, after the state was saved.
+      Interrupted: Ctrl-C or, as `Terminated`, SIGTERM, after the state was saved.
     """
-    with hosts.ending_together():
+    with Signals() as signals, hosts.ending_together():
         hosts.from_first(claim_run_dir, config)
         if not hosts.from_first(is_finished, config.run_dir):
             stage = make_stage()
             with jax.set_mesh(stage.mesh):
-                _train(stage, config)
+                _train(stage, config, signals)
         elif hosts.is_first():
             print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
 
 
-def _train(stage: Stage, config: Any) -> None:
+def _train(stage: Stage, config: Any, signals: Signals) -> None:
     """The run of a stage from where it stopped, or from its beginning, to its end."""
     folder = epath.Path(config.run_dir)
     with disk_errors(folder):
         checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     try:
-        start = checkpoints.latest_step() or 0
-        state = stage.init_state()
-        if start:
-            state = stage.resumed(state, checkpoints.restore(stage.saved(state)))
+        state, start, owed = _begin(stage, checkpoints, config)
         shown = config.logging.progress and hosts.is_first()
         with (
-            _writer(stage.name, config, start) as writer,
+            signals.during("to be finished"),
+            _writer(stage.name, config, start - bool(owed)) as writer,
             Progress(stage.total_steps, start, stage.name, shown) as progress,
-            _interrupts() as interrupted,
         ):
-            loop = _Loop(stage, config, checkpoints, writer, progress)
-            state = loop.run(state, start, interrupted)
-        with disk_errors(folder):
-            stage.finish(state)
+            state = _Loop(stage, config, checkpoints, writer, progress, signals).run(
+                state, start, owed
+            )
+        with disk_errors(folder), signals.during("nothing to lose"):
+            stage.finish(_chosen(stage, state, checkpoints, config))
             report = hosts.from_first(write_report, folder)
         if hosts.is_first():
             print(
@@ -146,13 +143,41 @@ def _train(stage: Stage, config: Any) -> None:
             checkpoints.close()
 
 
-def _writer(name: str, config: Any, start: int) -> MetricsWriter | NoWriter:
+def _writer(name: str, config: Any, initial_step: int) -> MetricsWriter | NoWriter:
     """What writes the run's lines: on the first host alone."""
     if not hosts.is_first():
         return NoWriter()
     return MetricsWriter(
-        config.run_dir, config.logging, to_dict(config), name=name, initial_step=start
+        config.run_dir, config.logging, to_dict(config), name=name, initial_step=initial_step
     )
+
+
+def _begin(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, int, Record]:
+    """(state, the step that it is after, what is to be made up for of that step)."""
+
+    def check(record: Record) -> None:
+        check_same(config, record["config"])
+
+    state = stage.init_state()
+    restored = checkpoints.restore(stage.saved(state), check)
+    if restored is None:
+        return state, 0, {}
+    state = stage.resumed(state, restored.state)
+    return state, restored.step, restored.record.get("owed") or {}
+
+
+def _chosen(stage: Stage, state: Any, checkpoints: Checkpoints, config: Any) -> Any:
+    """The state whose model is written: the last one, or that of the best step."""
+    best = checkpoints.best()
+    if not config.checkpoint.export_best or best is None or best[0] == stage.total_steps:
+        return state
+    restored = checkpoints.restore_best(stage.saved(state))
+    if restored is None:
+        return state
+    if hosts.is_first():
+        name = config.checkpoint.best_metric
+        print(f"{stage.name}: step {restored.step} was the best by {name}", file=sys.stderr)
+    return stage.resumed(state, restored.state)
 
 
 def last_metrics(run_dir: str) -> Metrics:
@@ -166,13 +191,16 @@ def last_metrics(run_dir: str) -> Metrics:
 class _Loop:
     """One run of the loop: what stays the same from step to step."""
 
-    def __init__(self, stage, config, checkpoints, writer, progress) -> None:
+    def __init__(self, stage, config, checkpoints, writer, progress, signals) -> None:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
-        self.writer, self.progress, self.throughput = writer, progress, Throughput()
-        self.saved_at, self.logged_step = time.monotonic(), 0
-        self.agree, self.late = hosts.Agreement(2), False
+        self.writer, self.progress, self.signals = writer, progress, signals
+        self.throughput = Throughput()
+        self.saved_at, self.logged_step, self.warned = time.monotonic(), 0, False
+        self.agree = hosts.Agreement(2)
 
-    def run(self, state: Any, start: int, interrupted: threading.Event) -> Any:
+    def run(self, state: Any, start: int, owed: Record) -> Any:
+        if owed:
+            self._make_up_for(state, start, owed)
         pending = None
         for index in range(start, self.stage.total_steps):
             try:
@@ -185,10 +213,11 @@ class _Loop:
                 self._log(*pending)
             pending = (index + 1, metrics, output)
             # Read once, for what is said below has to be so; and the same on all hosts.
-            stopping, self.late = self.agree(interrupted.is_set(), self._is_late())
-            if stopping or self._is_due(index + 1) or self._is_save_due(index + 1):
+            stopping, late = self.agree(self._is_stopping(), self._is_late())
+            saving = late or self._is_save_due(index + 1)
+            if stopping or saving or self._is_due(index + 1):
                 try:
-                    self._pause(state, *pending, stopping=stopping)
+                    stopping = self._pause(state, *pending, stopping=stopping, saving=saving)
                 except DivergedError:
                     raise  # there is nothing to go on from
                 except Exception as error:
@@ -198,54 +227,141 @@ class _Loop:
                     raise
                 pending = None
             if stopping:
-                raise Interrupted(
-                    f"Stopped after step {index + 1} of {self.stage.total_steps}; everything is "
-                    f"saved in {self.config.run_dir}. Run the same command again to continue."
-                )
+                self._stop(index + 1)
+        with disk_errors(self.config.run_dir):
+            self.checkpoints.wait()  # what is exported next says that the run is complete
         return state
 
-    def _is_due(self, step: int) -> bool:
-        return (
-            step == self.stage.total_steps
-            or _every(self.config.logging.eval_every, step)
-            or _every(self.config.logging.samples_every, step)
-        )
+    def _is_stopping(self) -> bool:
+        """Whether this process was told to stop."""
+        with disk_errors(self.config.run_dir):
+            self.checkpoints.check()
+        return self.signals.stopping
 
     def _is_late(self) -> bool:
-        """Whether the clock of this host says that it is time to save."""
+        """Whether the clock of this process says that it is time to save."""
         minutes, waited = self.config.checkpoint.minutes, time.monotonic() - self.saved_at
         return minutes > 0 and waited >= 60.0 * minutes
 
     def _is_save_due(self, step: int) -> bool:
-        every = self.config.checkpoint.every
-        return self.late or step == self.stage.total_steps or _every(every, step)
+        """Whether to save after this step, whatever an evaluation gives."""
+        return step == self.stage.total_steps or _every(self.config.checkpoint.every, step)
 
-    def _pause(self, state, step, metrics, output, *, stopping: bool) -> None:
-        """Evaluates, writes samples and saves, where it is time for each."""
-        logging, last = self.config.logging, step == self.stage.total_steps
+    def _is_due(self, step: int) -> bool:
+        return self._is_evaluation_due(step) or self._are_samples_due(step)
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        return step == self.stage.total_steps or _every(self.config.logging.eval_every, step)
+
+    def _are_samples_due(self, step: int) -> bool:
+        return step == self.stage.total_steps or _every(self.config.logging.samples_every, step)
+
+    def _pause(self, state, step, metrics, output, *, stopping: bool, saving: bool) -> bool:
+        """Evaluates, writes samples and saves, where it is time for each; whether to stop now.
+
+        Who stops us does not wait for an evaluation: the checkpoint tells that it is still owed.
+        """
         self._check(step, hosts.to_host(metrics))
-        evaluation: Metrics = {}
-        with self.throughput.pause():
-            if stopping:  # who stops us may not wait for an evaluation
-                self._save(step, state)
-            if last or _every(logging.eval_every, step):
-                evaluation = self.stage.evaluate(state)
+        try:
+            if stopping and self._is_due(step):
+                raise CutShort
+            evaluation, rows = self._look(state, step, output)
+        except CutShort:
+            self._save(step, state, owed=self._owed(state, step, metrics, output))
+            return True
         self._log(step, metrics, output, evaluation)
-        with self.throughput.pause():
-            if last or _every(logging.samples_every, step):
-                rows = self.stage.samples(state, output, logging.num_samples)
-                self.writer.samples(step, rows)
-            # Last, so that what a checkpoint continues from has all its lines.
-            if self._is_save_due(step):
-                self._save(step, state)
+        self.writer.samples(step, rows)
+        # Last, so that what a checkpoint continues from has all its lines.
+        if saving or stopping or self._is_best(step, evaluation):
+            with self.throughput.pause():
+                self._save(step, state, evaluation)
+            # Since the step began, which several processes agree on in the next one.
+            return stopping or (not hosts.several() and self._is_stopping())
+        return stopping
 
-    def _save(self, step: int, state: Any) -> None:
-        """Saves a checkpoint, but none that training could not continue from."""
-        saved = self.stage.saved(state)
-        if not _is_finite(saved):
-            self._diverged(step, "a parameter is not finite")
+    def _look(self, state, step, output, rows: list | None = None) -> tuple[Metrics, list]:
+        """The evaluation and the samples of a step, where it is time for each.
+
+        Raises:
+          CutShort: SIGTERM came.
+        """
+        evaluation: Metrics = {}
+        if not self._is_due(step):
+            return evaluation, []
+        with self.throughput.pause(), self.signals.during("to be made up for"):
+            if self._is_evaluation_due(step):
+                evaluation = dict(self.stage.evaluate(state))
+            if rows is None and self._are_samples_due(step):
+                rows = self.stage.samples(state, output, self.config.logging.num_samples)
+        return self._with_best(step, evaluation), rows or []
+
+    def _owed(self, state, step, metrics, output) -> Record:
+        """What the lines of a step hold that is lost with the process; the state gives the rest."""
+        values = self._values(step, metrics)
+        values.pop("perf/tokens", None)
+        rows = None
+        if output is not None and self._are_samples_due(step):
+            rows = self.stage.samples(state, output, self.config.logging.num_samples)
+        return plain({"values": values | self.stage.observe(output), "samples": rows})
+
+    def _make_up_for(self, state, step, owed: Record) -> None:
+        """Writes the lines of a step whose evaluation was cut short."""
+        try:
+            evaluation, rows = self._look(state, step, None, owed["samples"])
+        except CutShort:
+            self._stop(step)  # the checkpoint is there, and tells it still
+        self.checkpoints.evaluated(step, evaluation)
+        self.writer.write(step, owed["values"] | evaluation)
+        self.logged_step = step
+        self.writer.samples(step, rows)
+
+    def _stop(self, step: int) -> NoReturn:
         with disk_errors(self.config.run_dir):
-            self.checkpoints.save(step, saved)
+            self.checkpoints.wait()
+        kind = Terminated if self.signals.terminated else Interrupted
+        stopped = kind(
+            f"Stopped after step {step} of {self.stage.total_steps}; everything is saved in "
+            f"{self.config.run_dir}. Run the same command again to continue."
+        )
+        stopped.told_to_all = True  # all hosts have agreed to stop
+        raise stopped
+
+    def _is_best(self, step: int, evaluation: Metrics) -> bool:
+        return evaluation.get("best/step") == step
+
+    def _with_best(self, step: int, evaluation: Metrics) -> Metrics:
+        """The evaluation, and which step is the best by now."""
+        name = self.config.checkpoint.best_metric
+        if name is None or not evaluation:
+            return evaluation
+        if name not in evaluation:
+            self._warn_of_metric(name, evaluation)
+        best = self.checkpoints.best(step, evaluation)
+        if best is None:
+            return evaluation
+        return evaluation | {"best/step": float(best[0]), "best/value": best[1]}
+
+    def _warn_of_metric(self, name: str, evaluation: Metrics) -> None:
+        if not self.warned:
+            logger.warning(
+                "checkpoint.best_metric is %s, which the stage %s does not evaluate: no step of it "
+                "is the best. It has %s.",
+                name,
+                self.stage.name,
+                ", ".join(sorted(evaluation)),
+            )
+        self.warned = True
+
+    def _save(self, step, state, evaluation: Metrics | None = None, owed=None) -> None:
+        """Saves a checkpoint, but none that training could not continue from."""
+        more = {"config": to_dict(self.config), "stage": self.stage.name, "owed": owed}
+        self.writer.flush()
+        with disk_errors(self.config.run_dir):
+            saved = self.checkpoints.save(
+                step, self.stage.saved(state), metrics=evaluation, more=more
+            )
+        if not saved:
+            self._diverged(step, "a parameter is not finite")
         self.saved_at = time.monotonic()
 
     def _rescue(self, state: Any, step: int, pending: tuple | None) -> None:
@@ -254,11 +370,16 @@ class _Loop:
             return  # nothing was done yet, or the failed step has used the state up
         if not hosts.all_come(f"rescue/{self.stage.name}/{step}", 10.0):
             return  # the others, who hold parts of the state, are elsewhere
+        owed = None
         with contextlib.suppress(Exception):  # the first error is the one to be told
             if pending is not None and pending[0] != self.logged_step:
-                self._log(*pending)
+                if self._is_due(step):
+                    owed = self._owed(state, *pending)
+                else:
+                    self._log(*pending)
         with contextlib.suppress(Exception):
-            self._save(step, state)
+            self._save(step, state, owed=owed)
+            self.checkpoints.wait()
             where = f"is saved in {self.config.run_dir}"
             if hosts.is_first():
                 self.progress.message(
@@ -266,8 +387,7 @@ class _Loop:
                 )
 
     def _log(self, step, metrics, output, evaluation: Metrics | None = None) -> None:
-        values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
-        self._check(step, values)
+        values = self._values(step, metrics)
         tokens = values.pop("perf/tokens", 0.0)
         self.throughput.add(int(tokens))
         wanted = evaluation or step == self.stage.total_steps
@@ -276,6 +396,11 @@ class _Loop:
             self.writer.write(step, values)
             self.logged_step = step
         self.progress.update(step, values)
+
+    def _values(self, step, metrics) -> Metrics:
+        values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
+        self._check(step, values)
+        return values
 
     def _speed(self) -> Metrics:
         """Tokens per second, seconds per step and, on devices whose peak is known, the MFU."""
@@ -307,38 +432,7 @@ def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
 
 
-@jax.jit
-def _is_finite(tree: Any) -> jax.Array:
-    """bool[]: no NaN and no infinity in any array of a tree."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-
 def is_finished(run_dir: str) -> bool:
     """Whether the last things that a stage writes are there."""
     folder = epath.Path(run_dir)
     return (folder / "hf" / "config.json").exists() and (folder / "report.html").exists()
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second Ctrl-C interrupts at once."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted  # signals reach the main thread alone
-        return
-
-    def stop(signum, frame):
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Past Python's buffers, which the interrupted code may be in the midst of writing to.
-        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -238,6 +238,18 @@ class MetricsWriter:
             for row in rows:
                 self._samples.append({"step": int(step), **row})
 
+    def flush(self) -> None:
+        """Brings the lines to an object store as well, where they wait in memory otherwise.
+
+        A checkpoint that follows then continues from a step that has all its lines.
+
+        Raises:
+          InputError: the folder cannot be written.
+        """
+        with disk_errors(self.run_dir):
+            self._metrics.flush()
+            self._samples.flush()
+
     def close(self) -> None:
         """Finishes all outputs; called on leaving the `with` block.
 
@@ -272,6 +284,9 @@ class NoWriter:
         """Nothing."""
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
     def __enter__(self) -> "NoWriter":
@@ -389,6 +404,11 @@ def _encode(row: Mapping[str, Any]) -> bytes:
     """One line of JSON; `backslashreplace` writes a lone surrogate as the JSON escape it is."""
     text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it is read back from its line."""
+    return json.loads(_encode(row))
 
 
 def _finite(value: Any) -> Any:

@@ -117,7 +117,11 @@ class RewardStage(SupervisedStage):
         Checkpoints hold the model as it was trained, so that it is normalized once however often
         the run is continued.
         """
-        if not self.config.reward.normalize_after or int(state.step) < self.total_steps:
+        return state if int(state.step) < self.total_steps else self._exported(state)
+
+    def _exported(self, state):
+        """The model that is written, of whatever step."""
+        if not self.config.reward.normalize_after:
             return state
         return state._replace(params=self.normalize(state.params, state.frozen))
 
@@ -159,7 +163,7 @@ class RewardStage(SupervisedStage):
 
         And `evaluation.json`, with what the held-out pairs say of the scores.
         """
-        state = self._at_end(state)
+        state = self._exported(state)
         if self.held_out is not None:
             step, place = jax.jit(reward.make_score_step(self.model)), batch_sharding(self.mesh)
             params = self.whole(state)

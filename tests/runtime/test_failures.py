@@ -204,7 +204,7 @@ def test_a_full_disk_under_a_log(tmp_path, monkeypatch, sft_run, file):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 300 kB, and a function that makes it larger; root alone can have one."""
+    """A disk of 300 kB, and a function that gives it another size; root alone can have one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
@@ -212,21 +212,50 @@ def small_disk(tmp_path):
         pytest.skip("only root can mount a small disk")
     yield (
         folder,
-        lambda: subprocess.run(["mount", "-o", "remount,size=30m", str(folder)], check=True),
+        lambda size: subprocess.run(
+            ["mount", "-o", f"remount,size={size}", str(folder)], check=True
+        ),
     )
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_under_a_checkpoint(small_disk, sft_run):
-    folder, make_larger = small_disk
+    folder, resize = small_disk
     config = small.sft(folder / "run")
     assert message(train_sft, config) == (
         f"cannot write to {folder}/run: No space left on device; free some space and run the same "
         "command again: it continues from the last checkpoint"
     )
-    make_larger()
+    resize("30m")
     train_sft(config)
     small.assert_same_run(sft_run[0], folder / "run")
+
+
+def test_a_disk_that_fills_under_a_later_checkpoint_leaves_the_one_before(small_disk, sft_run):
+    """The write fails in the background, and the next step tells of it."""
+    folder, resize = small_disk
+    resize("900k")
+    config = small.sft(folder / "run", checkpoint={"every": 1, "keep": 1})
+    kept = folder / "kept"
+    write = checkpoints.Checkpoints.save
+
+    def filling_the_disk(self, step, *arguments, **keywords):
+        if step == 2:
+            self.wait()
+            kept.write_bytes(bytes(shutil.disk_usage(folder).free - 100_000))
+        return write(self, step, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", filling_the_disk)
+        assert message(train_sft, config) == (
+            f"cannot write to {folder}/run: No space left on device; free some space and run the "
+            "same command again: it continues from the last checkpoint"
+        )
+    assert "1" in {path.name for path in (folder / "run" / "checkpoints").iterdir()}
+    resize("30m")
+    train_sft(config)
+    small.assert_same_run(sft_run[0], folder / "run")
+    assert saved_steps(folder / "run") == [4]
 
 
 def no_space(*arguments):

@@ -116,6 +116,18 @@ def test_the_running_scores_the_penalty_and_the_texts_go_on_as_if_nothing_was(
     train("parts")
     small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     saved = small.checkpoint(tmp_path / "parts")
+    # All that an exact continuation needs: of the step follow the batch and, by the seed, the keys.
+    assert saved.keys() == {
+        "step",
+        "params",
+        "opt_state",
+        "kl_coef",
+        "penalty_coef",
+        "score_stats",
+        "frozen",
+    }
+    assert saved["params"].keys() == {"model", "value_head"}
+    assert saved["frozen"].keys() == {"fingerprint"}
     assert float(saved["score_stats"]["num_scores"]) == 32
     assert float(saved["penalty_coef"]) > 1.0
     losses = [row["loss/ptx_avg"] for row in small.rows(tmp_path / "parts/metrics.jsonl")]

@@ -274,7 +274,7 @@ def test_a_checkpoint_is_due_when_enough_time_has_passed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         loop.Checkpoints,
         "save",
-        lambda self, step, state: saved.append(step) or save(self, step, state),
+        lambda self, step, state, **record: saved.append(step) or save(self, step, state, **record),
     )
     quiet = {"eval_every": 0, "samples_every": 0, "progress": False}
     train_sft(small.sft(tmp_path, checkpoint={"minutes": 2.5}, logging=quiet))
