@@ -123,7 +123,7 @@ def test_the_command_exits_with_0_when_terminated_and_with_130_at_ctrl_c(
             signal_in(patch, SFTStage, "step", number=number)
             assert cli.main("train_sft", "SFTConfig") == status
         assert "everything is saved in" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setattr(cli, "_main", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli, "run", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main("run_rlhf", "RLHFConfig") == 0  # between two stages
     assert signal.getsignal(signal.SIGTERM) == before
