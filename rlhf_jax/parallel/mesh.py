@@ -4,6 +4,8 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rlhf_jax.errors import InputError
@@ -38,8 +40,12 @@ class Settings:
 def make_mesh(settings: Settings, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over all devices, with `AxisType.Auto`.
 
+    Devices that are close to each other are close on the mesh, the last axes first. Several slices
+    of TPUs, between which there is the network of the data centre alone, stand along data.
+
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or slices would have to share
+        an axis other than data.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
@@ -51,4 +57,24 @@ def make_mesh(settings: Settings, devices: list[jax.Device] | None = None) -> Me
             f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} does not fit "
             f"{len(devices)} devices; let them multiply to that, or set one to -1."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arranged(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in an array of these sizes."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise InputError(
+            f"mesh.data = {data} is not divisible by the {slices} slices of TPUs; let each slice "
+            "have its part of it."
+        )
+    if slices > 1:
+        within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # an axis is only a part of one of the slice's own, say 4 of 16
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -7,7 +7,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.parallel.mesh import Settings, make_mesh
+from rlhf_jax.parallel.mesh import Settings, arranged, make_mesh
 from rlhf_jax.parallel.partition import (
     check_batch_size,
     partition_spec,
@@ -116,4 +116,26 @@ def test_a_batch_that_does_not_divide_names_the_setting():
         check_batch_size(Mesh(data=2, fsdp=2), "sft.batch_size", 6)
     assert str(error.value) == (
         "sft.batch_size = 6 is not divisible by mesh data x fsdp = 4 devices."
+    )
+
+
+class Device:
+    """As much of a device of a slice of TPUs as its place on the mesh hangs on."""
+
+    platform, device_kind, process_index = "cpu", "cpu", 0
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index = number, slice_index
+
+
+def test_slices_stand_along_data():
+    devices = [Device(number, number % 2) for number in range(16)]
+    placed = arranged([4, 2, 2], devices)
+    assert placed.shape == (4, 2, 2)
+    assert [{device.slice_index for device in part.flat} for part in placed] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(InputError) as error:
+        arranged([1, 8, 2], devices)
+    assert str(error.value) == (
+        "mesh.data = 1 is not divisible by the 2 slices of TPUs; let each slice have its part of "
+        "it."
     )
