@@ -26,7 +26,7 @@ from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import check_reward_model, load_pretrained, load_reward_model
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.parallel.partition import check_heads, tree_shardings
 from rlhf_jax.runtime.checksums import fingerprint
 from rlhf_jax.runtime.config import ModelSettings
 
@@ -70,7 +70,8 @@ def load_model(
       mesh: where each parameter is born in its place; by default all are on one device.
 
     Raises:
-      InputError: the folder cannot be read, or the tokenizer has ids that the model lacks.
+      InputError: the folder cannot be read, the tokenizer has ids that the model lacks, or the
+        model cannot be split over the mesh.
     """
     dtype = compute_dtype(settings.dtype)
     if settings.path is not None:
@@ -93,6 +94,7 @@ def load_model(
     )
     model = GPT2(config, dtype, settings.remat)
     if mesh is not None:
+        check_heads(mesh, config.n_head)
         return model, born_sharded(mesh, model.init, key)
     return model, jax.jit(model.init)(key)
 
