@@ -124,6 +124,19 @@ def test_what_is_wrong_is_said_in_one_sentence(folder, flags, said):
         compile_for.run_compile_for(given)
 
 
+def test_what_is_computed_again_counts_again():
+    """A pass forwards is a third of a step, but for the logits, which are not computed again."""
+    topology = topologies.find_topology("local")
+    flops = {}
+    for remat in ("none", "full"):
+        sizes = {"n_layer": 4, "n_head": 2, "n_embd": 64, "n_positions": 16, "remat": remat}
+        values = {"model": sizes, "tokenizer": {"vocab_size": 258}, "data": {"max_length": 16}}
+        config = resolve(SFTConfig, values)
+        (step,) = compile_for.cost_of("sft", config, topology)["programs"]
+        flops[remat] = step["flops"]
+    assert 1.2 < flops["full"] / flops["none"] < 1.34
+
+
 def test_the_stage_of_a_file_is_found(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("reward: {batch_size: 4}\nmodel: {path: gpt2}\n")
