@@ -7,6 +7,7 @@ It prints the largest difference of each, as a share of what is tolerated (1e-5,
 relative), and exits with 1 where one is above 1. The tests do the same for four of the ten.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -54,7 +55,8 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", help="where the runs are kept; a temporary one")
+    given = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(main(temporary))
+        sys.exit(main(given or temporary))
