@@ -25,7 +25,8 @@ def mesh_name(sizes):
 def make_configs(folder, one_device, sizes):
     """The stages on a mesh, each from what the stages on one device left, by name.
 
-    "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own and an evaluation;
+    "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
+    computes layers again;
     "seeds" runs two seeds at once.
     """
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
@@ -48,7 +49,7 @@ def make_configs(folder, one_device, sizes):
         "sft": small.sft(folder / "sft", **shared, data=data, model=model),
         "reward": small.reward(folder / "reward", sft, **shared, data=data, reward=options),
         "ppo": ppo("ppo", ppo={"ptx_coef": 0.5}, ptx=texts),
-        "frozen": ppo("frozen", data={**data, "eval_rows": 8}, ppo=frozen),
+        "frozen": ppo("frozen", data={**data, "eval_rows": 8}, ppo=frozen, model={"remat": "full"}),
         "seeds": ppo("seeds", num_seeds=2),
     }
 
