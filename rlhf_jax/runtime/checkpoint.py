@@ -273,23 +273,28 @@ class Checkpoints:
     ) -> tuple[Restored | None, str]:
         """The checkpoint of a step; or None, and what is wrong with it."""
         with quiet() as wait:
+            state, record, reason = None, {}, ""
             try:
-                restored, reason = self._checked(step, like, check), ""
+                state, record = self._loaded(step, like, check)
             except InputError:
                 raise
             except Exception as error:
                 if is_passing(error):
                     raise
-                restored, reason = None, reason_of(error)
-            if restored is None:
+                reason = reason_of(error)
+            # What one host cannot read, none can go on from; and the checksums need all of them.
+            if _all_hosts(state is not None):
+                reason = _damage(state, record)
+            else:
+                reason = reason or "another host cannot read it"
+            if reason:
                 wait()
-        if hosts.several():  # what one host cannot read, none can go on from
-            every = multihost_utils.process_allgather(np.asarray(restored is not None))
-            if restored is not None and not np.all(every):
-                restored, reason = None, "another host cannot read it"
-        return restored, reason
+                return None, reason
+        whole = jax.tree.map(lambda old, new: old if new is None else new, like, state)
+        return Restored(step, whole, record), ""
 
-    def _checked(self, step: int, like: Any, check: Callable[[Record], None]) -> Restored:
+    def _loaded(self, step: int, like: Any, check: Callable[[Record], None]) -> tuple[Any, Record]:
+        """The arrays of a checkpoint as this host reads them, and the record."""
         folder, written = self._folder / str(step), _written(like)
         record = read_record(folder)
         name = f"The checkpoint of step {step} in {self._run_dir}"
@@ -303,13 +308,7 @@ class Checkpoints:
         state = ocp.StandardCheckpointHandler().restore(
             folder / "default", args=ocp.args.StandardRestore(abstract)
         )
-        if record:
-            sums = hosts.to_host(inspect(state)[1])
-            for place, key in enumerate(described(state)):
-                if int(sums[place]) != record["arrays"][key][2]:
-                    raise ValueError(f"{key} is not what was saved")
-        whole = jax.tree.map(lambda old, new: old if new is None else new, like, state)
-        return Restored(step, whole, record)
+        return state, record
 
     def _put_aside(self, step: int, reason: str, used: int) -> None:
         place = self._folder / f"bad-{step}"
@@ -343,6 +342,24 @@ class Checkpoints:
             )
             self._made = ocp.CheckpointManager(self._folder, options=options)
         return self._made
+
+
+def _all_hosts(flag: bool) -> bool:
+    """Whether all hosts say so; all have to call it."""
+    if not hosts.several():
+        return flag
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _damage(state: Any, record: Record) -> str:
+    """What is not as it was saved, or "" if all is; the same on all hosts."""
+    if not record:
+        return ""
+    sums = hosts.to_host(inspect(state)[1])
+    for place, name in enumerate(described(state)):
+        if int(sums[place]) != record["arrays"][name][2]:
+            return f"{name} is not what was saved"
+    return ""
 
 
 def _written(state: Any) -> Any:

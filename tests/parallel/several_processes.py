@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.errors import InputError
@@ -19,6 +20,8 @@ from rlhf_jax.parallel import batch_sharding, hosts, make_mesh
 from rlhf_jax.parallel.distributed import Settings, join
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime import loop, train_ppo, train_reward, train_sft
+from rlhf_jax.runtime.checkpoint import Checkpoints
+from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.ppo import PPOStage
 from rlhf_jax.runtime.supervised import SupervisedStage
 from tests import small
@@ -89,6 +92,25 @@ def check_what_is_shared():
     return read
 
 
+def check_damage(folder):
+    """What one process alone cannot read, none goes on from."""
+    mesh = make_mesh(MeshSettings(**MESHES[2]))
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    state = {"kernel": hosts.from_host(np.arange(4096.0, dtype=np.float32), split)}
+    saved = Checkpoints(str(folder), CheckpointSettings())
+    for step in (1, 2):
+        saved.save(step, state)
+    saved.close()
+    if hosts.is_first():
+        for file in (folder / "checkpoints" / "2").rglob("ocdbt.process_1/d/*"):
+            file.write_bytes(file.read_bytes()[:8])
+    assert hosts.all_come("damaged", 60.0)
+    restored = Checkpoints(str(folder), CheckpointSettings()).restore(state, lambda record: None)
+    assert restored.step == 1
+    jax.tree.map(np.testing.assert_array_equal, *map(hosts.to_host, (restored.state, state)))
+    assert (folder / "checkpoints" / "bad-2").exists()
+
+
 def check_errors(folder):
     """What is wrong for all is raised by all, and one of them says it."""
     with pytest.raises(InputError, match=r"sft\.batch_size = 7") as error:
@@ -134,6 +156,7 @@ def main(address, processes, place, base, task, kind):
         if task == "stop":
             assert check_what_is_shared() == [(4 * int(place), 4 * int(place) + 4)]
             check_errors(base)
+            check_damage(base / "damaged")
             stop_stages(monkeypatch)
         folder = base / task
         for name, config in make_configs(folder, base / "one", processes, kind).items():

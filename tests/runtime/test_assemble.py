@@ -99,7 +99,7 @@ def test_models_are_born_in_their_places_with_the_settings(tmp_path):
 
 
 def test_a_host_that_is_not_the_first_copies_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(assemble, "is_first", lambda: False)
+    monkeypatch.setattr(assemble.hosts, "is_first", lambda: False)
     given = []
     assemble.export(
         "gs://bucket/run", lambda *arguments: given.append(arguments), "model", "params"
