@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel.constraints import collect_again
 
 Remat = Literal["none", "full", "dots"]
 
@@ -27,13 +28,14 @@ def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
     Args:
       body: (carry, layer) -> (carry, output).
-      remat: "none" keeps all; "full" the carry alone, and computes the layer once more; "dots" also
-        the products with parameters, so that attention, norms and activations are computed once
-        more. Values and gradients are the same.
+      remat: "none" keeps all but parameters that were collected from other devices; "full" the
+        carry alone, and computes the layer once more; "dots" also the products with parameters, so
+        that attention, norms and activations are computed once more. Values and gradients are the
+        same.
 
     Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
     """
     if remat == "none":
-        return body
+        return collect_again(body)
     # In a scan the compiler cannot merge the two computations, which is what CSE would do.
     return jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])

@@ -11,6 +11,7 @@ makes it, of more than one device.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,6 +96,35 @@ def collect(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
         return _collect(leaf.astype(dtype), spec)
 
     return jax.tree_util.tree_map_with_path(of, params)
+
+
+def collect_again(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of a scan over layers, whose backward pass collects parameters once more.
+
+    It would otherwise keep the collected ones of all layers, and so the whole model on each device.
+    What it computes is not computed again, but for casts and the like of little cost.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return body
+    # In a scan the compiler cannot merge the two computations, which is what CSE would do.
+    return jax.checkpoint(body, prevent_cse=False, policy=_is_kept)
+
+
+# What `collect` is made of. To leave out its result alone is not enough: what that is made from
+# would be kept in its place.
+_COLLECTING = {
+    "convert_element_type",
+    "copy",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "reshape",
+    "sharding_constraint",
+}
+
+
+def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _COLLECTING
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -23,8 +23,8 @@ from rlhf_jax.parallel.mesh import Settings, make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
 from rlhf_jax.training import ppo, reward, sft
 
-# No two sizes are the same, nor are they divided by 2, 4 or 8.
-LAYERS, WIDTH, VOCABULARY, PADDED, ROWS = 3, 320, 1100, 1152, 16
+# No two sizes are the same, nor are they divided by 2, 4 or 8; nor 3, the queries, keys and values.
+LAYERS, WIDTH, VOCABULARY, PADDED, ROWS = 5, 320, 1100, 1152, 16
 MODEL = GPT2(
     GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=8, n_inner=1216
@@ -125,12 +125,15 @@ def bytes_per_device(sizes):
 
 def main():
     parts = {"sft": sft_parts, "reward": reward_parts, "ppo": ppo_parts, "rollout": rollout_parts}
-    steps = {}
+    steps, stacks = {}, {}
     for program in sys.argv[1:]:
         name, mesh = program.split()
         sizes = tuple(map(int, mesh.split("x")))
-        steps[program] = gathered(compiled(parts[name](), sizes).as_text())
-    json.dump({"gathered": steps, "bytes": bytes_per_device((1, 8, 1))}, sys.stdout)
+        text = compiled(parts[name](), sizes).as_text()
+        steps[program] = gathered(text)
+        stacks[program] = sorted(set(re.findall(rf"f32\[{LAYERS},[\d,]*\]", text)))
+    found = {"gathered": steps, "stacks": stacks, "bytes": bytes_per_device((1, 8, 1))}
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,15 @@ def test_parameters_are_collected_layer_by_layer(found, program):
     assert {str(kernel) for kernel, _ in collected} == set(map(str, KERNELS[int(program[-1])]))
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_device_holds_the_collected_matrices_of_all_layers(found, program):
+    """Not even for the backward pass, which collects those of each layer once more."""
+    whole = {f"f32[{LAYERS},{','.join(map(str, kernel))}]" for kernel in KERNELS[int(program[-1])]}
+    stacks = found["stacks"][program]
+    assert not whole & set(stacks)
+    assert f"f32[{LAYERS},{WIDTH}]" in stacks  # layer norms are whole
+
+
 @pytest.mark.parametrize("program", ROLLOUTS)
 def test_decoding_leaves_parameters_where_they_are(found, program):
     """The prompt's pass collects each matrix once; the loop over tokens collects none."""
