@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"rlhf_jax\.(data\.batching\.Rows|runtime\.config\.Config)"),  # type variables
     (
         r"py:.*",
-        r"(jax|jaxlib|numpy|np|optax|flax|nn|transformers|collections|typing|os|pathlib)\..*",
+        r"(jax|jaxlib|numpy|np|optax|flax|nn|transformers|collections|contextlib|typing|os|pathlib)\..*",
     ),
 ]
 

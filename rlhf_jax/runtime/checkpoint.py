@@ -97,9 +97,13 @@ class Checkpoints:
         self._run_dir, self._settings = run_dir, settings
         self._folder = epath.Path(run_dir).resolve() / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._steps = sorted(ocp.utils.checkpoint_steps(self._folder))
+        self._steps = self._found()
         self._evaluated = evaluated_in(self._folder, self._steps)
         self._made: ocp.CheckpointManager | None = None
+
+    def _found(self) -> list[int]:
+        """The steps of whole checkpoints, as the first host sees them."""
+        return hosts.from_first(_steps_in, str(self._folder))
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None; waits for one that is being written."""
@@ -168,7 +172,7 @@ class Checkpoints:
             with _os_errors():
                 self._made.wait_until_finished()
         finally:
-            self._steps = sorted(ocp.utils.checkpoint_steps(self._folder))
+            self._steps = self._found()
 
     def close(self) -> None:
         """Waits for a write that is under way, and lets go of the threads."""
@@ -273,7 +277,9 @@ class Checkpoints:
     ) -> tuple[Restored | None, str]:
         """The checkpoint of a step; or None, and what is wrong with it."""
         with quiet() as wait:
-            state, record, reason = None, {}, ""
+            state: Any = None
+            record: Record = {}
+            reason = ""
             try:
                 state, record = self._loaded(step, like, check)
             except InputError:
@@ -342,6 +348,10 @@ class Checkpoints:
             )
             self._made = ocp.CheckpointManager(self._folder, options=options)
         return self._made
+
+
+def _steps_in(folder: str) -> list[int]:
+    return sorted(ocp.utils.checkpoint_steps(epath.Path(folder)))
 
 
 def _all_hosts(flag: bool) -> bool:

@@ -5,13 +5,14 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.checkpoint import Checkpoints
 from rlhf_jax.runtime.config import check_same, claim_run_dir, to_dict
@@ -105,6 +106,7 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
     """
     with Signals() as signals, hosts.ending_together():
         hosts.from_first(claim_run_dir, config)
+        _check_shared(config.run_dir)
         if not hosts.from_first(is_finished, config.run_dir):
             stage = make_stage()
             with jax.set_mesh(stage.mesh):
@@ -112,6 +114,15 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
         elif hosts.is_first():
             print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
+
+
+def _check_shared(run_dir: str) -> None:
+    """Raises an InputError if this host does not see what the first one wrote."""
+    if not (epath.Path(run_dir) / "config.yaml").exists():
+        raise InputError(
+            f"Process {jax.process_index()} does not see the run folder {run_dir} of process 0; "
+            "give --run_dir a folder that all hosts share, or an address such as gs://."
+        )
 
 
 def _train(stage: Stage, config: Any, signals: Signals) -> None:
@@ -159,11 +170,25 @@ def _begin(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, in
         check_same(config, record["config"])
 
     state = stage.init_state()
-    restored = checkpoints.restore(stage.saved(state), check)
-    if restored is None:
+    if checkpoints.latest_step() is None:
         return state, 0, {}
+    restored = checkpoints.restore(_let_go(stage.saved(state)), check)
+    assert restored is not None  # there are checkpoints, of which one is used or an error raised
     state = stage.resumed(state, restored.state)
     return state, restored.step, restored.record.get("owed") or {}
+
+
+def _let_go(saved: Any) -> Any:
+    """The form of what a checkpoint holds, whose own arrays make room for those that are read."""
+
+    def form(leaf):
+        if not leaf.size:
+            return leaf
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        leaf.delete()
+        return shape
+
+    return jax.tree.map(form, saved)
 
 
 def _chosen(stage: Stage, state: Any, checkpoints: Checkpoints, config: Any) -> Any:
@@ -171,9 +196,9 @@ def _chosen(stage: Stage, state: Any, checkpoints: Checkpoints, config: Any) -> 
     best = checkpoints.best()
     if not config.checkpoint.export_best or best is None or best[0] == stage.total_steps:
         return state
-    restored = checkpoints.restore_best(stage.saved(state))
-    if restored is None:
-        return state
+    like = _let_go(stage.saved(state))
+    restored = checkpoints.restore_best(like) or checkpoints.restore(like, lambda record: None)
+    assert restored is not None  # the last step was saved
     if hosts.is_first():
         name = config.checkpoint.best_metric
         print(f"{stage.name}: step {restored.step} was the best by {name}", file=sys.stderr)
@@ -196,12 +221,12 @@ class _Loop:
         self.writer, self.progress, self.signals = writer, progress, signals
         self.throughput = Throughput()
         self.saved_at, self.logged_step, self.warned = time.monotonic(), 0, False
-        self.agree = hosts.Agreement(2)
+        self.agree, self.terminated, self.rescuing = hosts.Agreement(3), False, False
 
     def run(self, state: Any, start: int, owed: Record) -> Any:
         if owed:
             self._make_up_for(state, start, owed)
-        pending = None
+        pending: tuple[int, Any, Any] | None = None
         for index in range(start, self.stage.total_steps):
             try:
                 state, metrics, output = self.stage.step(state, index)
@@ -209,28 +234,37 @@ class _Loop:
                 self._rescue(state, index, pending)
                 raise
             # The step before is logged while this one runs on the device.
-            if pending is not None:
-                self._log(*pending)
-            pending = (index + 1, metrics, output)
+            before, pending = pending, (index + 1, metrics, output)
+            if before is not None:
+                with self._rescued(state, before, pending):
+                    self._log(*before)
             # Read once, for what is said below has to be so; and the same on all hosts.
-            stopping, late = self.agree(self._is_stopping(), self._is_late())
+            stopping, late, self.terminated = self.agree(
+                self._is_stopping(), self._is_late(), self.signals.terminated
+            )
             saving = late or self._is_save_due(index + 1)
             if stopping or saving or self._is_due(index + 1):
-                try:
+                with self._rescued(state, pending):
                     stopping = self._pause(state, *pending, stopping=stopping, saving=saving)
-                except DivergedError:
-                    raise  # there is nothing to go on from
-                except Exception as error:
-                    # On a full disk the lines of this step are lost: it has to be taken again.
-                    if not isinstance(error.__cause__, OSError):
-                        self._rescue(state, index + 1, pending)
-                    raise
                 pending = None
             if stopping:
                 self._stop(index + 1)
         with disk_errors(self.config.run_dir):
             self.checkpoints.wait()  # what is exported next says that the run is complete
         return state
+
+    @contextlib.contextmanager
+    def _rescued(self, state: Any, *pending: tuple) -> Iterator[None]:
+        """Saves the state after the last of these steps if the block fails by what others wrote."""
+        try:
+            yield
+        except DivergedError:
+            raise  # there is nothing to go on from
+        except Exception as error:
+            # On a full disk the lines of these steps are lost: they have to be taken again.
+            if not isinstance(error.__cause__, OSError):
+                self._rescue(state, pending[-1][0], *pending)
+            raise
 
     def _is_stopping(self) -> bool:
         """Whether this process was told to stop."""
@@ -302,7 +336,16 @@ class _Loop:
         rows = None
         if output is not None and self._are_samples_due(step):
             rows = self.stage.samples(state, output, self.config.logging.num_samples)
-        return plain({"values": values | self.stage.observe(output), "samples": rows})
+        return plain({"values": values | self._observed(output), "samples": rows})
+
+    def _observed(self, output) -> Metrics:
+        """The metrics of a step's texts; in a rescue none if a function fails to give them."""
+        try:
+            return self.stage.observe(output)
+        except Exception:
+            if not self.rescuing:
+                raise
+            return {}
 
     def _make_up_for(self, state, step, owed: Record) -> None:
         """Writes the lines of a step whose evaluation was cut short."""
@@ -311,14 +354,16 @@ class _Loop:
         except CutShort:
             self._stop(step)  # the checkpoint is there, and tells it still
         self.checkpoints.evaluated(step, evaluation)
-        self.writer.write(step, owed["values"] | evaluation)
+        if self._is_line_due(step, evaluation):
+            self.writer.write(step, owed["values"] | evaluation)
         self.logged_step = step
         self.writer.samples(step, rows)
 
     def _stop(self, step: int) -> NoReturn:
         with disk_errors(self.config.run_dir):
             self.checkpoints.wait()
-        kind = Terminated if self.signals.terminated else Interrupted
+        terminated = self.terminated or (not hosts.several() and self.signals.terminated)
+        kind = Terminated if terminated else Interrupted
         stopped = kind(
             f"Stopped after step {step} of {self.stage.total_steps}; everything is saved in "
             f"{self.config.run_dir}. Run the same command again to continue."
@@ -364,20 +409,25 @@ class _Loop:
             self._diverged(step, "a parameter is not finite")
         self.saved_at = time.monotonic()
 
-    def _rescue(self, state: Any, step: int, pending: tuple | None) -> None:
-        """Saves the state of `step` after an error that followed, say in a reward function."""
+    def _rescue(self, state: Any, step: int, *pending: tuple | None) -> None:
+        """Saves the state of `step` after an error that followed, say in a reward function.
+
+        And the lines of `pending` steps, which were not written yet.
+        """
         if step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return  # nothing was done yet, or the failed step has used the state up
         if not hosts.all_come(f"rescue/{self.stage.name}/{step}", 10.0):
             return  # the others, who hold parts of the state, are elsewhere
-        owed = None
+        self.rescuing = True
         with contextlib.suppress(Exception):  # the first error is the one to be told
-            if pending is not None and pending[0] != self.logged_step:
-                if self._is_due(step):
-                    owed = self._owed(state, *pending)
+            owed = None
+            for each in pending:
+                if each is None or each[0] <= self.logged_step:
+                    continue
+                if each[0] == step and self._is_due(step):
+                    owed = self._owed(state, *each)
                 else:
-                    self._log(*pending)
-        with contextlib.suppress(Exception):
+                    self._log(*each)
             self._save(step, state, owed=owed)
             self.checkpoints.wait()
             where = f"is saved in {self.config.run_dir}"
@@ -390,12 +440,15 @@ class _Loop:
         values = self._values(step, metrics)
         tokens = values.pop("perf/tokens", 0.0)
         self.throughput.add(int(tokens))
-        wanted = evaluation or step == self.stage.total_steps
-        if wanted or step % self.config.logging.log_every == 0:
-            values |= self.stage.observe(output) | (evaluation or {}) | self._speed()
+        if self._is_line_due(step, evaluation):
+            values |= self._observed(output) | (evaluation or {}) | self._speed()
             self.writer.write(step, values)
-            self.logged_step = step
+        self.logged_step = step
         self.progress.update(step, values)
+
+    def _is_line_due(self, step: int, evaluation: Metrics | None) -> bool:
+        last = step == self.stage.total_steps
+        return bool(evaluation) or last or _every(self.config.logging.log_every, step)
 
     def _values(self, step, metrics) -> Metrics:
         values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}

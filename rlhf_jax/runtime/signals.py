@@ -36,7 +36,7 @@ class Signals:
     raises `CutShort`, for who sends it waits for seconds only.
 
     A second Ctrl-C ends the run at once; a second SIGTERM does nothing more. One of several
-    processes finishes an evaluation, in which the others are as well.
+    processes finishes an evaluation and an export, in which the others are as well.
 
     Attributes:
       stopping: whether one of them came.
@@ -82,7 +82,7 @@ class Signals:
             _say(b"\nStopping after this step; once more to stop at once.\n")
 
     def _terminate(self) -> None:
-        if self._moment == "nothing to lose":
+        if self._moment == "nothing to lose" and not hosts.several():
             raise Terminated("Stopped by SIGTERM; run the same command again to continue.")
         if self._moment == "to be made up for" and not hosts.several():
             raise CutShort

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -69,7 +70,7 @@ def stages(sft_run, reward_run, ppo_run):
         ("reward", "samples", 1, 2, [1], 1),
         ("ppo", "step", 2, 2, [1], 0),
         ("ppo", "evaluate", 2, 4, [1, 2, 3], 1),
-        ("sft", "saved", 2, 4, [1, 2, 3, 4], 2),  # in the midst of a save; the first is no save
+        ("sft", "saved", 1, 4, [1, 2, 3, 4], 2),  # in the midst of a save
     ],
 )
 def test_sigterm_saves_and_what_it_cut_short_is_made_up_for(
@@ -137,6 +138,60 @@ def test_a_sigterm_that_came_before_an_evaluation_ends_it_at_once():
             raise AssertionError
         assert signals.stopping
         assert signals.terminated
+
+
+def test_what_is_made_up_for_writes_no_line_that_was_not_due(tmp_path, monkeypatch):
+    """Samples are due after step 2, and a line after step 4 alone."""
+    logging = {"log_every": 4, "samples_every": 2, "eval_every": 0}
+    config = small.sft(tmp_path, logging=logging)
+    with monkeypatch.context() as patch:
+        signal_in(patch, SFTStage, "step", 2)
+        with pytest.raises(Terminated):
+            train_sft(config)
+    train_sft(config)
+    assert steps_logged(tmp_path) == [4]
+    assert [row["step"] for row in small.rows(tmp_path / "samples.jsonl")] == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("call", [1, 2])  # an evaluation and samples are due after step 2
+def test_an_error_in_a_function_that_observes_loses_no_line(tmp_path, monkeypatch, stages, call):
+    calls = []
+
+    def failing(self, output):
+        calls.append(1)
+        if len(calls) >= call:
+            raise ZeroDivisionError
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTStage, "observe", failing)
+        with pytest.raises(ZeroDivisionError):
+            train_sft(small.sft(tmp_path))
+    assert steps_of(tmp_path) == ["2"]
+    train_sft(small.sft(tmp_path))
+    small.assert_same_run(stages["sft"][2], tmp_path)
+
+
+def test_a_checkpoint_is_read_into_the_place_of_what_was_there(tmp_path, monkeypatch):
+    """The state before the first step makes room for the one that is read."""
+    with monkeypatch.context() as patch:
+        signal_in(patch, SFTStage, "step", 1)
+        with pytest.raises(Terminated):
+            train_sft(small.sft(tmp_path))
+    states, restore = [], Checkpoints.restore
+
+    def init_state(self, original=SFTStage.init_state):
+        states.append(original(self))
+        return states[0]
+
+    def restoring(self, like, check):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
+        return restore(self, like, check)
+
+    monkeypatch.setattr(SFTStage, "init_state", init_state)
+    monkeypatch.setattr(Checkpoints, "restore", restoring)
+    train_sft(small.sft(tmp_path))
+    assert len(states) == 1
 
 
 # --- SIGKILL -------------------------------------------------------------------------------------
