@@ -7,7 +7,7 @@ repository, with an empty folder:
     JAX_PLATFORMS=cpu python -m tools.compare_processes FOLDER
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from tests.parallel.several_processes import TRAIN
@@ -31,4 +31,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", help="where the runs are kept; made anew")
+    main(parser.parse_args().folder)

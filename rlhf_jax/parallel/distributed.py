@@ -57,8 +57,8 @@ class Settings:
         count, place = self.num_processes, self.process_id
         if count is not None and place is not None and not 0 <= place < count:
             raise InputError(
-                "distributed.process_id must be from 0 to distributed.num_processes - 1, but they "
-                f"are {place} and {count}."
+                "distributed.num_processes must be at least 1 and distributed.process_id from 0 to "
+                f"one less than that, but they are {count} and {place}."
             )
         if self.timeout < 1 or any(number < 0 for number in self.local_device_ids):
             raise InputError(

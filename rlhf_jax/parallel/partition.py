@@ -92,7 +92,7 @@ def check_heads(mesh: Mesh, n_head: int) -> None:
     if n_head % parts:
         raise InputError(
             f"The model has n_head = {n_head} heads of attention, which are not divisible by "
-            f"mesh.tensor = {parts}; choose a tensor that divides them, and use fsdp instead."
+            f"mesh.tensor = {parts}; choose a tensor that divides them, or use fsdp instead."
         )
 
 

@@ -1,13 +1,13 @@
 """Compiling a stage for devices that are not there, and telling what it would cost on them."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import yaml
 from etils import epath
 
 from rlhf_jax.errors import InputError
@@ -17,13 +17,22 @@ from rlhf_jax.runtime import pipeline
 from rlhf_jax.runtime.ahead import StageConfig, programs
 from rlhf_jax.runtime.assemble import compute_dtype
 from rlhf_jax.runtime.collectives import KINDS
-from rlhf_jax.runtime.config import PPOConfig, RewardConfig, RLHFConfig, SFTConfig, parse
+from rlhf_jax.runtime.config import (
+    PPOConfig,
+    RewardConfig,
+    RLHFConfig,
+    SFTConfig,
+    parse,
+    read_content,
+)
 from rlhf_jax.runtime.measure import Cost, TooLarge, measure
 from rlhf_jax.runtime.metrics import disk_errors
 from rlhf_jax.runtime.shapes import SHAPES, find_shape
 from rlhf_jax.runtime.topologies import KNOWN, Topology, find_topology
 
 STAGES = ("sft", "reward", "ppo")
+OF_CONFIGURATION = "of the configuration"
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 _KINDS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 _PARTS: dict[str, Any] = {
     "sft": pipeline.sft_config,
@@ -99,19 +108,19 @@ def read_config(argv: Sequence[str], stage: str | None) -> tuple[str, StageConfi
             f"give --stage {', '.join(STAGES[:-1])} or {STAGES[-1]}."
         )
     if is_whole:
-        return stage, _PARTS[stage](parse(RLHFConfig, argv))
+        whole = parse(RLHFConfig, argv)
+        # Later stages start from what earlier ones left, which has the form of the first model.
+        return stage, dataclasses.replace(_PARTS[stage](whole), model=whole.model)
     return stage, parse(_KINDS[stage], argv)
 
 
 def _sections(argv: Sequence[str]) -> dict[str, Any]:
-    """The file's content with the sections of the flags; what is wrong with it is said later."""
+    """The file's content with the sections of the flags; what else is wrong is said later."""
     content: dict[str, Any] = {}
     for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         if flag == "--config" or flag.startswith("--config="):
-            try:
-                loaded = yaml.safe_load(epath.Path(flag.partition("=")[2] or value).read_text())
-            except (OSError, UnicodeDecodeError, yaml.YAMLError):
-                continue
+            path = flag.partition("=")[2] or value
+            loaded = read_content(path)
             content |= loaded if isinstance(loaded, dict) else {}
         elif flag.startswith("--"):
             content.setdefault(flag[2:].partition(".")[0], None)
@@ -139,7 +148,7 @@ def cost_of(
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     found: dict[str, Any] = {
         "stage": stage,
-        "model": model_name or config.model.path or "of the configuration",
+        "model": model_name or config.model.path or OF_CONFIGURATION,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "dtype": dtype,
         "topology": topology.name,
@@ -172,8 +181,10 @@ def _numbers(cost: Cost | TooLarge, topology: Topology) -> dict[str, Any]:
 def as_text(found: dict[str, Any]) -> str:
     """The numbers for a terminal."""
     mesh = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
+    model = found["model"]
+    of = "" if model == OF_CONFIGURATION else f" of {model}"
     lines = [
-        f"{found['stage']} of {found['model']} ({found['parameters']:.4g} parameters, "
+        f"{found['stage']}{of} ({found['parameters']:.4g} parameters, "
         f"{found['dtype']}) on {found['topology']}: {found['devices']} devices "
         f"({found['device_kind']}), mesh {mesh}",
         "Compiled, not run. All numbers are of one device.",
@@ -193,11 +204,10 @@ def _program_lines(program: dict[str, Any], chip: dict[str, Any] | None) -> list
     room = f" of {_gib(chip['hbm'])}" if chip else ""
     fits = "fits." if program["fits"] else "does not fit beside the state."
     lines = [f"{program['name']}: {fits}" if chip else f"{program['name']}:"]
-    lines += [f"  {name:<20}{_gib(program[name])}" for name in ("arguments", "outputs", "donated")]
+    beside = f", beside {_gib(program['unread'])} of state" if program["unread"] else ""
     lines += [
-        f"  {'temporaries':<20}{_gib(program['temporaries'])}",
-        f"  {'held at most':<20}{_gib(program['peak'])}{room}",
-        f"  {'state beside it':<20}{_gib(program['unread'])}",
+        f"  {'state and batch':<20}{_gib(program['arguments'])}",
+        f"  {'held at most':<20}{_gib(program['peak'])}{room}{beside}",
         f"  {'FLOPs of products':<20}{program['flops']:.4g}",
         f"  {'memory read, written':<20} {program['moved'] / 1e9:.4g} GB",
         f"  {'received':<20}{program['received'] / 1e9:.4g} GB",
@@ -228,7 +238,9 @@ def _collective_lines(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
+    """A number of bytes, in the unit of its size."""
+    unit = next((u for u in ("GiB", "MiB") if size >= _UNITS[u]), "KiB")
+    return f"{size / _UNITS[unit]:.3g} {unit}"
 
 
 def use_no_accelerator(argv: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.metrics import Settings as LoggingSettings
 from rlhf_jax.runtime.metrics import disk_errors, replace_file
+from rlhf_jax.runtime.records import config_in
 from rlhf_jax.runtime.sources import RewardSource
 from rlhf_jax.training.ppo import OPTIMIZER as PPO_OPTIMIZER
 from rlhf_jax.training.ppo import Settings as PPOSettings
@@ -408,6 +409,7 @@ def claim_run_dir(config: Any) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         there = yaml.safe_load(file.read_text()) if file.exists() else None
+        there = config_in(folder / "checkpoints") if there is None else there
         if there is not None and _holds_work(folder):
             check_same(config, there)
         replace_file(file, to_yaml(config).encode())
@@ -471,8 +473,17 @@ def _check_file(kind: type, path: str) -> None:
     """Raises an InputError unless a file is YAML of the form that a configuration has."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         return  # a pipe can be read once only
+    _check_sections(kind, read_content(path), path)
+
+
+def read_content(path: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+      InputError: it cannot be read, or is no YAML.
+    """
     try:
-        content = yaml.safe_load(epath.Path(path).read_text())
+        return yaml.safe_load(epath.Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
@@ -481,7 +492,6 @@ def _check_file(kind: type, path: str) -> None:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not valid YAML: {reason}.") from None
-    _check_sections(kind, content, path)
 
 
 def _check_sections(kind: Any, content: Any, name: str) -> None:

@@ -193,14 +193,15 @@ def _let_go(saved: Any) -> Any:
 
 def _chosen(stage: Stage, state: Any, checkpoints: Checkpoints, config: Any) -> Any:
     """The state whose model is written: the last one, or that of the best step."""
-    best = checkpoints.best()
+    best, name = checkpoints.best(), config.checkpoint.best_metric
+    if config.checkpoint.export_best and best is None and hosts.is_first():
+        print(f"{stage.name}: no step is the best by {name}; the last is taken", file=sys.stderr)
     if not config.checkpoint.export_best or best is None or best[0] == stage.total_steps:
         return state
     like = _let_go(stage.saved(state))
     restored = checkpoints.restore_best(like) or checkpoints.restore(like, lambda record: None)
     assert restored is not None  # the last step was saved
     if hosts.is_first():
-        name = config.checkpoint.best_metric
         print(f"{stage.name}: step {restored.step} was the best by {name}", file=sys.stderr)
     return stage.resumed(state, restored.state)
 

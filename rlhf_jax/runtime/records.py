@@ -60,6 +60,16 @@ def evaluated_in(folder: epath.Path, steps: Sequence[int]) -> dict[int, dict[str
     return {step: metrics for step, metrics in found.items() if step in steps}
 
 
+def config_in(folder: epath.Path) -> Any:
+    """The configuration of the run that the newest checkpoint tells of, or None."""
+    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    for step in sorted(steps, reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            if found := read_record(folder / str(step)).get("config"):
+                return found
+    return None
+
+
 def saved_shapes(folder: epath.Path) -> Any:
     """The tree of a checkpoint without a record, of things with shape and dtype."""
     metadata = ocp.StandardCheckpointHandler().metadata(folder)

@@ -78,7 +78,7 @@ def test_sizes_that_do_not_divide_are_named(runs):
     heads, width, batch, devices = runs[1][-4:]
     assert heads == (
         "The model has n_head = 4 heads of attention, which are not divisible by mesh.tensor = 8; "
-        "choose a tensor that divides them, and use fsdp instead."
+        "choose a tensor that divides them, or use fsdp instead."
     )
     assert "of which 36 is not divisible by mesh.fsdp = 8; choose a fsdp that divides it." in width
     assert batch == "sft.batch_size = 12 is not divisible by mesh data x fsdp = 8 devices."

@@ -38,6 +38,14 @@ def test_every_row_is_a_command_of_its_own():
     assert scaling_table.flags_of(ROW, LISTED["common"])[6:8] == ["--mesh.data", "4"]
 
 
+def test_every_row_is_in_the_table():
+    """One line each, and none that the list lacks."""
+    table = scaling_table.PAGE.read_text().split(scaling_table.BEGIN)[1]
+    lines = table.split(scaling_table.END)[0].strip().splitlines()[2:]
+    cells = [[cell.strip(" `") for cell in line.split("|")[1:6]] for line in lines]
+    assert cells == [[*row[:3], row[3].replace("x", " x "), row[4]] for row in LISTED["rows"]]
+
+
 @pytest.mark.parametrize(
     ("program", "cells"),
     [
