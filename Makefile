@@ -2,10 +2,10 @@
 # installs what it needs there; the second time that takes no time.
 
 # pytest's workers keep the cores busy; a second thread for each of XLA's operations would only have
-# them wait for one another.
+# them wait for one another. Each file goes to one worker, which makes what its tests share once.
 workers ?= 2
 pytest = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_multi_thread_eigen=false" \
-    $(1)/bin/python -m pytest -q -n $(workers)
+    $(1)/bin/python -m pytest -q -n $(workers) --dist loadfile
 
 .PHONY: help demo test test-oldest lint docs format clean
 
