@@ -7,6 +7,7 @@ checkpoint, the last one by SIGKILL; others go on from there.
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -132,6 +133,10 @@ def stop_stages(monkeypatch):
 
     def killed(stage, state, index):
         if index == STOP_AT and not hosts.is_first():
+            saved = Path(stage.config.run_dir) / "checkpoints" / str(STOP_AT - 1)
+            until = time.monotonic() + 60.0
+            while not saved.exists() and time.monotonic() < until:  # it is being written
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         return ppo_step(stage, state, index)
 
