@@ -140,8 +140,15 @@ def test_a_coordinator_that_is_not_there_is_told():
 def test_a_coordinator_that_comes_late_is_found():
     with socket.socket() as server:
         server.bind(("localhost", 0))
-        threading.Timer(0.3, server.listen).start()
+        is_late = threading.Event()
+
+        def listen():
+            is_late.set()
+            server.listen()
+
+        threading.Timer(0.3, listen).start()
         distributed._wait_for(f"localhost:{server.getsockname()[1]}", 10)
+        assert is_late.is_set()
 
 
 def test_devices_in_use_are_told(monkeypatch):
