@@ -22,13 +22,14 @@ from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import check_reward_model, load_pretrained, load_reward_model
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import check_heads, tree_shardings
 from rlhf_jax.runtime.checksums import fingerprint
 from rlhf_jax.runtime.config import ModelSettings
+from rlhf_jax.runtime.shapes import fresh_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,15 +80,8 @@ def load_model(
             model, params = load_pretrained(folder, dtype=dtype, place=_place(mesh))
         check_vocabulary(model, tokenizer, settings.path)
         return dataclasses.replace(model, remat=settings.remat), params
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=settings.n_positions,
-        n_embd=settings.n_embd,
-        n_layer=settings.n_layer,
-        n_head=settings.n_head,
-        resid_pdrop=settings.dropout,
-        embd_pdrop=settings.dropout,
-        attn_pdrop=settings.dropout,
+    config = dataclasses.replace(
+        fresh_shape(settings, len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

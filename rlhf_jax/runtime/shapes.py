@@ -1,4 +1,4 @@
-"""Models by name, to compile without their parameters."""
+"""Sizes of models: fresh ones of a configuration, and known ones by name."""
 
 import pathlib
 
@@ -21,6 +21,20 @@ SHAPES: dict[str, GPT2Config] = {
 }
 
 
+def fresh_shape(settings: ModelSettings, vocab_size: int) -> GPT2Config:
+    """The sizes of a fresh model, as the section `model` gives them."""
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=settings.n_positions,
+        n_embd=settings.n_embd,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        resid_pdrop=settings.dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+    )
+
+
 def find_shape(
     name: str | None, settings: ModelSettings, tokenizer: TokenizerSettings
 ) -> GPT2Config:
@@ -36,16 +50,7 @@ def find_shape(
     """
     name = name or settings.path
     if name is None:
-        return GPT2Config(
-            vocab_size=tokenizer.vocab_size,
-            n_positions=settings.n_positions,
-            n_embd=settings.n_embd,
-            n_layer=settings.n_layer,
-            n_head=settings.n_head,
-            resid_pdrop=settings.dropout,
-            embd_pdrop=settings.dropout,
-            attn_pdrop=settings.dropout,
-        )
+        return fresh_shape(settings, tokenizer.vocab_size)
     short = name.removeprefix("openai-community/")
     if short in SHAPES:
         return SHAPES[short]
