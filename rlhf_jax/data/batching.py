@@ -178,11 +178,13 @@ def _permutation(seed: int, epoch: int, rows: int) -> Any:
 
 
 def _full_widths(rows: Rows) -> tuple[int, ...]:
-    """The widths that can be cut: L, or P and T, or P."""
+    """The widths that can be cut: L, or L and K, or P and T, or P."""
     if isinstance(rows, PairBatch):
         return rows.prompts.shape[1], rows.chosen.shape[1]
     if isinstance(rows, RankingBatch):
         return rows.prompts.shape[1], rows.responses.shape[2]
+    if isinstance(rows, TextBatch) and rows.learned is not None:
+        return rows.tokens.shape[1], rows.learned.shape[1]
     return (rows[0].shape[1],)
 
 
@@ -195,13 +197,16 @@ def _lengths(rows: Rows) -> tuple[Any, ...]:
         return rows.prompt_mask.sum(1), rows.mask.sum(2).max(1)
     if isinstance(rows, PromptBatch):
         return (rows.prompt_mask.sum(1),)
-    return ((rows.segments > 0).sum(1),)
+    lengths = (rows.segments > 0).sum(1)
+    return (lengths,) if rows.learned is None else (lengths, (rows.learned > 0).sum(1))
 
 
 def _trim(batch: Rows, widths: tuple[int, ...]) -> Rows:
     """The batch without the padding beyond these widths: left of prompts, right of the rest."""
     if isinstance(batch, TextBatch):
-        return TextBatch(*(array[:, : widths[0]] for array in batch))
+        *texts, learned = batch
+        learned = None if learned is None else learned[:, : widths[1]]
+        return TextBatch(*(array[:, : widths[0]] for array in texts), learned)
     prompt = batch.prompts.shape[1] - widths[0]
     left = {name: getattr(batch, name)[:, prompt:] for name in ("prompts", "prompt_mask")}
     if isinstance(batch, PromptBatch):

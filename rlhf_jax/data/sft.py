@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+# Where more of a row is learned than this share, its logits are computed throughout.
+MOST_OF_ALL = 0.75
+
+
 class Text(NamedTuple):
     """One text as token ids.
 
@@ -68,6 +72,7 @@ def text_rows(
     Returns:
       (batch, report); the arrays of the batch are [N, L], L the longest row rounded up to a
       multiple of 8, at most `settings.max_length`. Token 0, segment 0 and False on padding.
+      `learned` is there where no row learns more than three quarters of its places.
 
     Raises:
       InputError: if no row is left, or messages cannot be rendered.
@@ -217,5 +222,16 @@ def _fill(texts: Sequence[Text], packed: Sequence[Sequence[int]], most: int) -> 
             segments[place, start:end] = segment
             loss_mask[place, start + text.learned_from : end] = True
             start = end
-    arrays: tuple[Any, Any, Any] = (tokens, segments, loss_mask)
+    arrays: tuple[Any, Any, Any, Any] = (tokens, segments, loss_mask, _learned(loss_mask))
     return TextBatch(*arrays)
+
+
+def _learned(loss_mask: Any) -> Any:
+    """i32[N, K], the places of the tokens that are learned, 0 behind them; None if most are."""
+    counts = loss_mask.sum(axis=1)
+    most = width(counts.tolist(), loss_mask.shape[1])
+    if most > MOST_OF_ALL * loss_mask.shape[1]:
+        return None
+    places = np.zeros((len(counts), most), np.int32)
+    places[np.arange(most) < counts[:, None]] = np.nonzero(loss_mask)[1]
+    return places

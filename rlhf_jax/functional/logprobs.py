@@ -40,11 +40,43 @@ def token_logprobs(logits, tokens):
     """
     expect(logits=(logits, "...V", float), tokens=(tokens, "...", int))
     tokens = tokens.astype(jnp.int32)
-    shifted, is_distribution = shift_logits(logits)
-    # A comparison and not a gather: as fast, and it lets the vocabulary stay split over devices.
-    chosen = jnp.sum(jnp.where(_token_ids(logits) == tokens[..., None], shifted, 0.0), axis=-1)
-    is_known = (tokens >= 0) & (tokens < logits.shape[-1]) & is_distribution
-    return jnp.where(is_known, chosen, jnp.nan) - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    logprobs = _chosen_logprobs(logits.astype(jnp.float32), tokens)
+    is_known = (tokens >= 0) & (tokens < logits.shape[-1])
+    return jnp.where(is_known, logprobs, jnp.nan)
+
+
+@jax.custom_jvp
+def _chosen_logprobs(logits, tokens):
+    """f32[...] of f32[..., V] logits; NaN where they are no distribution."""
+    return _normalized(logits, tokens)[0]
+
+
+@_chosen_logprobs.defjvp
+def _chosen_logprobs_jvp(primals, tangents):
+    """d logp = d logit_token - sum_v p_v d logit_v, with one exponential for each logit."""
+    logits, tokens = primals
+    logprobs, log_normalizer = _normalized(logits, tokens)
+    is_distribution = jnp.isfinite(log_normalizer)[..., None]
+    slope = (_token_ids(logits) == tokens[..., None]) - jnp.exp(logits - log_normalizer[..., None])
+    slope = jnp.where(is_distribution, slope, 0.0)
+    return logprobs, jnp.sum(slope * tangents[0], axis=-1)
+
+
+def _normalized(logits, tokens):
+    """(log-probability of the token, log sum_v exp(logit_v)), f32[...] each."""
+    top = lax.stop_gradient(jnp.max(logits, axis=-1))
+    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    log_total = jnp.where(jnp.isfinite(top), jnp.log(total), jnp.nan)
+    return (_chosen(logits, tokens) - top) - log_total, top + log_total
+
+
+def _chosen(logits, tokens):
+    """f32[...]: the logit of each token."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jnp.take_along_axis(logits, tokens[..., None], axis=-1, mode="clip")[..., 0]
+    # A gather would collect a vocabulary that is split over devices.
+    return jnp.sum(jnp.where(_token_ids(logits) == tokens[..., None], logits, 0.0), axis=-1)
 
 
 def token_entropy(logits):
@@ -70,7 +102,7 @@ def token_entropy(logits):
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
     # 0 * -inf is NaN, in the product and in its gradient.
-    finite = jnp.where(jnp.isneginf(shifted), 0.0, shifted)
+    finite = jnp.maximum(shifted, jnp.finfo(jnp.float32).min)
     entropy = jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
     return jnp.where(is_distribution, entropy, jnp.nan)
 

@@ -43,15 +43,26 @@ def cross_entropy_loss(logits, targets, mask, *, label_smoothing=0.0, z_loss=0.0
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0)
     targets = jnp.where(mask, targets.astype(jnp.int32), 0)
     nll = -token_logprobs(logits, targets)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    possible = ~jnp.isneginf(logits)
-    mean_logit = jnp.sum(jnp.where(possible, logits, 0.0), axis=-1) / jnp.sum(possible, axis=-1)
-    uniform = log_normalizer - mean_logit
-    # Not nll + s * (uniform - nll): that is NaN, and not infinite, for an impossible target.
-    losses = (1.0 - label_smoothing) * nll + label_smoothing * uniform
-    losses += z_loss * jnp.square(log_normalizer)
+    losses = nll
+    # Known to be 0, the terms are not computed: each reads all logits once more.
+    if not _is_zero(label_smoothing):
+        # Not nll + s * (uniform - nll): that is NaN, and not infinite, for an impossible target.
+        losses = (1.0 - label_smoothing) * nll + label_smoothing * _uniform_loss(logits)
+    if not _is_zero(z_loss):
+        losses += z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
     correct = jnp.argmax(logits, axis=-1) == targets
     return batch_mean(losses, mask, denominator), {
         "nll": batch_mean(nll, mask, denominator),
         "accuracy": batch_mean(correct, mask, denominator),
     }
+
+
+def _uniform_loss(logits):
+    """The cross entropy of a target that is each possible token alike."""
+    possible = ~jnp.isneginf(logits)
+    mean_logit = jnp.sum(jnp.where(possible, logits, 0.0), axis=-1) / jnp.sum(possible, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - mean_logit
+
+
+def _is_zero(number):
+    return isinstance(number, int | float) and number == 0

@@ -6,27 +6,26 @@ its axis divides over devices and tiles; the padding never leaves `logits`.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.interface import Cache, Params, positions_from
+from rlhf_jax.models.dropout import dropout_mask
+from rlhf_jax.models.gpt2_block import ACTIVATIONS, Block, Sight, layer_norm
+from rlhf_jax.models.interface import Cache, Params, SharedPrompt, positions_from
 from rlhf_jax.models.remat import Remat, check_remat, rematerialized
-from rlhf_jax.parallel.constraints import collect, join_rows, split_cache, split_rows
+from rlhf_jax.parallel.constraints import (
+    collect,
+    is_on_one_cpu,
+    join_rows,
+    split_cache,
+    split_rows,
+)
 
 VOCABULARY_MULTIPLE = 128
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "relu": nn.relu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +61,10 @@ class GPT2Config:
                 raise InputError(
                     f"{name} must be at least 0 and below 1, but is {getattr(self, name)}."
                 )
-        if self.activation_function not in _ACTIVATIONS:
+        if self.activation_function not in ACTIVATIONS:
             raise InputError(
                 f"activation_function {self.activation_function!r} is unknown; "
-                f"known are {', '.join(sorted(_ACTIVATIONS))}."
+                f"known are {', '.join(sorted(ACTIVATIONS))}."
             )
 
     @property
@@ -77,124 +76,6 @@ class GPT2Config:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of 128."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-class Block(nn.Module):
-    """One transformer block.
-
-    Its call takes `x` [B, L, D], `visible` bool[B, L, L] and optionally a past of B / K rows (keys
-    and values [B / K, C, H, D / H], and what each of the L tokens sees of them, bool[B, L, C]), and
-    returns (x, (keys, values)) with keys and values [B, L, H, D / H] of these tokens.
-
-    In decoding, one token of each row meets all parameters: these stay where they are, and the rows
-    travel (Pope et al. 2022, section 3.2: weight-stationary layouts; arXiv:2211.05102).
-    """
-
-    config: GPT2Config
-    dtype: str
-    is_decoding: bool = False
-
-    @nn.compact
-    def __call__(self, x, visible, past=None, deterministic=True):
-        config = self.config
-        attended, memory = self._attention(self._norm("ln_1", x), visible, past, deterministic)
-        x = self._place(x + nn.Dropout(config.resid_pdrop)(attended, deterministic))
-        mlp = _MLP(config, self.dtype, self.is_decoding, name="mlp")
-        h = mlp(self._norm("ln_2", x))
-        return self._place(x + nn.Dropout(config.resid_pdrop)(h, deterministic)), memory
-
-    def _norm(self, name, x):
-        return self._place(_layer_norm(self.config, self.dtype, name)(x))
-
-    def _place(self, x):
-        return join_rows(x, last="fsdp") if self.is_decoding else split_rows(x)
-
-    def _attention(self, x, visible, past, deterministic):
-        attention = _Attention(self.config, self.dtype, self.is_decoding, name="attn")
-        return attention(x, visible, past, deterministic)
-
-
-class _Attention(nn.Module):
-    config: GPT2Config
-    dtype: str
-    is_decoding: bool
-
-    @nn.compact
-    def __call__(self, x, visible, past, deterministic):
-        config, (batch, length, width) = self.config, x.shape
-        # [D, 3, D]: what splits the last axis over devices gives each the same heads of all three.
-        qkv = _dense(config, self.dtype, (3, width), "c_attn")(x)
-        qkv = join_rows(qkv, last="tensor") if self.is_decoding else qkv
-        qkv = split_rows(qkv, last="tensor")
-        q, k, v = (qkv[:, :, i].reshape(batch, length, config.n_head, -1) for i in range(3))
-        q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
-        logits = [_masked_logits("blhd,bmhd->bhlm", q, k, visible)]
-        if past is not None:
-            past_keys, past_values, past_visible = past
-            grouped = q.reshape(past_keys.shape[0], -1, *q.shape[1:])  # [B / K, K, L, H, D / H]
-            past_logits = _past_logits(grouped, past_keys, past_visible)
-            logits.insert(0, past_logits)
-        weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(q.dtype)
-        weights = nn.Dropout(config.attn_pdrop)(weights, deterministic)
-        out = jnp.einsum("bhlm,bmhd->blhd", weights[..., -length:], v)
-        if past is not None:
-            share = weights[..., :-length].reshape(
-                past_values.shape[0], -1, *weights.shape[1:3], past_values.shape[1]
-            )
-            out += jnp.einsum("gkhlm,gmhd->gklhd", share, past_values).reshape(out.shape)
-        out = split_rows(out.reshape(batch, length, width), last="tensor")
-        out = join_rows(out, last="tensor") if self.is_decoding else out
-        scale = (2 * config.n_layer) ** -0.5  # residual branches add up: Radford et al. 2019, 2.3
-        return _dense(config, self.dtype, width, "c_proj", scale)(out), (k, v)
-
-
-class _MLP(nn.Module):
-    config: GPT2Config
-    dtype: str
-    is_decoding: bool
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        h = _dense(config, self.dtype, config.inner_width, "c_fc")(x)
-        h = (join_rows if self.is_decoding else split_rows)(h, last="tensor")
-        h = _ACTIVATIONS[config.activation_function](h)
-        scale = (2 * config.n_layer) ** -0.5
-        return _dense(config, self.dtype, config.n_embd, "c_proj", scale)(h)
-
-
-def _dense(
-    config: GPT2Config,
-    dtype: str,
-    features: int | tuple[int, ...],
-    name: str,
-    scale: float = 1.0,
-):
-    kernel_init = nn.initializers.normal(config.initializer_range * scale)
-    return nn.DenseGeneral(features, dtype=jnp.dtype(dtype), kernel_init=kernel_init, name=name)
-
-
-def _layer_norm(config: GPT2Config, dtype: str, name: str | None = None) -> nn.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels where a mean is large beside its deviation.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_epsilon,
-        dtype=jnp.dtype(dtype),
-        use_fast_variance=False,
-        name=name,
-    )
-
-
-def _masked_logits(subscripts, q, k, visible):
-    """f32[B, H, L, M] attention logits; a finite minimum, so that a row of padding gives no NaN."""
-    logits = jnp.einsum(subscripts, q, k, preferred_element_type=jnp.float32)
-    return jnp.where(visible[:, None], logits, jnp.finfo(jnp.float32).min)
-
-
-def _past_logits(grouped, keys, visible):
-    """f32[B, H, L, C] logits of [B / K, K, L, H, d] queries on [B / K, C, H, d] past keys."""
-    logits = jnp.einsum("gklhd,gmhd->gkhlm", grouped, keys, preferred_element_type=jnp.float32)
-    logits = logits.reshape(-1, *logits.shape[2:])
-    return jnp.where(visible[:, None], logits, jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +116,8 @@ class GPT2:
         normal = nn.initializers.normal(config.initializer_range)
         wte = normal(wte_key, (config.padded_vocab_size, config.n_embd))
         real = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
-        x, visible = jnp.zeros((1, 1, config.n_embd)), jnp.ones((1, 1, 1), bool)
-        layers = jax.vmap(lambda key: self._block.init(key, x, visible)["params"])(jnp.stack(keys))
+        x, sight = jnp.zeros((1, 1, config.n_embd)), Sight(jnp.ones((1, 1, 1, 1), bool))
+        layers = jax.vmap(lambda key: self._block.init(key, x, sight)["params"])(jnp.stack(keys))
         width = (config.n_embd,)
         return {
             "wte": {"embedding": jnp.where(real, wte, 0.0)},
@@ -254,76 +135,111 @@ class GPT2:
         x = jnp.take(wte, tokens, axis=0, mode="clip").astype(self.dtype)
         x += jnp.take(wpe, positions, axis=0, mode="clip").astype(self.dtype)
         x = join_rows(x, last="fsdp") if is_decoding else split_rows(x)
-        if dropout_key is None:
+        if dropout_key is None or not self.config.embd_pdrop:
             return x
-        return nn.Dropout(self.config.embd_pdrop).apply(
-            {}, x, deterministic=False, rngs={"dropout": dropout_key}
-        )
+        keep, scale = dropout_mask(dropout_key, x.shape, self.config.embd_pdrop)
+        return jnp.where(keep, x * jnp.asarray(scale, x.dtype), 0)
 
-    def layers(self, stack, x, mask, positions, cache=None, prefix=None, *, dropout_key=None):
+    def layers(
+        self,
+        stack,
+        x,
+        mask,
+        positions,
+        cache=None,
+        prefix=None,
+        shared: SharedPrompt | None = None,
+        *,
+        dropout_key=None,
+    ):
         """Runs a stack of blocks; see `interface.Model.layers`. GPT-2 reads no `positions` here."""
-        if cache is not None and (prefix is not None or dropout_key is not None):
+        if sum(x is not None for x in (cache, prefix, shared)) > 1 or (
+            dropout_key is not None and (cache, prefix, shared) != (None, None, None)
+        ):
             raise ValueError(
-                "layers takes a cache or a prefix, not both, and no dropout with a cache."
+                "layers takes a cache, a prefix or a shared prompt, one of the three, and no "
+                "dropout with any of them."
             )
-        visible = _own_visible(mask)
         if cache is not None and not _is_fresh(cache):
-            return self._extend(stack, x, mask, visible, cache)
-        past_visible = None
-        if prefix is not None:
-            past_visible = jnp.repeat(prefix.mask, x.shape[0] // prefix.mask.shape[0], axis=0)
-            past_visible = jnp.broadcast_to(
-                past_visible[:, None], (*x.shape[:2], past_visible.shape[1])
-            )
+            return self._extend(stack, x, mask, cache)
+        shape = x.shape
+        if prefix is not None:  # [G, K * T, D]
+            x = x.reshape(prefix.mask.shape[0], -1, shape[-1])
+        sight = _sight(mask, prefix, shared)
 
         def body(x, layer):
             params, past, key = layer
             params = collect(params, self.dtype, is_layer=True)
-            past = None if past is None else (*past, past_visible)
             rngs = {} if key is None else {"dropout": key}
             x, memory = self._block.apply(
-                {"params": params}, x, visible, past, key is None, rngs=rngs
+                {"params": params}, x, sight, past, key is None, rngs=rngs
             )
             return x, memory if cache is not None else None
 
         past = None if prefix is None else (prefix.keys, prefix.values)
         keys = None if dropout_key is None else jax.random.split(dropout_key, _depth(stack))
         x, memory = jax.lax.scan(rematerialized(body, self.remat), x, (stack, past, keys))
-        return x, None if cache is None else _fill(cache, memory, mask)
+        return x.reshape(shape), None if cache is None else _fill(cache, memory, mask)
 
-    def _extend(self, stack, x, mask, visible, cache):
-        """One step of decoding: attends to the cache and writes these L tokens behind it."""
-        length = x.shape[1]
-        written = jnp.arange(cache.mask.shape[1]) < cache.length
-        past_visible = jnp.broadcast_to(
-            (cache.mask & written)[:, None], (*x.shape[:2], cache.mask.shape[1])
+    def for_decoding(self, params, cache):
+        """Parameters in the compute dtype; on one CPU also layers and caches one by one.
+
+        A CPU copies each layer out of a stack before it multiplies with it, which for a few rows
+        takes as long as the product. Layers by themselves take the memory of one more copy while
+        responses are sampled.
+        """
+        params = _cast(params, self.dtype)
+        if not is_on_one_cpu():
+            return params, cache
+        layers = tuple(
+            jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+            for i in range(self.config.n_layer)
         )
+        cache = cache._replace(keys=tuple(cache.keys), values=tuple(cache.values))
+        return {**params, "layers": _OneByOne(layers)}, cache
 
-        # Keys and values travel in the carry: XLA then writes one position in place, where scanned
-        # outputs would copy the whole cache for each token.
-        def body(carry, layer):
+    def _extend(self, stack, x, mask, cache):
+        """One step of decoding: writes these L tokens into the cache, and attends to it."""
+        visible, new_mask = _visible_in_cache(cache, mask)
+        block = Block(self.config, self.dtype, is_decoding=True)
+
+        if isinstance(stack, _OneByOne):
+            return self._extend_one_by_one(block, stack, x, visible, cache, new_mask)
+
+        def body(carry, params):
             x, keys, values, i = carry
-            past = (
-                *(jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values)),
-                past_visible,
-            )
-            x, new = block.apply({"params": layer}, x, visible, past)
-            at = (i, 0, cache.length, 0, 0)
+            params = {"params": params}
+            q, *new = block.apply(params, x, method="heads")
+            # Written first and then read: XLA copies a cache that is read and then written.
             keys, values = (
-                jax.lax.dynamic_update_slice(whole, part[None], at)
+                jax.lax.dynamic_update_slice(whole, part[None], (i, 0, 0, cache.length, 0))
                 for whole, part in zip((keys, values), new, strict=True)
             )
+            past = (jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values))
+            x = block.apply(params, x, q, *past, visible, method="look_back")
             return (x, keys, values, i + 1), None
 
-        block = Block(self.config, self.dtype, is_decoding=True)
         past = (split_cache(cache.keys), split_cache(cache.values))
         (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), stack)
-        new_mask = jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, cache.length))
-        return x, Cache(keys, values, new_mask, cache.length + length)
+        return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
+
+    def _extend_one_by_one(self, block, stack, x, visible, cache, new_mask):
+        """The same over layers and caches that stand by themselves."""
+        at, keys, values = (0, 0, cache.length, 0), [], []
+        for params, *past in zip(stack.layers, cache.keys, cache.values, strict=True):
+            q, *new = block.apply({"params": params}, x, method="heads")
+            past = [
+                jax.lax.dynamic_update_slice(whole, part, at)
+                for whole, part in zip(past, new, strict=True)
+            ]
+            x = block.apply({"params": params}, x, q, *past, visible, method="look_back")
+            keys.append(past[0])
+            values.append(past[1])
+        return x, Cache(tuple(keys), tuple(values), new_mask, cache.length + x.shape[1])
 
     def final(self, params, x):
         """The final layer norm, in the compute dtype."""
-        return _layer_norm(self.config, self.dtype).apply({"params": params["ln_f"]}, x)
+        return layer_norm(self.config, self.dtype).apply({"params": params["ln_f"]}, x)
 
     def shift_final(self, params, shift):
         """Parameters whose final layer norm has that much more of a bias; nothing else changes."""
@@ -336,13 +252,24 @@ class GPT2:
 
     def logits(self, params, hidden):
         """f32[..., V] logits of [..., D] hidden states; of one state a row as in decoding."""
+        return self._products(params, hidden)[..., : self.config.vocab_size]
+
+    def padded_logits(self, params, hidden):
+        """f32[..., Vp], -inf from V on. What is cut off costs a copy, forwards and backwards."""
+        logits = self._products(params, hidden)
+        is_token = jnp.arange(logits.shape[-1]) < self.config.vocab_size
+        # Added and not selected: the sum becomes part of the product.
+        return logits + jnp.where(is_token, 0.0, -jnp.inf)
+
+    def _products(self, params, hidden):
+        """f32[..., Vp] products with all rows of the embedding."""
         table, is_decoding = {"wte": params["wte"]}, hidden.ndim == 2
         hidden = join_rows(hidden, last="fsdp") if is_decoding else hidden
         table = table if is_decoding else collect(table, self.dtype)
         table = table["wte"]["embedding"].astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         logits = join_rows(logits, last="tensor") if is_decoding else logits
-        return split_rows(logits, last="tensor")[..., : self.config.vocab_size]
+        return split_rows(logits, last="tensor")
 
     def hidden(self, params, tokens, mask=None, *, dropout_key=None):
         """Hidden states after the final layer norm.
@@ -377,7 +304,7 @@ class GPT2:
     def init_cache(self, batch, length):
         """An empty cache of `length` positions for `batch` rows, in the compute dtype."""
         config = self.config
-        shape = (config.n_layer, batch, length, config.n_head, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
         keys = jnp.zeros(shape, self.dtype)
         return Cache(keys, jnp.zeros_like(keys), jnp.zeros((batch, length), bool), 0)
 
@@ -414,17 +341,55 @@ def _is_fresh(cache: Cache) -> bool:
 
 
 def _own_visible(mask: jax.Array) -> jax.Array:
-    """bool[B, L, L]: which of the L tokens each one sees: real, of its segment, not after it."""
+    """bool[..., L, L]: which of the L tokens each one sees: real, of its segment, not after it."""
     segments = mask.astype(jnp.int32)
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-    index = jnp.arange(mask.shape[1])
+    same = (segments[..., :, None] == segments[..., None, :]) & (segments[..., None, :] > 0)
+    index = jnp.arange(mask.shape[-1])
     return same & (index[:, None] >= index[None, :])
 
 
+def _sight(mask: jax.Array, prefix: Cache | None, shared: SharedPrompt | None) -> Sight:
+    """Who sees whom, of rows with a mask [B, S], or [G * K, T] behind a prefix."""
+    if prefix is not None:
+        own = mask.reshape(prefix.mask.shape[0], -1, mask.shape[1])
+        return Sight(_own_visible(own), past=prefix.mask)
+    if shared is None:
+        return Sight(_own_visible(mask)[:, None])
+    prompt, own = mask[:, : shared.length], mask[:, shared.length :]
+    own = _own_visible(own.reshape(mask.shape[0], shared.responses, -1))
+    return Sight(own, _own_visible(prompt), prompt) if shared.length else Sight(own)
+
+
+def _visible_in_cache(cache: Cache, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(bool[B, L, C], bool[B, C]): what L new tokens see of the cache, and its mask with them."""
+    shape = (*mask.shape, cache.mask.shape[1])
+    written = jnp.arange(shape[2]) < cache.length
+    before = jnp.broadcast_to((cache.mask & written)[:, None], shape)
+    visible = jax.lax.dynamic_update_slice(before, _own_visible(mask), (0, 0, cache.length))
+    new_mask = jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, cache.length))
+    return visible, new_mask
+
+
+class _OneByOne(NamedTuple):
+    """Layers that are no stack."""
+
+    layers: tuple[Params, ...]
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    """Parameters of products and embeddings in the compute dtype; layer norms as they are."""
+
+    def of(path, leaf):
+        is_norm = "ln_" in jax.tree_util.keystr(path)
+        return leaf if is_norm else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
 def _fill(cache: Cache, memory: tuple[jax.Array, jax.Array], mask: jax.Array) -> Cache:
-    """A fresh cache with the keys and values [N, B, L, H, d] of its first L positions."""
+    """A fresh cache with the keys and values [N, B, H, L, d] of its first L positions."""
     missing = cache.mask.shape[1] - mask.shape[1]
-    padding = ((0, 0), (0, 0), (0, missing), (0, 0), (0, 0))
+    padding = ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0))
     keys, values = (split_cache(jnp.pad(m, padding)) for m in memory)
     written = jnp.pad(mask.astype(bool), ((0, 0), (0, missing)))
     return Cache(keys, values, written, mask.shape[1])

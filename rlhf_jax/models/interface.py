@@ -17,16 +17,29 @@ class Cache(NamedTuple):
     """Keys and values of past tokens, for all layers.
 
     Attributes:
-      keys, values: dtype[N, B, C, H, D / H], N layers, C positions; 0 where nothing was written.
+      keys, values: dtype[N, B, H, C, D / H], N layers, C positions; 0 where nothing was written.
+        What `for_decoding` gives may hold them otherwise.
       mask: bool[B, C], True where a real token was written.
       length: the number of positions written, the same for every row (rows are left-padded). A
         Python 0 says at trace time that nothing is there to be read.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any
     mask: jax.Array
     length: jax.Array | int
+
+
+class SharedPrompt(NamedTuple):
+    """Rows that begin with a prompt, behind which K responses stand that do not see each other.
+
+    Attributes:
+      length: P, positions of the prompt; may be 0.
+      responses: K, each of as many positions as the others.
+    """
+
+    length: int
+    responses: int
 
 
 class ModelConfig(Protocol):
@@ -81,6 +94,7 @@ class Model(Protocol):
         positions: jax.Array,
         cache: Cache | None = None,
         prefix: Cache | None = None,
+        shared: SharedPrompt | None = None,
         *,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
@@ -94,7 +108,9 @@ class Model(Protocol):
           cache: past tokens of the same B rows, to be read and then extended by these L. One that
             nothing was written to may have more layers than the stack.
           prefix: past tokens of B / K rows, read only: its row b serves rows b * K and on, K
-            of them. This is how several responses share the keys and values of their prompt.
+            of them.
+          shared: what the L positions hold where each row is a prompt with several responses, which
+            all see it; None where a row is one text, or one after the other.
           dropout_key: trains with dropout; None runs without.
 
         Returns:
@@ -122,6 +138,10 @@ class Model(Protocol):
         """f32[..., V] of [..., D] hidden states, V = `config.vocab_size`."""
         ...
 
+    def padded_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """f32[..., Vp], Vp >= V: `logits` with -inf behind them, where that spares a copy."""
+        ...
+
     def hidden(
         self,
         params: Params,
@@ -131,6 +151,13 @@ class Model(Protocol):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """[B, L, D] after the final layer norm; left and right padding are both allowed."""
+        ...
+
+    def for_decoding(self, params: Params, cache: Cache) -> tuple[Params, Cache]:
+        """Both as single tokens are read fastest: called once, after the prompts and before a loop.
+
+        `embed`, `layers`, `final` and `logits` take what it gives. It may give back what it got.
+        """
         ...
 
     def init_cache(self, batch: int, length: int) -> Cache:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.attention import ATTENDED
 from rlhf_jax.parallel.constraints import collect_again
 
 Remat = Literal["none", "full", "dots"]
@@ -13,7 +14,10 @@ Remat = Literal["none", "full", "dots"]
 _POLICIES = {
     "full": None,
     # Products with parameters have no batch axes; those inside attention have.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
 }
 
 

@@ -65,13 +65,19 @@ def spread_rows(x: jax.Array) -> jax.Array:
 
 
 def split_cache(x: jax.Array) -> jax.Array:
-    """Keys or values [N, B, C, H, d], rows split as in `split_rows`, and heads over `tensor`."""
+    """Keys or values [N, B, H, C, d], rows split as in `split_rows`, and heads over `tensor`."""
     mesh = _mesh()
     if mesh is None:
         return x
     rows = ROWS if _divides(mesh, x.shape[1], ROWS) else None
-    heads = "tensor" if _divides(mesh, x.shape[3], ("tensor",)) else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, rows, None, heads, None))
+    heads = "tensor" if _divides(mesh, x.shape[2], ("tensor",)) else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, rows, heads, None, None))
+
+
+def is_on_one_cpu() -> bool:
+    """Whether what is traced is to run on a single CPU device, as far as can be known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def collect(params: Any, dtype: str, *, is_layer: bool = False) -> Any:

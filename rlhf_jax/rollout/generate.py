@@ -92,6 +92,8 @@ def generate(
     x = model.embed(params, prompts, positions)
     x, cache = model.layers(params["layers"], x, prompt_mask, positions, room)
     assert cache is not None  # a cache goes in, so one comes out
+    last = x[:, -1]
+    params, cache = model.for_decoding(params, cache)
     next_position = positions[:, -1] + 1
 
     empty = Rollout(
@@ -103,7 +105,7 @@ def generate(
     if max_lengths is not None:
         running &= max_lengths > 0
     start = _State(jnp.int32(0), empty, running, cache._replace(length=jnp.int32(cache.length)))
-    state = _write(model, params, x[:, -1], start, key, sampling)
+    state = _write(model, params, last, start, key, sampling)
 
     def unfinished(state):
         return (state.t < max_new_tokens) & jnp.any(state.running)
@@ -122,7 +124,7 @@ def _write(model, params, x, state: _State, key, sampling: _Sampling) -> _State:
     """Draws token t from the last hidden states x [B, D] and notes which rows go on."""
     t, running = state.t, state.running
     # Each row's distribution is whole where its token is drawn.
-    logits = spread_rows(model.logits(params, model.final(params, x)))
+    logits = spread_rows(model.padded_logits(params, model.final(params, x)))
     drawn = _draw(logits, jax.random.fold_in(key, t), t, sampling)
     tokens, logprobs = (split_rows(x) for x in drawn)
     column = Rollout(jnp.where(running, tokens, 0), running, jnp.where(running, logprobs, 0.0))

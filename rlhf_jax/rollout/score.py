@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models.heads import apply_head
-from rlhf_jax.models.interface import Model, Params, positions_from
+from rlhf_jax.models.interface import Model, Params, SharedPrompt, positions_from
 
 
 def response_hidden(
@@ -120,22 +120,26 @@ def token_scores(
 
 
 def _judged_hidden(model, trained, prompts, prompt_mask, responses, mask, frozen):
-    """([B * K, T, D] before the final layer norm, bool[B * K, T]): each prompt is run once."""
-    _, count, length = responses.shape
-    flat, flat_mask = responses.reshape(-1, length), mask.reshape(-1, length)
-    positions = positions_from(flat_mask)
+    """([B * K, T, D] before the final layer norm, bool[B * K, T]): each prompt is run once.
+
+    Prompt and responses go through each layer side by side, so that its parameters are met once.
+    """
+    (batch, width), (_, count, length) = prompts.shape, responses.shape
+    flat_mask = mask.reshape(-1, length)
+    before = prompt_mask.sum(axis=1, dtype=jnp.int32)[:, None]
+    own_positions = positions_from(flat_mask).reshape(batch, -1) + before
+    whole, whole_mask, positions = (
+        jnp.concatenate([prompt, rest.reshape(batch, -1)], axis=1)
+        for prompt, rest in (
+            (prompts, responses),
+            (prompt_mask, mask),
+            (positions_from(prompt_mask), own_positions),
+        )
+    )
+    x = model.embed(trained if frozen is None else frozen, whole, positions)
     # A stack of its own for the frozen layers, which are then not gone back through.
-    embedding = trained if frozen is None else frozen
-    stacks = [part["layers"] for part in (frozen, trained) if part is not None]
-    prefixes = [None for _ in stacks]
-    if prompts.shape[1]:
-        prompt_positions = positions_from(prompt_mask)
-        x = model.embed(embedding, prompts, prompt_positions)
-        cache = model.init_cache(*prompts.shape)
-        for i, stack in enumerate(stacks):
-            x, prefixes[i] = model.layers(stack, x, prompt_mask, prompt_positions, cache)
-        positions += jnp.repeat(prompt_mask.sum(axis=1, dtype=jnp.int32), count)[:, None]
-    x = model.embed(embedding, flat, positions)
-    for stack, prefix in zip(stacks, prefixes, strict=True):
-        x, _ = model.layers(stack, x, flat_mask, positions, prefix=prefix)
-    return x, flat_mask
+    for part in (frozen, trained):
+        if part is not None:
+            shared = SharedPrompt(width, count)
+            x, _ = model.layers(part["layers"], x, whole_mask, positions, shared=shared)
+    return x[:, width:].reshape(batch * count, length, -1), flat_mask

@@ -130,7 +130,7 @@ def published_metrics(
 def pad_rows(rows: TextBatch, length: int, token: int) -> TextBatch:
     """The rows right-padded to a length with a token, in segment 0."""
     padding = [(0, 0), (0, length - rows.tokens.shape[1])]
-    tokens, segments, loss_mask = (np.pad(np.asarray(array), padding) for array in rows)
+    tokens, segments, loss_mask = (np.pad(np.asarray(array), padding) for array in rows[:3])
     arrays: tuple[Any, Any, Any] = (np.where(segments > 0, tokens, token), segments, loss_mask)
     return TextBatch(*arrays)
 

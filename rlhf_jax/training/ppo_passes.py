@@ -117,7 +117,7 @@ def response_logits(
     trunk: Params | None = None,
 ) -> jax.Array:
     """f32[..., V] of hidden states, divided by the temperature; arguments as above."""
-    return model.logits(whole_params(model, trunk, params), hidden) / temperature
+    return model.padded_logits(whole_params(model, trunk, params), hidden) / temperature
 
 
 def response_values(

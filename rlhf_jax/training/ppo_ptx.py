@@ -8,6 +8,7 @@ from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params, positions_from
 from rlhf_jax.training.frozen import whole_params
 from rlhf_jax.training.ppo_settings import Settings
+from rlhf_jax.training.sft import predictions
 
 # `split(key, n)` may be the folding in of 0 to n - 1: this number is none of them.
 _TEXTS = 2**31 - 1
@@ -92,12 +93,9 @@ def text_loss(
     depend on the length of the rows, nor on what is packed into one.
     """
     hidden = _text_hidden(model, params, texts, trunk)
-    # A token is predicted from the state before it; the last state predicts nothing.
-    logits = model.logits(whole_params(model, trunk, params), hidden[:, :-1])
-    loss, _ = cross_entropy_loss(
-        logits, texts.tokens[:, 1:], texts.loss_mask[:, 1:], denominator=denominator
-    )
-    return loss
+    states, targets, mask = predictions(texts, hidden)
+    logits = model.padded_logits(whole_params(model, trunk, params), states)
+    return cross_entropy_loss(logits, targets, mask, denominator=denominator)[0]
 
 
 def _text_hidden(model, params, texts, trunk):

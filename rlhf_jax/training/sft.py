@@ -136,13 +136,26 @@ def _count(batch):
 
 def _loss(model, params, batch, settings, dropout_key, denominator=None):
     hidden = model.hidden(params, batch.tokens, batch.segments, dropout_key=dropout_key)
-    # A token is predicted from the state before it; the last state predicts nothing.
+    states, targets, mask = predictions(batch, hidden)
     loss, metrics = cross_entropy_loss(
-        model.logits(params, hidden[:, :-1]),
-        batch.tokens[:, 1:],
-        batch.loss_mask[:, 1:],
+        model.padded_logits(params, states),
+        targets,
+        mask,
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
         denominator=denominator,
     )
     return loss, {**metrics, "loss": loss}
+
+
+def predictions(batch: TextBatch, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(states [B, K, D], the tokens that they are to predict i32[B, K], which count bool[B, K]).
+
+    Those of `batch.learned`, and without it all: K is then L - 1.
+    """
+    if batch.learned is None:
+        # A token is predicted from the state before it; the last state predicts nothing.
+        return hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+    before = jnp.maximum(batch.learned - 1, 0)
+    states = jnp.take_along_axis(hidden, before[:, :, None], axis=1)
+    return states, jnp.take_along_axis(batch.tokens, batch.learned, axis=1), batch.learned > 0
