@@ -53,7 +53,7 @@ def _trl_version(python: Path) -> str | None:
         done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _make(settings: PeerSettings, venv: Path, python: Path) -> None:
