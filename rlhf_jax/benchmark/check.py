@@ -84,7 +84,7 @@ def small_form(workload: Workload) -> Workload:
 
 
 def _title(workload: Workload) -> str:
-    parts = [workload.kind]
+    parts: list[str] = [workload.kind]
     if workload.num_layers_unfrozen is not None:
         parts.append("lower layers frozen")
     if workload.kind == "ppo":

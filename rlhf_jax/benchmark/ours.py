@@ -55,7 +55,7 @@ class Worker:
         self.was_reset = False
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
-    def _count(self, event: str, duration: float, **others: Any) -> None:
+    def _count(self, event: str, duration_secs: float, **others: Any) -> None:
         # What a first step needs is compiled in it, or before.
         self.compilations += event == COMPILED and self.steps > 0
 

@@ -141,7 +141,8 @@ def ppo_experience(
     values = ppo_values(sizes, trained, tokens, length)
     rewards = -settings.kl_coef * (logprobs - ref_logprobs)
     rewards = rewards.at[:, -1].add(end_scores(sizes, scorer, tokens))
-    advantages, advantage, following = [], 0.0, 0.0
+    advantage = following = jnp.zeros_like(values[:, 0])
+    advantages: list[jax.Array] = []
     for t in reversed(range(length)):
         delta = rewards[:, t] + settings.gamma * following - values[:, t]
         advantage = delta + settings.gamma * settings.lam * advantage

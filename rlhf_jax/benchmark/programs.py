@@ -1,7 +1,6 @@
 """Our side of a workload: a public step of the library, its state and its batch."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -110,9 +109,18 @@ def _reward(workload, arrays, model, optimizer):
         gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
         num_layers_unfrozen=workload.num_layers_unfrozen,
     )
-    rows = workload.batch_size
-    parts = [(arrays[name], _real(arrays[name])) for name in ("prompts", "chosen", "rejected")]
-    batch = PairBatch(*sum(parts, ()), np.zeros(rows, np.float32), np.ones(rows, bool))
+    prompts, chosen, rejected = (arrays[name] for name in ("prompts", "chosen", "rejected"))
+    margin: Any = np.zeros(len(prompts), np.float32)
+    batch = PairBatch(
+        prompts,
+        _real(prompts),
+        chosen,
+        _real(chosen),
+        rejected,
+        _real(rejected),
+        margin,
+        _real(margin),
+    )
 
     def init(key):
         return reward.init_state(model, model.init(key), settings, key, optimizer=optimizer)
@@ -123,12 +131,12 @@ def _reward(workload, arrays, model, optimizer):
 
 def _generate(workload, arrays, model):
     prompts = arrays["prompts"]
-    step = functools.partial(_sample, model, max_new_tokens=workload.response_length)
+
+    def step(params, batch, key):
+        prompts, mask = batch
+        return generate(model, params, prompts, mask, key, max_new_tokens=workload.response_length)
+
     return Program(model, model.init, step, (prompts, _real(prompts)), None)
-
-
-def _sample(model, params, batch, key, *, max_new_tokens):
-    return generate(model, params, *batch, key, max_new_tokens=max_new_tokens)
 
 
 def ppo_settings(workload: Workload) -> ppo.Settings:
@@ -147,7 +155,8 @@ def ppo_settings(workload: Workload) -> ppo.Settings:
 
 def _ppo(workload, arrays, model, optimizer):
     settings, prompts = ppo_settings(workload), arrays["prompts"]
-    batch = PromptBatch(prompts, _real(prompts), np.arange(len(prompts), dtype=np.int32))
+    indices: Any = np.arange(len(prompts), dtype=np.int32)
+    batch = PromptBatch(prompts, _real(prompts), indices)
 
     def init(key):
         policy_key, reward_key, head_key = jax.random.split(key, 3)

@@ -48,11 +48,11 @@ class Conversation:
     """The other end of standard input: tells when a step may begin, and how long it took."""
 
     def __init__(self, answers):
-        self.answers, self.started, self.was_reset = answers, None, False
+        self.answers, self.started, self.was_reset = answers, 0.0, False
 
     def wait(self):
         """Until the next step is asked for; the process ends where none is."""
-        if self.started is None:
+        if not self.started:
             self._tell({"ready": True, "versions": versions(), "threads": torch.get_num_threads()})
         while (line := sys.stdin.readline().strip()) == "reset":
             self.was_reset = reset_peak()

@@ -76,7 +76,16 @@ _SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12}
 def _of(name: str, sizes: dict[str, int], rows: tuple[int, int, int], **others: Any) -> Workload:
     """A workload; `rows` are their number, the prompt's length and the response's."""
     kind: Any = name.partition("_")[0]
-    return Workload(name, kind, *sizes.values(), *rows, **others)
+    batch_size, prompt_length, response_length = rows
+    return Workload(
+        name,
+        kind,
+        batch_size=batch_size,
+        prompt_length=prompt_length,
+        response_length=response_length,
+        **sizes,  # type: ignore[arg-type]
+        **others,
+    )
 
 
 # Our settings stand at the end of each line.
