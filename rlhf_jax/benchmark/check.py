@@ -150,7 +150,18 @@ def _stepped(form):
     program = make_program(form, arrays, optimizer=recording(LEARNING_RATE), dropout=False)
     key = jax.random.key(0)
     state = jax.jit(program.init)(key)
+    state = _disturbed(state) if form.kind == "ppo" else state
     return program, state, jax.jit(program.step)(state, program.batch, key), arrays
+
+
+def _disturbed(state):
+    """A reference that is not the policy, and values that are not 0, so that both show."""
+    frozen = {**state.frozen, "ref": jax.tree.map(lambda x: 1.2 * x, state.frozen["ref"])}
+    params = jax.tree.map(jnp.copy, state.params)
+    if "value_head" in params:
+        kernel = jnp.linspace(-0.1, 0.1, params["value_head"]["kernel"].size)
+        params["value_head"] = {"kernel": kernel, "bias": jnp.float32(0.05)}
+    return state._replace(frozen=frozen, params=params)
 
 
 def _sft(form):
@@ -208,8 +219,6 @@ def _ppo(form):
     mean = float(jnp.mean(jnp.stack(losses)))
     loss = abs(float(metrics[program.loss]) - mean) / max(abs(mean), 1.0)
     parts = [(rollout.values, experience.values), (rollout.logprobs, experience.logprobs)]
-    # A value head starts at zero, and its values with it.
-    parts = [pair for pair in parts if float(jnp.max(jnp.abs(pair[1]))) > 0]
     loss = max(loss, *(relative(*pair) for pair in parts))
     return loss, relative(after.opt_state, total)
 

@@ -6,17 +6,18 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 import jaxlib
+import numpy as np
 from etils import epath
 
-import rlhf_jax
 from rlhf_jax.benchmark import check, environment
-from rlhf_jax.benchmark.floor import phases_of
-from rlhf_jax.benchmark.machine import Machine, hardware, measure_machine
-from rlhf_jax.benchmark.results import summarize
+from rlhf_jax.benchmark.floor import Phase, phases_of
+from rlhf_jax.benchmark.machine import best_of, hardware, measure_machine
+from rlhf_jax.benchmark.results import Sides, summarize
 from rlhf_jax.benchmark.settings import BenchmarkConfig
 from rlhf_jax.benchmark.sides import SideCommand, our_command, take_turns, trl_command
 from rlhf_jax.benchmark.table import as_text
@@ -46,7 +47,10 @@ def run_benchmark(config: BenchmarkConfig | Mapping[str, Any] | None = None) -> 
         checks = [found._asdict() for found in check.check_all(config.chosen)]
     _say("measuring what the machine can do")
     machine = measure_machine()
-    found = [measure(each, commands, config, machine) for each in config.chosen]
+    sides = {each: measure(each, commands, config) for each in config.chosen}
+    machine = best_of(machine, measure_machine())
+    dtypes = [command.dtype for command in commands if command.name != "trl"]
+    found = [summarize(each, sides[each], _phases(each, dtypes), machine) for each in sides]
     result = _described(config, machine, checks) | {"workloads": found}
     result["versions"] |= _peer_versions(found)
     print(as_text(result))
@@ -65,15 +69,17 @@ def _whole_flags(argv: list[str]) -> list[str]:
     ]
 
 
-def measure(
-    workload: Workload, commands: Sequence[SideCommand], config: BenchmarkConfig, machine: Machine
-) -> dict[str, Any]:
-    """One workload on all sides, as `summarize` puts it."""
-    dtypes = [command.dtype for command in commands if command.name != "trl"]
-    phases = {dtype: phases_of(workload, dtype) for dtype in dtypes}
+def measure(workload: Workload, commands: Sequence[SideCommand], config: BenchmarkConfig) -> Sides:
+    """One workload on all sides, as `take_turns` gives it; the medians on standard error."""
     _say(f"measuring {workload.name}")
     sides = take_turns(commands, workload, rounds=config.rounds, warmup=config.warmup)
-    return summarize(workload, sides, phases, machine)
+    medians = (f"{name} {np.median(side['seconds']):.3f} s" for name, side in sides.items())
+    _say(f"  {', '.join(medians)}")
+    return sides
+
+
+def _phases(workload: Workload, dtypes: Sequence[str]) -> dict[str, list[Phase]]:
+    return {dtype: phases_of(workload, dtype) for dtype in dtypes}
 
 
 def _commands(config: BenchmarkConfig) -> list[SideCommand]:
@@ -93,7 +99,7 @@ def _described(config, machine, checks):
         "command": shlex.join(sys.argv),
         "hardware": hardware(),
         "versions": {
-            "rlhf_jax": rlhf_jax.__version__,
+            "rlhf_jax": metadata.version("rlhf-jax"),
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
             "python": sys.version.split()[0],
