@@ -16,7 +16,7 @@ from etils import epath
 
 from rlhf_jax.benchmark import check, environment
 from rlhf_jax.benchmark.floor import Phase, phases_of
-from rlhf_jax.benchmark.machine import best_of, hardware, measure_machine
+from rlhf_jax.benchmark.machine import best_of, busy_cores, hardware, measure_machine
 from rlhf_jax.benchmark.results import Sides, summarize
 from rlhf_jax.benchmark.settings import BenchmarkConfig
 from rlhf_jax.benchmark.sides import SideCommand, our_command, take_turns, trl_command
@@ -41,7 +41,7 @@ def run_benchmark(config: BenchmarkConfig | Mapping[str, Any] | None = None) -> 
     config = resolve(BenchmarkConfig, config)
     _check_file(config.json)  # now, and not after an hour
     commands = _commands(config)
-    checks = None
+    checks, busy = None, [busy_cores()]
     if config.check:
         _say("checking losses, gradients and samples against the plain path")
         checks = [found._asdict() for found in check.check_all(config.chosen)]
@@ -50,8 +50,9 @@ def run_benchmark(config: BenchmarkConfig | Mapping[str, Any] | None = None) -> 
     sides = {each: measure(each, commands, config) for each in config.chosen}
     machine = best_of(machine, measure_machine())
     dtypes = [command.dtype for command in commands if command.name != "trl"]
+    busy.append(busy_cores())
     found = [summarize(each, sides[each], _phases(each, dtypes), machine) for each in sides]
-    result = _described(config, machine, checks) | {"workloads": found}
+    result = _described(config, machine, checks) | {"busy_cores": busy, "workloads": found}
     result["versions"] |= _peer_versions(found)
     print(as_text(result))
     if config.json is not None:

@@ -73,6 +73,27 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def busy_cores(seconds: float = 1.0) -> float | None:
+    """How many cores others keep busy, while this waits; None where the system does not tell."""
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    if before is None or after is None:
+        return None
+    spent = [b - a for a, b in zip(before, after, strict=True)]
+    idle = spent[3] + spent[4]  # and waiting for a disk
+    return (os.cpu_count() or 1) * (1.0 - idle / max(sum(spent), 1))
+
+
+def _ticks() -> list[int] | None:
+    """What all cores together have spent, by kind: user, nice, system, idle, iowait, ..."""
+    try:
+        with open("/proc/stat") as file:
+            return [int(number) for number in file.readline().split()[1:9]]
+    except OSError:
+        return None
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:

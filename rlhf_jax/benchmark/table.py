@@ -100,6 +100,12 @@ def _foot(result: dict[str, Any]) -> list[str]:
         _memory(result),
         _checks(result["checks"]),
     ]
+    if None not in result["busy_cores"]:
+        before, after = result["busy_cores"]
+        lines.append(
+            f"Others kept {before:.1f} cores busy before and {after:.1f} after: with more than "
+            "none, PyTorch's threads lose far more than ours."
+        )
     if result["peer"]["name"] == "trl":
         lines.insert(3, f"TRL computes in {result['peer']['dtype']}.")
     return lines
