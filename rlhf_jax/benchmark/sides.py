@@ -67,7 +67,7 @@ class Side:
     def __init__(self, command: SideCommand, workload: Workload, folder: Path) -> None:
         self.name, self.workload = command.name, workload
         request, arrays = folder / "request.json", folder / "arrays.npz"
-        self.log = folder / "stderr"
+        self.log, self.ready = folder / "stderr", dict[str, Any]()
         request.write_text(json.dumps(make_request(workload, command.dtype)))
         np.savez(arrays, **make_arrays(workload))  # type: ignore[arg-type]
         with self.log.open("w") as log:
@@ -79,6 +79,9 @@ class Side:
                 text=True,
                 env=dict(command.environment),
             )
+
+    def wait(self) -> None:
+        """Waits until the first step may begin; `ready` is what the side then says of itself."""
         self.ready = self._answer("ready")
 
     def step(self) -> dict[str, Any]:
@@ -130,6 +133,7 @@ def running(commands: Sequence[SideCommand], workload: Workload) -> Iterator[lis
             place.mkdir()
             side = Side(command, workload, place)
             stack.callback(side.close)
+            side.wait()  # the next one is not to disturb what this one compiles
             sides.append(side)
         yield sides
 
