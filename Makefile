@@ -45,5 +45,5 @@ format:  ## set up, then put the code in the project's style
 	.venv/bin/python -m ruff format .
 
 clean:  ## remove the environments, caches and builds; runs/ stays
-	rm -rf .venv .venv-oldest build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-bench build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find rlhf_jax scripts tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

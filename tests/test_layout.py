@@ -23,6 +23,7 @@ ROOMS = (
     "training",
     "data",
     "runtime",
+    "benchmark",
     "scripts",
 )
 EVERYWHERE = {"errors"}
@@ -103,6 +104,16 @@ def test_light_rooms_import_light_packages_only(path):
     allowed = sys.stdlib_module_names | THIRD_PARTY[room] | late | {"rlhf_jax"}
     wrong = {name.split(".")[0] for name in imported_modules(path)} - allowed
     assert not wrong, f"{path_name(path)} imports {sorted(wrong)}"
+
+
+def test_a_measured_side_imports_no_more_than_it_runs():
+    """Its peak of memory is what the table shows; and TRL's shall hold no JAX."""
+    folder = ROOT / "rlhf_jax" / "benchmark"
+    theirs = {name.split(".")[0] for name in imported_modules(folder / "trl_worker.py")}
+    assert not theirs & {"rlhf_jax", "jax", "scripts"}
+    for name in ("ours", "programs", "workloads", "peak_memory"):
+        rooms = {room_of(module) for module in ours(imported_modules(folder / f"{name}.py"))}
+        assert not rooms & {"data", "runtime"}, f"{name}.py imports {sorted(rooms)}"
 
 
 @pytest.mark.parametrize("room", ["rollout", "training"])

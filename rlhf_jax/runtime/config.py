@@ -576,6 +576,7 @@ _LISTS = {
     "best_of": "[1, 2, 4]",
     "prompt_tokens": "[2, 8]",
     "local_device_ids": "[0, 1]",
+    "workloads": "[sft_mid, generate_mid]",
 }
 
 

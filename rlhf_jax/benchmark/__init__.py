@@ -1,0 +1,1 @@
+"""Our steps beside those of TRL: how long, how much memory, and how far from the floor."""

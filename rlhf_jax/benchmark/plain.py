@@ -1,0 +1,168 @@
+"""The same numbers by the plain path: whole rows through every layer, all logits, no cache.
+
+Written anew from the formulas, with nothing of the library but its parameters: GPT-2 as a Python
+loop over layers, log-probabilities from logits [B, L, V], pairs as two whole rows each, and PPO
+with whole forward passes in each epoch. Rows have no padding. It is what the benchmark's checks
+compare with, and slow.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any
+
+
+class Sizes(NamedTuple):
+    """What the parameters do not say.
+
+    Attributes:
+      n_head: heads of attention.
+      vocab_size: rows of the embedding that are tokens.
+    """
+
+    n_head: int
+    vocab_size: int
+
+
+def hidden(sizes: Sizes, params: Params, tokens: jax.Array) -> jax.Array:
+    """f32[B, L, D] after the final layer norm (Radford et al. 2019)."""
+    length = tokens.shape[1]
+    x = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][:length]
+    for i in range(params["layers"]["ln_1"]["scale"].shape[0]):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        x = x + _attention(sizes, layer["attn"], _norm(layer["ln_1"], x))
+        inner = _dense(layer["mlp"]["c_fc"], _norm(layer["ln_2"], x))
+        x = x + _dense(layer["mlp"]["c_proj"], _gelu(inner))
+    return _norm(params["ln_f"], x)
+
+
+def _attention(sizes, params, x):
+    batch, length, width = x.shape
+    qkv = jnp.einsum("bld,dce->cble", x, params["c_attn"]["kernel"])
+    qkv = qkv + params["c_attn"]["bias"][:, None, None]
+    heads = qkv.reshape(3, batch, length, sizes.n_head, -1).transpose(0, 1, 3, 2, 4)
+    q, k, v = heads
+    weights = q @ k.swapaxes(-1, -2) / jnp.sqrt(float(width // sizes.n_head))
+    weights = jnp.where(jnp.tril(jnp.ones((length, length), bool)), weights, -jnp.inf)
+    out = jax.nn.softmax(weights, axis=-1) @ v
+    return _dense(params["c_proj"], out.transpose(0, 2, 1, 3).reshape(batch, length, width))
+
+
+def _dense(params, x):
+    return x @ params["kernel"] + params["bias"]
+
+
+def _gelu(x):
+    return 0.5 * x * (1.0 + jnp.tanh(jnp.sqrt(2.0 / jnp.pi) * (x + 0.044715 * x**3)))
+
+
+def _norm(params, x):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+    return centred / jnp.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
+
+
+def next_logprobs(sizes: Sizes, params: Params, states: jax.Array) -> jax.Array:
+    """f32[B, L, V] of all next tokens."""
+    table = params["wte"]["embedding"][: sizes.vocab_size]
+    return jax.nn.log_softmax(states @ table.T, axis=-1)
+
+
+def token_logprobs(sizes: Sizes, params: Params, tokens: jax.Array) -> jax.Array:
+    """f32[B, L - 1] of the tokens from the second on."""
+    logprobs = next_logprobs(sizes, params, hidden(sizes, params, tokens))[:, :-1]
+    return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def sft_loss(sizes: Sizes, params: Params, tokens: jax.Array, loss_mask: jax.Array) -> jax.Array:
+    """Mean cross entropy of the tokens in the mask, in nats."""
+    learned = loss_mask[:, 1:]
+    return -jnp.sum(token_logprobs(sizes, params, tokens) * learned) / jnp.sum(learned)
+
+
+def end_scores(sizes: Sizes, params: Params, tokens: jax.Array) -> jax.Array:
+    """f32[B]: scores of {"model", "head"} at the last token of whole rows."""
+    return hidden(sizes, params["model"], tokens)[:, -1] @ params["head"]["kernel"]
+
+
+def reward_loss(
+    sizes: Sizes, params: Params, prompts: jax.Array, chosen: jax.Array, rejected: jax.Array
+) -> jax.Array:
+    """-log sigmoid(chosen's score - rejected's), a mean over pairs."""
+    better, worse = (
+        end_scores(sizes, params, jnp.concatenate([prompts, responses], axis=1))
+        for responses in (chosen, rejected)
+    )
+    return jnp.mean(jnp.log1p(jnp.exp(worse - better)))
+
+
+def greedy(sizes: Sizes, params: Params, prompts: jax.Array, length: int) -> jax.Array:
+    """i32[B, length]: the likeliest tokens, each by a pass over all before it."""
+    tokens = prompts
+    for _ in range(length):
+        logprobs = next_logprobs(sizes, params, hidden(sizes, params, tokens))[:, -1]
+        token = jnp.argmax(logprobs, axis=-1).astype(tokens.dtype)
+        tokens = jnp.concatenate([tokens, token[:, None]], axis=1)
+    return tokens[:, prompts.shape[1] :]
+
+
+class Experience(NamedTuple):
+    """What PPO's epochs read of responses, f32[B, T] each but `tokens` i32[B, P + T]."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    values: jax.Array
+    advantages: jax.Array
+    returns: jax.Array
+
+
+def ppo_values(sizes: Sizes, trained: Params, tokens: jax.Array, length: int) -> jax.Array:
+    """f32[B, T] of the states in which the last T tokens are chosen.
+
+    Args:
+      trained: {"model": the policy, "value_head"} or {"model", "value_model": {"model", "head"}},
+        whole models.
+    """
+    own = trained.get("value_model")
+    head = trained["value_head"] if own is None else own["head"]
+    states = hidden(sizes, trained["model"] if own is None else own["model"], tokens)
+    return states[:, -length - 1 : -1] @ head["kernel"] + head["bias"]
+
+
+def ppo_experience(
+    sizes: Sizes, settings: Any, trained: Params, ref: Params, scorer: Params, tokens, length: int
+) -> Experience:
+    """Rewards, advantages and returns of whole rows whose last T tokens were sampled."""
+    logprobs, ref_logprobs = (
+        token_logprobs(sizes, params, tokens)[:, -length:] for params in (trained["model"], ref)
+    )
+    values = ppo_values(sizes, trained, tokens, length)
+    rewards = -settings.kl_coef * (logprobs - ref_logprobs)
+    rewards = rewards.at[:, -1].add(end_scores(sizes, scorer, tokens))
+    advantage = following = jnp.zeros_like(values[:, 0])
+    advantages: list[jax.Array] = []
+    for t in reversed(range(length)):
+        delta = rewards[:, t] + settings.gamma * following - values[:, t]
+        advantage = delta + settings.gamma * settings.lam * advantage
+        following = values[:, t]
+        advantages.insert(0, advantage)
+    estimates = jnp.stack(advantages, axis=1)
+    whitened = (estimates - estimates.mean()) / jnp.sqrt(jnp.var(estimates, ddof=1) + 1e-8)
+    return Experience(tokens, logprobs, values, whitened, estimates + values)
+
+
+def ppo_loss(
+    trained: Params, sizes: Sizes, settings: Any, experience: Experience
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, the policy's part): both clipped losses, means over tokens."""
+    length = experience.values.shape[1]
+    logprobs = token_logprobs(sizes, trained["model"], experience.tokens)[:, -length:]
+    ratio = jnp.exp(logprobs - experience.logprobs)
+    near = jnp.clip(ratio, 1 - settings.cliprange, 1 + settings.cliprange)
+    policy = -jnp.mean(jnp.minimum(experience.advantages * ratio, experience.advantages * near))
+    values, old = ppo_values(sizes, trained, experience.tokens, length), experience.values
+    clipped = jnp.clip(values, old - settings.cliprange_value, old + settings.cliprange_value)
+    squares = ((x - experience.returns) ** 2 for x in (values, clipped))
+    return policy + settings.vf_coef * 0.5 * jnp.mean(jnp.maximum(*squares)), policy

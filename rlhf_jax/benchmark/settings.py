@@ -1,0 +1,69 @@
+"""The settings of `scripts/benchmark.py`."""
+
+import dataclasses
+import difflib
+from typing import Literal
+
+from rlhf_jax.benchmark.workloads import WORKLOADS, Workload
+from rlhf_jax.errors import InputError
+
+NAMES = tuple(workload.name for workload in WORKLOADS)
+
+
+class BenchmarkError(RuntimeError):
+    """What ends the command without a table: a wrong number, or a side that did not answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerSettings:
+    """The section `peer`: what is measured beside us.
+
+    Attributes:
+      name: "trl", or "none" to measure us alone.
+      python: the interpreter to make the virtual environment with; null takes the running one.
+      venv: the folder of that environment, which is made if it is missing.
+      dtype: what the peer computes in; "bfloat16" is its mixed precision (`bf16`).
+    """
+
+    name: Literal["trl", "none"] = "trl"
+    python: str | None = None
+    venv: str = ".venv-bench"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """All settings of `benchmark.py`.
+
+    Attributes:
+      workloads: names of those to measure; empty measures all.
+      rounds: how often each side takes its turn, after the warm-up.
+      warmup: steps of each side that do not count; ours compiles in the first.
+      dtype: "bfloat16" measures us in bfloat16 too, beside float32.
+      check: compares our losses, gradients and samples with the plain path first, on small models.
+      json: a file for all numbers; null writes none.
+    """
+
+    workloads: tuple[str, ...] = ()
+    rounds: int = 5
+    warmup: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    check: bool = True
+    peer: PeerSettings = PeerSettings()
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "warmup"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name in self.workloads:
+            if name not in NAMES:
+                near = difflib.get_close_matches(name, NAMES, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise InputError(f"Unknown workload {name!r}{hint}; there are {', '.join(NAMES)}.")
+
+    @property
+    def chosen(self) -> tuple[Workload, ...]:
+        """The workloads to be measured, in the order of the table."""
+        wanted = self.workloads or NAMES
+        return tuple(workload for workload in WORKLOADS if workload.name in wanted)

@@ -1,0 +1,134 @@
+"""What the command prints: Markdown tables, and what one has to know to read them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_MIB = 2**20
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The tables and their foot, of what `benchmark.json` holds."""
+    workloads = result["workloads"]
+    parts = [_table(_float32_columns(each) for each in workloads)]
+    if any("ours_bfloat16" in each["summary"] for each in workloads):
+        parts.append("In bfloat16:\n\n" + _table(_bfloat16_columns(each) for each in workloads))
+    parts.append("\n".join(_foot(result)))
+    return "\n\n".join(parts)
+
+
+def _float32_columns(found: dict[str, Any]) -> dict[str, str]:
+    summary = found["summary"]
+    ours, trl = summary["ours"], summary.get("trl", {})
+    return {
+        "workload": found["workload"],
+        "TRL, s": _number(trl.get("seconds"), ".3f"),
+        "ours, s": _number(ours["seconds"], ".3f"),
+        "times faster": _ratio(ours),
+        "to reach": _number(found["to_reach"], "g"),
+        "towards": _number(found["towards"], "g"),
+        "tokens/s": _number(ours["tokens_per_second"], ",.0f"),
+        "TRL, MiB": _mib(trl),
+        "ours, MiB": _mib(ours),
+        "of TRL's memory": _number(ours.get("share_of_memory"), ".0%"),
+        "of the peak": _number(ours["share_of_peak"], ".0%"),
+        "floor, s": _number(ours["floor_seconds"], ".3f"),
+        "compile, s": _number(ours["compile_seconds"], ".1f"),
+        "compiled later": _number(ours["compilations_after_first_step"], "d"),
+    }
+
+
+def _bfloat16_columns(found: dict[str, Any]) -> dict[str, str]:
+    ours = found["summary"]["ours_bfloat16"]
+    return {
+        "workload": found["workload"],
+        "ours, s": _number(ours["seconds"], ".3f"),
+        "faster than float32": _number(ours["times_faster_than_float32"], ".2f"),
+        "faster than TRL": _ratio(ours),
+        "tokens/s": _number(ours["tokens_per_second"], ",.0f"),
+        "ours, MiB": _mib(ours),
+        "of TRL's memory": _number(ours.get("share_of_memory"), ".0%"),
+        "of the peak": _number(ours["share_of_peak"], ".0%"),
+        "floor, s": _number(ours["floor_seconds"], ".3f"),
+        "compile, s": _number(ours["compile_seconds"], ".1f"),
+        "compiled later": _number(ours["compilations_after_first_step"], "d"),
+        "loss differs by": _number(ours.get("loss_difference"), ".1e"),
+    }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ratio(ours: dict[str, Any]) -> str:
+    if "times_faster" not in ours:
+        return "-"
+    return f"{ours['times_faster']:.2f} ({ours['least']:.2f} to {ours['most']:.2f})"
+
+
+def _mib(side: dict[str, Any]) -> str:
+    return _number(side["peak_bytes"] / _MIB, ".0f") if side else "-"
+
+
+def _table(columns: Any) -> str:
+    """Rows of the same keys as an aligned table: the first column to the left."""
+    rows: list[dict[str, str]] = list(columns)
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    header, *body = (_line(line, widths) for line in lines)
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([header, _line(rule, widths), *body])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+    return "| " + " | ".join(padded) + " |"
+
+
+def _foot(result: dict[str, Any]) -> list[str]:
+    machine, hardware = result["machine"], result["hardware"]
+    versions = ", ".join(f"{name} {text}" for name, text in result["versions"].items())
+    flops = ", ".join(
+        f"{dtype} {value / 1e9:,.0f} GFLOP/s" for dtype, value in machine["flops"].items()
+    )
+    lines = [
+        f"{result['date']}, {hardware['device']}, {hardware['cores']} cores. {versions}.",
+        f"Measured here: products in {flops}; memory {machine['read'] / 1e9:,.1f} GB/s read, "
+        f"{machine['copy'] / 1e9:,.1f} GB/s read and written.",
+        f"Medians of {result['rounds']} turns, taken alternately; ratios turn by turn, with the "
+        "least and the most.",
+        _memory(result),
+        _checks(result["checks"]),
+    ]
+    if None not in result["busy_cores"]:
+        before, after = result["busy_cores"]
+        lines.append(
+            f"Others kept {before:.1f} cores busy before and {after:.1f} after: with more than "
+            "none, PyTorch's threads lose far more than ours."
+        )
+    if result["peer"]["name"] == "trl":
+        lines.insert(3, f"TRL computes in {result['peer']['dtype']}.")
+    return lines
+
+
+_PEAKS = {
+    "steps": "of the process during the turns, its libraries included",
+    "process": "of the process since its start, since this system forgets no peak",
+    "device": "of the device's memory; ours since the start",
+}
+
+
+def _memory(result: dict[str, Any]) -> str:
+    sides = (side for each in result["workloads"] for side in each["sides"].values())
+    kinds = dict.fromkeys(side.get("peak_of", "process") for side in sides)
+    return f"Memory: the peak {'; or '.join(_PEAKS[kind] for kind in kinds)}."
+
+
+def _checks(checks: list[dict[str, Any]] | None) -> str:
+    if checks is None:
+        return "Not checked against the plain path."
+    worst = max(max(each["loss"], each["gradients"]) for each in checks)
+    return (
+        f"Checked against the plain path: losses, gradients and samples of {len(checks)} forms "
+        f"differ by {worst:.1e} at most."
+    )

@@ -1,0 +1,61 @@
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.benchmark import check
+from rlhf_jax.benchmark.settings import BenchmarkError
+from rlhf_jax.benchmark.workloads import WORKLOADS
+from rlhf_jax.functional import cross_entropy_loss
+from rlhf_jax.training import sft
+
+FORMS = {workload.name: check.small_form(workload) for workload in WORKLOADS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """What runs once is compiled with few optimizations."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_mid_and_small_are_checked_once():
+    assert len(set(FORMS.values())) == 6
+
+
+# The frozen half, a shared trunk, sampled tokens, and two epochs, of which the second clips.
+@pytest.mark.parametrize("name", ["reward_frozen_small", "ppo_shared_mid"])
+def test_steps_give_what_the_plain_path_gives(name):
+    found = check.difference(FORMS[name])
+    assert found.loss < 1e-5
+    assert found.gradients < 1e-4
+
+
+def test_greedy_tokens_and_logprobs_are_those_of_whole_passes():
+    form = replace(FORMS["generate_mid"], n_layer=1, response_length=3)
+    found = check.difference(form)
+    assert found.loss < 1e-5
+    assert found.gradients == 0.0
+
+
+def test_what_is_broken_ends_the_command(monkeypatch):
+    def wrong(logits, targets, mask, **others):
+        return cross_entropy_loss(logits * 1.001, targets, mask, **others)
+
+    monkeypatch.setattr(sft, "cross_entropy_loss", wrong)
+    form = replace(FORMS["sft_mid"], n_layer=1)
+    monkeypatch.setattr(check, "small_form", lambda workload: form)
+    with pytest.raises(BenchmarkError, match="the check of sft failed: loss and gradients differ"):
+        check.check_all(WORKLOADS[:1])
+
+
+def test_differences_are_relative_to_each_leaf():
+    assert check.relative([[1.0, 100.0], [2.0]], [[1.0, 100.0], [1.0]]) == pytest.approx(1.0)
+    # What is all but zero beside the others is rounding.
+    assert check.relative([1000.0, 1e-6], [1000.0, 0.0]) == pytest.approx(1e-6)
+    assert np.isnan(check.relative([np.nan], [1.0]))
+    with pytest.raises(BenchmarkError):
+        check._judge(check.Difference("x", float("nan"), 0.0))

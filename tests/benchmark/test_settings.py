@@ -1,0 +1,92 @@
+import pytest
+
+from rlhf_jax.benchmark import command, environment
+from rlhf_jax.benchmark.settings import NAMES, BenchmarkConfig, PeerSettings
+from rlhf_jax.benchmark.workloads import WORKLOADS
+from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.config import parse
+
+
+def test_workloads_are_chosen_in_the_order_of_the_table():
+    config = parse(BenchmarkConfig, ["--workloads", "[ppo_mid, sft_mid]"])
+    assert [workload.name for workload in config.chosen] == ["sft_mid", "ppo_mid"]
+    assert BenchmarkConfig().chosen == WORKLOADS
+    assert len(NAMES) == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workloads", "[sft_md]"], r"Unknown workload 'sft_md' \(did you mean sft_mid\?\); the"),
+        (["--workloads", "sft_mid"], r"workloads must be a list such as \[sft_mid, generate_mid\]"),
+        (["--rounds", "0"], "rounds must be at least 1, but is 0"),
+        (["--peer.name", "tunix"], "peer.name must be one of"),
+        (["--dtype", "float16"], "dtype must be one of"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse(BenchmarkConfig, flags)
+
+
+def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path):
+    with pytest.raises(InputError, match="give --json a file in a folder that is there"):
+        command.run_benchmark({"json": str(tmp_path / "none" / "file.json")})
+
+
+def test_peer_none_is_short_for_its_name(monkeypatch, capsys):
+    argv = ["benchmark.py", "--peer", "none", "--print_config"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit):
+        command.run_benchmark()
+    assert "name: none" in capsys.readouterr().out
+
+
+def test_the_settings_of_a_workload_are_those_of_the_issue():
+    by_name = {workload.name: workload for workload in WORKLOADS}
+    assert by_name["reward_frozen_small"].num_layers_unfrozen == 4
+    assert by_name["ppo_shared_small"].num_layers_unfrozen == 2
+    assert by_name["ppo_mid"].value_model == "reward"
+    assert by_name["sft_small"].tokens == 2 * 496
+    assert by_name["reward_mid"].tokens == 4 * (192 + 2 * 32)
+    assert by_name["generate_mid"].tokens == 16 * 32
+
+
+def test_the_peer_gets_what_the_extra_bench_asks_for(monkeypatch):
+    asked = environment.requirements()
+    assert "trl==0.29.1" in asked
+    assert not any("jax" in line for line in asked)
+    monkeypatch.setattr(environment, "PYPROJECT", environment.PYPROJECT / "none")
+    lines = ["jax>=1", 'trl==1; extra == "bench"', "x<2,>=1; extra == 'bench'", 'y; extra == "dev"']
+    monkeypatch.setattr(environment.metadata, "requires", lambda name: lines)
+    assert environment.requirements() == ["trl==1", "x<2,>=1"]
+
+
+def fake_python(folder, text):
+    """An environment whose Python says one thing."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{text}\n")
+    python.chmod(0o755)
+    return python
+
+
+def test_an_environment_with_the_right_trl_is_used_and_another_refused(tmp_path):
+    right = fake_python(tmp_path / "right", "echo 0.29.1")
+    assert environment.peer_python(PeerSettings(venv=str(tmp_path / "right"))) == right
+    fake_python(tmp_path / "other", "echo 0.30.0")
+    with pytest.raises(InputError, match=r"has trl 0\.30\.0, but the benchmark is of 0\.29\.1"):
+        environment.peer_python(PeerSettings(venv=str(tmp_path / "other")))
+
+
+def test_what_pip_says_is_put_into_one_sentence(tmp_path, capsys):
+    maker = tmp_path / "maker"
+    maker.write_text("#!/bin/sh\nexit 0\n")
+    maker.chmod(0o755)
+    fake_python(tmp_path / "venv", 'echo "ERROR: No matching torch"; exit 1')
+    settings = PeerSettings(python=str(maker), venv=str(tmp_path / "venv"))
+    with pytest.raises(InputError, match=r"pip could not install trl.* \(No matching torch\); cho"):
+        environment.peer_python(settings)
+    assert "this takes some minutes" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"could not make .* \(No such file or directory\)"):
+        environment.peer_python(PeerSettings(python="/none", venv=str(tmp_path / "new")))

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from rlhf_jax.benchmark import command, settings, sides
+from rlhf_jax.benchmark.machine import Machine
+from rlhf_jax.benchmark.settings import BenchmarkError
+from rlhf_jax.benchmark.workloads import make_arrays, make_request, read_request
+
+
+def test_sides_take_turns_and_forget_their_peaks_after_the_warm_up(peer, tiny, tmp_path):
+    commands = [peer("one"), peer("two")]
+    found = sides.take_turns(commands, tiny, rounds=2, warmup=1)
+    turn = ["one step", "two step"]
+    second = ["one reset", "one step", "two reset", "two step"]
+    log = (tmp_path / "log").read_text().splitlines()
+    assert log == [*turn, *second, *turn, "one stop", "two stop"]
+    assert list(found) == ["one", "two"]
+    assert found["two"]["seconds"] == [2.0, 2.0]
+    assert found["two"]["warmup_seconds"] == [2.0]
+    assert found["two"]["peak_bytes"] == 2**30
+
+
+def test_a_side_that_ends_is_told_with_its_last_words(peer, tiny):
+    with pytest.raises(BenchmarkError, match=r"trl could not do sft_tiny: it ended, and said: Run"):
+        sides.take_turns([peer(dtype="bfloat16")], tiny, rounds=1, warmup=1)
+
+
+def test_a_request_is_read_as_it_was_made(tiny):
+    request = json.loads(json.dumps(make_request(tiny, "bfloat16")))
+    assert read_request(request) == (tiny, "bfloat16")
+    assert request["pad_token_id"] == 14
+    arrays = make_arrays(tiny)
+    assert arrays["tokens"].shape == (2, 5)
+    assert arrays["tokens"].max() < 14
+    assert arrays["loss_mask"].tolist() == [[False, False, False, True, True]] * 2
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return Machine({"float32": 1e9, "bfloat16": 2e9}, 1e9, 2e9)
+
+
+def test_the_command_measures_us_beside_a_peer(peer, tiny, machine, tmp_path, monkeypatch, capsys):
+    """All of it: our process, the peer's, the table, and the file."""
+    monkeypatch.setattr(settings, "WORKLOADS", (tiny,))
+    monkeypatch.setattr(settings, "NAMES", (tiny.name,))
+    monkeypatch.setattr(command, "measure_machine", lambda: machine)
+    both = [sides.our_command("float32"), peer()]
+    monkeypatch.setattr(command, "_commands", lambda config: both)
+    file = tmp_path / "numbers.json"
+    command.run_benchmark({"rounds": 2, "check": False, "json": str(file)})
+    result = json.loads(file.read_text())
+    (found,) = result["workloads"]
+    ours = found["sides"]["ours"]
+    assert len(ours["seconds"]) == 2
+    assert ours["losses"][0] == pytest.approx(2.77, abs=0.1)  # log 16: nothing is learned yet
+    assert ours["ready"]["compile_seconds"] > 0
+    assert ours["ready"]["temporary_bytes"] > 0
+    assert ours["peak_bytes"] > 2**20
+    assert ours["compilations_after_first_step"] == 0
+    summary = found["summary"]["ours"]
+    assert summary["times_faster"] == pytest.approx(2.0 / summary["seconds"], rel=0.5)
+    assert summary["floor_seconds"] > 0
+    assert result["versions"]["trl"] == "0.0"
+    assert result["versions"]["TRL's numpy"] == "0.1"
+    out = capsys.readouterr().out
+    assert out.startswith("| workload | TRL, s | ours, s |")
+    assert "\n| sft_tiny |  2.000 |" in out
