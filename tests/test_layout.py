@@ -26,13 +26,14 @@ ROOMS = (
     "benchmark",
     "scripts",
 )
-EVERYWHERE = {"errors"}
+EVERYWHERE = {"errors", "heap"}
 
 # What a room may import from other distributions; data, runtime and scripts import what they need.
 ARRAYS = {"jax", "numpy", "chex"}
 THIRD_PARTY = {
     "__init__": {"jax", "chex"},
     "errors": set(),
+    "heap": set(),
     "functional": {"jax", "chex"},
     "batches": {"jax"},
     "models": ARRAYS | {"flax", "safetensors"},

@@ -19,6 +19,7 @@ import numpy as np
 from rlhf_jax.benchmark.peak_memory import peak_bytes, reset_peak
 from rlhf_jax.benchmark.programs import Program, make_program
 from rlhf_jax.benchmark.workloads import read_request
+from rlhf_jax.heap import give_back
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -35,6 +36,7 @@ def main() -> None:
     print(json.dumps({"ready": True, **worker.compile()}), file=answers)
     while (line := sys.stdin.readline().strip()) in ("step", "reset"):
         if line == "reset":
+            give_back()  # as the commands do after their first step
             worker.was_reset = reset_peak()
         else:
             print(json.dumps(worker.step()), file=answers)

@@ -92,8 +92,10 @@ def _sft(workload, arrays, model, optimizer, dropout):
         gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
         dropout=dropout,
     )
-    tokens = arrays["tokens"]
-    batch = TextBatch(tokens, np.ones_like(tokens), arrays["loss_mask"])
+    tokens, loss_mask = arrays["tokens"], arrays["loss_mask"]
+    # All rows learn as many tokens, so that no place is left over.
+    learned = np.nonzero(loss_mask)[1].reshape(len(tokens), -1).astype(np.int32)
+    batch = TextBatch(tokens, np.ones_like(tokens), loss_mask, learned)
 
     def init(key):
         return sft.init_state(model, model.init(key), settings, key, optimizer=optimizer)

@@ -20,7 +20,7 @@ class Ours:
       score_batch_size: `ppo.score_batch_size`.
     """
 
-    remat: Remat = "none"
+    remat: Remat = "dots"
     gradient_accumulation_steps: int = 1
     score_batch_size: int | None = None
 
@@ -114,7 +114,7 @@ WORKLOADS: tuple[Workload, ...] = (
         value_model="reward",
         to_reach=1.35,
         towards=1.7,
-        ours=Ours(),
+        ours=Ours(score_batch_size=8),
     ),
     # The same task with what we have: one trunk for policy, reference and values.
     _of(
@@ -124,7 +124,7 @@ WORKLOADS: tuple[Workload, ...] = (
         num_layers_unfrozen=2,
         to_reach=3.5,
         towards=4.5,
-        ours=Ours(),
+        ours=Ours(score_batch_size=8),
     ),
     _of(
         "ppo_shared_small",
@@ -133,7 +133,7 @@ WORKLOADS: tuple[Workload, ...] = (
         num_layers_unfrozen=2,
         to_reach=5.0,
         towards=8.0,
-        ours=Ours(),
+        ours=Ours(score_batch_size=8),
     ),
 )
 

@@ -2,10 +2,10 @@
 
     out_t = sum_m w_tm v_m,     w_tm = exp(q_t . k_m - log Z_t),     Z_t = sum_m exp(q_t . k_m)
 
-over the m that t sees. What is kept is `out` and `log Z`, [L, d] and [L] for each head; the weights,
-[L, M], are computed twice (Dao et al. 2022, FlashAttention, algorithm 4; arXiv:2205.14135). Queries
-go in blocks of rows, each of which meets only the keys up to its last row: what a causal mask hides
-behind them is not computed.
+over the m that t sees. What is kept is `out` and `log Z`, [L, d] and [L] for each head; the
+weights, [L, M], are computed twice (Dao et al. 2022, FlashAttention, algorithm 4;
+arXiv:2205.14135). Queries go in blocks of rows, each of which meets only the keys up to its last
+row: most of what a causal mask hides is not computed.
 """
 
 from typing import NamedTuple

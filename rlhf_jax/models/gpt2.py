@@ -99,7 +99,7 @@ class GPT2:
 
     config: GPT2Config
     dtype: str = "float32"
-    remat: Remat = "none"
+    remat: Remat = "dots"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)

@@ -33,9 +33,9 @@ def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
     Args:
       body: (carry, layer) -> (carry, output).
       remat: "none" keeps all but parameters that were collected from other devices; "full" the
-        carry alone, and computes the layer once more; "dots" also the products with parameters, so
-        that attention, norms and activations are computed once more. Values and gradients are the
-        same.
+        carry alone, and computes the layer once more; "dots" also the products with parameters, and
+        what attention and dropout gave, so that norms and activations are computed once more.
+        Values and gradients are the same.
 
     Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
     """

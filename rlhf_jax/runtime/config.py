@@ -51,8 +51,7 @@ class ModelSettings:
       dropout: of a fresh model, in supervised fine-tuning alone.
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
       remat: what the backward pass of training computes again instead of keeping it, to save
-        memory: "none"; "full", all of each layer but its input; "dots", all but the products with
-        parameters.
+        memory: "dots", norms and activations; "full", all of each layer but its input; "none".
     """
 
     path: str | None = None
@@ -65,7 +64,7 @@ class ModelSettings:
     n_positions: int = 256
     dropout: float = 0.1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Remat = "none"
+    remat: Remat = "dots"
 
     def __post_init__(self) -> None:
         check_remat("model.remat", self.remat)

@@ -13,6 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.heap import give_back
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.checkpoint import Checkpoints
 from rlhf_jax.runtime.config import check_same, claim_run_dir, to_dict
@@ -234,6 +235,8 @@ class _Loop:
             except Exception:
                 self._rescue(state, index, pending)
                 raise
+            if index == start:
+                give_back()  # what compiling it has left
             # The step before is logged while this one runs on the device.
             before, pending = pending, (index + 1, metrics, output)
             if before is not None:

@@ -273,7 +273,7 @@ def test_responses_that_share_a_prompt_equal_each_alone(params, texts):
 
 def test_a_cache_and_a_prefix_exclude_each_other(params):
     x, mask, cache = jnp.zeros((1, 1, 16)), jnp.ones((1, 1), bool), MODEL.init_cache(1, 2)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="one of the three"):
         MODEL.layers(params["layers"], x, mask, jnp.zeros((1, 1), int), cache, cache)
 
 
