@@ -147,13 +147,25 @@ def test_the_import_test_sees_every_form_of_import(tmp_path, monkeypatch):
     }
 
 
-def test_import_rlhf_jax_is_light():
-    heavy = ("transformers", "datasets", "orbax", "tokenizers", "flax", "optax", "pandas", "torch")
-    code = f"import sys, rlhf_jax; print(*[name for name in {heavy} if name in sys.modules])"
+IMPORT = """
+import sys, jax
+modules, settings = set(sys.modules), dict(jax.config.values)
+import rlhf_jax
+tops = [{name.partition(".")[0] for name in each} for each in (sys.modules, modules)]
+print(*sorted(tops[0] - tops[1] - sys.stdlib_module_names))
+print(*sorted(name for name in sys.modules if name.startswith("rlhf_jax.")))
+print(*sorted(name for name, value in jax.config.values.items() if settings[name] != value))
+"""
+
+
+def test_import_rlhf_jax_is_light_and_changes_no_setting_of_jax():
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == []
+    others, ours, settings = done.stdout.splitlines()
+    assert set(others.split()) <= {"absl", "chex", "rlhf_jax", "toolz", "typing_extensions"}
+    assert all(name.startswith("rlhf_jax.functional") for name in ours.split())
+    assert settings == ""
 
 
 def lower_bounds(project):

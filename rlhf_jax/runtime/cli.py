@@ -22,7 +22,9 @@ def main(command: str, kind: str) -> int:
     def work():
         from rlhf_jax import runtime
         from rlhf_jax.runtime import config
+        from rlhf_jax.runtime.compilation_cache import keep_compiled
 
+        keep_compiled()
         getattr(runtime, command)(config.parse(getattr(config, kind)))
 
     # What other commands leave at SIGTERM is no whole output.

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -23,10 +24,10 @@ COMMANDS = ("train_sft", "train_reward", "train_ppo", "run_rlhf", "generate", "e
 
 
 @pytest.fixture(scope="module")
-def environment():
-    """Without a network, and without a cache of programs: older JAX speaks up when it uses one."""
+def environment(tmp_path_factory):
+    """Without a network, and with a folder of its own for what commands keep of the user."""
     ours = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    return {**os.environ, **ours}
+    return {**os.environ, **ours, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,9 @@ def test_a_run_says_nothing_that_nobody_asked_for(environment, short_texts, tmp_
     status, out, err = run(environment, "train_sft", *short_texts)
     said = f"sft: the model is in {tmp_path}/run/hf, the report in {tmp_path}/run/report.html\n"
     assert (status, out, err) == (0, "", said)
+    # What it compiled is kept where it says nothing when it is read.
+    kept = list(Path(environment["XDG_CACHE_HOME"], "rlhf-jax", "xla").glob("jit_step-*-cache"))
+    assert len(kept) == (jax.__version_info__ >= (0, 12))
     status, out, err = run(environment, "train_sft", *short_texts, "--seed", "1")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "was made with another configuration: seed is 0 there and 1 here" in err
