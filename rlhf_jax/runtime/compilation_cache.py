@@ -32,9 +32,10 @@ ABANDONED = 60.0  # seconds
 def keep_compiled() -> Path | None:
     """Lets JAX keep what this process compiles in a folder of the user's, before it compiles.
 
-    The folder is `rlhf-jax/xla` in `$XDG_CACHE_HOME`, or in `~/.cache`. What the user has told JAX
-    goes before: where JAX has a folder already, or keeps nothing, all is left as it is. Programs
-    that cannot be read or written later on are compiled as if there were no folder.
+    The folder is `rlhf-jax/xla` in `$XDG_CACHE_HOME`, or in `~/.cache`, and in it one for each
+    number of cores. What the user has told JAX goes before: where JAX has a folder already, or
+    keeps nothing, all is left as it is. Programs that cannot be read or written later on are
+    compiled as if there were no folder.
 
     Returns:
       The folder; None if nothing is kept there.
@@ -67,11 +68,21 @@ def _reads_quietly(version: tuple[int, ...], platforms: str | None) -> bool:
 
 def _folder() -> Path | None:
     """Where programs are kept; None for a user without a home."""
+    # A program for a CPU is split into as many parts as there were cores when it was compiled. JAX
+    # tells machines apart by what their cores can do, but not by how many there are.
+    inside = Path("rlhf-jax", "xla", f"{_cores()}-cores")
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # others are to be ignored, says the standard that the name is from
-        return Path(base, "rlhf-jax", "xla")
+        return Path(base) / inside
     home = Path(os.path.expanduser("~"))
-    return home / ".cache" / "rlhf-jax" / "xla" if home.is_dir() else None
+    return home / ".cache" / inside if home.is_dir() else None
+
+
+def _cores() -> int:
+    """How many cores this process may use, counted as XLA does."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _is_ready(folder: Path) -> bool:

@@ -70,7 +70,8 @@ def outcome(number):
 
 
 def test_programs_are_kept_in_the_cache_folder_of_the_user(home, monkeypatch):
-    folder = home / ".cache" / "rlhf-jax" / "xla"
+    monkeypatch.setattr(compilation_cache, "_cores", lambda: 3)
+    folder = home / ".cache" / "rlhf-jax" / "xla" / "3-cores"
     assert keep_compiled() == folder
     assert folder.stat().st_mode & 0o777 == 0o700
     assert jax.config.jax_compilation_cache_dir == str(folder)
@@ -78,7 +79,7 @@ def test_programs_are_kept_in_the_cache_folder_of_the_user(home, monkeypatch):
     _tell(UNTOLD)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "elsewhere"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1.0")
-    assert keep_compiled() == home / "elsewhere" / "rlhf-jax" / "xla"
+    assert keep_compiled() == home / "elsewhere" / "rlhf-jax" / "xla" / "3-cores"
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
 
 
@@ -108,7 +109,7 @@ def test_a_user_without_a_home_or_without_room_has_none(home, monkeypatch, caplo
     assert keep_compiled() is None
     assert jax.config.jax_compilation_cache_dir is None
     (record,) = caplog.records
-    assert "rlhf-jax/xla cannot be written; set JAX_COMPILATION_CACHE_DIR" in record.getMessage()
+    assert "-cores cannot be written; set JAX_COMPILATION_CACHE_DIR" in record.getMessage()
 
 
 def test_older_jax_keeps_programs_for_accelerators_alone(monkeypatch):
