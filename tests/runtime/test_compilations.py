@@ -90,27 +90,26 @@ def test_reward_steps(tmp_path, monkeypatch, sft_run, reward_run):
     assert_compiled_once(diary)
 
 
-def test_ppo_iterations_with_rewards_in_python(tmp_path, monkeypatch, sft_run):
+def test_ppo_iterations(tmp_path, monkeypatch, sft_run, reward_run, ppo_run):
     with Diary(monkeypatch, PPOStage) as diary:
-        train_ppo(small.ppo(tmp_path, sft_run[0], checkpoint=OFTEN), small.short_response)
+        train_ppo(small.ppo(tmp_path, sft_run[0], reward_run[0], checkpoint=OFTEN))
     assert_compiled_once(diary)
 
 
-def test_ppo_iterations_of_two_buckets(tmp_path, monkeypatch, sft_run, reward_run):
+def test_ppo_iterations_of_two_buckets_and_with_rewards_in_python(tmp_path, monkeypatch, sft_run):
     prompts = ["good", "good", "this was a long and slow story with too many words"] * 6
     lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     (tmp_path / "prompts.jsonl").write_text("".join(lines))
     config = small.ppo(
         tmp_path / "run",
         sft_run[0],
-        reward_run[0],
         data={"path": str(tmp_path / "prompts.jsonl"), "eval_rows": 2, "length_buckets": 2},
         ppo={"total_episodes": 12, "batch_size": 2, "response_length": 4, "num_ppo_epochs": 1},
         evaluation={"batch_size": 2},
         checkpoint=OFTEN,
     )
     with Diary(monkeypatch, PPOStage) as diary:
-        train_ppo(config)
+        train_ppo(config, small.short_response)
     assert_compiled_once(diary, buckets=2)
 
 

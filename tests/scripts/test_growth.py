@@ -55,7 +55,6 @@ def test_it_writes_numbers_and_figures(growth, monkeypatch, tmp_path, capsys):
     curves = {
         "steps": growth.Curve(growth.Step, "batch", (1,), base),
         "responses": growth.Curve(growth.Generation, "batch", (1,), base),
-        "memory": growth.Curve(growth.Memory, "batch", (1,), base),
     }
     monkeypatch.setattr(growth, "FIGURES", {"tiny": growth.Figure("A title", "s", curves, 1)})
     monkeypatch.setattr(sys, "argv", ["growth.py", "--rounds", "2", "--output", str(tmp_path)])
