@@ -41,7 +41,7 @@ class Size(NamedTuple):
     width: int = 256
     batch: int = 4
     length: int = 128
-    remat: str = "none"
+    remat: str = "dots"  # as by default
 
     @property
     def model(self):
