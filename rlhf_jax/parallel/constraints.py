@@ -75,9 +75,11 @@ def split_cache(x: jax.Array) -> jax.Array:
 
 
 def is_on_one_cpu() -> bool:
-    """Whether what is traced is to run on a single CPU device, as far as can be known."""
+    """Whether what is traced is to run on one CPU device: that of the mesh, if one is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+    if mesh.empty:
+        return jax.default_backend() == "cpu"
+    return mesh.size == 1 and mesh.abstract_device.device_kind == "cpu"
 
 
 def collect(params: Any, dtype: str, *, is_layer: bool = False) -> Any:

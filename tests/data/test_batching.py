@@ -37,8 +37,30 @@ def pairs(prompt_lengths, chosen, rejected, widths):
 
 
 def assert_equal(one, other):
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def _across(batches):
+    """The first array of each batch, then the second one of each, and so on."""
+    return zip(*(jax.tree.leaves(batch) for batch in batches), strict=True)
+
+
+def test_buckets_cut_the_learned_places_too():
+    """In a short batch both are narrow; what is left names the same tokens."""
+    batch = texts([9, 10, 40, 33], 48)
+    places = [[8], [5, 6, 7, 9], [*range(10, 30)], [*range(20, 33)]]
+    learned, mask = np.zeros((4, 24), np.int32), np.zeros((4, 48), bool)
+    for row, found in enumerate(places):
+        learned[row, : len(found)], mask[row, found] = found, True
+    batches = Batches(batch._replace(loss_mask=mask, learned=learned), 2, 0, False, buckets=3)
+    short, long = batches.at(0), batches.at(1)
+    assert (short.tokens.shape, short.learned.shape) == ((2, 16), (2, 8))
+    assert (long.tokens.shape, long.learned.shape) == ((2, 48), (2, 24))
+    for cut, rows in ((short, places[:2]), (long, places[2:])):
+        for row, found in enumerate(rows):
+            assert cut.learned[row][cut.learned[row] > 0].tolist() == found
+            assert np.nonzero(cut.loss_mask[row])[0].tolist() == found
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 5), st.integers(0, 50))
@@ -96,7 +118,7 @@ def test_hosts_feed_parts_of_the_same_batch(hosts, buckets):
     batches = Batches(texts(lengths, 48), 8, seed=3, buckets=buckets)
     for step in range(6):
         parts = [batches.at(step, host, hosts) for host in range(hosts)]
-        whole = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        whole = [np.concatenate(arrays) for arrays in _across(parts)]
         assert_equal(whole, batches.at(step))
 
 
@@ -110,7 +132,7 @@ def test_buckets_cut_padding_only():
         cut, whole = batches.at(step), full.at(step)
         width = cut.tokens.shape[1]
         widths.add(width)
-        assert_equal(cut, [array[:, :width] for array in whole])
+        assert_equal(cut, [array[:, :width] for array in whole[:3]])
         assert not whole.segments[:, width:].any()
         needed = (whole.segments > 0).sum(1).max()
         assert width == min(w for w in (16, 32, 48, 60) if w >= needed)
@@ -194,7 +216,7 @@ def test_evaluation_on_several_hosts():
     parts = [list(eval_batches(data, 4, host, 2)) for host in range(2)]
     whole = list(eval_batches(data, 4))
     for first, second, batch in zip(*parts, whole, strict=True):
-        assert_equal([np.concatenate(pair) for pair in zip(first, second, strict=True)], batch)
+        assert_equal([np.concatenate(pair) for pair in _across((first, second))], batch)
 
 
 def test_rows_of_a_batch_are_those_of_the_whole_in_its_widths():
@@ -202,5 +224,4 @@ def test_rows_of_a_batch_are_those_of_the_whole_in_its_widths():
     whole = batches.at(5)
     for rows in (slice(0, 1), slice(1, 4), slice(2, 2)):
         part = batches.rows_at(5, rows.start, rows.stop)
-        for array, expected in zip(part, whole, strict=True):
-            np.testing.assert_array_equal(array, expected[rows])
+        assert_equal(part, [array[rows] for array in whole[:3]])

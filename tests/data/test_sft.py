@@ -1,5 +1,6 @@
 """Texts as rows: which tokens are learned, what is cut, and how texts are packed."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_a_template_that_cannot_be_parted(chat, monkeypatch):
 
 def unpacked(batch):
     """The (tokens, learned) of every text in the rows, as they stand between the segments."""
-    for tokens, segments, learned in zip(*batch, strict=True):
+    for tokens, segments, learned in zip(*batch[:3], strict=True):
         for segment in range(1, segments.max() + 1):
             here = segments == segment
             yield tuple(tokens[here].tolist()), tuple(learned[here].tolist())
@@ -187,6 +188,24 @@ def test_packing_loses_no_token(tokenizer, packing):
     assert report.tokens == sum(len(t.tokens) for t in texts) == (batch.segments > 0).sum()
     assert report.learned_tokens == batch.loss_mask.sum()
     assert (report.rows < 40) == packing
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_learned_places_are_those_of_the_mask(tokenizer, packing):
+    rows = [
+        {"prompt": "Once upon a time there was " * 4, "completion": " an end." * (1 + i % 3)}
+        for i in range(9)
+    ]
+    settings = Settings(max_length=128, completion_only=True, packing=packing)
+    batch, report = text_rows(rows, tokenizer, settings)
+    assert batch.learned.shape[1] < 0.75 * batch.tokens.shape[1]
+    assert (batch.learned > 0).sum() == report.learned_tokens == batch.loss_mask.sum()
+    for places, mask in zip(batch.learned, batch.loss_mask, strict=True):
+        count = mask.sum()
+        assert places[:count].tolist() == np.nonzero(mask)[0].tolist()
+        assert not places[count:].any()
+    whole = dataclasses.replace(settings, completion_only=False)
+    assert text_rows(rows, tokenizer, whole)[0].learned is None  # all but the first tokens are
 
 
 def test_rows_are_filled_from_the_left_and_inert_behind(tokenizer):

@@ -119,7 +119,7 @@ def bytes_per_device(sizes):
     state = jax.eval_shape(parts[0], jax.eval_shape(lambda: jax.random.key(0)))
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     analysis = compiled(parts, sizes).memory_analysis()
-    batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in parts[2])
+    batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts[2]))
     return analysis.argument_size_in_bytes - batch // math.prod(sizes[:2]), total
 
 
