@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.interface import positions_from
+from rlhf_jax.models.interface import SharedPrompt, positions_from
 from tests.models.gpt2_by_loop import hidden_by_loop, logits_by_loop
 
 CONFIG = GPT2Config(vocab_size=11, n_positions=16, n_embd=16, n_layer=2, n_head=2)
@@ -190,6 +190,41 @@ def run_with_cache(model, params, tokens, mask, pieces):
     return jnp.concatenate(states, axis=1), cache
 
 
+def test_layers_one_by_one_decode_as_a_stack_does(params, texts):
+    """As one CPU decodes, and as all other devices do."""
+    tokens, mask = (jnp.asarray(x) for x in pad(texts, 9, "left", 5))
+    positions = positions_from(mask)
+
+    @jax.jit
+    def both(params):
+        x = MODEL.embed(params, tokens[:, :7], positions[:, :7])
+        room = MODEL.init_cache(4, 9)
+        _, cache = MODEL.layers(params["layers"], x, mask[:, :7], positions[:, :7], room)
+        found = []
+        for parts in ((params, cache), MODEL.for_decoding(params, cache)):
+            (weights, memory), states = parts, []
+            for t in (7, 8):
+                at = slice(t, t + 1)
+                x = MODEL.embed(weights, tokens[:, at], positions[:, at])
+                x, memory = MODEL.layers(
+                    weights["layers"], x, mask[:, at], positions[:, at], memory
+                )
+                states.append(MODEL.final(weights, x))
+            found.append((states, [*memory.keys], [*memory.values], memory.mask, memory.length))
+        assert isinstance(memory.keys, tuple)
+        return found
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *both(params))
+
+
+def test_padded_logits_are_the_logits_and_then_minus_infinity(params, texts):
+    states = hidden(params, texts[3][None])
+    padded = np.asarray(MODEL.padded_logits(params, states))
+    np.testing.assert_array_equal(padded[..., :VOCABULARY], MODEL.logits(params, states))
+    assert padded.shape[-1] == 128
+    assert np.isneginf(padded[..., VOCABULARY:]).all()
+
+
 @pytest.mark.parametrize("pieces", [(4, 1, 1, 1, 1, 1), (3, 2, 4), (9,)], ids=str)
 def test_decoding_with_a_cache_equals_the_whole(pieces, params, texts):
     tokens, mask = pad(texts, 9, "left", 5)
@@ -240,6 +275,23 @@ def states_with_prefix(params, prompts, prompt_mask, responses, mask):
     return MODEL.final(params, x)
 
 
+def states_with_shared_prompt(params, prompts, prompt_mask, responses, mask):
+    """[B * K, T, D]: each prompt and its responses in one row."""
+    batch, width = prompts.shape
+    count = responses.shape[0] // batch
+    lengths = jnp.repeat(prompt_mask.sum(axis=1), count)[:, None]
+    positions = jnp.concatenate(
+        [positions_from(prompt_mask), (positions_from(mask) + lengths).reshape(batch, -1)], axis=1
+    )
+    tokens = jnp.concatenate([prompts, responses.reshape(batch, -1)], axis=1)
+    whole_mask = jnp.concatenate([prompt_mask, mask.reshape(batch, -1)], axis=1)
+    x = MODEL.embed(params, tokens, positions)
+    shared = SharedPrompt(width, count)
+    x, cache = MODEL.layers(params["layers"], x, whole_mask, positions, shared=shared)
+    assert cache is None
+    return MODEL.final(params, x[:, width:].reshape(*responses.shape, -1))
+
+
 def states_repeated(params, prompts, prompt_mask, responses, mask):
     """[B * K, T, D]: each prompt run K times, in front of each of its responses."""
     count = responses.shape[0] // prompts.shape[0]
@@ -249,9 +301,13 @@ def states_repeated(params, prompts, prompt_mask, responses, mask):
     return states[:, prompts.shape[1] :]
 
 
-def test_responses_that_share_a_prompt_equal_each_alone(params, texts):
+@pytest.mark.parametrize("width", [7, 0])
+@pytest.mark.parametrize("states_of", [states_with_prefix, states_with_shared_prompt])
+def test_responses_that_share_a_prompt_equal_each_alone(states_of, width, params, texts):
     rng, count = np.random.default_rng(2), 3
-    prompts, prompt_mask = pad(texts, 7, "left", 3)
+    if not width and states_of is states_with_prefix:
+        pytest.skip("without a prompt there is no prefix")
+    prompts, prompt_mask = (x[:, :width] for x in pad(texts, 7, "left", 3))
     lengths = rng.integers(1, 6, size=4 * count)
     responses, mask = pad([rng.integers(0, VOCABULARY, n) for n in lengths], 5, "right", 8)
     weights = rng.normal(size=(4 * count, 5, CONFIG.n_embd)).astype(np.float32)
@@ -261,7 +317,7 @@ def test_responses_that_share_a_prompt_equal_each_alone(params, texts):
         return jnp.sum(jnp.where(mask[..., None], states * weights, 0.0)), states
 
     run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    gradient, states = run(params, states_with_prefix)
+    gradient, states = run(params, states_of)
     expected_gradient, expected = run(params, states_repeated)
     np.testing.assert_allclose(states[mask], expected[mask], rtol=1e-4, atol=1e-4)
     jax.tree.map(

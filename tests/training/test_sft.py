@@ -121,6 +121,20 @@ def test_packed_texts_train_like_texts_alone(step, state, alone, packed):
     assert_trees_close(packed_after.params, after.params)
 
 
+def test_logits_of_learned_tokens_alone_give_the_same_step(model, step, state, packed):
+    """Their places in each row, with room to spare, in place of all."""
+    places = np.zeros((packed.tokens.shape[0], 10), np.int32)
+    for row, mask in enumerate(np.asarray(packed.loss_mask)):
+        places[row, : mask.sum()] = np.nonzero(mask)[0]
+    another = jax.jit(sft.make_step(model, SETTINGS, optimizer=SGD))
+    found = another(state, packed._replace(learned=jnp.asarray(places)), KEY)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        found,
+        step(state, packed, KEY),
+    )
+
+
 def test_padding_is_never_read(step, state, alone):
     expected = step(state, alone, KEY)
     poisoned = alone._replace(tokens=jnp.where(alone.segments > 0, alone.tokens, 2**30))

@@ -1,0 +1,135 @@
+"""Attention against loops over tokens, values and gradients, in blocks and behind a past."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import attention
+from rlhf_jax.models.attention import Dropout, Past, attend, attend_to_cache
+
+G, K, H, T, P, D = 2, 3, 2, 7, 5, 4
+
+
+def by_loop(q, k, v, visible, past=None, keep=None, scale=1.0):
+    """Each token by itself: the softmax of its products with what it sees."""
+    out = np.zeros(q.shape)
+    for g, i, h, t in np.ndindex(*q.shape[:4]):
+        seen = [(k[g, i, h, m], v[g, i, h, m], m) for m in range(q.shape[3]) if visible[g, i, t, m]]
+        if past is not None:
+            places = np.nonzero(past.mask[g])[0]
+            seen += [(past.keys[g, h, m], past.values[g, h, m], None) for m in places]
+        if not seen:
+            continue
+        logits = np.array([q[g, i, h, t] @ key for key, _, _ in seen])
+        weights = np.exp(logits - logits.max())
+        for weight, (_, value, m) in zip(weights / weights.sum(), seen, strict=True):
+            is_kept = keep is None or keep[g, i, h, t, m]
+            out[g, i, h, t] += weight * value * scale * is_kept
+    return out
+
+
+def arrays(seed=0, length=T, count=K):
+    rng = np.random.default_rng(seed)
+    q, k, v = rng.normal(size=(3, G, count, H, length, D)).astype(np.float32)
+    mask = rng.random((G, count, length)) < 0.7
+    mask[0, 0] = False  # a row of padding, whose tokens see nothing
+    visible = mask[..., None, :] & np.tri(length, dtype=bool)
+    past = Past(*rng.normal(size=(2, G, H, P, D)).astype(np.float32), rng.random((G, P)) < 0.6)
+    return q, k, v, visible, past
+
+
+def plain(q, k, v, visible, past=None, dropout=None):
+    """The same with all weights at once, for JAX to differentiate."""
+    logits = jnp.where(visible[:, :, None], jnp.einsum("gkhtd,gkhmd->gkhtm", q, k), -1e9)
+    if past is not None:
+        before = jnp.einsum("gkhtd,ghmd->gkhtm", q, past.keys)
+        before = jnp.where(past.mask[:, None, None, None], before, -1e9)
+        logits = jnp.concatenate([logits, before], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)
+    own = weights[..., : k.shape[3]]
+    if dropout is not None:
+        own = jnp.where(dropout.keep, own * dropout.scale, 0.0)
+    out = jnp.einsum("gkhtm,gkhmd->gkhtd", own, v)
+    if past is not None:
+        out += jnp.einsum("gkhtm,ghmd->gkhtd", weights[..., k.shape[3] :], past.values)
+        sees = visible.any(-1) | past.mask.any(-1)[:, None, None]
+    else:
+        sees = visible.any(-1)
+    return jnp.where(sees[:, :, None, :, None], out, 0.0)
+
+
+@pytest.fixture(params=[256, 3, 1], ids=lambda block: f"blocks of {block}")
+def block(request, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", request.param)
+
+
+@pytest.mark.parametrize("with_past", [False, True])
+def test_equals_a_loop_over_tokens(block, with_past):
+    q, k, v, visible, past = arrays()
+    past = past if with_past else None
+    found = jax.jit(lambda *args: attend(*args))(q, k, v, visible, past)
+    np.testing.assert_allclose(found, by_loop(q, k, v, visible, past), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout"])
+def test_gradients_equal_those_of_the_plain_form(block, kind, length):
+    q, k, v, visible, past = arrays(1, length)
+    past = past if kind == "behind a past" else None
+    keep = np.random.default_rng(2).random((G, K, H, length, length)) < 0.8
+    dropout = Dropout(jnp.asarray(keep), 1.25) if kind == "with dropout" else None
+    weights = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
+
+    def loss(function):
+        def of(q, k, v, memory):
+            given = None if past is None else Past(*memory, past.mask)
+            return jnp.sum(function(q, k, v, visible, given, dropout) * weights)
+
+        return jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2, 3)))
+
+    memory = () if past is None else past[:2]
+    found, expected = loss(attend)(q, k, v, memory), loss(plain)(q, k, v, memory)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+
+
+def test_what_nothing_is_seen_by_has_no_gradient():
+    q, k, v, visible, past = arrays()
+    unseen = ~visible.any(axis=2)
+    grads = jax.grad(lambda k, v: jnp.sum(attend(q, k, v, visible, past) ** 2), (0, 1))(k, v)
+    for grad in grads:
+        assert not np.asarray(grad)[np.broadcast_to(unseen[:, :, None], k.shape[:4])].any()
+
+
+def test_dropout_of_weights_equals_a_loop():
+    q, k, v, visible, _ = arrays(4)
+    keep = np.random.default_rng(5).random((G, K, H, T, T)) < 0.5
+    found = attend(q, k, v, visible, None, Dropout(jnp.asarray(keep), 2.0))
+    expected = by_loop(q, k, v, visible, None, keep, 2.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_past_has_no_dropout():
+    q, k, v, visible, past = arrays()
+    with pytest.raises(ValueError, match="no dropout"):
+        attend(q, k, v, visible, past, Dropout(jnp.ones((G, K, H, T, T), bool), 1.0))
+
+
+def test_bfloat16_is_near_float32():
+    q, k, v, visible, past = arrays()
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (q, k, v, past[:2]))
+    found = jax.jit(attend)(*half[:3], visible, Past(*half[3], past.mask))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        found.astype(np.float32), attend(q, k, v, visible, past), rtol=0.05, atol=0.05
+    )
+
+
+def test_a_cache_is_looked_at_as_a_row_is():
+    q, k, v, visible, _ = arrays(6, count=1)
+    visible[0] = visible[1]  # a query that sees nothing is no query of decoding
+    visible |= np.eye(T, dtype=bool)
+    found = attend_to_cache(q[:, 0, :, -2:], k[:, 0], v[:, 0], visible[:, 0, -2:])
+    np.testing.assert_allclose(found, by_loop(q, k, v, visible)[:, 0, :, -2:], rtol=1e-5, atol=1e-6)
