@@ -96,9 +96,9 @@ def _block_forward(q, k, v, rows, visible, past, dropout):
     own = jnp.where(own_visible, _product("gkhtd,gkhmd->gkhtm", q, k), _LEAST)
     top = jnp.max(own, axis=-1, keepdims=True)
     if past is not None:
-        past_visible = past.mask[:, None, None, None]
-        before = jnp.where(past_visible, _product("gkhtd,ghmd->gkhtm", q, past.keys), _LEAST)
-        top = jnp.maximum(top, jnp.max(before, axis=-1, keepdims=True))
+        seen, count = past.mask[:, None, None], q.shape[1]
+        before = jnp.where(seen, _product("ghtd,ghmd->ghtm", _grouped(q), past.keys), _LEAST)
+        top = jnp.maximum(top, _apart(jnp.max(before, axis=-1, keepdims=True), count))
     weights = jnp.where(own_visible, jnp.exp(own - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if dropout is not None:
@@ -106,9 +106,10 @@ def _block_forward(q, k, v, rows, visible, past, dropout):
         weights = jnp.where(kept, weights * dropout.scale, 0.0)
     out = _product("gkhtm,gkhmd->gkhtd", weights.astype(v.dtype), v)
     if past is not None:
-        weights = jnp.where(past_visible, jnp.exp(before - top), 0.0)
-        total += jnp.sum(weights, axis=-1, keepdims=True)
-        out += _product("gkhtm,ghmd->gkhtd", weights.astype(v.dtype), past.values)
+        weights = jnp.where(seen, jnp.exp(before - _grouped(top)), 0.0)
+        total += _apart(jnp.sum(weights, axis=-1, keepdims=True), count)
+        found = _product("ghtm,ghmd->ghtd", weights.astype(v.dtype), past.values)
+        out += _apart(found, count)
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
@@ -154,14 +155,16 @@ def _block_backward(given, k, v, rows, visible, dropout):
 
 def _past_backward(q, gradient, mean, log_total, past):
     """(gradient for q, gradients for the past), summed over the rows of each group."""
-    logits = _product("gkhtd,ghmd->gkhtm", q, past.keys)
-    weights = jnp.where(past.mask[:, None, None, None], jnp.exp(logits - log_total), 0.0)
-    for_weights = _product("gkhtd,ghmd->gkhtm", gradient, past.values)
+    count = q.shape[1]
+    q, gradient, mean, log_total = (_grouped(x) for x in (q, gradient, mean, log_total))
+    logits = _product("ghtd,ghmd->ghtm", q, past.keys)
+    weights = jnp.where(past.mask[:, None, None], jnp.exp(logits - log_total), 0.0)
+    for_weights = _product("ghtd,ghmd->ghtm", gradient, past.values)
     for_logits = (weights * (for_weights - mean)).astype(q.dtype)
-    for_keys = _product("gkhtm,gkhtd->ghmd", for_logits, q).astype(q.dtype)
-    for_values = _product("gkhtm,gkhtd->ghmd", weights.astype(q.dtype), gradient).astype(q.dtype)
-    for_q = _product("gkhtm,ghmd->gkhtd", for_logits, past.keys)
-    return for_q, Past(for_keys, for_values, None)
+    for_keys = _product("ghtm,ghtd->ghmd", for_logits, q).astype(q.dtype)
+    for_values = _product("ghtm,ghtd->ghmd", weights.astype(q.dtype), gradient).astype(q.dtype)
+    for_q = _product("ghtm,ghmd->ghtd", for_logits, past.keys)
+    return _apart(for_q, count), Past(for_keys, for_values, None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -172,6 +175,18 @@ def _blocks(length: int) -> list[slice]:
     count = -(-length // BLOCK)
     ends = [length * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+
+
+def _grouped(x):
+    """[G, H, K * T, .] of [G, K, H, T, .]: all that meet the same past, in one product."""
+    groups, count, heads, length, width = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(groups, heads, count * length, width)
+
+
+def _apart(x, count):
+    """[G, K, H, T, .] of [G, H, K * T, .]."""
+    groups, heads, _, width = x.shape
+    return jnp.swapaxes(x.reshape(groups, heads, count, -1, width), 1, 2)
 
 
 def _product(axes, x, y):

@@ -119,11 +119,22 @@ def test_a_past_has_no_dropout():
 
 def test_bfloat16_is_near_float32():
     q, k, v, visible, past = arrays()
+
+    @jax.jit
+    def run(q, k, v, memory):
+        def loss(q, k, v, memory):
+            out = attend(q, k, v, visible, Past(*memory, past.mask))
+            return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+        return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, memory)
+
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (q, k, v, past[:2]))
-    found = jax.jit(attend)(*half[:3], visible, Past(*half[3], past.mask))
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        found.astype(np.float32), attend(q, k, v, visible, past), rtol=0.05, atol=0.05
+    found, expected = run(*half), run(q, k, v, past[:2])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"bfloat16"}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.1, atol=0.05),
+        found,
+        expected,
     )
 
 
