@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from rlhf_jax.parallel.constraints import is_on_cpu
+
 BLOCK = 256
 ATTENDED = "attended"
 _LEAST = float(jnp.finfo(jnp.float32).min)
@@ -190,4 +192,7 @@ def _apart(x, count):
 
 
 def _product(axes, x, y):
+    """The product in float32; on a CPU of operands in it: few of others are there, all slow."""
+    if is_on_cpu():
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
