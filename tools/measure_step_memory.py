@@ -75,10 +75,10 @@ def main():
             )
     rows, length = 8 * rows, length // 8
     for remat, steps, at_once in (
-        ("none", 1, None),
-        ("none", 1, 8),
-        ("none", 4, None),
-        ("none", 4, 8),
+        ("dots", 1, None),
+        ("dots", 1, 8),
+        ("dots", 4, None),
+        ("dots", 4, 8),
         ("full", 4, 8),
     ):
         mib = ppo_memory(dataclasses.replace(plain, remat=remat), rows, length, steps, at_once)

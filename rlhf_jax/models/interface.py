@@ -139,7 +139,10 @@ class Model(Protocol):
         ...
 
     def padded_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """f32[..., Vp], Vp >= V: `logits` with -inf behind them, where that spares a copy."""
+        """f32[..., Vp], Vp >= V: `logits` with -inf behind them, where that spares a copy.
+
+        All steps and `generate` call this one. It may be `logits` itself: Vp is V then.
+        """
         ...
 
     def hidden(
@@ -156,7 +159,8 @@ class Model(Protocol):
     def for_decoding(self, params: Params, cache: Cache) -> tuple[Params, Cache]:
         """Both as single tokens are read fastest: called once, after the prompts and before a loop.
 
-        `embed`, `layers`, `final` and `logits` take what it gives. It may give back what it got.
+        `embed`, `layers`, `final` and `padded_logits` take what it gives. It may give back what it
+        got.
         """
         ...
 

@@ -385,7 +385,15 @@ def to_yaml(config: Any) -> str:
 
 
 # What may differ when a run goes on: how it is watched and judged, and how often it is saved.
-_FREE_TO_CHANGE = ("logging.", "checkpoint.", "evaluation.", "run_dir", "mesh.", "distributed.")
+_FREE_TO_CHANGE = (
+    "logging.",
+    "checkpoint.",
+    "evaluation.",
+    "run_dir",
+    "mesh.",
+    "distributed.",
+    "model.remat",
+)
 
 
 def claim_run_dir(config: Any) -> None:
