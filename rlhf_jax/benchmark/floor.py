@@ -30,7 +30,8 @@ def floor_seconds(phases: Sequence[Phase], peak: float, bandwidth: float) -> flo
 
         sum over phases of max(flops / peak, moved / bandwidth)
 
-    FLOPs are those of the products of our step, without what a rematerialization computes again.
+    FLOPs are those of the products of our step, without what a rematerialization computes again
+    but for the weights of attention, of which one product in seven is a second one.
     Bytes are those that no cache of a processor can save, activations left out:
 
     - a generation reads, for each of its tokens, all parameters, and the keys and values of all

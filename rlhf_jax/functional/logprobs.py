@@ -16,6 +16,8 @@ from rlhf_jax.functional.expect import expect, expect_scalars
 # backward pass; beyond it they are made in chunks of about the second, twice.
 ONE_PIECE = 2**30
 CHUNK = 2**27
+# A logit this far below the largest has probability 0, times whatever a gradient is.
+_NOTHING = -1e4
 
 
 def token_logprobs(logits, tokens):
@@ -48,26 +50,27 @@ def token_logprobs(logits, tokens):
 @jax.custom_jvp
 def _chosen_logprobs(logits, tokens):
     """f32[...] of f32[..., V] logits; NaN where they are no distribution."""
-    return _normalized(logits, tokens)[0]
+    top, log_total = _normalizer(logits)
+    return _chosen(logits, tokens) - top - log_total
 
 
 @_chosen_logprobs.defjvp
 def _chosen_logprobs_jvp(primals, tangents):
     """d logp = d logit_token - sum_v p_v d logit_v, with one exponential for each logit."""
     logits, tokens = primals
-    logprobs, log_normalizer = _normalized(logits, tokens)
-    is_distribution = jnp.isfinite(log_normalizer)[..., None]
-    slope = (_token_ids(logits) == tokens[..., None]) - jnp.exp(logits - log_normalizer[..., None])
-    slope = jnp.where(is_distribution, slope, 0.0)
-    return logprobs, jnp.sum(slope * tangents[0], axis=-1)
+    top, log_total = _normalizer(logits)
+    # Not less their sum, which rounds away what is small beside large logits.
+    probabilities = jnp.exp((logits - top[..., None]) - log_total[..., None])
+    slope = (_token_ids(logits) == tokens[..., None]) - probabilities
+    slope = jnp.where(jnp.isfinite(log_total)[..., None], slope, 0.0)
+    return _chosen(logits, tokens) - top - log_total, jnp.sum(slope * tangents[0], axis=-1)
 
 
-def _normalized(logits, tokens):
-    """(log-probability of the token, log sum_v exp(logit_v)), f32[...] each."""
+def _normalizer(logits):
+    """(the largest logit, log sum_v exp(logit_v - it)), f32[...]; NaN where there is no sum."""
     top = lax.stop_gradient(jnp.max(logits, axis=-1))
     total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
-    log_total = jnp.where(jnp.isfinite(top), jnp.log(total), jnp.nan)
-    return (_chosen(logits, tokens) - top) - log_total, top + log_total
+    return top, jnp.where(jnp.isfinite(top), jnp.log(total), jnp.nan)
 
 
 def _chosen(logits, tokens):
@@ -102,7 +105,7 @@ def token_entropy(logits):
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
     # 0 * -inf is NaN, in the product and in its gradient.
-    finite = jnp.maximum(shifted, jnp.finfo(jnp.float32).min)
+    finite = jnp.maximum(shifted, _NOTHING)
     entropy = jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
     return jnp.where(is_distribution, entropy, jnp.nan)
 

@@ -119,7 +119,7 @@ def _block_forward(q, k, v, rows, visible, past, dropout):
 def _backward(saved, gradient):
     q, k, v, visible, past, dropout, out, log_total = saved
     # sum_m w_tm dw_tm, which the softmax takes off every gradient of a row.
-    mean = jnp.sum((gradient * out).astype(jnp.float32), axis=-1, keepdims=True)
+    mean = jnp.sum(_wide(gradient) * _wide(out), axis=-1, keepdims=True)
     for_q, for_k, for_v, for_past = [], 0.0, 0.0, None
     for rows in _blocks(q.shape[-2]):
         given = tuple(x[..., rows, :] for x in (q, gradient, mean, log_total))
@@ -194,5 +194,9 @@ def _apart(x, count):
 def _product(axes, x, y):
     """The product in float32; on a CPU of operands in it: few of others are there, all slow."""
     if is_on_cpu():
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        x, y = _wide(x), _wide(y)
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
+
+
+def _wide(x):
+    return x.astype(jnp.float32)

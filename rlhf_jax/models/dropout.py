@@ -15,7 +15,7 @@ def dropout_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> tuple[j
 
     Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting.
     """
-    dropped = round(rate * _STEPS)
+    dropped = min(round(rate * _STEPS), _STEPS - 1)
     *rows, length = shape
     words = jax.random.bits(key, (*rows, -(-length // 2)), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16)

@@ -26,6 +26,7 @@ from rlhf_jax.parallel.constraints import (
 )
 
 VOCABULARY_MULTIPLE = 128
+MOST_ONE_BY_ONE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +183,14 @@ class GPT2:
         return x.reshape(shape), None if cache is None else _fill(cache, memory, mask)
 
     def for_decoding(self, params, cache):
-        """Parameters in the compute dtype; on one CPU also layers and caches one by one.
+        """Parameters in the compute dtype; on one CPU also up to 16 layers and caches one by one.
 
         A CPU copies each layer out of a stack before it multiplies with it, which for a few rows
         takes as long as the product. Layers by themselves take the memory of one more copy while
-        responses are sampled.
+        responses are sampled, and time to compile, which is why there is a limit.
         """
         params = _cast(params, self.dtype)
-        if not is_on_one_cpu():
+        if not is_on_one_cpu() or self.config.n_layer > MOST_ONE_BY_ONE:
             return params, cache
         layers = tuple(
             jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])

@@ -79,7 +79,8 @@ def is_on_cpu() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.default_backend() == "cpu"
-    return mesh.abstract_device.device_kind == "cpu"
+    device = mesh.abstract_device  # None where it is not known yet
+    return device is not None and device.device_kind == "cpu"
 
 
 def is_on_one_cpu() -> bool:

@@ -116,7 +116,7 @@ def response_logits(
     temperature: float,
     trunk: Params | None = None,
 ) -> jax.Array:
-    """f32[..., V] of hidden states, divided by the temperature; arguments as above."""
+    """f32[..., Vp] of hidden states over the temperature, -inf from V on; arguments as above."""
     return model.padded_logits(whole_params(model, trunk, params), hidden) / temperature
 
 

@@ -92,3 +92,20 @@ def test_logits_that_are_no_distribution_are_nan_with_a_gradient_of_zero(rng, ga
 @pytest.mark.parametrize("token", [-1, -100, 3])
 def test_a_token_outside_the_vocabulary_is_nan_and_not_another_token(token):
     assert np.isnan(rlhf.token_logprobs(np.zeros(3, np.float32), np.array(token)))
+
+
+@pytest.mark.parametrize("factor", [1.0, 10.0, -1e6])
+def test_the_entropy_has_a_finite_gradient_beside_impossible_tokens(factor):
+    """However large what it is multiplied with."""
+    for row in ([0.0, 0.0, -jnp.inf], [10.0, 0.0, -jnp.inf]):
+        logits = jnp.array(row)
+        found = jax.grad(lambda x: factor * rlhf.token_entropy(x))(logits)
+        expected = factor * jax.grad(rlhf.token_entropy)(logits[:2])
+        np.testing.assert_allclose(found[:2], expected, rtol=1e-5, atol=1e-6 * abs(factor))
+        assert found[2] == 0
+
+
+def test_gradients_of_large_logits_are_those_of_small_ones():
+    logits = jnp.array([0.5, -1.0, 2.0, 0.25])
+    gradient = jax.grad(lambda x: rlhf.token_logprobs(x, jnp.array(1)))
+    np.testing.assert_allclose(gradient(logits + 2.0**14), gradient(logits), rtol=1e-5, atol=1e-6)

@@ -44,7 +44,7 @@ def tokens(length):
 def sft_parts(model=MODEL):
     """(init, step, batch, whether the step returns rows) of supervised fine-tuning."""
     settings = sft.Settings(batch_size=ROWS)
-    batch = TextBatch(rows(40), rows(40), rows(40, dtype=bool))
+    batch = TextBatch(rows(40), rows(40), rows(40, dtype=bool), rows(24))
     return (
         lambda key: sft.init_state(model, model.init(key), settings, key),
         sft.make_step(model, settings),
