@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from rlhf_jax.benchmark.table import as_text
 from rlhf_jax.benchmark.workloads import Workload
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.config import parse, resolve
+from rlhf_jax.runtime.metrics import replace_file
 
 
 def run_benchmark(config: BenchmarkConfig | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -47,27 +49,47 @@ def run_benchmark(config: BenchmarkConfig | Mapping[str, Any] | None = None) -> 
         checks = [found._asdict() for found in check.check_all(config.chosen)]
     _say("measuring what the machine can do")
     machine = measure_machine()
-    sides = {each: measure(each, commands, config) for each in config.chosen}
-    machine = best_of(machine, measure_machine())
+    described = _described(config, checks)
     dtypes = [command.dtype for command in commands if command.name != "trl"]
+    phases = {each: _phases(each, dtypes) for each in config.chosen}
+    sides: dict[Workload, Sides] = {}
+    for each in config.chosen:
+        sides[each] = measure(each, commands, config)
+        # A side that fails later takes nothing of this with it.
+        _write(config.json, described | _found(sides, phases, machine, busy))
+    machine = best_of(machine, measure_machine())
     busy.append(busy_cores())
-    found = [summarize(each, sides[each], _phases(each, dtypes), machine) for each in sides]
-    result = _described(config, machine, checks) | {"busy_cores": busy, "workloads": found}
-    result["versions"] |= _peer_versions(found)
+    result = described | _found(sides, phases, machine, busy)
     print(as_text(result))
-    if config.json is not None:
-        _write(config.json, json.dumps(result, indent=1) + "\n")
+    _write(config.json, result)
     return result
 
 
 def _whole_flags(argv: list[str]) -> list[str]:
-    """`--peer none` as short for `--peer.name none`."""
-    short = {"--peer=none": "--peer.name=none", "--peer=trl": "--peer.name=trl"}
-    after = [*argv[1:], ""]
-    return [
-        "--peer.name" if flag == "--peer" and value in ("none", "trl") else short.get(flag, flag)
-        for flag, value in zip(argv, after, strict=True)
-    ]
+    """`--peer none` as short for `--peer.name none`; a file of that section is left as it is.
+
+    >>> _whole_flags(["--peer", "none", "--peer=trl"])
+    ['--peer.name', 'none', '--peer.name=trl']
+    """
+    whole = []
+    for flag, following in zip(argv, [*argv[1:], "--"], strict=True):
+        name, _, value = flag.partition("=")
+        value = value or following
+        is_short = name == "--peer" and not value.startswith(("-", "{"))
+        is_short = is_short and not os.path.isfile(value)
+        whole.append(flag.replace("--peer", "--peer.name", 1) if is_short else flag)
+    return whole
+
+
+def _found(sides, phases, machine, busy):
+    """What was measured until now, ready for JSON."""
+    workloads = [summarize(each, sides[each], phases[each], machine) for each in sides]
+    return {
+        "versions": _versions() | _peer_versions(workloads),
+        "machine": machine._asdict(),
+        "busy_cores": busy,
+        "workloads": workloads,
+    }
 
 
 def measure(workload: Workload, commands: Sequence[SideCommand], config: BenchmarkConfig) -> Sides:
@@ -93,21 +115,23 @@ def _commands(config: BenchmarkConfig) -> list[SideCommand]:
     return commands
 
 
-def _described(config, machine, checks):
-    """What has to be said of figures."""
+def _described(config, checks):
+    """What has to be said of figures, whatever they are."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(sys.argv),
         "hardware": hardware(),
-        "versions": {
-            "rlhf_jax": metadata.version("rlhf-jax"),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-            "python": sys.version.split()[0],
-        },
-        "machine": machine._asdict(),
         "checks": checks,
         **dataclasses.asdict(config),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "rlhf_jax": metadata.version("rlhf-jax"),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": sys.version.split()[0],
     }
 
 
@@ -130,9 +154,11 @@ def _check_file(path: str | None) -> None:
         )
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: str | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
     try:
-        epath.Path(path).write_text(text)
+        replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror or error}.") from error
 

@@ -12,6 +12,15 @@ from rlhf_jax.errors import InputError
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
+# Lies in an environment that the command has made, or has begun to make.
+MARK = "made-by-rlhf-jax-benchmark"
+# What trl_worker.py needs; all of it comes with the extra `bench`.
+IMPORTED = ("trl", "torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
+_PROBE = f"""
+from importlib import metadata, util
+print(metadata.version("trl"), *(name for name in {IMPORTED} if util.find_spec(name) is None))
+"""
+
 
 def requirements() -> list[str]:
     """What the extra `bench` asks for, by the clone's pyproject.toml or else the installation."""
@@ -24,36 +33,50 @@ def requirements() -> list[str]:
 
 
 def peer_python(settings: PeerSettings) -> Path:
-    """The Python of the peer's virtual environment, which is made if it has not the right TRL.
+    """The Python of the peer's virtual environment, which is made where there is none.
+
+    One with the right TRL is used as it is. Of others only those are touched that this has begun to
+    make.
 
     Raises:
-      InputError: it cannot be made, or is there and has another TRL.
+      InputError: it cannot be made, is another one's, or lacks what the peer imports.
     """
     venv = Path(settings.venv).absolute()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     wanted = next(line for line in requirements() if line.startswith("trl=="))
     wanted = wanted.partition("==")[2]
-    if python.exists():
-        found = _trl_version(python)
-        if found == wanted:
-            return python
-        # One that is half made is ours to finish; another one is not ours to change.
-        if found is not None:
-            raise InputError(
-                f"peer.venv {settings.venv} has trl {found}, but the benchmark is of {wanted}; "
-                "give --peer.venv another folder."
-            )
-    _make(settings, venv, python)
+    ours, found, lacking = (venv / MARK).is_file(), *_packages(python)
+    if found is None and not ours and os.path.lexists(venv):
+        raise InputError(
+            f"peer.venv {settings.venv} is there without trl, and is not changed, since this "
+            "command has not made it; give --peer.venv a folder that is not there."
+        )
+    if found not in (None, wanted):
+        raise InputError(
+            f"peer.venv {settings.venv} has trl {found}, but the benchmark is of {wanted}; "
+            "give --peer.venv another folder."
+        )
+    if found is None or (lacking and ours):
+        _make(settings, venv, python)
+        found, lacking = _packages(python)
+    if found is None or lacking:
+        raise InputError(
+            f"peer.venv {settings.venv} lacks {', '.join(lacking) or 'trl'}; delete the folder, so "
+            "that it is made again, or give --peer.venv another one."
+        )
     return python
 
 
-def _trl_version(python: Path) -> str | None:
-    code = "from importlib import metadata; print(metadata.version('trl'))"
+def _packages(python: Path) -> tuple[str | None, list[str]]:
+    """(version of TRL, what is missing of the other packages) of an environment."""
     try:
-        done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
+        done = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, text=True)
     except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        return None, []
+    if done.returncode != 0:
+        return None, []
+    version, *lacking = done.stdout.split()
+    return version, lacking
 
 
 def _make(settings: PeerSettings, venv: Path, python: Path) -> None:
@@ -64,6 +87,13 @@ def _make(settings: PeerSettings, venv: Path, python: Path) -> None:
         file=sys.stderr,
         flush=True,
     )
+    try:
+        venv.mkdir(parents=True, exist_ok=True)
+        (venv / MARK).touch()
+    except OSError as error:
+        raise InputError(
+            f"cannot make {settings.venv} ({error.strerror}); give --peer.venv another folder."
+        ) from error
     _run([maker, "-m", "venv", str(venv)], f"{maker} could not make {settings.venv}")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([*pip, *asked], f"pip could not install {', '.join(asked)} in {settings.venv}")
@@ -83,5 +113,5 @@ def _run(argv: list[str], failure: str) -> None:
         reason = errors[-1].removeprefix("ERROR: ")
     raise InputError(
         f"{failure} ({reason.rstrip('.')[:300]}); choose another Python with --peer.python, or "
-        "measure without TRL by --peer.name none."
+        "measure without TRL by --peer none."
     )

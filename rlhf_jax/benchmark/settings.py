@@ -19,9 +19,10 @@ class PeerSettings:
     """The section `peer`: what is measured beside us.
 
     Attributes:
-      name: "trl", or "none" to measure us alone.
+      name: "trl", or "none" to measure us alone, for which `--peer none` is short.
       python: the interpreter to make the virtual environment with; null takes the running one.
-      venv: the folder of that environment, which is made if it is missing.
+      venv: the folder of that environment, which is made if it is missing; `--peer none` needs
+        none.
       dtype: what the peer computes in; "bfloat16" is its mixed precision (`bf16`).
     """
 
@@ -41,7 +42,7 @@ class BenchmarkConfig:
       warmup: steps of each side that do not count; ours compiles in the first.
       dtype: "bfloat16" measures us in bfloat16 too, beside float32.
       check: compares our losses, gradients and samples with the plain path first, on small models.
-      json: a file for all numbers; null writes none.
+      json: a file for all numbers, written after each workload; null writes none.
     """
 
     workloads: tuple[str, ...] = ()

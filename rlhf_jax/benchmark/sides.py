@@ -77,7 +77,8 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=dict(command.environment),
+                # What its libraries leave there goes with the folder.
+                env={**command.environment, "TMPDIR": str(folder)},
             )
 
     def wait(self) -> None:

@@ -1,19 +1,34 @@
 """What the command prints: Markdown tables, and what one has to know to read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 _MIB = 2**20
+_OF_THE_PEER = {
+    "TRL, s",
+    "times faster",
+    "to reach",
+    "towards",
+    "TRL, MiB",
+    "of TRL's memory",
+    "faster than TRL",
+}
 
 
 def as_text(result: dict[str, Any]) -> str:
     """The tables and their foot, of what `benchmark.json` holds."""
     workloads = result["workloads"]
-    parts = [_table(_float32_columns(each) for each in workloads)]
+    without = set() if _has_peer(result) else _OF_THE_PEER
+    parts = [_table((_float32_columns(each) for each in workloads), without)]
     if any("ours_bfloat16" in each["summary"] for each in workloads):
-        parts.append("In bfloat16:\n\n" + _table(_bfloat16_columns(each) for each in workloads))
+        columns = (_bfloat16_columns(each) for each in workloads)
+        parts.append("In bfloat16:\n\n" + _table(columns, without))
     parts.append("\n".join(_foot(result)))
     return "\n\n".join(parts)
+
+
+def _has_peer(result: dict[str, Any]) -> bool:
+    return result["peer"]["name"] != "none"
 
 
 def _float32_columns(found: dict[str, Any]) -> dict[str, str]:
@@ -69,9 +84,9 @@ def _mib(side: dict[str, Any]) -> str:
     return _number(side["peak_bytes"] / _MIB, ".0f") if side else "-"
 
 
-def _table(columns: Any) -> str:
+def _table(columns: Iterable[dict[str, str]], without: Set[str]) -> str:
     """Rows of the same keys as an aligned table: the first column to the left."""
-    rows: list[dict[str, str]] = list(columns)
+    rows = [{key: row[key] for key in row if key not in without} for row in columns]
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     header, *body = (_line(line, widths) for line in lines)
@@ -95,20 +110,25 @@ def _foot(result: dict[str, Any]) -> list[str]:
         f"{result['date']}, {hardware['device']}, {hardware['cores']} cores. {versions}.",
         f"Measured here: products in {flops}; memory {machine['read'] / 1e9:,.1f} GB/s read, "
         f"{machine['copy'] / 1e9:,.1f} GB/s read and written.",
-        f"Medians of {result['rounds']} turns, taken alternately; ratios turn by turn, with the "
-        "least and the most.",
+        _turns(result),
         _memory(result),
         _checks(result["checks"]),
     ]
     if None not in result["busy_cores"]:
         before, after = result["busy_cores"]
-        lines.append(
-            f"Others kept {before:.1f} cores busy before and {after:.1f} after: with more than "
-            "none, PyTorch's threads lose far more than ours."
-        )
-    if result["peer"]["name"] == "trl":
+        others = f"Others kept {before:.1f} cores busy before and {after:.1f} after"
+        why = ": with more than none, PyTorch's threads lose far more than ours"
+        lines.append(f"{others}{why if _has_peer(result) else ''}.")
+    if _has_peer(result):
         lines.insert(3, f"TRL computes in {result['peer']['dtype']}.")
     return lines
+
+
+def _turns(result: dict[str, Any]) -> str:
+    medians = f"Medians of {result['rounds']} turns"
+    if not _has_peer(result):
+        return f"{medians}."
+    return f"{medians}, taken alternately; ratios turn by turn, with the least and the most."
 
 
 _PEAKS = {
@@ -128,7 +148,8 @@ def _checks(checks: list[dict[str, Any]] | None) -> str:
     if checks is None:
         return "Not checked against the plain path."
     worst = max(max(each["loss"], each["gradients"]) for each in checks)
+    forms = "one form" if len(checks) == 1 else f"{len(checks)} forms"
     return (
-        f"Checked against the plain path: losses, gradients and samples of {len(checks)} forms "
-        f"differ by {worst:.1e} at most."
+        f"Checked against the plain path: losses, gradients and samples of {forms} differ by "
+        f"{worst:.1e} at most."
     )

@@ -24,8 +24,9 @@ def main(command: str, kind: str) -> int:
         from rlhf_jax.runtime import config
         from rlhf_jax.runtime.compilation_cache import keep_compiled
 
-        keep_compiled()
-        getattr(runtime, command)(config.parse(getattr(config, kind)))
+        settings = config.parse(getattr(config, kind))
+        keep_compiled()  # --help and wrong settings, which end before, need no folder
+        getattr(runtime, command)(settings)
 
     # What other commands leave at SIGTERM is no whole output.
     trains = command.startswith(("train_", "run_rlhf"))

@@ -88,8 +88,10 @@ def _cores() -> int:
 def _is_ready(folder: Path) -> bool:
     """Whether the folder is there and can be written; frees it of what was written in part."""
     try:
-        # Its programs run as this user: no other one may put any there.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Its programs run as this user: no other one may put any there. `parents` would make those
+        # that are ours with the mode of any new folder.
+        for place in (folder.parents[1], folder.parent, folder):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
         writable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
         if writable:
             _drop_unfinished(folder)

@@ -1,3 +1,8 @@
+import os
+import runpy
+import signal
+from pathlib import Path
+
 import pytest
 
 from rlhf_jax.benchmark import command, environment
@@ -42,6 +47,34 @@ def test_peer_none_is_short_for_its_name(monkeypatch, capsys):
     assert "name: none" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags", [["--peer", "tunix"], ["--peer=tunix"]], ids=str)
+def test_an_unknown_peer_is_one_sentence(flags, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *flags])
+    with pytest.raises(InputError, match=r"peer.name must be one of \['trl', 'none'\], but is 'tu"):
+        command.run_benchmark()
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "text"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, "^Interrupted; the same command measures all again"),
+        (signal.SIGTERM, SystemExit, "^143$"),
+    ],
+)
+def test_a_signal_ends_the_command_through_its_doors(number, error, text, monkeypatch):
+    """As an exception, so that the sides end and their files go."""
+    script = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+    main = runpy.run_path(str(script))["main"]
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(command, "run_benchmark", lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(error, match=text):
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_the_settings_of_a_workload_are_those_of_the_issue():
     by_name = {workload.name: workload for workload in WORKLOADS}
     assert by_name["reward_frozen_small"].num_layers_unfrozen == 4
@@ -79,14 +112,43 @@ def test_an_environment_with_the_right_trl_is_used_and_another_refused(tmp_path)
         environment.peer_python(PeerSettings(venv=str(tmp_path / "other")))
 
 
+def test_an_environment_that_is_not_ours_is_left_alone(tmp_path):
+    """One of a user's without TRL, and a file; nothing is run over them."""
+    fake_python(tmp_path / "theirs", "exit 1")
+    (tmp_path / "file").touch()
+    for name in ("theirs", "file"):
+        with pytest.raises(InputError, match="is there without trl, and is not changed"):
+            environment.peer_python(PeerSettings(python="/none", venv=str(tmp_path / name)))
+    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["bin"]
+
+
+def test_an_environment_that_lacks_a_package_is_told_before_anything_is_measured(tmp_path):
+    fake_python(tmp_path / "venv", "echo 0.29.1 datasets numpy")
+    with pytest.raises(InputError, match="venv lacks datasets, numpy; delete the folder, so that"):
+        environment.peer_python(PeerSettings(python="/none", venv=str(tmp_path / "venv")))
+
+
+def test_an_environment_that_was_begun_is_finished(tmp_path):
+    """What was asked for is there once pip has run."""
+    done = tmp_path / "done"
+    pip = f'case "$*" in *pip*) touch {done};; *) test -e {done} && echo 0.29.1;; esac'
+    python = fake_python(tmp_path / "venv", pip)
+    (tmp_path / "venv" / environment.MARK).touch()
+    settings = PeerSettings(python="true", venv=str(tmp_path / "venv"))
+    assert environment.peer_python(settings) == python
+    assert done.exists()
+
+
 def test_what_pip_says_is_put_into_one_sentence(tmp_path, capsys):
     maker = tmp_path / "maker"
     maker.write_text("#!/bin/sh\nexit 0\n")
     maker.chmod(0o755)
     fake_python(tmp_path / "venv", 'echo "ERROR: No matching torch"; exit 1')
+    (tmp_path / "venv" / environment.MARK).touch()
     settings = PeerSettings(python=str(maker), venv=str(tmp_path / "venv"))
     with pytest.raises(InputError, match=r"pip could not install trl.* \(No matching torch\); cho"):
         environment.peer_python(settings)
     assert "this takes some minutes" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"could not make .* \(No such file or directory\)"):
         environment.peer_python(PeerSettings(python="/none", venv=str(tmp_path / "new")))
+    assert (tmp_path / "new" / environment.MARK).is_file()  # the next attempt may go on there

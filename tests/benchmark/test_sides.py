@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -34,6 +35,32 @@ def test_a_request_is_read_as_it_was_made(tiny):
     assert arrays["tokens"].shape == (2, 5)
     assert arrays["tokens"].max() < 14
     assert arrays["loss_mask"].tolist() == [[False, False, False, True, True]] * 2
+
+
+def test_a_workload_that_fails_takes_none_of_those_before(
+    peer, tiny, machine, tmp_path, monkeypatch
+):
+    """With two peers in place of our side, one of which ends in the second workload."""
+    workloads = (tiny, dataclasses.replace(tiny, name="sft_other"))
+    monkeypatch.setattr(settings, "WORKLOADS", workloads)
+    monkeypatch.setattr(settings, "NAMES", tuple(workload.name for workload in workloads))
+    monkeypatch.setattr(command, "measure_machine", lambda: machine)
+    monkeypatch.setattr(command, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(command, "_commands", lambda config: [peer()])
+
+    def take_turns(commands, workload, **turns):
+        if workload is not tiny:
+            raise BenchmarkError("ended")
+        return sides.take_turns(commands, workload, **turns)
+
+    monkeypatch.setattr(command, "take_turns", take_turns)
+    file = tmp_path / "numbers.json"
+    with pytest.raises(BenchmarkError):
+        command.run_benchmark({"rounds": 2, "check": False, "json": str(file)})
+    result = json.loads(file.read_text())
+    (found,) = result["workloads"]
+    assert found["sides"]["trl"]["seconds"] == [2.0, 2.0]
+    assert result["versions"]["trl"] == "0.0"
 
 
 @pytest.fixture(scope="module")

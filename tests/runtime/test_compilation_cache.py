@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import sys
 import warnings
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from rlhf_jax.runtime import compilation_cache
+from rlhf_jax.runtime import cli, compilation_cache
 from rlhf_jax.runtime.compilation_cache import SETTINGS, keep_compiled
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
@@ -73,7 +74,9 @@ def test_programs_are_kept_in_the_cache_folder_of_the_user(home, monkeypatch):
     monkeypatch.setattr(compilation_cache, "_cores", lambda: 3)
     folder = home / ".cache" / "rlhf-jax" / "xla" / "3-cores"
     assert keep_compiled() == folder
-    assert folder.stat().st_mode & 0o777 == 0o700
+    ours = (folder, folder.parent, folder.parent.parent)
+    assert [place.stat().st_mode & 0o777 for place in ours] == [0o700] * 3
+    assert (home / ".cache").stat().st_mode & 0o777 == 0o777 & ~umask()
     assert jax.config.jax_compilation_cache_dir == str(folder)
     assert {name: getattr(jax.config, name) for name in SETTINGS} == SETTINGS
     _tell(UNTOLD)
@@ -81,6 +84,25 @@ def test_programs_are_kept_in_the_cache_folder_of_the_user(home, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1.0")
     assert keep_compiled() == home / "elsewhere" / "rlhf-jax" / "xla" / "3-cores"
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
+
+
+def umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def test_a_command_makes_the_folder_once_its_settings_are_known(home, monkeypatch):
+    monkeypatch.setattr(cli, "_set_up_logging", lambda: None)  # caplog would hear nothing then
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("sys.argv", ["train_sft.py", "--sft.batch_size", "none"])
+    assert cli.main("train_sft", "SFTConfig") == 2
+    assert not list(home.iterdir())
+    monkeypatch.setattr("rlhf_jax.runtime.train_sft", lambda config: None)
+    monkeypatch.setattr("sys.argv", ["train_sft.py"])
+    assert cli.main("train_sft", "SFTConfig") == 0
+    assert kept(home / ".cache" / "rlhf-jax") == []
+    assert (home / ".cache" / "rlhf-jax" / "xla").is_dir()
 
 
 @pytest.mark.parametrize(
