@@ -204,9 +204,9 @@ def _lengths(rows: Rows) -> tuple[Any, ...]:
 def _trim(batch: Rows, widths: tuple[int, ...]) -> Rows:
     """The batch without the padding beyond these widths: left of prompts, right of the rest."""
     if isinstance(batch, TextBatch):
-        *texts, learned = batch
-        learned = None if learned is None else learned[:, : widths[1]]
-        return TextBatch(*(array[:, : widths[0]] for array in texts), learned)
+        tokens, segments, loss_mask = (array[:, : widths[0]] for array in batch[:3])
+        learned = None if batch.learned is None else batch.learned[:, : widths[1]]
+        return TextBatch(tokens, segments, loss_mask, learned)
     prompt = batch.prompts.shape[1] - widths[0]
     left = {name: getattr(batch, name)[:, prompt:] for name in ("prompts", "prompt_mask")}
     if isinstance(batch, PromptBatch):

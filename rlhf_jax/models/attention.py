@@ -120,14 +120,15 @@ def _backward(saved, gradient):
     q, k, v, visible, past, dropout, out, log_total = saved
     # sum_m w_tm dw_tm, which the softmax takes off every gradient of a row.
     mean = jnp.sum(_wide(gradient) * _wide(out), axis=-1, keepdims=True)
-    for_q, for_k, for_v, for_past = [], 0.0, 0.0, None
+    parts, for_past = [], None
+    for_k, for_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     for rows in _blocks(q.shape[-2]):
         given = tuple(x[..., rows, :] for x in (q, gradient, mean, log_total))
         block_q, block_k, block_v = _block_backward(given, k, v, rows, visible, dropout)
         missing = [(0, 0)] * 3 + [(0, k.shape[-2] - rows.stop), (0, 0)]
         for_k, for_v = for_k + jnp.pad(block_k, missing), for_v + jnp.pad(block_v, missing)
-        for_q.append(block_q)
-    for_q = jnp.concatenate(for_q, axis=3)
+        parts.append(block_q)
+    for_q = jnp.concatenate(parts, axis=3)
     if past is not None:
         before_q, for_past = _past_backward(q, gradient, mean, log_total, past)
         for_q += before_q
@@ -166,7 +167,8 @@ def _past_backward(q, gradient, mean, log_total, past):
     for_keys = _product("ghtm,ghtd->ghmd", for_logits, q).astype(q.dtype)
     for_values = _product("ghtm,ghtd->ghmd", weights.astype(q.dtype), gradient).astype(q.dtype)
     for_q = _product("ghtm,ghmd->ghtd", for_logits, past.keys)
-    return _apart(for_q, count), Past(for_keys, for_values, None)
+    # The mask has no gradient, and custom rules say so by None.
+    return _apart(for_q, count), Past(for_keys, for_values, None)  # type: ignore[arg-type]
 
 
 _attend.defvjp(_forward, _backward)

@@ -95,17 +95,17 @@ class _Attention(nn.Module):
         if not deterministic and self.config.attn_pdrop:
             shape = (*q.shape[:1], 1, *q.shape[1:3], q.shape[2])
             dropout = _dropout(self, shape, self.config.attn_pdrop)
-        parts, prompt = [], 0
+        parts, length = [], 0
         if sight.prompt is not None:
-            prompt = sight.prompt.shape[-1]
-            parts.append(
-                attend(*(x[:, None, :, :prompt] for x in (q, k, v)), sight.prompt[:, None])
-            )
-            past = k[:, :, :prompt], v[:, :, :prompt]
-        seen = None if sight.past is None else Past(*past, sight.past)
+            length = sight.prompt.shape[-1]
+            past = k[:, :, :length], v[:, :, :length]
+            prompt_q = q[:, None, :, :length]
+            prompt_k, prompt_v = (x[:, None] for x in past)
+            parts.append(attend(prompt_q, prompt_k, prompt_v, sight.prompt[:, None]))
+        seen = None if sight.past is None else Past(past[0], past[1], sight.past)
         count = sight.own.shape[1]
-        own = (_responses(x[:, :, prompt:], count) for x in (q, k, v))
-        parts.append(attend(*own, sight.own, seen, dropout))
+        own_q, own_k, own_v = (_responses(x[:, :, length:], count) for x in (q, k, v))
+        parts.append(attend(own_q, own_k, own_v, sight.own, seen, dropout))
         out = jnp.concatenate([_in_a_row(part) for part in parts], axis=2)
         return self.merge(out), (k, v)
 
