@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from rlhf_jax.benchmark import command, settings, sides
@@ -87,7 +88,8 @@ def test_the_command_measures_us_beside_a_peer(peer, tiny, machine, tmp_path, mo
     assert ours["peak_bytes"] > 2**20
     assert ours["compilations_after_first_step"] == 0
     summary = found["summary"]["ours"]
-    assert summary["times_faster"] == pytest.approx(2.0 / summary["seconds"], rel=0.5)
+    ratios = [2.0 / seconds for seconds in ours["seconds"]]
+    assert summary["times_faster"] == pytest.approx(np.median(ratios))
     assert summary["floor_seconds"] > 0
     assert result["versions"]["trl"] == "0.0"
     assert result["versions"]["TRL's numpy"] == "0.1"
