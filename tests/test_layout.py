@@ -26,13 +26,14 @@ ROOMS = (
     "benchmark",
     "scripts",
 )
-EVERYWHERE = {"errors", "heap"}
+EVERYWHERE = {"backend", "errors", "heap"}
 
 # What a room may import from other distributions; data, runtime and scripts import what they need.
 ARRAYS = {"jax", "numpy", "chex"}
 THIRD_PARTY = {
     "__init__": {"jax", "chex"},
     "errors": set(),
+    "backend": {"jax"},
     "heap": set(),
     "functional": {"jax", "chex"},
     "batches": {"jax"},
@@ -164,7 +165,8 @@ def test_import_rlhf_jax_is_light_and_changes_no_setting_of_jax():
     )
     others, ours, settings = done.stdout.splitlines()
     assert set(others.split()) <= {"absl", "chex", "rlhf_jax", "toolz", "typing_extensions"}
-    assert all(name.startswith("rlhf_jax.functional") for name in ours.split())
+    light = ("rlhf_jax.functional", "rlhf_jax.backend")
+    assert all(name.startswith(light) for name in ours.split())
     assert settings == ""
 
 

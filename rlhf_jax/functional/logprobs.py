@@ -11,13 +11,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from rlhf_jax.functional.expect import expect, expect_scalars
+from rlhf_jax.functional.normalizer import NOTHING, entropy_of, normalizer
 
 # Bytes of logits on one device: up to the first they are made in one piece and kept for the
 # backward pass; beyond it they are made in chunks of about the second, twice.
 ONE_PIECE = 2**30
 CHUNK = 2**27
-# A logit this far below the largest has probability 0, times whatever a gradient is.
-_NOTHING = -1e4
 
 
 def token_logprobs(logits, tokens):
@@ -50,7 +49,7 @@ def token_logprobs(logits, tokens):
 @jax.custom_jvp
 def _chosen_logprobs(logits, tokens):
     """f32[...] of f32[..., V] logits; NaN where they are no distribution."""
-    top, log_total = _normalizer(logits)
+    top, log_total = normalizer(logits)
     return _chosen(logits, tokens) - top - log_total
 
 
@@ -58,19 +57,12 @@ def _chosen_logprobs(logits, tokens):
 def _chosen_logprobs_jvp(primals, tangents):
     """d logp = d logit_token - sum_v p_v d logit_v, with one exponential for each logit."""
     logits, tokens = primals
-    top, log_total = _normalizer(logits)
+    top, log_total = normalizer(logits)
     # Not less their sum, which rounds away what is small beside large logits.
     probabilities = jnp.exp((logits - top[..., None]) - log_total[..., None])
     slope = (_token_ids(logits) == tokens[..., None]) - probabilities
     slope = jnp.where(jnp.isfinite(log_total)[..., None], slope, 0.0)
     return _chosen(logits, tokens) - top - log_total, jnp.sum(slope * tangents[0], axis=-1)
-
-
-def _normalizer(logits):
-    """(the largest logit, log sum_v exp(logit_v - it)), f32[...]; NaN where there is no sum."""
-    top = lax.stop_gradient(jnp.max(logits, axis=-1))
-    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
-    return top, jnp.where(jnp.isfinite(top), jnp.log(total), jnp.nan)
 
 
 def _chosen(logits, tokens):
@@ -101,13 +93,24 @@ def token_entropy(logits):
     [0.6931472]
     """
     expect(logits=(logits, "...V", float))
-    shifted, is_distribution = shift_logits(logits)
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    # 0 * -inf is NaN, in the product and in its gradient.
-    finite = jnp.maximum(shifted, _NOTHING)
-    entropy = jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
-    return jnp.where(is_distribution, entropy, jnp.nan)
+    return _entropy(logits.astype(jnp.float32))
+
+
+@jax.custom_jvp
+def _entropy(logits):
+    return entropy_of(logits)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals, tangents):
+    """dH = -sum_v p_v (log p_v + H) d logit_v."""
+    (logits,) = primals
+    entropy, (top, log_total) = entropy_of(logits), normalizer(logits)
+    logp = (logits - top[..., None]) - log_total[..., None]
+    # 0 * -inf is NaN.
+    slope = -jnp.exp(logp) * (jnp.maximum(logp, NOTHING) + entropy[..., None])
+    slope = jnp.where(jnp.isfinite(log_total)[..., None], slope, 0.0)
+    return entropy, jnp.sum(slope * tangents[0], axis=-1)
 
 
 def shift_logits(logits):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax.parallel.constraints import is_on_cpu
+from rlhf_jax.backend import is_on_cpu
 
 BLOCK = 256
 ATTENDED = "attended"

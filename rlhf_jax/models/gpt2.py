@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.backend import is_on_one_cpu
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.dropout import dropout_mask
 from rlhf_jax.models.gpt2_block import ACTIVATIONS, Block, Sight, layer_norm
@@ -19,7 +20,6 @@ from rlhf_jax.models.interface import Cache, Params, SharedPrompt, positions_fro
 from rlhf_jax.models.remat import Remat, check_remat, rematerialized
 from rlhf_jax.parallel.constraints import (
     collect,
-    is_on_one_cpu,
     join_rows,
     split_cache,
     split_rows,
