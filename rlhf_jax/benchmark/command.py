@@ -172,7 +172,7 @@ def _versions() -> dict[str, str]:
 def _peer_versions(found: list[dict[str, Any]]) -> dict[str, str]:
     """What TRL ran with."""
     ready = (each["sides"].get("trl", {}).get("ready", {}) for each in found)
-    versions = next((said["versions"] for said in ready if "versions" in said), {})
+    versions: dict[str, str] = next((said["versions"] for said in ready if "versions" in said), {})
     shared = ("python", "numpy")
     return {f"TRL's {name}" if name in shared else name: text for name, text in versions.items()}
 

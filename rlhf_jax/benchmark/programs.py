@@ -83,8 +83,12 @@ def without_remat(workload: Workload) -> Workload:
 
 def _model(workload: Workload, dtype: str) -> GPT2:
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), workload.dropout)
-    config = GPT2Config(**{name: getattr(workload, name) for name in names}, **dropout)
+    config = GPT2Config(
+        **{name: getattr(workload, name) for name in names},
+        resid_pdrop=workload.dropout,
+        embd_pdrop=workload.dropout,
+        attn_pdrop=workload.dropout,
+    )
     return GPT2(config, dtype, workload.ours.remat, workload.ours.attention)
 
 
