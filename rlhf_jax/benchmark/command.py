@@ -16,13 +16,21 @@ import numpy as np
 from etils import epath
 
 from rlhf_jax.benchmark import check, environment
+from rlhf_jax.benchmark.apart import apart
+from rlhf_jax.benchmark.check_attention import check_attention
 from rlhf_jax.benchmark.floor import Phase, phases_of
 from rlhf_jax.benchmark.machine import best_of, busy_cores, hardware, measure_machine
 from rlhf_jax.benchmark.results import Sides, summarize
 from rlhf_jax.benchmark.settings import BenchmarkConfig
-from rlhf_jax.benchmark.sides import SideCommand, our_command, take_turns, trl_command
+from rlhf_jax.benchmark.sides import (
+    SideCommand,
+    commands_for,
+    our_command,
+    take_turns,
+    trl_command,
+)
 from rlhf_jax.benchmark.table import as_text
-from rlhf_jax.benchmark.workloads import Workload
+from rlhf_jax.benchmark.workloads import Workload, in_float32
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.config import parse, resolve
 from rlhf_jax.runtime.metrics import replace_file
@@ -42,22 +50,19 @@ def run_benchmark(config: BenchmarkConfig | Mapping[str, Any] | None = None) -> 
         config = parse(BenchmarkConfig, _whole_flags(sys.argv[1:]))
     config = resolve(BenchmarkConfig, config)
     _check_file(config.json)  # now, and not after an hour
+    chosen = config.chosen(jax.default_backend())
     commands = _commands(config)
-    checks, busy = None, [busy_cores()]
-    if config.check:
-        _say("checking losses, gradients and samples against the plain path")
-        checks = [found._asdict() for found in check.check_all(config.chosen)]
+    busy = [busy_cores()]
+    described = _described(config) | _checked(config, chosen)
     _say("measuring what the machine can do")
-    machine = measure_machine()
-    described = _described(config, checks)
-    dtypes = [command.dtype for command in commands if command.name != "trl"]
-    phases = {each: _phases(each, dtypes) for each in config.chosen}
+    machine = apart(measure_machine)
+    phases = {each: _phases(each, commands_for(commands, each)) for each in chosen}
     sides: dict[Workload, Sides] = {}
-    for each in config.chosen:
+    for each in chosen:
         sides[each] = measure(each, commands, config)
         # A side that fails later takes nothing of this with it.
         _write(config.json, described | _found(sides, phases, machine, busy))
-    machine = best_of(machine, measure_machine())
+    machine = best_of(machine, apart(measure_machine))
     busy.append(busy_cores())
     result = described | _found(sides, phases, machine, busy)
     print(as_text(result))
@@ -95,33 +100,62 @@ def _found(sides, phases, machine, busy):
 def measure(workload: Workload, commands: Sequence[SideCommand], config: BenchmarkConfig) -> Sides:
     """One workload on all sides, as `take_turns` gives it; the medians on standard error."""
     _say(f"measuring {workload.name}")
-    sides = take_turns(commands, workload, rounds=config.rounds, warmup=config.warmup)
+    sides = take_turns(
+        commands_for(commands, workload),
+        workload,
+        rounds=config.rounds,
+        warmup=config.warmup,
+        alternate=_alternates(),
+    )
     medians = (f"{name} {np.median(side['seconds']):.3f} s" for name, side in sides.items())
     _say(f"  {', '.join(medians)}")
     return sides
 
 
-def _phases(workload: Workload, dtypes: Sequence[str]) -> dict[str, list[Phase]]:
+def _alternates() -> bool:
+    """Whether sides take turns: on a GPU neither is to hold memory while the other runs."""
+    return jax.default_backend() == "cpu"
+
+
+def _phases(workload: Workload, commands: Sequence[SideCommand]) -> dict[str, list[Phase]]:
+    dtypes = dict.fromkeys(command.dtype for command in commands if command.name != "trl")
     return {dtype: phases_of(workload, dtype) for dtype in dtypes}
+
+
+def _checked(config: BenchmarkConfig, workloads: Sequence[Workload]) -> dict[str, Any]:
+    """What checks found; each is None where there was none."""
+    found: dict[str, Any] = {"checks": None, "attention": None}
+    if not config.check:
+        return found
+    _say("checking losses, gradients and samples against the plain path")
+    plain = [in_float32(each) for each in workloads]
+    found["checks"] = [each._asdict() for each in apart(check.check_all, plain)]
+    if any(each.ours.attention == "cudnn" for each in workloads):
+        _say("checking cuDNN's attention against ours")
+        found["attention"] = apart(check_attention)._asdict()
+    return found
 
 
 def _commands(config: BenchmarkConfig) -> list[SideCommand]:
     """Ours first, then TRL, then ours in bfloat16."""
-    commands = [our_command("float32")]
+    commands, platform = [our_command("float32")], jax.default_backend()
     if config.peer.name == "trl":
-        commands.append(trl_command(environment.peer_python(config.peer), config.peer.dtype))
+        python = environment.peer_python(config.peer)
+        if platform == "gpu":
+            environment.check_cuda(python)
+        commands.append(trl_command(python, config.peer.dtype, platform))
     if config.dtype != "float32":
         commands.append(our_command(config.dtype))
     return commands
 
 
-def _described(config, checks):
+def _described(config):
     """What has to be said of figures, whatever they are."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(sys.argv),
         "hardware": hardware(),
-        "checks": checks,
+        "alternate": _alternates(),
         **dataclasses.asdict(config),
     }
 
@@ -137,7 +171,8 @@ def _versions() -> dict[str, str]:
 
 def _peer_versions(found: list[dict[str, Any]]) -> dict[str, str]:
     """What TRL ran with."""
-    versions = found[0]["sides"].get("trl", {}).get("ready", {}).get("versions", {})
+    ready = (each["sides"].get("trl", {}).get("ready", {}) for each in found)
+    versions: dict[str, str] = next((said["versions"] for said in ready if "versions" in said), {})
     shared = ("python", "numpy")
     return {f"TRL's {name}" if name in shared else name: text for name, text in versions.items()}
 

@@ -22,6 +22,25 @@ print(metadata.version("trl"), *(name for name in {IMPORTED} if util.find_spec(n
 """
 
 
+# Says nothing but the number: what CUDA the PyTorch was built for, and whether it finds a GPU.
+_CUDA_PROBE = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
+
+
+def check_cuda(python: str | os.PathLike[str]) -> None:
+    """Raises an InputError unless the peer's PyTorch computes on a GPU."""
+    done = subprocess.run([python, "-I", "-c", _CUDA_PROBE], capture_output=True, text=True)
+    words = done.stdout.split()
+    version, is_there = words if len(words) == 2 else ("None", "False")
+    if is_there == "True":
+        return
+    what = "is built without CUDA" if version == "None" else f"is for CUDA {version} and finds none"
+    raise InputError(
+        f"JAX computes on a GPU, but the PyTorch of {python} {what}; install one for this driver "
+        "from pytorch.org into an environment of your own, give that to --peer.venv, or measure "
+        "without TRL by --peer none."
+    )
+
+
 def requirements() -> list[str]:
     """What the extra `bench` asks for, by the clone's pyproject.toml or else the installation."""
     if PYPROJECT.is_file():

@@ -55,7 +55,7 @@ def make_program(
       arrays: as from `make_arrays`.
       dtype: `model.dtype`.
       optimizer: by default AdamW with gradients clipped to a norm of 1, as TRL has it.
-      dropout: whether supervised fine-tuning has the 0.1 that both libraries have.
+      dropout: whether supervised fine-tuning has that of the workload.
     """
     model = _model(workload, dtype)
     optimizer = optimizer or make_optimizer(OptimizerSettings(learning_rate=LEARNING_RATE))
@@ -76,21 +76,27 @@ def abstract(program: Program) -> tuple[Any, Any, Any]:
 
 
 def without_remat(workload: Workload) -> Workload:
-    """The same work, of which nothing is done twice."""
-    return dataclasses.replace(workload, ours=dataclasses.replace(workload.ours, remat="none"))
+    """The same work, of which nothing is done twice, on any device."""
+    ours = dataclasses.replace(workload.ours, remat="none", attention="blocks")
+    return dataclasses.replace(workload, ours=ours)
 
 
 def _model(workload: Workload, dtype: str) -> GPT2:
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    config = GPT2Config(**{name: getattr(workload, name) for name in names})
-    return GPT2(config, dtype, workload.ours.remat)
+    config = GPT2Config(
+        **{name: getattr(workload, name) for name in names},
+        resid_pdrop=workload.dropout,
+        embd_pdrop=workload.dropout,
+        attn_pdrop=workload.dropout,
+    )
+    return GPT2(config, dtype, workload.ours.remat, workload.ours.attention)
 
 
 def _sft(workload, arrays, model, optimizer, dropout):
     settings = sft.Settings(
         batch_size=workload.batch_size,
         gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
-        dropout=dropout,
+        dropout=dropout and workload.dropout > 0,
     )
     tokens, loss_mask = arrays["tokens"], arrays["loss_mask"]
     # All rows learn as many tokens, so that no place is left over.

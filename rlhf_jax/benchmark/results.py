@@ -24,16 +24,17 @@ def summarize(
     Returns:
       "workload", "sides" as given and "summary": by side of ours "seconds" (the median),
       "tokens_per_second", "peak_bytes", "flops", "share_of_peak", "floor_seconds",
-      "compile_seconds", "compilations_after_first_step", and beside TRL "times_faster" (the median
-      of the ratios pair by pair), its "least" and "most", and "share_of_memory"; of bfloat16 also
-      "times_faster_than_float32" and, where both learn from the same tokens, "loss_difference".
+      "share_of_floor", "compile_seconds", "compilations_after_first_step", and beside TRL
+      "times_faster" (the median of the ratios pair by pair), its "least" and "most", and
+      "share_of_memory"; of bfloat16 also "times_faster_than_float32" and, where both learn from the
+      same tokens, "loss_difference".
     """
     summary: dict[str, dict[str, Any]] = {}
     if "trl" in sides:
         trl = sides["trl"]
         median = float(np.median(trl["seconds"]))
         summary["trl"] = {"seconds": median, "peak_bytes": trl["peak_bytes"]}
-    for name, dtype in (("ours", "float32"), ("ours_bfloat16", "bfloat16")):
+    for name, dtype in (("ours", workload.fixed_dtype or "float32"), ("ours_bfloat16", "bfloat16")):
         if name in sides:
             found = _ours(workload, sides[name], phases[dtype], machine, dtype)
             summary[name] = found | _beside(sides[name], sides.get("trl"))
@@ -41,8 +42,11 @@ def summarize(
         summary["ours_bfloat16"] |= _beside_float32(workload, sides)
     return {
         "workload": workload.name,
+        "fixed_dtype": workload.fixed_dtype,
         "to_reach": workload.to_reach,
         "towards": workload.towards,
+        "peak_to_reach": workload.peak_to_reach,
+        "floor_to_reach": workload.floor_to_reach,
         "tokens": workload.tokens,
         "summary": summary,
         "sides": sides,
@@ -53,13 +57,15 @@ def _ours(workload, side, phases, machine, dtype):
     """Of our side alone."""
     seconds = float(np.median(side["seconds"]))
     flops = sum(phase.flops for phase in phases)
+    floor = floor_seconds(phases, machine.flops[dtype], machine.bandwidth)
     return {
         "seconds": seconds,
         "tokens_per_second": workload.tokens / seconds,
         "peak_bytes": side["peak_bytes"],
         "flops": flops,
         "share_of_peak": flops / seconds / machine.flops[dtype],
-        "floor_seconds": floor_seconds(phases, machine.flops[dtype], machine.bandwidth),
+        "floor_seconds": floor,
+        "share_of_floor": floor / seconds,
         "compile_seconds": side["ready"]["compile_seconds"],
         "compilations_after_first_step": side["compilations_after_first_step"],
     }

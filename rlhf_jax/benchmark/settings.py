@@ -4,10 +4,10 @@ import dataclasses
 import difflib
 from typing import Literal
 
-from rlhf_jax.benchmark.workloads import WORKLOADS, Workload
+from rlhf_jax.benchmark.workloads import GPU_WORKLOADS, WORKLOADS, Workload
 from rlhf_jax.errors import InputError
 
-NAMES = tuple(workload.name for workload in WORKLOADS)
+NAMES = tuple(workload.name for workload in (*WORKLOADS, *GPU_WORKLOADS))
 
 
 class BenchmarkError(RuntimeError):
@@ -37,7 +37,7 @@ class BenchmarkConfig:
     """All settings of `benchmark.py`.
 
     Attributes:
-      workloads: names of those to measure; empty measures all.
+      workloads: names of those to measure; empty measures all, those for a GPU on one alone.
       rounds: how often each side takes its turn, after the warm-up.
       warmup: steps of each side that do not count; ours compiles in the first.
       dtype: "bfloat16" measures us in bfloat16 too, beside float32.
@@ -63,8 +63,20 @@ class BenchmarkConfig:
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise InputError(f"Unknown workload {name!r}{hint}; there are {', '.join(NAMES)}.")
 
-    @property
-    def chosen(self) -> tuple[Workload, ...]:
-        """The workloads to be measured, in the order of the table."""
-        wanted = self.workloads or NAMES
-        return tuple(workload for workload in WORKLOADS if workload.name in wanted)
+    def chosen(self, platform: str) -> tuple[Workload, ...]:
+        """The workloads to be measured on "cpu", "gpu" or "tpu", in the order of the table.
+
+        Raises:
+          InputError: one that needs a GPU is named elsewhere.
+        """
+        if platform == "gpu":
+            known = (*WORKLOADS, *GPU_WORKLOADS)
+        else:
+            known = WORKLOADS
+            for_gpu = [each.name for each in GPU_WORKLOADS if each.name in self.workloads]
+            if for_gpu:
+                raise InputError(
+                    f"The workload {for_gpu[0]} needs an NVIDIA GPU, but JAX runs on {platform}; "
+                    "install jax for CUDA, or leave it out."
+                )
+        return tuple(each for each in known if each.name in (self.workloads or NAMES))

@@ -35,21 +35,42 @@ class SideCommand(NamedTuple):
 
 
 def our_command(dtype: str) -> SideCommand:
-    """Our side: this Python, and this very rlhf_jax."""
+    """Our side: this Python, and this very rlhf_jax, on one device."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     name = "ours" if dtype == "float32" else f"ours_{dtype}"
     argv = [sys.executable, "-m", "rlhf_jax.benchmark.ours"]
-    return SideCommand(name, argv, dtype, {**os.environ, "PYTHONPATH": path})
+    # Of a GPU's memory it takes what it needs, so that its peak is its own.
+    variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONPATH": path}
+    return SideCommand(name, argv, dtype, variables)
 
 
-def trl_command(python: str | os.PathLike[str], dtype: str) -> SideCommand:
-    """TRL, by the Python of its virtual environment, which sees no package of ours."""
+def trl_command(python: str | os.PathLike[str], dtype: str, platform: str = "cpu") -> SideCommand:
+    """TRL, by the Python of its virtual environment, which sees no package of ours.
+
+    Args:
+      platform: what JAX computes on: of "cpu" PyTorch sees no GPU, of "gpu" the first alone.
+    """
     ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
+    kept["CUDA_VISIBLE_DEVICES"] = _first_gpu() if platform == "gpu" else ""
     # Nothing of the hub is needed: weights and texts are random.
     kept |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     argv = [os.fspath(python), str(Path(__file__).with_name("trl_worker.py"))]
     return SideCommand("trl", argv, dtype, kept)
+
+
+def commands_for(commands: Sequence[SideCommand], workload: Workload) -> list[SideCommand]:
+    """Those of a workload: in its own dtype each side once, without TRL where it has no peer."""
+    chosen = [each for each in commands if workload.has_peer or each.name != "trl"]
+    if workload.fixed_dtype is None:
+        return chosen
+    chosen = [each for each in chosen if each.name in ("ours", "trl")]
+    return [each._replace(dtype=workload.fixed_dtype) for each in chosen]
+
+
+def _first_gpu() -> str:
+    """The one that JAX computes on by default; the trainers of transformers would take all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 class Side:
@@ -140,14 +161,31 @@ def running(commands: Sequence[SideCommand], workload: Workload) -> Iterator[lis
 
 
 def take_turns(
-    commands: Sequence[SideCommand], workload: Workload, *, rounds: int, warmup: int
+    commands: Sequence[SideCommand],
+    workload: Workload,
+    *,
+    rounds: int,
+    warmup: int,
+    alternate: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Measures a workload: a step of each side, then the next step of each, and so on.
+
+    Args:
+      commands: the sides.
+      workload: what they do.
+      rounds: steps that count.
+      warmup: steps before them.
+      alternate: False has one side end before the next begins, so that it holds no memory then.
 
     Returns:
       By the side's name: {"ready": what it said of itself, "warmup_seconds": [...], "seconds":
       [...], "losses": [...], and what it said at its end}.
     """
+    if not alternate:
+        turns = (
+            take_turns([command], workload, rounds=rounds, warmup=warmup) for command in commands
+        )
+        return {name: found for side in turns for name, found in side.items()}
     with running(commands, workload) as sides:
         steps: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
         for turn in range(warmup + rounds):

@@ -23,6 +23,10 @@ def as_text(result: dict[str, Any]) -> str:
     if any("ours_bfloat16" in each["summary"] for each in workloads):
         columns = (_bfloat16_columns(each) for each in workloads)
         parts.append("In bfloat16:\n\n" + _table(columns, without))
+    targets = [each for each in workloads if _has_target(each)]
+    if targets:
+        columns = (_target_columns(each) for each in targets)
+        parts.append("How near to what the device can do:\n\n" + _table(columns, set()))
     parts.append("\n".join(_foot(result)))
     return "\n\n".join(parts)
 
@@ -70,6 +74,21 @@ def _bfloat16_columns(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _has_target(found: dict[str, Any]) -> bool:
+    return found["peak_to_reach"] is not None or found["floor_to_reach"] is not None
+
+
+def _target_columns(found: dict[str, Any]) -> dict[str, str]:
+    ours = found["summary"]["ours"]
+    return {
+        "workload": found["workload"],
+        "of the peak": _number(ours["share_of_peak"], ".0%"),
+        "peak to reach": _number(found["peak_to_reach"], ".0%"),
+        "of the floor": _number(ours["share_of_floor"], ".0%"),
+        "floor to reach": _number(found["floor_to_reach"], ".0%"),
+    }
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -114,13 +133,20 @@ def _foot(result: dict[str, Any]) -> list[str]:
         _memory(result),
         _checks(result["checks"]),
     ]
+    if result["attention"] is not None:
+        worst = max(result["attention"]["loss"], result["attention"]["gradients"])
+        lines.append(f"cuDNN's attention differs from ours in bfloat16 by {worst:.1e} at most.")
+    in_half = [each["workload"] for each in result["workloads"] if each["fixed_dtype"]]
+    if in_half:
+        lines.insert(2, f"In bfloat16 on all sides: {', '.join(in_half)}.")
     if None not in result["busy_cores"]:
         before, after = result["busy_cores"]
         others = f"Others kept {before:.1f} cores busy before and {after:.1f} after"
         why = ": with more than none, PyTorch's threads lose far more than ours"
         lines.append(f"{others}{why if _has_peer(result) else ''}.")
     if _has_peer(result):
-        lines.insert(3, f"TRL computes in {result['peer']['dtype']}.")
+        others = " elsewhere" if in_half else ""
+        lines.insert(3, f"TRL computes in {result['peer']['dtype']}{others}.")
     return lines
 
 
@@ -128,6 +154,8 @@ def _turns(result: dict[str, Any]) -> str:
     medians = f"Medians of {result['rounds']} turns"
     if not _has_peer(result):
         return f"{medians}."
+    if not result["alternate"]:
+        return f"{medians}, one side after the other; ratios turn by turn, the least and the most."
     return f"{medians}, taken alternately; ratios turn by turn, with the least and the most."
 
 

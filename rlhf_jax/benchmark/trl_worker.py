@@ -39,6 +39,8 @@ def main():
         request = json.load(file)
     arrays = dict(np.load(sys.argv[2]))
     torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies by default
     transformers.utils.logging.set_verbosity_error()
     steps = {"sft": sft, "reward": reward, "generate": generate, "ppo": ppo}[request["kind"]]
     steps(request, arrays, Conversation(answers))
@@ -53,7 +55,14 @@ class Conversation:
     def wait(self):
         """Until the next step is asked for; the process ends where none is."""
         if not self.started:
-            self._tell({"ready": True, "versions": versions(), "threads": torch.get_num_threads()})
+            self._tell(
+                {
+                    "ready": True,
+                    "versions": versions(),
+                    "threads": torch.get_num_threads(),
+                    "device": device(),
+                }
+            )
         while (line := sys.stdin.readline().strip()) == "reset":
             self.was_reset = reset_peak()
         if line != "step":
@@ -76,6 +85,11 @@ def versions():
     """Of what the step runs on."""
     names = ("trl", "transformers", "torch", "accelerate", "datasets", "numpy")
     return {name: metadata.version(name) for name in names} | {"python": sys.version.split()[0]}
+
+
+def device():
+    """What PyTorch computes on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def peak_bytes(was_reset):
@@ -122,10 +136,11 @@ class Steps(transformers.TrainerCallback):
 
 
 def config_of(request):
-    """GPT-2 in the sizes asked for; its dropout is what the checkpoints have, 0.1."""
+    """GPT-2 in the sizes and with the dropout asked for; that of the checkpoints is 0.1."""
     names = ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head")
     sizes = {name: request[name] for name in names}
-    return transformers.GPT2Config(**sizes, pad_token_id=request["pad_token_id"])
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), request["dropout"])
+    return transformers.GPT2Config(**sizes, **dropout, pad_token_id=request["pad_token_id"])
 
 
 def policy_of(request):

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_jax.models.cudnn_attention import Attention
 from rlhf_jax.models.remat import Remat
 
 Kind = Literal["sft", "reward", "generate", "ppo"]
@@ -16,18 +17,20 @@ class Ours:
 
     Attributes:
       remat: `model.remat`.
+      attention: `model.attention`.
       gradient_accumulation_steps: of the section `sft`, `reward` or `ppo`.
       score_batch_size: `ppo.score_batch_size`.
     """
 
     remat: Remat = "dots"
+    attention: Attention = "blocks"
     gradient_accumulation_steps: int = 1
     score_batch_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One line of the table. Dropout is what both libraries have: 0.1 in supervised fine-tuning.
+    """One line of the table.
 
     Attributes:
       name: as `--workloads` has it.
@@ -39,7 +42,13 @@ class Workload:
         whole models.
       value_model: `ppo.value_model`; TRL's is a model of its own that starts as the reward model.
       num_ppo_epochs, num_mini_batches: of PPO in both.
+      fixed_dtype: what both sides compute in; None where the command's settings choose.
+      dropout: in supervised fine-tuning by both libraries, everywhere in the model; 0.1 is what
+        both have by default. Elsewhere is none.
+      has_peer: whether TRL is measured too.
       to_reach, towards: how many times faster than TRL the step is to be, and then is to become.
+      peak_to_reach: which share of the measured peak its products are to reach.
+      floor_to_reach: which share of its time the floor is to be.
       ours: our settings.
     """
 
@@ -57,8 +66,13 @@ class Workload:
     num_mini_batches: int = 2
     vocab_size: int = 50257
     n_positions: int = 1024
+    fixed_dtype: Literal["bfloat16"] | None = None
+    dropout: float = 0.1
+    has_peer: bool = True
     to_reach: float | None = None
     towards: float | None = None
+    peak_to_reach: float | None = None
+    floor_to_reach: float | None = None
     ours: Ours = Ours()
 
     @property
@@ -136,6 +150,44 @@ WORKLOADS: tuple[Workload, ...] = (
         ours=Ours(score_batch_size=8),
     ),
 )
+
+_XL = {"n_layer": 48, "n_embd": 1600, "n_head": 25}
+# cuDNN drops no weights of attention, and so both libraries drop nothing anywhere.
+_FAST: dict[str, Any] = {"fixed_dtype": "bfloat16", "dropout": 0.0, "ours": Ours(attention="cudnn")}
+
+# Sizes that keep a GPU busy, and of which either side is reckoned to fit into 80 GB by itself. None
+# was measured yet.
+GPU_WORKLOADS: tuple[Workload, ...] = (
+    # All 1024 positions, of which all but the first are learned.
+    _of("sft_gpu_small", _SMALL, (32, 1, 1023), peak_to_reach=0.5, **_FAST),
+    # The state takes 25 GB, and activations of TRL's would take more than 50: ours alone.
+    _of("sft_gpu_xl", _XL, (8, 1, 1023), peak_to_reach=0.6, has_peer=False, **_FAST),
+    _of("generate_gpu_small", _SMALL, (256, 64, 128), floor_to_reach=0.5, **_FAST),
+    # Four models, as TRL has.
+    _of("ppo_gpu_small", _SMALL, (128, 64, 64), value_model="reward", to_reach=10.0, **_FAST),
+    # The same task with one trunk.
+    _of(
+        "ppo_gpu_shared_small",
+        _SMALL,
+        (128, 64, 64),
+        num_layers_unfrozen=2,
+        to_reach=10.0,
+        **_FAST,
+    ),
+)
+
+
+def in_float32(workload: Workload) -> Workload:
+    """The same work in float32 on any device, without its targets: what is checked."""
+    return dataclasses.replace(
+        workload,
+        fixed_dtype=None,
+        dropout=0.1,
+        has_peer=True,
+        peak_to_reach=None,
+        floor_to_reach=None,
+        ours=dataclasses.replace(workload.ours, attention="blocks"),
+    )
 
 
 def make_arrays(workload: Workload) -> dict[str, np.ndarray]:

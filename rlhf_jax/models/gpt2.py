@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.backend import is_on_one_cpu
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype, check_heads
 from rlhf_jax.models.dropout import dropout_mask
 from rlhf_jax.models.gpt2_block import ACTIVATIONS, Block, Sight, layer_norm
 from rlhf_jax.models.interface import Cache, Params, SharedPrompt, positions_from
@@ -87,6 +88,8 @@ class GPT2:
       config: the sizes.
       dtype: what products are computed in; parameters stay float32, logits come out in float32.
       remat: what the backward pass computes again, as in `models/remat.py`; decoding has none.
+      attention: "blocks", as in `models/attention.py`, or "cudnn", as in
+        `models/cudnn_attention.py`; single tokens of decoding attend as by the first either way.
 
     The parameters are `{"wte": {"embedding": [Vp, D]}, "wpe": {"embedding": [n_positions, D]},
     "layers": blocks stacked on axis 0, "ln_f": {"scale": [D], "bias": [D]}}`.
@@ -101,14 +104,19 @@ class GPT2:
     config: GPT2Config
     dtype: str = "float32"
     remat: Remat = "dots"
+    attention: Attention = "blocks"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         check_remat("remat", self.remat)
+        check_attention("attention", self.attention)
+        if self.attention == "cudnn":
+            check_dtype(self.dtype)
+            check_heads(self.config.n_embd // self.config.n_head)
 
     @property
     def _block(self) -> Block:
-        return Block(self.config, self.dtype)
+        return Block(self.config, self.dtype, attention=self.attention)
 
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters: N(0, initializer_range), residual projections over sqrt(2 N)."""
@@ -118,7 +126,8 @@ class GPT2:
         wte = normal(wte_key, (config.padded_vocab_size, config.n_embd))
         real = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
         x, sight = jnp.zeros((1, 1, config.n_embd)), Sight(jnp.ones((1, 1, 1, 1), bool))
-        layers = jax.vmap(lambda key: self._block.init(key, x, sight)["params"])(jnp.stack(keys))
+        block = Block(config, self.dtype)  # whose parameters no attention changes
+        layers = jax.vmap(lambda key: block.init(key, x, sight)["params"])(jnp.stack(keys))
         width = (config.n_embd,)
         return {
             "wte": {"embedding": jnp.where(real, wte, 0.0)},

@@ -11,6 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.models.attention import ATTENDED, Dropout, Past, attend, attend_to_cache
+from rlhf_jax.models.cudnn_attention import attend_by_cudnn, check_dropout
 from rlhf_jax.models.dropout import dropout_mask
 from rlhf_jax.parallel.constraints import join_rows, split_rows
 
@@ -49,10 +50,11 @@ class Block(nn.Module):
     config: Any
     dtype: str
     is_decoding: bool = False
+    attention: str = "blocks"
 
     def setup(self):
         self.ln_1, self.ln_2 = (layer_norm(self.config, self.dtype) for _ in range(2))
-        self.attn = _Attention(self.config, self.dtype, self.is_decoding)
+        self.attn = _Attention(self.config, self.dtype, self.is_decoding, self.attention)
         self.mlp = _MLP(self.config, self.dtype, self.is_decoding)
 
     def __call__(self, x, sight: Sight, past: Memory | None = None, deterministic=True):
@@ -82,6 +84,7 @@ class _Attention(nn.Module):
     config: Any
     dtype: str
     is_decoding: bool
+    attention: str
 
     def setup(self):
         width = self.config.n_embd
@@ -93,6 +96,7 @@ class _Attention(nn.Module):
         q, k, v = self.heads(x)
         dropout = None
         if not deterministic and self.config.attn_pdrop:
+            check_dropout(self.attention, self.config.attn_pdrop)
             shape = (*q.shape[:1], 1, *q.shape[1:3], q.shape[2])
             dropout = _dropout(self, shape, self.config.attn_pdrop)
         parts, length = [], 0
@@ -101,13 +105,18 @@ class _Attention(nn.Module):
             past = k[:, :, :length], v[:, :, :length]
             prompt_q = q[:, None, :, :length]
             prompt_k, prompt_v = (x[:, None] for x in past)
-            parts.append(attend(prompt_q, prompt_k, prompt_v, sight.prompt[:, None]))
+            parts.append(self._attend(prompt_q, prompt_k, prompt_v, sight.prompt[:, None]))
         seen = None if sight.past is None else Past(past[0], past[1], sight.past)
         count = sight.own.shape[1]
         own_q, own_k, own_v = (_responses(x[:, :, length:], count) for x in (q, k, v))
-        parts.append(attend(own_q, own_k, own_v, sight.own, seen, dropout))
+        parts.append(self._attend(own_q, own_k, own_v, sight.own, seen, dropout))
         out = jnp.concatenate([_in_a_row(part) for part in parts], axis=2)
         return self.merge(out), (k, v)
+
+    def _attend(self, q, k, v, visible, past=None, dropout=None):
+        if self.attention == "cudnn":
+            return attend_by_cudnn(q, k, v, visible, past)
+        return attend(q, k, v, visible, past, dropout)
 
     def heads(self, x):
         """Scaled queries, keys and values, [B, H, S, d] each."""

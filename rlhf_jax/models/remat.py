@@ -1,5 +1,6 @@
 """Rematerialization: layers that are computed again in the backward pass, to save memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -7,16 +8,27 @@ import jax
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import ATTENDED
+from rlhf_jax.models.cudnn_attention import FORWARD
 from rlhf_jax.parallel.constraints import collect_again
 
 Remat = Literal["none", "full", "dots"]
 
+
+def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether it is cuDNN's attention, whose results cannot be named from outside."""
+    return primitive.name == FORWARD
+
+
 _POLICIES = {
     "full": None,
     # Products with parameters have no batch axes; those inside attention have.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "dots": functools.reduce(
+        jax.checkpoint_policies.save_from_both_policies,
+        (
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(ATTENDED),
+            _is_cudnn,
+        ),
     ),
 }
 

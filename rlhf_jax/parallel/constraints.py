@@ -74,6 +74,16 @@ def split_cache(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(None, rows, heads, None, None))
 
 
+def split_heads(x: jax.Array) -> jax.Array:
+    """[B, L, H, d], rows split as in `split_rows`, and heads over `tensor`."""
+    mesh = _mesh()
+    if mesh is None:
+        return x
+    rows = ROWS if _divides(mesh, x.shape[0], ROWS) else None
+    heads = "tensor" if _divides(mesh, x.shape[2], ("tensor",)) else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, None, heads, None))
+
+
 def collect(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
     """Parameters as the products of one layer need them: split over `tensor` alone.
 

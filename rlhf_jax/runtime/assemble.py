@@ -22,6 +22,7 @@ from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.cudnn_attention import check_device
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import check_reward_model, load_pretrained, load_reward_model
 from rlhf_jax.models.interface import Model, Params
@@ -74,19 +75,19 @@ def load_model(
       InputError: the folder cannot be read, the tokenizer has ids that the model lacks, or the
         model cannot be split over the mesh.
     """
-    dtype = compute_dtype(settings.dtype)
+    dtype = _checked_dtype(settings)
     if settings.path is not None:
         with local_folder(settings.path) as folder:
             model, params = load_pretrained(folder, dtype=dtype, place=_place(mesh))
         check_vocabulary(model, tokenizer, settings.path)
-        return dataclasses.replace(model, remat=settings.remat), params
+        return _as_set(model, settings), params
     config = dataclasses.replace(
         fresh_shape(settings, len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = GPT2(config, dtype, settings.remat)
+    model = GPT2(config, dtype, settings.remat, settings.attention)
     if mesh is not None:
         check_heads(mesh, config.n_head)
         return model, born_sharded(mesh, model.init, key)
@@ -123,10 +124,9 @@ def load_reward(
       InputError: the folder cannot be read.
     """
     with local_folder(path) as folder:
-        dtype = compute_dtype(settings.dtype)
+        dtype = _checked_dtype(settings)
         model, params = load_reward_model(folder, dtype=dtype, label=label, place=_place(mesh))
-        model = dataclasses.replace(model, remat=settings.remat)
-        return model, params, load_tokenizer(folder)
+        return _as_set(model, settings), params, load_tokenizer(folder)
 
 
 def check_reward(
@@ -134,8 +134,21 @@ def check_reward(
 ) -> tuple[GPT2, PreTrainedTokenizerFast]:
     """As `load_reward`, without the parameters."""
     with local_folder(path) as folder:
-        dtype = compute_dtype(settings.dtype)
-        return check_reward_model(folder, dtype=dtype, label=label), load_tokenizer(folder)
+        dtype = _checked_dtype(settings)
+        model = check_reward_model(folder, dtype=dtype, label=label)
+        return _as_set(model, settings), load_tokenizer(folder)
+
+
+def _checked_dtype(settings: ModelSettings) -> str:
+    """The dtype of products, where the devices have what the settings ask for."""
+    if settings.attention == "cudnn":
+        check_device("model.attention cudnn")
+    return compute_dtype(settings.dtype)
+
+
+def _as_set(model: GPT2, settings: ModelSettings) -> GPT2:
+    """A model of a folder with what the settings say of how it is computed."""
+    return dataclasses.replace(model, remat=settings.remat, attention=settings.attention)
 
 
 def _place(mesh: Mesh | None) -> Callable[[Any], Any] | None:

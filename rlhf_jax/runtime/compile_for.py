@@ -144,6 +144,10 @@ def cost_of(
     dtype: str = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if topology.is_tpu else compute_dtype("auto")
+    if config.model.attention == "cudnn":
+        raise InputError(
+            "model.attention cudnn is of NVIDIA GPUs, which no topology has; leave it at blocks."
+        )
     model = GPT2(find_shape(model_name, config.model, config.tokenizer), dtype, config.model.remat)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     found: dict[str, Any] = {

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype
 from rlhf_jax.models.remat import Remat, check_remat
 from rlhf_jax.parallel.distributed import Settings as DistributedSettings
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
@@ -52,6 +53,8 @@ class ModelSettings:
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
       remat: what the backward pass of training computes again instead of keeping it, to save
         memory: "dots", norms and activations; "full", all of each layer but its input; "none".
+      attention: what computes it but for single tokens of decoding: "blocks", this library on any
+        device, or "cudnn" on an NVIDIA GPU, in bfloat16 and without dropout of its weights.
     """
 
     path: str | None = None
@@ -65,9 +68,13 @@ class ModelSettings:
     dropout: float = 0.1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Remat = "dots"
+    attention: Attention = "blocks"
 
     def __post_init__(self) -> None:
         check_remat("model.remat", self.remat)
+        check_attention("model.attention", self.attention)
+        if self.attention == "cudnn" and self.dtype != "auto":
+            check_dtype(self.dtype)
         if not 0 <= self.dropout < 1:
             raise InputError(
                 f"model.dropout must be at least 0 and below 1, but is {self.dropout}."
@@ -393,6 +400,7 @@ _FREE_TO_CHANGE = (
     "mesh.",
     "distributed.",
     "model.remat",
+    "model.attention",
 )
 
 

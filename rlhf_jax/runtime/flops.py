@@ -3,13 +3,16 @@
 import math
 from typing import Any
 
+from rlhf_jax.models.cudnn_attention import BACKWARD, FORWARD
+
 
 def count_flops(jaxpr: Any) -> int:
     """FLOPs of all `dot_general` of a jaxpr: 2 for each product of two numbers that is added up.
 
     Scans count as often as they run. A `while` counts as the bound that its condition compares with
     (decoding may end before), a `cond` as its dearest branch. All devices together; what a
-    rematerialisation computes again counts again.
+    rematerialisation computes again counts again. cuDNN's attention counts as its products, of
+    which a causal mask leaves half.
 
     Args:
       jaxpr: open or closed, such as `jax.jit(f).trace(*args).jaxpr`.
@@ -24,6 +27,10 @@ def count_flops(jaxpr: Any) -> int:
     return sum(_of_equation(equation) for equation in _open(jaxpr).eqns)
 
 
+# Forwards the logits and what is attended; backwards the logits again, and four gradients.
+_FUSED = {FORWARD: 2, BACKWARD: 5}
+
+
 def _open(jaxpr: Any) -> Any:
     return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
 
@@ -34,6 +41,12 @@ def _of_equation(equation: Any) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name in _FUSED:
+        (rows, queries, heads, width), keys = equation.invars[0].aval.shape, equation.invars[1].aval
+        pairs = queries * keys.shape[1]
+        if params["mask_type"].name == "CAUSAL":
+            pairs = queries * (queries + 1) // 2
+        return _FUSED[name] * 2 * rows * heads * pairs * width
     if name == "scan":
         return params["length"] * count_flops(params["jaxpr"])
     if name == "while":

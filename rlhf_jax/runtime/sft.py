@@ -13,6 +13,7 @@ from rlhf_jax.data.chat import contents, prompt_text
 from rlhf_jax.data.datasets import load_rows
 from rlhf_jax.data.sft import text_rows
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.cudnn_attention import check_dropout
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.parallel.distributed import join
@@ -48,9 +49,14 @@ def train_sft(config: SFTConfig | str | Mapping[str, Any]) -> loop.StageResult:
 
 
 def check_sizes(config: SFTConfig, model: GPT2, mesh: Mesh) -> None:
-    """Raises an InputError if rows exceed the model's positions, or batches miss the mesh."""
+    """Raises an InputError if rows exceed the model's positions, or batches miss the mesh.
+
+    Likewise if its attention cannot drop what the model says.
+    """
     assemble.check_positions(model, config.data.max_length, "data.max_length")
     check_heads(mesh, model.config.n_head)
+    if config.sft.dropout:
+        check_dropout(model.attention, model.config.attn_pdrop)
     check_micro_batches(mesh, "sft", config.sft)
     check_batch_size(mesh, "sft.eval_batch_size", config.sft.eval_batch_size)
 

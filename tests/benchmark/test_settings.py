@@ -1,22 +1,41 @@
+import dataclasses
 import os
 import runpy
 import signal
 from pathlib import Path
 
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from rlhf_jax.benchmark import command, environment
+from rlhf_jax.benchmark.programs import abstract, make_program
 from rlhf_jax.benchmark.settings import NAMES, BenchmarkConfig, PeerSettings
-from rlhf_jax.benchmark.workloads import WORKLOADS
+from rlhf_jax.benchmark.workloads import GPU_WORKLOADS, WORKLOADS, in_float32, make_arrays
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import cudnn_attention
 from rlhf_jax.runtime.config import parse
 
 
 def test_workloads_are_chosen_in_the_order_of_the_table():
     config = parse(BenchmarkConfig, ["--workloads", "[ppo_mid, sft_mid]"])
-    assert [workload.name for workload in config.chosen] == ["sft_mid", "ppo_mid"]
-    assert BenchmarkConfig().chosen == WORKLOADS
-    assert len(NAMES) == 10
+    for platform in ("cpu", "gpu"):
+        assert [each.name for each in config.chosen(platform)] == ["sft_mid", "ppo_mid"]
+    assert BenchmarkConfig().chosen("cpu") == WORKLOADS
+    assert len(NAMES) == 15
+
+
+def test_workloads_for_a_gpu_are_of_a_gpu_alone():
+    assert BenchmarkConfig().chosen("gpu") == WORKLOADS + GPU_WORKLOADS
+    config = BenchmarkConfig(workloads=("sft_gpu_xl", "sft_mid"))
+    assert [each.name for each in config.chosen("gpu")] == ["sft_mid", "sft_gpu_xl"]
+    with pytest.raises(InputError, match="sft_gpu_xl needs an NVIDIA GPU, but JAX runs on cpu; in"):
+        config.chosen("cpu")
+    for each in GPU_WORKLOADS:
+        model = make_program(each, make_arrays(each), each.fixed_dtype).model
+        assert (model.attention, model.config.attn_pdrop) == ("cudnn", 0.0)
+        assert in_float32(each).ours.attention == "blocks"
+    xl = config.chosen("gpu")[1]
+    assert (xl.n_layer, xl.n_embd, xl.n_head, xl.tokens) == (48, 1600, 25, 8 * 1024)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +131,24 @@ def test_an_environment_with_the_right_trl_is_used_and_another_refused(tmp_path)
         environment.peer_python(PeerSettings(venv=str(tmp_path / "other")))
 
 
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("echo 13.0 True", None),
+        ("echo 13.0 False", "is for CUDA 13.0 and finds none"),
+        ("echo None False", "is built without CUDA"),
+        ("exit 1", "is built without CUDA"),
+    ],
+)
+def test_a_pytorch_without_the_gpu_of_jax_is_told(tmp_path, said, what):
+    python = fake_python(tmp_path / "venv", said)
+    if what is None:
+        environment.check_cuda(python)
+        return
+    with pytest.raises(InputError, match=f"the PyTorch of .* {what}; install one for this driver"):
+        environment.check_cuda(python)
+
+
 def test_an_environment_that_is_not_ours_is_left_alone(tmp_path):
     """One of a user's without TRL, and a file; nothing is run over them."""
     fake_python(tmp_path / "theirs", "exit 1")
@@ -152,3 +189,17 @@ def test_what_pip_says_is_put_into_one_sentence(tmp_path, capsys):
     with pytest.raises(InputError, match=r"could not make .* \(No such file or directory\)"):
         environment.peer_python(PeerSettings(python="/none", venv=str(tmp_path / "new")))
     assert (tmp_path / "new" / environment.MARK).is_file()  # the next attempt may go on there
+
+
+def test_workloads_for_a_gpu_reach_its_kernel(monkeypatch):
+    """Small ones of each kind, compiled for CUDA as far as that goes without one."""
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn_attention, "check_device", lambda name: None)
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 61, "batch_size": 4}
+    for each in GPU_WORKLOADS:
+        small = dataclasses.replace(each, **sizes, prompt_length=3, response_length=4)
+        program = make_program(small, make_arrays(small), small.fixed_dtype)
+        traced = program.jitted.trace(*abstract(program))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "@__cudnn$fmhaScaleBiasSoftmax(" in text
+        assert ("@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text) == (each.kind != "generate")

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import os
 
+import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.benchmark import command, settings, sides
+from rlhf_jax.benchmark import apart, command, settings, sides
 from rlhf_jax.benchmark.machine import Machine
 from rlhf_jax.benchmark.settings import BenchmarkError
 from rlhf_jax.benchmark.workloads import make_arrays, make_request, read_request
@@ -21,6 +23,43 @@ def test_sides_take_turns_and_forget_their_peaks_after_the_warm_up(peer, tiny, t
     assert found["two"]["seconds"] == [2.0, 2.0]
     assert found["two"]["warmup_seconds"] == [2.0]
     assert found["two"]["peak_bytes"] == 2**30
+
+
+def test_on_a_gpu_one_side_ends_before_the_next_begins(peer, tiny, tmp_path):
+    commands = [peer("one"), peer("two")]
+    found = sides.take_turns(commands, tiny, rounds=1, warmup=1, alternate=False)
+    turns = ["step", "reset", "step", "stop"]
+    log = (tmp_path / "log").read_text().splitlines()
+    assert log == [f"{name} {word}" for name in ("one", "two") for word in turns]
+    assert {name: side["seconds"] for name, side in found.items()} == {"one": [2.0], "two": [2.0]}
+
+
+def test_a_workload_in_bfloat16_has_each_side_in_it_once(tiny, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    commands = [
+        sides.our_command("float32"),
+        sides.trl_command("python", "float32", "gpu"),
+        sides.our_command("bfloat16"),
+    ]
+    assert sides.commands_for(commands, tiny) == commands
+    half = sides.commands_for(commands, dataclasses.replace(tiny, fixed_dtype="bfloat16"))
+    assert [(each.name, each.dtype) for each in half] == [("ours", "bfloat16"), ("trl", "bfloat16")]
+    alone = dataclasses.replace(tiny, has_peer=False)
+    assert sides.commands_for(commands, alone) == [commands[0], commands[2]]
+    ours, trl = (each.environment for each in half)
+    assert (ours["CUDA_VISIBLE_DEVICES"], trl["CUDA_VISIBLE_DEVICES"]) == ("2,3", "2")
+    assert ours["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    # Beside a JAX on the CPU, PyTorch sees no GPU either.
+    assert sides.trl_command("python", "float32").environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_what_runs_apart_is_another_process_and_its_errors_come_back(monkeypatch):
+    assert apart.apart(os.getpid) == os.getpid()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert apart.apart(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        apart.apart(divmod, 1, 0)
 
 
 def test_a_side_that_ends_is_told_with_its_last_words(peer, tiny):

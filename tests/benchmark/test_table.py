@@ -8,7 +8,7 @@ from rlhf_jax.benchmark.floor import Phase, floor_seconds, phases_of
 from rlhf_jax.benchmark.machine import Machine, busy_cores, hardware, measure_machine
 from rlhf_jax.benchmark.results import summarize
 from rlhf_jax.benchmark.table import as_text
-from rlhf_jax.benchmark.workloads import Ours
+from rlhf_jax.benchmark.workloads import GPU_WORKLOADS, Ours
 
 MACHINE = Machine({"float32": 2e11, "bfloat16": 4e11}, read=2e10, copy=1e10)
 
@@ -42,6 +42,8 @@ def result(tiny, sides):
         "versions": {"jax": "0.12.0", "trl": "0.29.1"},
         "machine": MACHINE._asdict(),
         "rounds": 3,
+        "alternate": True,
+        "attention": None,
         "busy_cores": [0.04, 1.26],
         "peer": {"name": "trl", "dtype": "float32"},
         "checks": [{"check": "sft", "loss": 1e-7, "gradients": 2e-6}],
@@ -100,6 +102,8 @@ def test_without_a_peer_its_columns_are_left_out(tiny, sides):
             "versions": {"jax": jax.__version__},
             "machine": MACHINE._asdict(),
             "rounds": 3,
+            "alternate": True,
+            "attention": None,
             "busy_cores": [None, None],
             "peer": {"name": "none", "dtype": "float32"},
             "checks": None,
@@ -111,6 +115,34 @@ def test_without_a_peer_its_columns_are_left_out(tiny, sides):
     assert not any(word in text for word in ("bfloat16:", "TRL", "PyTorch"))
     assert "since its start, since this system forgets no peak" in text
     assert text.endswith("Not checked against the plain path.")
+
+
+ON_A_GPU = """\
+How near to what the device can do:
+
+| workload | of the peak | peak to reach | of the floor | floor to reach |
+| -------- | ----------: | ------------: | -----------: | -------------: |
+| sft_tiny |         10% |           50% |          20% |              - |
+
+"""
+
+
+def test_a_line_in_bfloat16_has_its_targets_and_no_second_table(tiny, sides, result):
+    """Both sides in bfloat16, one after the other, with cuDNN's attention checked."""
+    half = replace(tiny, fixed_dtype="bfloat16", peak_to_reach=0.5)
+    del sides["ours_bfloat16"]
+    phases = {"bfloat16": [Phase(2e10, 2e9)]}
+    attention = {"check": "attention cudnn", "loss": 1e-2, "gradients": 3e-2}
+    text = as_text(
+        result
+        | {"workloads": [summarize(half, sides, phases, MACHINE)]}
+        | {"alternate": False, "attention": attention}
+    )
+    assert ON_A_GPU in text
+    assert "In bfloat16:" not in text
+    assert "In bfloat16 on all sides: sft_tiny.\nTRL computes in float32 elsewhere.\n" in text
+    assert "Medians of 3 turns, one side after the other; ratios" in text
+    assert "differs from ours in bfloat16 by 3.0e-02 at most." in text
 
 
 def test_the_machine_is_measured():
@@ -146,6 +178,17 @@ def test_the_phases_of_steps_by_hand(tiny):
     assert rest.flops > 0
 
 
-def test_what_remat_computes_again_is_no_work(tiny):
-    again = replace(tiny, ours=Ours(remat="full"))
-    assert phases_of(again, "float32") == phases_of(tiny, "float32")
+@pytest.mark.parametrize("ours", [Ours(remat="full"), Ours(attention="cudnn")], ids=str)
+def test_how_the_work_is_done_is_no_work(tiny, ours):
+    assert phases_of(replace(tiny, ours=ours), "float32") == phases_of(tiny, "float32")
+
+
+def test_the_floor_of_generation_on_a_gpu_by_hand():
+    """GPT-2 small in bfloat16: 127 further tokens of 256 responses, behind prompts of 64."""
+    (workload,) = (each for each in GPU_WORKLOADS if each.kind == "generate")
+    (phase,) = phases_of(workload, "bfloat16")
+    layer = 12 * 768 * 768 + 13 * 768  # kernels, and their biases and norms
+    params = 12 * layer + (50304 + 1024) * 768 + 2 * 768
+    position = 2 * 12 * 768 * 256
+    positions = 127 * 64 + 127 * 128 // 2
+    assert phase.moved == 2 * (128 * params + position * positions)

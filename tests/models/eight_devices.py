@@ -1,4 +1,4 @@
-"""Folders read by eight CPU devices, each its own part, and written from them.
+"""Folders read by eight CPU devices, each its own part, and written from them; and attention.
 
 Started by test_streaming.py, with an empty folder, in a process of its own: the number of devices
 is fixed at start.
@@ -25,6 +25,7 @@ from rlhf_jax.models.huggingface import (
 )
 from rlhf_jax.parallel.mesh import Settings, make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
+from tests.models.split_kernel import check_split
 from tests.models.test_huggingface import HEAD, MODEL, PARAMS
 
 READ = []  # bytes of each piece of a file that was read
@@ -70,6 +71,7 @@ def main(base):
         for name in ("model", "reward"):
             old, new = (folder / each / "model.safetensors" for each in (name, f"{name}_again"))
             assert old.read_bytes() == new.read_bytes(), (sizes, name)
+    check_split()
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def test_the_command_prints_the_numbers_and_writes_them(folder, capsys):
         (["--topology", "local", "--model", "gpt9"], "There is no model 'gpt9' here"),
         (["--topology", "local", "--stage", "dpo"], "--stage must be one of sft, reward, ppo"),
         (["--topology", "local", "--mesh.fsdp", "3"], "does not fit"),
+        (["--topology", "local", "--model.attention", "cudnn"], "is of NVIDIA GPUs, which no topo"),
         (["--topology", "local", "--sft.batch", "3"], "Unknown key 'sft.batch'"),
         (["--topology", "local", "--sft.num_epochs", "2", "--ppo.lam", "1"], "give --stage"),
         (["--topology", "local", "--stage", "ppo", "--num_seeds", "2"], "one run is compiled"),

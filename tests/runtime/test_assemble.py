@@ -17,8 +17,8 @@ from rlhf_jax.models.huggingface import save_reward_model
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
-from rlhf_jax.runtime import assemble, ppo
-from rlhf_jax.runtime.config import ModelSettings, PPOConfig
+from rlhf_jax.runtime import assemble, ppo, sft
+from rlhf_jax.runtime.config import ModelSettings, PPOConfig, SFTConfig
 from rlhf_jax.runtime.sft import prompt_of, text_of
 
 
@@ -80,7 +80,7 @@ def test_a_chat_template_of_the_settings_stays_with_the_tokenizer(tmp_path):
     assert prompt_of(row, 1, assemble.choose_tokenizer(other, None, list)) == "Hi."
 
 
-def test_models_are_born_in_their_places_with_the_settings(tmp_path):
+def test_models_are_born_in_their_places_with_the_settings(tmp_path, monkeypatch):
     """Fresh ones, those of a folder, and reward models."""
     tokenizer = assemble.choose_tokenizer(TokenizerSettings(vocab_size=258), None, lambda: ["ab"])
     mesh, key = make_mesh(MeshSettings()), jax.random.key(0)
@@ -88,9 +88,13 @@ def test_models_are_born_in_their_places_with_the_settings(tmp_path):
     model, params = assemble.load_model(ModelSettings(**settings), tokenizer, key, mesh)
     scorer = {"model": params, "head": {"kernel": jnp.ones(8)}}
     save_reward_model(tmp_path, model, scorer, tokenizer)
-    of_folder = ModelSettings(remat="dots")
+    of_folder = ModelSettings(remat="dots", attention="cudnn", dtype="bfloat16")
+    with pytest.raises(InputError, match="model.attention cudnn needs an NVIDIA GPU, but JAX runs"):
+        assemble.load_reward(str(tmp_path), of_folder)
+    monkeypatch.setattr(assemble, "check_device", lambda name: None)
     scoring_model, scorer, _ = assemble.load_reward(str(tmp_path), of_folder, mesh=mesh)
     assert (model.remat, scoring_model.remat) == ("full", "dots")
+    assert (model.attention, scoring_model.attention) == ("blocks", "cudnn")
     for tree in (params, scorer):
         assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(mesh, tree)
     _, expected = assemble.load_model(ModelSettings(**settings), tokenizer, key)
@@ -105,6 +109,16 @@ def test_a_host_that_is_not_the_first_copies_nothing(tmp_path, monkeypatch):
         "gs://bucket/run", lambda *arguments: given.append(arguments), "model", "params"
     )
     assert given == [("gs://bucket/run/hf", "model", "params")]
+
+
+def test_dropout_that_cudnn_has_not_is_told_before_the_data_is_read():
+    """And is none where there is no dropout."""
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1})
+    sizes = SimpleNamespace(n_positions=4096, n_head=2, attn_pdrop=0.1)
+    model = SimpleNamespace(config=sizes, attention="cudnn")
+    with pytest.raises(InputError, match=r"sft\.dropout false\), or set model.attention to blocks"):
+        sft.check_sizes(SFTConfig(), model, mesh)
+    sft.check_sizes(SFTConfig(sft=sft.sft.Settings(dropout=False)), model, mesh)
 
 
 @pytest.mark.parametrize(

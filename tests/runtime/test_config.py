@@ -123,6 +123,10 @@ def test_every_setting_has_a_line_of_help(kind, capsys):
         ("--ppo.adaptive_kl maybe", "ppo.adaptive_kl must be bool, but is 'maybe'."),
         ("--ppo.kl_estimator k9", "ppo.kl_estimator must be one of ['k1', 'k2', 'k3'], but is"),
         ("--seed a", "seed must be int, but is 'a'."),
+        (
+            "--model.attention cudnn --model.dtype float32",
+            "The attention cudnn needs the dtype bfloat16 or float16, but it is float32;",
+        ),
         ("--ppo.kl_coef null", "ppo.kl_coef must be float, but is null."),
         ("--ppo.kl_coef", "argument --ppo.kl_coef: expected one argument"),
         ("train", "'train' is no option; settings are given as --section.key value."),
@@ -224,6 +228,14 @@ def test_a_folder_with_work_refuses_another_configuration(tmp_path):
     nested = message(lambda: claim(tmp_path, seed=1, sft={"batch_size": 3}))
     assert "sft.batch_size is 16 there and 3 here" in nested
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
+
+
+def test_what_computes_attention_may_change_and_an_earlier_version_had_one(tmp_path):
+    there = claim(tmp_path)
+    assert there["model"].pop("attention") == "blocks"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(there))
+    (tmp_path / "metrics.jsonl").touch()
+    assert claim(tmp_path, model={"attention": "cudnn"})["model"]["attention"] == "cudnn"
 
 
 def test_a_key_that_an_earlier_version_had_not_is_as_by_default(tmp_path):
