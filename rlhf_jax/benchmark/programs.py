@@ -144,7 +144,11 @@ def _generate(workload, arrays, model):
         prompts, mask = batch
         return generate(model, params, prompts, mask, key, max_new_tokens=workload.response_length)
 
-    return Program(model, model.init, step, (prompts, _real(prompts)), None)
+    def init(key):
+        # Nothing else reads these parameters.
+        return model.for_decoding(model.init(key))
+
+    return Program(model, init, step, (prompts, _real(prompts)), None)
 
 
 def ppo_settings(workload: Workload) -> ppo.Settings:

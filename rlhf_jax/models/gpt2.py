@@ -6,17 +6,23 @@ its axis divides over devices and tiles; the padding never leaves `logits`.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.backend import is_on_one_cpu
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype, check_heads
 from rlhf_jax.models.dropout import dropout_mask
 from rlhf_jax.models.gpt2_block import ACTIVATIONS, Block, Sight, layer_norm
+from rlhf_jax.models.gpt2_decoding import (
+    OneByOne,
+    embedded,
+    extend_one_by_one,
+    for_decoding,
+    run_layers,
+    unembedded,
+)
 from rlhf_jax.models.interface import Cache, Params, SharedPrompt, positions_from
 from rlhf_jax.models.remat import Remat, check_remat, rematerialized
 from rlhf_jax.parallel.constraints import (
@@ -27,7 +33,6 @@ from rlhf_jax.parallel.constraints import (
 )
 
 VOCABULARY_MULTIPLE = 128
-MOST_ONE_BY_ONE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +146,8 @@ class GPT2:
         tables = {name: params[name] for name in ("wte", "wpe")}
         is_decoding = tokens.shape[1] == 1  # see Block
         tables = tables if is_decoding else collect(tables, self.dtype)
-        wte, wpe = tables["wte"]["embedding"], tables["wpe"]["embedding"]
-        x = jnp.take(wte, tokens, axis=0, mode="clip").astype(self.dtype)
-        x += jnp.take(wpe, positions, axis=0, mode="clip").astype(self.dtype)
+        x = embedded(tables["wte"], tokens).astype(self.dtype)
+        x += embedded(tables["wpe"], positions).astype(self.dtype)
         x = join_rows(x, last="fsdp") if is_decoding else split_rows(x)
         if dropout_key is None or not self.config.embd_pdrop:
             return x
@@ -188,33 +192,21 @@ class GPT2:
 
         past = None if prefix is None else (prefix.keys, prefix.values)
         keys = None if dropout_key is None else jax.random.split(dropout_key, _depth(stack))
-        x, memory = jax.lax.scan(rematerialized(body, self.remat), x, (stack, past, keys))
+        x, memory = run_layers(rematerialized(body, self.remat), x, stack, (past, keys))
         return x.reshape(shape), None if cache is None else _fill(cache, memory, mask)
 
-    def for_decoding(self, params, cache):
-        """Parameters in the compute dtype; on one CPU also up to 16 layers and caches one by one.
-
-        A CPU copies each layer out of a stack before it multiplies with it, which for a few rows
-        takes as long as the product. Layers by themselves take the memory of one more copy while
-        responses are sampled, and time to compile, which is why there is a limit.
-        """
-        params = _cast(params, self.dtype)
-        if not is_on_one_cpu() or self.config.n_layer > MOST_ONE_BY_ONE:
-            return params, cache
-        layers = tuple(
-            jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-            for i in range(self.config.n_layer)
-        )
-        cache = cache._replace(keys=tuple(cache.keys), values=tuple(cache.values))
-        return {**params, "layers": _OneByOne(layers)}, cache
+    def for_decoding(self, params):
+        """Parameters as `gpt2_decoding.for_decoding` lays them out."""
+        return for_decoding(params, self.dtype)
 
     def _extend(self, stack, x, mask, cache):
         """One step of decoding: writes these L tokens into the cache, and attends to it."""
         visible, new_mask = _visible_in_cache(cache, mask)
         block = Block(self.config, self.dtype, is_decoding=True)
 
-        if isinstance(stack, _OneByOne):
-            return self._extend_one_by_one(block, stack, x, visible, cache, new_mask)
+        if isinstance(stack, OneByOne):
+            x, keys, values = extend_one_by_one(block, stack, x, visible, cache)
+            return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
 
         def body(carry, params):
             x, keys, values, i = carry
@@ -232,20 +224,6 @@ class GPT2:
         past = (split_cache(cache.keys), split_cache(cache.values))
         (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), stack)
         return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
-
-    def _extend_one_by_one(self, block, stack, x, visible, cache, new_mask):
-        """The same over layers and caches that stand by themselves."""
-        at, keys, values = (0, 0, cache.length, 0), [], []
-        for params, *past in zip(stack.layers, cache.keys, cache.values, strict=True):
-            q, *new = block.apply({"params": params}, x, method="heads")
-            past = [
-                jax.lax.dynamic_update_slice(whole, part, at)
-                for whole, part in zip(past, new, strict=True)
-            ]
-            x = block.apply({"params": params}, x, q, *past, visible, method="look_back")
-            keys.append(past[0])
-            values.append(past[1])
-        return x, Cache(tuple(keys), tuple(values), new_mask, cache.length + x.shape[1])
 
     def final(self, params, x):
         """The final layer norm, in the compute dtype."""
@@ -276,8 +254,7 @@ class GPT2:
         table, is_decoding = {"wte": params["wte"]}, hidden.ndim == 2
         hidden = join_rows(hidden, last="fsdp") if is_decoding else hidden
         table = table if is_decoding else collect(table, self.dtype)
-        table = table["wte"]["embedding"].astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        logits = unembedded(table["wte"], hidden)
         logits = join_rows(logits, last="tensor") if is_decoding else logits
         return split_rows(logits, last="tensor")
 
@@ -380,26 +357,16 @@ def _visible_in_cache(cache: Cache, mask: jax.Array) -> tuple[jax.Array, jax.Arr
     return visible, new_mask
 
 
-class _OneByOne(NamedTuple):
-    """Layers that are no stack."""
-
-    layers: tuple[Params, ...]
-
-
-def _cast(params: Params, dtype: str) -> Params:
-    """Parameters of products and embeddings in the compute dtype; layer norms as they are."""
-
-    def of(path, leaf):
-        is_norm = "ln_" in jax.tree_util.keystr(path)
-        return leaf if is_norm else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
 def _fill(cache: Cache, memory: tuple[jax.Array, jax.Array], mask: jax.Array) -> Cache:
     """A fresh cache with the keys and values [N, B, H, L, d] of its first L positions."""
     missing = cache.mask.shape[1] - mask.shape[1]
-    padding = ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0))
-    keys, values = (split_cache(jnp.pad(m, padding)) for m in memory)
+
+    def fill(part):
+        room = [(0, 0)] * (part.ndim - 2) + [(0, missing), (0, 0)]
+        return jnp.pad(part, room)
+
+    keys, values = jax.tree.map(fill, memory)
+    if not isinstance(keys, tuple):
+        keys, values = split_cache(keys), split_cache(values)
     written = jnp.pad(mask.astype(bool), ((0, 0), (0, missing)))
     return Cache(keys, values, written, mask.shape[1])

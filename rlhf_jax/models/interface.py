@@ -18,7 +18,7 @@ class Cache(NamedTuple):
 
     Attributes:
       keys, values: dtype[N, B, H, C, D / H], N layers, C positions; 0 where nothing was written.
-        What `for_decoding` gives may hold them otherwise.
+        Behind layers that `for_decoding` gave they may lie otherwise.
       mask: bool[B, C], True where a real token was written.
       length: the number of positions written, the same for every row (rows are left-padded). A
         Python 0 says at trace time that nothing is there to be read.
@@ -156,11 +156,11 @@ class Model(Protocol):
         """[B, L, D] after the final layer norm; left and right padding are both allowed."""
         ...
 
-    def for_decoding(self, params: Params, cache: Cache) -> tuple[Params, Cache]:
-        """Both as single tokens are read fastest: called once, after the prompts and before a loop.
+    def for_decoding(self, params: Params) -> Params:
+        """Parameters as single tokens read them fastest: once, before the prompts.
 
-        `embed`, `layers`, `final` and `padded_logits` take what it gives. It may give back what it
-        got.
+        `embed`, `layers`, `final`, `padded_logits` and this function itself take what it gives, and
+        nothing else does. It may give back what it got.
         """
         ...
 

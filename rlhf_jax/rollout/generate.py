@@ -56,7 +56,8 @@ def generate(
     the tokens depend on neither the number of devices nor when other rows end.
 
     Args:
-      model, params: a language model; params may be sharded.
+      model, params: a language model; params may be sharded. What `model.for_decoding` gave for
+        them is taken as well, and spares a copy where responses are all that they are there for.
       prompts: i32[B, P], left-padded, P >= 1.
       prompt_mask: bool[B, P], False then True. A row without a real token gives an empty response.
       key: a JAX random key.
@@ -87,13 +88,13 @@ def generate(
     )
     _check(model, prompts, sampling)
     batch, width = prompts.shape
+    params = model.for_decoding(params)
     positions = positions_from(prompt_mask)
     room = model.init_cache(batch, width + max_new_tokens - 1)
     x = model.embed(params, prompts, positions)
     x, cache = model.layers(params["layers"], x, prompt_mask, positions, room)
     assert cache is not None  # a cache goes in, so one comes out
     last = x[:, -1]
-    params, cache = model.for_decoding(params, cache)
     next_position = positions[:, -1] + 1
 
     empty = Rollout(
