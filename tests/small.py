@@ -1,5 +1,6 @@
 """The smallest runs that do everything, for the tests of the commands; and how two are compared."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ TOKENIZER = {"vocab_size": 300}
 # Something is evaluated, sampled and saved on the way, and again at the end, after four steps.
 LOGGING = {"tensorboard": False, "eval_every": 2, "samples_every": 2, "num_samples": 2}
 STEPS = 4
+FEW = "jax_disable_most_optimizations"
 
 
 def use_cache(folder):
@@ -19,6 +21,17 @@ def use_cache(folder):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def few_optimizations():
+    """What is compiled meanwhile runs a few times: most of XLA's optimizations would not pay."""
+    before = jax.config.values[FEW]
+    jax.config.update(FEW, True)
+    try:
+        yield
+    finally:
+        jax.config.update(FEW, before)
 
 
 def cache_folder(tmp_path_factory):
@@ -33,6 +46,7 @@ def cache_environment(folder):
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.values[FEW])),
     }
 
 

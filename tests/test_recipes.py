@@ -148,7 +148,7 @@ def caches(tmp_path_factory):
     import datasets
 
     small.use_cache(small.cache_folder(tmp_path_factory))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, small.few_optimizations():
         folder = tmp_path_factory.mktemp("datasets")
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         yield

@@ -18,11 +18,28 @@ from rlhf_jax.benchmark import plain
 from rlhf_jax.benchmark.programs import make_program, ppo_settings
 from rlhf_jax.benchmark.settings import BenchmarkError
 from rlhf_jax.benchmark.workloads import Workload, make_arrays
+from rlhf_jax.models.attention import BLOCK
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.training import ppo
 
 LIMIT = 1e-4
 LEARNING_RATE = 0.1
+# Prompt and response, in tokens. Attention takes queries in blocks, of which there are several in
+# rows as long as these; of pairs in the prompt and in each response. Generation has no blocks.
+LENGTHS = {
+    "sft": (BLOCK + 7, 5),
+    "reward": (BLOCK + 7, BLOCK + 5),
+    "ppo": (BLOCK + 7, 5),
+    "generate": (7, 5),
+}
+# The plain path is compiled quickly; ours is compiled as it is measured.
+_quick = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 
 class Difference(NamedTuple):
@@ -54,8 +71,13 @@ def check_all(workloads: Sequence[Workload]) -> list[Difference]:
     return found
 
 
-def small_form(workload: Workload) -> Workload:
-    """A small model with the settings of a workload: what its step computes, in a second."""
+def small_form(workload: Workload, lengths: tuple[int, int] | None = None) -> Workload:
+    """A small model with the settings of a workload: what its step computes, in a second.
+
+    Args:
+      lengths: of prompt and response; by default those of `LENGTHS`.
+    """
+    prompt_length, response_length = lengths or LENGTHS[workload.kind]
     frozen = workload.num_layers_unfrozen is not None
     scored = None if workload.ours.score_batch_size is None else 2
     return dataclasses.replace(
@@ -65,14 +87,14 @@ def small_form(workload: Workload) -> Workload:
         n_embd=32,
         n_head=2,
         batch_size=4,
-        prompt_length=7,
-        response_length=5,
+        prompt_length=prompt_length,
+        response_length=response_length,
         num_layers_unfrozen=1 if frozen else None,
         num_ppo_epochs=2,
         # One, whose order is that of the rows: the plain path does not know the permutation.
         num_mini_batches=1,
         vocab_size=211,
-        n_positions=16,
+        n_positions=prompt_length + response_length,
         to_reach=None,
         towards=None,
         ours=dataclasses.replace(
@@ -149,7 +171,7 @@ def _stepped(form):
     arrays = make_arrays(form)
     program = make_program(form, arrays, optimizer=recording(LEARNING_RATE), dropout=False)
     key = jax.random.key(0)
-    state = jax.jit(program.init)(key)
+    state = _quick(program.init)(key)
     state = _disturbed(state) if form.kind == "ppo" else state
     return program, state, jax.jit(program.step)(state, program.batch, key), arrays
 
@@ -166,7 +188,7 @@ def _disturbed(state):
 
 def _sft(form):
     program, state, (after, metrics), arrays = _stepped(form)
-    gradient = jax.jit(jax.value_and_grad(plain.sft_loss, argnums=1), static_argnums=0)
+    gradient = _quick(jax.value_and_grad(plain.sft_loss, argnums=1), static_argnums=0)
     loss, grads = gradient(_sizes(form), state.params, arrays["tokens"], arrays["loss_mask"])
     return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
 
@@ -175,7 +197,7 @@ def _reward(form):
     program, state, (after, metrics), arrays = _stepped(form)
     whole = {**state.params, "model": _whole(program, state.frozen, state.params["model"])}
     rows = (arrays[name] for name in ("prompts", "chosen", "rejected"))
-    gradient = jax.jit(jax.value_and_grad(plain.reward_loss, argnums=1), static_argnums=0)
+    gradient = _quick(jax.value_and_grad(plain.reward_loss, argnums=1), static_argnums=0)
     loss, grads = gradient(_sizes(form), whole, *rows)
     grads = {**grads, "model": _trained(program, form, grads["model"])}
     return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
@@ -185,11 +207,11 @@ def _generate(form):
     program, params, rollout, arrays = _stepped(form)
     rows = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
     length = form.response_length
-    logprobs = jax.jit(plain.token_logprobs, static_argnums=0)(_sizes(form), params, rows)
+    logprobs = _quick(plain.token_logprobs, static_argnums=0)(_sizes(form), params, rows)
     logprobs = logprobs[:, -length:]
     sample = functools.partial(generate, program.model, max_new_tokens=length, temperature=0.0)
     likeliest = jax.jit(sample)(params, *program.batch, jax.random.key(0))
-    greedy = jax.jit(plain.greedy, static_argnums=(0, 3))
+    greedy = _quick(plain.greedy, static_argnums=(0, 3))
     tokens = greedy(_sizes(form), params, arrays["prompts"], length)
     return relative(rollout.logprobs, logprobs), float(jnp.mean(tokens != likeliest.tokens))
 
@@ -201,10 +223,10 @@ def _ppo(form):
     trained = {**state.params, "model": ppo.policy_params(model, state)}
     tokens = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
     ref, scorer = ppo.reference_params(model, state), state.frozen["reward"]
-    experience = jax.jit(plain.ppo_experience, static_argnums=(0, 1, 6))(
+    experience = _quick(plain.ppo_experience, static_argnums=(0, 1, 6))(
         sizes, settings, trained, ref, scorer, tokens, form.response_length
     )
-    gradient = jax.jit(jax.value_and_grad(plain.ppo_loss, has_aux=True), static_argnums=(1, 2))
+    gradient = _quick(jax.value_and_grad(plain.ppo_loss, has_aux=True), static_argnums=(1, 2))
     total, losses = None, []
     for _ in range(settings.num_ppo_epochs):
         (_, loss), grads = gradient(trained, sizes, settings, experience)

@@ -207,6 +207,29 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def learned_width(counts: Sequence[int], length: int) -> int | None:
+    """K of `TextBatch.learned` for rows of a length that learn so many tokens; None if most are.
+
+    >>> learned_width([3, 17], 64), learned_width([49], 64)
+    (24, None)
+    """
+    most = width(counts, length)
+    return None if most > MOST_OF_ALL * length else most
+
+
+def most_learned(settings: Settings) -> int:
+    """How many tokens a row learns whose prompts and completions are as long as they may be.
+
+    >>> most_learned(Settings(max_length=256, max_prompt_length=100, max_response_length=20))
+    40
+    """
+    if not settings.completion_only:
+        return settings.max_length
+    text = settings.max_prompt_length + settings.max_response_length
+    count = max(1, settings.max_length // text) if settings.packing else 1
+    return count * min(settings.max_response_length, settings.max_length)
+
+
 def _fill(texts: Sequence[Text], packed: Sequence[Sequence[int]], most: int) -> TextBatch:
     """The arrays of the packed texts."""
     used = [sum(len(texts[index].tokens) for index in row) for row in packed]
@@ -229,8 +252,8 @@ def _fill(texts: Sequence[Text], packed: Sequence[Sequence[int]], most: int) -> 
 def _learned(loss_mask: Any) -> Any:
     """i32[N, K], the places of the tokens that are learned, 0 behind them; None if most are."""
     counts = loss_mask.sum(axis=1)
-    most = width(counts.tolist(), loss_mask.shape[1])
-    if most > MOST_OF_ALL * loss_mask.shape[1]:
+    most = learned_width(counts.tolist(), loss_mask.shape[1])
+    if most is None:
         return None
     places = np.zeros((len(counts), most), np.int32)
     places[np.arange(most) < counts[:, None]] = np.nonzero(loss_mask)[1]

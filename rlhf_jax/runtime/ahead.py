@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
 from rlhf_jax.data.datasets import Settings as DataSettings
+from rlhf_jax.data.sft import learned_width, most_learned
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
@@ -47,7 +48,12 @@ class Program(NamedTuple):
 
 
 def programs(
-    config: StageConfig, model: GPT2, mesh: Mesh, *, num_responses: int = 4
+    config: StageConfig,
+    model: GPT2,
+    mesh: Mesh,
+    *,
+    num_responses: int = 4,
+    learned_tokens: int | None = None,
 ) -> list[Program]:
     """What a stage compiles for its steps. To be traced under `jax.set_mesh(mesh)`.
 
@@ -56,14 +62,19 @@ def programs(
 
     Args:
       num_responses: K of rankings, which is otherwise that of the data.
+      learned_tokens: of a row of texts, at most, which is that of the data, too. By default that of
+        rows full of prompts and completions of the greatest lengths, `most_learned`.
 
     Raises:
-      InputError: what the stage itself would raise of sizes, or `num_seeds` above 1.
+      InputError: what the stage itself would raise of sizes, `num_seeds` above 1, or
+        `learned_tokens` below 1.
     """
+    if learned_tokens is not None and learned_tokens < 1:
+        raise InputError(f"learned_tokens is {learned_tokens}: set it to 1 or more.")
     key = jax.eval_shape(functools.partial(jax.random.key, 0))
     if isinstance(config, SFTConfig):
         sft_stage.check_sizes(config, model, mesh)
-        batch: Any = _texts(config.sft.batch_size, config.data.max_length)
+        batch: Any = _texts(config.sft.batch_size, config.data, learned_tokens)
         return [_supervised(config, sft, config.sft, model, mesh, batch, key)]
     if isinstance(config, RewardConfig):
         reward_stage.check_sizes(config, model, mesh)
@@ -74,7 +85,7 @@ def programs(
         raise InputError(
             f"num_seeds is {config.num_seeds}, but one run is compiled ahead; give --num_seeds 1."
         )
-    return _ppo(config, model, mesh, key)
+    return _ppo(config, model, mesh, key, _prompts(config, learned_tokens))
 
 
 def _supervised(config, training, settings, model, mesh, batch, key) -> Program:
@@ -95,7 +106,7 @@ def _init_supervised(training, model, settings, optimizer, params, key):
     return training.init_state(model, params, settings, key, optimizer=optimizer)
 
 
-def _ppo(config: PPOConfig, model: GPT2, mesh: Mesh, key: Any) -> list[Program]:
+def _ppo(config: PPOConfig, model: GPT2, mesh: Mesh, key: Any, batch: Any) -> list[Program]:
     settings = config.ppo
     if isinstance(settings.truncate_token, str):  # which one it is makes no difference here
         settings = dataclasses.replace(settings, truncate_token=0)
@@ -107,7 +118,7 @@ def _ppo(config: PPOConfig, model: GPT2, mesh: Mesh, key: Any) -> list[Program]:
     state, rows, whole = tree_shardings(mesh, shape), batch_sharding(mesh), replicated(mesh)
     value_model = model if settings.value_model == "reward" else None
     made = {"optimizer": optimizer, "stop_token_ids": stops, "value_model": value_model}
-    batch, size = _prompts(config), _bytes_on_device(shape, state)
+    size = _bytes_on_device(shape, state)
     if is_whole:
         step = jax.jit(
             ppo.make_step(model, settings, reward_model=model, **made),
@@ -185,9 +196,13 @@ def _array(dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32 if dtype is float else dtype)
 
 
-def _texts(rows: int, length: int) -> TextBatch:
-    size = (rows, length)
-    return TextBatch(_array(jnp.int32, *size), _array(jnp.int32, *size), _array(bool, *size))
+def _texts(rows: int, data: DataSettings, learned_tokens: int | None) -> TextBatch:
+    most = most_learned(data) if learned_tokens is None else learned_tokens
+    length = learned_width([most], data.max_length)
+    learned = None if length is None else _array(jnp.int32, rows, length)
+    size = (rows, data.max_length)
+    tokens, segments = (_array(jnp.int32, *size) for _ in range(2))
+    return TextBatch(tokens, segments, _array(bool, *size), learned)
 
 
 def _compared(config: RewardConfig, num_responses: int) -> PairBatch | RankingBatch:
@@ -202,11 +217,10 @@ def _compared(config: RewardConfig, num_responses: int) -> PairBatch | RankingBa
     return PairBatch(*before, *response, *response, _array(float, rows), _array(bool, rows))
 
 
-def _prompts(config: PPOConfig) -> PromptBatch:
+def _prompts(config: PPOConfig, learned_tokens: int | None) -> PromptBatch:
     rows, texts = config.ppo.batch_size, None
     if config.ppo.ptx_coef:
-        texts_data: DataSettings = config.ptx
-        texts = _texts(config.ppo.num_texts, texts_data.max_length)
+        texts = _texts(config.ppo.num_texts, config.ptx, learned_tokens)
     size = (rows, config.data.max_prompt_length)
     tokens, mask = _array(jnp.int32, *size), _array(bool, *size)
     return PromptBatch(tokens, mask, _array(jnp.int32, rows), texts)

@@ -45,8 +45,8 @@ def run_compile_for(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command `compile_for.py`: prints what a stage would cost, and returns the numbers.
 
     Args:
-      argv: `--topology NAME [--model NAME] [--stage NAME] [--num_responses K] [--json FILE]
-        --config FILE.yaml --section.key value ...`.
+      argv: `--topology NAME [--model NAME] [--stage NAME] [--num_responses K]
+        [--learned_tokens K] [--json FILE] --config FILE.yaml --section.key value ...`.
 
     Raises:
       InputError: one sentence about what is wrong with the flags, the configuration or the mesh.
@@ -57,7 +57,12 @@ def run_compile_for(argv: Sequence[str] | None = None) -> dict[str, Any]:
     stage, config = read_config(rest, flags.stage)
     topology = find_topology(flags.topology)
     found = cost_of(
-        stage, config, topology, model_name=flags.model, num_responses=flags.num_responses
+        stage,
+        config,
+        topology,
+        model_name=flags.model,
+        num_responses=flags.num_responses,
+        learned_tokens=flags.learned_tokens,
     )
     print(as_text(found))
     if flags.json is not None:
@@ -82,6 +87,11 @@ def _flags() -> argparse.ArgumentParser:
     )
     add("--stage", help=f"{', '.join(STAGES)}; by default the one that the configuration has")
     add("--num_responses", type=int, default=4, help="responses to a prompt, of rankings")
+    add(
+        "--learned_tokens",
+        type=int,
+        help="at most so many of a row of texts; by default those of the greatest completions",
+    )
     add("--json", help="a file for the numbers")
     return parser
 
@@ -134,6 +144,7 @@ def cost_of(
     *,
     model_name: str | None = None,
     num_responses: int = 4,
+    learned_tokens: int | None = None,
 ) -> dict[str, Any]:
     """What each program of a stage costs on each device of a topology, ready for JSON.
 
@@ -163,7 +174,10 @@ def cost_of(
         "programs": [],
     }
     with jax.set_mesh(mesh):
-        for program in programs(config, model, mesh, num_responses=num_responses):
+        steps = programs(
+            config, model, mesh, num_responses=num_responses, learned_tokens=learned_tokens
+        )
+        for program in steps:
             cost = measure(program, len(topology.devices))
             found["programs"].append(_numbers(cost, topology))
     return found

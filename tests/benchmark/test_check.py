@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -8,22 +7,32 @@ from rlhf_jax.benchmark import check
 from rlhf_jax.benchmark.settings import BenchmarkError
 from rlhf_jax.benchmark.workloads import WORKLOADS
 from rlhf_jax.functional import cross_entropy_loss
+from rlhf_jax.models import attention
 from rlhf_jax.training import sft
+from tests import small
 
-FORMS = {workload.name: check.small_form(workload) for workload in WORKLOADS}
+BLOCK = attention.BLOCK
+FORMS = {workload.name: check.small_form(workload, (7, 5)) for workload in WORKLOADS}
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    """Rows as short as these have several blocks of queries, too."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """What runs once is compiled with few optimizations."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with small.few_optimizations():
+        yield
 
 
-def test_mid_and_small_are_checked_once():
-    assert len(set(FORMS.values())) == 6
+def test_mid_and_small_are_checked_once_and_with_rows_of_several_blocks():
+    forms = {check.small_form(workload) for workload in WORKLOADS}
+    assert len(forms) == len(set(FORMS.values())) == 6
+    for form in forms:
+        assert form.prompt_length > BLOCK or form.kind == "generate"
+        assert form.response_length > BLOCK or form.kind != "reward"
 
 
 # The frozen half, a shared trunk, sampled tokens, and two epochs, of which the second clips.
@@ -41,11 +50,22 @@ def test_greedy_tokens_and_logprobs_are_those_of_whole_passes():
     assert found.gradients == 0.0
 
 
-def test_what_is_broken_ends_the_command(monkeypatch):
-    def wrong(logits, targets, mask, **others):
-        return cross_entropy_loss(logits * 1.001, targets, mask, **others)
+def wrong_loss(logits, targets, mask, **others):
+    return cross_entropy_loss(logits * 1.001, targets, mask, **others)
 
-    monkeypatch.setattr(sft, "cross_entropy_loss", wrong)
+
+def wrong_blocks(given, k, v, rows, *others, plain=attention._block_backward):
+    """Of all queries but those of the first block."""
+    for_q, for_k, for_v = plain(given, k, v, rows, *others)
+    return for_q, for_k, for_v * (1.001 if rows.start else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [(sft, "cross_entropy_loss", wrong_loss), (attention, "_block_backward", wrong_blocks)],
+)
+def test_what_is_broken_ends_the_command(monkeypatch, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
     form = replace(FORMS["sft_mid"], n_layer=1)
     monkeypatch.setattr(check, "small_form", lambda workload: form)
     with pytest.raises(BenchmarkError, match="the check of sft failed: loss and gradients differ"):

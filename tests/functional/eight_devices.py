@@ -6,7 +6,8 @@ Started by test_sharding.py in a process of its own: the number of devices is fi
 import os
 
 if __name__ == "__main__":  # and not when it is looked through for doctests
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 import sys
 

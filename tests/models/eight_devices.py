@@ -7,7 +7,8 @@ is fixed at start.
 import os
 
 if __name__ == "__main__":  # and not when it is looked through for doctests
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 import functools
 import sys

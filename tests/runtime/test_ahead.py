@@ -30,11 +30,21 @@ def lowered(programs):
     return [program.function.lower(*program.arguments).as_text() for program in programs]
 
 
-def test_the_program_of_sft_is_that_of_the_stage(tmp_path):
+# Texts of which all is learned, the completions alone, and those of rows of several texts.
+@pytest.mark.parametrize(
+    ("data", "learned"),
+    [
+        ({}, None),
+        ({"max_prompt_length": 24, "max_response_length": 24}, 24),
+        ({"max_prompt_length": 8, "max_response_length": 16, "packing": True}, 32),
+    ],
+)
+def test_the_program_of_sft_is_that_of_the_stage(tmp_path, data, learned):
     section = {"batch_size": 8, "eval_batch_size": 8, "gradient_accumulation_steps": 2}
-    stage = SFTStage(resolve(SFTConfig, small.sft(tmp_path, sft=section)))
-    shape = jax.eval_shape(stage._init, stage.params)
-    text = stage._step.lower(shape, stage.batches.at(0), KEY).as_text()
+    stage = SFTStage(resolve(SFTConfig, small.sft(tmp_path, sft=section, data=data)))
+    batch, shape = stage.batches.at(0), jax.eval_shape(stage._init, stage.params)
+    assert (None if batch.learned is None else batch.learned.shape[1]) == learned
+    text = stage._step.lower(shape, batch, KEY).as_text()
     assert lowered(ahead.programs(stage.config, stage.model, stage.mesh)) == [text]
 
 
