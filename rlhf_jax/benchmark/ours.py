@@ -53,7 +53,8 @@ class Worker:
     def __init__(self, program: Program) -> None:
         self.program, self.key = program, jax.random.key(0)
         self.state = jax.block_until_ready(jax.jit(program.init)(self.key))
-        self.jitted, self.steps, self.compilations = program.jitted, 0, 0
+        self.compiled: Any = None
+        self.steps = self.compilations = 0
         self.was_reset = False
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
@@ -64,8 +65,9 @@ class Worker:
     def compile(self) -> dict[str, Any]:
         """Seconds of lowering and compiling, and the bytes of arguments and temporaries."""
         started = time.perf_counter()
-        compiled = self.jitted.lower(self.state, self.program.batch, self.key).compile()
-        seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
+        lowered = self.program.jitted.lower(self.state, self.program.batch, self.key)
+        self.compiled = lowered.compile()
+        seconds, memory = time.perf_counter() - started, self.compiled.memory_analysis()
         return {
             "compile_seconds": seconds,
             "argument_bytes": memory and memory.argument_size_in_bytes,
@@ -77,7 +79,7 @@ class Worker:
         """A step, from the batch on the host to the last of its results on the device."""
         started = time.perf_counter()
         key = jax.random.fold_in(self.key, self.steps)
-        output = jax.block_until_ready(self.jitted(self.state, self.program.batch, key))
+        output = jax.block_until_ready(self.compiled(self.state, self.program.batch, key))
         seconds, loss = time.perf_counter() - started, None
         if self.program.loss is not None:
             self.state = output[0]

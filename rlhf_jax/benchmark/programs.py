@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
 from rlhf_jax.benchmark.workloads import LEARNING_RATE, Workload
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
@@ -38,7 +39,11 @@ class Program(NamedTuple):
     @property
     def jitted(self) -> Any:
         """The step compiled as the commands do it: it takes over the memory of its state."""
-        return jax.jit(self.step, donate_argnums=() if self.loss is None else 0)
+        return jax.jit(
+            self.step,
+            donate_argnums=() if self.loss is None else 0,
+            compiler_options=compiler_options(jax.default_backend()),
+        )
 
 
 def make_program(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.backend import is_on_cpu
+from rlhf_jax.models.dropout import Dropout, kept
 
 BLOCK = 256
 ATTENDED = "attended"
@@ -34,13 +35,6 @@ class Past(NamedTuple):
     mask: jax.Array
 
 
-class Dropout(NamedTuple):
-    """Which weights are kept, bool[G, K, H, T, T], and what those are multiplied with."""
-
-    keep: jax.Array
-    scale: float
-
-
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -55,7 +49,7 @@ def attend(
       q, k, v: [G, K, H, T, d]; q is scaled already.
       visible: bool[G, K, T, T], whether token t sees token m of its row; never one behind it.
       past: of each group, seen by all its rows.
-      dropout: of the weights, without a past only.
+      dropout: of the weights [G, K, H, T, T], without a past only.
 
     Returns:
       [G, K, H, T, d] in the dtype of q; 0 where a token sees nothing.
@@ -104,8 +98,7 @@ def _block_forward(q, k, v, rows, visible, past, dropout):
     weights = jnp.where(own_visible, jnp.exp(own - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if dropout is not None:
-        kept = dropout.keep[..., rows, : rows.stop]
-        weights = jnp.where(kept, weights * dropout.scale, 0.0)
+        weights = _dropped(dropout, weights, rows)
     out = _product("gkhtm,gkhmd->gkhtd", weights.astype(v.dtype), v)
     if past is not None:
         weights = jnp.where(seen, jnp.exp(before - _grouped(top)), 0.0)
@@ -143,16 +136,15 @@ def _block_backward(given, k, v, rows, visible, dropout):
     own_visible = visible[:, :, None, rows, : rows.stop]
     logits = _product("gkhtd,gkhmd->gkhtm", q, k)
     weights = jnp.where(own_visible, jnp.exp(logits - log_total), 0.0)
-    for_weights, kept = _product("gkhtd,gkhmd->gkhtm", gradient, v), weights
+    for_weights, read = _product("gkhtd,gkhmd->gkhtm", gradient, v), weights
     if dropout is not None:
-        keep = dropout.keep[..., rows, : rows.stop]
-        for_weights = jnp.where(keep, for_weights * dropout.scale, 0.0)
-        kept = jnp.where(keep, weights * dropout.scale, 0.0)
+        for_weights = _dropped(dropout, for_weights, rows)
+        read = _dropped(dropout, weights, rows)
     for_logits = (weights * (for_weights - mean)).astype(q.dtype)
     return (
         _product("gkhtm,gkhmd->gkhtd", for_logits, k),
         _product("gkhtm,gkhtd->gkhmd", for_logits, q),
-        _product("gkhtm,gkhtd->gkhmd", kept.astype(q.dtype), gradient),
+        _product("gkhtm,gkhtd->gkhmd", read.astype(q.dtype), gradient),
     )
 
 
@@ -172,6 +164,11 @@ def _past_backward(q, gradient, mean, log_total, past):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _dropped(dropout, weights, rows):
+    keep = kept(dropout, weights.shape, rows.start)
+    return jnp.where(keep, weights * dropout.scale, 0.0)
 
 
 def _blocks(length: int) -> list[slice]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype, check_heads
-from rlhf_jax.models.dropout import dropout_mask
+from rlhf_jax.models.dropout import drop, start_dropout
 from rlhf_jax.models.gpt2_block import ACTIVATIONS, Block, Sight, layer_norm
 from rlhf_jax.models.gpt2_decoding import (
     OneByOne,
@@ -151,8 +151,7 @@ class GPT2:
         x = join_rows(x, last="fsdp") if is_decoding else split_rows(x)
         if dropout_key is None or not self.config.embd_pdrop:
             return x
-        keep, scale = dropout_mask(dropout_key, x.shape, self.config.embd_pdrop)
-        return jnp.where(keep, x * jnp.asarray(scale, x.dtype), 0)
+        return drop(start_dropout(dropout_key, self.config.embd_pdrop), x)
 
     def layers(
         self,

@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax.models.attention import ATTENDED, Dropout, Past, attend, attend_to_cache
+from rlhf_jax.models.attention import Past, attend, attend_to_cache
 from rlhf_jax.models.cudnn_attention import attend_by_cudnn, check_dropout
-from rlhf_jax.models.dropout import dropout_mask
+from rlhf_jax.models.dropout import drop, start_dropout
 from rlhf_jax.parallel.constraints import join_rows, split_rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -97,8 +96,7 @@ class _Attention(nn.Module):
         dropout = None
         if not deterministic and self.config.attn_pdrop:
             check_dropout(self.attention, self.config.attn_pdrop)
-            shape = (*q.shape[:1], 1, *q.shape[1:3], q.shape[2])
-            dropout = _dropout(self, shape, self.config.attn_pdrop)
+            dropout = start_dropout(self.make_rng("dropout"), self.config.attn_pdrop)
         parts, length = [], 0
         if sight.prompt is not None:
             length = sight.prompt.shape[-1]
@@ -186,11 +184,4 @@ def _dropped(module, x, rate, deterministic):
     """The array after dropout, where there is any."""
     if deterministic or not rate:
         return x
-    keep, scale = _dropout(module, x.shape, rate)
-    return jnp.where(keep, x * np.asarray(scale, x.dtype), 0)
-
-
-def _dropout(module, shape, rate):
-    keep, scale = dropout_mask(module.make_rng("dropout"), shape, rate)
-    # Random numbers cost more than the memory of one byte an entry.
-    return Dropout(checkpoint_name(keep, ATTENDED), scale)
+    return drop(start_dropout(module.make_rng("dropout"), rate), x)

@@ -46,7 +46,7 @@ def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
       body: (carry, layer) -> (carry, output).
       remat: "none" keeps all but parameters that were collected from other devices; "full" the
         carry alone, and computes the layer once more; "dots" also the products with parameters, and
-        what attention and dropout gave, so that norms and activations are computed once more.
+        what attention gave, so that norms and activations are computed once more.
         Values and gradients are the same.
 
     Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).

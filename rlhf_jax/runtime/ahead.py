@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.sft import learned_width, most_learned
@@ -98,6 +99,7 @@ def _supervised(config, training, settings, model, mesh, batch, key) -> Program:
         in_shardings=(state, rows, whole),
         out_shardings=(state, whole),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     return Program("step", step, (shape, batch, key), _bytes_on_device(shape, state))
 
@@ -125,6 +127,7 @@ def _ppo(config: PPOConfig, model: GPT2, mesh: Mesh, key: Any, batch: Any) -> li
             in_shardings=(state, rows, whole),
             out_shardings=(state, whole, rows),
             donate_argnums=0,
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
         )
         return [Program("step", step, (shape, batch, key), size)]
     sample = jax.jit(
@@ -137,6 +140,7 @@ def _ppo(config: PPOConfig, model: GPT2, mesh: Mesh, key: Any, batch: Any) -> li
         in_shardings=(state, rows, rows, rows, whole),
         out_shardings=(state, whole, rows),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     rollout = (settings.batch_size, settings.response_length)
     responses = Rollout(*(_array(dtype, *rollout) for dtype in (jnp.int32, bool, float)))

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.datasets import load_rows
@@ -297,6 +298,7 @@ class PPOStage:
                 in_shardings=(state, rows, whole),
                 out_shardings=(state, whole, rows),
                 donate_argnums=0,
+                compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
             )
         else:
             sample = ppo.make_rollout_step(self.model, self.settings, stop_token_ids=stops)
@@ -311,6 +313,7 @@ class PPOStage:
                 in_shardings=(state, rows, rows, rows, whole),
                 out_shardings=(state, whole, rows),
                 donate_argnums=0,
+                compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
             )
         self.judge = PolicyJudge(
             self.model,

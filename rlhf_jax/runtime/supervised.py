@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.backend import compiler_options
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import (
@@ -75,6 +76,7 @@ class SupervisedStage:
             in_shardings=(state, rows, whole),
             out_shardings=(state, whole),
             donate_argnums=0,
+            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
         )
         self._evaluate = jax.jit(
             training.make_eval_step(self.model),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import attention
-from rlhf_jax.models.attention import Dropout, Past, attend, attend_to_cache
+from rlhf_jax.models.attention import Past, attend, attend_to_cache
+from rlhf_jax.models.dropout import kept, start_dropout
 
 G, K, H, T, P, D = 2, 3, 2, 7, 5, 4
 
@@ -49,7 +50,7 @@ def plain(q, k, v, visible, past=None, dropout=None):
     weights = jax.nn.softmax(logits, axis=-1)
     own = weights[..., : k.shape[3]]
     if dropout is not None:
-        own = jnp.where(dropout.keep, own * dropout.scale, 0.0)
+        own = jnp.where(kept(dropout, own.shape), own * dropout.scale, 0.0)
     out = jnp.einsum("gkhtm,gkhmd->gkhtd", own, v)
     if past is not None:
         out += jnp.einsum("gkhtm,ghmd->gkhtd", weights[..., k.shape[3] :], past.values)
@@ -77,8 +78,7 @@ def test_equals_a_loop_over_tokens(block, with_past):
 def test_gradients_equal_those_of_the_plain_form(block, kind, length):
     q, k, v, visible, past = arrays(1, length)
     past = past if kind == "behind a past" else None
-    keep = np.random.default_rng(2).random((G, K, H, length, length)) < 0.8
-    dropout = Dropout(jnp.asarray(keep), 1.25) if kind == "with dropout" else None
+    dropout = start_dropout(jax.random.key(2), 0.2) if kind == "with dropout" else None
     weights = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
 
     def loss(function):
@@ -105,8 +105,9 @@ def test_what_nothing_is_seen_by_has_no_gradient():
 
 def test_dropout_of_weights_equals_a_loop():
     q, k, v, visible, _ = arrays(4)
-    keep = np.random.default_rng(5).random((G, K, H, T, T)) < 0.5
-    found = attend(q, k, v, visible, None, Dropout(jnp.asarray(keep), 2.0))
+    dropout = start_dropout(jax.random.key(5), 0.5)
+    keep = np.asarray(kept(dropout, (G, K, H, T, T)))
+    found = attend(q, k, v, visible, None, dropout)
     expected = by_loop(q, k, v, visible, None, keep, 2.0)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -114,7 +115,7 @@ def test_dropout_of_weights_equals_a_loop():
 def test_a_past_has_no_dropout():
     q, k, v, visible, past = arrays()
     with pytest.raises(ValueError, match="no dropout"):
-        attend(q, k, v, visible, past, Dropout(jnp.ones((G, K, H, T, T), bool), 1.0))
+        attend(q, k, v, visible, past, start_dropout(jax.random.key(0), 0.5))
 
 
 def test_bfloat16_is_near_float32():

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models import gpt2_decoding
+from rlhf_jax.models.gpt2_decoding import OneByOne
 from rlhf_jax.models.interface import SharedPrompt, positions_from
 from tests.models.tiny_gpt2 import CONFIG, MODEL, VOCABULARY, hidden, pad
 
@@ -28,26 +30,37 @@ def test_layers_one_by_one_decode_as_a_stack_does(params, texts):
     tokens, mask = (jnp.asarray(x) for x in pad(texts, 9, "left", 5))
     positions = positions_from(mask)
 
-    @jax.jit
-    def both(params):
-        x = MODEL.embed(params, tokens[:, :7], positions[:, :7])
-        room = MODEL.init_cache(4, 9)
-        _, cache = MODEL.layers(params["layers"], x, mask[:, :7], positions[:, :7], room)
-        found = []
-        for parts in ((params, cache), MODEL.for_decoding(params, cache)):
-            (weights, memory), states = parts, []
-            for t in (7, 8):
-                at = slice(t, t + 1)
-                x = MODEL.embed(weights, tokens[:, at], positions[:, at])
-                x, memory = MODEL.layers(
-                    weights["layers"], x, mask[:, at], positions[:, at], memory
-                )
-                states.append(MODEL.final(weights, x))
-            found.append((states, [*memory.keys], [*memory.values], memory.mask, memory.length))
-        assert isinstance(memory.keys, tuple)
-        return found
+    def decode(params):
+        states, memory = [], MODEL.init_cache(4, 9)
+        for at in (slice(0, 7), slice(7, 8), slice(8, 9)):
+            x = MODEL.embed(params, tokens[:, at], positions[:, at])
+            x, memory = MODEL.layers(params["layers"], x, mask[:, at], positions[:, at], memory)
+            states.append(MODEL.padded_logits(params, MODEL.final(params, x)[:, -1]))
+        return states, [*memory.keys], [*memory.values], memory.mask, memory.length
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *both(params))
+    ready = jax.jit(MODEL.for_decoding)(params)
+    assert isinstance(ready["layers"], OneByOne)
+    found, expected = (jax.jit(decode)(x) for x in (ready, params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+    )
+
+
+def test_what_is_ready_for_decoding_stays_as_it_is(params):
+    ready = MODEL.for_decoding(params)
+    assert all(
+        one is other
+        for one, other in zip(
+            jax.tree.leaves(ready), jax.tree.leaves(MODEL.for_decoding(ready)), strict=True
+        )
+    )
+
+
+def test_deep_models_keep_their_stack(params, monkeypatch):
+    monkeypatch.setattr(gpt2_decoding, "MOST_ONE_BY_ONE", 1)
+    ready = MODEL.for_decoding(params)
+    assert ready["layers"].keys() == params["layers"].keys()
+    assert set(ready["wte"]) == {"columns"}
 
 
 @pytest.mark.parametrize("pieces", [(4, 1, 1, 1, 1, 1), (3, 2, 4), (9,)], ids=str)
