@@ -53,6 +53,7 @@ class Worker:
     def __init__(self, program: Program) -> None:
         self.program, self.key = program, jax.random.key(0)
         self.state = jax.block_until_ready(jax.jit(program.init)(self.key))
+        jax.clear_caches()  # a run begins with a checkpoint, and not with this program
         self.compiled: Any = None
         self.steps = self.compilations = 0
         self.was_reset = False
