@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PromptBatch, Rollout, TextBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import ppo, sft
@@ -21,7 +22,8 @@ KEY = jax.random.key(0)
 
 def temporary(step, *shapes):
     """MiB of temporary arrays of a step that consumes its first argument."""
-    compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
+    options = compiler_options(jax.default_backend())
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 

@@ -204,7 +204,9 @@ def _reward(form):
 
 
 def _generate(form):
-    program, params, rollout, arrays = _stepped(form)
+    program, _, rollout, arrays = _stepped(form)
+    # The same numbers, as a checkpoint would hold them.
+    params = _quick(program.model.init)(jax.random.key(0))
     rows = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
     length = form.response_length
     logprobs = _quick(plain.token_logprobs, static_argnums=0)(_sizes(form), params, rows)
