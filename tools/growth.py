@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.rollout.generate import generate
@@ -154,7 +155,8 @@ def lowered_step(size):
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     step = sft.make_step(size.model, sft.Settings(batch_size=size.batch))
     batch = TextBatch(tokens, tokens, mask)
-    return jax.jit(step, donate_argnums=0).lower(state, batch, KEY)
+    options = compiler_options(jax.default_backend())  # as the commands have it
+    return jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, batch, KEY)
 
 
 def lowered_generation(size):
