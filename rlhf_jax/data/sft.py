@@ -220,6 +220,8 @@ def learned_width(counts: Sequence[int], length: int) -> int | None:
 def most_learned(settings: Settings) -> int:
     """How many tokens a row learns whose prompts and completions are as long as they may be.
 
+    Rows of plain text learn all of their tokens, and packed ones more where prompts are short.
+
     >>> most_learned(Settings(max_length=256, max_prompt_length=100, max_response_length=20))
     40
     """

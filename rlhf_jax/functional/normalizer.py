@@ -9,7 +9,7 @@ from rlhf_jax.backend import is_on_one_cpu
 BLOCK = 128
 # A logit this far below the largest has probability 0, times whatever a gradient is.
 NOTHING = -1e4
-_LEAST = -1e30
+_LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 def normalizer(logits):
@@ -54,7 +54,7 @@ def _blocks(logits):
     what it sums nor walks through a row that no cache holds. Elsewhere there is one.
     """
     size = logits.shape[-1]
-    count = size // BLOCK if is_on_one_cpu() and size % BLOCK == 0 else 1
+    count = max(size // BLOCK, 1) if is_on_one_cpu() and size % BLOCK == 0 else 1
     blocks = logits.reshape(*logits.shape[:-1], count, size // count)
     base = lax.stop_gradient(jnp.max(blocks, axis=-1))
     # Finite, so that a block of -inf gives 0.

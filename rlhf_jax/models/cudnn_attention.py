@@ -54,7 +54,7 @@ def attend_by_cudnn(
       InputError: there is no GPU that has the kernel.
     """
     if implementation == "cudnn":
-        check_device("the attention cudnn")
+        check_device("The attention cudnn")
     length, has_past = q.shape[3], past is not None
     if past is not None:
         k, v = (_behind(before, own) for before, own in zip(past[:2], (k, v), strict=True))

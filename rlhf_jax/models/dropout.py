@@ -40,7 +40,7 @@ def start_dropout(key: jax.Array, rate: float) -> Dropout:
 
 
 def kept(dropout: Dropout, shape: tuple[int, ...], first_row: int = 0) -> jax.Array:
-    """bool[shape], True where an entry stays; of shape [..., rows, columns].
+    """bool[shape], True where an entry stays; of shape [..., rows, columns], each below 65,536.
 
     An entry depends on its indices and nothing else: part of an array, whose rows begin with
     `first_row` of the whole, drops what the whole does, on any number of devices.
@@ -59,7 +59,8 @@ def kept(dropout: Dropout, shape: tuple[int, ...], first_row: int = 0) -> jax.Ar
 
 def drop(dropout: Dropout, x: jax.Array) -> jax.Array:
     """The array after dropout, in its dtype."""
-    return jnp.where(kept(dropout, x.shape), x * dropout.scale.astype(x.dtype), 0)
+    # Rounded to bfloat16 the scale would be off by up to 0.2 %.
+    return jnp.where(kept(dropout, x.shape), (x * dropout.scale).astype(x.dtype), 0)
 
 
 def _index(shape, axis):

@@ -17,6 +17,7 @@ from rlhf_jax.models.dropout import drop, start_dropout
 from rlhf_jax.models.gpt2_block import ACTIVATIONS, Block, Sight, layer_norm
 from rlhf_jax.models.gpt2_decoding import (
     OneByOne,
+    check_trainable,
     embedded,
     extend_one_by_one,
     for_decoding,
@@ -235,6 +236,7 @@ class GPT2:
 
     def unembedding(self, params):
         """[Vp, D], the token embedding."""
+        check_trainable(params)
         return params["wte"]["embedding"]
 
     def logits(self, params, hidden):
@@ -278,6 +280,7 @@ class GPT2:
                 f"{tokens.shape[1]} tokens exceed the model's n_positions = "
                 f"{self.config.n_positions}; shorten the rows."
             )
+        check_trainable(params)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         positions = positions_from(mask)
         embed_key, layers_key = (
@@ -299,6 +302,7 @@ class GPT2:
 
         The embeddings, and with them the unembedding, freeze with any layer.
         """
+        check_trainable(params)
         if not 0 <= num_layers_unfrozen <= self.config.n_layer:
             raise InputError(
                 f"num_layers_unfrozen must be from 0 to n_layer = {self.config.n_layer}, "

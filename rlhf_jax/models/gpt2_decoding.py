@@ -39,6 +39,12 @@ def for_decoding(params: Params, dtype: str) -> Params:
     return {**params, "layers": OneByOne(tuple(layers))}
 
 
+def check_trainable(params: Params) -> None:
+    """Raises a ValueError if the parameters were laid out for decoding."""
+    if "columns" in params["wte"]:
+        raise ValueError("these parameters are laid out by for_decoding; give those of before.")
+
+
 def _cast(params: Params, dtype: str) -> Params:
     """Parameters of products and embeddings in the compute dtype; layer norms as they are."""
 

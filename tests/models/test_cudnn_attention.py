@@ -183,5 +183,5 @@ def test_devices_without_the_kernel_are_told(device, message, monkeypatch):
 
 
 def test_without_a_gpu_a_step_says_so():
-    with pytest.raises(InputError, match="the attention cudnn needs an NVIDIA GPU, but JAX runs"):
+    with pytest.raises(InputError, match="The attention cudnn needs an NVIDIA GPU, but JAX runs"):
         jax.eval_shape(lambda: MODEL.hidden(MODEL.init(jax.random.key(0)), jnp.ones((1, 4), int)))
