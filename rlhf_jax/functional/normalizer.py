@@ -34,10 +34,12 @@ def entropy_of(logits):
 
         H = log Z - sum_j w_j (sum_v e_v (logit_v - b_j) + (b_j - top) sum_v e_v) / Z
     """
-    top, base, blocks = _blocks(logits)
+    # By itself: log-probabilities of the same logits are then, to the bit, what they are alone.
+    logits = lax.optimization_barrier(logits)
     _, log_total = normalizer(logits)
+    top, base, blocks = _blocks(logits)
     parts = jnp.sum(jnp.exp(blocks - base[..., None]), axis=-1)
-    # By itself: a CPU would write the exponentials of all logits, for two sums to read.
+    # By themselves: a CPU would write the exponentials of all logits, for two sums to read.
     blocks, below = lax.optimization_barrier((blocks, base))
     # 0 * -inf is NaN.
     less = jnp.maximum(blocks - below[..., None], NOTHING)
