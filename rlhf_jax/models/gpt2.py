@@ -205,8 +205,8 @@ class GPT2:
         block = Block(self.config, self.dtype, is_decoding=True)
 
         if isinstance(stack, OneByOne):
-            x, keys, values = extend_one_by_one(block, stack, x, visible, cache)
-            return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
+            x, memory = extend_one_by_one(block, stack, x, visible, cache)
+            return x, Cache(*memory, mask=new_mask, length=cache.length + x.shape[1])
 
         def body(carry, params):
             x, keys, values, i = carry

@@ -89,8 +89,8 @@ def run_layers(body: Any, x: jax.Array, stack: Params, others: Any) -> tuple[jax
 
 def extend_one_by_one(
     block: Any, stack: OneByOne, x: jax.Array, visible: jax.Array, cache: Cache
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """(x, keys, values): a step of decoding through layers and caches one by one.
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """(x, (keys, values)): a step of decoding through layers and caches one by one.
 
     Args:
       block: a decoding `Block`.
@@ -108,4 +108,4 @@ def extend_one_by_one(
         x = block.apply({"params": params}, x, q, *past, visible, method="look_back")
         keys.append(past[0])
         values.append(past[1])
-    return x, tuple(keys), tuple(values)
+    return x, (tuple(keys), tuple(values))
