@@ -1,6 +1,7 @@
 """The rooms of the package: who may import whom, what stays light, and what the texts promise."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -218,3 +219,8 @@ def test_python_in_the_texts_runs(name):
 def test_the_readme_names_each_function():
     named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text()))
     assert not set(functional.__all__) - named
+
+
+def test_importing_the_tests_leaves_xla_its_flags(xla_flags_at_start):
+    """Programs for eight devices are imported too: processes of other tests would have eight."""
+    assert os.environ.get("XLA_FLAGS") == xla_flags_at_start

@@ -156,9 +156,10 @@ def group_advantages(scores, *, scale=True, eps=1e-4):
     open: TRL's is this one. Without scale: Liu et al., Understanding R1-Zero-Like Training,
     section 3.2 (arXiv:2503.20783).
 
-    >>> print(group_advantages(jnp.array([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]), eps=0.0))
-    [[-1.  0.  1.]
-     [ 0.  0.  0.]]
+    >>> right = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    >>> print(group_advantages(right, eps=0.0))
+    [[ 1.5 -0.5 -0.5 -0.5]
+     [ 0.   0.   0.   0. ]]
     """
     expect_scalars(eps=eps)
     centred = _centred(scores)

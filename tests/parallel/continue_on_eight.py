@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 
-flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+if __name__ == "__main__":  # and not when it is looked through for doctests
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
 
