@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax.models.attention import Past, attend, attend_to_cache
 from rlhf_jax.models.cudnn_attention import attend_by_cudnn, check_dropout
+from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import drop, start_dropout
 from rlhf_jax.parallel.constraints import join_rows, split_rows
 
@@ -89,7 +90,7 @@ class _Attention(nn.Module):
         width = self.config.n_embd
         # [D, 3, D]: what splits the last axis over devices gives each the same heads of all three.
         self.c_attn = _dense(self.config, self.dtype, (3, width))
-        self.c_proj = _dense(self.config, self.dtype, width, residual_scale(self.config))
+        self.c_proj = _dense(self.config, self.dtype, (width,), residual_scale(self.config))
 
     def __call__(self, x, sight, past, deterministic):
         q, k, v = self.heads(x)
@@ -151,10 +152,9 @@ class _MLP(nn.Module):
     is_decoding: bool
 
     def setup(self):
-        self.c_fc = _dense(self.config, self.dtype, self.config.inner_width)
-        self.c_proj = _dense(
-            self.config, self.dtype, self.config.n_embd, residual_scale(self.config)
-        )
+        self.c_fc = _dense(self.config, self.dtype, (self.config.inner_width,))
+        width = self.config.n_embd
+        self.c_proj = _dense(self.config, self.dtype, (width,), residual_scale(self.config))
 
     def __call__(self, x):
         h = self.c_fc(x)
@@ -169,7 +169,7 @@ def residual_scale(config: Any) -> float:
 
 def _dense(config, dtype, features, scale=1.0):
     kernel_init = nn.initializers.normal(config.initializer_range * scale)
-    return nn.DenseGeneral(features, dtype=jnp.dtype(dtype), kernel_init=kernel_init)
+    return Dense(features, dtype, kernel_init)
 
 
 def layer_norm(config: Any, dtype: str) -> nn.LayerNorm:

@@ -65,3 +65,22 @@ def test_an_impossible_target_has_an_infinite_loss_and_a_finite_gradient(label_s
     value, gradient = jax.value_and_grad(loss)(logits)
     assert value == np.inf
     assert np.isfinite(gradient).all()
+
+
+def test_accuracy_is_that_of_argmax_in_ties_and_of_what_is_no_number():
+    rows = [
+        ([1.0, 3.0, 3.0], 1, True),  # the first of those that are largest
+        ([1.0, 3.0, 3.0], 2, False),
+        ([0.0, 0.0, 0.0], 0, True),
+        ([-np.inf, -np.inf, 0.0], 2, True),
+        ([-np.inf, 0.0, np.inf], 2, True),
+        ([0.0, 1.0, 0.0], -1, False),
+        ([0.0, 0.0, 1.0], -1, False),
+        ([0.0, 1.0, 0.0], 3, False),
+        ([np.nan, np.nan, np.nan], 0, False),
+        ([0.0, np.nan, 0.0], 1, False),
+        ([0.0, np.nan, 1.0], 2, False),
+    ]
+    for logits, target, correct in rows:
+        arrays = (np.float32([[logits]]), np.array([[target]]), np.array([[True]]))
+        assert rlhf.cross_entropy_loss(*arrays)[1]["accuracy"] == correct

@@ -1,0 +1,101 @@
+"""Affine layers beside sums by NumPy, and how their gradients are multiplied on a CPU."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import dense
+from rlhf_jax.models.dense import Dense
+
+NORMAL = nn.initializers.normal(0.5)
+
+
+def make(features, dtype="float32", shape=(2, 5, 3)):
+    """(layer, parameters with a bias, inputs, what to multiply the result with)."""
+    layer = Dense(features, dtype, NORMAL)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], shape)
+    params = layer.init(keys[1], x)["params"]
+    params["bias"] = jax.random.normal(keys[2], features)
+    return layer, params, x, jax.random.normal(keys[3], (*shape[:-1], *features))
+
+
+def gradients(layer, params, x, weights):
+    """Of the weighted sum of the results, for the parameters and for the inputs."""
+
+    def total(params, x):
+        return jnp.sum(layer.apply({"params": params}, x).astype(jnp.float32) * weights)
+
+    return jax.jit(jax.grad(total, argnums=(0, 1)))(params, x)
+
+
+@pytest.mark.parametrize("features", [(4,), (3, 4)])
+def test_results_and_gradients_are_those_of_a_loop(features):
+    layer, params, x, weights = make(features)
+    kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+    rows, factors = np.asarray(x, np.float64), np.asarray(weights, np.float64)
+    expected = np.zeros(factors.shape)
+    for_x, for_kernel, for_bias = np.zeros(rows.shape), np.zeros(kernel.shape), np.zeros(bias.shape)
+    for at in np.ndindex(rows.shape[:-1]):
+        expected[at] = bias
+        for_bias += factors[at]
+        for i, entry in enumerate(rows[at]):
+            expected[at] += entry * kernel[i]
+            for_kernel[i] += entry * factors[at]
+            for_x[at][i] = np.sum(kernel[i] * factors[at])
+    result = layer.apply({"params": params}, x)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+    found, found_x = gradients(layer, params, x, weights)
+    np.testing.assert_allclose(found["kernel"], for_kernel, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["bias"], for_bias, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found_x, for_x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_one_cpu_computes_what_other_devices_do(monkeypatch, dtype, tolerance):
+    made = make((3, 8), dtype, (2, 16, 8))
+    here = gradients(*made), made[0].apply({"params": made[1]}, made[2])
+    monkeypatch.setattr(dense, "is_on_one_cpu", lambda: False)
+    there = gradients(*made), made[0].apply({"params": made[1]}, made[2])
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=tolerance, atol=4 * tolerance
+        )
+    assert here[1].dtype == dtype
+
+
+def test_parameters_start_as_those_of_flax():
+    layer, x = Dense((3, 4), "float32", NORMAL), jnp.ones((2, 5))
+    theirs = nn.DenseGeneral((3, 4), kernel_init=NORMAL).init(jax.random.key(7), x)
+    jax.tree.map(np.testing.assert_array_equal, layer.init(jax.random.key(7), x), theirs)
+
+
+def test_layers_of_several_seeds_are_mapped():
+    layer, params, x, weights = make((4,))
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    found = jax.vmap(lambda params: gradients(layer, params, x, weights))(several)
+    for i in range(2):
+        alone = gradients(layer, jax.tree.map(lambda leaf, i=i: leaf[i], several), x, weights)
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], found)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, alone
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_product_of_gradients_goes_by_columns(dtype):
+    """One that contracts the first axis of its left operand takes twice as long, or longer."""
+    layer, params, x, weights = make((64,), dtype, (4, 64, 128))
+
+    def total(params, x):
+        return jnp.sum(layer.apply({"params": params}, jnp.tanh(x)).astype(jnp.float32) * weights)
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x).compile().as_text()
+    contracted = re.findall(r" dot\(.*lhs_contracting_dims=\{(\d)\}", text)
+    assert len(contracted) >= 2
+    assert set(contracted) == {"1"}
