@@ -222,5 +222,5 @@ def test_the_readme_names_each_function():
 
 
 def test_importing_the_tests_leaves_xla_its_flags(xla_flags_at_start):
-    """Programs for eight devices are imported too: processes of other tests would have eight."""
+    """Where all tests run, programs for eight devices are imported: all would start with eight."""
     assert os.environ.get("XLA_FLAGS") == xla_flags_at_start

@@ -156,8 +156,8 @@ def group_advantages(scores, *, scale=True, eps=1e-4):
     open: TRL's is this one. Without scale: Liu et al., Understanding R1-Zero-Like Training,
     section 3.2 (arXiv:2503.20783).
 
-    >>> right = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    >>> print(group_advantages(right, eps=0.0))
+    >>> scores = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    >>> print(group_advantages(scores, eps=0.0))
     [[ 1.5 -0.5 -0.5 -0.5]
      [ 0.   0.   0.   0. ]]
     """

@@ -50,7 +50,7 @@ def token_logprobs(logits, tokens):
 def _chosen_logprobs(logits, tokens):
     """f32[...] of f32[..., V] logits; NaN where they are no distribution."""
     top, log_total = normalizer(logits)
-    return _chosen(logits, tokens) - top - log_total
+    return chosen_logits(logits, tokens) - top - log_total
 
 
 @_chosen_logprobs.defjvp
@@ -62,10 +62,10 @@ def _chosen_logprobs_jvp(primals, tangents):
     probabilities = jnp.exp((logits - top[..., None]) - log_total[..., None])
     slope = (_token_ids(logits) == tokens[..., None]) - probabilities
     slope = jnp.where(jnp.isfinite(log_total)[..., None], slope, 0.0)
-    return _chosen(logits, tokens) - top - log_total, jnp.sum(slope * tangents[0], axis=-1)
+    return chosen_logits(logits, tokens) - top - log_total, jnp.sum(slope * tangents[0], axis=-1)
 
 
-def _chosen(logits, tokens):
+def chosen_logits(logits, tokens):
     """f32[...]: the logit of each token."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -1,4 +1,4 @@
-"""Affine layers, and products with the embedding, of gradients that a CPU multiplies fast."""
+"""Affine layers, whose gradients a CPU multiplies fast."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, get_abstract_mesh
 
 from rlhf_jax.backend import is_on_one_cpu
 
 
 class Dense(nn.Module):
     """x @ kernel + bias: [..., *features] of [..., D], with parameters [D, *features], [*features].
+
+    Differentiable on one CPU in reverse mode only, as the model is by its attention anyway.
 
     Attributes:
       features: the axes of the result that take the place of D.
@@ -28,17 +31,23 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self._init_kernel, x.shape[-1])
-        bias = self.param("bias", nn.initializers.zeros_init(), self.features)
+        bias = self.param("bias", nn.initializers.zeros_init(), self.features, jnp.float32)
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        return (_affine if is_on_one_cpu() else _plain)(x, kernel, bias)
+        return (_affine if _is_by_rows() else _plain)(x, kernel, bias)
 
     def _init_kernel(self, key, width):
-        flat = self.kernel_init(key, (width, math.prod(self.features)))
+        flat = self.kernel_init(key, (width, math.prod(self.features)), jnp.float32)
         return flat.reshape(width, *self.features)
 
 
+def _is_by_rows():
+    """On one CPU, but where axes of a mesh are explicit or manual: there a rule must say more."""
+    return is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
+
+
 def _plain(x, kernel, bias):
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias
+    product = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return product + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
 
 
 _affine = jax.custom_vjp(_plain)
@@ -71,7 +80,8 @@ _affine.defvjp(_forward, _backward)
 
 
 def _dot(x, y):
-    return lax.dot(x, y, preferred_element_type=jnp.float32)
+    """Added up in float32 at least."""
+    return lax.dot(x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _columns(rows):

@@ -75,16 +75,59 @@ def test_parameters_start_as_those_of_flax():
     jax.tree.map(np.testing.assert_array_equal, layer.init(jax.random.key(7), x), theirs)
 
 
-def test_layers_of_several_seeds_are_mapped():
-    layer, params, x, weights = make((4,))
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_layers_of_several_seeds_are_mapped(dtype, tolerance):
+    layer, params, x, weights = make((4,), dtype)
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
     found = jax.vmap(lambda params: gradients(layer, params, x, weights))(several)
     for i in range(2):
         alone = gradients(layer, jax.tree.map(lambda leaf, i=i: leaf[i], several), x, weights)
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], found)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, alone
-        )
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=10 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_mesh_of_one_device_changes_nothing(kind):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    layer, params, x, weights = make((3, 4))
+    expected = gradients(layer, params, x, weights)[1]
+
+    def total(x, weights):
+        return jnp.sum(layer.apply({"params": params}, x) * weights)
+
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P("data"))
+        found = jax.grad(total)(jax.device_put(x, rows), jax.device_put(weights, rows))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_shard_map_add_up():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer, params, x, weights = make((3, 4))
+
+    @jax.shard_map(mesh=mesh, in_specs=(jax.P(), jax.P("data"), jax.P("data")), out_specs=jax.P())
+    def total(params, x, weights):
+        return jax.lax.psum(jnp.sum(layer.apply({"params": params}, x) * weights), "data")
+
+    found = jax.jit(jax.grad(total, argnums=(0, 1)))(params, x, weights)
+    expected = gradients(layer, params, x, weights)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_float64_stays_so_and_parameters_are_float32():
+    with jax.enable_x64(True):
+        layer, params, x, weights = make((4,), "float64")
+        assert {leaf.dtype for leaf in jax.tree.leaves(layer.init(jax.random.key(0), x))} == {
+            jnp.dtype("float32")
+        }
+        params, x, weights = jax.tree.map(lambda leaf: leaf.astype("float64"), (params, x, weights))
+
+        def total(params):
+            return jnp.sum(layer.apply({"params": params}, x) * weights)
+
+        found = jax.grad(total)(params)["kernel"]
+        np.testing.assert_allclose(found, np.einsum("btd,btf->df", x, weights), rtol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
