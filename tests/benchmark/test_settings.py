@@ -86,12 +86,15 @@ def test_a_signal_ends_the_command_through_its_doors(number, error, text, monkey
     main = runpy.run_path(str(script))["main"]
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setattr(command, "run_benchmark", lambda: os.kill(os.getpid(), number))
-    before = signal.getsignal(signal.SIGTERM)
+    # What a shell starts in the background ignores Ctrl-C, and Python leaves that as it is.
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(error, match=text):
             main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def test_the_settings_of_a_workload_are_those_of_the_issue():
