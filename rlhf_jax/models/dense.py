@@ -61,7 +61,7 @@ def _backward(saved, gradient):
     """The gradient of the kernel as x.T @ gradient, and of the bias as a product with ones.
 
     By itself JAX multiplies gradient.T with x and transposes that, of which XLA makes a product
-    that goes through both by columns: on a CPU it takes twice as long, and in bfloat16 four times.
+    that goes through both by columns: on a CPU it takes twice as long, and in bfloat16 three times.
     """
     x, kernel = saved
     matrix = kernel.reshape(x.shape[-1], -1)
