@@ -19,14 +19,14 @@ class TextBatch(NamedTuple):
         a token attends to its own text alone, and positions count from its start.
       loss_mask: bool[B, L], True on the tokens that the model is to predict. The first token of a
         text has nothing before it and is never among them.
-      learned: i32[B, K], the places of these tokens in each row, in order, and 0 behind them; None
+      target_positions: i32[B, K], the places of these tokens in each row, in order, and 0 behind them; None
         where they are most of all. Logits are computed for these alone.
     """
 
     tokens: jax.Array
     segments: jax.Array
     loss_mask: jax.Array
-    learned: jax.Array | None = None
+    target_positions: jax.Array | None = None
 
 
 class PairBatch(NamedTuple):
@@ -37,7 +37,7 @@ class PairBatch(NamedTuple):
       chosen, chosen_mask: i32[B, T] and bool[B, T], right-padded, EOS included.
       rejected, rejected_mask: the same for the other response.
       margin: f32[B], by how much the chosen one should win; 0 where nothing is known.
-      rows: bool[B], False on rows that only fill up a short last batch.
+      valid: bool[B], False on the padding of a short last batch.
     """
 
     prompts: jax.Array
@@ -47,7 +47,7 @@ class PairBatch(NamedTuple):
     rejected: jax.Array
     rejected_mask: jax.Array
     margin: jax.Array
-    rows: jax.Array
+    valid: jax.Array
 
 
 class RankingBatch(NamedTuple):

@@ -6,12 +6,12 @@ python scripts/compile_for.py --topology v5e:16x16 --model gpt2-xl --config FILE
 
 import sys
 
-from rlhf_jax.runtime import cli
+from rlhf_jax.runtime.commands import terminal as cli
 
 
 def main() -> None:
     """The command, after what has to be said before JAX looks for devices."""
-    from rlhf_jax.runtime import compile_for
+    from rlhf_jax.runtime.compilation import command as compile_for
 
     compile_for.use_no_accelerator(sys.argv)
     compile_for.run_compile_for()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from rlhf_jax.data.datasets import Settings, load_rows
+from rlhf_jax.data.datasets import Settings, load_examples
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.cli import INPUT_ERROR
+from rlhf_jax.runtime.commands.terminal import INPUT_ERROR
 
 
 def pair_by_label(
@@ -39,7 +39,7 @@ def pair_by_label(
       split: of a hub data set.
       seed: of the order.
     """
-    rows, _ = load_rows(Settings(path=source, split=split, eval_rows=0), "prompts")
+    rows, _ = load_examples(Settings(path=source, split=split, eval_rows=0), "prompts")
     for column in ("text", label):
         if column not in rows[0]:
             raise InputError(

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from rlhf_jax.data.datasets import Settings, load_rows
+from rlhf_jax.data.datasets import Settings, load_examples
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.cli import INPUT_ERROR
+from rlhf_jax.runtime.commands.terminal import INPUT_ERROR
 
 
 def pair_by_prompt(source: str, output: str, *, split: str = "train", seed: int = 0) -> int:
@@ -34,7 +34,7 @@ def pair_by_prompt(source: str, output: str, *, split: str = "train", seed: int 
     Returns:
       How many pairs were written.
     """
-    rows, _ = load_rows(Settings(path=source, split=split, eval_rows=0), "text")
+    rows, _ = load_examples(Settings(path=source, split=split, eval_rows=0), "text")
     if "completion" not in rows[0] or len(rows) < 2:
         raise InputError(f"{source} has no two rows with the columns `prompt` and `completion`.")
     random.Random(seed).shuffle(rows)

@@ -5,7 +5,7 @@ python scripts/train_ppo.py --config FILE.yaml --section.key value ...
 
 import sys
 
-from rlhf_jax.runtime import cli
+from rlhf_jax.runtime.commands import terminal as cli
 
 if __name__ == "__main__":
     sys.exit(cli.main("train_ppo", "PPOConfig"))

@@ -7,9 +7,10 @@ import pytest
 from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PairBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.runtime import ahead, supervised
+from rlhf_jax.runtime.compilation import ahead
 from rlhf_jax.runtime.config import SFTConfig, resolve
-from rlhf_jax.runtime.sft import SFTStage
+from rlhf_jax.runtime.stages import supervised
+from rlhf_jax.runtime.stages.sft import SFTStage
 from rlhf_jax.training import reward
 from tests import small
 

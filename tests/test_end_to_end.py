@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
-from rlhf_jax.runtime import config, loop, run_evaluate, run_generate, run_rlhf
-from rlhf_jax.runtime.reward import RewardStage
+from rlhf_jax.runtime import config, run_evaluate, run_generate, run_rlhf
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.reward import RewardStage
 from tests import small
 
 STAGES = ("sft", "reward", "ppo")

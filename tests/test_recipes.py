@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rlhf_jax import runtime
-from rlhf_jax.data.datasets import load_rows
+from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config
@@ -235,7 +235,7 @@ def test_the_small_recipes_read_their_files(path, tmp_path, monkeypatch):
         pairs = f"dialogsum/pairs_{split}.jsonl"
         assert pair_by_prompt(f"dialogsum/{split}.jsonl.gz", pairs) == len(POSTS)
     for stage, kind in zip(STAGES, ("text", "pairs", "prompts"), strict=True):
-        train, held_out = load_rows(getattr(made.data, stage), kind)
+        train, held_out = load_examples(getattr(made.data, stage), kind)
         assert len(train) == len(held_out) == len(POSTS)
 
 

@@ -5,22 +5,22 @@ by the functions that need them.
 """
 
 from rlhf_jax.data.batching import Batches, eval_batches
-from rlhf_jax.data.datasets import load_rows
-from rlhf_jax.data.pairs import pair_rows
-from rlhf_jax.data.prompts import prompt_rows
-from rlhf_jax.data.rankings import ranking_rows
-from rlhf_jax.data.sft import text_rows, tokenize_texts
+from rlhf_jax.data.datasets import load_examples
+from rlhf_jax.data.pairs import encode_pairs
+from rlhf_jax.data.prompts import encode_prompts
+from rlhf_jax.data.rankings import encode_rankings
+from rlhf_jax.data.sft import encode_texts, tokenize_texts
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer
 
 __all__ = [
     "Batches",
     "eval_batches",
-    "load_rows",
+    "load_examples",
     "load_tokenizer",
-    "pair_rows",
-    "prompt_rows",
-    "ranking_rows",
-    "text_rows",
+    "encode_pairs",
+    "encode_prompts",
+    "encode_rankings",
+    "encode_texts",
     "tokenize_texts",
     "train_tokenizer",
 ]

@@ -16,20 +16,20 @@ from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
 from rlhf_jax.data.encoding import MULTIPLE
 from rlhf_jax.errors import InputError
 
-Rows = TypeVar("Rows", TextBatch, PairBatch, RankingBatch, PromptBatch)
+Batch = TypeVar("Batch", TextBatch, PairBatch, RankingBatch, PromptBatch)
 
-MOST_BUCKETS = 4
+MAX_BUCKETS = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Batches(Generic[Rows]):
+class Batches(Generic[Batch]):
     """An endless stream of batches over a data set that is permuted anew in every epoch.
 
     The epochs follow each other without a gap: a batch may hold the end of one and the beginning
     of the next, nothing is dropped, and a batch may be larger than the data set.
 
     Attributes:
-      rows: the whole data set, NumPy arrays [N, ...].
+      examples: the whole data set, NumPy arrays [N, ...].
       batch_size: rows of a batch, of all hosts together.
       seed: of the permutations; epoch e is permuted by (seed, e).
       shuffle: False takes the rows in their order.
@@ -42,7 +42,7 @@ class Batches(Generic[Rows]):
     [[0, 1], [2, 3], [4, 0]]
     """
 
-    rows: Rows
+    examples: Batch
     batch_size: int
     seed: int
     shuffle: bool = True
@@ -51,24 +51,24 @@ class Batches(Generic[Rows]):
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"The batch size is {self.batch_size}: set it to 1 or more.")
-        if not 1 <= self.buckets <= MOST_BUCKETS:
+        if not 1 <= self.buckets <= MAX_BUCKETS:
             raise InputError(
-                f"The number of length buckets is {self.buckets}: it is 1 to {MOST_BUCKETS}."
+                f"The number of length buckets is {self.buckets}: it is 1 to {MAX_BUCKETS}."
             )
-        if self.num_rows < 1:
+        if self.num_examples < 1:
             raise InputError("There are no rows to make batches of.")
 
     @property
-    def num_rows(self) -> int:
+    def num_examples(self) -> int:
         """N, the rows of the data set."""
-        return self.rows[0].shape[0]
+        return self.examples[0].shape[0]
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps after which every row has been seen at least once."""
-        return -(-self.num_rows // self.batch_size)
+        return -(-self.num_examples // self.batch_size)
 
-    def at(self, step: int, process_index: int = 0, process_count: int = 1) -> Rows:
+    def at(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """The batch of a step, or the part of it that one of several hosts feeds.
 
         Args:
@@ -86,23 +86,23 @@ class Batches(Generic[Rows]):
         part = _part(self.batch_size, process_index, process_count)
         return self.rows_at(step, part.start, part.stop)
 
-    def rows_at(self, step: int, start: int, stop: int) -> Rows:
+    def rows_at(self, step: int, start: int, stop: int) -> Batch:
         """Some rows of the batch of a step, from `start` to `stop`, in the widths of the whole."""
         indices = self.indices(step)
         widths = self._widths(indices)
         mine = indices[start:stop]
         # Not field by field, since a PromptBatch may hold no texts.
-        batch = jax.tree.map(lambda array: array[mine], self.rows)
+        batch = jax.tree.map(lambda array: array[mine], self.examples)
         return batch if widths is None else _trim(batch, widths)
 
     def indices(self, step: int) -> Any:
         """i64[batch_size], the rows of the data set that make up the batch of a step."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, within = np.divmod(places, self.num_rows)
+        epochs, within = np.divmod(places, self.num_examples)
         if not self.shuffle:
             return within
         parts = [
-            _permutation(self.seed, int(epoch), self.num_rows)[within[epochs == epoch]]
+            _permutation(self.seed, int(epoch), self.num_examples)[within[epochs == epoch]]
             for epoch in np.unique(epochs)
         ]
         return np.concatenate(parts)
@@ -113,7 +113,7 @@ class Batches(Generic[Rows]):
             return None
         needed = [int(lengths[indices].max()) for lengths in self._lengths]
         for bucket in range(1, self.buckets):
-            widths = tuple(self._bucket(full, bucket) for full in _full_widths(self.rows))
+            widths = tuple(self._bucket(full, bucket) for full in _full_widths(self.examples))
             if all(need <= have for need, have in zip(needed, widths, strict=True)):
                 return widths
         return None
@@ -124,23 +124,23 @@ class Batches(Generic[Rows]):
 
     @functools.cached_property
     def _lengths(self) -> tuple[Any, ...]:
-        return _lengths(self.rows)
+        return _lengths(self.examples)
 
 
 def eval_batches(
-    rows: Rows, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Rows]:
+    rows: Batch, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
     """The rows in their order, in batches of one size; the last is filled up with inert rows.
 
     Args:
-      rows: the whole data set, NumPy arrays [N, ...].
+      examples: the whole data set, NumPy arrays [N, ...].
       batch_size: rows of a batch, of all hosts together.
       process_index: which host, of
       process_count: how many; they divide each batch into equal runs of rows.
 
     Yields:
       Batches [batch_size / process_count, ...]. Inert rows are 0 and False in all their arrays:
-      tokens, masks, segments, `PairBatch.rows`, and `PromptBatch.indices`, whose filling is told
+      tokens, masks, segments, `PairBatch.valid`, and `PromptBatch.indices`, whose filling is told
       by its mask and not by its index.
 
     Raises:
@@ -177,18 +177,18 @@ def _permutation(seed: int, epoch: int, rows: int) -> Any:
     return permutation
 
 
-def _full_widths(rows: Rows) -> tuple[int, ...]:
+def _full_widths(rows: Batch) -> tuple[int, ...]:
     """The widths that can be cut: L, or L and K, or P and T, or P."""
     if isinstance(rows, PairBatch):
         return rows.prompts.shape[1], rows.chosen.shape[1]
     if isinstance(rows, RankingBatch):
         return rows.prompts.shape[1], rows.responses.shape[2]
-    if isinstance(rows, TextBatch) and rows.learned is not None:
-        return rows.tokens.shape[1], rows.learned.shape[1]
+    if isinstance(rows, TextBatch) and rows.target_positions is not None:
+        return rows.tokens.shape[1], rows.target_positions.shape[1]
     return (rows[0].shape[1],)
 
 
-def _lengths(rows: Rows) -> tuple[Any, ...]:
+def _lengths(rows: Batch) -> tuple[Any, ...]:
     """How much of each of these widths every row needs, i64[N] each."""
     if isinstance(rows, PairBatch):
         responses = np.maximum(rows.chosen_mask.sum(1), rows.rejected_mask.sum(1))
@@ -198,15 +198,21 @@ def _lengths(rows: Rows) -> tuple[Any, ...]:
     if isinstance(rows, PromptBatch):
         return (rows.prompt_mask.sum(1),)
     lengths = (rows.segments > 0).sum(1)
-    return (lengths,) if rows.learned is None else (lengths, (rows.learned > 0).sum(1))
+    return (
+        (lengths,)
+        if rows.target_positions is None
+        else (lengths, (rows.target_positions > 0).sum(1))
+    )
 
 
-def _trim(batch: Rows, widths: tuple[int, ...]) -> Rows:
+def _trim(batch: Batch, widths: tuple[int, ...]) -> Batch:
     """The batch without the padding beyond these widths: left of prompts, right of the rest."""
     if isinstance(batch, TextBatch):
         tokens, segments, loss_mask = (array[:, : widths[0]] for array in batch[:3])
-        learned = None if batch.learned is None else batch.learned[:, : widths[1]]
-        return TextBatch(tokens, segments, loss_mask, learned)
+        target_positions = (
+            None if batch.target_positions is None else batch.target_positions[:, : widths[1]]
+        )
+        return TextBatch(tokens, segments, loss_mask, target_positions)
     prompt = batch.prompts.shape[1] - widths[0]
     left = {name: getattr(batch, name)[:, prompt:] for name in ("prompts", "prompt_mask")}
     if isinstance(batch, PromptBatch):

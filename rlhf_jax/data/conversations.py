@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 RESPONSES = ("completion", "chosen", "rejected")
 
 
-def part_rows(
+def split_conversations(
     rows: Sequence[Row], kind: Kind, settings: Settings, path: str, *, quiet: bool = False
 ) -> list[Row]:
     """The rows with the prompts that `split_at` and `prompt_suffix` of the settings find in them.

@@ -36,7 +36,7 @@ class Prompt(NamedTuple):
         return self.tokens[: most - len(self.ending)] + self.ending
 
 
-def encode_prompts(
+def tokenize_prompts(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], suffix: str | None, most: int
 ) -> list[Prompt]:
     """The prompts as tokens; those that end with the suffix keep it, and the space before it.

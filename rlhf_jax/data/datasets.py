@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_jax.data import builtin
-from rlhf_jax.data.conversations import part_rows
+from rlhf_jax.data.conversations import split_conversations
 from rlhf_jax.data.files import files_of_split, looks_local, read_files, single_file
-from rlhf_jax.data.formats import CANONICAL, FORMATS, Kind, Row, ranking_of, rows_of
+from rlhf_jax.data.formats import CANONICAL, FORMATS, Kind, Row, examples_of, ranking_of
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
     import datasets
 
 BUILTIN = "builtin"
-MOST_HELD_OUT = 512
+MAX_HELD_OUT = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _at_least(lowest: int, key: str, value: int) -> None:
         raise InputError(f"data.{key} is {value}: set it to {lowest} or more.")
 
 
-def load_rows(
+def load_examples(
     settings: Settings, kind: Kind, *, quiet: bool = False
 ) -> tuple[list[Row], list[Row]]:
     """The training and the evaluation rows, with canonical column names.
@@ -189,8 +189,8 @@ def load_rows(
         raise InputError(f"The kind of rows is {kind!r}: it is one of {', '.join(FORMATS)}.")
     train, evaluation = _rows(settings, kind)
     eval_path = settings.eval_path or settings.path
-    train = part_rows(train, kind, settings, settings.path, quiet=quiet)
-    evaluation = part_rows(evaluation, kind, settings, eval_path, quiet=quiet)
+    train = split_conversations(train, kind, settings, settings.path, quiet=quiet)
+    evaluation = split_conversations(evaluation, kind, settings, eval_path, quiet=quiet)
     if kind == "prompts":
         _check_prompts(train, settings.path)
         _check_prompts(evaluation, eval_path)
@@ -208,24 +208,24 @@ def _check_prompts(rows: list[Row], path: str) -> None:
 
 
 def _rows(settings: Settings, kind: Kind) -> tuple[list[Row], list[Row]]:
-    """The rows as `load_rows` gives them, but for prompts that are inside other texts."""
+    """The rows as `load_examples` gives them, but for prompts that are inside other texts."""
     if settings.path == BUILTIN:
         train = _builtin_rows(settings, kind, settings.builtin_rows, "train")[: settings.max_rows]
         if settings.eval_path is not None:
             return train, _evaluation_rows(settings, kind)
-        wanted = MOST_HELD_OUT if settings.eval_rows is None else settings.eval_rows
+        wanted = MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
         return train, _builtin_rows(settings, kind, wanted, "eval")
     table = _read(settings.path, settings.split, settings)
     order = np.random.default_rng(settings.seed).permutation(len(table))
     if settings.eval_path is None and settings.eval_split is None:
         held_out = _held_out(settings, len(table))
         cut = len(table) - held_out
-        evaluation = rows_of(table, sorted(order[cut:].tolist()), kind, settings.path)
+        evaluation = examples_of(table, sorted(order[cut:].tolist()), kind, settings.path)
         order = order[:cut]
     else:
         evaluation = _evaluation_rows(settings, kind)
     chosen = sorted(order[: settings.max_rows].tolist())
-    return rows_of(table, chosen, kind, settings.path), evaluation
+    return examples_of(table, chosen, kind, settings.path), evaluation
 
 
 def _builtin_rows(settings: Settings, kind: Kind, rows: int, split: builtin.Split) -> list[Row]:
@@ -242,7 +242,7 @@ def _builtin_rows(settings: Settings, kind: Kind, rows: int, split: builtin.Spli
 def _held_out(settings: Settings, rows: int) -> int:
     """How many rows to hold out of so many."""
     if settings.eval_rows is None:
-        return min(MOST_HELD_OUT, rows // 10)
+        return min(MAX_HELD_OUT, rows // 10)
     if settings.eval_rows >= rows:
         raise InputError(
             f"data.eval_rows holds out {settings.eval_rows} of the {rows} rows of {settings.path} "
@@ -255,14 +255,14 @@ def _evaluation_rows(settings: Settings, kind: Kind) -> list[Row]:
     """The first rows of the evaluation split that the settings name."""
     path = settings.eval_path or settings.path
     if path == BUILTIN:
-        rows = MOST_HELD_OUT if settings.eval_rows is None else settings.eval_rows
+        rows = MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
         return _builtin_rows(settings, kind, rows, "eval")
     if settings.eval_rows == 0:
         return []
     split = settings.eval_split or ("train" if os.path.isfile(path) else "validation")
     table = _read(path, split, settings)
-    most = MOST_HELD_OUT if settings.eval_rows is None else settings.eval_rows
-    return rows_of(table, list(range(min(most, len(table)))), kind, path)
+    most = MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
+    return examples_of(table, list(range(min(most, len(table)))), kind, path)
 
 
 def _read(path: str, split: str, settings: Settings) -> datasets.Dataset:

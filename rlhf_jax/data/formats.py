@@ -47,7 +47,7 @@ CANONICAL = (
 )
 
 
-def rows_of(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) -> list[Row]:
+def examples_of(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) -> list[Row]:
     """The rows at `indices`, checked; errors count rows from 1, as in the file."""
     found = _format(table.column_names, kind, path)
     kept = [c for c in (*found, *OPTIONAL[kind]) if c in table.column_names]

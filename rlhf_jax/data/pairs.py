@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.batches import PairBatch
 from rlhf_jax.data.chat import response_texts
-from rlhf_jax.data.cutting import Prompt, encode_prompts, warn_of_cut_prompts
+from rlhf_jax.data.cutting import Prompt, tokenize_prompts, warn_of_cut_prompts
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, pad_left, pad_right, warn, width, with_eos
 from rlhf_jax.errors import InputError
@@ -36,7 +36,7 @@ class _Pair(NamedTuple):
     margin: float
 
 
-def pair_rows(
+def encode_pairs(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> PairBatch:
     """All pairs as one batch of NumPy arrays.
@@ -50,7 +50,7 @@ def pair_rows(
     in one counted warning.
 
     Args:
-      rows: "pairs" rows of `load_rows`: `chosen`, `rejected`, and perhaps `prompt`, `margin`.
+      rows: "pairs" rows of `load_examples`: `chosen`, `rejected`, and perhaps `prompt`, `margin`.
       tokenizer: makes the tokens, and the text of messages through its chat template.
       settings: the limits.
 
@@ -109,7 +109,7 @@ def _tokenize(
 ) -> list[_Pair]:
     eos, most = tokenizer.eos_token_id, settings.max_prompt_length
     texts = [pair.prompt for pair in pairs]
-    prompts = encode_prompts(tokenizer, texts, settings.prompt_suffix, most)
+    prompts = tokenize_prompts(tokenizer, texts, settings.prompt_suffix, most)
     chosen = encode(tokenizer, [pair.chosen for pair in pairs])
     rejected = encode(tokenizer, [pair.rejected for pair in pairs])
     return [
@@ -145,5 +145,5 @@ def _arrays(pairs: Sequence[_Pair], settings: Settings) -> PairBatch:
         *pad_right(chosen, longest),
         *pad_right(rejected, longest),
         margin=margin,
-        rows=real,
+        valid=real,
     )

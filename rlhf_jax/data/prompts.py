@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data.chat import prompt_text
-from rlhf_jax.data.cutting import Prompt, encode_prompts, warn_of_cut_prompts
+from rlhf_jax.data.cutting import Prompt, tokenize_prompts, warn_of_cut_prompts
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import pad_left, warn, width
 from rlhf_jax.errors import InputError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def prompt_rows(
+def encode_prompts(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> PromptBatch:
     """All prompts as one batch of NumPy arrays, in the order of the rows.
@@ -31,7 +31,7 @@ def prompt_rows(
     warning each.
 
     Args:
-      rows: "prompts" rows of `load_rows`: `prompt` or `text`.
+      rows: "prompts" rows of `load_examples`: `prompt` or `text`.
       tokenizer: makes the tokens.
       settings: the limits.
 
@@ -47,7 +47,7 @@ def prompt_rows(
         raise InputError("There are no prompts: give at least one row.")
     most, suffix = settings.max_prompt_length, settings.prompt_suffix
     texts = [prompt_text(row, number, tokenizer) for number, row in enumerate(rows, 1)]
-    prompts = encode_prompts(tokenizer, texts, suffix, most)
+    prompts = tokenize_prompts(tokenizer, texts, suffix, most)
     if settings.prompt_tokens is not None:
         prompts = _beginnings(rows, prompts, settings.prompt_tokens, settings.seed)
     long = [prompt for prompt in prompts if len(prompt.tokens) > most]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.data.chat import response_texts
-from rlhf_jax.data.cutting import Prompt, encode_prompts, warn_of_cut_prompts
+from rlhf_jax.data.cutting import Prompt, tokenize_prompts, warn_of_cut_prompts
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, pad_left, pad_right, warn, width, with_eos
 from rlhf_jax.errors import InputError
@@ -27,18 +27,18 @@ class _Ranking(NamedTuple):
     short: int
 
 
-def ranking_rows(
+def encode_rankings(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> RankingBatch:
     """All rankings as one batch of NumPy arrays.
 
-    Tokens, EOS and limits are those of `pair_rows`. Of each ranking the empty responses are
+    Tokens, EOS and limits are those of `encode_pairs`. Of each ranking the empty responses are
     dropped, those of fewer than `min_response_words`, and those that equal a better one (after
     cutting, too); then rankings in which fewer than two are left. Each of these is logged in one
     counted warning.
 
     Args:
-      rows: "rankings" rows of `load_rows`: `responses`, best first, and perhaps `prompt`.
+      rows: "rankings" rows of `load_examples`: `responses`, best first, and perhaps `prompt`.
       tokenizer: makes the tokens, and the text of messages through its chat template.
       settings: the limits.
 
@@ -70,7 +70,7 @@ def _tokenize(
         response_texts(row.get("prompt", ""), row["responses"], number, tokenizer) or ("", [])
         for number, row in enumerate(rows, 1)
     ]
-    prompts = encode_prompts(
+    prompts = tokenize_prompts(
         tokenizer,
         [prompt for prompt, _ in found],
         settings.prompt_suffix,

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.data.chat import completion_texts, message_texts
-from rlhf_jax.data.cutting import Prompt, encode_prompts, warn_of_cut_prompts
+from rlhf_jax.data.cutting import Prompt, tokenize_prompts, warn_of_cut_prompts
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, warn, width, with_eos
 from rlhf_jax.errors import InputError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # Where more of a row is learned than this share, its logits are computed throughout.
-MOST_OF_ALL = 0.75
+MAX_TARGET_SHARE = 0.75
 
 
 class Text(NamedTuple):
@@ -28,12 +28,12 @@ class Text(NamedTuple):
 
     Attributes:
       tokens: the ids, EOS included unless it was cut off.
-      learned_from: the first position that is to be predicted; never 0, for the first token has
+      target_start: the first position that is to be predicted; never 0, for the first token has
         nothing before it.
     """
 
     tokens: list[int]
-    learned_from: int
+    target_start: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Report:
     dropped: int
 
 
-def text_rows(
+def encode_texts(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> tuple[TextBatch, Report]:
     """All texts as one batch of NumPy arrays, several to a row under `settings.packing`.
 
     Args:
-      rows: "text" rows of `load_rows`: `prompt` + `completion`, `messages` or `text`.
+      rows: "text" rows of `load_examples`: `prompt` + `completion`, `messages` or `text`.
       tokenizer: makes the tokens, and the text of messages through its chat template.
       settings: the limits; see `tokenize_texts` for how texts are cut.
 
@@ -114,7 +114,7 @@ def tokenize_texts(
     """
     parts = [_parts(row, number, tokenizer, settings) for number, row in enumerate(rows, 1)]
     heads = [prompt or "" for prompt, _ in parts]
-    prompts = encode_prompts(tokenizer, heads, settings.prompt_suffix, settings.max_prompt_length)
+    prompts = tokenize_prompts(tokenizer, heads, settings.prompt_suffix, settings.max_prompt_length)
     completions = encode(tokenizer, [completion for _, completion in parts])
     counts = {"cut_prompts": 0, "cut_texts": 0, "dropped": 0}
     texts, cut_prompts = [], []
@@ -132,8 +132,8 @@ def tokenize_texts(
         if len(head.tokens) > room:
             cut_prompts.append(head)
         before = head.cut(room)
-        learned_from = max(1, len(before)) if settings.completion_only else 1
-        texts.append(Text(before + kept, learned_from))
+        target_start = max(1, len(before)) if settings.completion_only else 1
+        texts.append(Text(before + kept, target_start))
     counts["cut_prompts"] = len(cut_prompts)
     _warn(cut_prompts, counts, len(parts), settings)
     if not texts:
@@ -207,22 +207,22 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def learned_width(counts: Sequence[int], length: int) -> int | None:
-    """K of `TextBatch.learned` for rows of a length that learn so many tokens; None if most are.
+def target_width(counts: Sequence[int], length: int) -> int | None:
+    """K of `TextBatch.target_positions` for rows of a length that learn so many tokens; None if most are.
 
-    >>> learned_width([3, 17], 64), learned_width([49], 64)
+    >>> target_width([3, 17], 64), target_width([49], 64)
     (24, None)
     """
     most = width(counts, length)
-    return None if most > MOST_OF_ALL * length else most
+    return None if most > MAX_TARGET_SHARE * length else most
 
 
-def most_learned(settings: Settings) -> int:
+def max_targets(settings: Settings) -> int:
     """How many tokens a row learns whose prompts and completions are as long as they may be.
 
     Rows of plain text learn all of their tokens, and packed ones more where prompts are short.
 
-    >>> most_learned(Settings(max_length=256, max_prompt_length=100, max_response_length=20))
+    >>> max_targets(Settings(max_length=256, max_prompt_length=100, max_response_length=20))
     40
     """
     if not settings.completion_only:
@@ -245,16 +245,16 @@ def _fill(texts: Sequence[Text], packed: Sequence[Sequence[int]], most: int) -> 
             end = start + len(text.tokens)
             tokens[place, start:end] = text.tokens
             segments[place, start:end] = segment
-            loss_mask[place, start + text.learned_from : end] = True
+            loss_mask[place, start + text.target_start : end] = True
             start = end
-    arrays: tuple[Any, Any, Any, Any] = (tokens, segments, loss_mask, _learned(loss_mask))
+    arrays: tuple[Any, Any, Any, Any] = (tokens, segments, loss_mask, _target_positions(loss_mask))
     return TextBatch(*arrays)
 
 
-def _learned(loss_mask: Any) -> Any:
+def _target_positions(loss_mask: Any) -> Any:
     """i32[N, K], the places of the tokens that are learned, 0 behind them; None if most are."""
     counts = loss_mask.sum(axis=1)
-    most = learned_width(counts.tolist(), loss_mask.shape[1])
+    most = target_width(counts.tolist(), loss_mask.shape[1])
     if most is None:
         return None
     places = np.zeros((len(counts), most), np.int32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import Past
-from rlhf_jax.parallel.constraints import split_heads, split_rows
+from rlhf_jax.parallel.constraints import constrain_batch, constrain_heads
 
 Attention = Literal["blocks", "cudnn"]
 
@@ -64,12 +64,12 @@ def attend_by_cudnn(
     sees = jnp.any(visible, axis=-1)
     # A softmax over nothing is no number: what sees nothing looks at all, and is left out after.
     visible = _even(visible | ~sees[..., None], 2, 3)
-    rows_q, rows_k, rows_v = (split_heads(_in_rows(_even(x, 3))) for x in (q, k, v))
+    rows_q, rows_k, rows_v = (constrain_heads(_in_rows(_even(x, 3))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
         rows_q,
         rows_k,
         rows_v,
-        mask=split_rows(visible.reshape(-1, 1, *visible.shape[2:])),
+        mask=constrain_batch(visible.reshape(-1, 1, *visible.shape[2:])),
         scale=1.0,
         is_causal=not has_past,
         implementation=implementation,

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype, check_heads
 from rlhf_jax.models.dropout import drop, start_dropout
-from rlhf_jax.models.gpt2_block import ACTIVATIONS, Block, Sight, layer_norm
+from rlhf_jax.models.gpt2_block import ACTIVATIONS, AttentionMask, Block, layer_norm
 from rlhf_jax.models.gpt2_decoding import (
-    OneByOne,
+    UnstackedLayers,
     check_trainable,
+    decode_unstacked,
     embedded,
-    extend_one_by_one,
     for_decoding,
     run_layers,
     unembedded,
@@ -27,10 +27,10 @@ from rlhf_jax.models.gpt2_decoding import (
 from rlhf_jax.models.interface import Cache, Params, SharedPrompt, positions_from
 from rlhf_jax.models.remat import Remat, check_remat, rematerialized
 from rlhf_jax.parallel.constraints import (
-    collect,
-    join_rows,
-    split_cache,
-    split_rows,
+    all_gather,
+    constrain_batch,
+    constrain_batch_over_data,
+    constrain_cache,
 )
 
 VOCABULARY_MULTIPLE = 128
@@ -131,7 +131,7 @@ class GPT2:
         normal = nn.initializers.normal(config.initializer_range)
         wte = normal(wte_key, (config.padded_vocab_size, config.n_embd))
         real = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
-        x, sight = jnp.zeros((1, 1, config.n_embd)), Sight(jnp.ones((1, 1, 1, 1), bool))
+        x, sight = jnp.zeros((1, 1, config.n_embd)), AttentionMask(jnp.ones((1, 1, 1, 1), bool))
         block = Block(config, self.dtype)  # whose parameters no attention changes
         layers = jax.vmap(lambda key: block.init(key, x, sight)["params"])(jnp.stack(keys))
         width = (config.n_embd,)
@@ -146,10 +146,10 @@ class GPT2:
         """Token plus position embedding, [B, L, D] in the compute dtype."""
         tables = {name: params[name] for name in ("wte", "wpe")}
         is_decoding = tokens.shape[1] == 1  # see Block
-        tables = tables if is_decoding else collect(tables, self.dtype)
+        tables = tables if is_decoding else all_gather(tables, self.dtype)
         x = embedded(tables["wte"], tokens).astype(self.dtype)
         x += embedded(tables["wpe"], positions).astype(self.dtype)
-        x = join_rows(x, last="fsdp") if is_decoding else split_rows(x)
+        x = constrain_batch_over_data(x, last="fsdp") if is_decoding else constrain_batch(x)
         if dropout_key is None or not self.config.embd_pdrop:
             return x
         return drop(start_dropout(dropout_key, self.config.embd_pdrop), x)
@@ -183,7 +183,7 @@ class GPT2:
 
         def body(x, layer):
             params, past, key = layer
-            params = collect(params, self.dtype, is_layer=True)
+            params = all_gather(params, self.dtype, is_layer=True)
             rngs = {} if key is None else {"dropout": key}
             x, memory = self._block.apply(
                 {"params": params}, x, sight, past, key is None, rngs=rngs
@@ -204,8 +204,8 @@ class GPT2:
         visible, new_mask = _visible_in_cache(cache, mask)
         block = Block(self.config, self.dtype, is_decoding=True)
 
-        if isinstance(stack, OneByOne):
-            x, memory = extend_one_by_one(block, stack, x, visible, cache)
+        if isinstance(stack, UnstackedLayers):
+            x, memory = decode_unstacked(block, stack, x, visible, cache)
             return x, Cache(*memory, mask=new_mask, length=cache.length + x.shape[1])
 
         def body(carry, params):
@@ -218,10 +218,10 @@ class GPT2:
                 for whole, part in zip((keys, values), new, strict=True)
             )
             past = (jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values))
-            x = block.apply(params, x, q, *past, visible, method="look_back")
+            x = block.apply(params, x, q, *past, visible, method="decode")
             return (x, keys, values, i + 1), None
 
-        past = (split_cache(cache.keys), split_cache(cache.values))
+        past = (constrain_cache(cache.keys), constrain_cache(cache.values))
         (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), stack)
         return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
 
@@ -253,11 +253,11 @@ class GPT2:
     def _products(self, params, hidden):
         """f32[..., Vp] products with all rows of the embedding."""
         table, is_decoding = {"wte": params["wte"]}, hidden.ndim == 2
-        hidden = join_rows(hidden, last="fsdp") if is_decoding else hidden
-        table = table if is_decoding else collect(table, self.dtype)
+        hidden = constrain_batch_over_data(hidden, last="fsdp") if is_decoding else hidden
+        table = table if is_decoding else all_gather(table, self.dtype)
         logits = unembedded(table["wte"], hidden)
-        logits = join_rows(logits, last="tensor") if is_decoding else logits
-        return split_rows(logits, last="tensor")
+        logits = constrain_batch_over_data(logits, last="tensor") if is_decoding else logits
+        return constrain_batch(logits, last="tensor")
 
     def hidden(self, params, tokens, mask=None, *, dropout_key=None):
         """Hidden states after the final layer norm.
@@ -338,16 +338,16 @@ def _own_visible(mask: jax.Array) -> jax.Array:
     return same & (index[:, None] >= index[None, :])
 
 
-def _sight(mask: jax.Array, prefix: Cache | None, shared: SharedPrompt | None) -> Sight:
+def _sight(mask: jax.Array, prefix: Cache | None, shared: SharedPrompt | None) -> AttentionMask:
     """Who sees whom, of rows with a mask [B, S], or [G * K, T] behind a prefix."""
     if prefix is not None:
         own = mask.reshape(prefix.mask.shape[0], -1, mask.shape[1])
-        return Sight(_own_visible(own), past=prefix.mask)
+        return AttentionMask(_own_visible(own), past=prefix.mask)
     if shared is None:
-        return Sight(_own_visible(mask)[:, None])
+        return AttentionMask(_own_visible(mask)[:, None])
     prompt, own = mask[:, : shared.length], mask[:, shared.length :]
     own = _own_visible(own.reshape(mask.shape[0], shared.responses, -1))
-    return Sight(own, _own_visible(prompt), prompt) if shared.length else Sight(own)
+    return AttentionMask(own, _own_visible(prompt), prompt) if shared.length else AttentionMask(own)
 
 
 def _visible_in_cache(cache: Cache, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -370,6 +370,6 @@ def _fill(cache: Cache, memory: tuple[jax.Array, jax.Array], mask: jax.Array) ->
 
     keys, values = jax.tree.map(fill, memory)
     if not isinstance(keys, tuple):
-        keys, values = split_cache(keys), split_cache(values)
+        keys, values = constrain_cache(keys), constrain_cache(values)
     written = jnp.pad(mask.astype(bool), ((0, 0), (0, missing)))
     return Cache(keys, values, written, mask.shape[1])

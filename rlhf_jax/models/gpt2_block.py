@@ -13,7 +13,7 @@ from rlhf_jax.models.attention import Past, attend, attend_to_cache
 from rlhf_jax.models.cudnn_attention import attend_by_cudnn, check_dropout
 from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import drop, start_dropout
-from rlhf_jax.parallel.constraints import join_rows, split_rows
+from rlhf_jax.parallel.constraints import constrain_batch, constrain_batch_over_data
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": functools.partial(nn.gelu, approximate=True),
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 Memory = tuple[jax.Array, jax.Array]
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which tokens of [B, S] see which: P of a prompt, then K responses of T, S = P + K * T.
 
     Attributes:
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.attn = _Attention(self.config, self.dtype, self.is_decoding, self.attention)
         self.mlp = _MLP(self.config, self.dtype, self.is_decoding)
 
-    def __call__(self, x, sight: Sight, past: Memory | None = None, deterministic=True):
+    def __call__(self, x, sight: AttentionMask, past: Memory | None = None, deterministic=True):
         """([B, S, D], (keys, values) [B, H, S, d]) of [B, S, D] and what is known of a past."""
         attended, memory = self.attn(self._place(self.ln_1(x)), sight, past, deterministic)
         return self._rest(x, attended, deterministic), memory
@@ -66,7 +66,7 @@ class Block(nn.Module):
         """Queries, keys and values [B, H, S, d] of [B, S, D]."""
         return self.attn.heads(self._place(self.ln_1(x)))
 
-    def look_back(self, x, q, keys, values, visible):
+    def decode(self, x, q, keys, values, visible):
         """The rest of the block, of queries on a cache [B, H, C, d] that is bool[B, S, C] seen."""
         return self._rest(x, self.attn.merge(attend_to_cache(q, keys, values, visible)), True)
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
         return self._place(x + _dropped(self, h, rate, deterministic))
 
     def _place(self, x):
-        return join_rows(x, last="fsdp") if self.is_decoding else split_rows(x)
+        return constrain_batch_over_data(x, last="fsdp") if self.is_decoding else constrain_batch(x)
 
 
 class _Attention(nn.Module):
@@ -120,8 +120,8 @@ class _Attention(nn.Module):
     def heads(self, x):
         """Scaled queries, keys and values, [B, H, S, d] each."""
         qkv = self.c_attn(x)
-        qkv = join_rows(qkv, last="tensor") if self.is_decoding else qkv
-        qkv = split_rows(qkv, last="tensor")
+        qkv = constrain_batch_over_data(qkv, last="tensor") if self.is_decoding else qkv
+        qkv = constrain_batch(qkv, last="tensor")
         heads = qkv.reshape(*qkv.shape[:3], self.config.n_head, -1)
         q, k, v = (jnp.swapaxes(heads[:, :, i], 1, 2) for i in range(3))
         return q * np.asarray(q.shape[-1] ** -0.5, q.dtype), k, v
@@ -129,8 +129,8 @@ class _Attention(nn.Module):
     def merge(self, out):
         """[B, S, D] of [B, H, S, d]."""
         out = jnp.swapaxes(out, 1, 2)
-        out = split_rows(out.reshape(*out.shape[:2], -1), last="tensor")
-        out = join_rows(out, last="tensor") if self.is_decoding else out
+        out = constrain_batch(out.reshape(*out.shape[:2], -1), last="tensor")
+        out = constrain_batch_over_data(out, last="tensor") if self.is_decoding else out
         return self.c_proj(out)
 
 
@@ -158,7 +158,7 @@ class _MLP(nn.Module):
 
     def __call__(self, x):
         h = self.c_fc(x)
-        h = (join_rows if self.is_decoding else split_rows)(h, last="tensor")
+        h = (constrain_batch_over_data if self.is_decoding else constrain_batch)(h, last="tensor")
         return self.c_proj(ACTIVATIONS[self.config.activation_function](h))
 
 

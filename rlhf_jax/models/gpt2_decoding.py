@@ -9,10 +9,10 @@ from rlhf_jax.backend import is_on_one_cpu
 from rlhf_jax.models.interface import Cache, Params
 
 # Each one is compiled by itself.
-MOST_ONE_BY_ONE = 16
+MAX_UNSTACKED_LAYERS = 16
 
 
-class OneByOne(NamedTuple):
+class UnstackedLayers(NamedTuple):
     """Layers that are no stack."""
 
     layers: tuple[Params, ...]
@@ -33,10 +33,10 @@ def for_decoding(params: Params, dtype: str) -> Params:
         return params
     params = {**params, "wte": {"columns": params["wte"]["embedding"].T}}
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    if depth > MOST_ONE_BY_ONE:
+    if depth > MAX_UNSTACKED_LAYERS:
         return params
     layers = (jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(depth))
-    return {**params, "layers": OneByOne(tuple(layers))}
+    return {**params, "layers": UnstackedLayers(tuple(layers))}
 
 
 def check_trainable(params: Params) -> None:
@@ -78,7 +78,7 @@ def run_layers(body: Any, x: jax.Array, stack: Params, others: Any) -> tuple[jax
 
     Of the latter what `body` gives beside x is a tuple of each leaf, instead of a stack.
     """
-    if not isinstance(stack, OneByOne):
+    if not isinstance(stack, UnstackedLayers):
         return jax.lax.scan(body, x, (stack, *others))
     outputs = []
     for i, layer in enumerate(stack.layers):
@@ -87,8 +87,8 @@ def run_layers(body: Any, x: jax.Array, stack: Params, others: Any) -> tuple[jax
     return x, jax.tree.map(lambda *leaves: leaves, *outputs)
 
 
-def extend_one_by_one(
-    block: Any, stack: OneByOne, x: jax.Array, visible: jax.Array, cache: Cache
+def decode_unstacked(
+    block: Any, stack: UnstackedLayers, x: jax.Array, visible: jax.Array, cache: Cache
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """(x, (keys, values)): a step of decoding through layers and caches one by one.
 
@@ -105,7 +105,7 @@ def extend_one_by_one(
             jax.lax.dynamic_update_slice(whole, part, at)
             for whole, part in zip(past, new, strict=True)
         ]
-        x = block.apply({"params": params}, x, q, *past, visible, method="look_back")
+        x = block.apply({"params": params}, x, q, *past, visible, method="decode")
         keys.append(past[0])
         values.append(past[1])
     return x, (tuple(keys), tuple(values))

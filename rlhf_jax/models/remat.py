@@ -9,7 +9,7 @@ import jax
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import ATTENDED
 from rlhf_jax.models.cudnn_attention import FORWARD
-from rlhf_jax.parallel.constraints import collect_again
+from rlhf_jax.parallel.constraints import remat_all_gather
 
 Remat = Literal["none", "full", "dots"]
 
@@ -52,6 +52,6 @@ def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
     Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
     """
     if remat == "none":
-        return collect_again(body)
+        return remat_all_gather(body)
     # In a scan the compiler cannot merge the two computations, which is what CSE would do.
     return jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])

@@ -20,14 +20,14 @@ from jax.sharding import AxisType, PartitionSpec
 from rlhf_jax.parallel.partition import AXES, ROWS, layer_spec, partition_spec, path_name
 
 
-def rows_over_devices(count: int) -> int:
-    """The least number of rows, no less than `count`, that `split_rows` splits."""
+def padded_batch_size(count: int) -> int:
+    """The least number of rows, no less than `count`, that `constrain_batch` splits."""
     mesh = _mesh()
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
     return -(-count // parts) * parts
 
 
-def split_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
+def constrain_batch(x: jax.Array, *, last: str | None = None) -> jax.Array:
     """The array with axis 0 split over the devices that rows are split over, and no other axis.
 
     Args:
@@ -35,13 +35,13 @@ def split_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
 
     An axis that does not divide is not split.
     """
-    return _split(x, ROWS, last)
+    return _constrain(x, ROWS, last)
 
 
-def join_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
+def constrain_batch_over_data(x: jax.Array, *, last: str | None = None) -> jax.Array:
     """The array with axis 0 split over `data` alone, so that parameters split over `fsdp` may stay.
 
-    It then costs less to move the rows than the parameters; as by `split_rows` otherwise.
+    It then costs less to move the rows than the parameters; as by `constrain_batch` otherwise.
     """
     return _split(x, ("data",), last)
 
@@ -56,16 +56,16 @@ def _split(x, axes, last):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def spread_rows(x: jax.Array) -> jax.Array:
-    """The array with axis 0 split over all devices where it divides, else as by `split_rows`."""
+def constrain_batch_over_all(x: jax.Array) -> jax.Array:
+    """The array with axis 0 split over all devices where it divides, else as by `constrain_batch`."""
     mesh = _mesh()
     if mesh is None or not _divides(mesh, x.shape[0], AXES):
-        return split_rows(x)
+        return constrain_batch(x)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
 
 
-def split_cache(x: jax.Array) -> jax.Array:
-    """Keys or values [N, B, H, C, d], rows split as in `split_rows`, and heads over `tensor`."""
+def constrain_cache(x: jax.Array) -> jax.Array:
+    """Keys or values [N, B, H, C, d], rows split as in `constrain_batch`, and heads over `tensor`."""
     mesh = _mesh()
     if mesh is None:
         return x
@@ -74,8 +74,8 @@ def split_cache(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(None, rows, heads, None, None))
 
 
-def split_heads(x: jax.Array) -> jax.Array:
-    """[B, L, H, d], rows split as in `split_rows`, and heads over `tensor`."""
+def constrain_heads(x: jax.Array) -> jax.Array:
+    """[B, L, H, d], rows split as in `constrain_batch`, and heads over `tensor`."""
     mesh = _mesh()
     if mesh is None:
         return x
@@ -84,7 +84,7 @@ def split_heads(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, None, heads, None))
 
 
-def collect(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
+def all_gather(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
     """Parameters as the products of one layer need them: split over `tensor` alone.
 
     Matrices and embeddings are cast to the compute dtype first, which halves what travels. In the
@@ -103,12 +103,12 @@ def collect(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
         spec = layer_spec(name) if is_layer else partition_spec(name)
         if "fsdp" not in spec:
             return leaf
-        return _collect(leaf.astype(dtype), spec)
+        return _all_gather(leaf.astype(dtype), spec)
 
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def collect_again(body: Callable[..., Any]) -> Callable[..., Any]:
+def remat_all_gather(body: Callable[..., Any]) -> Callable[..., Any]:
     """The body of a scan over layers, whose backward pass collects parameters once more.
 
     It would otherwise keep the collected ones of all layers, and so the whole model on each device.
@@ -121,9 +121,9 @@ def collect_again(body: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(body, prevent_cse=False, policy=_is_kept)
 
 
-# What `collect` is made of. To leave out its result alone is not enough: what that is made from
+# What `all_gather` is made of. To leave out its result alone is not enough: what that is made from
 # would be kept in its place.
-_COLLECTING = {
+_ALL_GATHER = {
     "convert_element_type",
     "copy",
     "custom_vjp_call",
@@ -134,24 +134,24 @@ _COLLECTING = {
 
 
 def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in _COLLECTING
+    return primitive.name not in _ALL_GATHER
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _collect(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _all_gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
     return jax.lax.with_sharding_constraint(leaf, whole)
 
 
-def _collect_forward(leaf, spec):
-    return _collect(leaf, spec), None
+def _all_gather_forward(leaf, spec):
+    return _all_gather(leaf, spec), None
 
 
-def _collect_backward(spec, _, gradient):
+def _all_gather_backward(spec, _, gradient):
     return (jax.lax.with_sharding_constraint(gradient, spec),)
 
 
-_collect.defvjp(_collect_forward, _collect_backward)
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 
 def _mesh() -> Any:

@@ -90,31 +90,31 @@ def _spanning(sharding: NamedSharding, array: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def from_rows(read: Callable[[int, int], Any], num_rows: int, sharding: NamedSharding) -> Any:
+def from_rows(read: Callable[[int, int], Any], num_examples: int, sharding: NamedSharding) -> Any:
     """A batch that spans the hosts, of which each reads only the rows that its devices hold.
 
     Args:
       read: (start, stop) -> these rows of the batch, a named tuple of NumPy arrays.
-      num_rows: of the whole batch.
+      num_examples: of the whole batch.
       sharding: of the rows, as by `batch_sharding`.
     """
-    held = sharding.addressable_devices_indices_map((num_rows,)).values()
-    ranges = sorted({_ends(index, num_rows) for index in held})
+    held = sharding.addressable_devices_indices_map((num_examples,)).values()
+    ranges = sorted({_ends(index, num_examples) for index in held})
     parts = [read(*ends) for ends in ranges]
 
     def array(*pieces):
         found = dict(zip(ranges, pieces, strict=True))
-        shape = (num_rows, *pieces[0].shape[1:])
+        shape = (num_examples, *pieces[0].shape[1:])
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: found[_ends(index, num_rows)]
+            shape, sharding, lambda index: found[_ends(index, num_examples)]
         )
 
     return jax.tree.map(array, *parts)
 
 
-def _ends(index: Any, num_rows: int) -> tuple[int, int]:
+def _ends(index: Any, num_examples: int) -> tuple[int, int]:
     """The first and the last row, not counting itself, of an index such as (slice(0, 4), ...)."""
-    start, stop, _ = index[0].indices(num_rows)
+    start, stop, _ = index[0].indices(num_examples)
     return start, stop
 
 
@@ -163,16 +163,16 @@ def _pickled(result: Any, error: BaseException | None) -> bytes:
 
 
 def _marked(error: BaseException) -> BaseException:
-    error.told_to_all = True  # type: ignore[attr-defined]
+    error.raised_on_all_hosts = True  # type: ignore[attr-defined]
     return error
 
 
-def was_told(error: BaseException) -> bool:
+def is_raised_on_all_hosts(error: BaseException) -> bool:
     """Whether all processes raise this, so that the first one speaks for them."""
-    return several() and getattr(error, "told_to_all", False)
+    return several() and getattr(error, "raised_on_all_hosts", False)
 
 
-def all_come(name: str, seconds: float) -> bool:
+def reach_barrier(name: str, seconds: float) -> bool:
     """Whether all processes call this within so many seconds."""
     if not several():
         return True
@@ -216,7 +216,7 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def failing_together() -> Iterator[None]:
     """Around what all processes do: if one of them leaves it by an error, the others end too.
 
     They would wait for it for ever. One that has not come to an end of its own within `GRACE`
@@ -231,7 +231,7 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not was_told(error):
+        if not is_raised_on_all_hosts(error):
             _tell_failure(key, error)
         raise
     finally:
@@ -240,7 +240,7 @@ def ending_together() -> Iterator[None]:
 
 def _tell_failure(key: str, error: BaseException) -> None:
     """Lets the others end, unless all raise an error here, say for a setting that is wrong."""
-    if all_come(f"ended/{key}", GRACE / 3):
+    if reach_barrier(f"ended/{key}", GRACE / 3):
         _marked(error)
         return
     text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
@@ -265,7 +265,7 @@ def leave(error: BaseException, status: int) -> None:
     At its exit JAX waits for all processes, for minutes. A process that is alone, and one of which
     the others share the error, returns from here and ends as any other.
     """
-    if not several() or was_told(error):
+    if not several() or is_raised_on_all_hosts(error):
         return
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rlhf_jax.batches import Rollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Cache, Model, Params, positions_from
-from rlhf_jax.parallel.constraints import split_rows, spread_rows
+from rlhf_jax.parallel.constraints import constrain_batch, constrain_batch_over_all
 from rlhf_jax.rollout.sampling import filtered_logprobs, sample_token
 
 
@@ -125,9 +125,9 @@ def _write(model, params, x, state: _State, key, sampling: _Sampling) -> _State:
     """Draws token t from the last hidden states x [B, D] and notes which rows go on."""
     t, running = state.t, state.running
     # Each row's distribution is whole where its token is drawn.
-    logits = spread_rows(model.padded_logits(params, model.final(params, x)))
+    logits = constrain_batch_over_all(model.padded_logits(params, model.final(params, x)))
     drawn = _draw(logits, jax.random.fold_in(key, t), t, sampling)
-    tokens, logprobs = (split_rows(x) for x in drawn)
+    tokens, logprobs = (constrain_batch(x) for x in drawn)
     column = Rollout(jnp.where(running, tokens, 0), running, jnp.where(running, logprobs, 0.0))
     rollout = jax.tree.map(
         lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, t, axis=1),

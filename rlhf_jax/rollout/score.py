@@ -26,7 +26,7 @@ def response_hidden(
       params: whole, or, where `lower` is given, the upper half that `model.split` gives.
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded, P >= 1.
       tokens, mask: i32[B, T] and bool[B, T], right-padded.
-      lower: [B, P + T - 1, D], what `lower_states` made of the same rows.
+      lower: [B, P + T - 1, D], what `frozen_states` made of the same rows.
 
     Returns:
       [B, T, D] in the compute dtype.
@@ -37,7 +37,7 @@ def response_hidden(
     return model.final(params, x[:, prompts.shape[1] - 1 :])
 
 
-def lower_states(
+def frozen_states(
     model: Model,
     frozen: Params,
     prompts: jax.Array,

@@ -1,10 +1,10 @@
 """The commands as Python calls: feeding the pure steps, saving what they make, and showing it."""
 
-from rlhf_jax.runtime.evaluation import run_evaluate
-from rlhf_jax.runtime.generation import run_generate
-from rlhf_jax.runtime.pipeline import run_rlhf
-from rlhf_jax.runtime.ppo import train_ppo
-from rlhf_jax.runtime.reward import train_reward
-from rlhf_jax.runtime.sft import train_sft
+from rlhf_jax.runtime.commands.evaluate import run_evaluate
+from rlhf_jax.runtime.commands.pipeline import run_rlhf
+from rlhf_jax.runtime.evaluation.responses import run_generate
+from rlhf_jax.runtime.stages.ppo import train_ppo
+from rlhf_jax.runtime.stages.reward import train_reward
+from rlhf_jax.runtime.stages.sft import train_sft
 
 __all__ = ["run_evaluate", "run_generate", "run_rlhf", "train_ppo", "train_reward", "train_sft"]

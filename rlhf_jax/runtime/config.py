@@ -24,11 +24,11 @@ from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dt
 from rlhf_jax.models.remat import Remat, check_remat
 from rlhf_jax.parallel.distributed import Settings as DistributedSettings
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
-from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
-from rlhf_jax.runtime.metrics import Settings as LoggingSettings
-from rlhf_jax.runtime.metrics import disk_errors, replace_file
-from rlhf_jax.runtime.records import config_in
-from rlhf_jax.runtime.sources import RewardSource
+from rlhf_jax.runtime.rewards.sources import RewardSource
+from rlhf_jax.runtime.run.checkpoint import Settings as CheckpointSettings
+from rlhf_jax.runtime.run.metrics import Settings as LoggingSettings
+from rlhf_jax.runtime.run.metrics import disk_errors, replace_file
+from rlhf_jax.runtime.run.records import config_in
 from rlhf_jax.training.ppo import OPTIMIZER as PPO_OPTIMIZER
 from rlhf_jax.training.ppo import Settings as PPOSettings
 from rlhf_jax.training.reward import Settings as RewardSettings

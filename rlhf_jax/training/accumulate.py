@@ -59,7 +59,7 @@ def accumulated_gradients(
     return sums
 
 
-def in_parts(function: Callable[[Any], Any], rows: Any, steps: int) -> Any:
+def map_microbatches(function: Callable[[Any], Any], rows: Any, steps: int) -> Any:
     """function(rows), of which a `steps`-th is run at a time, one after another.
 
     Args:
@@ -70,7 +70,7 @@ def in_parts(function: Callable[[Any], Any], rows: Any, steps: int) -> Any:
     Raises:
       ValueError: `steps` does not divide B.
 
-    >>> print(in_parts(lambda x: x * 10, jnp.arange(4), 2))
+    >>> print(map_microbatches(lambda x: x * 10, jnp.arange(4), 2))
     [ 0 10 20 30]
     """
     if steps == 1:

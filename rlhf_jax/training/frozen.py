@@ -35,6 +35,6 @@ def split_params(
     return model.split(params, num_layers_unfrozen)
 
 
-def whole_params(model: Model, frozen: Params | None, trained: Params) -> Params:
+def full_params(model: Model, frozen: Params | None, trained: Params) -> Params:
     """What `split_params` took apart, whole again; under jit, what is not read costs nothing."""
     return trained if frozen is None else model.merge(frozen, trained)

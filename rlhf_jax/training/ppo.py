@@ -20,7 +20,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.score import end_scores
-from rlhf_jax.training.accumulate import in_parts
+from rlhf_jax.training.accumulate import map_microbatches
 from rlhf_jax.training.frozen import split_params
 from rlhf_jax.training.ppo_metrics import objective_metrics
 from rlhf_jax.training.ppo_passes import (
@@ -33,7 +33,7 @@ from rlhf_jax.training.ppo_passes import (
 )
 from rlhf_jax.training.ppo_scores import (
     ScoreStats,
-    check_ends,
+    check_stop_tokens,
     init_score_stats,
     scale_scores,
     shape_scores,
@@ -222,7 +222,7 @@ def make_step(
         rollout = rollout_step(state, batch, sample_key)
         score = functools.partial(_end_scores, reward_model, state.frozen["reward"])
         rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-        scores = in_parts(score, rows, settings.num_score_parts)
+        scores = map_microbatches(score, rows, settings.num_score_parts)
         return update_step(state, batch, rollout, scores, update_key)
 
     return step
@@ -306,7 +306,7 @@ def make_update_step(
     optimizer = optimizer or make_optimizer(OPTIMIZER)
     values = value_form(settings, model, value_model)
     stops = tuple(stop_token_ids)
-    check_ends(settings, stops)
+    check_stop_tokens(settings, stops)
 
     def update_step(state, batch, rollout, scores, key):
         scores = shape_scores(settings, stops, rollout, scores)
@@ -374,7 +374,7 @@ def _adapt_penalty(model, settings, params, scored, coef, *, trunk=None, lower=N
         _logprobs, model, params["model"], temperature=settings.temperature, trunk=trunk
     )
     rows = (scored.prompts, scored.prompt_mask, scored.tokens, scored.mask)
-    logprobs = in_parts(score, (rows, lower), settings.num_score_parts)
+    logprobs = map_microbatches(score, (rows, lower), settings.num_score_parts)
     # k3 of the old policy to the new one: its tokens, and the r - 1 - log r of the loss.
     kl = functional.masked_mean(
         functional.kl_estimate(scored.logprobs, logprobs, "k3"), scored.mask

@@ -17,20 +17,20 @@ from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.score import lower_states, response_hidden
-from rlhf_jax.training.accumulate import in_parts
-from rlhf_jax.training.frozen import whole_params
+from rlhf_jax.rollout.score import frozen_states, response_hidden
+from rlhf_jax.training.accumulate import map_microbatches
+from rlhf_jax.training.frozen import full_params
 from rlhf_jax.training.ppo_settings import Settings
 
 
 def policy_params(model: Model, state: Any) -> Params:
     """The policy's whole parameters in a `PPOState`: what generates, and what is exported."""
-    return whole_params(model, state.frozen.get("trunk"), state.params["model"])
+    return full_params(model, state.frozen.get("trunk"), state.params["model"])
 
 
 def reference_params(model: Model, state: Any) -> Params:
     """The reference's whole parameters in a `PPOState`."""
-    return whole_params(model, state.frozen.get("trunk"), state.frozen["ref"])
+    return full_params(model, state.frozen.get("trunk"), state.frozen["ref"])
 
 
 def init_value(settings: Settings, model: Model, policy: Params, start: Params | None) -> Params:
@@ -97,7 +97,7 @@ def response_logprobs(
     Args:
       params: whole, or, where `trunk` and `lower` are given, the upper half.
       trunk: the frozen lower half.
-      lower: what `lower_states` made of the same rows with it.
+      lower: what `frozen_states` made of the same rows with it.
     """
     hidden = response_hidden(model, params, prompts, prompt_mask, tokens, mask, lower=lower)
     logits = response_logits(model, params, hidden, temperature=temperature, trunk=trunk)
@@ -117,7 +117,7 @@ def response_logits(
     trunk: Params | None = None,
 ) -> jax.Array:
     """f32[..., Vp] of hidden states over the temperature, -inf from V on; arguments as above."""
-    return model.padded_logits(whole_params(model, trunk, params), hidden) / temperature
+    return model.padded_logits(full_params(model, trunk, params), hidden) / temperature
 
 
 def response_values(
@@ -165,7 +165,7 @@ def score_rollout(
     """
     rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
     passes = functools.partial(_passes, model, value_model, settings, state)
-    lower, entropy, exact_kl, per_token = in_parts(passes, rows, settings.num_score_parts)
+    lower, entropy, exact_kl, per_token = map_microbatches(passes, rows, settings.num_score_parts)
     logprobs, ref_logprobs, values = (jnp.where(rollout.mask, x, 0.0) for x in per_token)
     scored = ScoredRollout(*rows, logprobs, ref_logprobs, values, scores)
     return scored, lower, entropy, exact_kl
@@ -174,7 +174,7 @@ def score_rollout(
 def _passes(model, value_model, settings, state, rows):
     """(lower states, entropy, KL, (logprobs, reference logprobs, values)) of rows."""
     policy, ref, trunk = state.params["model"], state.frozen["ref"], state.frozen.get("trunk")
-    lower = None if trunk is None else lower_states(model, trunk, *rows)
+    lower = None if trunk is None else frozen_states(model, trunk, *rows)
     logprobs, entropy, hidden = response_logprobs(
         model, policy, *rows, temperature=settings.temperature, trunk=trunk, lower=lower
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params, positions_from
-from rlhf_jax.training.frozen import whole_params
+from rlhf_jax.training.frozen import full_params
 from rlhf_jax.training.ppo_settings import Settings
 from rlhf_jax.training.sft import predictions
 
@@ -94,7 +94,7 @@ def text_loss(
     """
     hidden = _text_hidden(model, params, texts, trunk)
     states, targets, mask = predictions(texts, hidden)
-    logits = model.padded_logits(whole_params(model, trunk, params), states)
+    logits = model.padded_logits(full_params(model, trunk, params), states)
     return cross_entropy_loss(logits, targets, mask, denominator=denominator)[0]
 
 

@@ -48,7 +48,7 @@ def truncate_responses(settings: Settings, rollout: Rollout) -> Rollout:
     return Rollout(jnp.where(mask, rollout.tokens, 0), mask, jnp.where(mask, rollout.logprobs, 0.0))
 
 
-def check_ends(settings: Settings, stop_token_ids: Sequence[int]) -> None:
+def check_stop_tokens(settings: Settings, stop_token_ids: Sequence[int]) -> None:
     """Raises an InputError if a missing EOS has a price, and no response can end."""
     if settings.missing_eos_penalty is None and settings.missing_eos_score is None:
         return
@@ -61,7 +61,7 @@ def check_ends(settings: Settings, stop_token_ids: Sequence[int]) -> None:
         )
 
 
-def has_end(settings: Settings, stop_token_ids: Sequence[int], rollout: Rollout) -> jax.Array:
+def is_ended(settings: Settings, stop_token_ids: Sequence[int], rollout: Rollout) -> jax.Array:
     """bool[B]: whether a response came to an end of its own, by a stop token or by being cut."""
     ends = jnp.zeros(rollout.mask.shape, bool)
     if settings.stop_at_eos:
@@ -80,10 +80,10 @@ def shape_scores(
     """f32[B]: scores after what a missing EOS costs, and clipping."""
     scores = scores.astype(jnp.float32)
     if settings.missing_eos_penalty is not None:
-        ended = has_end(settings, stop_token_ids, rollout)
+        ended = is_ended(settings, stop_token_ids, rollout)
         scores = scores - jnp.where(ended, 0.0, settings.missing_eos_penalty)
     if settings.missing_eos_score is not None:
-        ended = has_end(settings, stop_token_ids, rollout)
+        ended = is_ended(settings, stop_token_ids, rollout)
         scores = jnp.where(ended, scores, settings.missing_eos_score)
     if settings.cliprange_reward is not None:
         scores = jnp.clip(scores, -settings.cliprange_reward, settings.cliprange_reward)

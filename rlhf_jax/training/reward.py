@@ -113,7 +113,7 @@ def init_state(
         {"model": ..., "head": ...} of a reward model to be trained further.
 
     Returns:
-      A state of which `whole_params` gives the reward model.
+      A state of which `full_params` gives the reward model.
 
     Raises:
       InputError: more layers are to be trained than the model has.
@@ -128,9 +128,9 @@ def init_state(
     )
 
 
-def whole_params(model: Model, state: TrainState) -> Params:
+def full_params(model: Model, state: TrainState) -> Params:
     """{"model": ..., "head": ...} of a state, frozen layers included."""
-    trunk = frozen.whole_params(model, state.frozen, state.params["model"])
+    trunk = frozen.full_params(model, state.frozen, state.params["model"])
     return {**state.params, "model": trunk}
 
 
@@ -194,7 +194,7 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], Metrics]:
             metrics, count = _sums_of_rankings(model, params, batch)
             return {**metrics, "count": count}
         _, metrics = _loss(model, params, batch, 0.0, denominator=1.0)
-        return {**metrics, "count": jnp.sum(batch.rows, dtype=jnp.float32)}
+        return {**metrics, "count": jnp.sum(batch.valid, dtype=jnp.float32)}
 
     return evaluate
 
@@ -236,7 +236,7 @@ def _loss(model, params, batch, center_coef, lower=None, denominator=None):
         scores[:, 1],
         margin=batch.margin,
         center_coef=center_coef,
-        mask=batch.rows,
+        mask=batch.valid,
         denominator=denominator,
     )
     return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
@@ -246,7 +246,7 @@ def _count(batch):
     """f32[]: the pairs, or the prompts with a pair, that every loss here is a mean over."""
     if isinstance(batch, RankingBatch):
         return jnp.sum(jnp.sum(jnp.any(batch.mask, axis=2), axis=1) > 1, dtype=jnp.float32)
-    return jnp.sum(batch.rows, dtype=jnp.float32)
+    return jnp.sum(batch.valid, dtype=jnp.float32)
 
 
 def _tokenwise_loss(model, params, batch, lower, denominator=None):
@@ -261,7 +261,7 @@ def _tokenwise_loss(model, params, batch, lower, denominator=None):
         batch.rejected,
         batch.chosen_mask,
         batch.rejected_mask,
-        mask=batch.rows,
+        mask=batch.valid,
         denominator=denominator,
     )
     return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}

@@ -151,11 +151,15 @@ def _loss(model, params, batch, settings, dropout_key, denominator=None):
 def predictions(batch: TextBatch, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(states [B, K, D], the tokens that they are to predict i32[B, K], which count bool[B, K]).
 
-    Those of `batch.learned`, and without it all: K is then L - 1.
+    Those of `batch.target_positions`, and without it all: K is then L - 1.
     """
-    if batch.learned is None:
+    if batch.target_positions is None:
         # A token is predicted from the state before it; the last state predicts nothing.
         return hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
-    before = jnp.maximum(batch.learned - 1, 0)
+    before = jnp.maximum(batch.target_positions - 1, 0)
     states = jnp.take_along_axis(hidden, before[:, :, None], axis=1)
-    return states, jnp.take_along_axis(batch.tokens, batch.learned, axis=1), batch.learned > 0
+    return (
+        states,
+        jnp.take_along_axis(batch.tokens, batch.target_positions, axis=1),
+        batch.target_positions > 0,
+    )

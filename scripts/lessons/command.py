@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.cli import INPUT_ERROR
+from rlhf_jax.runtime.commands.terminal import INPUT_ERROR
 
 
 def run(main: Callable, description: str) -> None:

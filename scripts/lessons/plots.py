@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from rlhf_jax.runtime.charts import nice_ticks
+from rlhf_jax.runtime.report.charts import nice_ticks
 
 COLOURS = ("#2a6bdb", "#d9691a", "#14906a", "#9a48bd", "#b58900", "#c0271b", "#0e8fa8", "#5f6670")
 WIDTH, HEIGHT = 760, 400

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from rlhf_jax.benchmark.sides import SideCommand
-from rlhf_jax.benchmark.workloads import Workload
+from scripts.benchmark.sides import SideCommand
+from scripts.benchmark.workloads import Workload
 
 # Answers as trl_worker.py does; notes each line that it read, and its name.
 PEER = """

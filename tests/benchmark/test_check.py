@@ -3,12 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_jax.benchmark import check
-from rlhf_jax.benchmark.settings import BenchmarkError
-from rlhf_jax.benchmark.workloads import WORKLOADS
 from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models import attention
 from rlhf_jax.training import sft
+from scripts.benchmark import check
+from scripts.benchmark.settings import BenchmarkError
+from scripts.benchmark.workloads import WORKLOADS
 from tests import small
 
 BLOCK = attention.BLOCK

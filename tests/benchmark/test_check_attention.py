@@ -1,7 +1,7 @@
 import pytest
 
-from rlhf_jax.benchmark import check_attention as checked
-from rlhf_jax.benchmark.settings import BenchmarkError
+from scripts.benchmark import check_attention as checked
+from scripts.benchmark.settings import BenchmarkError
 
 
 def test_attention_by_another_implementation_passes_and_a_wrong_one_ends_the_command(monkeypatch):

@@ -1,8 +1,8 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.benchmark.ours import Worker
-from rlhf_jax.benchmark.programs import Program
+from scripts.benchmark.ours import Worker
+from scripts.benchmark.programs import Program
 
 
 def add(state, batch, key):

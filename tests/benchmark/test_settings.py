@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-from rlhf_jax.benchmark import command, environment
-from rlhf_jax.benchmark.programs import abstract, make_program
-from rlhf_jax.benchmark.settings import NAMES, BenchmarkConfig, PeerSettings
-from rlhf_jax.benchmark.workloads import GPU_WORKLOADS, WORKLOADS, in_float32, make_arrays
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import cudnn_attention
 from rlhf_jax.runtime.config import parse
+from scripts.benchmark import command, environment
+from scripts.benchmark.programs import abstract, make_program
+from scripts.benchmark.settings import NAMES, BenchmarkConfig, PeerSettings
+from scripts.benchmark.workloads import GPU_WORKLOADS, WORKLOADS, in_float32, make_arrays
 
 
 def test_workloads_are_chosen_in_the_order_of_the_table():

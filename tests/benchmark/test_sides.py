@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.benchmark import apart, command, settings, sides
-from rlhf_jax.benchmark.machine import Machine
-from rlhf_jax.benchmark.settings import BenchmarkError
-from rlhf_jax.benchmark.workloads import make_arrays, make_request, read_request
+from scripts.benchmark import apart, command, settings, sides
+from scripts.benchmark.machine import Machine
+from scripts.benchmark.settings import BenchmarkError
+from scripts.benchmark.workloads import make_arrays, make_request, read_request
 
 
 def test_sides_take_turns_and_forget_their_peaks_after_the_warm_up(peer, tiny, tmp_path):

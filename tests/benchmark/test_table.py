@@ -4,11 +4,11 @@ from dataclasses import replace
 import jax
 import pytest
 
-from rlhf_jax.benchmark.floor import Phase, floor_seconds, phases_of
-from rlhf_jax.benchmark.machine import Machine, busy_cores, hardware, measure_machine
-from rlhf_jax.benchmark.results import summarize
-from rlhf_jax.benchmark.table import as_text
-from rlhf_jax.benchmark.workloads import GPU_WORKLOADS, Ours
+from scripts.benchmark.floor import Phase, floor_seconds, phases_of
+from scripts.benchmark.machine import Machine, busy_cores, hardware, measure_machine
+from scripts.benchmark.results import summarize
+from scripts.benchmark.table import as_text
+from scripts.benchmark.workloads import GPU_WORKLOADS, Ours
 
 MACHINE = Machine({"float32": 2e11, "bfloat16": 4e11}, read=2e10, copy=1e10)
 

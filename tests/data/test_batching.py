@@ -33,7 +33,7 @@ def pairs(prompt_lengths, chosen, rejected, widths):
     masks = left(prompt_lengths, widths[0]), right(chosen, widths[1]), right(rejected, widths[1])
     arrays = [array for mask in masks for array in (np.where(mask, 7, 0), mask)]
     rows = len(chosen)
-    return PairBatch(*arrays, margin=np.ones(rows, np.float32), rows=np.ones(rows, bool))
+    return PairBatch(*arrays, margin=np.ones(rows, np.float32), valid=np.ones(rows, bool))
 
 
 def assert_equal(one, other):
@@ -53,13 +53,15 @@ def test_buckets_cut_the_learned_places_too():
     learned, mask = np.zeros((4, 24), np.int32), np.zeros((4, 48), bool)
     for row, found in enumerate(places):
         learned[row, : len(found)], mask[row, found] = found, True
-    batches = Batches(batch._replace(loss_mask=mask, learned=learned), 2, 0, False, buckets=3)
+    batches = Batches(
+        batch._replace(loss_mask=mask, target_positions=learned), 2, 0, False, buckets=3
+    )
     short, long = batches.at(0), batches.at(1)
-    assert (short.tokens.shape, short.learned.shape) == ((2, 16), (2, 8))
-    assert (long.tokens.shape, long.learned.shape) == ((2, 48), (2, 24))
+    assert (short.tokens.shape, short.target_positions.shape) == ((2, 16), (2, 8))
+    assert (long.tokens.shape, long.target_positions.shape) == ((2, 48), (2, 24))
     for cut, rows in ((short, places[:2]), (long, places[2:])):
         for row, found in enumerate(rows):
-            assert cut.learned[row][cut.learned[row] > 0].tolist() == found
+            assert cut.target_positions[row][cut.target_positions[row] > 0].tolist() == found
             assert np.nonzero(cut.loss_mask[row])[0].tolist() == found
 
 
@@ -107,7 +109,7 @@ def test_a_batch_may_be_larger_than_the_data():
 
 def test_counts():
     batches = Batches(prompts(10), 4, seed=0)
-    assert batches.num_rows == 10
+    assert batches.num_examples == 10
     assert batches.steps_per_epoch == 3
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_jax.data import load_rows, pair_rows, prompt_rows, ranking_rows, text_rows
+from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_texts, load_examples
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import use_chat_template
@@ -37,8 +37,8 @@ def parts_of(batch, row=0):
     ids=["apart", "repeated", "texts", "whole"],
 )
 def test_pairs_of_messages(chat, write, row):
-    rows, _ = load_rows(Settings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
-    batch = pair_rows(rows, chat, Settings())
+    rows, _ = load_examples(Settings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
+    batch = encode_pairs(rows, chat, Settings())
     expected = [ids(chat, text) for text in (HEAD, "It was.<|endoftext|>", "No.<|endoftext|>")]
     assert parts_of(batch) == expected
 
@@ -47,7 +47,7 @@ def test_a_text_as_prompt_of_messages_is_the_users_turn(chat):
     """As in HuggingFaceH4/ultrafeedback_binarized, whose responses repeat it."""
     whole = turns("Was it dull?", "It was."), turns("Was it dull?", "No.")
     rows = [{"prompt": "Was it dull?", "chosen": whole[0], "rejected": whole[1]}]
-    prompt, chosen, _ = parts_of(pair_rows(rows, chat, Settings()))
+    prompt, chosen, _ = parts_of(encode_pairs(rows, chat, Settings()))
     assert prompt == ids(chat, "<user>Was it dull?\n<assistant>")
     assert chosen == ids(chat, "It was.<|endoftext|>")
 
@@ -56,18 +56,18 @@ def test_conversations_that_part_before_their_last_turn_are_dropped(chat, caplog
     other = turns("Hi.", "Hello.", "Was it fun?")
     pair = {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}
     apart = {"chosen": PROMPT + GOOD, "rejected": other + BAD}
-    batch = pair_rows([apart, pair, {"chosen": GOOD, "rejected": BAD}], chat, Settings())
-    assert len(batch.rows) == 1
+    batch = encode_pairs([apart, pair, {"chosen": GOOD, "rejected": BAD}], chat, Settings())
+    assert len(batch.valid) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 3 pairs were dropped because they differ before their last turn."
     ]
     with pytest.raises(InputError, match="No pair is left: of 1, .*, 1 no prompt in common and 0"):
-        pair_rows([apart], chat, Settings())
+        encode_pairs([apart], chat, Settings())
 
 
 def test_rankings_of_messages(chat):
     row = {"prompt": PROMPT, "responses": [GOOD, PROMPT + BAD, "Who knows?"]}
-    batch = ranking_rows([row], chat, Settings())
+    batch = encode_rankings([row], chat, Settings())
     assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
     for place, text in enumerate(("It was.", "No.", "Who knows?")):
         tokens = batch.responses[0, place][batch.mask[0, place]].tolist()
@@ -77,7 +77,7 @@ def test_rankings_of_messages(chat):
 @pytest.mark.parametrize("completion", [GOOD, "It was.", PROMPT + GOOD])
 def test_a_completion_of_messages(chat, completion):
     rows = [{"prompt": PROMPT, "completion": completion}]
-    batch, _ = text_rows(rows, chat, Settings())
+    batch, _ = encode_texts(rows, chat, Settings())
     tokens = batch.tokens[0][batch.segments[0] > 0].tolist()
     assert tokens == ids(chat, HEAD + "It was.<|endoftext|>")
     assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(chat, "It was.<|endoftext|>")
@@ -93,33 +93,33 @@ def test_a_completion_of_messages(chat, completion):
     ],
 )
 def test_prompts_of_messages_end_where_the_assistant_answers(chat, write, row):
-    rows, _ = load_rows(Settings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
+    rows, _ = load_examples(Settings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
     assert rows[0]["label"] == 1
-    batch = prompt_rows(rows, chat, Settings())
+    batch = encode_prompts(rows, chat, Settings())
     assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
 
 
 def test_comparisons_of_messages_are_texts_too(chat, write):
     path = write("a.jsonl", [{"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
-    rows, _ = load_rows(Settings(path=path, eval_rows=0), "text")
+    rows, _ = load_examples(Settings(path=path, eval_rows=0), "text")
     assert rows == [{"messages": PROMPT + GOOD}]
 
 
 def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
     row = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
     with pytest.raises(InputError, match="prompt of row 1 ends with a turn of 'assistant'"):
-        prompt_rows([{"prompt": PROMPT + GOOD}], chat, Settings())
+        encode_prompts([{"prompt": PROMPT + GOOD}], chat, Settings())
     monkeypatch.setattr(chat, "chat_template", "{{ raise_exception('roles must alternate.') }}")
     with pytest.raises(InputError, match="render the messages of row 1: roles must alternate"):
-        pair_rows([row], chat, Settings())
+        encode_pairs([row], chat, Settings())
     monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
     with pytest.raises(InputError, match=r"row 1 otherwise .* use another tokenizer.chat_template"):
-        pair_rows([row], chat, Settings())
+        encode_pairs([row], chat, Settings())
     monkeypatch.setattr(chat, "chat_template", None)
     with pytest.raises(
         InputError, match="no chat template: .* give one as tokenizer.chat_template"
     ):
-        pair_rows([row], chat, Settings())
+        encode_pairs([row], chat, Settings())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
 def test_lists_that_are_no_messages(write, value, said):
     path = write("a.jsonl", [{"prompt": "p", "completion": value}])
     with pytest.raises(InputError, match=f"Row 1 of .*column 'completion' holds {said}"):
-        load_rows(Settings(path=path, eval_rows=0), "text")
+        load_examples(Settings(path=path, eval_rows=0), "text")
 
 
 # --- the template as a setting -------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_jax.data import load_rows, pair_rows, prompt_rows, ranking_rows, text_rows
-from rlhf_jax.data.cutting import encode_prompts
+from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_texts, load_examples
+from rlhf_jax.data.cutting import tokenize_prompts
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.errors import InputError
 from tests.data.test_sft import ids
@@ -16,7 +16,7 @@ UNMARKED = {"chosen": "It was.", "rejected": "No."}
 
 
 def load(path, kind, **settings):
-    return load_rows(Settings(path=path, **{"eval_rows": 0, **settings}), kind)[0]
+    return load_examples(Settings(path=path, **{"eval_rows": 0, **settings}), kind)[0]
 
 
 def test_pairs_are_split_at_the_last_turn(write, caplog):
@@ -29,13 +29,13 @@ def test_pairs_are_split_at_the_last_turn(write, caplog):
         r"('\n\nAssistant:') in one of their texts, or not the same before it."
     ]
     caplog.clear()
-    load_rows(Settings(path=path, eval_rows=0, split_at=MARK), "pairs", quiet=True)
+    load_examples(Settings(path=path, eval_rows=0, split_at=MARK), "pairs", quiet=True)
     assert not caplog.records
 
 
 def test_both_parts_of_a_hold_out_are_split(write):
     settings = Settings(path=write("a.jsonl", [PAIR] * 4), eval_rows=2, split_at=MARK)
-    train, held_out = load_rows(settings, "pairs")
+    train, held_out = load_examples(settings, "pairs")
     assert {row["prompt"] for row in train + held_out} == {HEAD}
 
 
@@ -61,7 +61,7 @@ def test_texts_of_comparisons_learn_the_last_turn(write, tokenizer, caplog):
     rows = load(path, "text", split_at=MARK)
     assert rows == [{"prompt": HEAD, "completion": " It was."}]
     assert "1 of 2 texts of" in caplog.text
-    batch, _ = text_rows(rows, tokenizer, Settings())
+    batch, _ = encode_texts(rows, tokenizer, Settings())
     assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(tokenizer, " It was.<|endoftext|>")
     assert load(path, "text")[0] == {"text": PAIR["chosen"]}
 
@@ -105,7 +105,7 @@ def test_long_prompts_are_cut_before_their_ending(tokenizer, caplog):
     texts = [POST * 3 + "\n\nTL;DR:", "Short.\n\nTL;DR:", POST * 3]
     ending = ids(tokenizer, "\n\nTL;DR:")
     whole = ids(tokenizer, POST * 3)
-    batch = prompt_rows([{"prompt": text} for text in texts], tokenizer, settings)
+    batch = encode_prompts([{"prompt": text} for text in texts], tokenizer, settings)
     found = [tokens[mask].tolist() for tokens, mask in zip(*batch[:2], strict=True)]
     assert found[0] == whole[: 20 - len(ending)] + ending
     assert found[1] == ids(tokenizer, texts[1])
@@ -123,29 +123,29 @@ def test_every_kind_of_rows_is_cut_alike(tokenizer):
     pair = {"prompt": prompt, "chosen": " Good.", "rejected": " Bad."}
     ranking = {"prompt": prompt, "responses": [" Good.", " Bad."]}
     text = {"prompt": prompt, "completion": " Good."}
-    expected = prompt_rows([{"prompt": prompt}], tokenizer, settings).prompts[0].tolist()
+    expected = encode_prompts([{"prompt": prompt}], tokenizer, settings).prompts[0].tolist()
     for batch in (
-        pair_rows([pair], tokenizer, settings),
-        ranking_rows([ranking], tokenizer, settings),
+        encode_pairs([pair], tokenizer, settings),
+        encode_rankings([ranking], tokenizer, settings),
     ):
         assert batch.prompts[0].tolist() == expected
-    batch, report = text_rows([text], tokenizer, settings)
+    batch, report = encode_texts([text], tokenizer, settings)
     assert batch.tokens[0][:20].tolist() == expected
     assert report.cut_prompts == 1
     # With less room than that, the completion keeps its own.
     short = Settings(**TLDR, max_prompt_length=20, max_length=20)
-    batch, _ = text_rows([text], tokenizer, short)
+    batch, _ = encode_texts([text], tokenizer, short)
     completion = ids(tokenizer, " Good.<|endoftext|>")
     ending = ids(tokenizer, "\n\nTL;DR:")
     assert batch.tokens[0].tolist()[-len(ending + completion) :] == ending + completion
 
 
 def test_the_ending_is_whole_or_an_error(tokenizer):
-    prompts = encode_prompts(tokenizer, ["a TL;DR: ", "b"], "TL;DR:", 99)
+    prompts = tokenize_prompts(tokenizer, ["a TL;DR: ", "b"], "TL;DR:", 99)
     assert prompts[0].ending == ids(tokenizer, " TL;DR: ")
     assert prompts[1].ending == []
     with pytest.raises(InputError, match=r"data.prompt_suffix 'TL;DR:' has \d+ tokens, more than"):
-        encode_prompts(tokenizer, ["a TL;DR:"], "TL;DR:", 2)
+        tokenize_prompts(tokenizer, ["a TL;DR:"], "TL;DR:", 2)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_pairs_with_a_short_response_are_dropped(tokenizer, caplog):
     settings = Settings(min_response_words=3)
     row = {"prompt": "p", "chosen": " It was fun.", "rejected": " It was dull."}
     short = {**row, "rejected": " Quite dull."}
-    batch = pair_rows([row, short, {**row, "chosen": " Fun."}], tokenizer, settings)
-    assert len(batch.rows) == 1
+    batch = encode_pairs([row, short, {**row, "chosen": " Fun."}], tokenizer, settings)
+    assert len(batch.valid) == 1
     message = "2 of 3 pairs were dropped because they have a response of fewer than 3 words."
     assert [record.getMessage() for record in caplog.records] == [message]
     with pytest.raises(InputError, match="No pair is left: .*, 1 a response of fewer than 3 words"):
-        pair_rows([short], tokenizer, settings)
+        encode_pairs([short], tokenizer, settings)
 
 
 def test_short_responses_leave_a_ranking(tokenizer, caplog):
     row = {"prompt": "p", "responses": [" It was fun.", " Fun.", " It was dull."]}
-    batch = ranking_rows([row], tokenizer, Settings(min_response_words=3))
+    batch = encode_rankings([row], tokenizer, Settings(min_response_words=3))
     assert batch.mask.any(axis=2).tolist() == [[True, True]]
     assert "1 of 3 ranked responses were dropped because they have fewer than 3" in caplog.text

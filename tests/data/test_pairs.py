@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data import builtin, pair_rows
+from rlhf_jax.data import builtin, encode_pairs
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.errors import InputError
 
@@ -21,17 +21,17 @@ def real(tokens, mask, row=0):
 def test_the_parts_of_a_pair(tokenizer, caplog):
     eos = tokenizer.eos_token_id
     rows = [ROW, {**ROW, "prompt": "I saw it.", "margin": 1.5}]
-    batch = pair_rows(rows, tokenizer, Settings())
+    batch = encode_pairs(rows, tokenizer, Settings())
     assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, ROW["prompt"])
     assert real(batch.chosen, batch.chosen_mask) == [*ids(tokenizer, ROW["chosen"]), eos]
     assert real(batch.rejected, batch.rejected_mask) == [*ids(tokenizer, ROW["rejected"]), eos]
     assert batch.margin.tolist() == [0.0, 1.5]
-    assert batch.rows.tolist() == [True, True]
+    assert batch.valid.tolist() == [True, True]
     assert not caplog.records
 
 
 def test_sides_widths_and_types(tokenizer):
-    batch = pair_rows(builtin.pairs(0, 40), tokenizer, Settings())
+    batch = encode_pairs(builtin.pairs(0, 40), tokenizer, Settings())
     assert np.array_equal(batch.prompt_mask, np.sort(batch.prompt_mask, axis=1))
     for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask)):
         assert np.array_equal(mask, np.sort(mask, axis=1)[:, ::-1])
@@ -49,13 +49,13 @@ def test_sides_widths_and_types(tokenizer):
 
 def test_eos_is_not_repeated(tokenizer):
     written = {**ROW, "chosen": ROW["chosen"] + "<|endoftext|>"}
-    plain, same = (pair_rows([row], tokenizer, Settings()) for row in (ROW, written))
+    plain, same = (encode_pairs([row], tokenizer, Settings()) for row in (ROW, written))
     for one, other in zip(plain, same, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_without_prompts_their_width_is_zero(tokenizer):
-    batch = pair_rows([{"chosen": "a", "rejected": "b"}], tokenizer, Settings())
+    batch = encode_pairs([{"chosen": "a", "rejected": "b"}], tokenizer, Settings())
     assert batch.prompts.shape == batch.prompt_mask.shape == (1, 0)
 
 
@@ -63,7 +63,7 @@ def test_cutting_takes_the_left_of_prompts_and_the_right_of_responses(tokenizer,
     settings = Settings(max_prompt_length=3, max_response_length=5)
     row = {**ROW, "chosen": " The acting was really superb.", "rejected": " I"}
     rows = [row, {**row, "prompt": "I"}]
-    batch = pair_rows(rows, tokenizer, settings)
+    batch = encode_pairs(rows, tokenizer, settings)
     assert batch.prompts.shape[1] == 3
     assert batch.chosen.shape[1] == 5
     assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, ROW["prompt"])[-3:]
@@ -81,8 +81,8 @@ def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
         {**ROW, "rejected": "<|endoftext|>"},
         {**ROW, "rejected": ROW["chosen"]},
     ]
-    batch = pair_rows(rows, tokenizer, Settings())
-    assert len(batch.rows) == 1
+    batch = encode_pairs(rows, tokenizer, Settings())
+    assert len(batch.valid) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 4 pairs were dropped because a response is empty.",
         "1 of 4 pairs were dropped because their two responses are equal.",
@@ -91,11 +91,11 @@ def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
 
 def test_responses_that_cutting_makes_equal_are_dropped(tokenizer):
     row = {**ROW, "chosen": " I loved it and more.", "rejected": " I loved it and less."}
-    batch = pair_rows([row, ROW], tokenizer, Settings(max_response_length=4))
-    assert len(batch.rows) == 1
+    batch = encode_pairs([row, ROW], tokenizer, Settings(max_response_length=4))
+    assert len(batch.valid) == 1
 
 
 @pytest.mark.parametrize("rows", [[], [{**ROW, "chosen": ""}, {**ROW, "chosen": ROW["rejected"]}]])
 def test_nothing_left_is_an_error(tokenizer, rows):
     with pytest.raises(InputError, match=r"No pair is left: of [02], [01] have an empty response"):
-        pair_rows(rows, tokenizer, Settings())
+        encode_pairs(rows, tokenizer, Settings())

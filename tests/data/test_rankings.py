@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data import Batches, eval_batches, load_rows, pair_rows, ranking_rows
+from rlhf_jax.data import Batches, encode_pairs, encode_rankings, eval_batches, load_examples
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.errors import InputError
 
@@ -19,12 +19,12 @@ def said(caplog):
 
 
 def load(path, kind="rankings"):
-    return load_rows(Settings(path=path, eval_rows=0), kind)[0]
+    return load_examples(Settings(path=path, eval_rows=0), kind)[0]
 
 
 def test_a_ranking_keeps_its_order_and_its_places(tokenizer, caplog):
     two = {"prompt": "And she saw The Golden River.", "responses": [" Superb.", " I loved it."]}
-    batch = ranking_rows([GOOD, two], tokenizer, Settings())
+    batch = encode_rankings([GOOD, two], tokenizer, Settings())
     assert batch.responses.shape[:2] == batch.mask.shape[:2] == (2, 3)
     assert batch.responses.shape[2] % 8 == batch.prompts.shape[1] % 8 == 0
     assert [array.dtype for array in batch] == [np.int32, bool] * 2
@@ -52,7 +52,7 @@ def test_a_ranking_without_two_different_responses_is_dropped_with_one_warning(t
         {"prompt": "p", "responses": ["", "one and nothing"]},
         {"prompt": "p", "responses": []},
     ]
-    batch = ranking_rows(rows, tokenizer, Settings())
+    batch = encode_rankings(rows, tokenizer, Settings())
     assert batch.mask.shape[:2] == (1, 3)
     assert said(caplog) == [
         "4 of 5 rankings were dropped because they have no two responses that differ."
@@ -61,8 +61,8 @@ def test_a_ranking_without_two_different_responses_is_dropped_with_one_warning(t
 
 def test_empty_and_repeated_responses_leave_a_ranking(tokenizer, caplog):
     row = {"prompt": "p", "responses": [" good", "", " fair", " good", " bad"]}
-    batch = ranking_rows([row], tokenizer, Settings())
-    expected = ranking_rows(
+    batch = encode_rankings([row], tokenizer, Settings())
+    expected = encode_rankings(
         [{**row, "responses": [" good", " fair", " bad"]}], tokenizer, Settings()
     )
     for one, other in zip(batch, expected, strict=True):
@@ -77,9 +77,9 @@ def test_cutting_is_counted_and_can_make_responses_equal(tokenizer, caplog):
     row = {"prompt": "I saw it.", "responses": [" I loved it and more.", " I loved it and less."]}
     settings = Settings(max_prompt_length=3, max_response_length=4)
     with pytest.raises(InputError, match=r"No ranking is left: of 1, none has two responses that"):
-        ranking_rows([row], tokenizer, settings)
+        encode_rankings([row], tokenizer, settings)
     row = {**row, "responses": [*row["responses"], " Bad!"]}
-    batch = ranking_rows([row], tokenizer, settings)
+    batch = encode_rankings([row], tokenizer, settings)
     assert batch.mask.shape == (1, 2, 4)
     assert batch.prompts[0].tolist() == ids(tokenizer, "I saw it.")[-3:]
     assert batch.responses[0, 0].tolist() == ids(tokenizer, row["responses"][0])[:4]
@@ -93,7 +93,7 @@ def test_cutting_is_counted_and_can_make_responses_equal(tokenizer, caplog):
 def test_nothing_left_is_an_error(tokenizer):
     for rows in ([], [{"prompt": "p", "responses": ["a"]}]):
         with pytest.raises(InputError, match=rf"^No ranking is left: of {len(rows)}, none has two"):
-            ranking_rows(rows, tokenizer, Settings())
+            encode_rankings(rows, tokenizer, Settings())
 
 
 def test_rankings_are_read_from_responses_and_from_pairs(write):
@@ -115,16 +115,21 @@ def test_rankings_are_read_from_responses_and_from_pairs(write):
 
 def test_the_corpus_has_rankings_of_two(tokenizer):
     settings = Settings(builtin_rows=6, eval_rows=2)
-    (train, held_out), (pairs, _) = (load_rows(settings, kind) for kind in ("rankings", "pairs"))
+    (train, held_out), (pairs, _) = (
+        load_examples(settings, kind) for kind in ("rankings", "pairs")
+    )
     assert (len(train), len(held_out)) == (6, 2)
-    rankings, rows = ranking_rows(train, tokenizer, settings), pair_rows(pairs, tokenizer, settings)
+    rankings, rows = (
+        encode_rankings(train, tokenizer, settings),
+        encode_pairs(pairs, tokenizer, settings),
+    )
     np.testing.assert_array_equal(rankings.responses[:, 0], rows.chosen)
     np.testing.assert_array_equal(rankings.mask[:, 1], rows.rejected_mask)
 
 
 def test_batches_cut_what_no_ranking_of_theirs_needs(tokenizer):
     long = {"prompt": "I saw it.", "responses": [" fine" * 30, " bad" * 30, " so", " no"]}
-    rows = ranking_rows([GOOD, GOOD, GOOD, long], tokenizer, Settings())
+    rows = encode_rankings([GOOD, GOOD, GOOD, long], tokenizer, Settings())
     batches = Batches(rows, 1, seed=0, buckets=2)
     widths = set()
     for step in range(4):
@@ -139,7 +144,7 @@ def test_batches_cut_what_no_ranking_of_theirs_needs(tokenizer):
 
 
 def test_an_evaluation_is_filled_up_with_rows_that_are_no_rankings(tokenizer):
-    rows = ranking_rows([GOOD] * 3, tokenizer, Settings())
+    rows = encode_rankings([GOOD] * 3, tokenizer, Settings())
     first, second = eval_batches(rows, 2)
     assert first.mask.any(axis=(1, 2)).all()
     assert second.mask.any(axis=(1, 2)).tolist() == [True, False]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data import builtin, text_rows, tokenize_texts
+from rlhf_jax.data import builtin, encode_texts, tokenize_texts
 from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.sft import pack
 from rlhf_jax.errors import InputError
@@ -27,7 +27,7 @@ def ids(tokenizer, text):
 
 def one_row(row, tokenizer, **settings):
     """(tokens, learned tokens) of the single row."""
-    batch, _ = text_rows([row], tokenizer, Settings(**ONE_BY_ONE, **settings))
+    batch, _ = encode_texts([row], tokenizer, Settings(**ONE_BY_ONE, **settings))
     real = batch.segments[0] > 0
     return batch.tokens[0][real].tolist(), batch.tokens[0][batch.loss_mask[0]].tolist()
 
@@ -95,7 +95,7 @@ def test_a_completion_that_fits_exactly_keeps_eos(tokenizer, caplog):
 @pytest.mark.parametrize("empty", [{"text": ""}, {"text": "<|endoftext|>"}])
 def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
     rows = [{"text": "I loved it."}, empty, empty]
-    batch, report = text_rows(rows, tokenizer, Settings(**ONE_BY_ONE))
+    batch, report = encode_texts(rows, tokenizer, Settings(**ONE_BY_ONE))
     assert batch.tokens.shape[0] == 1
     assert report.dropped == 2
     assert [r.getMessage() for r in caplog.records] == [
@@ -107,11 +107,11 @@ def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
 @pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"prompt": "p", "completion": ""}]])
 def test_nothing_left_is_an_error(tokenizer, rows):
     with pytest.raises(InputError, match="No text is left to learn from: all [01] rows are empty"):
-        text_rows(rows, tokenizer, Settings())
+        encode_texts(rows, tokenizer, Settings())
 
 
 def test_nothing_is_said_when_nothing_is_done(tokenizer, caplog):
-    text_rows(builtin.texts(0, 20), tokenizer, Settings())
+    encode_texts(builtin.texts(0, 20), tokenizer, Settings())
     assert not caplog.records
 
 
@@ -147,19 +147,19 @@ def test_messages_can_be_learned_whole(chat):
 
 def test_messages_without_a_template(tokenizer):
     with pytest.raises(InputError, match="tokenizer has no chat template: use a tokenizer with"):
-        text_rows([{"messages": turns("Hi.", "Hello.")}], tokenizer, Settings())
+        encode_texts([{"messages": turns("Hi.", "Hello.")}], tokenizer, Settings())
 
 
 def test_messages_that_end_with_the_user(chat):
     rows = [{"messages": turns("Hi.", "Hello.")}, {"messages": turns("Hi.")}]
     with pytest.raises(InputError, match="messages of row 2 end with a turn of 'user'"):
-        text_rows(rows, chat, Settings())
+        encode_texts(rows, chat, Settings())
 
 
 def test_a_template_that_cannot_be_parted(chat, monkeypatch):
     monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
     with pytest.raises(InputError, match=r"row 1 otherwise .* set data.completion_only to false"):
-        text_rows([{"messages": turns("Hi.", "Hello.")}], chat, Settings())
+        encode_texts([{"messages": turns("Hi.", "Hello.")}], chat, Settings())
 
 
 # --- packing -------------------------------------------------------------------------------------
@@ -177,10 +177,10 @@ def unpacked(batch):
 def test_packing_loses_no_token(tokenizer, packing):
     settings = Settings(max_length=96, packing=packing)
     rows = builtin.texts(0, 60)
-    batch, report = text_rows(rows, tokenizer, settings)
+    batch, report = encode_texts(rows, tokenizer, settings)
     texts, _ = tokenize_texts(rows, tokenizer, settings)
     expected = [
-        (tuple(t.tokens), tuple(i >= t.learned_from for i in range(len(t.tokens)))) for t in texts
+        (tuple(t.tokens), tuple(i >= t.target_start for i in range(len(t.tokens)))) for t in texts
     ]
     assert sorted(unpacked(batch)) == sorted(expected)
     assert report.texts == 60
@@ -197,19 +197,19 @@ def test_learned_places_are_those_of_the_mask(tokenizer, packing):
         for i in range(9)
     ]
     settings = Settings(max_length=128, completion_only=True, packing=packing)
-    batch, report = text_rows(rows, tokenizer, settings)
-    assert batch.learned.shape[1] < 0.75 * batch.tokens.shape[1]
-    assert (batch.learned > 0).sum() == report.learned_tokens == batch.loss_mask.sum()
-    for places, mask in zip(batch.learned, batch.loss_mask, strict=True):
+    batch, report = encode_texts(rows, tokenizer, settings)
+    assert batch.target_positions.shape[1] < 0.75 * batch.tokens.shape[1]
+    assert (batch.target_positions > 0).sum() == report.learned_tokens == batch.loss_mask.sum()
+    for places, mask in zip(batch.target_positions, batch.loss_mask, strict=True):
         count = mask.sum()
         assert places[:count].tolist() == np.nonzero(mask)[0].tolist()
         assert not places[count:].any()
     whole = dataclasses.replace(settings, completion_only=False)
-    assert text_rows(rows, tokenizer, whole)[0].learned is None  # all but the first tokens are
+    assert encode_texts(rows, tokenizer, whole)[0].learned is None  # all but the first tokens are
 
 
 def test_rows_are_filled_from_the_left_and_inert_behind(tokenizer):
-    batch, _ = text_rows(builtin.texts(0, 50), tokenizer, Settings(max_length=90))
+    batch, _ = encode_texts(builtin.texts(0, 50), tokenizer, Settings(max_length=90))
     real = batch.segments > 0
     assert batch.tokens.shape[1] <= 90
     assert np.array_equal(real, np.sort(real, axis=1)[:, ::-1])
@@ -226,9 +226,9 @@ def test_rows_are_filled_from_the_left_and_inert_behind(tokenizer):
 def test_width_is_a_multiple_of_eight_up_to_the_limit(tokenizer):
     row = {"text": "I loved it."}
     length = len(ids(tokenizer, row["text"])) + 1
-    batch, _ = text_rows([row], tokenizer, Settings())
+    batch, _ = encode_texts([row], tokenizer, Settings())
     assert batch.tokens.shape[1] == -(-length // 8) * 8
-    batch, _ = text_rows([row] * 9, tokenizer, Settings(max_length=2 * length + 1))
+    batch, _ = encode_texts([row] * 9, tokenizer, Settings(max_length=2 * length + 1))
     assert batch.tokens.shape[1] <= 2 * length + 1
 
 

@@ -20,7 +20,7 @@ from rlhf_jax.models.cudnn_attention import attend_by_cudnn, check_device
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.gpt2_block import Block
 from rlhf_jax.models.interface import Cache, SharedPrompt
-from rlhf_jax.runtime.flops import count_flops
+from rlhf_jax.runtime.compilation.flops import count_flops
 from rlhf_jax.training import sft
 
 SIZES = GPT2Config(
@@ -51,7 +51,7 @@ def sight_of(kind, mask):
 def arrays():
     block, random = Block(SIZES, "float32"), np.random.default_rng(0)
     x = random.normal(size=(ROWS, LENGTH, SIZES.n_embd)).astype(np.float32)
-    sight = gpt2.Sight(jnp.ones((ROWS, 1, LENGTH, LENGTH), bool))
+    sight = gpt2.AttentionMask(jnp.ones((ROWS, 1, LENGTH, LENGTH), bool))
     shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x, sight))
     params = jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32) / 4, shapes)
     memory = random.normal(size=(2, ROWS // 2, 2, PAST, 8)).astype(np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import gpt2_decoding
-from rlhf_jax.models.gpt2_decoding import OneByOne
+from rlhf_jax.models.gpt2_decoding import UnstackedLayers
 from rlhf_jax.models.interface import SharedPrompt, positions_from
 from tests.models.tiny_gpt2 import CONFIG, MODEL, VOCABULARY, hidden, pad
 
@@ -39,7 +39,7 @@ def test_layers_one_by_one_decode_as_a_stack_does(params, texts):
         return states, [*memory.keys], [*memory.values], memory.mask, memory.length
 
     ready = jax.jit(MODEL.for_decoding)(params)
-    assert isinstance(ready["layers"], OneByOne)
+    assert isinstance(ready["layers"], UnstackedLayers)
     found, expected = (jax.jit(decode)(x) for x in (ready, params))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
@@ -57,7 +57,7 @@ def test_what_is_ready_for_decoding_stays_as_it_is(params):
 
 
 def test_deep_models_keep_their_stack(params, monkeypatch):
-    monkeypatch.setattr(gpt2_decoding, "MOST_ONE_BY_ONE", 1)
+    monkeypatch.setattr(gpt2_decoding, "MAX_UNSTACKED_LAYERS", 1)
     ready = MODEL.for_decoding(params)
     assert ready["layers"].keys() == params["layers"].keys()
     assert set(ready["wte"]) == {"columns"}

@@ -11,8 +11,8 @@ if __name__ == "__main__":  # and not when it is looked through for doctests
 import jax  # noqa: E402
 
 from rlhf_jax.runtime import train_sft  # noqa: E402
-from rlhf_jax.runtime.sft import SFTStage  # noqa: E402
-from rlhf_jax.runtime.signals import Interrupted  # noqa: E402
+from rlhf_jax.runtime.run.signals import Interrupted  # noqa: E402
+from rlhf_jax.runtime.stages.sft import SFTStage  # noqa: E402
 from tests.parallel.test_checkpoints import config  # noqa: E402
 
 
@@ -33,7 +33,7 @@ class StoppingStage(SFTStage):
 
 
 if __name__ == "__main__":
-    from rlhf_jax.runtime import sft
+    from rlhf_jax.runtime.stages import sft
 
     sft.SFTStage = StoppingStage
     try:

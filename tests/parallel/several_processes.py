@@ -20,11 +20,12 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import batch_sharding, hosts, make_mesh
 from rlhf_jax.parallel.distributed import Settings, join
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
-from rlhf_jax.runtime import loop, train_ppo, train_reward, train_sft
-from rlhf_jax.runtime.checkpoint import Checkpoints
-from rlhf_jax.runtime.checkpoint import Settings as CheckpointSettings
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.supervised import SupervisedStage
+from rlhf_jax.runtime import train_ppo, train_reward, train_sft
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.run.checkpoint import Checkpoints
+from rlhf_jax.runtime.run.checkpoint import Settings as CheckpointSettings
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.supervised import SupervisedStage
 from tests import small
 
 TRAIN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
@@ -71,8 +72,8 @@ def check_what_is_shared():
     assert hosts.from_first(lambda: place) == 0
     with pytest.raises(ZeroDivisionError) as error:
         hosts.from_first(lambda: 1 / place)
-    assert hosts.was_told(error.value)
-    assert hosts.all_come("checked", 60.0)
+    assert hosts.is_raised_on_all_hosts(error.value)
+    assert hosts.reach_barrier("checked", 60.0)
 
     agree = hosts.Agreement(2)
     assert agree(place == 1, False) == (False, False)
@@ -105,7 +106,7 @@ def check_damage(folder):
     if hosts.is_first():
         for file in (folder / "checkpoints" / "2").rglob("ocdbt.process_1/d/*"):
             file.write_bytes(file.read_bytes()[:8])
-    assert hosts.all_come("damaged", 60.0)
+    assert hosts.reach_barrier("damaged", 60.0)
     restored = Checkpoints(str(folder), CheckpointSettings()).restore(state, lambda record: None)
     assert restored.step == 1
     jax.tree.map(np.testing.assert_array_equal, *map(hosts.to_host, (restored.state, state)))
@@ -116,7 +117,7 @@ def check_errors(folder):
     """What is wrong for all is raised by all, and one of them says it."""
     with pytest.raises(InputError, match=r"sft\.batch_size = 7") as error:
         train_sft(small.sft(folder / "wrong", sft={"batch_size": 7}, mesh=MESHES[2]))
-    assert hosts.was_told(error.value)
+    assert hosts.is_raised_on_all_hosts(error.value)
     assert sorted(path.name for path in (folder / "wrong").iterdir()) == ["config.yaml"]
 
 

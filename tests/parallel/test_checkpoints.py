@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.runtime import train_sft
-from rlhf_jax.runtime.sft import SFTStage
-from rlhf_jax.runtime.signals import Interrupted
+from rlhf_jax.runtime.run.signals import Interrupted
+from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
 pytestmark = pytest.mark.slow

@@ -12,12 +12,13 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.runtime import ahead, compile_for, topologies
+from rlhf_jax.runtime.compilation import ahead, topologies
+from rlhf_jax.runtime.compilation import command as compile_for
+from rlhf_jax.runtime.compilation.measure import Cost, TooLarge, _too_large, _warnings, measure
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
-from rlhf_jax.runtime.measure import Cost, TooLarge, _too_large, _warnings, measure
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.reward import RewardStage
-from rlhf_jax.runtime.sft import SFTStage
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -43,7 +44,7 @@ def test_the_program_of_sft_is_that_of_the_stage(tmp_path, data, learned):
     section = {"batch_size": 8, "eval_batch_size": 8, "gradient_accumulation_steps": 2}
     stage = SFTStage(resolve(SFTConfig, small.sft(tmp_path, sft=section, data=data)))
     batch, shape = stage.batches.at(0), jax.eval_shape(stage._init, stage.params)
-    assert (None if batch.learned is None else batch.learned.shape[1]) == learned
+    assert (None if batch.target_positions is None else batch.target_positions.shape[1]) == learned
     text = stage._step.lower(shape, batch, KEY).as_text()
     assert lowered(ahead.programs(stage.config, stage.model, stage.mesh)) == [text]
 

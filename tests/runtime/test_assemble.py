@@ -17,9 +17,10 @@ from rlhf_jax.models.huggingface import save_reward_model
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
-from rlhf_jax.runtime import assemble, ppo, sft
+from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.config import ModelSettings, PPOConfig, SFTConfig
-from rlhf_jax.runtime.sft import prompt_of, text_of
+from rlhf_jax.runtime.stages import ppo, sft
+from rlhf_jax.runtime.stages.sft import prompt_of, text_of
 
 
 def test_no_two_stages_share_a_key():

@@ -9,8 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.checkpoint import Checkpoints, Settings
-from rlhf_jax.runtime.checksums import checksum, fingerprint
+from rlhf_jax.runtime.run.checkpoint import Checkpoints, Settings
+from rlhf_jax.runtime.run.checksums import checksum, fingerprint
 
 
 def state_of(step):

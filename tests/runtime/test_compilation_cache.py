@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from rlhf_jax.runtime import cli, compilation_cache
-from rlhf_jax.runtime.compilation_cache import SETTINGS, keep_compiled
+from rlhf_jax.runtime.commands import compilation_cache
+from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands.compilation_cache import SETTINGS, keep_compiled
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 UNTOLD = {

@@ -7,10 +7,12 @@ import json
 
 import jax
 
-from rlhf_jax.runtime import assemble, loop, train_ppo, train_reward, train_sft
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.reward import RewardStage
-from rlhf_jax.runtime.sft import SFTStage
+from rlhf_jax.runtime import loading as assemble
+from rlhf_jax.runtime import train_ppo, train_reward, train_sft
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.batches import PairBatch, RankingBatch
-from rlhf_jax.runtime import diagnostics, pairs, report
+from rlhf_jax.runtime.evaluation import diagnostics, pairs
+from rlhf_jax.runtime.report import page as report
 
 
 @pytest.fixture

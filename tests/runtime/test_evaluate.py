@@ -14,13 +14,14 @@ from rlhf_jax.data import train_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
-from rlhf_jax.runtime import judging, run_evaluate, train_sft
-from rlhf_jax.runtime.best_of import best_of_curve
-from rlhf_jax.runtime.bootstrap import bootstrap_interval
+from rlhf_jax.runtime import run_evaluate, train_sft
 from rlhf_jax.runtime.config import EvaluateConfig, PPOConfig, SFTConfig, resolve
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.rouge import ROUGE, rouge_scores
-from rlhf_jax.runtime.sft import SFTStage
+from rlhf_jax.runtime.evaluation import policies as judging
+from rlhf_jax.runtime.evaluation.best_of import best_of_curve
+from rlhf_jax.runtime.evaluation.bootstrap import bootstrap_interval
+from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
 ROWS = [

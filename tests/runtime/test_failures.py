@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import checkpoint as checkpoints
-from rlhf_jax.runtime import judging, loop, train_ppo, train_sft
-from rlhf_jax.runtime import sft as sft_stage
+from rlhf_jax.runtime import train_ppo, train_sft
+from rlhf_jax.runtime.evaluation import policies as judging
+from rlhf_jax.runtime.run import checkpoint as checkpoints
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages import sft as sft_stage
 from tests import small
 
 

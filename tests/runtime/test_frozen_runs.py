@@ -10,11 +10,12 @@ from transformers import AutoTokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model, save_pretrained
-from rlhf_jax.runtime import loop, run_rlhf, train_ppo, train_reward
+from rlhf_jax.runtime import run_rlhf, train_ppo, train_reward
 from rlhf_jax.runtime.config import PPOConfig, resolve
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.ppo_seeds import SeedsStage
-from rlhf_jax.runtime.reward import RewardStage
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
+from rlhf_jax.runtime.stages.reward import RewardStage
 from tests import small
 from tests.runtime.test_resume import interrupt_in
 

@@ -8,11 +8,11 @@ import pytest
 
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.rollout.generate import generate
-from rlhf_jax.runtime import hlo
-from rlhf_jax.runtime.chips import CHIPS, roofline
-from rlhf_jax.runtime.collectives import collectives
-from rlhf_jax.runtime.flops import count_flops
-from rlhf_jax.runtime.traffic import bytes_moved
+from rlhf_jax.runtime.compilation import hlo
+from rlhf_jax.runtime.compilation.chips import CHIPS, roofline
+from rlhf_jax.runtime.compilation.collectives import collectives
+from rlhf_jax.runtime.compilation.flops import count_flops
+from rlhf_jax.runtime.compilation.traffic import bytes_moved
 from rlhf_jax.training import sft
 
 # As a compiler for TPUs writes it: a loop whose count is not printed, in steps of two and from one

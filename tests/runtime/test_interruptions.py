@@ -14,12 +14,14 @@ import yaml
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
-from rlhf_jax.runtime import cli, metrics, train_ppo, train_reward, train_sft
-from rlhf_jax.runtime.checkpoint import Checkpoints
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.reward import RewardStage
-from rlhf_jax.runtime.sft import SFTStage
-from rlhf_jax.runtime.signals import Signals, Terminated
+from rlhf_jax.runtime import train_ppo, train_reward, train_sft
+from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.run import metrics
+from rlhf_jax.runtime.run.checkpoint import Checkpoints
+from rlhf_jax.runtime.run.signals import Signals, Terminated
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
 ROOT = Path(__file__).resolve().parents[2]

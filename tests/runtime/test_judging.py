@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import best_of, judging, report
-from rlhf_jax.runtime.bootstrap import bootstrap_interval
-from rlhf_jax.runtime.python_judge import Verdicts, call_judge, judge_both_orders
-from rlhf_jax.runtime.rouge import rouge_scores
+from rlhf_jax.runtime.evaluation import best_of
+from rlhf_jax.runtime.evaluation import policies as judging
+from rlhf_jax.runtime.evaluation.bootstrap import bootstrap_interval
+from rlhf_jax.runtime.evaluation.python_judge import Verdicts, call_judge, judge_both_orders
+from rlhf_jax.runtime.evaluation.rouge import rouge_scores
+from rlhf_jax.runtime.report import page as report
 
 # --- ROUGE ---------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import metrics
-from rlhf_jax.runtime.metrics import MetricsWriter, Settings
+from rlhf_jax.runtime.run import metrics
+from rlhf_jax.runtime.run.metrics import MetricsWriter, Settings
 
 PLAIN = Settings(tensorboard=False)
 

@@ -6,10 +6,11 @@ import pytest
 from etils import epath
 
 from rlhf_jax.models.huggingface import load_reward_model
-from rlhf_jax.runtime import loop, train_reward
+from rlhf_jax.runtime import train_reward
 from rlhf_jax.runtime.config import RewardConfig, resolve
-from rlhf_jax.runtime.judging import read_evaluation
-from rlhf_jax.runtime.reward import RewardStage
+from rlhf_jax.runtime.evaluation.policies import read_evaluation
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.reward import RewardStage
 from rlhf_jax.training.reward import make_score_step
 from tests import small
 from tests.runtime.test_resume import interrupt_in
@@ -37,7 +38,7 @@ def stage(tmp_path_factory, sft_run):
 def scores_of_first_rows(stage, params):
     """Of both responses of the pairs that the run trains on first: a batch and a half of them."""
     indices = np.concatenate([stage.batches.indices(step) for step in (0, 1)])[:12]
-    rows = jax.tree.map(lambda array: array[indices], stage.batches.rows)
+    rows = jax.tree.map(lambda array: array[indices], stage.batches.examples)
     return np.asarray(jax.jit(make_score_step(stage.model))(params, rows), np.float64)
 
 

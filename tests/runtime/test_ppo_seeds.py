@@ -8,9 +8,10 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
-from rlhf_jax.runtime import loop, train_ppo
+from rlhf_jax.runtime import train_ppo
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
-from rlhf_jax.runtime.ppo_seeds import SeedsStage
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from tests import small
 from tests.runtime.test_resume import interrupt_in
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from rlhf_jax.runtime.progress import Progress, Throughput
+from rlhf_jax.runtime.run.progress import Progress, Throughput
 
 
 class Clock:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import loop, pipeline
+from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.ppo_seeds import SeedsStage
-from rlhf_jax.runtime.utilization import multiplied_parameters
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.run.utilization import multiplied_parameters
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from tests import small
 
 TEXTS = {"builtin_rows": 32, "eval_rows": 8, "max_length": 48, "packing": False}
@@ -29,11 +30,11 @@ def stage(tmp_path_factory, sft_run):
 
 def test_texts_are_read_in_an_order_of_their_own(stage):
     texts, prompts = stage.texts, stage.batches
-    assert texts.num_rows == prompts.num_rows == 32
+    assert texts.num_examples == prompts.num_examples == 32
     seen = np.concatenate([texts.indices(step) for step in range(8)])
     assert sorted(seen) == list(range(32))
     assert seen.tolist() != np.concatenate([prompts.indices(step) for step in range(4)]).tolist()
-    np.testing.assert_array_equal(texts.at(3).tokens, texts.rows.tokens[texts.indices(3)])
+    np.testing.assert_array_equal(texts.at(3).tokens, texts.examples.tokens[texts.indices(3)])
 
 
 def test_each_of_several_seeds_reads_the_texts_of_its_own(tmp_path, sft_run, stage):
@@ -46,7 +47,7 @@ def test_each_of_several_seeds_reads_the_texts_of_its_own(tmp_path, sft_run, sta
 
 
 def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage, monkeypatch):
-    real = stage.texts.rows.segments > 0
+    real = stage.texts.examples.segments > 0
     policy = multiplied_parameters(stage.params, unembeds=True)
     expected = 6 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
     assert stage.flops_per_step == pytest.approx(expected)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import charts, report
-from rlhf_jax.runtime.charts import Series
+from rlhf_jax.runtime.report import charts
+from rlhf_jax.runtime.report import page as report
+from rlhf_jax.runtime.report.charts import Series
 
 EVIL = "<script>alert('x')</script>\"'><img src=http://evil.example/a.png onerror=alert(1)>"
 

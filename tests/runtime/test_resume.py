@@ -15,10 +15,11 @@ import yaml
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
-from rlhf_jax.runtime import loop, train_ppo, train_reward, train_sft
-from rlhf_jax.runtime.ppo import PPOStage
-from rlhf_jax.runtime.reward import RewardStage
-from rlhf_jax.runtime.sft import SFTStage
+from rlhf_jax.runtime import train_ppo, train_reward, train_sft
+from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
 ROOT = Path(__file__).resolve().parents[2]

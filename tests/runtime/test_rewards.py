@@ -14,11 +14,14 @@ from rlhf_jax.data.encoding import encode, pad_left, pad_right
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model
-from rlhf_jax.runtime import assemble, pipeline, rewards, run_evaluate, run_rlhf, train_ppo
+from rlhf_jax.runtime import loading as assemble
+from rlhf_jax.runtime import run_evaluate, run_rlhf, train_ppo
+from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.config import ModelSettings, PPOConfig, RLHFConfig, parse, resolve, to_yaml
-from rlhf_jax.runtime.ppo import PPOStage, value_label
-from rlhf_jax.runtime.rewards import FunctionScores, ModelScores, Responses, Rewards
-from rlhf_jax.runtime.sources import RewardSource
+from rlhf_jax.runtime.rewards import scorers as rewards
+from rlhf_jax.runtime.rewards.scorers import FunctionScores, ModelScores, Responses, Rewards
+from rlhf_jax.runtime.rewards.sources import RewardSource
+from rlhf_jax.runtime.stages.ppo import PPOStage, value_label
 from rlhf_jax.training import ppo
 from tests import small
 
@@ -142,7 +145,7 @@ def test_a_reward_model_with_another_tokenizer_scores_texts(
 
 def test_texts_are_cut_to_the_positions_and_something_is_left(other_tokenizer):
     long = "a film " * 40
-    prompts, (first, second), cut = rewards.encode_texts(
+    prompts, (first, second), cut = rewards.retokenize(
         other_tokenizer, 16, [long, "", "I"], [[long, "", "I"], ["I", "I", ""]], [[1, 1, 0]] * 2
     )
     eos = other_tokenizer.eos_token_id
@@ -372,15 +375,15 @@ def test_the_parts_of_a_step_do_what_the_whole_step_does(tmp_path, sft_run, rewa
     assert whole.reward_model is not None
     assert parts.reward_model is None
     _, metrics, (rollout, _) = one_step(whole)
-    _, in_parts, (rollout_in_parts, _) = one_step(parts)
+    _, map_microbatches, (rollout_in_parts, _) = one_step(parts)
     np.testing.assert_array_equal(rollout.tokens, rollout_in_parts.tokens)
     np.testing.assert_allclose(rollout.scores, rollout_in_parts.scores, rtol=1e-5, atol=1e-6)
-    assert in_parts.keys() - metrics.keys() == {
+    assert map_microbatches.keys() - metrics.keys() == {
         "objective/rewards/gold_scores",
         f"objective/rewards/{reward_run[0].name}",
     }
     for name, value in metrics.items():
-        assert in_parts[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+        assert map_microbatches[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 @pytest.fixture(scope="module")

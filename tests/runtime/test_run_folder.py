@@ -113,7 +113,7 @@ def test_a_run_may_go_on_with_another_logging_section(tmp_path, monkeypatch):
 
 
 def fail_at(patch, index):
-    from rlhf_jax.runtime.sft import SFTStage
+    from rlhf_jax.runtime.stages.sft import SFTStage
 
     original = SFTStage.step
     patch.setattr(

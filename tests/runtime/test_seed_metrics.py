@@ -6,10 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from rlhf_jax.runtime.report.page.seed_metrics import split_seeds, with_means
 
-from rlhf_jax.runtime import charts, report
-from rlhf_jax.runtime.charts import Series
-from rlhf_jax.runtime.seed_metrics import split_seeds, with_means
+from rlhf_jax.runtime.report import charts
+from rlhf_jax.runtime.report import page as report
+from rlhf_jax.runtime.report.charts import Series
 
 
 def test_means_and_seeds_are_told_apart_again():

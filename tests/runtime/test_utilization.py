@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.runtime.utilization import multiplied_parameters, utilization
+from rlhf_jax.runtime.run.utilization import multiplied_parameters, utilization
 
 
 def test_gpt2_small_multiplies_each_token_with_its_matrices():

@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.batches import PromptBatch, Rollout, TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import ppo
-from rlhf_jax.training.accumulate import in_parts
+from rlhf_jax.training.accumulate import map_microbatches
 from tests.training.ppo_by_loop import KEY, SCORES, SETTINGS, SGD, update_with
 
 IN_PARTS = {"gradient_accumulation_steps": 2, "score_batch_size": 2}
@@ -72,11 +72,11 @@ def test_memory_falls_with_the_parts(model):
 
 def test_rows_come_back_in_their_order():
     rows = (jnp.arange(6), jnp.arange(12).reshape(6, 2))
-    found = in_parts(lambda rows: (rows[0] + 1, None, rows[1].sum(axis=1)), rows, 3)
+    found = map_microbatches(lambda rows: (rows[0] + 1, None, rows[1].sum(axis=1)), rows, 3)
     np.testing.assert_array_equal(found[0], np.arange(6) + 1)
     np.testing.assert_array_equal(found[2], np.arange(12).reshape(6, 2).sum(axis=1))
     with pytest.raises(ValueError, match="6 rows are not divisible by 4"):
-        in_parts(lambda rows: rows, rows, 4)
+        map_microbatches(lambda rows: rows, rows, 4)
 
 
 @pytest.mark.parametrize(

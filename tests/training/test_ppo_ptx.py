@@ -28,10 +28,10 @@ def text_batch(rows, width=9, junk=6):
     loss_mask = np.zeros(shape, bool)
     for row, texts in enumerate(rows):
         start = 0
-        for number, (text, learned_from) in enumerate(texts, 1):
+        for number, (text, target_start) in enumerate(texts, 1):
             end = start + len(text)
             tokens[row, start:end], segments[row, start:end] = text, number
-            loss_mask[row, start + learned_from : end] = True
+            loss_mask[row, start + target_start : end] = True
             start = end
     return TextBatch(*map(jnp.asarray, (tokens, segments, loss_mask)))
 
@@ -39,9 +39,9 @@ def text_batch(rows, width=9, junk=6):
 def nll_by_loop(params, config, rows):
     """Mean over the learned tokens of all texts, each read by itself."""
     losses = []
-    for text, learned_from in (text for row in rows for text in row):
+    for text, target_start in (text for row in rows for text in row):
         whole = log_softmax(logits_by_loop(params, config, text[:-1]))
-        losses += [-whole[t - 1, text[t]] for t in range(learned_from, len(text))]
+        losses += [-whole[t - 1, text[t]] for t in range(target_start, len(text))]
     return np.mean(losses)
 
 

@@ -56,7 +56,7 @@ def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
     momentum = jax.tree.map(jnp.shape, after.opt_state[0].trace)
     assert momentum == jax.tree.map(jnp.shape, after.params)
     assert jnp.abs(lower["wte"]["embedding"] - before["wte"]["embedding"]).max() > 0
-    merged = reward.whole_params(model, after)
+    merged = reward.full_params(model, after)
     jax.tree.map(np.testing.assert_array_equal, model.split(merged["model"], unfrozen)[0], before)
 
 

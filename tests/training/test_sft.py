@@ -127,7 +127,7 @@ def test_logits_of_learned_tokens_alone_give_the_same_step(model, step, state, p
     for row, mask in enumerate(np.asarray(packed.loss_mask)):
         places[row, : mask.sum()] = np.nonzero(mask)[0]
     another = jax.jit(sft.make_step(model, SETTINGS, optimizer=SGD))
-    found = another(state, packed._replace(learned=jnp.asarray(places)), KEY)
+    found = another(state, packed._replace(target_positions=jnp.asarray(places)), KEY)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         found,

@@ -1,0 +1,1 @@
+"""Where scores of responses come from."""

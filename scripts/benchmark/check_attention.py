@@ -1,0 +1,86 @@
+"""cuDNN's attention against our own, on the device, before any time is measured with it."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.attention import BLOCK, Past, attend
+from rlhf_jax.models.cudnn_attention import attend_by_cudnn
+from scripts.benchmark.check import Difference, relative
+from scripts.benchmark.settings import BenchmarkError
+
+# What rounding to bfloat16 in another order makes of numbers is a hundredth; what a wrong mask or
+# scale makes of them, more than a tenth.
+LIMIT = 0.05
+GROUPS, ROWS, HEADS, PAST, WIDTH = 3, 2, 2, 33, 64
+
+
+def check_attention(implementation: Literal["cudnn", "xla"] = "cudnn") -> Difference:
+    """What both differ by: rows that are padded and packed, of several blocks, and behind a past.
+
+    Args:
+      implementation: as of `attend_by_cudnn`.
+
+    Raises:
+      BenchmarkError: by more than 5e-2 of the largest number.
+    """
+    found = [_difference(length, implementation) for length in (BLOCK + 7, 5)]
+    worst = Difference(
+        f"attention {implementation}",
+        max(values for values, _ in found),
+        max(gradients for _, gradients in found),
+    )
+    if not max(worst.loss, worst.gradients) <= LIMIT:  # nor NaN
+        raise BenchmarkError(
+            f"the check of {worst.check} failed: it and its gradients differ from ours by "
+            f"{worst.loss:.1e} and {worst.gradients:.1e}, and may by {LIMIT:.0e}; nothing was "
+            "measured"
+        )
+    return worst
+
+
+def _difference(length: int, implementation: Any) -> tuple[float, float]:
+    """(of what is attended, of the gradients), the long rows by themselves and short behind a past.
+
+    Short ones are what responses to a shared prompt are.
+    """
+    random, shape = np.random.default_rng(0), (GROUPS, ROWS, HEADS, length, WIDTH)
+    q, k, v, weights = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for _ in range(4))
+    q *= jnp.asarray(WIDTH**-0.5, q.dtype)
+    visible, memory = _visible(length), None
+    if length <= BLOCK:
+        memory = jnp.asarray(random.normal(size=(2, GROUPS, HEADS, PAST, WIDTH)), jnp.bfloat16)
+    mask = jnp.arange(PAST) >= jnp.array([[0], [20], [PAST]])
+
+    def run(attention, **others):
+        def loss(q, k, v, memory):
+            past = None if memory is None else Past(memory[0], memory[1], mask)
+            out = attention(q, k, v, visible, past, **others)
+            return jnp.sum((out * weights).astype(jnp.float32)), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(
+            q, k, v, memory
+        )
+        return out, grads
+
+    ours, theirs = run(attend), run(attend_by_cudnn, implementation=implementation)
+    return relative(theirs[0], ours[0]), relative(theirs[1], ours[1])
+
+
+def _visible(length: int) -> jax.Array:
+    """bool[G, K, T, T] of whole rows, rows padded left and right, two texts in one, and padding."""
+    index = np.arange(length)
+    segments = np.stack(
+        [
+            index >= 0,
+            index >= length // 3,
+            index < length // 2,
+            np.where(index < length // 3, 1, 2) * (index < length - 1),
+            np.zeros(length, int),
+            index >= 0,
+        ]
+    ).reshape(GROUPS, ROWS, length)
+    same = (segments[..., :, None] == segments[..., None, :]) & (segments[..., None, :] > 0)
+    return jnp.asarray(same & np.tri(length, dtype=bool))

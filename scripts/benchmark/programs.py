@@ -1,0 +1,191 @@
+"""Our side of a workload: a public step of the library, its state and its batch."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from rlhf_jax.backend import compiler_options
+from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.training import ppo, reward, sft
+from rlhf_jax.training.reward import init_params as init_reward
+from rlhf_jax.training.state import OptimizerSettings, make_optimizer
+from scripts.benchmark.workloads import LEARNING_RATE, Workload
+
+
+class Program(NamedTuple):
+    """A workload, ready to be compiled.
+
+    Attributes:
+      model: whose parameters `init` makes.
+      init: a pure key -> state.
+      step: a pure (state, batch, key) -> output; of all but generation the first element of the
+        output is the next state.
+      batch: of NumPy arrays, as a command feeds it.
+      loss: what the loss is called among the metrics, the second element; None of generation.
+    """
+
+    model: GPT2
+    init: Callable[[jax.Array], Any]
+    step: Callable[[Any, Any, jax.Array], Any]
+    batch: Any
+    loss: str | None
+
+    @property
+    def jitted(self) -> Any:
+        """The step compiled as the commands do it: it takes over the memory of its state."""
+        return jax.jit(
+            self.step,
+            donate_argnums=() if self.loss is None else 0,
+            compiler_options=compiler_options(jax.default_backend()),
+        )
+
+
+def make_program(
+    workload: Workload,
+    arrays: Mapping[str, np.ndarray],
+    dtype: str = "float32",
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    dropout: bool = True,
+) -> Program:
+    """Our side of a workload.
+
+    Args:
+      arrays: as from `make_arrays`.
+      dtype: `model.dtype`.
+      optimizer: by default AdamW with gradients clipped to a norm of 1, as TRL has it.
+      dropout: whether supervised fine-tuning has that of the workload.
+    """
+    model = _model(workload, dtype)
+    optimizer = optimizer or make_optimizer(OptimizerSettings(learning_rate=LEARNING_RATE))
+    if workload.kind == "sft":
+        return _sft(workload, arrays, model, optimizer, dropout)
+    if workload.kind == "reward":
+        return _reward(workload, arrays, model, optimizer)
+    if workload.kind == "generate":
+        return _generate(workload, arrays, model)
+    return _ppo(workload, arrays, model, optimizer)
+
+
+def abstract(program: Program) -> tuple[Any, Any, Any]:
+    """Shapes of (state, batch, key), without making any."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.batch)
+    return jax.eval_shape(program.init, key), batch, key
+
+
+def without_remat(workload: Workload) -> Workload:
+    """The same work, of which nothing is done twice, on any device."""
+    ours = dataclasses.replace(workload.ours, remat="none", attention="blocks")
+    return dataclasses.replace(workload, ours=ours)
+
+
+def _model(workload: Workload, dtype: str) -> GPT2:
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    config = GPT2Config(
+        **{name: getattr(workload, name) for name in names},
+        resid_pdrop=workload.dropout,
+        embd_pdrop=workload.dropout,
+        attn_pdrop=workload.dropout,
+    )
+    return GPT2(config, dtype, workload.ours.remat, workload.ours.attention)
+
+
+def _sft(workload, arrays, model, optimizer, dropout):
+    settings = sft.Settings(
+        batch_size=workload.batch_size,
+        gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
+        dropout=dropout and workload.dropout > 0,
+    )
+    tokens, loss_mask = arrays["tokens"], arrays["loss_mask"]
+    # All rows learn as many tokens, so that no place is left over.
+    learned = np.nonzero(loss_mask)[1].reshape(len(tokens), -1).astype(np.int32)
+    batch = TextBatch(tokens, np.ones_like(tokens), loss_mask, learned)
+
+    def init(key):
+        return sft.init_state(model, model.init(key), settings, key, optimizer=optimizer)
+
+    return Program(
+        model, init, sft.make_step(model, settings, optimizer=optimizer), batch, "train/loss"
+    )
+
+
+def _reward(workload, arrays, model, optimizer):
+    settings = reward.Settings(
+        batch_size=workload.batch_size,
+        gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
+        num_layers_unfrozen=workload.num_layers_unfrozen,
+    )
+    prompts, chosen, rejected = (arrays[name] for name in ("prompts", "chosen", "rejected"))
+    margin: Any = np.zeros(len(prompts), np.float32)
+    batch = PairBatch(
+        prompts,
+        _real(prompts),
+        chosen,
+        _real(chosen),
+        rejected,
+        _real(rejected),
+        margin,
+        _real(margin),
+    )
+
+    def init(key):
+        return reward.init_state(model, model.init(key), settings, key, optimizer=optimizer)
+
+    step = reward.make_step(model, settings, optimizer=optimizer)
+    return Program(model, init, step, batch, "train/loss")
+
+
+def _generate(workload, arrays, model):
+    prompts = arrays["prompts"]
+
+    def step(params, batch, key):
+        prompts, mask = batch
+        return generate(model, params, prompts, mask, key, max_new_tokens=workload.response_length)
+
+    def init(key):
+        # Nothing else reads these parameters.
+        return model.for_decoding(model.init(key))
+
+    return Program(model, init, step, (prompts, _real(prompts)), None)
+
+
+def ppo_settings(workload: Workload) -> ppo.Settings:
+    """The section `ppo` of a workload."""
+    return ppo.Settings(
+        batch_size=workload.batch_size,
+        num_ppo_epochs=workload.num_ppo_epochs,
+        num_mini_batches=workload.num_mini_batches,
+        gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
+        score_batch_size=workload.ours.score_batch_size,
+        response_length=workload.response_length,
+        num_layers_unfrozen=workload.num_layers_unfrozen,
+        value_model=workload.value_model,
+    )
+
+
+def _ppo(workload, arrays, model, optimizer):
+    settings, prompts = ppo_settings(workload), arrays["prompts"]
+    indices: Any = np.arange(len(prompts), dtype=np.int32)
+    batch = PromptBatch(prompts, _real(prompts), indices)
+
+    def init(key):
+        policy_key, reward_key, head_key = jax.random.split(key, 3)
+        scorer = init_reward(model, model.init(reward_key), head_key)
+        params = model.init(policy_key)
+        return ppo.init_state(
+            model, params, settings, key, optimizer=optimizer, reward_params=scorer
+        )
+
+    step = ppo.make_step(model, settings, optimizer=optimizer)
+    return Program(model, init, step, batch, "loss/policy_avg")
+
+
+def _real(tokens):
+    return np.ones(tokens.shape, bool)
