@@ -19,8 +19,8 @@ class TextBatch(NamedTuple):
         a token attends to its own text alone, and positions count from its start.
       loss_mask: bool[B, L], True on the tokens that the model is to predict. The first token of a
         text has nothing before it and is never among them.
-      target_positions: i32[B, K], the places of these tokens in each row, in order, and 0 behind them; None
-        where they are most of all. Logits are computed for these alone.
+      target_positions: i32[B, K], the positions of these tokens in each row, in order, then zeros;
+        None where most tokens are targets. Logits are computed at these positions only.
     """
 
     tokens: jax.Array

@@ -208,7 +208,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def target_width(counts: Sequence[int], length: int) -> int | None:
-    """K of `TextBatch.target_positions` for rows of a length that learn so many tokens; None if most are.
+    """K of `TextBatch.target_positions` for rows with these numbers of targets; None if most are.
 
     >>> target_width([3, 17], 64), target_width([49], 64)
     (24, None)

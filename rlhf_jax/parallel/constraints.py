@@ -43,10 +43,10 @@ def constrain_batch_over_data(x: jax.Array, *, last: str | None = None) -> jax.A
 
     It then costs less to move the rows than the parameters; as by `constrain_batch` otherwise.
     """
-    return _split(x, ("data",), last)
+    return _constrain(x, ("data",), last)
 
 
-def _split(x, axes, last):
+def _constrain(x, axes, last):
     mesh = _mesh()
     if mesh is None:
         return x
@@ -57,7 +57,7 @@ def _split(x, axes, last):
 
 
 def constrain_batch_over_all(x: jax.Array) -> jax.Array:
-    """The array with axis 0 split over all devices where it divides, else as by `constrain_batch`."""
+    """Axis 0 split over all devices where it divides, else as by `constrain_batch`."""
     mesh = _mesh()
     if mesh is None or not _divides(mesh, x.shape[0], AXES):
         return constrain_batch(x)
@@ -65,7 +65,7 @@ def constrain_batch_over_all(x: jax.Array) -> jax.Array:
 
 
 def constrain_cache(x: jax.Array) -> jax.Array:
-    """Keys or values [N, B, H, C, d], rows split as in `constrain_batch`, and heads over `tensor`."""
+    """Keys or values [N, B, H, C, d]: rows as in `constrain_batch`, heads over `tensor`."""
     mesh = _mesh()
     if mesh is None:
         return x

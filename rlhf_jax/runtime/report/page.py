@@ -28,7 +28,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.evaluation.best_of import best_of_charts
 from rlhf_jax.runtime.evaluation.pairs import pair_charts
 from rlhf_jax.runtime.report.charts import Chart, Series, dot_chart, line_chart
-from rlhf_jax.runtime.report.page.seed_metrics import Spread, seeds_of, split_seeds
+from rlhf_jax.runtime.report.seed_metrics import Spread, seeds_of, split_seeds
 from rlhf_jax.runtime.run.metrics import disk_errors, read_lines, replace_file
 from rlhf_jax.runtime.run.progress import short_number
 
@@ -541,7 +541,7 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["csp_hash"] = _csp_hash
-    source = importlib.resources.files("rlhf_jax.runtime").joinpath("report.html.j2")
+    source = importlib.resources.files("rlhf_jax.runtime.report").joinpath("report.html.j2")
     return environment.from_string(source.read_text("utf-8"))
 
 

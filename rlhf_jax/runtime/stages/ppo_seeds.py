@@ -19,7 +19,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     save_evaluation,
     table_of,
 )
-from rlhf_jax.runtime.report.page.seed_metrics import with_means
+from rlhf_jax.runtime.report.seed_metrics import with_means
 from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.training.ppo import PPOState, policy_params
 

@@ -22,8 +22,8 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.commands.evaluate.normalization import Normalizer
 from rlhf_jax.runtime.config import RewardConfig, resolve
+from rlhf_jax.runtime.evaluation.normalization import Normalizer
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import save_evaluation
 from rlhf_jax.runtime.evaluation.responses import decode

@@ -21,13 +21,13 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.commands.evaluate import perplexity
-from rlhf_jax.runtime.commands.evaluate.teacher_forced import (
+from rlhf_jax.runtime.config import SFTConfig, resolve
+from rlhf_jax.runtime.evaluation.responses import Responder
+from rlhf_jax.runtime.evaluation.teacher_forced import (
     TeacherForcedRouge,
     encode_completions,
     have_completions,
 )
-from rlhf_jax.runtime.config import SFTConfig, resolve
-from rlhf_jax.runtime.evaluation.responses import Responder
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.supervised import SupervisedStage, check_micro_batches
 from rlhf_jax.training import sft

@@ -24,7 +24,7 @@ from rlhf_jax.runtime.stages.reward import RewardStage
 from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def signal_in(patch, stage, method, at_call=1, number=signal.SIGTERM, times=1):

@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 import pytest
-from rlhf_jax.runtime.report.page.seed_metrics import split_seeds, with_means
 
 from rlhf_jax.runtime.report import charts
 from rlhf_jax.runtime.report import page as report
 from rlhf_jax.runtime.report.charts import Series
+from rlhf_jax.runtime.report.seed_metrics import split_seeds, with_means
 
 
 def test_means_and_seeds_are_told_apart_again():

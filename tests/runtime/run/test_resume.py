@@ -22,7 +22,7 @@ from rlhf_jax.runtime.stages.reward import RewardStage
 from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def interrupt_in(monkeypatch, stage, method, at_call):

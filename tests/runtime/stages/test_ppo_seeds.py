@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tests.runtime.test_resume import interrupt_in
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
@@ -13,7 +14,6 @@ from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from tests import small
-from tests.runtime.test_resume import interrupt_in
 
 SEEDS = (5, 6)
 EVALUATION = {

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tests.runtime.test_resume import interrupt_in
 from transformers import AutoTokenizer
 
 from rlhf_jax.errors import InputError
@@ -17,7 +18,6 @@ from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from rlhf_jax.runtime.stages.reward import RewardStage
 from tests import small
-from tests.runtime.test_resume import interrupt_in
 
 
 @pytest.fixture(scope="module")

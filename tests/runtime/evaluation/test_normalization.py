@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from tests.runtime.test_resume import interrupt_in
 
 from rlhf_jax.models.huggingface import load_reward_model
 from rlhf_jax.runtime import train_reward
@@ -13,7 +14,6 @@ from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.reward import RewardStage
 from rlhf_jax.training.reward import make_score_step
 from tests import small
-from tests.runtime.test_resume import interrupt_in
 
 NORMALIZED = {"normalize_before": True, "normalize_after": True, "normalize_rows": 12}
 

@@ -1,0 +1,75 @@
+"""The record that describes a trainer to the rest of the library; nothing here imports jax."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from rlhf_jax.data.formats import Kind
+from rlhf_jax.training.settings import OptimizerSettings
+
+
+class Headline(NamedTuple):
+    """A metric that the report shows as a tile.
+
+    Attributes:
+      metric: its name, such as "eval/loss".
+      label: of the tile, without the trainer's title.
+      shows_start: whether the first value is shown beside the last.
+    """
+
+    metric: str
+    label: str
+    shows_start: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """One training method: what its command, configuration, stage and report derive from.
+
+    Attributes:
+      name: of the file in `training/`, of the section of the configuration, and of the command,
+        which has hyphens for underscores.
+      title: in the report and on the terminal, such as "Supervised fine-tuning".
+      label: a short title for the tiles of the report, such as "SFT".
+      summary: one line for `rlhf --help`.
+      settings: the frozen dataclass of its section.
+      reads: settings -> the kind of examples that it is trained on.
+      online: whether it samples responses and scores them; such a trainer has the sections
+        `rewards` and `evaluation`.
+      trains: a language model, or a reward model.
+      optimizer: its default optimizer settings.
+      headlines: metrics of the report's tiles.
+      losses: metrics that must stay finite; training stops where one is not.
+      needs_reference: whether its state holds a reference policy.
+      has_value_model: whether it may start a value model from `model.value_path`.
+      mixes_texts: whether it may train on texts beside the responses (the section `ptx`).
+      module: the module with `init_state` and `make_step`; by default `rlhf_jax.training.NAME`.
+    """
+
+    name: str
+    title: str
+    label: str
+    summary: str
+    settings: type
+    reads: Callable[[Any], Kind]
+    online: bool = False
+    trains: Literal["policy", "reward_model"] = "policy"
+    optimizer: OptimizerSettings = OptimizerSettings()
+    headlines: tuple[Headline, ...] = ()
+    losses: tuple[str, ...] = ("train/loss",)
+    needs_reference: bool = False
+    has_value_model: bool = False
+    mixes_texts: bool = False
+    module: str = ""
+
+    @property
+    def command(self) -> str:
+        """The sub-command of `rlhf`."""
+        return self.name.replace("_", "-")
+
+    @property
+    def steps(self) -> ModuleType:
+        """The module with the pure steps, imported when it is first needed."""
+        return importlib.import_module(self.module or f"rlhf_jax.training.{self.name}")
