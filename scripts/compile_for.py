@@ -1,21 +1,8 @@
-"""Compiles a stage for devices that are not there, and tells what it would cost on them.
-
-python scripts/compile_for.py --topology v5e:16x16 --model gpt2-xl --config FILE.yaml \
-    --section.key value ...
-"""
+"""Memory, FLOPs and collectives of a stage on devices that are not there; the same as `rlhf compile-for`."""
 
 import sys
 
-from rlhf_jax.runtime.commands import terminal as cli
-
-
-def main() -> None:
-    """The command, after what has to be said before JAX looks for devices."""
-    from rlhf_jax.runtime.compilation import command as compile_for
-
-    compile_for.use_no_accelerator(sys.argv)
-    compile_for.run_compile_for()
-
+from rlhf_jax.runtime.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(main(["compile-for", *sys.argv[1:]]))

@@ -1,15 +1,8 @@
-"""Judges a model on held-out rows.
-
-Of texts: loss, perplexity and ROUGE. Of a reward model: accuracy, calibration and length bias on
-pairs. Of a policy: scores and ROUGE of its responses, win rates over another policy by the score, a
-gold score and a judge, and how good the best of n responses is.
-
-python scripts/evaluate.py --config FILE.yaml --section.key value ...
-"""
+"""Perplexity and ROUGE of texts, accuracy on pairs, or win rates of responses; the same as `rlhf evaluate`."""
 
 import sys
 
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main("run_evaluate", "EvaluateConfig"))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

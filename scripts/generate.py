@@ -1,11 +1,8 @@
-"""Responses to prompts, one JSON object per line.
-
-python scripts/generate.py --config FILE.yaml --section.key value ...
-"""
+"""Responses of a model to prompts, as JSON lines; the same as `rlhf generate`."""
 
 import sys
 
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main("run_generate", "GenerateConfig"))
+    sys.exit(main(["generate", *sys.argv[1:]]))

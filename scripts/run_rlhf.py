@@ -1,11 +1,8 @@
-"""Supervised fine-tuning, reward model and PPO in one run.
-
-python scripts/run_rlhf.py --config FILE.yaml --section.key value ...
-"""
+"""Supervised fine-tuning, a reward model and PPO in a row; the same as `rlhf run`."""
 
 import sys
 
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main("run_rlhf", "RLHFConfig"))
+    sys.exit(main(["run", *sys.argv[1:]]))

@@ -1,11 +1,8 @@
-"""PPO against a reward model, with a KL penalty towards the policy it starts from.
-
-python scripts/train_ppo.py --config FILE.yaml --section.key value ...
-"""
+"""PPO against reward models or Python functions, with a KL penalty; the same as `rlhf ppo`."""
 
 import sys
 
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main("train_ppo", "PPOConfig"))
+    sys.exit(main(["ppo", *sys.argv[1:]]))

@@ -1,11 +1,8 @@
-"""A reward model from pairs of responses, of which one was preferred.
-
-python scripts/train_reward.py --config FILE.yaml --section.key value ...
-"""
+"""A reward model from pairs or rankings of responses; the same as `rlhf reward`."""
 
 import sys
 
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main("train_reward", "RewardConfig"))
+    sys.exit(main(["reward", *sys.argv[1:]]))

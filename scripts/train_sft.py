@@ -1,11 +1,8 @@
-"""Supervised fine-tuning on texts, or on completions of prompts.
-
-python scripts/train_sft.py --config FILE.yaml --section.key value ...
-"""
+"""Supervised fine-tuning on texts, or on prompts with completions; the same as `rlhf sft`."""
 
 import sys
 
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main("train_sft", "SFTConfig"))
+    sys.exit(main(["sft", *sys.argv[1:]]))

@@ -14,20 +14,34 @@ from rlhf_jax import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A room imports itself and the rooms before it.
+# A room imports itself and the rooms before it. `data` and `rollout` stand beside each other.
 ROOMS = (
     "functional",
     "batches",
     "parallel",
     "models",
+    "data",
     "rollout",
     "training",
-    "data",
     "runtime",
-    "benchmark",
     "scripts",
 )
-EVERYWHERE = {"backend", "errors", "heap"}
+EVERYWHERE = {"backend", "errors", "lazy"}
+# The same inside of `runtime`, by the name after it; what is not named here stands above all.
+RUNTIME_ROOMS = (
+    "run",
+    "parsing",
+    "config",
+    "help",
+    "loading",
+    "program",
+    "rewards",
+    "evaluation",
+    "report",
+    "stages",
+    "compilation",
+    "commands",
+)
 
 # What a room may import from other distributions; data, runtime and scripts import what they need.
 ARRAYS = {"jax", "numpy", "chex"}
@@ -35,9 +49,9 @@ THIRD_PARTY = {
     "__init__": {"jax", "chex"},
     "errors": set(),
     "backend": {"jax"},
-    "heap": set(),
+    "lazy": set(),
     "functional": {"jax", "chex"},
-    "batches": {"jax"},
+    "batches": {"jax"},  # for types alone
     "models": ARRAYS | {"flax", "safetensors"},
     "parallel": ARRAYS,
     "rollout": ARRAYS,
@@ -98,6 +112,56 @@ def test_imports_go_to_earlier_rooms_only(path):
     assert not wrong, f"{path_name(path)} may import only {sorted(allowed)}, and imports {wrong}"
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("rlhf_jax/runtime/*/*.py")), ids=path_name)
+def test_rooms_of_the_runtime_import_earlier_ones_only(path):
+    room = module_name(path).split(".")[2]
+    allowed = {*RUNTIME_ROOMS[: RUNTIME_ROOMS.index(room) + 1]}
+    names = [name.split(".") for name in imported_modules(path)]
+    others = {name[2] for name in names if name[:2] == ["rlhf_jax", "runtime"] and len(name) > 2}
+    wrong = (others & {*RUNTIME_ROOMS}) - allowed
+    assert not wrong, f"{path_name(path)} imports {sorted(wrong)}, which stand above {room}"
+
+
+def test_no_two_files_import_each_other():
+    files = {module_name(path): path for path in SOURCES if "benchmark" not in path.parts}
+    imports = {}
+    for name, path in files.items():
+        found = {each for each in imported_modules(path) if each in files}
+        found |= {each.rpartition(".")[0] for each in imported_modules(path)} & {*files}
+        imports[name] = found - {name}
+    pairs = {
+        tuple(sorted((one, other)))
+        for one, found in imports.items()
+        for other in found
+        if one in imports[other] and not _is_package_of(one, other)
+    }
+    assert not pairs
+
+
+def _is_package_of(one, other):
+    """A package names the modules inside it, lazily, and they are part of it."""
+    return one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def test_the_runtime_is_no_flat_room_and_files_are_short():
+    for folder in (ROOT / "rlhf_jax").glob("**/"):
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        if "runtime" in folder.parts:
+            assert len(files) <= 10, f"{path_name(folder)} has {len(files)} files"
+        for path in files:
+            lines = len(path.read_text().splitlines())
+            assert lines <= 400, f"{path_name(path)} has {lines} lines"
+
+
+def test_function_bodies_are_short():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                size = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert size <= 60, f"{path_name(path)}: {node.name} has {size} lines"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=path_name)
 def test_light_rooms_import_light_packages_only(path):
     room = room_of(module_name(path))
@@ -121,7 +185,7 @@ def test_a_measured_side_imports_no_more_than_it_runs():
 
 @pytest.mark.parametrize("room", ["rollout", "training"])
 def test_steps_know_a_model_by_its_interface_only(room):
-    families = ("rlhf_jax.models.gpt2", "rlhf_jax.models.huggingface")
+    families = ("rlhf_jax.models.gpt2", "rlhf_jax.models.huggingface", "rlhf_jax.models.family")
     for path in sorted((ROOT / "rlhf_jax" / room).glob("**/*.py")):
         wrong = [name for name in imported_modules(path) if name.startswith(families)]
         assert not wrong, f"{path_name(path)} imports {wrong}"

@@ -1,10 +1,45 @@
-"""The commands as Python calls: feeding the pure steps, saving what they make, and showing it."""
+"""The commands as Python calls.
 
-from rlhf_jax.runtime.commands.evaluate import run_evaluate
-from rlhf_jax.runtime.commands.pipeline import run_rlhf
-from rlhf_jax.runtime.evaluation.responses import run_generate
-from rlhf_jax.runtime.stages.ppo import train_ppo
-from rlhf_jax.runtime.stages.reward import train_reward
-from rlhf_jax.runtime.stages.sft import train_sft
+`train_NAME(config)` for each trainer in `rlhf_jax.training.TRAINERS` (`train_sft`, `train_reward`,
+`train_ppo`, ...), `run_rlhf`, `run_generate` and `run_evaluate`. Nothing is imported before it is
+used.
+"""
 
-__all__ = ["run_evaluate", "run_generate", "run_rlhf", "train_ppo", "train_reward", "train_sft"]
+from typing import TYPE_CHECKING, Any
+
+from rlhf_jax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rlhf_jax.runtime.commands.evaluate import run_evaluate
+    from rlhf_jax.runtime.commands.generate import run_generate
+    from rlhf_jax.runtime.commands.pipeline import run_rlhf
+    from rlhf_jax.runtime.commands.train import train
+    from rlhf_jax.runtime.run.loop import StageResult
+
+    train_sft: Callable[..., StageResult]
+    train_reward: Callable[..., StageResult]
+    train_ppo: Callable[..., StageResult]
+
+_COMMANDS = "rlhf_jax.runtime.commands"
+_get, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "run_evaluate": f"{_COMMANDS}.evaluate",
+        "run_generate": f"{_COMMANDS}.generate",
+        "run_rlhf": f"{_COMMANDS}.pipeline",
+        "train": f"{_COMMANDS}.train",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("train_"):
+        from rlhf_jax.runtime.commands.train import train_function
+        from rlhf_jax.training import TRAINERS
+
+        for trainer in TRAINERS:
+            if name == f"train_{trainer.name}":
+                return train_function(trainer)
+    return _get(name)

@@ -40,9 +40,11 @@ class Trainer:
         `rewards` and `evaluation`.
       trains: a language model, or a reward model.
       optimizer: its default optimizer settings.
+      first_settings: names of its settings that the help lists first.
       headlines: metrics of the report's tiles.
       losses: metrics that must stay finite; training stops where one is not.
       needs_reference: whether its state holds a reference policy.
+      has_rouge: whether it has `rouge_rows`: ROUGE of held-out completions in each evaluation.
       has_value_model: whether it may start a value model from `model.value_path`.
       mixes_texts: whether it may train on texts beside the responses (the section `ptx`).
       module: the module with `init_state` and `make_step`; by default `rlhf_jax.training.NAME`.
@@ -57,9 +59,11 @@ class Trainer:
     online: bool = False
     trains: Literal["policy", "reward_model"] = "policy"
     optimizer: OptimizerSettings = OptimizerSettings()
+    first_settings: tuple[str, ...] = ("batch_size",)
     headlines: tuple[Headline, ...] = ()
     losses: tuple[str, ...] = ("train/loss",)
     needs_reference: bool = False
+    has_rouge: bool = False
     has_value_model: bool = False
     mixes_texts: bool = False
     module: str = ""

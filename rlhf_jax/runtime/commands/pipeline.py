@@ -1,41 +1,46 @@
-"""All three stages with one configuration: `run_rlhf`."""
+"""All three stages with one configuration: `rlhf run`."""
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
-from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.huggingface import check_pretrained
-from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.distributed import join
-from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.runtime import loading as assemble
+from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.config import (
     PPOConfig,
     RewardConfig,
     RLHFConfig,
+    RunConfig,
     SFTConfig,
-    claim_run_dir,
     resolve,
 )
-from rlhf_jax.runtime.evaluation import policies as judging
-from rlhf_jax.runtime.report.page import format_table, write_report
-from rlhf_jax.runtime.rewards.scorers import find_sources
-from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.run.metrics import disk_errors
-from rlhf_jax.runtime.stages import ppo, reward
-from rlhf_jax.runtime.stages.sft import first_tokenizer, train_sft
+
+FIRST_SETTINGS = (
+    "model.path",
+    "model.reward_path",
+    "data.sft.path",
+    "data.reward.path",
+    "data.ppo.path",
+    "sft.num_epochs",
+    "ppo.total_episodes",
+    "ppo.kl_coef",
+    "seed",
+    "run_dir",
+)
 
 
-def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
-    """Supervised fine-tuning, then a reward model, then PPO, each from what the last one left.
+def main(argv: list[str]) -> int:
+    """The command; its exit status."""
+    return terminal.run_command(
+        "rlhf run", RLHFConfig, run_rlhf, argv, first=FIRST_SETTINGS, trains=True
+    )
 
-    The run folders of the stages are `sft/`, `reward/` and `ppo/` inside that of the whole, and
+
+def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> Any:
+    """Supervised fine-tuning, then a reward model, then PPO, each from what the last one exported.
+
+    The run folders of the stages are `sft/`, `reward/` and `ppo/` inside that of the pipeline, and
     each continues where it was interrupted. The reward model starts from the fine-tuned model,
     unless `model.reward_path` names one that is trained already; then that stage is left out, as it
     is where `rewards` has other sources and none without path and function.
@@ -44,163 +49,173 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> loop.StageResult:
       config: an `RLHFConfig`, a YAML file, or a nested dict.
 
     Returns:
-      The run folder, and the last value of each metric, under `sft/...`, `reward/...`, `ppo/...`.
+      `StageResult`: the run folder, and the last value of each metric, under `sft/...`,
+      `reward/...`, `ppo/...`.
 
     Raises:
       InputError: one sentence about what is wrong with the configuration or the data.
     """
+    from rlhf_jax.parallel import hosts
+    from rlhf_jax.parallel.distributed import join
+
     config = resolve(RLHFConfig, config)
     join(config.distributed)
     with hosts.failing_together():
         return _run(config)
 
 
-def _run(config: RLHFConfig) -> loop.StageResult:
+def _run(config: RLHFConfig) -> Any:
+    from rlhf_jax.parallel import hosts
+    from rlhf_jax.runtime.commands.train import train
+    from rlhf_jax.runtime.run import loop
+    from rlhf_jax.runtime.run.folder import claim_run_dir
+
     hosts.from_first(claim_run_dir, config)
     metrics: dict[str, float] = {}
-    stages: list[tuple[str, Callable[..., loop.StageResult], Any]] = [
-        ("sft", train_sft, sft_config(config))
-    ]
-    if trains_reward_model(config):
-        stages.append(("reward", reward.train_reward, reward_config(config)))
-    stages.append(("ppo", ppo.train_ppo, ppo_config(config)))
-    for number, (name, train, stage_config) in enumerate(stages, start=1):
+    stages = stage_configs(config)
+    if not hosts.from_first(loop.is_finished, stages[0].run_dir):
+        _check_ahead(config, stages)
+    for number, stage in enumerate(stages, start=1):
+        trainer = stage.trainer
         if hosts.is_first():
-            print(f"Stage {number} of {len(stages)}: {_TITLES[name]}", file=sys.stderr, flush=True)
-        if number == 1 and not hosts.from_first(loop.is_finished, stage_config.run_dir):
-            _check_ahead(config)
-        result = train(stage_config)
-        metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
+            title = trainer.title if trainer.title.isupper() else trainer.title.lower()
+            print(f"Stage {number} of {len(stages)}: {title}", file=sys.stderr, flush=True)
+        result = train(trainer, stage)
+        metrics |= {f"{trainer.name}/{key}": value for key, value in result.metrics.items()}
     hosts.from_first(_finish, config, metrics)
     return loop.StageResult(config.run_dir, metrics)
 
 
-def _check_ahead(config: RLHFConfig) -> None:
+def _check_ahead(config: RLHFConfig, stages: list[RunConfig]) -> None:
     """Finds what is wrong with the later stages before hours are spent on the first."""
-    if config.model.path is None:
-        sizes = config.model
-        model = GPT2(
-            GPT2Config(
-                n_positions=sizes.n_positions,
-                n_layer=sizes.n_layer,
-                n_head=sizes.n_head,
-                n_embd=sizes.n_embd,
-            )
-        )
-    else:
-        model = check_pretrained(config.model.path)
+    from rlhf_jax.data.datasets import load_examples
+    from rlhf_jax.models.huggingface import check_pretrained
+    from rlhf_jax.parallel.mesh import make_mesh
+    from rlhf_jax.runtime.loading import choose_tokenizer, fresh_model
+    from rlhf_jax.runtime.rewards.functions import load_function
+    from rlhf_jax.runtime.stages import shared
+    from rlhf_jax.runtime.stages.checks import check_run
+    from rlhf_jax.runtime.stages.online import step_settings
+
+    sft, ppo = stages[0], stages[-1]
+    path = config.model.path
+    model = fresh_model(config.model, 50257) if path is None else check_pretrained(path)
     mesh = make_mesh(config.mesh)
     for name in (config.evaluation.gold_fn, config.evaluation.judge_fn):
         if name is not None:
-            assemble.load_function(name)
-    if trains_reward_model(config):
-        rows, _ = load_examples(config.data.reward, reward.kind_of(config.reward), quiet=True)
-        if all("chosen" in row and row["chosen"] == row["rejected"] for row in rows):
+            load_function(name)
+
+    def tokenizer():
+        examples, _ = load_examples(sft.data, "text", quiet=True)
+        return choose_tokenizer(sft.tokenizer, path, lambda: map(shared.text_of, examples))
+
+    for stage in stages[1:]:
+        examples, _ = load_examples(stage.data, stage.trainer.reads(stage.settings), quiet=True)
+        if all("chosen" in each and each["chosen"] == each["rejected"] for each in examples):
             raise InputError(
-                f"No pair is left of the {len(rows)} in {config.data.reward.path}: the two "
-                "responses of each are equal."
+                f"No pair is left of the {len(examples)} in {stage.data.path}: the two responses "
+                "of each are equal."
             )
-        reward.check_sizes(reward_config(config), model, mesh)
-    if config.ppo.truncate_token is not None:
-        ppo.step_settings(ppo_config(config), first_tokenizer(sft_config(config)))
-    load_examples(config.data.ppo, ppo.kind_of(ppo_config(config)), quiet=True)
     if config.ppo.ptx_coef:
         load_examples(config.data.ptx_texts, "text", quiet=True)
-    ppo.check_sizes(ppo_config(config), model, mesh)
-    _check_rewards_ahead(config, model)
+    for stage in stages[1:]:
+        check_run(stage, model, mesh)
+    if config.ppo.truncate_token is not None:
+        step_settings(ppo, tokenizer())
+    _check_rewards_ahead(config, ppo, model, tokenizer)
 
 
-def _check_rewards_ahead(config: RLHFConfig, model: GPT2) -> None:
-    """The same of what scores and values responses; `model` has the form of what is trained."""
-    of_ppo, trained = ppo_config(config), _trained(config)
+def _check_rewards_ahead(config: RLHFConfig, ppo: RunConfig, model: Any, tokenizer: Any) -> None:
+    """The same of reward models; `model` has the architecture of the one that is trained."""
+    from rlhf_jax.runtime.loading import check_reward, shares_tokens
+    from rlhf_jax.runtime.rewards.scorers import find_sources
+    from rlhf_jax.runtime.stages.checks import check_scorer
+    from rlhf_jax.runtime.stages.values import value_label, value_path
+
     paths = {
         each.source.path: each.source.label
-        for each in find_sources(of_ppo.model.reward_path, config.rewards)
+        for each in find_sources(ppo.model.reward_path, config.rewards)
     }
-    if (path := ppo.value_path(of_ppo)) is not None:
-        paths.setdefault(path, ppo.value_label(of_ppo))
+    if (path := value_path(ppo)) is not None:
+        paths.setdefault(path, value_label(ppo))
     for path, label in paths.items():
-        if path == trained:
-            ppo.check_scorer(of_ppo, model)
+        if path == _trained(config):
+            check_scorer(ppo, model)
         elif path is not None:
-            scorer, theirs = assemble.check_reward(path, config.model, label)
-            if assemble.shares_tokens(first_tokenizer(sft_config(config)), theirs):
-                ppo.check_scorer(of_ppo, scorer)
+            scorer, theirs = check_reward(path, config.model, label)
+            if shares_tokens(tokenizer(), theirs):
+                check_scorer(ppo, scorer)
 
 
 def trains_reward_model(config: RLHFConfig) -> bool:
-    """Whether a reward model is trained: there is none yet, and PPO's rewards call for one."""
-    called_for = not config.rewards or any(source.is_bare for source in config.rewards)
-    return config.model.reward_path is None and called_for
+    """Whether a reward model is trained: none is given, and the rewards of PPO need one."""
+    needed = not config.rewards or any(source.is_bare for source in config.rewards)
+    return config.model.reward_path is None and needed
 
 
 def _trained(config: RLHFConfig) -> str:
     return f"{config.run_dir}/reward/hf"
 
 
-_TITLES = {"sft": "supervised fine-tuning", "reward": "reward model", "ppo": "PPO"}
+def stage_configs(config: RLHFConfig) -> list[RunConfig]:
+    """The configurations of the stages, in order."""
+    stages = [sft_config(config), ppo_config(config)]
+    return stages[:1] + [reward_config(config)] * trains_reward_model(config) + stages[1:]
 
 
-def sft_config(config: RLHFConfig) -> SFTConfig:
-    """The part of the configuration that is the first stage's."""
+def sft_config(config: RLHFConfig) -> RunConfig:
+    """The configuration of supervised fine-tuning."""
     return SFTConfig(
         model=dataclasses.replace(config.model, reward_path=None),
         tokenizer=config.tokenizer,
-        data=config.data.sft,
-        optimizer=config.optimizer.sft,
         sft=config.sft,
         generation=config.generation,
-        run_dir=f"{config.run_dir}/sft",
-        **_shared(config),
+        **_shared(config, "sft"),
     )
 
 
-def reward_config(config: RLHFConfig) -> RewardConfig:
-    """The part of the configuration that is the second stage's."""
-    return RewardConfig(
-        model=dataclasses.replace(config.model, path=f"{config.run_dir}/sft/hf"),
-        data=config.data.reward,
-        optimizer=config.optimizer.reward,
-        reward=config.reward,
-        run_dir=f"{config.run_dir}/reward",
-        **_shared(config),
-    )
+def reward_config(config: RLHFConfig) -> RunConfig:
+    """The configuration of the reward model, which starts from the fine-tuned model."""
+    model = dataclasses.replace(config.model, path=f"{config.run_dir}/sft/hf")
+    return RewardConfig(model=model, reward=config.reward, **_shared(config, "reward"))
 
 
-def ppo_config(config: RLHFConfig) -> PPOConfig:
-    """The part of the configuration that is the third stage's."""
+def ppo_config(config: RLHFConfig) -> RunConfig:
+    """The configuration of PPO, which starts from the fine-tuned model."""
     reward_path = _trained(config) if trains_reward_model(config) else config.model.reward_path
-    model = dataclasses.replace(
-        config.model, path=f"{config.run_dir}/sft/hf", reward_path=reward_path
-    )
+    path = f"{config.run_dir}/sft/hf"
     return PPOConfig(
-        model=model,
-        data=config.data.ppo,
+        model=dataclasses.replace(config.model, path=path, reward_path=reward_path),
         ptx=config.data.ptx_texts,
-        optimizer=config.optimizer.ppo,
         ppo=config.ppo,
         rewards=config.rewards,
         evaluation=config.evaluation,
-        num_seeds=config.num_seeds,
-        run_dir=f"{config.run_dir}/ppo",
-        **_shared(config),
+        **_shared(config, "ppo"),
     )
 
 
-def _shared(config: RLHFConfig) -> dict[str, Any]:
+def _shared(config: RLHFConfig, stage: str) -> dict[str, Any]:
     names = ("mesh", "distributed", "logging", "checkpoint", "seed")
-    return {name: getattr(config, name) for name in names}
+    return {
+        **{name: vars(config)[name] for name in names},
+        "data": vars(config.data)[stage],
+        "optimizer": vars(config.optimizer)[stage],
+        "run_dir": f"{config.run_dir}/{stage}",
+    }
 
 
 def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:
-    """Puts the report of all stages into the outer folder, and prints the table."""
+    """Writes the report of all stages into the outer folder, and prints the table."""
+    from rlhf_jax.runtime.evaluation.policies import read_evaluation, save_evaluation
+    from rlhf_jax.runtime.report.page import format_table, write_report
+    from rlhf_jax.runtime.run.folder import disk_errors
+
     if (accuracy := metrics.get("reward/eval/accuracy")) is not None:
         print(f"Reward model: {accuracy:.1%} of the held-out pairs ranked as their label says")
-    folder = epath.Path(config.run_dir)
-    compared = judging.read_evaluation(f"{config.run_dir}/ppo")
+    compared = read_evaluation(f"{config.run_dir}/ppo")
     if compared is not None:
-        judging.save_evaluation(config.run_dir, compared)
+        save_evaluation(config.run_dir, compared)
         print(format_table(compared["table"]))
-    with disk_errors(folder):
-        report = write_report(folder)
+    with disk_errors(config.run_dir):
+        report = write_report(config.run_dir)
     print(f"Report: {report}")

@@ -1,40 +1,56 @@
-"""What the scripts share: reading the command line, and putting errors into one line."""
+"""What the commands share: help, configuration, and errors in one line with an exit status."""
 
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 INPUT_ERROR, DIVERGED, FAILED, INTERRUPTED = 2, 1, 1, 130
 
 
-def main(command: str, kind: str) -> int:
-    """Runs a command with the configuration of the command line; the exit status is that of `run`.
+def run_command(
+    name: str,
+    kind: type,
+    work: Callable[[Any], object],
+    argv: Sequence[str],
+    *,
+    first: Sequence[str] = (),
+    trains: bool = False,
+) -> int:
+    """Runs a command with the configuration of its flags; the exit status is that of `run`.
 
     Args:
-      command: a function of `rlhf_jax.runtime`, by name, that takes the configuration.
-      kind: the class in `runtime/config.py` that describes it, by name.
+      name: such as "rlhf ppo", for the help.
+      kind: the configuration.
+      work: takes the configuration.
+      argv: the flags.
+      first: settings that the help lists first.
+      trains: whether SIGTERM ends it with status 0, since a run continues from its checkpoint.
     """
+    if "-h" in argv or "--help" in argv:
+        from rlhf_jax.runtime.help import help_text
 
-    def work():
-        from rlhf_jax import runtime
+        sys.stdout.write(help_text(kind, name, first))
+        return 0
+
+    def configured():
         from rlhf_jax.runtime import config
+
+        settings = config.parse(kind, argv)
         from rlhf_jax.runtime.commands.compilation_cache import keep_compiled
 
-        settings = config.parse(getattr(config, kind))
-        keep_compiled()  # --help and wrong settings, which end before, need no folder
-        getattr(runtime, command)(settings)
+        keep_compiled()
+        work(settings)
 
-    # What other commands leave at SIGTERM is no whole output.
-    trains = command.startswith(("train_", "run_rlhf"))
-    return _until_terminated(work) if trains else run(work)
+    return _until_terminated(configured) if trains else run(configured)
 
 
 def _until_terminated(work: Callable[[], object]) -> int:
-    """`run`, but 0 as well when SIGTERM came: nothing is lost that a run has done."""
+    """`run`, with status 0 at SIGTERM: the run continues from its checkpoint."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return run(work)
@@ -48,7 +64,7 @@ def _until_terminated(work: Callable[[], object]) -> int:
 
 
 class _TerminatedHere(BaseException):
-    """SIGTERM came while no stage was there to take it: at the imports, or between stages."""
+    """SIGTERM outside of a stage: during imports, or between stages."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -57,16 +73,15 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def run(work: Callable[[], object]) -> int:
-    """Runs the work of a command, which may import the package: only here it is prepared for that.
+    """Runs the work of a command; errors become one sentence on standard error.
 
     Returns:
-      The exit status: 0, 2 for what the user can mend, 1 for a diverged run, 130 when interrupted;
-      and 0 when training was terminated by SIGTERM, which loses nothing. Each but the first comes
-      with one sentence on standard error.
+      The exit status: 0 on success and when training was terminated by SIGTERM, 2 for an
+      `InputError`, 1 for a diverged run, 130 after Ctrl-C.
     """
-    # transformers says at its import that PyTorch is missing, which nothing here needs.
+    # transformers warns at import that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # huggingface_hub tells of each of its many attempts to reach the hub.
+    # huggingface_hub logs each attempt to reach the hub.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from rlhf_jax.errors import InputError
     from rlhf_jax.parallel import hosts
@@ -74,12 +89,12 @@ def run(work: Callable[[], object]) -> int:
     from rlhf_jax.runtime.run.signals import Terminated
 
     _set_up_logging()
-    # Functions that settings name are looked for where the command was called, too.
+    # Functions named in settings may stand in the working directory.
     sys.path.append(os.getcwd())
 
     try:
         work()
-        sys.stdout.flush()  # here, where an error can be told
+        sys.stdout.flush()  # here, where an error is still reported
     except InputError as error:
         return _ended(error, f"error: {error}", INPUT_ERROR)
     except loop.DivergedError as error:
@@ -89,7 +104,7 @@ def run(work: Callable[[], object]) -> int:
     except KeyboardInterrupt as interrupt:
         default = "Interrupted; the same command continues from the last checkpoint, if any."
         return _ended(interrupt, str(interrupt) or default, INTERRUPTED)
-    except BrokenPipeError:  # who read our output, say `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if not hosts.several():
@@ -99,7 +114,7 @@ def run(work: Callable[[], object]) -> int:
 
 
 def _ended(error: BaseException, text: str, status: int) -> int:
-    """The status, after the text was printed: by the first host alone where all know it."""
+    """Prints the text, on the first host alone if all hosts have the error, and returns the status."""
     from rlhf_jax.parallel import hosts
 
     if hosts.is_first() or not hosts.is_raised_on_all_hosts(error):
@@ -109,11 +124,11 @@ def _ended(error: BaseException, text: str, status: int) -> int:
 
 
 def _set_up_logging() -> None:
-    """Our warnings as plain lines on standard error."""
+    """Warnings of this package as plain lines on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     logger = logging.getLogger("rlhf_jax")
     logger.handlers, logger.propagate = [handler], False
-    # Orbax logs there the traceback of what it raises as well, say a full disk.
+    # Orbax also logs the traceback of each exception that it raises.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

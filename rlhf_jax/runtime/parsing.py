@@ -1,0 +1,315 @@
+"""From flags and YAML to a configuration, with one sentence for each mistake.
+
+The types are those of the dataclasses: bool, int, float, str, `Literal`, unions with None, tuples,
+dicts, and dataclasses as sections.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from rlhf_jax.errors import InputError
+
+Values = dict[str, Any]
+
+
+class Text(str):
+    """The text of a flag, which is YAML unless its setting is a string."""
+
+
+class Flags(NamedTuple):
+    """A command line, taken apart.
+
+    Attributes:
+      files: the values of `--config`, in order.
+      settings: (key, text) of each `--section.key text`.
+      switches: the flags without a value, such as "help".
+    """
+
+    files: list[str]
+    settings: list[tuple[str, str]]
+    switches: set[str]
+
+
+SWITCHES = {"-h": "help", "--help": "help", "--print_config": "print_config"}
+
+
+def split_flags(argv: Sequence[str]) -> Flags:
+    """The parts of `--config FILE --section.key value --section.key=value ...`.
+
+    Raises:
+      InputError: an argument is no flag, or a flag has no value.
+    """
+    flags = Flags([], [], set())
+    rest = iter(argv)
+    for argument in rest:
+        if argument in SWITCHES:
+            flags.switches.add(SWITCHES[argument])
+            continue
+        if not argument.startswith("--") or argument == "--":
+            raise InputError(
+                f"{argument!r} is no option; settings are given as --section.key value."
+            )
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            try:
+                value = next(rest)
+            except StopIteration:
+                raise InputError(f"--{key} needs a value: --{key} VALUE.") from None
+        if key == "config":
+            flags.files.append(value)
+        else:
+            flags.settings.append((key, value))
+    return flags
+
+
+def read_yaml(path: str) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+      InputError: it cannot be read, or is no YAML.
+    """
+    from etils import epath  # here, so that --help does without it
+
+    try:
+        return yaml.safe_load(epath.Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"The configuration {path} cannot be read ({reason}); give --config a YAML file."
+        ) from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not valid YAML: {reason}.") from None
+
+
+def read_values(kind: type, flags: Flags) -> Values:
+    """The nested values of the files, with those of the flags laid over them.
+
+    Raises:
+      InputError: as `read_yaml` and `check_sections` do.
+    """
+    values: Values = {}
+    for file in flags.files:
+        content = read_yaml(file)
+        check_sections(kind, content, file)
+        values = merge(values, content)
+    for key, text in flags.settings:
+        *sections, name = key.split(".")
+        value: Any = Text(text)
+        if dataclasses.is_dataclass(field_type(kind, key)):
+            value = _from_yaml(text)
+            check_sections(field_type(kind, key), value, f"The section {key!r}")
+        values = merge(values, _nest(sections, {name: value}))
+    return values
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
+    """`below` with the values of `above` laid over it, section by section."""
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def _nest(sections: Sequence[str], values: Values) -> Values:
+    for section in reversed(sections):
+        values = {section: values}
+    return values
+
+
+def check_sections(kind: Any, content: Any, name: str) -> None:
+    """Raises an InputError unless the content, and each section in it, holds keys and values."""
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{name} holds no keys, but {str(content)[:40]!r}; write one `key: value` to a line."
+        )
+    for key, annotation in get_type_hints(kind).items():
+        if key in content and dataclasses.is_dataclass(annotation):
+            check_sections(annotation, content[key], f"The section {key!r}")
+
+
+def field_type(kind: Any, key: str) -> Any:
+    """The annotation of the setting `section.key`.
+
+    Raises:
+      InputError: there is no such setting.
+    """
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in _field_names(kind):
+            raise InputError(_unknown(kind, ".".join(parts[:place]), part))
+        kind = hints[part]
+    return kind
+
+
+def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str = "") -> Any:
+    """A dataclass of nested values; what they leave out is as in `default`, or by the class.
+
+    Raises:
+      InputError: naming a key that is unknown or whose value has another type.
+    """
+    hints = get_type_hints(kind)
+    for name in values:
+        if name not in _field_names(kind):
+            raise InputError(_unknown(kind, prefix.rstrip("."), name))
+    made = {
+        name: _convert(hints[name], value, f"{prefix}{name}", _default_of(kind, default, name))
+        for name, value in values.items()
+    }
+    return kind(**made) if default is None else dataclasses.replace(default, **made)
+
+
+def _default_of(kind: Any, default: Any, name: str) -> Any:
+    """The value of a field where none is given; None where the class has no default."""
+    if default is not None:
+        return vars(default)[name]
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _convert(annotation: Any, value: Any, key: str, default: Any) -> Any:
+    """The value as its setting has it, or an InputError."""
+    if dataclasses.is_dataclass(annotation):
+        check_sections(annotation, value, f"The section {key!r}")
+        section = default if dataclasses.is_dataclass(default) else None
+        return build(annotation, value, section, f"{key}.")
+    for kind in _alternatives(annotation):
+        fits, converted = _fit(kind, value, key)
+        if fits:
+            return converted
+    shown = "null" if value is None or value == "null" else repr(value)
+    raise InputError(f"{key} must be {type_name(annotation, key)}, but is {shown}.")
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, None and numbers first: a flag `null` is no text."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return (annotation,)
+    order = {type(None): 0, bool: 1, int: 2, float: 3}
+    return tuple(sorted(get_args(annotation), key=lambda kind: order.get(kind, 4)))
+
+
+def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
+    """(whether a value is of a type, the value converted)."""
+    if kind is str:
+        return isinstance(value, str), str(value)
+    if isinstance(value, Text) and get_origin(kind) is not Literal:
+        value = _from_yaml(value)
+    if kind is type(None):
+        return value is None, None
+    if kind is bool:
+        return isinstance(value, bool), value
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if kind is float:
+        return _fit_float(value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind), str(value) if isinstance(value, Text) else value
+    if get_origin(kind) is dict:
+        fits = isinstance(value, Mapping) and all(
+            isinstance(part, str) for item in value.items() for part in item
+        )
+        return fits, dict(value) if fits else value
+    return _fit_tuple(kind, value, key)
+
+
+def _fit_float(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False, value
+    try:
+        return True, float(value)  # YAML takes 1e-3 for a text
+    except ValueError:
+        return False, value
+
+
+def _fit_tuple(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
+    members = get_args(kind)
+    if not isinstance(value, (list, tuple)):
+        return False, value
+    if dataclasses.is_dataclass(members[0]):
+        return True, tuple(_element(members[0], each, key) for each in value)
+    if members[-1] is not Ellipsis and len(value) != len(members):
+        return False, value
+    pairs = [_fit(members[0], each, key) for each in value]
+    return all(fits for fits, _ in pairs), tuple(each for _, each in pairs)
+
+
+def _element(kind: Any, value: Any, key: str) -> Any:
+    """An element of a list of sections, such as `rewards`."""
+    if dataclasses.is_dataclass(value):
+        return value
+    if not isinstance(value, Mapping) or not value:
+        raise InputError(
+            f"{key}: each element has at least one key of {', '.join(_field_names(kind))}, such "
+            f"as {{{_field_names(kind)[0]}: ...}}, but one is {value!r}."
+        )
+    return build(kind, value, None, f"{key}: ")
+
+
+_EXAMPLES = {
+    "rewards": "[{function: module:function}]",
+    "best_of": "[1, 2, 4]",
+    "prompt_tokens": "[2, 8]",
+    "local_device_ids": "[0, 1]",
+    "columns": "{prompt: question}",
+}
+
+
+def type_name(annotation: Any, key: str = "") -> str:
+    """The type of a setting, as help and error messages name it.
+
+    >>> type_name(int | None), type_name(Literal["a", "b"]), type_name(tuple[int, ...], "x.best_of")
+    ('int or null', 'one of a, b', 'a list such as [1, 2, 4]')
+    """
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = sorted(get_args(annotation), key=lambda kind: kind is type(None))
+        return " or ".join(type_name(part, key) for part in parts)
+    if annotation is type(None):
+        return "null"
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    example = _EXAMPLES.get(key.rpartition(".")[2], "")
+    if get_origin(annotation) in (tuple, dict):
+        name = "a list" if get_origin(annotation) is tuple else "keys and values"
+        return f"{name} such as {example}" if example else name
+    return annotation.__name__
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _field_names(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)] if _is_class(kind) else []
+
+
+def _is_class(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _unknown(kind: Any, section: str, name: str) -> str:
+    """Names the keys that there are, and the nearest one."""
+    near = difflib.get_close_matches(name, _field_names(kind), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    names = ", ".join(_field_names(kind))
+    if section.endswith(":"):  # an element of a list
+        return f"Unknown key {name!r}{hint} in {section[:-1]}; each has {names}."
+    key = f"{section}.{name}" if section else name
+    where = f"the section {section!r} has" if section else "there are"
+    return f"Unknown key {key!r}{hint}; {where} {names}."
+
+
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address such as gs://bucket/folder."""
+    return "://" in os.fspath(path)

@@ -1,0 +1,96 @@
+"""The one recipe of compilation: `jax.jit` with shardings, donation and compiler options.
+
+A step is a pure function; here it meets the mesh. States are split by the partition rules of the
+model, batches over `data` and `fsdp`, keys and metrics are replicated, and the old state is
+donated to the new one. Stages run what this module gives, and `runtime/compilation/` compiles the
+same ahead of time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from rlhf_jax.backend import compiler_options
+from rlhf_jax.models.interface import Model
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
+
+Step = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the arrays of a trainer's programs are on a mesh.
+
+    Attributes:
+      mesh: of the devices.
+      model: whose partition rules place parameters and what has their paths.
+    """
+
+    mesh: Mesh
+    model: Model
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Examples over `data` and `fsdp` together."""
+        return batch_sharding(self.mesh)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same full array on every device."""
+        return replicated(self.mesh)
+
+    def shardings(self, tree: Any) -> Any:
+        """The sharding of each array of a state or of parameters, of which shapes are enough."""
+        return tree_shardings(self.mesh, tree, self.model.partition_rules)
+
+    def put(self, batch: Any) -> Any:
+        """A batch of NumPy arrays on the devices, where one process does not hold all of them."""
+        return hosts.from_host(batch, self.batch)
+
+    def initialise(self, init: Step, *args: Any) -> Any:
+        """init(*args) under jit, each array of the result initialised in its place."""
+        shardings = self.shardings(jax.eval_shape(init, *args))
+        return jax.jit(init, out_shardings=shardings)(*args)
+
+    def step(self, step: Step, state: Any, *, returns_batch: bool = False) -> Any:
+        """A jitted (state, batch, key) -> (state, metrics), donating the state.
+
+        Args:
+          step: pure, not jitted.
+          state: shapes are enough.
+          returns_batch: whether it returns a third result with the axis of the batch, a rollout.
+        """
+        return self._update(step, state, num_batches=1, returns_batch=returns_batch)
+
+    def rollout(self, sample: Step, state: Any) -> Any:
+        """A jitted (state, batch, key) -> rollout; the state stays."""
+        places = (self.shardings(state), self.batch, self.replicated)
+        return jax.jit(sample, in_shardings=places, out_shardings=self.batch)
+
+    def update(self, update: Step, state: Any) -> Any:
+        """A jitted (state, batch, rollout, scores, key) -> (state, metrics, rollout)."""
+        return self._update(update, state, num_batches=3, returns_batch=True)
+
+    def _update(self, step: Step, state: Any, *, num_batches: int, returns_batch: bool) -> Any:
+        place = self.shardings(state)
+        results = (place, self.replicated, *([self.batch] if returns_batch else []))
+        return jax.jit(
+            step,
+            in_shardings=(place, *[self.batch] * num_batches, self.replicated),
+            out_shardings=results,
+            donate_argnums=0,
+            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
+        )
+
+    def evaluation(self, evaluate: Step, params: Any) -> Any:
+        """A jitted (params, batch) -> replicated metrics.
+
+        Args:
+          params: of the full model; shapes are enough.
+        """
+        places = (self.shardings(params), self.batch)
+        return jax.jit(evaluate, in_shardings=places, out_shardings=self.replicated)

@@ -1,0 +1,96 @@
+"""What is checked of a run before any step: sizes, batches against the mesh, and the trainer's own."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.models.interface import Model
+from rlhf_jax.parallel.partition import check_batch_size
+from rlhf_jax.rollout.shaping import check_stop_tokens
+from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.loading import check_positions
+
+
+def check_run(config: RunConfig, model: Model, mesh: Mesh) -> None:
+    """Raises an InputError if a run of this model on this mesh cannot work.
+
+    Checked are the lengths of the examples against the positions of the model, the attention heads
+    and the batch sizes against the mesh, and what the trainer's `init_state` raises.
+    """
+    model.check_mesh(mesh)
+    (check_online if config.trainer.online else check_offline)(config, model, mesh)
+    key = jax.eval_shape(functools.partial(jax.random.key, 0))
+    params = jax.eval_shape(model.init, key)
+    init = functools.partial(config.trainer.steps.init_state, model, settings=config.settings)
+    jax.eval_shape(init, params, key=key, **_scorers(config, model, params))
+
+
+def _scorers(config: RunConfig, model: Model, params: Any) -> Mapping[str, Any]:
+    """Shapes of the reward model that an online trainer may start values from."""
+    if not config.trainer.has_value_model:
+        return {}
+    head = jax.ShapeDtypeStruct((model.config.n_embd,), "float32")
+    return {"value_params": {"model": params, "head": {"kernel": head}}}
+
+
+def check_offline(config: RunConfig, model: Model, mesh: Mesh) -> None:
+    """The lengths and batch sizes of an offline run."""
+    name, settings = config.trainer.name, config.settings
+    check_lengths(config.trainer.reads(settings), config.data, model)
+    check_parts(mesh, f"{name}.batch_size", settings.batch_size, 1, settings, name)
+    check_batch_size(mesh, f"{name}.eval_batch_size", settings.eval_batch_size)
+
+
+def check_lengths(kind: str, data: DataSettings, model: Model, name: str = "data") -> None:
+    """Raises an InputError if examples may be longer than the model has positions."""
+    if kind == "text":
+        check_positions(model, data.max_length, f"{name}.max_length")
+        return
+    check_positions(
+        model,
+        data.max_prompt_length + data.max_response_length,
+        f"{name}.max_prompt_length + {name}.max_response_length",
+    )
+
+
+def check_online(config: RunConfig, model: Model, mesh: Mesh) -> None:
+    """The lengths and batch sizes of an online run."""
+    name, settings = config.trainer.name, config.settings
+    check_stop_tokens(settings, stop_token_ids=(0,))  # which token it is makes no difference here
+    longest = config.data.max_prompt_length + settings.response_length
+    check_positions(model, longest, f"data.max_prompt_length + {name}.response_length")
+    batches = settings.num_mini_batches
+    check_parts(mesh, f"{name}.batch_size", settings.batch_size, batches, settings, name)
+    if settings.score_batch_size is not None:
+        check_batch_size(mesh, f"{name}.score_batch_size", settings.score_batch_size)
+    check_batch_size(mesh, "evaluation.batch_size", config.section("evaluation").batch_size)
+    if config.trainer.mixes_texts and settings.ptx_coef:
+        check_lengths("text", config.section("ptx"), model, "ptx")
+        check_parts(mesh, f"{name}.ptx_batch_size", settings.num_texts, batches, settings, name)
+
+
+def check_parts(
+    mesh: Mesh, key: str, batch_size: int, num_mini_batches: int, settings: Any, section: str
+) -> None:
+    """Raises an InputError if an optimizer step, or an accumulated part of it, misses the mesh."""
+    steps = settings.gradient_accumulation_steps
+    if num_mini_batches > 1:
+        key = f"{key} / {section}.num_mini_batches"
+    if steps > 1:
+        key = f"{key} / {section}.gradient_accumulation_steps"
+    check_batch_size(mesh, key, batch_size // num_mini_batches // steps)
+
+
+def check_scorer(config: RunConfig, scorer: Model) -> None:
+    """Raises an InputError if a reward model of tokens has too few positions for the responses."""
+    name, settings, data = config.trainer.name, config.settings, config.data
+    lengths = {f"{name}.response_length": settings.response_length}
+    if settings.subtract_reference_score:
+        lengths["data.max_response_length"] = data.max_response_length
+    for key, length in lengths.items():
+        key = f"data.max_prompt_length + {key}, to be scored by the reward model,"
+        check_positions(scorer, data.max_prompt_length + length, key)

@@ -1,0 +1,123 @@
+"""The stage of every offline trainer: examples through one compiled step."""
+
+import math
+from typing import Any
+
+import jax
+from etils import epath
+
+from rlhf_jax.data.batching import Batches, eval_batches
+from rlhf_jax.data.datasets import load_examples
+from rlhf_jax.data.kinds import encode
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.runtime import program
+from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.loading import choose_tokenizer, load_model
+from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.stages import shared
+from rlhf_jax.runtime.stages.checks import check_run
+from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct, StageExamples
+from rlhf_jax.training.state import make_optimizer
+
+
+class OfflineStage:
+    """Training on examples that are there before it begins; see `loop.Stage`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.trainer = config, config.trainer
+        self.name, self.losses = self.trainer.name, self.trainer.losses
+        settings, data = config.settings, config.data
+        kind = self.trainer.reads(settings)
+        train, held_out = load_examples(data, kind)
+        self.tokenizer = choose_tokenizer(
+            config.tokenizer, config.model.path, lambda: map(shared.text_of, train)
+        )
+        model_key, self.key, self.sample_key = shared.stage_keys(config.seed, self.name)
+        self.mesh = make_mesh(config.mesh)
+        self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
+        check_run(config, self.model, self.mesh)
+        train_batch = encode(kind, train, self.tokenizer, data)
+        self.batches = Batches(
+            train_batch, settings.batch_size, config.seed, buckets=data.length_buckets
+        )
+        self.held_out = encode(kind, held_out, self.tokenizer, data) if held_out else None
+        self.total_steps = math.ceil(settings.num_epochs * self.batches.steps_per_epoch)
+        self._compile()
+        product = RewardModelProduct if self.trainer.trains == "reward_model" else PolicyProduct
+        examples = StageExamples(train, held_out, train_batch, self.held_out)
+        self.product = product(config, self.model, self.tokenizer, self.mesh, examples)
+
+    def _compile(self) -> None:
+        steps, settings = self.trainer.steps, self.config.settings
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+
+        def init(params):
+            return steps.init_state(self.model, params, settings, self.key, optimizer=optimizer)
+
+        place = program.Placement(self.mesh, self.model)
+        self.batch_sharding = place.batch
+        self._init, self._place = init, place
+        step = steps.make_step(self.model, settings, optimizer=optimizer)
+        shapes = jax.eval_shape(init, self.params)
+        self._step = place.step(step, shapes)
+        full = jax.eval_shape(self.full_params, shapes)
+        self._evaluate = place.evaluation(steps.make_eval_step(self.model), full)
+        self.flops_per_token = program.flops_per_token(self.model, shapes, self.trainer)
+        self.flops_per_step = 0.0
+
+    def full_params(self, state: Any) -> Any:
+        """The parameters of the full model, or reward model."""
+        return self.trainer.steps.full_params(self.model, state)
+
+    def init_state(self) -> Any:
+        """The state before the first step, initialised sharded; the loaded parameters are freed."""
+        state = self._place.initialise(self._init, self.params)
+        self.params = None
+        return self.product.prepare(state)
+
+    def step(self, state: Any, index: int) -> Any:
+        """One optimizer step on batch number `index`."""
+        key = jax.random.fold_in(self.key, index)
+        batch = shared.batch_at(self.batches, index, self.batch_sharding)
+        return *self._step(state, batch, key), None
+
+    def observe(self, output: Any) -> dict[str, float]:
+        """{}: all metrics are computed on the devices."""
+        return {}
+
+    def evaluate(self, state: Any) -> dict[str, float]:
+        """Metrics on the held-out examples, means over all their tokens or pairs; {} without."""
+        if self.held_out is None:
+            return {}
+        params = self.full_params(self._at_end(state))
+        sums: dict[str, float] = {}
+        batches = eval_batches(self.held_out, self.config.settings.eval_batch_size)
+        parts = [self._evaluate(params, self._place.put(batch)) for batch in batches]
+        for part in hosts.to_host(parts):
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        count = sums.pop("count")
+        means = {f"eval/{name}": value / count for name, value in sums.items()}
+        return means | self.product.metrics(params, means)
+
+    def _at_end(self, state: Any) -> Any:
+        """The state that is evaluated: after the last step, the one that is exported."""
+        return state if int(state.step) < self.total_steps else self.product.exported(state)
+
+    def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
+        """Entries of `samples.jsonl`."""
+        return self.product.samples(self.full_params(self._at_end(state)), self.sample_key, count)
+
+    def saved(self, state: Any) -> Any:
+        """What a checkpoint holds: all but the frozen part, of which a checksum."""
+        return shared.saved_parts(state)
+
+    def resumed(self, state: Any, saved: Any) -> Any:
+        """The saved parts beside the frozen part, if that is unchanged."""
+        return shared.resumed_state(state, saved, self.config.run_dir, [self.config.model.path])
+
+    def finish(self, state: Any) -> epath.Path:
+        """Writes `hf/`, `evaluation.json` of a reward model, and the report."""
+        self.product.finish(self.full_params(self.product.exported(state)))
+        return hosts.from_first(write_report, epath.Path(self.config.run_dir))

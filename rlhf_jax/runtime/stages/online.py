@@ -1,0 +1,322 @@
+"""The stage of every online trainer: responses are sampled, scored and trained on.
+
+With one reward model that reads the policy's tokens, an iteration is one compiled program. Any
+other reward is computed between two programs, the rollout and the update.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.data.batching import Batches
+from rlhf_jax.data.datasets import load_examples
+from rlhf_jax.data.kinds import encode
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.runtime import program
+from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.evaluation.policies import (
+    Comparison,
+    Judged,
+    PolicyJudge,
+    columns_of,
+    compare,
+    judge_both_orders,
+    write_evaluation,
+)
+from rlhf_jax.runtime.evaluation.responses import decode
+from rlhf_jax.runtime.loading import choose_tokenizer, find_token, load_model
+from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
+from rlhf_jax.runtime.rewards.scorers import (
+    Responses,
+    find_sources,
+    load_rewards,
+    reference_tokens,
+)
+from rlhf_jax.runtime.stages import shared
+from rlhf_jax.runtime.stages.checks import check_run, check_scorer
+from rlhf_jax.runtime.stages.values import load_value_model
+from rlhf_jax.training import online
+from rlhf_jax.training.state import make_optimizer
+
+RewardFunction = Callable[..., list[float]]
+
+
+def step_settings(config: RunConfig, tokenizer: Any) -> Any:
+    """The trainer's settings with `truncate_token` as an id.
+
+    Raises:
+      InputError: the tokenizer has no such token.
+    """
+    token = config.settings.truncate_token
+    if token is not None:
+        token = find_token(tokenizer, token, f"{config.trainer.name}.truncate_token")
+    return dataclasses.replace(config.settings, truncate_token=token)
+
+
+def load_texts(config: RunConfig, tokenizer: Any) -> Batches | None:
+    """The texts that are mixed into the updates; None without any.
+
+    Their order has another seed than that of the prompts, which may be as many.
+    """
+    if not config.trainer.mixes_texts or not config.settings.ptx_coef:
+        return None
+    data = config.section("ptx")
+    texts = encode("text", load_examples(data, "text")[0], tokenizer, data)
+    size, buckets = config.settings.num_texts, data.length_buckets
+    return Batches(texts, size, config.seed + 1, buckets=buckets)
+
+
+class OnlineStage:
+    """Training on responses that the policy samples; see `loop.Stage`.
+
+    Args:
+      config: that of an online trainer.
+      reward_fn: a reward in Python, of weight 1.
+    """
+
+    def __init__(self, config: RunConfig, reward_fn: RewardFunction | None = None) -> None:
+        self.config, self.trainer, self.steps = config, config.trainer, config.trainer.steps
+        self.name, self.losses = self.trainer.name, self.trainer.losses
+        if config.model.path is None:
+            raise InputError(
+                f"{self.trainer.title} starts from a trained policy: give --model.path a folder or "
+                "hub name."
+            )
+        self.sources = find_sources(config.model.reward_path, config.section("rewards"), reward_fn)
+        if not self.sources:
+            raise InputError(
+                f"{self.trainer.title} needs a reward: give --model.reward_path a reward model's "
+                "folder, or --rewards a list of them and of functions, or call "
+                f"train_{self.name} with a reward_fn."
+            )
+        evaluation = config.section("evaluation")
+        self.gold_fn, self.judge_fn = (
+            None if name is None else load_function(name)
+            for name in (evaluation.gold_fn, evaluation.judge_fn)
+        )
+        self._load()
+        self._compile()
+        self._before: Judged | None = None
+        self._compared: tuple[int, Comparison] | None = None
+
+    def _load(self) -> None:
+        config, data = self.config, self.config.data
+        kind = self.trainer.reads(config.settings)
+        self.examples, self.held_out_examples = load_examples(data, kind)
+        self.tokenizer = choose_tokenizer(config.tokenizer, config.model.path, list)
+        self.settings = step_settings(config, self.tokenizer)
+        model_key, self.key, self.eval_key = shared.stage_keys(config.seed, self.name)
+        self.mesh = make_mesh(config.mesh)
+        self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
+        check_run(config, self.model, self.mesh)
+        for function in (*(each.function for each in self.sources), self.gold_fn):
+            if function is not None:
+                check_call(function, columns_of(self.examples, [0]))
+        self._load_rewards()
+        self.value_model, self.value_params = load_value_model(config, self.tokenizer, self.mesh)
+        prompts = encode(kind, self.examples, self.tokenizer, data)
+        size, buckets = config.settings.batch_size, data.length_buckets
+        self.batches = Batches(prompts, size, config.seed, buckets=buckets)
+        self.texts = load_texts(config, self.tokenizer)
+        self.held_out = None
+        if self.held_out_examples:
+            self.held_out = encode(kind, self.held_out_examples, self.tokenizer, data)
+        self.total_steps = config.settings.num_iterations
+
+    def _load_rewards(self) -> None:
+        """One reward model of tokens is part of the full step; others score between its halves."""
+        config = self.config
+        self.rewards, params = load_rewards(
+            self.sources, config.model, self.tokenizer, mesh=self.mesh
+        )
+        for scorer in self.rewards.token_models:
+            check_scorer(config, scorer)
+        self.references = None
+        if config.settings.subtract_reference_score:
+            self.references = reference_tokens(self.examples, self.tokenizer, config.data)
+        self.reward_model = self.rewards.single if self.references is None else None
+        self.reward_params = params[0] if self.reward_model is not None else params or None
+
+    def _compile(self) -> None:
+        config, stops = self.config, (self.tokenizer.eos_token_id,)
+        self.optimizer = make_optimizer(config.optimizer, config.settings.num_updates)
+        place = self._place = program.Placement(self.mesh, self.model)
+        self.batch_sharding = place.batch
+        shapes = jax.eval_shape(self._init, self.params, self.reward_params, self.value_params)
+        self.flops_per_token = program.flops_per_token(self.model, shapes, self.trainer)
+        self.flops_per_step = self._flops_of_texts(shapes)
+        options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
+        if self.trainer.has_value_model:
+            options["value_model"] = self.value_model
+        if self.reward_model is not None:
+            options["reward_model"] = self.reward_model
+            step = self.steps.make_step(self.model, self.settings, **options)
+            self._step = place.step(step, shapes, returns_batch=True)
+        else:
+            sample = online.make_rollout_step(self.model, self.settings, stop_token_ids=stops)
+            self._sample = place.rollout(sample, shapes)
+            update = self.steps.make_update_step(self.model, self.settings, **options)
+            self._update = place.update(update, shapes)
+        self.judge = PolicyJudge(
+            self.model,
+            self.tokenizer,
+            self._sample_for_judging,
+            temperature=config.settings.temperature,
+            reward_model=self.reward_model,
+            rewards=self.rewards,
+            gold_fn=self.gold_fn,
+            batch_size=config.section("evaluation").batch_size,
+            place=place.batch,
+        )
+
+    def _flops_of_texts(self, shapes: Any) -> float:
+        """Forward and backward passes of an iteration's texts, on average."""
+        if self.texts is None:
+            return 0.0
+        tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.texts.batch_size
+        return program.flops_per_text_token(self.model, shapes, self.settings) * float(tokens)
+
+    def _sample_for_judging(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
+        stops = (self.tokenizer.eos_token_id,)
+        return online.sample_responses(
+            self.model, params, batch, key, self.settings, stop_token_ids=stops
+        )
+
+    def _init(self, params: Any, reward_params: Any, value_params: Any) -> Any:
+        options = {"value_params": value_params} if self.trainer.has_value_model else {}
+        return self.steps.init_state(
+            self.model,
+            params,
+            self.settings,
+            self.key,
+            optimizer=self.optimizer,
+            reward_params=reward_params,
+            **options,
+        )
+
+    def init_state(self) -> Any:
+        """The state before the first iteration, initialised sharded; loaded parameters are freed."""
+        loaded = (self.params, self.reward_params, self.value_params)
+        state = self._place.initialise(self._init, *loaded)
+        self.params = self.reward_params = self.value_params = None
+        return state
+
+    def step(self, state: Any, index: int) -> Any:
+        """One iteration on batch number `index`; its output is the rollout and its examples."""
+        batch, key = self._batch(index), jax.random.fold_in(self.key, index)
+        if self.reward_model is not None:
+            state, metrics, rollout = self._step(state, batch, key)
+            return state, metrics, (rollout, batch.indices)
+        sample_key, update_key = jax.random.split(key)
+        responses = self._sample(state, batch, sample_key)
+        scores, parts = self._score(state, batch, responses)
+        scores = hosts.from_host(scores, self.batch_sharding)
+        state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
+        means = {name: np.mean(values) for name, values in parts.items()}
+        return state, {**metrics, **means}, (rollout, batch.indices)
+
+    def _batch(self, index: int) -> PromptBatch:
+        batch = shared.batch_at(self.batches, index, self.batch_sharding)
+        if self.texts is None:
+            return batch
+        return batch._replace(texts=shared.batch_at(self.texts, index, self.batch_sharding))
+
+    def _score(
+        self, state: Any, batch: PromptBatch, responses: Rollout
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """f32[B] scores, and the parts that they are sums of, float[B] each."""
+        if hosts.several():
+            batch, responses = hosts.to_host((batch, responses))
+        candidates = [(responses.tokens, responses.mask)]
+        if self.references is not None:
+            tokens, mask = self.references
+            candidates.append((tokens[batch.indices], mask[batch.indices]))
+        scored = Responses(
+            self.tokenizer,
+            batch.prompts,
+            batch.prompt_mask,
+            candidates,
+            columns_of(self.examples, batch.indices),
+            batch.indices,
+        )
+        size = self.config.settings.score_batch_size or self.config.settings.batch_size
+        return self.rewards(state.frozen.get("reward", ()), scored, size)
+
+    def observe(self, output: Any) -> dict[str, float]:
+        """The gold score of the sampled responses, where there is one."""
+        if self.gold_fn is None:
+            return {}
+        rollout, indices = output
+        prompts = decode(self.tokenizer, rollout.prompts, rollout.prompt_mask)
+        completions = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        columns = columns_of(self.examples, hosts.to_host(indices))
+        gold = call_scores(self.gold_fn, prompts, completions, columns)
+        return {"objective/gold": float(np.mean(gold))}
+
+    def evaluate(self, state: Any) -> dict[str, float]:
+        """Scores, KL and gold scores on held-out prompts, and win rates over the initial policy."""
+        if self.held_out is None:
+            return {}
+        return {f"eval/{name}": value for name, value in self._compare(state).metrics.items()}
+
+    def _compare(self, state: Any) -> Comparison:
+        """The comparison of this state with the reference, computed once a step."""
+        step = int(state.step)
+        if self._compared is None or self._compared[0] != step:
+            self._compared = (step, self._judge_both(state))
+        return self._compared[1]
+
+    def _judge_both(self, state: Any) -> Comparison:
+        """Policy against reference; the responses of the reference are sampled once a run."""
+        policy = self.steps.policy_params(self.model, state)
+        ref = self.steps.reference_params(self.model, state)
+        reward_params = state.frozen.get("reward")
+        judged = (self.held_out, self.held_out_examples, ref, reward_params, self.eval_key)
+        if self._before is None:
+            self._before = self.judge(ref, *judged)
+        before, after = self._before, self.judge(policy, *judged)
+        if self.judge_fn is None:
+            return compare(before, after)
+        assert self.held_out is not None
+        columns = columns_of(self.held_out_examples, self.held_out.indices)
+        texts = (after.prompts, before.responses, after.responses)
+        return compare(before, after, judge_both_orders(self.judge_fn, *texts, columns))
+
+    def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
+        """Responses of the last iteration, with score, and KL in nats."""
+        rollout = hosts.to_host(output[0])
+        prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
+        texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
+        kl = (rollout.logprobs - rollout.ref_logprobs).sum(axis=1)
+        return [
+            {"prompt": prompt, "response": text, "score": float(score), "kl": float(nats)}
+            for prompt, text, score, nats in zip(prompts, texts, rollout.scores, kl, strict=False)
+        ]
+
+    def saved(self, state: Any) -> Any:
+        """What a checkpoint holds: all but the frozen parts, of which a checksum."""
+        return shared.saved_parts(state)
+
+    def resumed(self, state: Any, saved: Any) -> Any:
+        """The saved parts beside the frozen parts, if these are unchanged."""
+        rewards = [each.source.path for each in self.sources if each.source.path is not None]
+        paths = [self.config.model.path, *rewards]
+        return shared.resumed_state(state, saved, self.config.run_dir, paths)
+
+    def finish(self, state: Any) -> epath.Path:
+        """Writes `hf/`, `evaluation.json` where there are held-out prompts, and the report."""
+        policy = self.steps.policy_params(self.model, state)
+        shared.export(self.config.run_dir, save_pretrained, self.model, policy, self.tokenizer)
+        if self.held_out is not None:
+            count = self.config.section("evaluation").num_samples
+            write_evaluation(self.config.run_dir, self._compare(state), count)
+        return hosts.from_first(write_report, epath.Path(self.config.run_dir))

@@ -1,0 +1,197 @@
+"""What offline training yields: a policy that answers prompts, or a reward model that scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.data.chat import prompt_text
+from rlhf_jax.data.encoding import warn
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.partition import batch_sharding
+from rlhf_jax.rollout.score import end_scores
+from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.evaluation.normalization import Normalizer
+from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
+from rlhf_jax.runtime.evaluation.policies import save_evaluation
+from rlhf_jax.runtime.evaluation.responses import Responder, decode
+from rlhf_jax.runtime.evaluation.teacher_forced import (
+    TeacherForcedRouge,
+    encode_completions,
+    have_completions,
+    perplexity,
+)
+from rlhf_jax.runtime.stages import shared
+
+Examples = Sequence[Mapping[str, Any]]
+
+
+class StageExamples(NamedTuple):
+    """The examples of an offline stage.
+
+    Attributes:
+      train, held_out: as they were read.
+      train_batch, held_out_batch: all of them as arrays; the second is None without any.
+    """
+
+    train: Examples
+    held_out: Examples
+    train_batch: Any
+    held_out_batch: Any
+
+
+class PolicyProduct:
+    """A language model: it answers held-out prompts, and is exported as it is."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Model,
+        tokenizer: Any,
+        mesh: Mesh,
+        examples: StageExamples,
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        held_out = examples.held_out
+        shown = held_out[: config.logging.num_samples]
+        self.prompts = [_prompt_of(each, n, tokenizer) for n, each in enumerate(shown, 1)]
+        self.responder = Responder(
+            model, tokenizer, config.section("generation"), config.data.prompt_suffix
+        )
+        self.rouge = None
+        if config.trainer.has_rouge and (judged := held_out[: config.settings.rouge_rows]):
+            self.rouge = self._rouge(judged, mesh)
+
+    def _rouge(self, held_out: Examples, mesh: Mesh) -> TeacherForcedRouge:
+        """Teacher-forced ROUGE on some held-out examples."""
+        if not have_completions(held_out, self.config.data):
+            raise InputError(
+                f"{self.config.trainer.name}.rouge_rows compares with completions, which the "
+                "held-out rows do not have: give rows of prompt and completion, or set it to 0."
+            )
+        return TeacherForcedRouge(
+            self.model,
+            self.tokenizer,
+            encode_completions(held_out, self.tokenizer, self.config.data),
+            batch_size=self.config.settings.eval_batch_size,
+            place=batch_sharding(mesh),
+        )
+
+    def prepare(self, state: Any) -> Any:
+        """The state before the first step."""
+        return state
+
+    def exported(self, state: Any) -> Any:
+        """The state whose model is exported."""
+        return state
+
+    def metrics(self, params: Params, means: Mapping[str, float]) -> dict[str, float]:
+        """Perplexity, and ROUGE where it is computed."""
+        found = {"eval/perplexity": perplexity(means["eval/loss"])}
+        rouge = {} if self.rouge is None else self.rouge(params)
+        return found | {f"eval/{name}": value for name, value in rouge.items()}
+
+    def samples(self, params: Params, key: jax.Array, count: int) -> list[dict[str, Any]]:
+        """Responses to held-out prompts, or continuations of the beginnings of held-out texts."""
+        if not self.prompts:
+            return []
+        responses = self.responder(params, self.prompts, key)
+        return [
+            {"prompt": prompt, "response": response}
+            for prompt, response in zip(self.prompts, responses, strict=True)
+        ]
+
+    def finish(self, params: Params) -> None:
+        """Writes `hf/`."""
+        shared.export(self.config.run_dir, save_pretrained, self.model, params, self.tokenizer)
+
+
+class RewardModelProduct:
+    """A reward model: it scores held-out pairs, and is normalized before or after training.
+
+    Checkpoints hold the model as it was trained, so that a run that continues normalizes it once.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Model,
+        tokenizer: Any,
+        mesh: Mesh,
+        examples: StageExamples,
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
+        self.held_out = examples.held_out_batch
+        self.normalize = Normalizer(model, mesh, examples.train_batch, config.settings, config.seed)
+        self._score = jax.jit(end_scores, static_argnums=0)
+        if config.settings.objective != "last_token":
+            unused = f"rows have a margin, which reward.objective {config.settings.objective} ignores."
+            warn(sum(each["margin"] != 0 for each in examples.train), len(examples.train), unused)
+
+    def prepare(self, state: Any) -> Any:
+        """The state before the first step, normalized where `normalize_before` says so."""
+        return self._normalized(state) if self.config.settings.normalize_before else state
+
+    def exported(self, state: Any) -> Any:
+        """The state whose model is exported, normalized where `normalize_after` says so."""
+        return self._normalized(state) if self.config.settings.normalize_after else state
+
+    def _normalized(self, state: Any) -> Any:
+        return state._replace(params=self.normalize(state.params, state.frozen))
+
+    def metrics(self, params: Params, means: Mapping[str, float]) -> dict[str, float]:
+        """{}: all metrics are those of the evaluation step."""
+        return {}
+
+    def samples(self, params: Params, key: jax.Array, count: int) -> list[dict[str, Any]]:
+        """Held-out pairs or rankings with the scores of all their responses."""
+        if self.held_out is None or count == 0:
+            return []
+        batch = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
+        responses, masks = map(np.asarray, self.config.trainer.steps.responses_of(batch))
+        arguments = (params, batch.prompts, batch.prompt_mask, responses, masks)
+        scores = hosts.to_host(self._score(self.model, *arguments))
+        prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
+        places = range(responses.shape[1])
+        texts = [decode(self.tokenizer, responses[:, k], masks[:, k]) for k in places]
+        ranked = self.config.settings.objective == "ranking"
+        labels = [f"place {k + 1}" for k in places] if ranked else ["chosen", "rejected"]
+        return [
+            {
+                "prompt": prompt,
+                "response": texts[k][number],
+                "label": labels[k],
+                "score": float(scores[number, k]),
+            }
+            for number, prompt in enumerate(prompts)
+            for k in places
+            if masks[number, k].any()
+        ]
+
+    def finish(self, params: Params) -> None:
+        """Writes `evaluation.json` of the held-out pairs, and `hf/`."""
+        if self.held_out is not None:
+            step = jax.jit(self.config.trainer.steps.make_score_step(self.model))
+            sharding = batch_sharding(self.mesh)
+            pairs = score_pairs(
+                lambda batch: hosts.to_host(step(params, hosts.put(batch, sharding))),
+                eval_batches(self.held_out, self.config.settings.eval_batch_size),
+            )
+            # The table is for a terminal; the charts of the report show the same.
+            save_evaluation(self.config.run_dir, {**pair_evaluation(pairs), "table": []})
+        shared.export(self.config.run_dir, save_reward_model, self.model, params, self.tokenizer)
+
+
+def _prompt_of(example: Mapping[str, Any], number: int, tokenizer: Any) -> str:
+    """The start of a sample: the prompt, or the first words of a text."""
+    if "messages" in example:
+        return example["messages"][0]["content"]
+    if "prompt" in example:
+        return prompt_text(example, number, tokenizer)
+    return " ".join(example["text"].split()[:8])
