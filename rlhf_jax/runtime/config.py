@@ -25,10 +25,7 @@ from rlhf_jax.models.remat import Remat, check_remat
 from rlhf_jax.parallel.distributed import Settings as DistributedSettings
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime.rewards.sources import RewardSource
-from rlhf_jax.runtime.run.checkpoint import Settings as CheckpointSettings
-from rlhf_jax.runtime.run.metrics import Settings as LoggingSettings
-from rlhf_jax.runtime.run.metrics import disk_errors, replace_file
-from rlhf_jax.runtime.run.records import config_in
+from rlhf_jax.runtime.run.settings import CheckpointSettings, LoggingSettings
 from rlhf_jax.training.ppo import OPTIMIZER as PPO_OPTIMIZER
 from rlhf_jax.training.ppo import Settings as PPOSettings
 from rlhf_jax.training.reward import Settings as RewardSettings
@@ -373,95 +370,6 @@ def resolve(kind: type[Config], config: Config | str | os.PathLike | Mapping[str
     parser = _parser(kind)
     with _one_sentence(kind):
         return _build(kind, parser, parser.parse_object(dict(values)))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested dicts and lists, ready for YAML and JSON."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def to_yaml(config: Any) -> str:
-    """The text of `config.yaml`; feeding it back gives an equal configuration."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-# What may differ when a run goes on: how it is watched and judged, and how often it is saved.
-_FREE_TO_CHANGE = (
-    "logging.",
-    "checkpoint.",
-    "evaluation.",
-    "run_dir",
-    "mesh.",
-    "distributed.",
-    "model.remat",
-    "model.attention",
-)
-
-
-def claim_run_dir(config: Any) -> None:
-    """Makes the run folder and writes `config.yaml`, or checks that it is there and the same.
-
-    Raises:
-      InputError: the folder cannot be written, or was made with another configuration.
-    """
-    try:
-        folder = epath.Path(config.run_dir)
-        folder.exists()
-    except ImportError as error:
-        raise InputError(
-            f"--run_dir {config.run_dir} needs a package that opens such addresses ({error}); "
-            "install it, or give a local folder."
-        ) from error
-    # Which processes there are is no part of a run: who repeats it has others.
-    config = dataclasses.replace(config, distributed=DistributedSettings())
-    file = folder / "config.yaml"
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        there = yaml.safe_load(file.read_text()) if file.exists() else None
-        there = config_in(folder / "checkpoints") if there is None else there
-        if there is not None and _holds_work(folder):
-            check_same(config, there)
-        replace_file(file, to_yaml(config).encode())
-
-
-def _holds_work(folder: epath.Path) -> bool:
-    """Whether a run has come to anything: else its configuration may still be put right."""
-    return any(
-        _holds_work(path) if path.is_dir() else path.name != "config.yaml"
-        for path in folder.iterdir()
-    )
-
-
-def check_same(config: Any, there: Any) -> None:
-    """Raises an InputError unless a run with one configuration may go on with another.
-
-    Args:
-      there: that of the run, as from `to_dict`.
-    """
-    # What a folder of an earlier version does not name was as it still is by default.
-    old = _flat(to_dict(type(config)())) | _flat(there)
-    new = _flat(to_dict(config))
-    for key in sorted({*old, *new}):
-        if key.startswith(_FREE_TO_CHANGE) or old.get(key) == new.get(key):
-            continue
-        raise InputError(
-            f"The run folder {config.run_dir} was made with another configuration: {key} is "
-            f"{old.get(key)!r} there and {new.get(key)!r} here; choose another --run_dir, or give "
-            "the same configuration to continue that run."
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _parser(kind: type) -> ArgumentParser:

@@ -20,14 +20,13 @@ from rlhf_jax.runtime.config import (
     RewardConfig,
     RLHFConfig,
     SFTConfig,
-    claim_run_dir,
     resolve,
 )
 from rlhf_jax.runtime.evaluation import policies as judging
 from rlhf_jax.runtime.report.page import format_table, write_report
 from rlhf_jax.runtime.rewards.scorers import find_sources
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.run.metrics import disk_errors
+from rlhf_jax.runtime.run.folder import claim_run_dir, disk_errors, is_finished
 from rlhf_jax.runtime.stages import ppo, reward
 from rlhf_jax.runtime.stages.sft import first_tokenizer, train_sft
 
@@ -67,7 +66,7 @@ def _run(config: RLHFConfig) -> loop.StageResult:
     for number, (name, train, stage_config) in enumerate(stages, start=1):
         if hosts.is_first():
             print(f"Stage {number} of {len(stages)}: {_TITLES[name]}", file=sys.stderr, flush=True)
-        if number == 1 and not hosts.from_first(loop.is_finished, stage_config.run_dir):
+        if number == 1 and not hosts.from_first(is_finished, stage_config.run_dir):
             _check_ahead(config)
         result = train(stage_config)
         metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}

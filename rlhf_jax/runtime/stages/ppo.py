@@ -45,6 +45,7 @@ from rlhf_jax.runtime.evaluation.policies import (
 )
 from rlhf_jax.runtime.evaluation.python_judge import judge_both_orders
 from rlhf_jax.runtime.evaluation.responses import decode
+from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.scorers import Responses, find_sources, load_rewards, reference_tokens
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.training import ppo
@@ -178,6 +179,7 @@ class PPOStage:
     """What the loop needs of PPO; see `loop.Stage`."""
 
     name = "ppo"
+    losses = ("loss/policy_avg", "loss/value_avg")
 
     def __init__(self, config: PPOConfig, reward_fn: RewardFunction | None = None) -> None:
         self.config = config
@@ -454,6 +456,8 @@ class PPOStage:
 
     def samples(self, state, output, count):
         """Responses of the last iteration, with score and KL in nats."""
+        if output is None:
+            return []
         rollout = hosts.to_host(output[0])
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
@@ -474,9 +478,10 @@ class PPOStage:
         return assemble.resumed_state(state, saved, self.config.run_dir, paths)
 
     def finish(self, state):
-        """Writes `hf/` and, where there are held-out prompts, `evaluation.json`."""
+        """Writes `hf/`, the report and, where there are held-out prompts, `evaluation.json`."""
         parts = (self.model, ppo.policy_params(self.model, state), self.tokenizer)
         assemble.export(self.config.run_dir, save_pretrained, *parts)
         if self.held_out is not None:
             count = self.config.evaluation.num_samples
             write_evaluation(self.config.run_dir, self._compare(state), count)
+        return hosts.from_first(write_report, self.config.run_dir)

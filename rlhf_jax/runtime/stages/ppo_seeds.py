@@ -19,6 +19,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     save_evaluation,
     table_of,
 )
+from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.report.seed_metrics import with_means
 from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.training.ppo import PPOState, policy_params
@@ -129,6 +130,8 @@ class SeedsStage(PPOStage):
 
     def samples(self, state, output, count):
         """Responses of the first seed."""
+        if output is None:
+            return []
         return super().samples(state, (_run(output[0], 0),), count)
 
     def finish(self, state):
@@ -139,8 +142,11 @@ class SeedsStage(PPOStage):
             params = policy_params(self.model, _run_of(state, place))
             folder = f"{self.config.run_dir}/seed_{seed}" if place else self.config.run_dir
             assemble.export(folder, save_pretrained, self.model, params, self.tokenizer)
-        if self.held_out is None:
-            return
+        if self.held_out is not None:
+            self._save_comparison(state)
+        return hosts.from_first(write_report, self.config.run_dir)
+
+    def _save_comparison(self, state):
         compared = self._compare_all(state)
         first = evaluation_of(compared[0], self.config.evaluation.num_samples)
         values = {name: [c.metrics[name] for c in compared] for name in compared[0].metrics}

@@ -27,6 +27,7 @@ from rlhf_jax.runtime.evaluation.normalization import Normalizer
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import save_evaluation
 from rlhf_jax.runtime.evaluation.responses import decode
+from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.sft import text_of
 from rlhf_jax.runtime.stages.supervised import SupervisedStage, check_micro_batches
@@ -162,7 +163,7 @@ class RewardStage(SupervisedStage):
     def finish(self, state):
         """Writes `hf/`, which transformers opens as a sequence classifier with one label.
 
-        And `evaluation.json`, with what the held-out pairs say of the scores.
+        And `evaluation.json`, with what the held-out pairs say of the scores, and the report.
         """
         state = self._exported(state)
         if self.held_out is not None:
@@ -176,3 +177,4 @@ class RewardStage(SupervisedStage):
             save_evaluation(self.config.run_dir, {**pair_evaluation(pairs), "table": []})
         parts = (self.model, self.whole(state), self.tokenizer)
         assemble.export(self.config.run_dir, save_reward_model, *parts)
+        return hosts.from_first(write_report, self.config.run_dir)

@@ -16,6 +16,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import check_dropout
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
@@ -28,6 +29,7 @@ from rlhf_jax.runtime.evaluation.teacher_forced import (
     encode_completions,
     have_completions,
 )
+from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.supervised import SupervisedStage, check_micro_batches
 from rlhf_jax.training import sft
@@ -141,9 +143,10 @@ class SFTStage(SupervisedStage):
         ]
 
     def finish(self, state):
-        """Writes `hf/`, which transformers opens."""
+        """Writes `hf/`, which transformers opens, and the report."""
         parts = (self.model, state.params, self.tokenizer)
         assemble.export(self.config.run_dir, save_pretrained, *parts)
+        return hosts.from_first(write_report, self.config.run_dir)
 
 
 def text_of(row: Mapping[str, Any]) -> str:
