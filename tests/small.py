@@ -133,6 +133,14 @@ def rows(file):
     ]
 
 
+def metrics_by_step(run_dir):
+    """The metrics of each step; an evaluation after a restart has a line of its own."""
+    steps = {}
+    for line in rows(Path(run_dir) / "metrics.jsonl"):
+        steps.setdefault(line["step"], {}).update(line)
+    return steps
+
+
 def checkpoint(run_dir, step=STEPS):
     """The arrays of a checkpoint, read without knowing what they should be."""
     import orbax.checkpoint as ocp
@@ -143,9 +151,9 @@ def checkpoint(run_dir, step=STEPS):
 
 
 def assert_same_run(first, second, step=STEPS):
-    """Bit for bit: metrics, samples, the model, and all that the last checkpoint holds."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(Path(first) / name) == rows(Path(second) / name)
+    """Bit for bit: metrics, samples, the model, and the arrays of the last checkpoint."""
+    assert metrics_by_step(first) == metrics_by_step(second)
+    assert rows(Path(first) / "samples.jsonl") == rows(Path(second) / "samples.jsonl")
     weights = [(Path(run) / "hf" / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]
     jax.tree.map(np.testing.assert_array_equal, checkpoint(first, step), checkpoint(second, step))

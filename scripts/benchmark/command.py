@@ -17,7 +17,7 @@ from etils import epath
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.config import parse, resolve
-from rlhf_jax.runtime.run.metrics import replace_file
+from rlhf_jax.runtime.run.folder import replace_file
 from scripts.benchmark import check, environment
 from scripts.benchmark.apart import apart
 from scripts.benchmark.check_attention import check_attention

@@ -23,7 +23,7 @@ from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
-from rlhf_jax.runtime.run.checkpoint import Settings as CheckpointSettings
+from rlhf_jax.runtime.run.settings import CheckpointSettings
 from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.runtime.stages.supervised import SupervisedStage
 from tests import small

@@ -14,12 +14,10 @@ from rlhf_jax.runtime.config import (
     RewardConfig,
     RLHFConfig,
     SFTConfig,
-    claim_run_dir,
     parse,
     resolve,
-    to_dict,
-    to_yaml,
 )
+from rlhf_jax.runtime.run.folder import claim_run_dir, to_dict, to_yaml
 
 KINDS = (SFTConfig, RewardConfig, PPOConfig, RLHFConfig, GenerateConfig, EvaluateConfig)
 

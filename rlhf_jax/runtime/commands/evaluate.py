@@ -26,7 +26,7 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.config import EvaluateConfig, resolve, to_yaml
+from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import (
@@ -51,7 +51,7 @@ from rlhf_jax.runtime.evaluation.teacher_forced import (
 )
 from rlhf_jax.runtime.report.page import format_table, holds_config_of_a_run, write_report
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
-from rlhf_jax.runtime.run.metrics import disk_errors, replace_file
+from rlhf_jax.runtime.run.folder import disk_errors, replace_file, to_yaml
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from rlhf_jax.runtime.config import (
     read_content,
 )
 from rlhf_jax.runtime.loading import compute_dtype
-from rlhf_jax.runtime.run.metrics import disk_errors
+from rlhf_jax.runtime.run.folder import disk_errors
 
 STAGES = ("sft", "reward", "ppo")
 OF_CONFIGURATION = "of the configuration"

@@ -22,7 +22,7 @@ from rlhf_jax.runtime.evaluation.python_judge import Verdicts
 from rlhf_jax.runtime.evaluation.responses import decode
 from rlhf_jax.runtime.evaluation.rouge import ROUGE
 from rlhf_jax.runtime.rewards.scorers import Responses, Rewards
-from rlhf_jax.runtime.run.metrics import disk_errors, replace_file
+from rlhf_jax.runtime.run.folder import disk_errors, replace_file
 from rlhf_jax.training import ppo
 
 if TYPE_CHECKING:

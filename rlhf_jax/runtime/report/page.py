@@ -29,7 +29,7 @@ from rlhf_jax.runtime.evaluation.best_of import best_of_charts
 from rlhf_jax.runtime.evaluation.pairs import pair_charts
 from rlhf_jax.runtime.report.charts import Chart, Series, dot_chart, line_chart
 from rlhf_jax.runtime.report.seed_metrics import Spread, seeds_of, split_seeds
-from rlhf_jax.runtime.run.metrics import disk_errors, read_lines, replace_file
+from rlhf_jax.runtime.run.folder import disk_errors, read_lines, replace_file
 from rlhf_jax.runtime.run.progress import short_number
 
 Row = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a train state: written in the background, and checked when they are read."""
+"""Orbax checkpoints of a train state: written in the background, verified when they are read."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,67 +17,29 @@ from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime.run.checksums import check_same, described, inspect
+from rlhf_jax.runtime.run.checksums import array_specs, check_same_arrays, inspect
 from rlhf_jax.runtime.run.records import (
     Record,
-    evaluated_in,
-    is_passing,
+    is_transient,
     quiet,
     read_record,
-    reason_of,
     saved_shapes,
-    sealed,
+    short_reason,
+    with_checksum,
 )
+from rlhf_jax.runtime.run.settings import CheckpointSettings
 
 logger = logging.getLogger("rlhf_jax.runtime.run.checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The section `checkpoint` of a configuration.
-
-    Attributes:
-      every: steps between checkpoints; 0 leaves it to the clock.
-      minutes: a checkpoint after the first step that ends so long after the last one; 0 leaves it
-        to the steps. The end of a run, Ctrl-C and SIGTERM save in any case.
-      keep: how many of the newest are kept.
-      best_metric: a metric of the evaluations, say eval/loss, by which the best step is found; its
-        checkpoint is kept besides the newest, and an evaluation that is the best so far is followed
-        by one. Null: none.
-      best_mode: whether the smallest or the largest value is the best.
-      export_best: write the model of the best step to `hf/` rather than that of the last one.
-    """
-
-    every: int = 0
-    minutes: float = 10.0
-    keep: int = 2
-    best_metric: str | None = None
-    best_mode: Literal["min", "max"] = "min"
-    export_best: bool = False
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.minutes < 0 or self.keep < 1:
-            raise InputError(
-                "checkpoint.every and checkpoint.minutes must be at least 0 and checkpoint.keep at "
-                f"least 1, but are {self.every}, {self.minutes} and {self.keep}."
-            )
-        if self.best_mode not in ("min", "max"):
-            raise InputError(f"checkpoint.best_mode must be min or max, but is {self.best_mode!r}.")
-        if self.export_best and self.best_metric is None:
-            raise InputError(
-                "checkpoint.export_best needs a metric to judge by; give --checkpoint.best_metric "
-                "one of the evaluation's, say eval/loss, or set checkpoint.export_best to false."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was read and found whole.
+    """A checkpoint that was read and is undamaged.
 
     Attributes:
-      step: whose it is.
-      state: with the structure, dtypes and shardings that were asked for.
-      record: what was saved beside the arrays; empty in a checkpoint of an earlier version.
+      step: its step.
+      state: with the structure, dtypes and shardings of the target.
+      record: the metadata saved with the arrays; empty in a checkpoint of an earlier version.
     """
 
     step: int
@@ -88,129 +50,117 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, under `run_dir/checkpoints/STEP`.
 
-    A checkpoint is written under a temporary name and renamed when it is whole, in the background:
-    `save` returns when the state is copied. Beside the arrays it holds a record with the shape,
-    dtype and checksum of each, and what else the caller gives, all under a checksum of its own.
+    A checkpoint is written in the background under a temporary name, and renamed when it is
+    complete: `save` returns once the state is copied. With the arrays a record is saved: shape,
+    dtype and checksum of each array, and the caller's metadata, under a checksum of its own.
+
+    Attributes:
+      evaluations: metrics by step, of which `settings.best_metric` defines the best step. The
+        caller sets them.
     """
 
-    def __init__(self, run_dir: str, settings: Settings) -> None:
+    def __init__(self, run_dir: str, settings: CheckpointSettings) -> None:
         self._run_dir, self._settings = run_dir, settings
         self._folder = epath.Path(run_dir).resolve() / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._steps = self._found()
-        self._evaluated = evaluated_in(self._folder, self._steps)
-        self._made: ocp.CheckpointManager | None = None
+        self._steps = self._read_steps()
+        self._opened: ocp.CheckpointManager | None = None
+        self.evaluations: dict[int, dict[str, float]] = {}
 
-    def _found(self) -> list[int]:
-        """The steps of whole checkpoints, as the first host sees them."""
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Opened by the first save: it lists the steps in the folder once."""
+        if self._opened is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                cleanup_tmp_directories=True,  # of saves that were killed
+                lightweight_initialize=True,  # without reading the checkpoints
+            )
+            self._opened = ocp.CheckpointManager(self._folder, options=options)
+        return self._opened
+
+    def _read_steps(self) -> list[int]:
+        """The steps of complete checkpoints, as the first host lists them."""
         return hosts.from_first(_steps_in, str(self._folder))
 
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, or None; waits for one that is being written."""
-        with contextlib.suppress(Exception):  # which `wait` tells of
+        """The step of the newest complete checkpoint, or None, after pending writes have ended."""
+        with contextlib.suppress(Exception):  # which `check` and the next save raise
             self.wait()
         return max(self._steps, default=None)
 
-    def holds(self, step: int) -> bool:
-        """Whether there is a checkpoint of the step, if only one that is being written."""
-        return step in self._steps
-
-    def save(
-        self,
-        step: int,
-        state: Any,
-        *,
-        metrics: Mapping[str, float] | None = None,
-        more: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Begins to save the pytree, unless the step is there already.
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> bool:
+        """Starts to save a pytree of arrays, unless the step is saved already.
 
         Args:
-          metrics: of the evaluation at this step, if there was one.
-          more: what else belongs into the record, ready for JSON.
+          metadata: JSON values for the record.
 
         Returns:
           False where a parameter is not finite; nothing is saved then.
 
         Raises:
-          OSError: the disk is full or cannot be written; it may be that of the save before.
+          OSError: the disk is full or cannot be written; perhaps from the previous save.
         """
-        if self.holds(step):
+        if step in self._steps:
             return True
-        written = _written(state)
-        finite, sums = hosts.to_host(inspect(written))
+        arrays = _without_empty(state)
+        finite, checksums = hosts.to_host(inspect(arrays))
         if not finite:
             return False
-        arrays = described(written)
-        for place, name in enumerate(arrays):
-            arrays[name].append(int(sums[place]))
-        self.evaluated(step, metrics or {})
-        known = {*self._steps, step}
-        evaluated = {str(key): self._evaluated[key] for key in self._evaluated if key in known}
-        record = {**(more or {}), "step": step, "arrays": arrays, "evaluated": evaluated}
+        specs = array_specs(arrays)
+        for spec, checksum in zip(specs.values(), checksums, strict=True):
+            spec.append(int(checksum))
+        record = {**(metadata or {}), "step": step, "arrays": specs}
         with _os_errors():
             self._manager.save(
                 step,
-                args=ocp.args.StandardSave(_private(written)),
-                custom_metadata=sealed(record),
+                args=ocp.args.StandardSave(_copied_on_cpu(arrays)),
+                custom_metadata=with_checksum(record),
                 force=True,
             )
         self._steps = list(self._manager.all_steps())
         return True
 
     def check(self) -> None:
-        """Raises what a save in the background has failed by, if it has."""
-        if self._made is not None:
+        """Raises the error of a save in the background, if there was one."""
+        if self._opened is not None:
             with _os_errors():
-                self._made.check_for_errors()
+                self._opened.check_for_errors()
 
     def wait(self) -> None:
-        """Waits for a write that is under way, and raises what it fails by."""
-        if self._made is None:
+        """Waits for a save in the background, and raises its error."""
+        if self._opened is None:
             return
         try:
             with _os_errors():
-                self._made.wait_until_finished()
+                self._opened.wait_until_finished()
         finally:
-            self._steps = self._found()
+            self._steps = self._read_steps()
 
     def close(self) -> None:
-        """Waits for a write that is under way, and lets go of the threads."""
-        if self._made is not None:
+        """Waits for a save in the background, and ends the threads."""
+        if self._opened is not None:
             with _os_errors():
-                self._made.wait_until_finished()
-                self._made.close()
+                self._opened.close()
 
     # --- the best ---------------------------------------------------------------------------------
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Notes the evaluation of a step; the next checkpoint tells of it."""
-        if metrics:
-            self._evaluated[step] = {name: float(value) for name, value in metrics.items()}
-
-    def best(
-        self, step: int | None = None, metrics: Mapping[str, float] | None = None
-    ) -> tuple[int, float] | None:
-        """(step, value) of the best evaluation among the checkpoints, or None without any.
+    def best(self, unsaved_step: int | None = None) -> tuple[int, float] | None:
+        """(step, value) of the best evaluation of the saved steps, or None without any.
 
         Args:
-          step, metrics: an evaluation that counts as well, though it is not saved yet.
+          unsaved_step: a further step that counts.
 
-        Of equal ones it is the first. What is not finite is never the best.
+        Of equal values the first is the best; values that are not finite do not count.
         """
-        found = {each: self._evaluated.get(each, {}) for each in self._steps}
-        if step is not None:
-            found[step] = dict(metrics or {})
-        return self._best_of(found)
+        return self._best_of({*self._steps, unsaved_step})
 
-    def _best_of(self, found: Mapping[int, Mapping[str, float]]) -> tuple[int, float] | None:
+    def _best_of(self, steps: set) -> tuple[int, float] | None:
         name, sign = self._settings.best_metric, 1 if self._settings.best_mode == "min" else -1
-        if name is None:
-            return None
         values = {
-            step: float(metrics[name])
-            for step, metrics in found.items()
-            if name in metrics and math.isfinite(metrics[name])
+            step: metrics[name]
+            for step, metrics in self.evaluations.items()
+            if step in steps and name in metrics and math.isfinite(metrics[name])
         }
         if not values:
             return None
@@ -218,48 +168,47 @@ class Checkpoints:
         return step, values[step]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> list[bool]:
-        """Which checkpoints stay: the newest, and the best one. Orbax asks at each save."""
+        """Orbax's preservation policy: the newest checkpoints are kept, and the best one."""
         del context
         steps = [info.step for info in checkpoints]
-        best = self._best_of({step: self._evaluated.get(step, {}) for step in steps})
-        kept = {*steps[-self._settings.keep :], *(best or ())[:1]}
+        kept = {*steps[-self._settings.keep :], *(self._best_of({*steps}) or ())[:1]}
         return [step in kept for step in steps]
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def restore(self, like: Any, check: Callable[[Record], None]) -> Restored | None:
-        """The newest checkpoint that is whole; None where there is none at all.
+    def restore(self, target: Any, check: Callable[[Record], None]) -> Restored | None:
+        """The newest undamaged checkpoint; None without any checkpoint.
 
-        Newer ones that cannot be read, or are not what was saved, are reported and moved aside.
+        Newer ones that cannot be read, or differ from what was saved, are reported and renamed.
 
         Args:
-          like: gives the structure, dtypes and shardings.
+          target: a pytree that gives structure, dtypes and shardings.
           check: raises an InputError for the record of another run's checkpoint.
 
         Raises:
-          InputError: there are checkpoints, but none that can be used; or the newest one that can
-            is of another model or configuration. All are left as they are.
+          InputError: no checkpoint can be used, or the newest that can is of another model or
+            configuration. All of them are left unchanged.
         """
-        bad: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         for step in sorted(self._steps, reverse=True):
-            restored, reason = self._read(step, like, check)
+            restored, reason = self._read(step, target, check)
             if restored is not None:
-                for each, why in bad.items():
+                for each, why in damaged.items():
                     self._put_aside(each, why, step)
                 return restored
-            bad[step] = reason
-        if bad:
-            reasons = "; ".join(f"step {step}: {reason}" for step, reason in bad.items())
+            damaged[step] = reason
+        if damaged:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
             raise InputError(
                 f"No checkpoint in {self._folder} can be used ({reasons}); put the folder back from"
                 " a copy, or choose another --run_dir to start anew."
             )
         return None
 
-    def restore_best(self, like: Any) -> Restored | None:
-        """The checkpoint of the best step that can be read, reporting better ones that cannot."""
+    def restore_best(self, target: Any) -> Restored | None:
+        """The best checkpoint that can be read; better ones that cannot be read are reported."""
         while (best := self.best()) is not None:
-            restored, reason = self._read(best[0], like, lambda record: None)
+            restored, reason = self._read(best[0], target, lambda record: None)
             if restored is not None:
                 return restored
             logger.warning(
@@ -269,121 +218,119 @@ class Checkpoints:
                 self._folder,
                 reason,
             )
-            self._evaluated.pop(best[0])
+            del self.evaluations[best[0]]
         return None
 
     def _read(
-        self, step: int, like: Any, check: Callable[[Record], None]
+        self, step: int, target: Any, check: Callable[[Record], None]
     ) -> tuple[Restored | None, str]:
-        """The checkpoint of a step; or None, and what is wrong with it."""
+        """(the checkpoint of a step, ""), or (None, the reason why it cannot be used)."""
         with quiet() as wait:
             state: Any = None
             record: Record = {}
             reason = ""
             try:
-                state, record = self._loaded(step, like, check)
+                state, record = self._load(step, target, check)
             except InputError:
                 raise
             except Exception as error:
-                if is_passing(error):
+                if is_transient(error):
                     raise
-                reason = reason_of(error)
-            # What one host cannot read, none can go on from; and the checksums need all of them.
-            if _all_hosts(state is not None):
+                reason = short_reason(error)
+            # All hosts have to read it, and all of them compute the checksums together.
+            if _on_all_hosts(state is not None):
                 reason = _damage(state, record)
             else:
                 reason = reason or "another host cannot read it"
             if reason:
                 wait()
                 return None, reason
-        whole = jax.tree.map(lambda old, new: old if new is None else new, like, state)
-        return Restored(step, whole, record), ""
+        state = jax.tree.map(lambda old, new: old if new is None else new, target, state)
+        return Restored(step, state, record), ""
 
-    def _loaded(self, step: int, like: Any, check: Callable[[Record], None]) -> tuple[Any, Record]:
-        """The arrays of a checkpoint as this host reads them, and the record."""
-        folder, written = self._folder / str(step), _written(like)
+    def _load(self, step: int, target: Any, check: Callable[[Record], None]) -> tuple[Any, Record]:
+        """The arrays that this host holds of a checkpoint, and the record."""
+        folder, target = self._folder / str(step), _without_empty(target)
         record = read_record(folder)
-        name = f"The checkpoint of step {step} in {self._run_dir}"
         if record:
             check(record)
-            saved = {key: value[:2] for key, value in record["arrays"].items()}
+            saved = {name: spec[:2] for name, spec in record["arrays"].items()}
         else:
-            saved = described(saved_shapes(folder / "default"))
-        check_same(saved, described(written), name)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, written)
+            saved = array_specs(saved_shapes(folder / "default"))
+        name = f"The checkpoint of step {step} in {self._run_dir}"
+        check_same_arrays(saved, array_specs(target), name)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
         state = ocp.StandardCheckpointHandler().restore(
             folder / "default", args=ocp.args.StandardRestore(abstract)
         )
         return state, record
 
-    def _put_aside(self, step: int, reason: str, used: int) -> None:
-        place = self._folder / f"bad-{step}"
-        number = 1
-        while place.exists():
-            place, number = self._folder / f"bad-{step}-{number}", number + 1
+    def _put_aside(self, step: int, reason: str, used_step: int) -> None:
+        """Renames a damaged checkpoint to `bad-STEP`."""
+        path, number = self._folder / f"bad-{step}", 1
+        while path.exists():
+            path, number = self._folder / f"bad-{step}-{number}", number + 1
         logger.warning(
             "The checkpoint of step %d in %s cannot be used (%s); it is now %s, and the run "
             "continues from step %d.",
             step,
             self._folder,
             reason,
-            place.name,
-            used,
+            path.name,
+            used_step,
         )
         if hosts.is_first():
-            (self._folder / str(step)).rename(place)
+            (self._folder / str(step)).rename(path)
         if hosts.several():
             multihost_utils.sync_global_devices(f"put aside {step}")
         self._steps.remove(step)
-        self._evaluated.pop(step, None)
 
-    @property
-    def _manager(self) -> ocp.CheckpointManager:
-        """Made when it is first needed: it knows the steps that are there then."""
-        if self._made is None:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                cleanup_tmp_directories=True,  # of saves that were killed
-                lightweight_initialize=True,  # what others hold was read, or put aside
-            )
-            self._made = ocp.CheckpointManager(self._folder, options=options)
-        return self._made
+
+def freed(saved: Any) -> Any:
+    """Shapes, dtypes and shardings of a pytree, whose arrays are deleted to free their memory."""
+
+    def free(leaf):
+        if not leaf.size:
+            return leaf
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        leaf.delete()
+        return shape
+
+    return jax.tree.map(free, saved)
 
 
 def _steps_in(folder: str) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(epath.Path(folder)))
 
 
-def _all_hosts(flag: bool) -> bool:
-    """Whether all hosts say so; all have to call it."""
+def _on_all_hosts(flag: bool) -> bool:
+    """Whether the flag is set on all hosts; all of them have to call this."""
     if not hosts.several():
         return flag
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _damage(state: Any, record: Record) -> str:
-    """What is not as it was saved, or "" if all is; the same on all hosts."""
+    """The first array that differs from what was saved, or ""; the same on all hosts."""
     if not record:
         return ""
-    sums = hosts.to_host(inspect(state)[1])
-    for place, name in enumerate(described(state)):
-        if int(sums[place]) != record["arrays"][name][2]:
+    checksums = hosts.to_host(inspect(state)[1])
+    for name, checksum in zip(array_specs(state), checksums, strict=True):
+        if int(checksum) != record["arrays"][name][2]:
             return f"{name} is not what was saved"
     return ""
 
 
-def _written(state: Any) -> Any:
-    """The pytree with None for arrays without an element, which Orbax refuses: a stack of no layers
-    has them.
-    """
+def _without_empty(state: Any) -> Any:
+    """The pytree with None for arrays of size 0 (a stack of no layers), which Orbax refuses."""
     return jax.tree.map(lambda leaf: leaf if np.size(leaf) else None, state)
 
 
-def _private(state: Any) -> Any:
-    """The arrays as nobody changes them while they are written.
+def _copied_on_cpu(state: Any) -> Any:
+    """The pytree, on the CPU a copy of it.
 
-    On accelerators Orbax copies them to the host before it returns. On the CPU there is no other
-    host: the array's own memory would be read, which the next, donating step overwrites.
+    Orbax copies the arrays of accelerators to the host before it returns. On the CPU it reads their
+    own memory in the background, which the next step, donating the state, overwrites.
     """
     return jax.tree.map(_copied, state) if jax.default_backend() == "cpu" else state
 
@@ -397,10 +344,10 @@ def _copied(array: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-    """Turns the ValueError in which Orbax's storage tells of a full disk into an OSError."""
+    """Turns the ValueError in which Orbax's storage reports a full disk into an OSError."""
     try:
         yield
     except ValueError as error:
-        if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise

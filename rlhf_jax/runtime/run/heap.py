@@ -1,13 +1,13 @@
-"""What the process has freed and the system does not have back."""
+"""Memory that the C library keeps after it was freed."""
 
 import ctypes
 import sys
 
 
 def trim_heap() -> bool:
-    """Hands memory that was freed back to the system; False where the C library has no way.
+    """Returns freed memory to the operating system; False if the C library cannot.
 
-    Compiling leaves hundreds of megabytes that glibc keeps for later, and nothing needs later.
+    A compilation leaves hundreds of megabytes that glibc keeps, and that training does not need.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""The loop that every stage runs in: step, log, evaluate, save, and stop losing nothing."""
+"""The training loop of every stage: steps, logs, evaluations, checkpoints, and its safe end."""
 
 import contextlib
 import logging
@@ -6,98 +6,44 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime.config import check_same, claim_run_dir, to_dict
-from rlhf_jax.runtime.report.page import write_report
-from rlhf_jax.runtime.run.checkpoint import Checkpoints
+from rlhf_jax.runtime.run.checkpoint import Checkpoints, freed
+from rlhf_jax.runtime.run.folder import (
+    check_same_config,
+    claim_run_dir,
+    disk_errors,
+    is_finished,
+    last_metrics,
+    read_progress,
+    to_dict,
+)
 from rlhf_jax.runtime.run.heap import trim_heap
-from rlhf_jax.runtime.run.metrics import MetricsWriter, NoWriter, disk_errors, plain, read_lines
+from rlhf_jax.runtime.run.metrics import MetricsWriter, NoWriter
 from rlhf_jax.runtime.run.progress import Progress, Throughput
-from rlhf_jax.runtime.run.records import Record
-from rlhf_jax.runtime.run.signals import CutShort, Interrupted, Signals, Terminated
-from rlhf_jax.runtime.run.utilization import utilization
-
-Metrics = dict[str, float]
+from rlhf_jax.runtime.run.signals import EvaluationTerminated, Interrupted, Signals, Terminated
+from rlhf_jax.runtime.run.stage import Metrics, Samples, Stage, StageResult
 
 logger = logging.getLogger("rlhf_jax.runtime.run.loop")
 
 
 class DivergedError(FloatingPointError):
-    """A loss or a gradient is not a number; the message names the step and what is kept."""
+    """A loss or a gradient is not finite; the message names the step and the last checkpoint."""
 
-    raised_on_all_hosts = True  # all hosts see the same numbers
-
-
-class StageResult(NamedTuple):
-    """What a command returns.
-
-    Attributes:
-      run_dir: the folder that it wrote.
-      metrics: the last value of each metric.
-    """
-
-    run_dir: str
-    metrics: Metrics
-
-
-class Stage(Protocol):
-    """One stage of training: what differs between SFT, reward model and PPO."""
-
-    name: str
-    mesh: Mesh
-    total_steps: int
-    flops_per_token: float  # of products with parameters, for each real token of a step
-    flops_per_step: float  # and of what a step reads beside these tokens
-
-    def init_state(self) -> Any:
-        """The state before the first step."""
-        ...
-
-    def step(self, state: Any, index: int) -> tuple[Any, Mapping[str, jax.Array], Any]:
-        """Step number `index` from 0: (state, metrics on the device, output for `observe`).
-
-        The output is None where neither `observe` nor `samples` need any.
-        """
-        ...
-
-    def observe(self, output: Any) -> Metrics:
-        """Metrics that need the text of a step's output."""
-        ...
-
-    def evaluate(self, state: Any) -> Metrics:
-        """Metrics on held-out rows."""
-        ...
-
-    def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
-        """Rows for `samples.jsonl`."""
-        ...
-
-    def saved(self, state: Any) -> Any:
-        """The part of a state that a checkpoint holds."""
-        ...
-
-    def resumed(self, state: Any, saved: Any) -> Any:
-        """A state with that part put back."""
-        ...
-
-    def finish(self, state: Any) -> None:
-        """Writes `hf/` and what else belongs into the run folder at the end."""
-        ...
+    raised_on_all_hosts = True  # all hosts have the same metrics
 
 
 def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
-    """Trains a stage to its end, from its newest checkpoint where there is one.
+    """Trains a stage to its end, from its newest checkpoint if there is one.
 
     Args:
       make_stage: reads the data and the models; not called when the run is complete.
-      config: that of the stage.
+      config: the configuration of the stage.
 
     Raises:
       InputError: the folder cannot be written, holds a run with another configuration, or has
@@ -118,7 +64,7 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
 
 
 def _check_shared(run_dir: str) -> None:
-    """Raises an InputError if this host does not see what the first one wrote."""
+    """Raises an InputError if this host does not see the files of the first one."""
     if not (epath.Path(run_dir) / "config.yaml").exists():
         raise InputError(
             f"Process {jax.process_index()} does not see the run folder {run_dir} of process 0; "
@@ -127,36 +73,32 @@ def _check_shared(run_dir: str) -> None:
 
 
 def _train(stage: Stage, config: Any, signals: Signals) -> None:
-    """The run of a stage from where it stopped, or from its beginning, to its end."""
+    """Trains from the newest checkpoint, or from the beginning, and exports the model."""
     folder = epath.Path(config.run_dir)
     with disk_errors(folder):
         checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     try:
-        state, start, owed = _begin(stage, checkpoints, config)
+        state, start = _restore(stage, checkpoints, config)
         shown = config.logging.progress and hosts.is_first()
         with (
-            signals.during("to be finished"),
-            _writer(stage.name, config, start - bool(owed)) as writer,
+            signals.phase("step"),
+            _writer(stage.name, config, start) as writer,
             Progress(stage.total_steps, start, stage.name, shown) as progress,
         ):
-            state = _Loop(stage, config, checkpoints, writer, progress, signals).run(
-                state, start, owed
-            )
-        with disk_errors(folder), signals.during("nothing to lose"):
-            stage.finish(_chosen(stage, state, checkpoints, config))
-            report = hosts.from_first(write_report, folder)
+            state = _Loop(stage, config, checkpoints, writer, progress, signals).run(state, start)
+        with disk_errors(folder), signals.phase("interruptible"):
+            report = stage.finish(_exported(stage, state, checkpoints, config))
         if hosts.is_first():
-            print(
-                f"{stage.name}: the model is in {folder / 'hf'}, the report in {report}",
-                file=sys.stderr,
-            )
+            where = f"the model is in {folder / 'hf'}"
+            where += f", the report in {report}" if report else ""
+            print(f"{stage.name}: {where}", file=sys.stderr)
     finally:
         with disk_errors(folder):
             checkpoints.close()
 
 
 def _writer(name: str, config: Any, initial_step: int) -> MetricsWriter | NoWriter:
-    """What writes the run's lines: on the first host alone."""
+    """The writer of metrics and samples on the first host."""
     if not hosts.is_first():
         return NoWriter()
     return MetricsWriter(
@@ -164,70 +106,47 @@ def _writer(name: str, config: Any, initial_step: int) -> MetricsWriter | NoWrit
     )
 
 
-def _begin(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, int, Record]:
-    """(state, the step that it is after, what is to be made up for of that step)."""
-
-    def check(record: Record) -> None:
-        check_same(config, record["config"])
-
+def _restore(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, int]:
+    """(state, number of steps that it has taken)."""
     state = stage.init_state()
     if checkpoints.latest_step() is None:
-        return state, 0, {}
-    restored = checkpoints.restore(_let_go(stage.saved(state)), check)
-    assert restored is not None  # there are checkpoints, of which one is used or an error raised
-    state = stage.resumed(state, restored.state)
-    return state, restored.step, restored.record.get("owed") or {}
+        return state, 0
+    target = freed(stage.saved(state))
+    restored = checkpoints.restore(
+        target, lambda record: check_same_config(config, record["config"])
+    )
+    assert restored is not None  # there is a checkpoint: it is used, or an error is raised
+    return stage.resumed(state, restored.state), restored.step
 
 
-def _let_go(saved: Any) -> Any:
-    """The form of what a checkpoint holds, whose own arrays make room for those that are read."""
-
-    def form(leaf):
-        if not leaf.size:
-            return leaf
-        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        leaf.delete()
-        return shape
-
-    return jax.tree.map(form, saved)
-
-
-def _chosen(stage: Stage, state: Any, checkpoints: Checkpoints, config: Any) -> Any:
-    """The state whose model is written: the last one, or that of the best step."""
+def _exported(stage: Stage, state: Any, checkpoints: Checkpoints, config: Any) -> Any:
+    """The state whose model is exported: the last one, or that of the best step."""
     best, name = checkpoints.best(), config.checkpoint.best_metric
     if config.checkpoint.export_best and best is None and hosts.is_first():
         print(f"{stage.name}: no step is the best by {name}; the last is taken", file=sys.stderr)
     if not config.checkpoint.export_best or best is None or best[0] == stage.total_steps:
         return state
-    like = _let_go(stage.saved(state))
-    restored = checkpoints.restore_best(like) or checkpoints.restore(like, lambda record: None)
+    target = freed(stage.saved(state))
+    restored = checkpoints.restore_best(target) or checkpoints.restore(target, lambda record: None)
     assert restored is not None  # the last step was saved
     if hosts.is_first():
         print(f"{stage.name}: step {restored.step} was the best by {name}", file=sys.stderr)
     return stage.resumed(state, restored.state)
 
 
-def last_metrics(run_dir: str) -> Metrics:
-    """The newest value of each metric in `metrics.jsonl`."""
-    values: Metrics = {}
-    for row in read_lines(epath.Path(run_dir) / "metrics.jsonl"):
-        values |= {key: float(value) for key, value in row.items() if key != "time"}
-    return values
-
-
 class _Loop:
-    """One run of the loop: what stays the same from step to step."""
+    """The loop of one run, with the objects that all steps share."""
 
     def __init__(self, stage, config, checkpoints, writer, progress, signals) -> None:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.writer, self.progress, self.signals = writer, progress, signals
-        self.throughput = Throughput()
+        self.throughput = Throughput(stage.flops_per_token, stage.flops_per_step)
         self.saved_at, self.logged_step, self.warned = time.monotonic(), 0, False
         self.agree, self.terminated, self.rescuing = hosts.Agreement(3), False, False
 
-    def run(self, state: Any, start: int, owed: Record) -> Any:
-        if owed:
-            self._make_up_for(state, start, owed)
+    def run(self, state: Any, start: int) -> Any:
+        """The state after the last step, which is saved."""
+        self._complete(state, start)
         pending: tuple[int, Any, Any] | None = None
         for index in range(start, self.stage.total_steps):
             try:
@@ -236,132 +155,149 @@ class _Loop:
                 self._rescue(state, index, pending)
                 raise
             if index == start:
-                trim_heap()  # what compiling it has left
-            # The step before is logged while this one runs on the device.
-            before, pending = pending, (index + 1, metrics, output)
-            if before is not None:
-                with self._rescued(state, before, pending):
-                    self._log(*before)
-            # Read once, for what is said below has to be so; and the same on all hosts.
+                trim_heap()  # of the memory of its compilation
+            # The previous step is logged while this one runs on the device.
+            previous, pending = pending, (index + 1, metrics, output)
+            if previous is not None:
+                with self._rescued(state, previous, pending):
+                    self._log(*previous)
+            # Read once per step, and equal on all hosts.
             stopping, late, self.terminated = self.agree(
                 self._is_stopping(), self._is_late(), self.signals.terminated
             )
-            saving = late or self._is_save_due(index + 1)
-            if stopping or saving or self._is_due(index + 1):
+            step = index + 1
+            saving = late or self._is_due(step, self.config.checkpoint.every)
+            pausing = saving or self._is_evaluation_due(step) or self._are_samples_due(step)
+            if stopping or pausing:
                 with self._rescued(state, pending):
                     stopping = self._pause(state, *pending, stopping=stopping, saving=saving)
                 pending = None
             if stopping:
-                self._stop(index + 1)
+                self._stop(step)
         with disk_errors(self.config.run_dir):
-            self.checkpoints.wait()  # what is exported next says that the run is complete
+            self.checkpoints.wait()  # an export, which comes next, marks the run as complete
         return state
 
-    @contextlib.contextmanager
-    def _rescued(self, state: Any, *pending: tuple) -> Iterator[None]:
-        """Saves the state after the last of these steps if the block fails by what others wrote."""
-        try:
-            yield
-        except DivergedError:
-            raise  # there is nothing to go on from
-        except Exception as error:
-            # On a full disk the lines of these steps are lost: they have to be taken again.
-            if not isinstance(error.__cause__, OSError):
-                self._rescue(state, pending[-1][0], *pending)
-            raise
+    # --- between steps ----------------------------------------------------------------------------
 
     def _is_stopping(self) -> bool:
-        """Whether this process was told to stop."""
+        """Whether this process received a signal; raises the error of a background save."""
         with disk_errors(self.config.run_dir):
             self.checkpoints.check()
         return self.signals.stopping
 
     def _is_late(self) -> bool:
-        """Whether the clock of this process says that it is time to save."""
+        """Whether the last checkpoint is older than `checkpoint.minutes`."""
         minutes, waited = self.config.checkpoint.minutes, time.monotonic() - self.saved_at
         return minutes > 0 and waited >= 60.0 * minutes
 
-    def _is_save_due(self, step: int) -> bool:
-        """Whether to save after this step, whatever an evaluation gives."""
-        return step == self.stage.total_steps or _every(self.config.checkpoint.every, step)
-
-    def _is_due(self, step: int) -> bool:
-        return self._is_evaluation_due(step) or self._are_samples_due(step)
+    def _is_due(self, step: int, period: int) -> bool:
+        """Whether something is due after a step: the last one, or each `period` steps."""
+        return step == self.stage.total_steps or (period > 0 and step % period == 0)
 
     def _is_evaluation_due(self, step: int) -> bool:
-        return step == self.stage.total_steps or _every(self.config.logging.eval_every, step)
+        return self._is_due(step, self.config.logging.eval_every)
 
     def _are_samples_due(self, step: int) -> bool:
-        return step == self.stage.total_steps or _every(self.config.logging.samples_every, step)
+        return self._is_due(step, self.config.logging.samples_every)
 
     def _pause(self, state, step, metrics, output, *, stopping: bool, saving: bool) -> bool:
-        """Evaluates, writes samples and saves, where it is time for each; whether to stop now.
+        """Evaluates, samples, logs and saves, each where it is due; returns whether to stop.
 
-        Who stops us does not wait for an evaluation: the checkpoint tells that it is still owed.
+        A run that stops does not evaluate: `_complete` does when it continues.
         """
         self._check(step, hosts.to_host(metrics))
-        try:
-            if stopping and self._is_due(step):
-                raise CutShort
-            evaluation, rows = self._look(state, step, output)
-        except CutShort:
-            self._save(step, state, owed=self._owed(state, step, metrics, output))
-            return True
+        samples, evaluation = self._output_samples(state, step, output), {}
+        if not stopping:
+            sampling = output is None and self._are_samples_due(step)
+            evaluation, more, stopping = self._evaluate(
+                state, step, evaluating=self._is_evaluation_due(step), sampling=sampling
+            )
+            samples += more
         self._log(step, metrics, output, evaluation)
-        self.writer.samples(step, rows)
-        # Last, so that what a checkpoint continues from has all its lines.
-        if saving or stopping or self._is_best(step, evaluation):
+        self.writer.samples(step, samples)
+        # Last, so that a checkpoint is of a step whose lines are written.
+        if saving or stopping or evaluation.get("best/step") == step:
             with self.throughput.pause():
-                self._save(step, state, evaluation)
-            # Since the step began, which several processes agree on in the next one.
+                self._save(step, state)
+            # A signal during this step; several processes agree on it after the next step.
             return stopping or (not hosts.several() and self._is_stopping())
         return stopping
 
-    def _look(self, state, step, output, rows: list | None = None) -> tuple[Metrics, list]:
-        """The evaluation and the samples of a step, where it is time for each.
+    def _complete(self, state: Any, step: int) -> None:
+        """Evaluates and samples at the step of a checkpoint, where the run was stopped before."""
+        evaluations, has_samples = hosts.from_first(read_progress, self.config.run_dir, step)
+        self.checkpoints.evaluations = evaluations
+        if step == 0:
+            return
+        evaluation, samples, terminated = self._evaluate(
+            state,
+            step,
+            evaluating=self._is_evaluation_due(step) and step not in evaluations,
+            sampling=self._are_samples_due(step) and not has_samples,
+        )
+        if evaluation:
+            self.writer.write(step, evaluation)
+        self.writer.samples(step, samples)
+        if terminated:
+            self._stop(step)
 
-        Raises:
-          CutShort: SIGTERM came.
-        """
+    def _evaluate(
+        self, state: Any, step: int, *, evaluating: bool, sampling: bool
+    ) -> tuple[Metrics, Samples, bool]:
+        """(evaluation, samples from the state, whether SIGTERM stopped either)."""
         evaluation: Metrics = {}
-        if not self._is_due(step):
-            return evaluation, []
-        with self.throughput.pause(), self.signals.during("to be made up for"):
-            if self._is_evaluation_due(step):
-                evaluation = dict(self.stage.evaluate(state))
-            if rows is None and self._are_samples_due(step):
-                rows = self.stage.samples(state, output, self.config.logging.num_samples)
-        return self._with_best(step, evaluation), rows or []
-
-    def _owed(self, state, step, metrics, output) -> Record:
-        """What the lines of a step hold that is lost with the process; the state gives the rest."""
-        values = self._values(step, metrics)
-        values.pop("perf/tokens", None)
-        rows = None
-        if output is not None and self._are_samples_due(step):
-            rows = self.stage.samples(state, output, self.config.logging.num_samples)
-        return plain({"values": values | self._observed(output), "samples": rows})
-
-    def _observed(self, output) -> Metrics:
-        """The metrics of a step's texts; in a rescue none if a function fails to give them."""
+        samples: Samples = []
+        if not (evaluating or sampling):
+            return evaluation, samples, False
         try:
-            return self.stage.observe(output)
-        except Exception:
-            if not self.rescuing:
-                raise
-            return {}
+            with self.throughput.pause(), self.signals.phase("evaluation"):
+                if evaluating:
+                    evaluation = self._with_best(step, self.stage.evaluate(state))
+                if sampling:
+                    samples = self.stage.samples(state, None, self.config.logging.num_samples)
+        except EvaluationTerminated:
+            return evaluation, samples, True
+        return evaluation, samples, False
 
-    def _make_up_for(self, state, step, owed: Record) -> None:
-        """Writes the lines of a step whose evaluation was cut short."""
-        try:
-            evaluation, rows = self._look(state, step, None, owed["samples"])
-        except CutShort:
-            self._stop(step)  # the checkpoint is there, and tells it still
-        self.checkpoints.evaluated(step, evaluation)
-        if self._is_line_due(step, evaluation):
-            self.writer.write(step, owed["values"] | evaluation)
-        self.logged_step = step
-        self.writer.samples(step, rows)
+    def _output_samples(self, state: Any, step: int, output: Any) -> Samples:
+        """The samples that a step's output has; it is lost when the process ends."""
+        if output is None or not self._are_samples_due(step):
+            return []
+        return self.stage.samples(state, output, self.config.logging.num_samples)
+
+    def _with_best(self, step: int, evaluation: Mapping[str, float]) -> Metrics:
+        """The evaluation, and the best step so far."""
+        name = self.config.checkpoint.best_metric
+        values = {key: float(value) for key, value in evaluation.items()}
+        if not values:
+            return values
+        self.checkpoints.evaluations[step] = values
+        if name is not None and name not in values and not self.warned:
+            self.warned = True
+            logger.warning(
+                "checkpoint.best_metric is %s, which the stage %s does not evaluate: no step of it "
+                "is the best. It has %s.",
+                name,
+                self.stage.name,
+                ", ".join(sorted(values)),
+            )
+        best = self.checkpoints.best(step)
+        if best is None:
+            return values
+        return values | {"best/step": float(best[0]), "best/value": best[1]}
+
+    # --- checkpoints and ends ---------------------------------------------------------------------
+
+    def _save(self, step: int, state: Any) -> None:
+        """Starts to save a checkpoint, but none with parameters that are not finite."""
+        self.writer.flush()
+        metadata = {"config": to_dict(self.config), "stage": self.stage.name}
+        with disk_errors(self.config.run_dir):
+            saved = self.checkpoints.save(step, self.stage.saved(state), metadata)
+        if not saved:
+            self._raise_diverged(step, "a parameter is not finite")
+        self.saved_at = time.monotonic()
 
     def _stop(self, step: int) -> NoReturn:
         with disk_errors(self.config.run_dir):
@@ -375,64 +311,35 @@ class _Loop:
         stopped.raised_on_all_hosts = True  # all hosts have agreed to stop
         raise stopped
 
-    def _is_best(self, step: int, evaluation: Metrics) -> bool:
-        return evaluation.get("best/step") == step
-
-    def _with_best(self, step: int, evaluation: Metrics) -> Metrics:
-        """The evaluation, and which step is the best by now."""
-        name = self.config.checkpoint.best_metric
-        if name is None or not evaluation:
-            return evaluation
-        if name not in evaluation:
-            self._warn_of_metric(name, evaluation)
-        best = self.checkpoints.best(step, evaluation)
-        if best is None:
-            return evaluation
-        return evaluation | {"best/step": float(best[0]), "best/value": best[1]}
-
-    def _warn_of_metric(self, name: str, evaluation: Metrics) -> None:
-        if not self.warned:
-            logger.warning(
-                "checkpoint.best_metric is %s, which the stage %s does not evaluate: no step of it "
-                "is the best. It has %s.",
-                name,
-                self.stage.name,
-                ", ".join(sorted(evaluation)),
-            )
-        self.warned = True
-
-    def _save(self, step, state, evaluation: Metrics | None = None, owed=None) -> None:
-        """Saves a checkpoint, but none that training could not continue from."""
-        more = {"config": to_dict(self.config), "stage": self.stage.name, "owed": owed}
-        self.writer.flush()
-        with disk_errors(self.config.run_dir):
-            saved = self.checkpoints.save(
-                step, self.stage.saved(state), metrics=evaluation, more=more
-            )
-        if not saved:
-            self._diverged(step, "a parameter is not finite")
-        self.saved_at = time.monotonic()
+    @contextlib.contextmanager
+    def _rescued(self, state: Any, *pending: tuple) -> Iterator[None]:
+        """Saves the state after the last of these steps if a user's function in the block fails."""
+        try:
+            yield
+        except DivergedError:
+            raise  # no step can follow
+        except Exception as error:
+            # On a full disk the lines of these steps are lost: the steps have to be repeated.
+            if not isinstance(error.__cause__, OSError):
+                self._rescue(state, pending[-1][0], *pending)
+            raise
 
     def _rescue(self, state: Any, step: int, *pending: tuple | None) -> None:
-        """Saves the state of `step` after an error that followed, say in a reward function.
+        """Saves the state of `step` after an error, such as one in a reward function.
 
-        And the lines of `pending` steps, which were not written yet.
+        Before it logs the `pending` steps: (step, metrics, output) of each that may not be logged.
         """
         if step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-            return  # nothing was done yet, or the failed step has used the state up
+            return  # before the first step, or the failed step has donated the state
         if not hosts.reach_barrier(f"rescue/{self.stage.name}/{step}", 10.0):
-            return  # the others, who hold parts of the state, are elsewhere
+            return  # the other hosts, which hold parts of the state, have not failed
         self.rescuing = True
-        with contextlib.suppress(Exception):  # the first error is the one to be told
-            owed = None
+        with contextlib.suppress(Exception):  # the first error is the one to report
             for each in pending:
-                if each is None or each[0] <= self.logged_step:
-                    continue
-                if each[0] == step and self._is_due(step):
-                    owed = self._owed(state, *each)
-                else:
+                if each is not None and each[0] > self.logged_step:
                     self._log(*each)
-            self._save(step, state, owed=owed)
+                    self.writer.samples(each[0], self._output_samples(state, each[0], each[2]))
+            self._save(step, state)
             self.checkpoints.wait()
             where = f"is saved in {self.config.run_dir}"
             if hosts.is_first():
@@ -440,56 +347,38 @@ class _Loop:
                     f"Step {step} {where}; the same command continues from there."
                 )
 
+    # --- metrics ----------------------------------------------------------------------------------
+
     def _log(self, step, metrics, output, evaluation: Metrics | None = None) -> None:
-        values = self._values(step, metrics)
-        tokens = values.pop("perf/tokens", 0.0)
-        self.throughput.add(int(tokens))
-        if self._is_line_due(step, evaluation):
-            values |= self._observed(output) | (evaluation or {}) | self._speed()
+        values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
+        self._check(step, values)
+        self.throughput.add(int(values.pop("perf/tokens", 0.0)))
+        if self._is_evaluation_due(step) or self._is_due(step, self.config.logging.log_every):
+            values |= self._observe(output) | (evaluation or {}) | self.throughput.metrics()
             self.writer.write(step, values)
         self.logged_step = step
         self.progress.update(step, values)
 
-    def _is_line_due(self, step: int, evaluation: Metrics | None) -> bool:
-        last = step == self.stage.total_steps
-        return bool(evaluation) or last or _every(self.config.logging.log_every, step)
-
-    def _values(self, step, metrics) -> Metrics:
-        values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
-        self._check(step, values)
-        return values
-
-    def _speed(self) -> Metrics:
-        """Tokens per second, seconds per step and, on devices whose peak is known, the MFU."""
-        speed = self.throughput.metrics()
-        if speed:
-            rate, seconds = speed["perf/tokens_per_sec"], speed["perf/step_time"]
-            beside = self.stage.flops_per_step / max(rate * seconds, 1.0)
-            mfu = utilization(self.stage.flops_per_token + beside, rate)
-            speed |= {} if mfu is None else {"perf/mfu": mfu}
-        return speed
+    def _observe(self, output: Any) -> Metrics:
+        """The metrics of a step's output; {} where that fails in a rescue."""
+        try:
+            return self.stage.observe(output)
+        except Exception:
+            if not self.rescuing:
+                raise
+            return {}
 
     def _check(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Raises where a loss or the gradient is not finite; nothing was saved since it was."""
-        for name in ("train/loss", "loss/policy_avg", "loss/value_avg", "train/grad_norm"):
+        """Raises a DivergedError where a loss or the gradient norm is not finite."""
+        for name in (*self.stage.losses, "train/grad_norm"):
             if name in metrics and not math.isfinite(metrics[name]):
-                self._diverged(step, f"{name} is {float(metrics[name])}")
+                self._raise_diverged(step, f"{name} is {float(metrics[name])}")
 
-    def _diverged(self, step: int, what: str) -> NoReturn:
+    def _raise_diverged(self, step: int, reason: str) -> NoReturn:
         kept = self.checkpoints.latest_step()
         where = f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
         raise DivergedError(
-            f"{what} at step {step} of the stage {self.stage.name}; training stopped "
+            f"{reason} at step {step} of the stage {self.stage.name}; training stopped "
             f"and kept {where}, in {self.config.run_dir}. Lower optimizer.learning_rate and start "
             "again with another --run_dir."
         )
-
-
-def _every(period: int, step: int) -> bool:
-    return period > 0 and step % period == 0
-
-
-def is_finished(run_dir: str) -> bool:
-    """Whether the last things that a stage writes are there."""
-    folder = epath.Path(run_dir)
-    return (folder / "hf" / "config.json").exists() and (folder / "report.html").exists()

@@ -1,192 +1,57 @@
-"""What a run writes while it works: JSONL files, TensorBoard, W&B.
+"""Outputs of a run while it trains: JSONL files, TensorBoard, W&B.
 
-`metrics.jsonl` and `samples.jsonl` are the record that continuing and reporting rely on; the others
-are copies of it for watching. A disk that cannot be written ends the run with one sentence.
+Continuing a run and its report rely on `metrics.jsonl` and `samples.jsonl`; the other outputs are
+copies of them for watching.
 """
 
 import contextlib
-import dataclasses
-import errno
 import importlib.util
-import json
 import math
 import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from rlhf_jax.errors import InputError
-
-_CONTINUES = "run the same command again: it continues from the last checkpoint"
-_REMEDIES = {
-    errno.ENOSPC: "free some space and",
-    errno.EDQUOT: "free some space and",
-    errno.EROFS: "make it writable or give another --run_dir, and",
-    errno.EACCES: "make it writable or give another --run_dir, and",
-    errno.EPERM: "make it writable or give another --run_dir, and",
-    errno.ENOTDIR: "give another --run_dir, and",
-    errno.EEXIST: "give another --run_dir, and",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The `logging` section of the configuration.
-
-    Attributes:
-      log_every: steps between two lines of `metrics.jsonl`.
-      eval_every: steps between two evaluations; 0 evaluates only at the end.
-      samples_every: steps between two entries of `samples.jsonl`; 0 writes them only at the end.
-      num_samples: responses per entry of `samples.jsonl`.
-      progress: show the progress line on standard error.
-      tensorboard: write TensorBoard event files to `run_dir/tensorboard`.
-      wandb: send the metrics to Weights & Biases (needs the package `wandb`).
-      wandb_project: the project that the run appears in.
-    """
-
-    log_every: int = 1
-    eval_every: int = 0
-    samples_every: int = 0
-    num_samples: int = 8
-    progress: bool = True
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "rlhf_jax"
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("log_every", self.log_every, 1),
-            ("eval_every", self.eval_every, 0),
-            ("samples_every", self.samples_every, 0),
-            ("num_samples", self.num_samples, 0),
-        ):
-            if value < least:
-                raise InputError(
-                    f"logging.{name} is {value}, but must be {least} or more; set --logging.{name}"
-                )
-        if self.wandb and not self.wandb_project:
-            raise InputError(
-                "logging.wandb_project is empty, but logging.wandb needs the name of a project; "
-                "set --logging.wandb_project"
-            )
-
-
-@contextlib.contextmanager
-def disk_errors(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an `OSError` of the block into an `InputError` that names the folder and what to do.
-
-    Put it around writes to the run folder and nothing else: it blames the folder for any `OSError`.
-
-    Raises:
-      InputError: in place of an `OSError`, which stays its `__cause__`.
-
-    >>> with disk_errors("runs/demo"):
-    ...     raise OSError(errno.ENOSPC, "No space left on device")
-    Traceback (most recent call last):
-    rlhf_jax.errors.InputError: cannot write to runs/demo: No space left on device; free some \
-space and run the same command again: it continues from the last checkpoint
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        remedy = _REMEDIES.get(error.errno or 0, "mend that and")
-        raise InputError(f"cannot write to {run_dir}: {reason}; {remedy} {_CONTINUES}") from error
-
-
-def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The entries of a JSONL file of a run, in order; none if there is no such file.
-
-    A last line that was torn off while it was written is left out. The strings "NaN", "Infinity"
-    and "-Infinity" stay strings here: `float` reads them.
-
-    Raises:
-      InputError: a line before the last one is not a JSON object.
-    """
-    file = epath.Path(path)
-    return _parse(file.read_bytes(), file)[0] if file.is_file() else []
-
-
-def cut_after(path: str | os.PathLike[str], step: int) -> int:
-    """Drops the lines of a JSONL file whose step is greater than `step`, and a torn last line.
-
-    A run that continues from the checkpoint of `step` needs this first, so that no step appears
-    twice. The file is replaced as a whole or not at all; without the file nothing happens.
-
-    Returns:
-      The number of lines dropped.
-
-    Raises:
-      InputError: a line before the last is not a JSON object, or the folder cannot be written.
-    """
-    file = epath.Path(path)
-    if not file.is_file():
-        return 0
-    data = file.read_bytes()
-    rows, torn = _parse(data, file)
-    kept = [row for row in rows if row.get("step", 0) <= step]
-    if len(kept) < len(rows) or torn or (data and not data.endswith(b"\n")):
-        with disk_errors(file.parent):
-            replace_file(file, b"".join(_encode(row) for row in kept))
-    return len(rows) - len(kept) + torn
-
-
-def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that it holds, whatever happens, all of its old or all of its new content.
-
-    Raises:
-      OSError: it cannot be written; the old content is still there.
-    """
-    target = epath.Path(path)
-    if _is_remote(target):
-        target.write_bytes(data)  # an object store shows an object only once it is whole
-        return
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the new name with no content
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+from rlhf_jax.runtime.run.folder import cut_after, disk_errors, encode_line, is_remote
+from rlhf_jax.runtime.run.settings import LoggingSettings
 
 
 class MetricsWriter:
     """Appends the metrics and samples of a run to its folder; a context manager.
 
-    With several hosts only process 0 makes one. Each line is handed to the system before the call
-    returns. On an object store (`gs://`), where nothing can be appended to, the lines are kept in
-    memory and the object is rewritten at most once a minute and at the end.
+    With several hosts only process 0 has one. Each line is written before the call returns. On an
+    object store (`gs://`), which cannot append, the lines are kept in memory and the object is
+    rewritten at most once a minute and at the end.
 
     Args:
-      run_dir: the folder of the run; made if missing.
+      run_dir: the folder of the run; created if missing.
       settings: the `logging` section.
       config: the resolved configuration, shown by W&B.
       name: the name of the run in W&B.
       initial_step: the step of the checkpoint that the run continues from, 0 for a fresh start:
-        what an earlier attempt wrote past it is cut from the two JSONL files and hidden in
-        TensorBoard. With None all whole lines stay.
+        later lines of an earlier attempt are cut from the two JSONL files and hidden in
+        TensorBoard. With None all complete lines stay.
 
     Raises:
-      InputError: the folder cannot be written, or a package asked for is not installed.
+      InputError: the folder cannot be written, or a package of `settings` is not installed.
 
-    >>> import tempfile
+    >>> import json, pathlib, tempfile
     >>> folder = tempfile.mkdtemp()
-    >>> with MetricsWriter(folder, Settings(tensorboard=False), {}, name="demo") as writer:
+    >>> with MetricsWriter(folder, LoggingSettings(tensorboard=False), {}, name="demo") as writer:
     ...     writer.write(1, {"train/loss": 2.5, "train/grad_norm": math.nan})
-    >>> [row["train/grad_norm"] for row in read_lines(f"{folder}/metrics.jsonl")]
-    ['NaN']
+    >>> json.loads(pathlib.Path(folder, "metrics.jsonl").read_text())["train/grad_norm"]
+    'NaN'
     """
 
     def __init__(
         self,
         run_dir: str | os.PathLike[str],
-        settings: Settings,
+        settings: LoggingSettings,
         config: Mapping[str, Any],
         *,
         name: str,
@@ -212,9 +77,8 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to `metrics.jsonl`: `step`, `time` (seconds since 1970), the metrics.
 
-        Values are anything that `float` takes. JSON has no NaN and no infinities: they are written
-        as the strings "NaN", "Infinity" and "-Infinity", which `float` (and JavaScript's `Number`)
-        reads back.
+        Values are converted by `float`. JSON has no NaN and no infinities: they are written as the
+        strings "NaN", "Infinity" and "-Infinity", which `float` (and JavaScript's `Number`) reads.
 
         Raises:
           InputError: the folder cannot be written.
@@ -228,20 +92,20 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(values, step=int(step))
 
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Appends rows (prompt, response, score, kl ...) to `samples.jsonl`, each with its step.
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Appends samples (prompt, response, score, kl ...) to `samples.jsonl`, with the step.
 
         Raises:
           InputError: the folder cannot be written.
         """
         with disk_errors(self.run_dir):
-            for row in rows:
-                self._samples.append({"step": int(step), **row})
+            for sample in samples:
+                self._samples.append({"step": int(step), **sample})
 
     def flush(self) -> None:
-        """Brings the lines to an object store as well, where they wait in memory otherwise.
+        """Writes the lines that are kept in memory for an object store.
 
-        A checkpoint that follows then continues from a step that has all its lines.
+        Called before a checkpoint, so that a run continues from a step that has all its lines.
 
         Raises:
           InputError: the folder cannot be written.
@@ -251,10 +115,10 @@ class MetricsWriter:
             self._samples.flush()
 
     def close(self) -> None:
-        """Finishes all outputs; called on leaving the `with` block.
+        """Closes all outputs; called on leaving the `with` block.
 
         Raises:
-          InputError: what was still to be written does not fit.
+          InputError: the folder cannot be written.
         """
         with contextlib.ExitStack() as outputs, disk_errors(self.run_dir):
             if self._wandb is not None:
@@ -272,50 +136,50 @@ class MetricsWriter:
         if kind is None:
             self.close()
             return
-        # A full disk fails here a second time; the error on its way out has said so already.
+        # A full disk raises here a second time; the first error is the one to report.
         with contextlib.suppress(InputError):
             self.close()
 
 
 class NoWriter:
-    """In place of a `MetricsWriter` on the hosts that write nothing."""
+    """Stands in for a `MetricsWriter` on hosts other than the first; writes nothing."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Nothing."""
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Does nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def __enter__(self) -> "NoWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
+        """Does nothing."""
 
 
 class _Lines:
-    """One JSONL file that grows.
+    """Appends to one JSONL file.
 
-    Locally each line opens the file, appends and closes it: no buffer outlives a failure.
+    Locally each line opens the file, appends and closes it: no buffer survives a failure.
     """
 
     REMOTE_SECONDS = 60.0
 
     def __init__(self, path: epath.Path) -> None:
         self._path = path
-        self._remote = _is_remote(path)
+        self._remote = is_remote(path)
         self._content = path.read_bytes() if self._remote and path.exists() else b""
         self._unsaved, self._saved_time = False, time.monotonic()
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, entry: Mapping[str, Any]) -> None:
         if not self._remote:
             with open(self._path, "ab") as file:
-                file.write(_encode(row))
+                file.write(encode_line(entry))
             return
-        self._content += _encode(row)
+        self._content += encode_line(entry)
         self._unsaved = True
         if time.monotonic() - self._saved_time >= self.REMOTE_SECONDS:
             self.flush()
@@ -329,8 +193,8 @@ class _Lines:
 class _TensorBoard:
     """Scalars in one event file.
 
-    tensorboardX's own `SummaryWriter` writes from a thread that dies on a full disk, after which
-    the next calls wait for it for ever; its `RecordWriter` writes where an error can be seen.
+    The thread of tensorboardX's `SummaryWriter` dies on a full disk, and the next calls wait for it
+    for ever; its `RecordWriter` writes in the calling thread, and raises.
     """
 
     FLUSH_SECONDS = 30.0
@@ -366,8 +230,8 @@ class _TensorBoard:
         self._writer.write(event.SerializeToString())
 
 
-def _require(package: str, asked: bool, key: str | None = None) -> None:
-    if asked and importlib.util.find_spec(package) is None:
+def _require(package: str, enabled: bool, key: str | None = None) -> None:
+    if enabled and importlib.util.find_spec(package) is None:
         key = f"logging.{key or package}"
         raise InputError(
             f"{key} is true, but {package} is not installed; "
@@ -376,67 +240,21 @@ def _require(package: str, asked: bool, key: str | None = None) -> None:
 
 
 def _start_wandb(
-    run_dir: epath.Path, settings: Settings, config: Mapping[str, Any], name: str
+    run_dir: epath.Path, settings: LoggingSettings, config: Mapping[str, Any], name: str
 ) -> Any:
     import wandb
 
-    # The identity is kept in the folder, so that a continued run goes on in the same W&B run.
-    identity = run_dir / "wandb_id.txt"
+    # The id is kept in the folder, so that a continued run is the same W&B run.
+    id_file = run_dir / "wandb_id.txt"
     with disk_errors(run_dir):
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12])
-        run_id = identity.read_text()
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        run_id = id_file.read_text()
     return wandb.init(
         project=settings.wandb_project,
         name=name,
         config=dict(config),
         id=run_id,
         resume="allow",
-        dir=None if _is_remote(run_dir) else str(run_dir),
+        dir=None if is_remote(run_dir) else str(run_dir),
     )
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-def _encode(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON; `backslashreplace` writes a lone surrogate as the JSON escape it is."""
-    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as it is read back from its line."""
-    return json.loads(_encode(row))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if hasattr(value, "tolist"):  # a scalar or an array of NumPy or JAX
-        return _finite(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _parse(data: bytes, path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a JSONL file, and whether a torn last line was left out."""
-    lines = [line for line in data.split(b"\n") if line.strip()]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif number < len(lines):
-            raise InputError(
-                f"line {number} of {path} is not a JSON object; "
-                "delete that line or give another --run_dir"
-            )
-    return rows, len(rows) < len(lines)

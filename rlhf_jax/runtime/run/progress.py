@@ -1,4 +1,4 @@
-"""What a run shows while it works: the progress line, and how fast it is."""
+"""The progress line of a run, and its speed."""
 
 import contextlib
 import math
@@ -9,20 +9,22 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from rlhf_jax.runtime.run.utilization import utilization
+
 
 class Progress:
     """The progress of a run on standard error; a context manager.
 
-    On a terminal it is one line that renews itself: step, total, time left, tokens per second and
-    up to four metrics. Elsewhere (a log file, CI) it is plain lines: the first step, the last, and
-    between them one every ten seconds at most.
+    On a terminal it is one line that is updated: step, total, time left, tokens per second and up
+    to four metrics. Elsewhere (a log file, CI) it is plain lines: the first step, the last, and at
+    most one every ten seconds between them.
 
     Args:
       total_steps: the step at which the run ends.
-      initial_step: the step it starts or continues from.
-      description: what stands first, as in "ppo".
+      initial_step: the step that the run starts or continues from.
+      description: the first word of the line, such as "ppo".
       enabled: if False nothing is printed.
-      file: where to print; standard error if None.
+      file: the output; standard error if None.
       clock: seconds, for tests.
     """
 
@@ -66,7 +68,7 @@ class Progress:
         )
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Shows that `step` is done; metrics not given keep the value shown last."""
+        """Shows that `step` is done; metrics that are missing keep their last value."""
         shown = {*self.SHOWN, "perf/tokens_per_sec"}
         self._values |= {k: float(v) for k, v in (metrics or {}).items() if k in shown}
         if self._plain:
@@ -78,11 +80,11 @@ class Progress:
         self._step = step
 
     def message(self, text: str) -> None:
-        """Prints a line of its own without tearing the progress line."""
+        """Prints a separate line above the progress line."""
         tqdm.write(text, file=self._file)
 
     def close(self) -> None:
-        """Leaves the last state standing; called on leaving the `with` block."""
+        """Prints the last state; called on leaving the `with` block."""
         if self._plain and self._printed_step not in (None, self._step):
             self._print_plain(self._step)
         self._bar.close()
@@ -100,7 +102,7 @@ class Progress:
         return ([f"{short_number(speed)} tokens/s"] if speed is not None else []) + texts[:4]
 
     def _update_plain(self, step: int) -> None:
-        if self._printed_step is None:  # the first step compiles: time left is counted from its end
+        if self._printed_step is None:  # the first step compiles: it says nothing of later ones
             self._first_time, self._first_step = self._clock(), step
         waited = self._clock() - self._printed_time
         if self._printed_step is None or step >= self._total or waited >= self.PLAIN_SECONDS:
@@ -118,22 +120,28 @@ class Progress:
 
 
 class Throughput:
-    """Tokens per second and seconds per step since the last log, without compilation and pauses.
+    """Speed of training since the last log, without compilation, evaluations and checkpoints.
 
-    The first step of a process compiles: the clock starts when it is done, and its tokens do not
-    count.
+    The first step of a process compiles: the clock starts at its end, and its tokens do not count.
 
     Args:
+      flops_per_token, flops_per_step: as in `Stage`, for the model FLOPs utilization.
       clock: seconds, for tests.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        flops_per_token: float = 0.0,
+        flops_per_step: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._flops_per_token, self._flops_per_step = flops_per_token, flops_per_step
         self._clock = clock
         self._start: float | None = None
         self._steps = self._tokens = 0
 
     def add(self, tokens: int) -> None:
-        """Counts one finished step that worked on `tokens` real tokens, on all hosts together."""
+        """Counts one finished step with this many real tokens, on all hosts together."""
         if self._start is None:
             self._start = self._clock()
             return
@@ -144,29 +152,31 @@ class Throughput:
     def pause(self) -> Iterator[None]:
         """Leaves the time of the block (an evaluation, a checkpoint) out of the count."""
         before = self._clock()
-        yield
-        if self._start is not None:
-            self._start += self._clock() - before
+        try:
+            yield
+        finally:
+            if self._start is not None:
+                self._start += self._clock() - before
 
     def metrics(self) -> dict[str, float]:
-        """`perf/tokens_per_sec` and `perf/step_time` (seconds) since the last call; starts anew.
-
-        Empty as long as only the first step was done.
+        """`perf/tokens_per_sec`, `perf/step_time` (seconds) and, on devices of known peak FLOP/s,
+        `perf/mfu` since the last call; {} if only the first step was done.
         """
         if self._start is None or self._steps == 0:
             return {}
         now = self._clock()
         seconds = max(now - self._start, 1e-9)
-        result = {
-            "perf/tokens_per_sec": self._tokens / seconds,
-            "perf/step_time": seconds / self._steps,
-        }
+        rate, step_time = self._tokens / seconds, seconds / self._steps
+        metrics = {"perf/tokens_per_sec": rate, "perf/step_time": step_time}
+        per_token = self._flops_per_token + self._flops_per_step / max(rate * step_time, 1.0)
+        if (mfu := utilization(per_token, rate)) is not None:
+            metrics["perf/mfu"] = mfu
         self._start, self._steps, self._tokens = now, 0, 0
-        return result
+        return metrics
 
 
 def short_number(value: float) -> str:
-    """A number in four characters or so: 0.0123, 1.23, 12.3k, 4.57M.
+    """A number with three digits: 0.0123, 1.23, 12.3k, 4.57M.
 
     >>> [short_number(x) for x in (0.01234, 1.234, 999.96, 12345, 4.5678e6, -1500, 0, math.nan)]
     ['0.0123', '1.23', '1k', '12.3k', '4.57M', '-1.5k', '0', 'nan']

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself beside its arrays, and what is wrong with a damaged one."""
+"""The record that a checkpoint holds beside its arrays, and the reasons why one cannot be read."""
 
 import contextlib
 import gc
@@ -8,7 +8,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,14 +18,14 @@ from etils import epath
 Record = dict[str, Any]
 
 _NAME = "rlhf_jax"
-# What is no fault of the files: another attempt may read them.
-_PASSING = re.compile(
+# Errors of the machine or the network: the next attempt may read the files.
+_TRANSIENT = re.compile(
     "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED"
 )
 
 
-def sealed(record: Record) -> dict[str, Any]:
-    """What Orbax is to write beside the arrays: the record, and a checksum of it."""
+def with_checksum(record: Record) -> dict[str, Any]:
+    """The record and its checksum, as Orbax's custom metadata."""
     return {_NAME: {"crc32": _crc32(record), "record": record}}
 
 
@@ -37,50 +37,42 @@ def read_record(folder: epath.Path) -> Record:
     """The record of a checkpoint; empty in one of an earlier version.
 
     Raises:
-      OSError, ValueError: it is missing or not what was written.
+      OSError, ValueError: it is missing or differs from what was written.
     """
     file = folder / "_CHECKPOINT_METADATA"
     try:
-        found = (json.loads(file.read_text())["custom_metadata"] or {}).get(_NAME)
-        whole = found is None or _crc32(found["record"]) == found["crc32"]
+        content = (json.loads(file.read_text())["custom_metadata"] or {}).get(_NAME)
+        if content is None:
+            return {}
+        record, intact = content["record"], _crc32(content["record"]) == content["crc32"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} is no record") from error
-    if not whole:
+    if not intact:
         raise ValueError(f"{file.name} is not what was saved")
-    return {} if found is None else found["record"]
-
-
-def evaluated_in(folder: epath.Path, steps: Sequence[int]) -> dict[int, dict[str, float]]:
-    """What the checkpoints tell of evaluations, by step; of those that can be read."""
-    found: dict[int, dict[str, float]] = {}
-    for step in steps:
-        with contextlib.suppress(OSError, ValueError):
-            evaluated = read_record(folder / str(step)).get("evaluated", {})
-            found |= {int(each): metrics for each, metrics in evaluated.items()}
-    return {step: metrics for step, metrics in found.items() if step in steps}
+    return record
 
 
 def config_in(folder: epath.Path) -> Any:
-    """The configuration of the run that the newest checkpoint tells of, or None."""
+    """The configuration in the newest checkpoint of a folder that can be read, or None."""
     steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
     for step in sorted(steps, reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            if found := read_record(folder / str(step)).get("config"):
-                return found
+            if config := read_record(folder / str(step)).get("config"):
+                return config
     return None
 
 
 def saved_shapes(folder: epath.Path) -> Any:
-    """The tree of a checkpoint without a record, of things with shape and dtype."""
+    """The pytree of shapes and dtypes of a checkpoint without a record."""
     metadata = ocp.StandardCheckpointHandler().metadata(folder)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
 
-def reason_of(error: Exception) -> str:
-    """What is wrong in a few words: those of Orbax and TensorStore can be pages."""
+def short_reason(error: Exception) -> str:
+    """An error in a few words: messages of Orbax and TensorStore can be pages long."""
     text = " ".join(str(error).split())
     code = re.match("[A-Z_]{4,}(?=: )", text)
-    if code:  # TensorStore's, whose innermost complaint names the array
+    if code:  # of TensorStore, whose message ends with the name of the array
         name = re.search(r'"([^"]+)/\.zarray"', text)
         return code[0].replace("_", " ").lower() + (f" in {name[1]}" if name else "")
     if isinstance(error, FileNotFoundError):
@@ -89,24 +81,24 @@ def reason_of(error: Exception) -> str:
     return text if type(error) in (ValueError, Exception) else f"{type(error).__name__}: {text}"
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether the machine rather than the checkpoint is at fault."""
+def is_transient(error: Exception) -> bool:
+    """Whether an error is of the machine rather than of the checkpoint."""
     kinds = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
-    return isinstance(error, kinds) or bool(_PASSING.match(str(error)))
+    return isinstance(error, kinds) or bool(_TRANSIENT.match(str(error)))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[Callable[[], None]]:
-    """Keeps off the terminal what the threads of a read print that failed; what it failed by is an
-    exception all the same. The function that the block gets waits for them.
+    """Hides what threads of a failed read print; the read raises its error in any case.
 
-    Orbax closes its event loop at the first error, and each read that ends later complains of that.
+    Orbax closes its event loop at the first error, and each read that ends later prints a warning.
+    The block gets a function that waits for these reads.
     """
     with contextlib.redirect_stderr(io.StringIO()):
         yield _end_reads
 
 
 def _end_reads() -> None:
-    """Lets reads end that nobody waits for, and frees what they gave."""
+    """Waits a moment for abandoned reads, and frees their results."""
     time.sleep(0.2)
     gc.collect()

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do while a stage runs."""
+"""The effect of Ctrl-C and SIGTERM on a run."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf_jax.parallel import hosts
 
-Moment = Literal["nothing to lose", "to be finished", "to be made up for"]
+Phase = Literal["interruptible", "step", "evaluation"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,73 +23,75 @@ class Terminated(Interrupted):
     """The same by SIGTERM."""
 
 
-class CutShort(KeyboardInterrupt):
-    """SIGTERM came during an evaluation; the state is still to be saved."""
+class EvaluationTerminated(KeyboardInterrupt):
+    """SIGTERM during an evaluation; the state is still to be saved."""
 
 
 class Signals:
-    """Takes Ctrl-C and SIGTERM in its `with` block, in the main thread; elsewhere it does nothing.
+    """Handles Ctrl-C and SIGTERM in its `with` block, in the main thread; elsewhere does nothing.
 
-    What they do depends on the moment. While there is "nothing to lose", as at the start and at the
-    export of what is saved already, they end the run at once. A step or a save is "to be finished":
-    they set `stopping`. An evaluation can be "made up for" later: Ctrl-C waits for it, but SIGTERM
-    raises `CutShort`, for who sends it waits for seconds only.
+    The effect depends on the phase:
 
-    A second Ctrl-C ends the run at once; a second SIGTERM does nothing more. One of several
-    processes finishes an evaluation and an export, in which the others are as well.
+    - "interruptible", at the start and while a saved state is exported: the run ends at once.
+    - "step", which includes a save: `stopping` is set, and the run ends after the step.
+    - "evaluation": Ctrl-C sets `stopping`. SIGTERM raises `EvaluationTerminated`, as its sender
+      waits for seconds only, and an evaluation can be repeated.
+
+    A second Ctrl-C ends the run at once; a second SIGTERM has no effect. With several processes
+    evaluations and exports are completed, as the other processes take part in them.
 
     Attributes:
-      stopping: whether one of them came.
-      terminated: whether SIGTERM did.
+      stopping: whether Ctrl-C or SIGTERM was received.
+      terminated: whether SIGTERM was received.
     """
 
     def __init__(self) -> None:
         self.stopping, self.terminated = False, False
-        self._moment: Moment = "nothing to lose"
-        self._before: dict[int, Any] = {}
+        self._phase: Phase = "interruptible"
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        # Signals reach the main thread alone.
+        # Only the main thread receives signals.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._received)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextlib.contextmanager
-    def during(self, moment: Moment) -> Iterator[None]:
-        """What goes on in the block."""
-        before, self._moment = self._moment, moment
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Sets the phase of the block; raises at its start if an earlier SIGTERM ends it."""
+        previous, self._phase = self._phase, phase
         try:
-            if self.terminated:  # since anybody looked
+            if self.terminated:
                 self._terminate()
             yield
         finally:
-            self._moment = before
+            self._phase = previous
 
-    def _received(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM:
             if not self.terminated:
                 self.stopping = self.terminated = True
                 self._terminate()
-        elif self.stopping or self._moment == "nothing to lose":
+        elif self.stopping or self._phase == "interruptible":
             raise KeyboardInterrupt
         else:
             self.stopping = True
-            _say(b"\nStopping after this step; once more to stop at once.\n")
+            _print(b"\nStopping after this step; once more to stop at once.\n")
 
     def _terminate(self) -> None:
-        if self._moment == "nothing to lose" and not hosts.several():
+        if self._phase == "interruptible" and not hosts.several():
             raise Terminated("Stopped by SIGTERM; run the same command again to continue.")
-        if self._moment == "to be made up for" and not hosts.several():
-            raise CutShort
-        _say(b"\nSIGTERM: saving after this step.\n")
+        if self._phase == "evaluation" and not hosts.several():
+            raise EvaluationTerminated
+        _print(b"\nSIGTERM: saving after this step.\n")
 
 
-def _say(text: bytes) -> None:
-    """Past Python's buffers, which the interrupted code may be in the midst of writing to."""
+def _print(text: bytes) -> None:
+    """Writes without Python's buffers, as the interrupted code may be writing to them."""
     with contextlib.suppress(OSError):
         os.write(2, text)

@@ -1,10 +1,10 @@
-"""Model FLOPs utilization: what a run computes, against what its devices could."""
+"""Model FLOPs utilization: the FLOP/s of a run over the peak of its devices."""
 
 from typing import Any
 
 import jax
 
-# Dense bfloat16 FLOP/s of one device, by the beginning of JAX's `device_kind`; the makers' figures.
+# Dense bfloat16 FLOP/s of one device, by prefix of JAX's `device_kind`; the vendors' figures.
 PEAK_FLOPS: dict[str, float] = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

@@ -9,8 +9,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.run.checkpoint import Checkpoints, Settings
+from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.checksums import checksum, fingerprint
+from rlhf_jax.runtime.run.settings import CheckpointSettings
 
 
 def state_of(step):
@@ -31,7 +32,7 @@ def anything(record):
 
 
 def saved(folder, *steps, settings=None, metrics=lambda step: None):
-    checkpoints = Checkpoints(str(folder), settings or Settings())
+    checkpoints = Checkpoints(str(folder), settings or CheckpointSettings())
     for step in steps:
         assert checkpoints.save(step, state_of(step), metrics=metrics(step), more={"n": step})
     checkpoints.close()
@@ -39,7 +40,9 @@ def saved(folder, *steps, settings=None, metrics=lambda step: None):
 
 
 def restored(folder, like=None, check=anything):
-    return Checkpoints(str(folder), Settings()).restore(zeros() if like is None else like, check)
+    return Checkpoints(str(folder), CheckpointSettings()).restore(
+        zeros() if like is None else like, check
+    )
 
 
 def assert_is(found, step):
@@ -253,7 +256,7 @@ def test_what_orbax_writes_later_is_not_what_the_next_step_overwrites(tmp_path, 
         return save(self, step, args=args, **kwargs)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", spy)
-    checkpoints = Checkpoints(str(tmp_path), Settings())
+    checkpoints = Checkpoints(str(tmp_path), CheckpointSettings())
     checkpoints.save(1, state)
     pointers = [tree["params"]["kernel"].unsafe_buffer_pointer() for tree in (state, given[0])]
     assert pointers[0] != pointers[1]
@@ -264,7 +267,7 @@ def test_what_orbax_writes_later_is_not_what_the_next_step_overwrites(tmp_path, 
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
-    checkpoints = Checkpoints(str(tmp_path), Settings())
+    checkpoints = Checkpoints(str(tmp_path), CheckpointSettings())
     assert not checkpoints.save(1, state_of(1) | {"nan": jnp.asarray([0.0, jnp.nan])})
     assert checkpoints.latest_step() is None
     assert checkpoints.save(1, state_of(1))
@@ -295,7 +298,7 @@ def losses(step):
     [("min", (2, 0.25), ["2", "6", "7"]), ("max", (3, 0.75), ["3", "6", "7"])],
 )
 def test_the_best_stays_and_is_known_after_a_restart(tmp_path, mode, best, kept):
-    settings = Settings(best_metric="eval/loss", best_mode=mode)
+    settings = CheckpointSettings(best_metric="eval/loss", best_mode=mode)
     saved(tmp_path, 1, 2, 3, settings=settings, metrics=losses)
     checkpoints = saved(tmp_path, 4, 5, 6, 7, settings=settings, metrics=losses)
     assert checkpoints.best() == best
@@ -306,7 +309,7 @@ def test_the_best_stays_and_is_known_after_a_restart(tmp_path, mode, best, kept)
     # An evaluation that is not saved yet counts, if it is better.
     assert again.best(8, {"eval/loss": 0.5}) == best
     assert again.best(8, {"eval/loss": 0.1 if mode == "min" else 1.0})[0] == 8
-    assert Checkpoints(str(tmp_path), Settings()).best() is None
+    assert Checkpoints(str(tmp_path), CheckpointSettings()).best() is None
     # Of those that are there it is known by other metrics too, once one asks.
     damaged = tmp_path / "checkpoints" / kept[0] / "default"
     shutil.rmtree(damaged)
@@ -315,7 +318,7 @@ def test_the_best_stays_and_is_known_after_a_restart(tmp_path, mode, best, kept)
 
 
 def test_an_evaluation_made_up_for_is_told_by_the_next_checkpoint(tmp_path):
-    settings = Settings(best_metric="eval/loss", keep=1)
+    settings = CheckpointSettings(best_metric="eval/loss", keep=1)
     checkpoints = Checkpoints(str(tmp_path), settings)
     checkpoints.save(1, state_of(1))
     checkpoints.evaluated(1, {"eval/loss": 0.5})
@@ -335,5 +338,5 @@ def test_an_evaluation_made_up_for_is_told_by_the_next_checkpoint(tmp_path):
 )
 def test_settings_are_checked(settings, said):
     with pytest.raises(InputError) as raised:
-        Settings(**settings)
+        CheckpointSettings(**settings)
     assert str(raised.value).startswith(said)

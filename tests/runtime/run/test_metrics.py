@@ -13,9 +13,10 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.run import metrics
-from rlhf_jax.runtime.run.metrics import MetricsWriter, Settings
+from rlhf_jax.runtime.run.metrics import MetricsWriter
+from rlhf_jax.runtime.run.settings import LoggingSettings
 
-PLAIN = Settings(tensorboard=False)
+PLAIN = LoggingSettings(tensorboard=False)
 
 
 @pytest.mark.parametrize(
@@ -24,14 +25,14 @@ PLAIN = Settings(tensorboard=False)
 )
 def test_settings_name_the_key_that_is_wrong(name, value):
     with pytest.raises(InputError, match=f"logging.{name} is {value}"):
-        Settings(**{name: value})
+        LoggingSettings(**{name: value})
 
 
 def test_settings_need_a_project_for_wandb():
     with pytest.raises(InputError, match="logging.wandb_project is empty"):
-        Settings(wandb=True, wandb_project="")
+        LoggingSettings(wandb=True, wandb_project="")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().log_every = 2
+        LoggingSettings().log_every = 2
 
 
 def test_lines_are_valid_json_and_read_back_exactly(tmp_path):
@@ -159,7 +160,7 @@ def test_a_full_disk_under_tensorboard_neither_hangs_nor_hides(tmp_path, monkeyp
 
     open_file = record_writer.open_file
     monkeypatch.setattr(record_writer, "open_file", lambda path: open_file("/dev/full"))
-    writer = MetricsWriter(tmp_path, Settings(), {}, name="x")
+    writer = MetricsWriter(tmp_path, LoggingSettings(), {}, name="x")
     with pytest.raises(InputError, match="No space left on device"):
         write_both(writer)
 
@@ -205,7 +206,7 @@ def test_a_run_dir_that_is_a_file_is_one_sentence(tmp_path):
 
 def test_an_object_store_gets_whole_objects(tmp_path, monkeypatch):
     # A local folder plays the store.
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(tmp_path, PLAIN, {}, name="x") as writer:
         writer.write(1, {"x": 1.0})
@@ -233,7 +234,9 @@ def read_events(folder):
 def test_tensorboard_gets_the_same_numbers_and_hides_the_repeated_ones(tmp_path):
     pytest.importorskip("tensorboardX")
     for initial_step in (0, 1):  # two writers within one second do not share a file
-        with MetricsWriter(tmp_path, Settings(), {}, name="x", initial_step=initial_step) as writer:
+        with MetricsWriter(
+            tmp_path, LoggingSettings(), {}, name="x", initial_step=initial_step
+        ) as writer:
             writer.write(initial_step + 1, {"train/loss": 0.5 + initial_step})
     events = read_events(tmp_path / "tensorboard")
     values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
@@ -244,7 +247,7 @@ def test_tensorboard_gets_the_same_numbers_and_hides_the_repeated_ones(tmp_path)
 @pytest.mark.parametrize(("key", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch, key, package):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    settings = Settings(**{"tensorboard": False, key: True})
+    settings = LoggingSettings(**{"tensorboard": False, key: True})
     with pytest.raises(InputError, match=f"logging.{key} is true, but {package} is not installed"):
         MetricsWriter(tmp_path / "run", settings, {}, name="x")
     assert not (tmp_path / "run").exists()
@@ -267,7 +270,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init, fake.__spec__ = init, types.SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    settings = Settings(tensorboard=False, wandb=True, wandb_project="p")
+    settings = LoggingSettings(tensorboard=False, wandb=True, wandb_project="p")
     for _ in range(2):
         with MetricsWriter(tmp_path, settings, {"seed": 1}, name="n") as writer:
             writer.write(7, {"x": 1.0})

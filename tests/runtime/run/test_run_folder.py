@@ -12,15 +12,16 @@ from etils import epath
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import (
-    assemble,
-    loop,
     run_evaluate,
     run_generate,
     train_ppo,
     train_reward,
     train_sft,
 )
+from rlhf_jax.runtime import loading as assemble
+from rlhf_jax.runtime.run import loop
 from tests import small
+from tests.runtime.run import counting
 
 SUPERVISED = {"train/loss", "train/accuracy", "train/grad_norm"}
 

@@ -1,0 +1,89 @@
+"""The sections `checkpoint` and `logging` of a configuration; nothing here imports jax."""
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """The section `checkpoint`: when the state is saved, and which checkpoints are kept.
+
+    Attributes:
+      every: steps between checkpoints; 0 saves by time alone.
+      minutes: minimum time between checkpoints that are saved by time; 0 saves by steps alone. The
+        last step, Ctrl-C and SIGTERM always save.
+      keep: number of newest checkpoints that are kept.
+      best_metric: a metric of the evaluations, such as eval/loss, that defines the best step. Its
+        checkpoint is kept beside the newest, and an evaluation that is the best so far is followed
+        by a checkpoint. Null: none.
+      best_mode: whether the smallest or the largest value is the best.
+      export_best: write the model of the best step to `hf/` instead of that of the last step.
+    """
+
+    every: int = 0
+    minutes: float = 10.0
+    keep: int = 2
+    best_metric: str | None = None
+    best_mode: Literal["min", "max"] = "min"
+    export_best: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.minutes < 0 or self.keep < 1:
+            raise InputError(
+                "checkpoint.every and checkpoint.minutes must be at least 0 and checkpoint.keep at "
+                f"least 1, but are {self.every}, {self.minutes} and {self.keep}."
+            )
+        if self.best_mode not in ("min", "max"):
+            raise InputError(f"checkpoint.best_mode must be min or max, but is {self.best_mode!r}.")
+        if self.export_best and self.best_metric is None:
+            raise InputError(
+                "checkpoint.export_best needs a metric to judge by; give --checkpoint.best_metric "
+                "one of the evaluation's, such as eval/loss, or set checkpoint.export_best to "
+                "false."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingSettings:
+    """The section `logging`: what a run writes and shows while it trains.
+
+    Attributes:
+      log_every: steps between two lines of `metrics.jsonl`; a step with an evaluation has one in
+        any case.
+      eval_every: steps between two evaluations; 0 evaluates only at the end.
+      samples_every: steps between two entries of `samples.jsonl`; 0 writes them only at the end.
+      num_samples: responses per entry of `samples.jsonl`.
+      progress: show the progress line on standard error.
+      tensorboard: write TensorBoard event files to `run_dir/tensorboard`.
+      wandb: send the metrics to Weights & Biases (needs the package `wandb`).
+      wandb_project: the project that the run appears in.
+    """
+
+    log_every: int = 1
+    eval_every: int = 0
+    samples_every: int = 0
+    num_samples: int = 8
+    progress: bool = True
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "rlhf_jax"
+
+    def __post_init__(self) -> None:
+        for name, value, minimum in (
+            ("log_every", self.log_every, 1),
+            ("eval_every", self.eval_every, 0),
+            ("samples_every", self.samples_every, 0),
+            ("num_samples", self.num_samples, 0),
+        ):
+            if value < minimum:
+                raise InputError(
+                    f"logging.{name} is {value}, but must be {minimum} or more; "
+                    f"set --logging.{name}"
+                )
+        if self.wandb and not self.wandb_project:
+            raise InputError(
+                "logging.wandb_project is empty, but logging.wandb needs the name of a project; "
+                "set --logging.wandb_project"
+            )
