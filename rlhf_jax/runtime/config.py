@@ -24,6 +24,7 @@ from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dt
 from rlhf_jax.models.remat import Remat, check_remat
 from rlhf_jax.parallel.distributed import Settings as DistributedSettings
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.runtime.evaluation.settings import CommandEvaluationSettings, EvaluationSettings
 from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.run.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.run.metrics import Settings as LoggingSettings
@@ -114,61 +115,9 @@ class GenerationSettings:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """The section `evaluation`: how held-out responses are judged.
-
-    Attributes:
-      gold_fn: "module:function", a score that nothing is trained on:
-        f(prompts, completions, **columns) -> list of numbers. Null: the score alone judges.
-      judge_fn: "module:function", a judge of two policies: f(prompts, responses_a, responses_b,
-        **columns) -> for each prompt a number from 0 (a is better) to 1 (b is better), 0.5 being a
-        tie. It is asked in both orders, and the mean counts.
-      batch_size: prompts at a time.
-      num_samples: pairs of responses, before and after, that the report shows.
-    """
-
-    gold_fn: str | None = None
-    judge_fn: str | None = None
-    batch_size: int = 128
-    num_samples: int = 12
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_samples < 0:
-            raise InputError(
-                "evaluation.batch_size must be at least 1 and evaluation.num_samples at least 0, "
-                f"but are {self.batch_size} and {self.num_samples}."
-            )
-
-
 def _check_num_seeds(count: int) -> None:
     if count < 1:
         raise InputError(f"num_seeds must be at least 1, but is {count}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class CommandEvaluationSettings(EvaluationSettings):
-    """The section `evaluation` of `evaluate.py`: what a run has, and what this command alone does.
-
-    Attributes:
-      gold_fn, judge_fn, batch_size, num_samples: as in a run.
-      best_of: how many responses to choose the best from, say [1, 2, 4, 8, 16]: the mean score of
-        what the score then chooses. The largest number is sampled for each prompt. Empty: none of
-        it.
-      rouge_rows: texts at most, the first ones, whose teacher-forced ROUGE is computed; 0: none.
-    """
-
-    best_of: tuple[int, ...] = ()
-    rouge_rows: int = 2000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(n < 1 for n in self.best_of):
-            raise InputError(
-                f"evaluation.best_of must hold numbers from 1 on, but is {list(self.best_of)}."
-            )
-        if self.rouge_rows < 0:
-            raise InputError(f"evaluation.rouge_rows must be at least 0, but is {self.rouge_rows}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,9 @@ from rlhf_jax.runtime.config import (
     resolve,
 )
 from rlhf_jax.runtime.evaluation import policies as judging
-from rlhf_jax.runtime.report.page import format_table, write_report
+from rlhf_jax.runtime.report.content import format_table
+from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.metrics import disk_errors
@@ -92,7 +94,7 @@ def _check_ahead(config: RLHFConfig) -> None:
     mesh = make_mesh(config.mesh)
     for name in (config.evaluation.gold_fn, config.evaluation.judge_fn):
         if name is not None:
-            assemble.load_function(name)
+            load_function(name)
     if trains_reward_model(config):
         rows, _ = load_examples(config.data.reward, reward.kind_of(config.reward), quiet=True)
         if all("chosen" in row and row["chosen"] == row["rejected"] for row in rows):

@@ -37,15 +37,16 @@ from rlhf_jax.runtime.compilation.ppo_flops import flops_per_text_token, flops_p
 from rlhf_jax.runtime.config import PPOConfig, resolve
 from rlhf_jax.runtime.evaluation.policies import (
     Comparison,
-    Judged,
-    PolicyJudge,
+    EvaluatedResponses,
+    PolicyEvaluator,
     columns_of,
     compare,
-    write_evaluation,
+    evaluation_of,
+    save_evaluation,
 )
-from rlhf_jax.runtime.evaluation.python_judge import judge_both_orders
-from rlhf_jax.runtime.evaluation.responses import decode
-from rlhf_jax.runtime.rewards.scorers import Responses, find_sources, load_rewards, reference_tokens
+from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
+from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
+from rlhf_jax.runtime.rewards.texts import Responses, decode, reference_tokens
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.training import ppo
 from rlhf_jax.training.frozen import check_unfrozen
@@ -192,9 +193,9 @@ class PPOStage:
                 "--rewards a list of them and of functions, or call train_ppo with a reward_fn."
             )
         gold = config.evaluation.gold_fn
-        self.gold_fn = None if gold is None else assemble.load_function(gold)
+        self.gold_fn = None if gold is None else load_function(gold)
         judge = config.evaluation.judge_fn
-        self.judge_fn = None if judge is None else assemble.load_function(judge)
+        self.judge_fn = None if judge is None else load_function(judge)
         self._load()
         self._compile()
 
@@ -211,7 +212,7 @@ class PPOStage:
         check_sizes(config, self.model, self.mesh)
         for function in (*(each.function for each in self.sources), self.gold_fn):
             if function is not None:
-                assemble.check_call(function, columns_of(self.rows, [0]))
+                check_call(function, columns_of(self.rows, [0]))
         self._load_rewards()
         self._load_value()
         self.batches = Batches(
@@ -316,7 +317,7 @@ class PPOStage:
                 donate_argnums=0,
                 compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
             )
-        self.judge = PolicyJudge(
+        self.evaluator = PolicyEvaluator(
             self.model,
             self.tokenizer,
             functools.partial(self._sample_for_judging, stops),
@@ -325,9 +326,9 @@ class PPOStage:
             rewards=self.rewards,
             gold_fn=self.gold_fn,
             batch_size=config.evaluation.batch_size,
-            place=batch_sharding(self.mesh),
+            batch_sharding=batch_sharding(self.mesh),
         )
-        self._before: dict[int, Judged] = {}
+        self._before: dict[int, EvaluatedResponses] = {}
         self._compared: tuple[int, Comparison] | None = None
 
     def _places(self, shape: ppo.PPOState) -> tuple[ppo.PPOState, Any, Any]:
@@ -421,7 +422,7 @@ class PPOStage:
         prompts = decode(self.tokenizer, rollout.prompts, rollout.prompt_mask)
         completions = decode(self.tokenizer, rollout.tokens, rollout.mask)
         columns = columns_of(self.rows, hosts.to_host(indices))
-        gold = assemble.call_scores(self.gold_fn, prompts, completions, columns)
+        gold = call_scores(self.gold_fn, prompts, completions, columns)
         return {"objective/gold": float(np.mean(gold))}
 
     def evaluate(self, state):
@@ -444,13 +445,10 @@ class PPOStage:
         policy, ref = (of(self.model, state) for of in (ppo.policy_params, ppo.reference_params))
         judged = (self.held_out, self.held_out_rows, ref, state.frozen.get("reward"), key)
         if run not in self._before:
-            self._before[run] = self.judge(ref, *judged)
-        before, after = self._before[run], self.judge(policy, *judged)
-        if self.judge_fn is None:
-            return compare(before, after)
+            self._before[run] = self.evaluator(ref, *judged)
+        before, after = self._before[run], self.evaluator(policy, *judged)
         columns = columns_of(self.held_out_rows, self.held_out.indices)
-        texts = (after.prompts, before.responses, after.responses)
-        return compare(before, after, judge_both_orders(self.judge_fn, *texts, columns))
+        return compare(before, after, self.judge_fn, columns)
 
     def samples(self, state, output, count):
         """Responses of the last iteration, with score and KL in nats."""
@@ -479,4 +477,4 @@ class PPOStage:
         assemble.export(self.config.run_dir, save_pretrained, *parts)
         if self.held_out is not None:
             count = self.config.evaluation.num_samples
-            write_evaluation(self.config.run_dir, self._compare(state), count)
+            save_evaluation(self.config.run_dir, evaluation_of(self._compare(state), count))

@@ -26,7 +26,7 @@ from rlhf_jax.runtime.config import RewardConfig, resolve
 from rlhf_jax.runtime.evaluation.normalization import Normalizer
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import save_evaluation
-from rlhf_jax.runtime.evaluation.responses import decode
+from rlhf_jax.runtime.rewards.texts import decode
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.sft import text_of
 from rlhf_jax.runtime.stages.supervised import SupervisedStage, check_micro_batches

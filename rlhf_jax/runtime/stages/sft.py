@@ -20,13 +20,13 @@ from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.commands.evaluate import perplexity
 from rlhf_jax.runtime.config import SFTConfig, resolve
 from rlhf_jax.runtime.evaluation.responses import Responder
 from rlhf_jax.runtime.evaluation.teacher_forced import (
     TeacherForcedRouge,
     encode_completions,
     have_completions,
+    perplexity,
 )
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.supervised import SupervisedStage, check_micro_batches
@@ -119,7 +119,7 @@ class SFTStage(SupervisedStage):
             self.tokenizer,
             encode_completions(rows, self.tokenizer, self.config.data),
             batch_size=self.config.sft.eval_batch_size,
-            place=batch_sharding(self.mesh),
+            batch_sharding=batch_sharding(self.mesh),
         )
 
     def evaluate(self, state):

@@ -15,7 +15,7 @@ from rlhf_jax.parallel.partition import (
     tree_shardings,
 )
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.commands.evaluate import sum_metrics
+from rlhf_jax.runtime.evaluation.teacher_forced import sum_metrics
 from rlhf_jax.runtime.run.utilization import multiplied_parameters
 from rlhf_jax.training.state import make_optimizer
 
