@@ -18,7 +18,8 @@ from rlhf_jax.parallel.mesh import Settings as MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.config import ModelSettings, PPOConfig, SFTConfig
+from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.runtime.config import PPOConfig, SFTConfig
 from rlhf_jax.runtime.stages import ppo, sft
 from rlhf_jax.runtime.stages.sft import prompt_of, text_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,17 +21,16 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
-from rlhf_jax.runtime import loading as assemble
+from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
+from rlhf_jax.runtime.run.folder import to_yaml
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import (
-    Comparison,
-    Judged,
-    PolicyJudge,
+    EvaluatedResponses,
+    PolicyEvaluator,
     Sampler,
     columns_of,
     compare,
@@ -40,18 +38,21 @@ from rlhf_jax.runtime.evaluation.policies import (
     evaluation_of_one,
     save_evaluation,
 )
-from rlhf_jax.runtime.evaluation.python_judge import judge_both_orders
 from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
 from rlhf_jax.runtime.evaluation.teacher_forced import (
     TeacherForcedRouge,
     encode_completions,
     have_completions,
+    perplexity,
     published_metrics,
+    sum_metrics,
 )
-from rlhf_jax.runtime.report.page import format_table, holds_config_of_a_run, write_report
+from rlhf_jax.runtime.report.content import format_table, holds_config_of_a_run
+from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
-from rlhf_jax.runtime.run.folder import disk_errors, replace_file, to_yaml
+from rlhf_jax.runtime.run.folder import disk_errors, replace_file
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ if TYPE_CHECKING:
 
 
 def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluates a model on held-out rows; writes `evaluation.json` and `report.html`.
+    """Evaluates a model on held-out examples; writes `evaluation.json` and `report.html`.
 
-    Beside them is the configuration in `config.yaml`, unless that of a training run is there. A
-    table is printed to standard output.
+    It also writes the configuration to `config.yaml`, unless that of a training run is there, and
+    prints a table to standard output.
 
     Returns:
       The content of `evaluation.json`.
@@ -84,7 +85,7 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
 
 
 def _save_config(config: EvaluateConfig) -> None:
-    """Writes `config.yaml` over that of an earlier evaluation, but never over that of a run."""
+    """Writes `config.yaml`, over that of an earlier evaluation but not over that of a run."""
     folder = epath.Path(config.run_dir)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,12 +95,12 @@ def _save_config(config: EvaluateConfig) -> None:
 
 def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer, model, params = _load(config, config.model.path, "model.path")
-    assemble.check_positions(model, config.data.max_length, "data.max_length")
+    loading.check_positions(model, config.data.max_length, "data.max_length")
     held_out = _held_out(config, "text")
-    rows, _ = encode_texts(held_out, tokenizer, config.data)
-    evaluate = jax.jit(sft.make_eval_step(model))
-    batches = eval_batches(rows, config.evaluation.batch_size)
-    sums = sum_metrics(evaluate(params, batch) for batch in batches)
+    texts, _ = encode_texts(held_out, tokenizer, config.data)
+    step = jax.jit(sft.make_eval_step(model))
+    batches = eval_batches(texts, config.evaluation.batch_size)
+    sums = sum_metrics(step(params, batch) for batch in batches)
     loss = sums["loss"] / sums["count"]
     metrics = {
         "loss": loss,
@@ -107,9 +108,9 @@ def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
         "perplexity": perplexity(loss),
         "num_tokens": sums["count"],
     }
-    judged = held_out[: config.evaluation.rouge_rows]
-    if judged and have_completions(judged, config.data):
-        metrics |= _teacher_forced(config, judged, tokenizer, model, params)
+    examples = held_out[: config.evaluation.rouge_rows]
+    if examples and have_completions(examples, config.data):
+        metrics |= _teacher_forced(config, examples, tokenizer, model, params)
     table = [{"metric": _NAMES.get(name, name), "after": value} for name, value in metrics.items()]
     return {"metrics": metrics, "table": table, "samples": []}
 
@@ -125,35 +126,35 @@ _NAMES = {
 
 def _teacher_forced(
     config: EvaluateConfig,
-    held_out: Sequence[Mapping[str, Any]],
+    examples: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerFast,
     model: Model,
     params: Params,
 ) -> dict[str, float]:
-    """ROUGE on the completions, and all as published."""
-    rows = encode_completions(held_out, tokenizer, config.data)
+    """ROUGE on the completions, and loss and ROUGE by the published definition."""
+    texts = encode_completions(examples, tokenizer, config.data)
     batch_size, max_length = config.evaluation.batch_size, config.data.max_length
-    rouge = TeacherForcedRouge(model, tokenizer, rows, batch_size=batch_size)
+    rouge = TeacherForcedRouge(model, tokenizer, texts, batch_size=batch_size)
     published = published_metrics(
-        model, params, tokenizer, rows, max_length=max_length, batch_size=batch_size
+        model, params, tokenizer, texts, max_length=max_length, batch_size=batch_size
     )
     return rouge(params) | published
 
 
 def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
     path = _required(config.model.reward_path, "model.reward_path")
-    tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
+    tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
     mesh = make_mesh(config.mesh)
-    model, params = assemble.load_scorer(path, config.model, tokenizer, mesh)
+    model, params = loading.load_scorer(path, config.model, tokenizer, mesh)
     check_heads(mesh, model.config.n_head)
-    assemble.check_positions(
+    loading.check_positions(
         model,
         config.data.max_prompt_length + config.data.max_response_length,
         "data.max_prompt_length + data.max_response_length",
     )
-    rows = encode_pairs(_held_out(config, "pairs"), tokenizer, config.data)
+    pairs = encode_pairs(_held_out(config, "pairs"), tokenizer, config.data)
     step = jax.jit(reward.make_score_step(model))
-    batches = eval_batches(rows, config.evaluation.batch_size)
+    batches = eval_batches(pairs, config.evaluation.batch_size)
     return pair_evaluation(score_pairs(lambda batch: step(params, batch), batches))
 
 
@@ -172,7 +173,6 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         )
         reward_model = rewards.single
         reward_params = reward_params if reward_model is None else reward_params[0]
-    rows = _held_out(config, "prompts")
     shared = {
         "temperature": config.generation.temperature or 1.0,
         "batch_size": config.evaluation.batch_size,
@@ -181,28 +181,34 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         "rewards": rewards,
         "gold_fn": gold_fn,
     }
-    prompts, key = encode_prompts(rows, tokenizer, config.data), jax.random.key(config.seed)
-    after = PolicyJudge(model, tokenizer, _sampler(model, tokenizer, config), **shared)
-    answer = functools.partial(after, params, prompts, rows, ref_params, reward_params)
-    judged = _with_rouge(answer(key), rows)
-    curve = _best_of(answer, judged, key, config.evaluation.best_of)
+    examples, num_samples = _held_out(config, "prompts"), config.evaluation.num_samples
+    prompts, key = encode_prompts(examples, tokenizer, config.data), jax.random.key(config.seed)
+    others = (prompts, examples, ref_params, reward_params)
+    policy = PolicyEvaluator(model, tokenizer, _sampler(model, tokenizer, config), **shared)
+    respond = functools.partial(policy, params, *others)
+    after = _with_rouge(respond(key), examples)
     if config.model.reference_path is None:
-        return _with_curve(evaluation_of_one(judged, config.evaluation.num_samples), curve)
-    sample = _sampler(reference_model, tokenizer, config)
-    before = PolicyJudge(reference_model, tokenizer, sample, **shared)
-    others = (prompts, rows, ref_params, reward_params, key)
-    started = _with_rouge(before(ref_params, *others), rows)
-    comparison = _compare(judge_fn, started, judged, columns_of(rows, prompts.indices))
-    return _with_curve(evaluation_of(comparison, config.evaluation.num_samples), curve)
+        evaluation = evaluation_of_one(after, num_samples)
+    else:
+        sample = _sampler(reference_model, tokenizer, config)
+        reference = PolicyEvaluator(reference_model, tokenizer, sample, **shared)
+        before = _with_rouge(reference(ref_params, *others, key), examples)
+        columns = columns_of(examples, prompts.indices)
+        evaluation = evaluation_of(compare(before, after, judge_fn, columns), num_samples)
+    curve = _best_of(respond, after, key, config.evaluation.best_of)
+    if curve:
+        evaluation["table"] += best_of_table(curve)
+        evaluation["best_of"] = curve
+    return evaluation
 
 
 def _check_policy(
     config: EvaluateConfig,
 ) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-    """The gold score and the judge, found before any model is loaded; None where none is named.
+    """(gold score, judge), imported before any model is loaded; None if the setting is null.
 
     Raises:
-      InputError: a part of the evaluation lacks what it needs.
+      InputError: a setting is missing that another one needs.
     """
     if config.evaluation.judge_fn is not None and config.model.reference_path is None:
         raise InputError(
@@ -210,7 +216,7 @@ def _check_policy(
             "--model.reference_path the other one."
         )
     names = (config.evaluation.gold_fn, config.evaluation.judge_fn)
-    gold_fn, judge_fn = (None if name is None else assemble.load_function(name) for name in names)
+    gold_fn, judge_fn = (None if name is None else load_function(name) for name in names)
     best_of = bool(config.evaluation.best_of)
     if best_of and config.model.reward_path is None and not config.rewards:
         raise InputError(
@@ -225,60 +231,46 @@ def _check_policy(
     return gold_fn, judge_fn
 
 
-def _with_rouge(judged: Judged, rows: Sequence[Mapping[str, Any]]) -> Judged:
-    """With the ROUGE of the responses, where all rows have a completion, of text or messages."""
-    references = [row.get("completion") for row in rows]
+def _with_rouge(
+    responses: EvaluatedResponses, examples: Sequence[Mapping[str, Any]]
+) -> EvaluatedResponses:
+    """With the ROUGE of the responses, if all examples have a completion, of text or messages."""
+    references = [example.get("completion") for example in examples]
     texts = [contents(x) for x in references if isinstance(x, str) or are_messages(x)]
-    if len(texts) < len(rows):
-        return judged
-    return judged._replace(rouge=rouge_scores(judged.responses, texts))
+    if len(texts) < len(examples):
+        return responses
+    return responses._replace(rouge=rouge_scores(responses.responses, texts))
 
 
 def _best_of(
-    answer: Callable[[jax.Array], Judged], first: Judged, key: jax.Array, sizes: Sequence[int]
+    respond: Callable[[jax.Array], EvaluatedResponses],
+    first: EvaluatedResponses,
+    key: jax.Array,
+    sizes: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """The curve of the best of n responses, of which the first is there already."""
+    """The curve of the best of n responses to each prompt, `first` among them."""
     if not sizes:
         return []
-    judged = [first]
+    responses = [first]
     for number in range(1, max(sizes)):
-        # From the far end: the first numbers are those of the first response's batches.
-        judged.append(answer(jax.random.fold_in(key, 2**31 - number)))
-    scores = np.stack([each.scores for each in judged if each.scores is not None], axis=1)
-    gold = [each.gold for each in judged if each.gold is not None]
+        # Numbers from the top of the range: the first ones are those of the batches of `first`.
+        responses.append(respond(jax.random.fold_in(key, 2**31 - number)))
+    scores = np.stack([each.scores for each in responses if each.scores is not None], axis=1)
+    gold = [each.gold for each in responses if each.gold is not None]
     return best_of_curve(scores, np.stack(gold, axis=1) if gold else None, sizes)
-
-
-def _with_curve(evaluation: dict[str, Any], curve: list[dict[str, Any]]) -> dict[str, Any]:
-    if not curve:
-        return evaluation
-    table = [*evaluation["table"], *best_of_table(curve)]
-    return {**evaluation, "table": table, "best_of": curve}
-
-
-def _compare(
-    judge: Callable[..., Any] | None,
-    before: Judged,
-    after: Judged,
-    columns: dict[str, list[Any]],
-) -> Comparison:
-    if judge is None:
-        return compare(before, after)
-    texts = (before.prompts, before.responses, after.responses)
-    return compare(before, after, judge_both_orders(judge, *texts, columns))
 
 
 def _sampler(model: Model, tokenizer: PreTrainedTokenizerFast, config: EvaluateConfig) -> Sampler:
     needed = config.data.max_prompt_length + config.generation.max_new_tokens
-    assemble.check_positions(model, needed, "data.max_prompt_length + generation.max_new_tokens")
+    loading.check_positions(model, needed, "data.max_prompt_length + generation.max_new_tokens")
     return sampler(model, tokenizer, config.generation)
 
 
 def _load(config: EvaluateConfig, path: str | None, name: str):
     path = _required(path, name)
-    tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
+    tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
     key, mesh = jax.random.key(config.seed), make_mesh(config.mesh)
-    model, params = assemble.load_model(config.model, tokenizer, key, mesh)
+    model, params = loading.load_model(config.model, tokenizer, key, mesh)
     check_heads(mesh, model.config.n_head)
     return tokenizer, model, params
 
@@ -286,20 +278,20 @@ def _load(config: EvaluateConfig, path: str | None, name: str):
 def _load_reference(
     path: str, config: EvaluateConfig, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[Model, Params]:
-    """The policy to compare with, which has to read tokens as the other one writes them."""
-    with assemble.local_folder(path) as folder:
-        theirs = load_tokenizer(folder)
-        shares_tokens = assemble.shares_tokens
-        if not (shares_tokens(tokenizer, theirs) and shares_tokens(theirs, tokenizer)):
+    """The policy to compare with, which must have the same tokenizer."""
+    with loading.local_folder(path) as folder:
+        other = load_tokenizer(folder)
+        shares_tokens = loading.shares_tokens
+        if not (shares_tokens(tokenizer, other) and shares_tokens(other, tokenizer)):
             raise InputError(
                 f"model.reference_path {path} has another tokenizer than the policy, whose tokens "
                 "it would misread; give a model that has the same one."
             )
-        dtype, mesh = assemble.compute_dtype(config.model.dtype), make_mesh(config.mesh)
-        place = functools.partial(tree_shardings, mesh)
-        model, params = load_pretrained(folder, dtype=dtype, place=place)
+        dtype, mesh = loading.compute_dtype(config.model.dtype), make_mesh(config.mesh)
+        shardings = functools.partial(tree_shardings, mesh)
+        model, params = load_pretrained(folder, dtype=dtype, place=shardings)
     check_heads(mesh, model.config.n_head)
-    assemble.check_vocabulary(model, tokenizer, path)
+    loading.check_vocabulary(model, tokenizer, path)
     return model, params
 
 
@@ -310,20 +302,6 @@ def _required(path: str | None, name: str) -> str:
 
 
 def _held_out(config: EvaluateConfig, kind: Any) -> list[dict[str, Any]]:
-    """The held-out rows, or all where none are held out."""
+    """The held-out examples, or all if none are held out."""
     train, held_out = load_examples(config.data, kind)
     return held_out or train
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def sum_metrics(parts) -> dict[str, float]:
-    """The sums of the metrics of several batches."""
-    sums: dict[str, float] = {}
-    for part in hosts.to_host(list(parts)):
-        for name, value in part.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return sums

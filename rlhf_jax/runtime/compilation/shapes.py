@@ -6,7 +6,7 @@ from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2Config
 from rlhf_jax.models.huggingface import read_config
-from rlhf_jax.runtime.config import ModelSettings
+from rlhf_jax.models.settings import ModelSettings
 
 # GPT-2's own sizes (Radford et al. 2019, table 2), and the same network at the sizes of larger
 # models: those of OPT-6.7B (Zhang et al. 2022), and depth, width and heads of Llama 2 70B (Touvron

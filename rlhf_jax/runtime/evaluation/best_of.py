@@ -1,4 +1,4 @@
-"""Best-of-n: how good the best of n responses is, chosen by the score."""
+"""Best-of-n sampling: the mean score of the best of n responses by the score."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.runtime.evaluation.pairs import points_of
-from rlhf_jax.runtime.report.charts import Chart, Series, line_chart
-
 
 def best_of_means(proxy: np.ndarray, scores: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     """Mean score of the best of n responses, by the proxy score, for several n at once.
 
     The mean over all subsets of n of the K responses to a prompt, and over prompts: an unbiased
-    estimate from K responses of what n fresh ones would give. With c(v) of the K proxy scores at
-    most v, the best of a subset is at most v in C(c(v), n) of C(K, n) subsets, so that a response
-    of proxy score v, of which there are m, is chosen with probability
+    estimate for n fresh responses. If c(v) of the K proxy scores are at most v, the best of a
+    subset is at most v in C(c(v), n) of C(K, n) subsets, so that each of m responses with proxy
+    score v is chosen with probability
 
         w(v) = (C(c(v), n) - C(c(v) - m, n)) / (m C(K, n))
 
     which shares ties equally.
 
     Args:
-      proxy: float[N, K], which of the responses is best.
-      scores: float[N, K], how good each of them is: the proxy score itself, or a gold score.
+      proxy: float[N, K], the score by which the best response is chosen.
+      scores: float[N, K], the score that is averaged: the proxy score itself, or a gold score.
       sizes: each n from 1 to K.
 
     Returns:
@@ -40,9 +37,9 @@ def best_of_means(proxy: np.ndarray, scores: np.ndarray, sizes: Sequence[int]) -
     """
     proxy, scores = np.asarray(proxy, np.float64), np.asarray(scores, np.float64)
     ordered = np.sort(proxy, axis=1)
-    rows = list(zip(ordered, proxy, strict=True))
-    up_to = np.stack([np.searchsorted(row, values, side="right") for row, values in rows])
-    below = np.stack([np.searchsorted(row, values, side="left") for row, values in rows])
+    pairs = list(zip(ordered, proxy, strict=True))
+    up_to = np.stack([np.searchsorted(row, values, side="right") for row, values in pairs])
+    below = np.stack([np.searchsorted(row, values, side="left") for row, values in pairs])
     means = []
     for size in sizes:
         share = _shares_of_subsets(proxy.shape[1], size)
@@ -58,13 +55,13 @@ def _shares_of_subsets(count: int, size: int) -> np.ndarray:
 
 
 def best_of_kl(n: int) -> float:
-    """KL of best-of-n to the policy that it chooses from, in nats per response: at most this.
+    """An upper bound of the KL of best-of-n to the policy it samples from, in nats per response.
 
         log n - (n - 1) / n
 
     Stiennon et al., Learning to Summarize from Human Feedback, appendix G.3 (arXiv:2009.01325).
-    All but exact where each single response is improbable, and a bound otherwise (Beirami et al.,
-    Theoretical Guarantees on the Best-of-n Alignment Policy, arXiv:2401.01879).
+    Nearly exact where each single response is improbable (Beirami et al., Theoretical Guarantees on
+    the Best-of-n Alignment Policy, arXiv:2401.01879).
 
     >>> print(best_of_kl(1), round(best_of_kl(16), 3))
     0.0 1.835
@@ -75,10 +72,10 @@ def best_of_kl(n: int) -> float:
 def best_of_curve(
     scores: np.ndarray, gold: np.ndarray | None, sizes: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Rows {"n", "kl", "scores"} and, where there is a gold score, "gold", in the order of n.
+    """Entries {"n", "kl", "scores"} and, with a gold score, "gold", in the order of n.
 
     Args:
-      scores: float[N, K], which also choose.
+      scores: float[N, K], by which the best response is chosen.
       gold: float[N, K], or None.
       sizes: each n from 1 to K.
     """
@@ -87,35 +84,22 @@ def best_of_curve(
     if gold is not None:
         columns["gold"] = best_of_means(scores, gold, ordered)
     return [
-        {"n": n, "kl": best_of_kl(n), **{name: float(x[row]) for name, x in columns.items()}}
-        for row, n in enumerate(ordered)
+        {"n": n, "kl": best_of_kl(n), **{name: float(x[i]) for name, x in columns.items()}}
+        for i, n in enumerate(ordered)
     ]
 
 
-_NAMES = {"scores": "score", "gold": "gold score"}
+SCORE_NAMES = {"scores": "score", "gold": "gold score"}
 
 
 def best_of_table(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The curve as rows of the table for a terminal."""
+    """The curve as entries of the table for a terminal."""
     return [
         {
-            "metric": f"best of {row['n']}, {text} (KL at most {row['kl']:.2f} nats)",
-            "after": row[key],
+            "metric": f"best of {point['n']}, {text} (KL at most {point['kl']:.2f} nats)",
+            "after": point[key],
         }
-        for key, text in _NAMES.items()
-        for row in curve
-        if key in row
+        for key, text in SCORE_NAMES.items()
+        for point in curve
+        if key in point
     ]
-
-
-def best_of_charts(evaluation: Mapping[str, Any]) -> tuple[Chart, ...]:
-    """The curve of the report, if the content of an `evaluation.json` has one.
-
-    Where the gold score falls and the score goes on rising, the latter is overoptimized.
-    """
-    rows = evaluation.get("best_of")
-    lines = [Series(text, points_of(rows, "kl", key)) for key, text in _NAMES.items()]
-    sizes = [n for n, _ in points_of(rows, "n", "kl")]
-    note = f"n = {', '.join(f'{n:.0f}' for n in sizes)}"
-    chart = line_chart("Best of n", lines, note=note, x_label="KL to the policy at most, nats")
-    return () if chart is None else (chart,)

@@ -1,9 +1,9 @@
-"""How far the scores of a reward model can be trusted: functions of NumPy arrays over pairs.
+"""Calibration and length bias of a reward model: functions of NumPy arrays over pairs.
 
-A pair is two responses to one prompt, of which the first was preferred. `differences` float[N] are
-score of the preferred response minus score of the other, `length_differences` int[N] likewise their
-lengths in tokens. Of rankings every two responses are a pair. Where a share asks which of two sides
-wins, a tie counts half; in an accuracy it is no hit.
+A pair is two responses to one prompt, the preferred one first. `differences` float[N] are score of
+the preferred response minus score of the other, `length_differences` int[N] likewise their lengths
+in tokens. In a ranking every two responses are a pair. A tie counts half in a share of wins, and as
+an error in an accuracy.
 """
 
 from typing import NamedTuple
@@ -12,10 +12,10 @@ import numpy as np
 
 
 class CalibrationBin(NamedTuple):
-    """Pairs of like confidence.
+    """Pairs with similar confidence.
 
     Attributes:
-      low, high: the range of confidence; the upper end belongs to the next bin, but for 1.
+      low, high: the range [low, high) of confidence; the last bin includes 1.
       num_pairs: pairs in it, at least one.
       confidence: their mean confidence.
       correct: the share of them whose preferred response scores higher.
@@ -29,10 +29,10 @@ class CalibrationBin(NamedTuple):
 
 
 class LengthBin(NamedTuple):
-    """Pairs of like difference in length.
+    """Pairs with a similar difference in length.
 
     Attributes:
-      low, high: the range of `length_differences`, both ends in it.
+      low, high: the closed range of `length_differences`.
       num_pairs: pairs in it, at least one.
       length_difference: their mean difference.
       accuracy: the share of them whose preferred response scores higher.
@@ -46,11 +46,11 @@ class LengthBin(NamedTuple):
 
 
 def confidences(differences: np.ndarray) -> np.ndarray:
-    """float64[N], the probability that the model gives to the response that it scores higher.
+    """float64[N], the probability by the model that the response with the higher score is better.
 
         sigmoid(|difference|),     from 1/2 to 1
 
-    Bradley and Terry's model, which the losses of reward models are the likelihood of.
+    This is Bradley and Terry's model, whose likelihood the losses of reward models maximize.
 
     >>> print(confidences(np.array([0.0, np.log(3.0), -np.log(3.0)])))
     [0.5  0.75 0.75]
@@ -59,11 +59,11 @@ def confidences(differences: np.ndarray) -> np.ndarray:
 
 
 def calibration(differences: np.ndarray, bins: int = 10) -> list[CalibrationBin]:
-    """The reliability curve: how often the model is right where it is so and so sure.
+    """The reliability curve: the share of correct pairs by confidence.
 
-    The bins divide the confidence, from 1/2 to 1, evenly; empty ones are left out. A pair put the
-    other way round is the same pair here, so that it does not matter that the preferred response
-    always comes first. A tie, of confidence 1/2, is half right.
+    The bins divide the confidence, from 1/2 to 1, evenly; empty ones are left out. Neither
+    confidence nor correctness depends on the order of the two responses. A tie, of confidence 1/2,
+    counts half.
 
     Guo et al., On Calibration of Modern Neural Networks, section 2 (arXiv:1706.04599).
 
@@ -74,21 +74,21 @@ def calibration(differences: np.ndarray, bins: int = 10) -> list[CalibrationBin]
     confidence, correct = confidences(differences), _share_won(differences)
     edges = np.linspace(0.5, 1.0, bins + 1)
     places = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, bins - 1)
-    found = []
+    curve = []
     for place in np.unique(places).tolist():
         inside = places == place
-        ends = float(edges[place]), float(edges[place + 1])
+        bounds = float(edges[place]), float(edges[place + 1])
         means = float(confidence[inside].mean()), float(correct[inside].mean())
-        found.append(CalibrationBin(*ends, int(inside.sum()), *means))
-    return found
+        curve.append(CalibrationBin(*bounds, int(inside.sum()), *means))
+    return curve
 
 
 def expected_calibration_error(curve: list[CalibrationBin]) -> float:
-    """Mean distance of the reliability curve from the diagonal, bins weighted by their pairs.
+    """Mean distance of the reliability curve from the diagonal, weighted by the pairs of the bins.
 
         sum_b n_b / N * |correct_b - confidence_b|
 
-    Guo et al., eq. 3 (arXiv:1706.04599). 0 of an empty curve.
+    Guo et al., eq. 3 (arXiv:1706.04599). 0 for an empty curve.
 
     >>> expected_calibration_error([CalibrationBin(0.5, 1.0, 4, 0.75, 0.5)])
     0.25
@@ -101,11 +101,11 @@ def expected_calibration_error(curve: list[CalibrationBin]) -> float:
 def accuracy_by_length(
     differences: np.ndarray, length_differences: np.ndarray, bins_a_side: int = 4
 ) -> list[LengthBin]:
-    """Accuracy where the preferred response is so and so much longer or shorter than the other.
+    """Accuracy by the length of the preferred response minus that of the other.
 
-    The bins are symmetric: their ends are quantiles of |length difference| on either side, and
-    pairs of equal length are a bin of their own. Empty ones are left out. A model that has learned
-    that longer is better is right in those on the right, and wrong in those on the left.
+    The bins are symmetric: their bounds are quantiles of |length difference| on either side, and
+    pairs of equal length are a bin of their own. Empty ones are left out. A model that prefers the
+    longer response has a high accuracy in the bins above 0 and a low one in those below.
 
     >>> [(b.low, b.high, b.accuracy)
     ...  for b in accuracy_by_length(np.array([1.0, -1.0, 1.0]), np.array([-2, 0, 5]), 2)]
@@ -113,17 +113,17 @@ def accuracy_by_length(
     """
     lengths = np.asarray(length_differences)
     right = np.asarray(differences) > 0
-    found = []
+    bins = []
     for low, high in _length_ranges(np.abs(lengths[lengths != 0]), bins_a_side):
         inside = (low <= lengths) & (lengths <= high)
         if inside.any():
             means = float(lengths[inside].mean()), float(right[inside].mean())
-            found.append(LengthBin(low, high, int(inside.sum()), *means))
-    return found
+            bins.append(LengthBin(low, high, int(inside.sum()), *means))
+    return bins
 
 
 def longer_wins(length_differences: np.ndarray) -> float:
-    """Accuracy of the rule that the longer response is preferred; of equal ones it is half right.
+    """Accuracy of the rule that the longer response is preferred; equal lengths count half.
 
     >>> longer_wins(np.array([4, 2, -1, 0]))
     0.625
@@ -134,8 +134,8 @@ def longer_wins(length_differences: np.ndarray) -> float:
 def prefers_longer(differences: np.ndarray, length_differences: np.ndarray) -> float | None:
     """The share of pairs in which the model scores the longer response higher.
 
-    It is a length shortcut where this is far above `longer_wins`, which says how often the longer
-    response really is the preferred one. Pairs of equal length are not counted; None if all are.
+    The model has a length bias if this is far above `longer_wins`, the share of pairs in which the
+    longer response is the preferred one. Pairs of equal length are not counted; None if all are.
 
     >>> prefers_longer(np.array([1.0, -1.0, 1.0, 2.0]), np.array([4, -2, -1, 0]))
     0.6666666666666666
@@ -151,13 +151,13 @@ def prefers_longer(differences: np.ndarray, length_differences: np.ndarray) -> f
 def pair_metrics(
     differences: np.ndarray, length_differences: np.ndarray, margins: np.ndarray | float = 0.0
 ) -> dict[str, float]:
-    """All that is one number, over at least one pair.
+    """The scalar metrics of N pairs, N at least 1.
 
     Returns:
       `loss` (the mean of -log sigmoid(difference - margin), in nats), `accuracy`, `margin` (the
-      mean difference), `calibration_error`, `longer_wins`, and where lengths differ
-      `prefers_longer`; where there are such pairs, `accuracy_where_longer` and
-      `accuracy_where_shorter`, of those whose preferred response is the longer or shorter one.
+      mean difference), `calibration_error`, `longer_wins`, and if lengths differ
+      `prefers_longer`; `accuracy_where_longer` and `accuracy_where_shorter` over the pairs whose
+      preferred response is the longer or the shorter one, if there are such pairs.
 
     >>> print(pair_metrics(np.array([1.0, -1.0]), np.array([0, 0]))["accuracy"])
     0.5
@@ -187,12 +187,12 @@ def _share_won(values: np.ndarray) -> np.ndarray:
 
 
 def _length_ranges(magnitudes: np.ndarray, bins: int) -> list[tuple[int, int]]:
-    """Closed ranges of whole numbers, symmetric about (0, 0), that together hold +-magnitudes."""
+    """Closed ranges of integers, symmetric about (0, 0), that together cover +-magnitudes."""
     highs: list[int] = []
     if magnitudes.size:
         quantiles = np.arange(1, bins + 1) / bins
-        ends = np.quantile(magnitudes, quantiles, method="inverted_cdf")
-        highs = np.unique(ends).astype(int).tolist()
+        bounds = np.quantile(magnitudes, quantiles, method="inverted_cdf")
+        highs = np.unique(bounds).astype(int).tolist()
     lows = [1, *(high + 1 for high in highs[:-1])]
     longer = list(zip(lows, highs, strict=False))
     return [*((-high, -low) for low, high in reversed(longer)), (0, 0), *longer]

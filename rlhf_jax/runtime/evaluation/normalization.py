@@ -1,4 +1,4 @@
-"""The reward model of a run, normalized on responses that it is trained on."""
+"""Normalization of a reward model on the preferred responses of its training data."""
 
 import functools
 from typing import Any
@@ -14,36 +14,38 @@ from rlhf_jax.training import normalize, reward
 
 
 class Normalizer:
-    """Gives a reward model's scores of the preferred responses mean 0 and variance 1.
+    """Shifts and scales a reward model's scores of preferred responses to mean 0 and variance 1.
 
-    They are those of the rows that the run trains on first: a random sample, the same whenever the
-    run is begun or continued.
+    The mean and variance are those of the examples that the run trains on first: a random sample,
+    the same when the run is continued.
 
     Args:
-      rows: all training rows, a `PairBatch` or a `RankingBatch` of NumPy arrays.
-      settings: `normalize_rows` and `eval_batch_size` of them.
+      examples: all training examples, a `PairBatch` or a `RankingBatch` of NumPy arrays.
+      settings: of which `normalize_rows` and `eval_batch_size` are used.
       seed: of the run.
     """
 
     def __init__(
-        self, model: Model, mesh: Mesh, rows: Any, settings: reward.Settings, seed: int
+        self, model: Model, mesh: Mesh, examples: Any, settings: reward.Settings, seed: int
     ) -> None:
         self._model, self._mesh, self._batch_size = model, mesh, settings.eval_batch_size
-        count = min(settings.normalize_rows, len(rows[0]))
-        self._rows = Batches(rows, count, seed).at(0)
+        count = min(settings.normalize_rows, len(examples[0]))
+        self._examples = Batches(examples, count, seed).at(0)
         self._add = jax.jit(normalize.make_stats_step(model))
 
     def __call__(self, params: Params, frozen: Params | None = None) -> Params:
-        """The parameters that score so; all but the head and the final norm are the same arrays.
+        """The normalized parameters; all but the head and the final norm are the same arrays.
 
         Args:
           params: of a reward model; its "model" may be the trained half above `frozen`.
 
         Raises:
-          InputError: the scores do not differ.
+          InputError: all scores are equal.
         """
-        place = batch_sharding(self._mesh)
-        batches = (hosts.put(batch, place) for batch in eval_batches(self._rows, self._batch_size))
+        sharding = batch_sharding(self._mesh)
+        batches = (
+            hosts.put(batch, sharding) for batch in eval_batches(self._examples, self._batch_size)
+        )
         add = functools.partial(self._add, frozen=frozen)
         moments = normalize.score_moments(normalize.stats_of(add, params, batches))
         normalized = normalize.normalize_scores(self._model, params, *moments)

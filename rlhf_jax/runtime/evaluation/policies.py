@@ -1,4 +1,4 @@
-"""Judging responses on held-out prompts, before and after."""
+"""Evaluation of policies by their responses to held-out prompts, alone or before and after."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.evaluation.bootstrap import bootstrap_interval
-from rlhf_jax.runtime.evaluation.python_judge import Verdicts
-from rlhf_jax.runtime.evaluation.responses import decode
+from rlhf_jax.runtime.evaluation.python_judge import JudgeFunction, judge_both_orders
 from rlhf_jax.runtime.evaluation.rouge import ROUGE
-from rlhf_jax.runtime.rewards.scorers import Responses, Rewards
+from rlhf_jax.runtime.rewards.functions import ScoreFunction, call_scores
+from rlhf_jax.runtime.rewards.scorers import Rewards
+from rlhf_jax.runtime.rewards.texts import Responses
 from rlhf_jax.runtime.run.folder import disk_errors, replace_file
 from rlhf_jax.training import ppo
 
@@ -29,18 +28,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Sampler = Callable[[Params, PromptBatch, jax.Array], Rollout]
+MAX_RESAMPLED = 2**22  # counts that the bootstrap draws at a time
 
 
-class Judged(NamedTuple):
-    """One response to each prompt, and what was found about it, rows first.
+class EvaluatedResponses(NamedTuple):
+    """One response to each of N prompts, with its scores.
 
     Attributes:
       prompts, responses: texts.
       kl: f32[N], summed log-ratio to the reference in nats, an estimate of KL(policy || reference).
       lengths: i64[N], tokens, EOS included.
-      scores: f32[N] of the reward model or reward function; None without one.
-      gold: f32[N] of the gold score; None without one.
-      rouge: `rouge_scores` against the true completions; None without them.
+      scores: f32[N] by the rewards, or None.
+      gold: f64[N], the gold score, or None.
+      rouge: `rouge_scores` against the reference completions, or None.
     """
 
     prompts: list[str]
@@ -56,28 +56,28 @@ class Comparison(NamedTuple):
     """Two policies on the same prompts.
 
     Attributes:
-      before, after: what each one answered.
-      metrics: means of the second, and its win rates over the first: by the gold score, by the
-        score and by a judge, each where there is one, ties half, with the ends of the interval.
+      before, after: the responses of both.
+      metrics: means of the second, and its win rates over the first by the gold score, the score
+        and a judge, as far as there are these; ties count half, each rate with its interval.
     """
 
-    before: Judged
-    after: Judged
+    before: EvaluatedResponses
+    after: EvaluatedResponses
     metrics: dict[str, float]
 
 
-class PolicyJudge:
-    """Samples one response to each prompt and scores them all.
+class PolicyEvaluator:
+    """Samples one response to each prompt and scores them.
 
     Args:
-      model: the form of the policy and, by default, of the reference.
+      model: of the policy and, by default, of the reference.
       sample: (params, batch, key) -> Rollout.
-      temperature: of the log-probs that the KL is measured with.
-      reward_model: what scores responses, in the same program; may be None.
-      rewards: what scores them where no reward model does it alone; may be None.
-      gold_fn: what scores them likewise, though nothing is trained on it; may be None.
+      temperature: of the log-probabilities in the KL.
+      reward_model: scores responses within the same compiled program; may be None.
+      rewards: scores them otherwise, where no reward model is passed; may be None.
+      gold_fn: the gold score; may be None.
       batch_size: prompts at a time.
-      place: where a batch goes on the mesh of the parameters, if that spans several hosts.
+      batch_sharding: of a batch on the mesh of the parameters, if that spans several hosts.
     """
 
     def __init__(
@@ -91,14 +91,15 @@ class PolicyJudge:
         reference_model: Model | None = None,
         reward_model: Model | None = None,
         rewards: Rewards | None = None,
-        gold_fn: assemble.ScoreFunction | None = None,
-        place: NamedSharding | None = None,
+        gold_fn: ScoreFunction | None = None,
+        batch_sharding: NamedSharding | None = None,
     ) -> None:
-        self.tokenizer, self.batch_size, self.place = tokenizer, batch_size, place
-        self.rewards, self.gold_fn = None if reward_model is not None else rewards, gold_fn
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.batch_sharding, self.gold_fn = batch_sharding, gold_fn
+        self.rewards = None if reward_model is not None else rewards
         reference_model = reference_model or model
 
-        def judge(params, ref_params, reward_params, batch, key):
+        def evaluate(params, ref_params, reward_params, batch, key):
             rollout = sample(params, batch, key)
             parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
             logprobs, _, _ = ppo.response_logprobs(model, params, *parts, temperature=temperature)
@@ -111,69 +112,67 @@ class PolicyJudge:
                 scores = ppo.response_scores(reward_model, reward_params, batch, rollout)
             return rollout, kl, scores
 
-        self._judge = jax.jit(judge)
+        self._evaluate = jax.jit(evaluate)
 
     def __call__(
         self,
         params: Params,
-        rows: PromptBatch,
-        columns: list[dict[str, Any]],
+        prompts: PromptBatch,
+        examples: list[dict[str, Any]],
         ref_params: Params,
         reward_params: Any,
         key: jax.Array,
-    ) -> Judged:
-        """What the policy answers to all prompts; batch i is sampled with `fold_in(key, i)`.
+    ) -> EvaluatedResponses:
+        """Responses of the policy to all prompts; batch i is sampled with `fold_in(key, i)`.
 
-        `reward_params` are those of the reward model, or the tuple that the rewards take.
+        Args:
+          prompts: NumPy arrays, of these examples.
+          reward_params: of the reward model, or the tuple of parameters that the rewards take.
         """
         parts = []
-        for index, batch in enumerate(eval_batches(rows, self.batch_size)):
+        for index, batch in enumerate(eval_batches(prompts, self.batch_size)):
             batch_key = jax.random.fold_in(key, index)
-            placed = batch if self.place is None else hosts.from_host(batch, self.place)
-            part = self._judge(params, ref_params, reward_params, placed, batch_key)
+            if self.batch_sharding is not None:
+                batch = hosts.from_host(batch, self.batch_sharding)
+            part = self._evaluate(params, ref_params, reward_params, batch, batch_key)
             parts.append(hosts.to_host(part))
-        rollout, kl, scores = jax.tree.map(lambda *x: np.concatenate(x)[: len(columns)], *parts)
-        prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
-        responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
-        extra = columns_of(columns, rows.indices)
+        rollout, kl, scores = jax.tree.map(lambda *x: np.concatenate(x)[: len(examples)], *parts)
+        responses = Responses(
+            self.tokenizer,
+            prompts.prompts,
+            prompts.prompt_mask,
+            [(rollout.tokens, rollout.mask)],
+            columns_of(examples, prompts.indices),
+            prompts.indices,
+        )
+        prompt_texts, texts = responses.prompt_texts, responses.texts[0]
         if self.rewards is not None:
-            candidates = [(rollout.tokens, rollout.mask)]
-            given = Responses(
-                self.tokenizer, rows.prompts, rows.prompt_mask, candidates, extra, rows.indices
-            )
-            scores, _ = self.rewards(reward_params or (), given, self.batch_size)
+            scores, _ = self.rewards(reward_params or (), responses, self.batch_size)
         gold = None
         if self.gold_fn is not None:
-            gold = np.asarray(assemble.call_scores(self.gold_fn, prompts, responses, extra))
-        return Judged(prompts, responses, kl, rollout.mask.sum(axis=1), scores, gold)
+            gold = np.asarray(call_scores(self.gold_fn, prompt_texts, texts, responses.columns))
+        return EvaluatedResponses(prompt_texts, texts, kl, rollout.mask.sum(axis=1), scores, gold)
 
 
-def compare(before: Judged, after: Judged, verdicts: Verdicts | None = None) -> Comparison:
+def columns_of(examples: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:
+    """The columns of these examples other than the prompt, as lists."""
+    chosen = [examples[index] for index in np.asarray(indices).tolist()]
+    names = [name for name in chosen[0] if name != "prompt"]
+    return {name: [example.get(name) for example in chosen] for name in names}
+
+
+def compare(
+    before: EvaluatedResponses,
+    after: EvaluatedResponses,
+    judge: JudgeFunction | None = None,
+    columns: dict[str, list[Any]] | None = None,
+) -> Comparison:
     """The second policy's means, and its win rates over the first.
 
     Args:
-      verdicts: of a Python judge on the responses of both.
+      judge: a judge in Python, which compares the responses of both.
+      columns: the other columns of the data set, for the judge.
     """
-    rates = _win_rates(before, after)
-    if verdicts is not None:
-        rates |= _with_interval("win_rate_judge", verdicts.preferences)
-        rates["judge_position_bias"] = verdicts.position_bias
-    return Comparison(before, after, means(after) | rates)
-
-
-def means(judged: Judged) -> dict[str, float]:
-    """The means that one set of responses has, by metric name."""
-    columns = {
-        "scores": judged.scores,
-        "gold": judged.gold,
-        "kl": judged.kl,
-        "response_length": judged.lengths,
-    }
-    found = {name: float(np.mean(x)) for name, x in columns.items() if x is not None}
-    return found | dict(judged.rouge or {})
-
-
-def _win_rates(before: Judged, after: Judged) -> dict[str, float]:
     rates: dict[str, float] = {}
     for name, old, new in (
         ("win_rate", before.gold, after.gold),
@@ -181,13 +180,65 @@ def _win_rates(before: Judged, after: Judged) -> dict[str, float]:
     ):
         if old is not None and new is not None:
             rates |= _with_interval(name, (new > old) + 0.5 * (new == old))
-    return rates
+    if judge is not None:
+        texts = (after.prompts, before.responses, after.responses)
+        verdicts = judge_both_orders(judge, *texts, columns or {})
+        rates |= _with_interval("win_rate_judge", verdicts.preferences)
+        rates["judge_position_bias"] = verdicts.position_bias
+    return Comparison(before, after, means(after) | rates)
+
+
+def means(responses: EvaluatedResponses) -> dict[str, float]:
+    """The mean metrics of one set of responses, by name."""
+    columns = {
+        "scores": responses.scores,
+        "gold": responses.gold,
+        "kl": responses.kl,
+        "response_length": responses.lengths,
+    }
+    metrics = {name: float(np.mean(x)) for name, x in columns.items() if x is not None}
+    return metrics | dict(responses.rouge or {})
 
 
 def _with_interval(name: str, wins: np.ndarray) -> dict[str, float]:
-    """The mean of float[N] wins, and the ends of its 95 % bootstrap interval over prompts."""
+    """The mean of float[N] wins, and the bounds of its 95 % bootstrap interval over prompts."""
     low, high = bootstrap_interval(wins)
     return {name: float(np.mean(wins)), f"{name}_low": low, f"{name}_high": high}
+
+
+def bootstrap_interval(
+    values: np.ndarray, *, level: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean over prompts.
+
+    N of the N values are drawn with replacement, `num_resamples` times; the interval reaches from
+    the (1 - level) / 2 to the (1 + level) / 2 quantile of their means. It covers the choice of the
+    prompts, not the sampling of the responses. With few prompts it is too narrow, and of equal
+    values it has no width.
+
+    Args:
+      values: float[N], one for each prompt, N at least 1.
+      level: the nominal coverage of the interval.
+      num_resamples: number of means.
+      seed: of the draws.
+
+    Returns:
+      (low, high).
+
+    Efron, Bootstrap Methods: Another Look at the Jackknife (1979).
+
+    >>> bootstrap_interval(np.array([1.0, 0.0, 1.0, 1.0]), num_resamples=1000)
+    (0.25, 1.0)
+    """
+    # Wins have few different values: to draw the count of each costs far less than to draw each.
+    different, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    rng, total = np.random.default_rng(seed), int(counts.sum())
+    block = max(1, MAX_RESAMPLED // len(different))
+    sizes = [min(block, num_resamples - start) for start in range(0, num_resamples, block)]
+    drawn = (rng.multinomial(total, counts / total, size=size) for size in sizes)
+    averages = np.concatenate([times @ different for times in drawn]) / total
+    low, high = np.quantile(averages, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 _NAMES = {
@@ -204,24 +255,17 @@ _NAMES = {
 
 
 def table_of(comparison: Comparison) -> list[dict[str, Any]]:
-    """Rows {"metric", "before", "after"} of the before/after table, win rates with "interval"."""
+    """Entries {"metric", "before", "after"} of the table, win rates with their "interval"."""
     before, after = means(comparison.before), comparison.metrics
-    rows = []
+    table = []
     for name, text in _NAMES.items():
         if name not in after:
             continue
-        row: dict[str, Any] = {"metric": text, "before": before.get(name), "after": after[name]}
+        entry: dict[str, Any] = {"metric": text, "before": before.get(name), "after": after[name]}
         if f"{name}_low" in after:
-            row["interval"] = [after[f"{name}_low"], after[f"{name}_high"]]
-        rows.append(row)
-    return rows
-
-
-def write_evaluation(run_dir: str, comparison: Comparison, num_samples: int) -> dict[str, Any]:
-    """Writes `evaluation.json` and returns its content."""
-    evaluation = evaluation_of(comparison, num_samples)
-    save_evaluation(run_dir, evaluation)
-    return evaluation
+            entry["interval"] = [after[f"{name}_low"], after[f"{name}_high"]]
+        table.append(entry)
+    return table
 
 
 def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
@@ -229,16 +273,16 @@ def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
     before, after = comparison.before, comparison.after
     samples = [
         {
-            "prompt": before.prompts[row],
-            "before": before.responses[row],
-            "after": after.responses[row],
-            "before_gold": _number(before.gold, row),
-            "after_gold": _number(after.gold, row),
-            "before_score": _number(before.scores, row),
-            "after_score": _number(after.scores, row),
-            "kl": _number(after.kl, row),
+            "prompt": before.prompts[i],
+            "before": before.responses[i],
+            "after": after.responses[i],
+            "before_gold": _number(before.gold, i),
+            "after_gold": _number(after.gold, i),
+            "before_score": _number(before.scores, i),
+            "after_score": _number(after.scores, i),
+            "kl": _number(after.kl, i),
         }
-        for row in range(min(num_samples, len(before.prompts)))
+        for i in range(min(num_samples, len(before.prompts)))
     ]
     return {
         "metrics": {**comparison.metrics, "num_prompts": len(before.prompts)},
@@ -247,25 +291,27 @@ def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
     }
 
 
-def evaluation_of_one(judged: Judged, num_samples: int) -> dict[str, Any]:
-    """The content of `evaluation.json` of one policy, of which no KL is known."""
-    metrics = {name: value for name, value in means(judged).items() if name != "kl"}
-    metrics["num_prompts"] = len(judged.prompts)
-    rows = ((_NAMES.get(name), value) for name, value in metrics.items())
+def evaluation_of_one(responses: EvaluatedResponses, num_samples: int) -> dict[str, Any]:
+    """The content of `evaluation.json` of one policy, without a KL."""
+    metrics = {name: value for name, value in means(responses).items() if name != "kl"}
+    metrics["num_prompts"] = len(responses.prompts)
     samples = [
         {
-            "prompt": judged.prompts[row],
-            "response": judged.responses[row],
-            "gold": _number(judged.gold, row),
-            "score": _number(judged.scores, row),
+            "prompt": responses.prompts[i],
+            "response": responses.responses[i],
+            "gold": _number(responses.gold, i),
+            "score": _number(responses.scores, i),
         }
-        for row in range(min(num_samples, len(judged.prompts)))
+        for i in range(min(num_samples, len(responses.prompts)))
     ]
-    return {
-        "metrics": metrics,
-        "table": [{"metric": text or "prompts", "after": value} for text, value in rows],
-        "samples": samples,
-    }
+    table = [
+        {"metric": _NAMES.get(name, "prompts"), "after": value} for name, value in metrics.items()
+    ]
+    return {"metrics": metrics, "table": table, "samples": samples}
+
+
+def _number(values: np.ndarray | None, index: int) -> float | None:
+    return None if values is None else float(values[index])
 
 
 def save_evaluation(run_dir: str, evaluation: dict[str, Any]) -> None:
@@ -280,17 +326,6 @@ def save_evaluation(run_dir: str, evaluation: dict[str, Any]) -> None:
 
 
 def read_evaluation(run_dir: str) -> dict[str, Any] | None:
-    """The content of `evaluation.json`, or None where there is none."""
+    """The content of `evaluation.json`, or None without the file."""
     file = epath.Path(run_dir) / "evaluation.json"
     return json.loads(file.read_text()) if file.exists() else None
-
-
-def _number(values: np.ndarray | None, row: int) -> float | None:
-    return None if values is None else float(values[row])
-
-
-def columns_of(rows: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:
-    """The columns of these rows beside the prompt, as lists."""
-    chosen = [rows[index] for index in np.asarray(indices).tolist()]
-    names = [name for name in chosen[0] if name != "prompt"]
-    return {name: [row.get(name) for row in chosen] for name in names}

@@ -1,4 +1,4 @@
-"""ROUGE: how far texts share words, pairs of words and common subsequences with others."""
+"""ROUGE: overlap of words, pairs of words and common subsequences of texts with references."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[
 
         P = shared / predicted,   R = shared / true,   F1 = 2 P R / (P + R)
 
-    `rouge1` and `rouge2` count shared words and pairs of neighbouring words, each as often as both
-    texts have it; `rougeL` the longest common subsequence of words; `rougeLsum` for each line of
-    the reference its union with those of all lines of the prediction. Words are runs of a-z and 0-9
-    of the text in lower case, so that texts in other scripts have none; F1 is 0 where one of the
-    texts has no word. The stemmer is off, as it is by default in Hugging Face's `evaluate`, with
-    which the numbers of TL;DR are published; the mean here is plain, and theirs the median of
-    bootstrapped means, which hardly differs.
+    `rouge1` and `rouge2` count shared words and pairs of neighbouring words, with multiplicity;
+    `rougeL` is by the longest common subsequence of words; `rougeLsum` by the union, for each line
+    of the reference, of those with all lines of the prediction. Words are runs of a-z and 0-9 of
+    the text in lower case, so that texts in other scripts have none; F1 is 0 where one of the texts
+    has no word. The stemmer is off, as by default in Hugging Face's `evaluate`, by which the
+    numbers of TL;DR are published; theirs is the median of bootstrapped means, which hardly differs
+    from the mean here.
 
     Args:
-      predictions, references: at least one text each, equally many.
+      predictions, references: N texts each, N at least 1.
 
     Returns:
       The four means, from 0 to 1.

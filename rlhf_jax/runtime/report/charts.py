@@ -1,8 +1,8 @@
 """The geometry of the report's charts: numbers in, SVG paths and axis labels out.
 
-A path lives in a square of 1000 x 1000 units that the page stretches to whatever width it has; axis
-labels are placed in percent. So a chart is as sharp, and its text as large, on a telephone as on a
-wide screen. The template of the report draws them.
+Paths have coordinates in a square of 1000 x 1000 units, which the page stretches to its width; axis
+labels are placed in percent. So lines stay sharp and text keeps its size on any screen. The
+template of the report draws the charts.
 """
 
 import dataclasses
@@ -23,17 +23,15 @@ SMOOTH_FROM = 60
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One named row of points (x, y); y may be NaN or infinite, which leaves a gap.
+    """A named sequence of points (x, y); y may be NaN or infinite, which leaves a gap.
 
     Attributes:
       label: the name in the legend.
       points: in the order of x, for a line.
-      band: (x, low, high) of an area behind a line, finite and in the order of x.
     """
 
     label: str
     points: tuple[Point, ...]
-    band: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,6 @@ class Curve:
       path: the main line (or the dots), an SVG path in the square of `SIDE`.
       raw: the unsmoothed values behind a smoothed main line, else "".
       trend: the smoothed line through dots, else "".
-      band: the outline of the area behind a line, else "".
       lone: dots where a line has a point between gaps, else "".
     """
 
@@ -55,21 +52,20 @@ class Curve:
     path: str
     raw: str = ""
     trend: str = ""
-    band: str = ""
     lone: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What the template needs to draw one chart.
+    """A chart as the template draws it.
 
     Attributes:
-      title: what is shown.
-      note: unit or reading aid, one line.
+      title: of the chart.
+      note: unit or explanation, one line.
       curves: the lines, in the order of their colours.
       x_ticks, y_ticks: (percent from the left or the top, text).
       x_label: the name of the horizontal axis.
-      data: JSON for the pointer's read-out: `x` and `y` ranges and the points of each series.
+      data: JSON for the tooltip: `x` and `y` ranges and the points of each series.
       dots: draw `path` as dots rather than as a line.
     """
 
@@ -86,7 +82,7 @@ class Chart:
 def line_chart(
     title: str, series: Sequence[Series], *, note: str = "", x_label: str = "step"
 ) -> Chart | None:
-    """Lines over the training step; a long noisy line is smoothed, with the raw one faintly behind.
+    """Lines; a long one is smoothed, with the raw values faintly behind.
 
     None if there is no finite point.
     """
@@ -117,7 +113,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """The mean of each value's neighbourhood; looking both ways, it does not lag behind.
+    """The exponentially weighted mean over both sides of each value, which has no lag.
 
         m_t = sum_i exp(-|t - i| / span) x_i / sum_i exp(-|t - i| / span)
 
@@ -129,7 +125,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` of the points, spikes kept: the lowest and the highest of each equal run.
+    """At most `limit` of the points, with spikes: the lowest and the highest of each equal run.
 
     >>> thin([(x, 5.0 if x == 7 else 0.0) for x in range(10)], 4)
     [(0, 0.0), (1, 0.0), (5, 0.0), (7, 5.0)]
@@ -157,8 +153,7 @@ def _chart(
     if not shown:
         return None
     x_range = _padded([x for _, f in shown for x, _ in f.points], 0.03 if dots else 0.0)
-    heights = [y for _, f in shown for y in (*(y for _, y in f.points), *_ends(f))]
-    y_range = _padded(heights, 0.06)
+    y_range = _padded([y for _, f in shown for _, y in f.points], 0.06)
     data = {
         "x": x_range,
         "y": y_range,
@@ -170,8 +165,8 @@ def _chart(
         title=title,
         note=note,
         curves=tuple(_curve(s, f, x_range, y_range, dots) for s, f in shown),
-        x_ticks=_ticks(x_range, flip=False, whole=x_label == "step"),
-        y_ticks=_ticks(y_range, flip=True, whole=False),
+        x_ticks=_ticks(x_range, flip=False, integers=x_label == "step"),
+        y_ticks=_ticks(y_range, flip=True, integers=False),
         x_label=x_label,
         data=json.dumps(data, separators=(",", ":")),
         dots=dots,
@@ -187,35 +182,12 @@ def _curve(series: Series, finite: Series, x_range: Point, y_range: Point, dots:
         if len(ordered) >= 8:
             trend = _line(_smooth_line(ordered, 2 * span), x_range, y_range)
         return Curve(series.label, last, _dots(thin(ordered), x_range, y_range), trend=trend)
-    band = _band(series.band, span, x_range, y_range)
     if len(finite.points) < SMOOTH_FROM:
         lone = [run[0] for run in _runs(series.points) if len(run) == 1]
         path, alone = _line(series.points, x_range, y_range), _dots(lone, x_range, y_range)
-        return Curve(series.label, last, path, band=band, lone=alone)
+        return Curve(series.label, last, path, lone=alone)
     main = _line(_smooth_line(finite.points, span), x_range, y_range)
-    raw = "" if band else _line(thin(finite.points), x_range, y_range)
-    return Curve(series.label, last, main, raw=raw, band=band)
-
-
-def _ends(series: Series) -> list[float]:
-    """The heights that the band of a series reaches."""
-    return [y for _, *ends in series.band for y in ends]
-
-
-def _band(
-    band: Sequence[tuple[float, float, float]], span: float, x_range: Point, y_range: Point
-) -> str:
-    """The outline of an area, there along its upper edge and back along the lower one.
-
-    Its edges are smoothed as the line in it is.
-    """
-    if len(band) < 2:
-        return ""
-    upper, lower = [(x, high) for x, _, high in band], [(x, low) for x, low, _ in band]
-    if len(band) >= SMOOTH_FROM:
-        upper, lower = (_smooth_line(edge, span) for edge in (upper, lower))
-    there, back = (_line(edge, x_range, y_range) for edge in (upper, lower[::-1]))
-    return f"{there}L{back[1:]}Z"
+    return Curve(series.label, last, main, raw=_line(thin(finite.points), x_range, y_range))
 
 
 def _smooth_line(points: Sequence[Point], span: float) -> list[Point]:
@@ -240,13 +212,13 @@ def _line(points: Sequence[Point], x_range: Point, y_range: Point) -> str:
 
 
 def _runs(points: Sequence[Point]) -> list[list[Point]]:
-    """The finite points, parted where one is not finite."""
+    """The finite points, split where one is not finite."""
     groups = itertools.groupby(points, key=_finite)
     return [list(run) for finite, run in groups if finite]
 
 
 def _dots(points: Sequence[Point], x_range: Point, y_range: Point) -> str:
-    """Lines of no length: with round ends they show as dots that stretching does not distort."""
+    """Lines of no length: with round caps they are dots, which stretching does not distort."""
     places = (_place(point, x_range, y_range) for point in points)
     return "".join(f"M{x:.4g} {y:.4g}h0" for x, y in places)
 
@@ -257,13 +229,13 @@ def _place(point: Point, x_range: Point, y_range: Point) -> Point:
     return SIDE * x, SIDE * (1 - y)
 
 
-def _ticks(ends: Point, *, flip: bool, whole: bool) -> tuple[tuple[float, str], ...]:
-    values = [v for v in nice_ticks(*ends, 4) if not whole or v == int(v)]
+def _ticks(bounds: Point, *, flip: bool, integers: bool) -> tuple[tuple[float, str], ...]:
+    values = [v for v in nice_ticks(*bounds, 4) if not integers or v == int(v)]
     # Close numbers far from zero (0.9991, 0.9992) need more digits than three to differ.
     texts = [short_number(v) for v in values]
     if len(set(texts)) < len(texts):
         texts = [f"{v:.6g}" for v in values]
-    shares = [(v - ends[0]) / (ends[1] - ends[0]) for v in values]
+    shares = [(v - bounds[0]) / (bounds[1] - bounds[0]) for v in values]
     return tuple((round(100 * (1 - s if flip else s), 2), text) for s, text in zip(shares, texts))
 
 

@@ -1,1 +1,1 @@
-"""Where scores of responses come from."""
+"""Scores of responses: reward models and functions in Python."""

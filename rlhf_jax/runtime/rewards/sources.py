@@ -1,4 +1,4 @@
-"""The section `rewards` of a configuration: where scores come from, and how much each counts."""
+"""The section `rewards` of a configuration: sources of scores and their weights."""
 
 import dataclasses
 import math
@@ -12,17 +12,17 @@ from rlhf_jax.errors import InputError
 class RewardSource:
     """An element of the list `rewards`; the score of a response is the weighted sum over them.
 
-    One with neither `path` nor `function` is the reward model of `model.reward_path`, or the one
-    that `run_rlhf` trains.
+    A source with neither `path` nor `function` is the reward model of `model.reward_path`, or the
+    one that `run_rlhf` trains.
 
     Attributes:
       path: a Hugging Face folder or hub name of a reward model. It scores tokens if it has the
         policy's tokenizer, else texts.
       function: "module:function", a reward in Python: f(prompts, completions, **columns) -> one
-        number for each completion, columns being the other columns of the data set.
-      weight: what its scores are multiplied by; with 0 they are only logged.
+        number for each completion; `columns` are the other columns of the data set.
+      weight: factor of its scores; with 0 they are only logged.
       name: of its metric; by default the function's name, or the folder's (not counting `hf`).
-      label: of a classifier with several labels, the one whose logit is the score, from 0.
+      label: of a classifier with several labels, the index of the logit that is the score.
     """
 
     path: str | None = None
@@ -52,19 +52,19 @@ class RewardSource:
 
     @property
     def is_bare(self) -> bool:
-        """Whether it is the reward model that is named, or trained, elsewhere."""
+        """Whether it stands for the reward model of `model.reward_path`, or the trained one."""
         return self.path is None and self.function is None
 
 
 def resolve_sources(
     reward_path: str | None, sources: Sequence[RewardSource]
 ) -> tuple[RewardSource, ...]:
-    """The sources with their paths and names, that of `model.reward_path` among them.
+    """The sources with their paths and names, including that of `model.reward_path`.
 
-    Where `model.reward_path` is given and no source stands for it, it is one more of weight 1.
+    If `model.reward_path` is set and no source stands for it, it comes first, with weight 1.
 
     Raises:
-      InputError: a source stands for `model.reward_path`, which is not given; or two have one name.
+      InputError: a source stands for `model.reward_path`, which is not set; or two have one name.
     """
     if reward_path is None and any(source.is_bare for source in sources):
         raise InputError(
@@ -73,11 +73,11 @@ def resolve_sources(
         )
     if reward_path is not None and not any(source.is_bare for source in sources):
         sources = (RewardSource(), *sources)
-    found = [
+    with_paths = [
         dataclasses.replace(source, path=reward_path) if source.is_bare else source
         for source in sources
     ]
-    named = tuple(dataclasses.replace(s, name=s.name or _default_name(s)) for s in found)
+    named = tuple(dataclasses.replace(s, name=s.name or _default_name(s)) for s in with_paths)
     check_names([source.name or "" for source in named])
     return named
 
@@ -90,7 +90,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def _default_name(source: RewardSource) -> str:
-    """The function's name, or that of the last folder of a path but `hf`."""
+    """The function's name, or that of the last folder of the path, `hf` not counted."""
     if source.function is not None:
         return plain_name(source.function.rpartition(":")[2])
     folders = [part for part in (source.path or "").split("/") if part not in ("", "hf")]
