@@ -17,8 +17,7 @@ import yaml
 from etils import epath
 from jsonargparse import ArgumentError, ArgumentParser
 
-from rlhf_jax.data.datasets import Settings as DataSettings
-from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype
 from rlhf_jax.models.remat import Remat, check_remat

@@ -96,7 +96,7 @@ def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer, model, params = _load(config, config.model.path, "model.path")
     assemble.check_positions(model, config.data.max_length, "data.max_length")
     held_out = _held_out(config, "text")
-    rows, _ = encode_texts(held_out, tokenizer, config.data)
+    rows = encode_texts(held_out, tokenizer, config.data)
     evaluate = jax.jit(sft.make_eval_step(model))
     batches = eval_batches(rows, config.evaluation.batch_size)
     sums = sum_metrics(evaluate(params, batch) for batch in batches)

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.chat import prompt_text
-from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.prompts import encode_prompts
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts

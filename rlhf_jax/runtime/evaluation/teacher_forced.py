@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.data.batching import eval_batches
-from rlhf_jax.data.datasets import Settings as DataSettings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.functional import token_logprobs
 from rlhf_jax.models.interface import Model, Params
@@ -41,7 +41,7 @@ def encode_completions(
     """The rows as a batch with one text to a row, of which the completion alone is predicted."""
     with _said_before():
         each = dataclasses.replace(settings, packing=False, completion_only=True)
-        return encode_texts(rows, tokenizer, each)[0]
+        return encode_texts(rows, tokenizer, each)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.chat import completion_texts
-from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right, warn, width, with_eos
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts

@@ -230,7 +230,7 @@ class PPOStage:
         """The texts of PPO-ptx, of which each iteration reads its own."""
         settings = self.config.ptx
         train, _ = load_examples(settings, "text")
-        rows, _ = encode_texts(train, self.tokenizer, settings)
+        rows = encode_texts(train, self.tokenizer, settings)
         # By another seed than the prompts, whose order would be the same if they are as many.
         return Batches(
             rows,

@@ -91,11 +91,11 @@ class SFTStage(SupervisedStage):
             config.model, self.tokenizer, self.init_key, self.mesh
         )
         check_sizes(config, self.model, self.mesh)
-        rows, _ = encode_texts(train, self.tokenizer, config.data)
+        rows = encode_texts(train, self.tokenizer, config.data)
         self.batches = Batches(
             rows, config.sft.batch_size, config.seed, buckets=config.data.length_buckets
         )
-        self.held_out = encode_texts(held_out, self.tokenizer, config.data)[0] if held_out else None
+        self.held_out = encode_texts(held_out, self.tokenizer, config.data) if held_out else None
         shown = enumerate(held_out[: config.logging.num_samples], 1)
         self.prompts = [prompt_of(row, number, self.tokenizer) for number, row in shown]
         self.responder = Responder(
