@@ -1,45 +1,68 @@
 """RLHF in JAX: the functions of `rlhf_jax.functional`, compiled, under the same names.
 
-Signatures and docstrings are the plain functions' own. Strings, sizes, axes, flags and stop tokens
-are static: a new one compiles anew, while coefficients are traced.
+Signatures and docstrings are those of the plain functions. Strings, sizes, axes, flags and stop
+tokens are static: a new value compiles anew, while coefficients are traced. Functions are compiled,
+and jax is imported, when a name is first used: `import rlhf_jax` alone imports neither.
 """
 
-import jax
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from rlhf_jax import functional
+if TYPE_CHECKING:
+    from rlhf_jax import functional
+    from rlhf_jax.functional import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-adaptive_kl_update = jax.jit(functional.adaptive_kl_update)
-cross_entropy_loss = jax.jit(functional.cross_entropy_loss)
-dpo_loss = jax.jit(functional.dpo_loss, static_argnames="kind")
-gae = jax.jit(functional.gae)
-group_advantages = jax.jit(functional.group_advantages, static_argnames="scale")
-grpo_loss = jax.jit(functional.grpo_loss, static_argnames="reduction")
-kl_estimate = jax.jit(functional.kl_estimate, static_argnames="kind")
-kl_penalty_policy_loss = jax.jit(functional.kl_penalty_policy_loss)
-kto_loss = jax.jit(functional.kto_loss)
-leave_one_out_advantages = jax.jit(functional.leave_one_out_advantages)
-linear_token_logprobs = jax.jit(
-    functional.linear_token_logprobs, static_argnames=("chunk_size", "vocab_size")
-)
-masked_mean = jax.jit(functional.masked_mean, static_argnames="axis")
-masked_var = jax.jit(functional.masked_var, static_argnames=("axis", "unbiased"))
-masked_whiten = jax.jit(functional.masked_whiten, static_argnames=("shift_mean", "unbiased"))
-orpo_loss = jax.jit(functional.orpo_loss)
-pairwise_loss = jax.jit(functional.pairwise_loss)
-penalty_kl_update = jax.jit(functional.penalty_kl_update)
-ppo_policy_loss = jax.jit(functional.ppo_policy_loss)
-ppo_value_loss = jax.jit(functional.ppo_value_loss)
-ranking_loss = jax.jit(functional.ranking_loss)
-reinforce_loss = jax.jit(functional.reinforce_loss)
-response_mask = jax.jit(functional.response_mask, static_argnames="stop_token_ids")
-rewards_to_go = jax.jit(functional.rewards_to_go)
-simpo_loss = jax.jit(functional.simpo_loss)
-token_entropy = jax.jit(functional.token_entropy)
-token_kl = jax.jit(functional.token_kl)
-token_logprobs = jax.jit(functional.token_logprobs)
-token_rewards = jax.jit(functional.token_rewards, static_argnames="kl_kind")
-tokenwise_pairwise_loss = jax.jit(functional.tokenwise_pairwise_loss, static_argnames="past_end")
+_STATIC_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "adaptive_kl_update": (),
+    "cross_entropy_loss": (),
+    "dpo_loss": ("kind",),
+    "gae": (),
+    "group_advantages": ("scale",),
+    "grpo_loss": ("reduction",),
+    "kl_estimate": ("kind",),
+    "kl_penalty_policy_loss": (),
+    "kto_loss": (),
+    "leave_one_out_advantages": (),
+    "linear_token_logprobs": ("chunk_size", "vocab_size"),
+    "masked_mean": ("axis",),
+    "masked_var": ("axis", "unbiased"),
+    "masked_whiten": ("shift_mean", "unbiased"),
+    "orpo_loss": (),
+    "pairwise_loss": (),
+    "penalty_kl_update": (),
+    "ppo_policy_loss": (),
+    "ppo_value_loss": (),
+    "ranking_loss": (),
+    "reinforce_loss": (),
+    "response_mask": ("stop_token_ids",),
+    "rewards_to_go": (),
+    "simpo_loss": (),
+    "token_entropy": (),
+    "token_kl": (),
+    "token_logprobs": (),
+    "token_rewards": ("kl_kind",),
+    "tokenwise_pairwise_loss": ("past_end",),
+}
 
-__all__ = ["__version__", "functional", *functional.__all__]
+__all__ = ["__version__", "functional", *_STATIC_ARGUMENTS]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `functional`, or compiles one of its functions once (PEP 562)."""
+    if name == "functional":
+        return importlib.import_module("rlhf_jax.functional")
+    if name not in _STATIC_ARGUMENTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import jax
+
+    from rlhf_jax import functional
+
+    compiled = jax.jit(getattr(functional, name), static_argnames=_STATIC_ARGUMENTS[name])
+    globals()[name] = compiled
+    return compiled
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

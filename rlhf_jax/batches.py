@@ -1,26 +1,29 @@
-"""What travels between the stages: named tuples of arrays, and so pytrees.
+"""Batches and rollouts: named tuples of arrays, and so pytrees. Importing this imports no jax.
 
-B rows, P prompt positions (left-padded), T response positions (right-padded), L = P + T. A mask is
-True on real positions; token ids off the mask are 0 and mean nothing. K responses may share one
-prompt.
+B examples, P prompt positions (left-padded), T response positions (right-padded), L = P + T. A mask
+is True on real positions; token ids off the mask are 0 and have no meaning. K responses may share
+one prompt.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
 
 
 class TextBatch(NamedTuple):
-    """Texts for supervised fine-tuning, several to a row where they are packed.
+    """Texts for supervised fine-tuning, with several texts per sequence if they are packed.
 
     Attributes:
       tokens: i32[B, L].
-      segments: i32[B, L], 0 on padding and 1, 2, ... for the first, second, ... text of the row;
-        a token attends to its own text alone, and positions count from its start.
-      loss_mask: bool[B, L], True on the tokens that the model is to predict. The first token of a
-        text has nothing before it and is never among them.
-      target_positions: i32[B, K], the positions of these tokens in each row, in order, then zeros;
-        None where most tokens are targets. Logits are computed at these positions only.
+      segments: i32[B, L], 0 on padding and 1, 2, ... for the first, second, ... text of the
+        sequence; a token attends to its own text only, and positions count from its start.
+      loss_mask: bool[B, L], True on target tokens. The first token of a text has no context and is
+        never a target.
+      target_positions: i32[B, K], the positions of the targets in each sequence, in order, then
+        zeros; None if most tokens are targets. Logits are computed at these positions only.
     """
 
     tokens: jax.Array
@@ -36,7 +39,7 @@ class PairBatch(NamedTuple):
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded. P may be 0.
       chosen, chosen_mask: i32[B, T] and bool[B, T], right-padded, EOS included.
       rejected, rejected_mask: the same for the other response.
-      margin: f32[B], by how much the chosen one should win; 0 where nothing is known.
+      margin: f32[B], the required difference of scores; 0 if unknown.
       valid: bool[B], False on the padding of a short last batch.
     """
 
@@ -55,8 +58,9 @@ class RankingBatch(NamedTuple):
 
     Attributes:
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded. P may be 0.
-      responses, mask: i32[B, K, T] and bool[B, K, T], right-padded, EOS included. A place that is
-        False throughout holds no response, and a row without two responses only fills up a batch.
+      responses, mask: i32[B, K, T] and bool[B, K, T], right-padded, EOS included. The mask of a
+        missing response is False everywhere; an example without two responses is padding of the
+        batch.
     """
 
     prompts: jax.Array
@@ -66,13 +70,13 @@ class RankingBatch(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """Prompts to be answered.
+    """Prompts for sampling responses.
 
     Attributes:
-      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; a row that only fills up a short
-        last batch is False throughout.
-      indices: i32[B], the row of the data set that each prompt is from.
-      texts: of PPO-ptx, to be learned in the updates on the responses, a number of rows of their
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; the mask of an entry that pads a
+        short last batch is False everywhere.
+      indices: i32[B], the index of each prompt in the data set.
+      texts: of PPO-ptx, trained on in the same updates as the responses, with a batch size of their
         own; None without it.
     """
 
@@ -98,7 +102,7 @@ class Rollout(NamedTuple):
 
 
 class ScoredRollout(NamedTuple):
-    """Sampled responses with all that the PPO update reads of them.
+    """Sampled responses with the inputs of the PPO update.
 
     Attributes:
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.

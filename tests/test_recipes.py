@@ -15,8 +15,8 @@ from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config
+from rlhf_jax.runtime.commands.pairs import pair_by_prompt
 from rlhf_jax.training.state import make_optimizer
-from scripts.pair_by_prompt import pair_by_prompt
 from tests import small
 
 ROOT = Path(__file__).resolve().parents[1]

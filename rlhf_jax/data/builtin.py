@@ -1,11 +1,11 @@
-"""The embedded corpus: short film reviews from a grammar, with a known utility behind them.
+"""The embedded corpus: short film reviews from a grammar, with a known utility.
 
-A review is a prompt that says which film was seen and with whom, and a response of one to three
-short sentences whose judgement follows a hidden level of liking. What people are taken to want is
-`utility`: praise, briefly, in whole sentences. Preferences are drawn from it with exactly a tenth
-of the labels flipped, so no model can agree with more than 0.90 of them, and since the utility is
-known, whether a policy got better is measured and not guessed. Everything is a pure function of
-(seed, number of rows, split); the two splits share no prompt.
+A review is a prompt, which names a film and the company it was seen in, and a response of one to
+three short sentences whose judgement follows a latent rating. The simulated preference is
+`utility`: short praise in complete sentences. Preference labels follow it, with exactly a tenth of
+them flipped, so that the best possible accuracy is 0.90; because the utility is known, the
+improvement of a policy can be measured. Everything is a pure function of (seed, number of examples,
+split); the two splits share no prompt.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-Row = dict[str, Any]
+Example = dict[str, Any]
 Split = Literal["train", "eval"]
 
 FLIPPED = 0.1  # share of the preference labels that are wrong, in both splits
-LEAST_DIFFERENCE = 0.3  # of the utilities of the two responses of a pair
-SHORTEST, LONGEST = 8, 30  # words of a response
+MIN_DIFFERENCE = 0.3  # of the utilities of the two responses of a pair
+MIN_WORDS, MAX_WORDS = 8, 30  # of a response
 COST_PER_WORD = 0.015
-UNKNOWN_COST, MOST_UNKNOWN_COST = 0.05, 0.5
-UNFINISHED_COST = 0.5
+UNKNOWN_COST, MAX_UNKNOWN_COST = 0.05, 0.5
+INCOMPLETE_COST = 0.5
 
 TITLE_ADJECTIVES = (
     "Silent Golden Hidden Distant Crimson Broken Secret Winter Midnight Lonely".split()
@@ -89,7 +89,7 @@ VERBS = ("was", "felt", "seemed")
 DEGREES = ("very", "really", "quite", "rather")
 DEEDS = ("done", "made", "written")
 
-# The words that carry the judgement; the utility counts each once.
+# The words of praise and blame; the utility counts each once.
 POSITIVE = frozenset(
     [*PRAISE, *PRAISING_ADVERBS, *"loved enjoyed recommend smile treasure delighted".split()]
 )
@@ -101,7 +101,7 @@ def _words(text: str) -> list[str]:
 
 
 def _vocabulary() -> frozenset[str]:
-    """Every word that a response of the grammar can hold."""
+    """All words of the grammar's responses."""
     parts = [*PRAISE, *BLAME, *PLAIN, *PRAISING_ADVERBS, *BLAMING_ADVERBS, *ASPECTS, *VERBS]
     parts += [*DEGREES, *DEEDS, *PRAISING_PHRASES, *BLAMING_PHRASES, *PLAIN_PHRASES]
     parts += ["and but overall for me film it is an a"]
@@ -109,21 +109,22 @@ def _vocabulary() -> frozenset[str]:
 
 
 VOCABULARY = _vocabulary()
-# A sentence has one of these.
+# A complete sentence has one of these.
 PREDICATES = frozenset(
     "was felt seemed is are were made runs takes loved enjoyed recommend hated regret avoid".split()
 )
 
 
 def utility(text: str) -> float:
-    """How good a review is: what the preferences of the embedded corpus are drawn from.
+    """The quality of a review, from which the preferences of the embedded corpus are drawn.
 
         u = tanh((p - n) / 2) - 0.015 w - 0.5 s - min(0.05 k, 0.5)
 
-    with p and n the different praising and blaming words, each counted once, w all words, s the
-    share of sentences that are none (they lack a final stop, a capital, a predicate or a third
-    word; 1 for a text without any) and k the words that the grammar does not know. So repeating
-    one word gains nothing, a fourth word of praise next to nothing, and rambling costs.
+    where p and n are the numbers of distinct words of praise and of blame, w is the number of all
+    words, s the share of incomplete sentences (without a final stop, a capital, a predicate or a
+    third word; 1 for an empty text) and k the number of words that the grammar does not have. The
+    utility does not grow with repetition, saturates at a few words of praise, and falls with
+    length.
 
     >>> utility(" The acting was superb.") > utility(" The acting was dull.")
     True
@@ -135,19 +136,19 @@ def utility(text: str) -> float:
     return (
         math.tanh(_balance(text) / 2)
         - COST_PER_WORD * len(words)
-        - UNFINISHED_COST * _unfinished(text)
-        - min(UNKNOWN_COST * unknown, MOST_UNKNOWN_COST)
+        - INCOMPLETE_COST * _incomplete(text)
+        - min(UNKNOWN_COST * unknown, MAX_UNKNOWN_COST)
     )
 
 
 def _balance(text: str) -> int:
-    """The different words of praise in a text, less those of blame."""
+    """The number of distinct words of praise in a text, minus that of blame."""
     words = _words(text)
     return len(POSITIVE.intersection(words)) - len(NEGATIVE.intersection(words))
 
 
-def _unfinished(text: str) -> float:
-    """The share of a text's sentences that are no whole ones, in [0, 1]."""
+def _incomplete(text: str) -> float:
+    """The share of incomplete sentences in a text, in [0, 1]."""
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
     if not sentences:
         return 1.0
@@ -165,12 +166,12 @@ def _is_sentence(sentence: str) -> bool:
 
 
 def gold_scores(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The utility of each completion: a reward function in the form that the PPO command takes.
+    """The utility of each completion, as a reward function of the PPO command.
 
     Args:
-      prompts: the prompts, which do not matter here.
-      completions: the texts to be judged.
-      **columns: the other columns of the data set, which do not matter either.
+      prompts: the prompts, ignored.
+      completions: the texts to score.
+      **columns: the other columns of the data set, ignored.
 
     >>> gold_scores(["I saw The Golden River."], [" It was a treasure. I loved it."])[0] > 0.5
     True
@@ -183,7 +184,7 @@ def gold_scores(prompts: Sequence[str], completions: Sequence[str], **columns: A
 
 
 def _prompt(rng: random.Random, split: Split) -> str:
-    """A neutral opening. One in five belongs to the evaluation split, by its checksum."""
+    """A neutral opening. A fifth of them, by checksum, belongs to the evaluation split."""
     while True:
         time = rng.choice(TIMES)
         prompt = rng.choice(PROMPTS).format(
@@ -198,90 +199,90 @@ def _prompt(rng: random.Random, split: Split) -> str:
 
 
 def _response(rng: random.Random) -> str:
-    """A space and one to three sentences that follow a hidden level of liking."""
-    liking = rng.choice((0.1, 0.3, 0.5, 0.7, 0.9))
+    """A space and one to three sentences that follow a latent rating."""
+    rating = rng.choice((0.1, 0.3, 0.5, 0.7, 0.9))
     while True:
         count = rng.choice((1, 2, 2, 3, 3))
-        response = "".join(" " + _sentence(rng, liking) for _ in range(count))
-        if SHORTEST <= len(_words(response)) <= LONGEST:
+        response = "".join(" " + _sentence(rng, rating) for _ in range(count))
+        if MIN_WORDS <= len(_words(response)) <= MAX_WORDS:
             return response
 
 
-def _sentence(rng: random.Random, liking: float) -> str:
+def _sentence(rng: random.Random, rating: float) -> str:
     kind = rng.random()
     if kind < 0.2:
         return rng.choice(PLAIN_PHRASES)
     if kind < 0.4:
-        phrases = PRAISING_PHRASES if rng.random() < liking else BLAMING_PHRASES
+        phrases = PRAISING_PHRASES if rng.random() < rating else BLAMING_PHRASES
         return rng.choice(phrases).format(it=rng.choice(("it", *ASPECTS)))
     opening = rng.choice(("", "", "", "overall ", "for me "))
-    sentence = opening + _clause(rng, liking)
+    sentence = opening + _clause(rng, rating)
     if kind < 0.65:
-        second = _clause(rng, liking)
+        second = _clause(rng, rating)
         opposed = _balance(sentence) * _balance(second) < 0
         sentence += (" but " if opposed else " and ") + second
     return sentence[0].upper() + sentence[1:] + "."
 
 
-def _clause(rng: random.Random, liking: float) -> str:
+def _clause(rng: random.Random, rating: float) -> str:
     subject = rng.choice(ASPECTS)
     kind = rng.random()
     if kind < 0.15:
-        adverbs = PRAISING_ADVERBS if rng.random() < liking else BLAMING_ADVERBS
+        adverbs = PRAISING_ADVERBS if rng.random() < rating else BLAMING_ADVERBS
         return f"{subject} was {rng.choice(adverbs)} {rng.choice(DEEDS)}"
     degree = rng.choice(DEGREES) + " " if kind < 0.4 else ""
-    first = second = _adjective(rng, liking)
+    first = second = _adjective(rng, rating)
     while kind > 0.7 and second == first:
-        second = _adjective(rng, liking)
+        second = _adjective(rng, rating)
     words = degree + first if second == first else f"{first} and {second}"
     return f"{subject} {rng.choice(VERBS)} {words}"
 
 
-def _adjective(rng: random.Random, liking: float) -> str:
+def _adjective(rng: random.Random, rating: float) -> str:
     if rng.random() < 0.15:
         return rng.choice(PLAIN)
-    return rng.choice(PRAISE if rng.random() < liking else BLAME)
+    return rng.choice(PRAISE if rng.random() < rating else BLAME)
 
 
-# --- rows ----------------------------------------------------------------------------------------
+# --- examples ------------------------------------------------------------------------------------
 
 
 def _generator(seed: int, kind: str, split: Split) -> random.Random:
-    # Strings seed through SHA-512, so that neighbouring seeds and kinds are unrelated streams.
+    # Strings are hashed by SHA-512, so that neighbouring seeds and kinds are unrelated streams.
     return random.Random(f"film reviews/{kind}/{split}/{seed}")
 
 
-def texts(seed: int, rows: int, split: Split = "train") -> list[Row]:
+def texts(seed: int, count: int, split: Split = "train") -> list[Example]:
     """Reviews for supervised fine-tuning: `prompt` and `completion`."""
     rng = _generator(seed, "texts", split)
-    return [{"prompt": _prompt(rng, split), "completion": _response(rng)} for _ in range(rows)]
+    return [{"prompt": _prompt(rng, split), "completion": _response(rng)} for _ in range(count)]
 
 
-def prompts(seed: int, rows: int, split: Split = "train") -> list[Row]:
+def prompts(seed: int, count: int, split: Split = "train") -> list[Example]:
     """Openings to be continued: `prompt`."""
     rng = _generator(seed, "prompts", split)
-    return [{"prompt": _prompt(rng, split)} for _ in range(rows)]
+    return [{"prompt": _prompt(rng, split)} for _ in range(count)]
 
 
-def pairs(seed: int, rows: int, split: Split = "train") -> list[Row]:
-    """Preferences: `prompt`, `chosen`, `rejected` and `margin` (0), a tenth of them the wrong way.
+def pairs(seed: int, count: int, split: Split = "train") -> list[Example]:
+    """Preferences: `prompt`, `chosen`, `rejected` and `margin` (0), a tenth of them flipped.
 
-    The utilities of the two responses differ by 0.3 or more; round(0.1 * rows) pairs, drawn
-    without replacement, are then turned round, so that the best attainable accuracy is 0.90.
+    The utilities of the two responses differ by 0.3 or more; round(0.1 * count) pairs, drawn
+    without replacement, are then flipped, so that the best possible accuracy is 0.90.
     """
     rng = _generator(seed, "pairs", split)
-    made = [_pair(rng, split) for _ in range(rows)]
-    for index in rng.sample(range(rows), round(FLIPPED * rows)):
-        pair = made[index]
+    result = [_pair(rng, split) for _ in range(count)]
+    for index in rng.sample(range(count), round(FLIPPED * count)):
+        pair = result[index]
         pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-    return made
+    return result
 
 
-def _pair(rng: random.Random, split: Split) -> Row:
+def _pair(rng: random.Random, split: Split) -> Example:
     prompt = _prompt(rng, split)
     while True:
         one, other = _response(rng), _response(rng)
         difference = utility(one) - utility(other)
-        if abs(difference) >= LEAST_DIFFERENCE:
+        if abs(difference) >= MIN_DIFFERENCE:
             better, worse = (one, other) if difference > 0 else (other, one)
             return {"prompt": prompt, "chosen": better, "rejected": worse, "margin": 0.0}

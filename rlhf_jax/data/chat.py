@@ -1,7 +1,7 @@
 """Messages as text: conversations through the tokenizer's chat template.
 
 A prompt, a completion or a judged response may be a list of messages, {"role": ..., "content": ...}
-each, instead of a text. What a model reads and writes is then what the template makes of them.
+each, instead of a text. The model then reads and writes the text that the template renders.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ def are_messages(value: Any) -> bool:
 
 
 def contents(value: Any) -> str:
-    """A text itself; of messages their contents, a line each; of nothing the empty text."""
+    """A text itself; the contents of messages, a line each; the empty text for None."""
     if isinstance(value, list):
         return "\n".join(message["content"] for message in value)
     return value or ""
 
 
-def prompt_text(row: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The prompt of a row, or all of its `text`; of messages up to where the assistant answers.
+def prompt_text(example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The prompt of an example, or its entire `text`; messages are rendered with a generation
+    prompt.
 
     Raises:
       InputError: the messages of row `number` cannot be rendered, or end with the assistant's turn.
     """
-    prompt = row["prompt"] if "prompt" in row else row["text"]
+    prompt = example["prompt"] if "prompt" in example else example["text"]
     if isinstance(prompt, str):
         return prompt
     if prompt[-1]["role"] == "assistant":
@@ -72,10 +73,10 @@ def completion_texts(
 def response_texts(
     prompt: Any, responses: Sequence[Any], number: int, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[str, list[str]] | None:
-    """(prompt, responses) as texts, of several responses to one prompt.
+    """(prompt, responses) as texts, for several responses to one prompt.
 
-    Responses of messages may begin with those of the prompt. Without a prompt each is a whole
-    conversation, whose last turn is the response and whose other turns are the prompt.
+    Responses of messages may begin with those of the prompt. Without a prompt each is a full
+    conversation: its last turn is the response, its other turns are the prompt.
 
     Returns:
       The texts; None for conversations that differ before their last turn, or have one turn only.
@@ -103,33 +104,33 @@ def response_texts(
 def message_texts(
     messages: list[Message], number: int, tokenizer: PreTrainedTokenizerFast, last_turn: bool
 ) -> tuple[str | None, str]:
-    """(prompt, completion) of a conversation, parted before the last turn if that alone is learned.
+    """(prompt, completion) of a conversation, split before the last turn if only that is a target.
 
     Raises:
       InputError: the messages of row `number` cannot be rendered, or not in two parts.
     """
     if not last_turn:
-        return None, _whole(messages, number, tokenizer)
+        return None, _up_to_eos(messages, number, tokenizer)
     _check_template(tokenizer)
     if messages[-1]["role"] != "assistant":
         raise InputError(
             f"The messages of row {number} end with a turn of {messages[-1]['role']!r}: with "
-            "data.completion_only the last turn is the one that is learned, and has to be the "
+            "data.completion_only the model is trained on the last turn, which has to be the "
             "assistant's."
         )
-    way_out = "set data.completion_only to false"
-    return _render(messages[:-1], messages[-1:], number, tokenizer, way_out)
+    advice = "set data.completion_only to false"
+    return _render(messages[:-1], messages[-1:], number, tokenizer, advice)
 
 
 def _turns(value: Any, role: str) -> list[Message]:
-    """Messages as they are, and a text as one message; no message for an empty text."""
+    """Messages unchanged, a text as one message, an empty text as no message."""
     if isinstance(value, str):
         return [{"role": role, "content": value}] if value else []
     return value
 
 
 def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
-    """Whether roles and contents are equal: files may fill up other keys with nulls."""
+    """Whether roles and contents are equal; files may fill other keys with nulls."""
     one, other = ([(m["role"], m["content"]) for m in turns] for turns in (first, second))
     return one == other
 
@@ -145,21 +146,21 @@ def _render(
     after: list[Message],
     number: int,
     tokenizer: PreTrainedTokenizerFast,
-    way_out: str = "use another tokenizer.chat_template",
+    advice: str = "use another tokenizer.chat_template",
 ) -> tuple[str, str]:
-    """What the template makes of a prompt, and what it adds for the turns that answer it."""
-    whole = _whole([*before, *after], number, tokenizer)
+    """The rendered prompt, and the text that the template adds for the turns that answer it."""
+    full = _up_to_eos([*before, *after], number, tokenizer)
     prompt = _apply(before, number, tokenizer, add_generation_prompt=True)
-    if not whole.startswith(prompt):
+    if not full.startswith(prompt):
         raise InputError(
-            f"The chat template renders the messages of row {number} otherwise when their last "
-            f"turn is missing, so that turn cannot be told apart: {way_out}."
+            f"The chat template renders the messages of row {number} differently without their "
+            f"last turn, so the text of that turn is unknown: {advice}."
         )
-    return prompt, whole[len(prompt) :]
+    return prompt, full[len(prompt) :]
 
 
-def _whole(messages: list[Message], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The text up to a last EOS, after which many templates write a line break."""
+def _up_to_eos(messages: list[Message], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text without the line break that many templates write after the last EOS."""
     text = _apply(messages, number, tokenizer)
     stripped = text.rstrip()
     return stripped if stripped.endswith(tokenizer.eos_token) else text

@@ -1,100 +1,115 @@
-"""Rows whose prompt is inside another text: whole conversations, and prompts with a set ending."""
+"""Examples whose prompt is part of another text: conversations, and prompts with a fixed suffix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rlhf_jax.data.encoding import warn
-from rlhf_jax.data.formats import Kind, Row
+from rlhf_jax.data.formats import Example, Kind
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from rlhf_jax.data.datasets import Settings
 
 RESPONSES = ("completion", "chosen", "rejected")
 
 
 def split_conversations(
-    rows: Sequence[Row], kind: Kind, settings: Settings, path: str, *, quiet: bool = False
-) -> list[Row]:
-    """The rows with the prompts that `split_at` and `prompt_suffix` of the settings find in them.
+    examples: Sequence[Example],
+    kind: Kind,
+    settings: DataSettings,
+    path: str,
+    *,
+    quiet: bool = False,
+) -> list[Example]:
+    """Splits conversations into prompt and response, by `split_at` and `prompt_suffix`.
 
     Args:
-      rows: under canonical names.
-      kind: "text", "pairs", "rankings" or "prompts".
+      examples: with canonical column names.
+      kind: "text", "pairs", "rankings", "prompts" or "references".
       settings: the section `data`.
-      path: where the rows are from, for what is said of them.
-      quiet: leaves out the warning, for who reads the same rows again.
+      path: the source of the examples, for messages.
+      quiet: whether to skip the warning, for a second pass over the same examples.
 
     Raises:
-      InputError: no row is left, or a row has messages where a text is to be split.
+      InputError: no example is left, or an example has messages where a text is to be split.
     """
-    parted = list(rows)
+    split = list(examples)
     if settings.split_at is not None:
-        found = [_split(row, number, kind, settings.split_at) for number, row in enumerate(rows, 1)]
-        parted = [row for row in found if row is not None]
-        what = "prompts" if kind == "prompts" else {"text": "texts"}.get(kind, kind)
-        share = " in one of their texts, or not the same before it" if _is_compared(kind) else ""
-        if not quiet:
-            warn(
-                len(rows) - len(parted),
-                len(rows),
-                f"{what} of {path} were dropped because they do not have data.split_at "
-                f"({settings.split_at!r}){share}.",
-            )
-        if rows and not parted:
-            raise InputError(
-                f"No row of {path} can be split: none has data.split_at ({settings.split_at!r})"
-                f"{' in all of its texts, and the same before it' if share else ''}."
-            )
+        split = _split_all(examples, kind, settings.split_at, path, quiet)
     if settings.prompt_suffix is not None:
-        parted = [_ended(row, settings.prompt_suffix.strip()) for row in parted]
-    return parted
+        suffix = settings.prompt_suffix.strip()
+        split = [_with_suffix_in_prompt(example, suffix) for example in split]
+    return split
 
 
-def _is_compared(kind: Kind) -> bool:
-    return kind in ("pairs", "rankings")
+def _split_all(
+    examples: Sequence[Example], kind: Kind, mark: str, path: str, quiet: bool
+) -> list[Example]:
+    """The examples that can be split at the mark; one warning for the others."""
+    found = [_split(example, number, kind, mark) for number, example in enumerate(examples, 1)]
+    split = [example for example in found if example is not None]
+    is_compared = kind in ("pairs", "rankings")
+    if not quiet:
+        reason = " in each of their texts, or differ before it" if is_compared else ""
+        warn(
+            len(examples) - len(split),
+            len(examples),
+            f"{'texts' if kind == 'text' else kind} of {path} were dropped because they do not "
+            f"have data.split_at ({mark!r}){reason}.",
+        )
+    if examples and not split:
+        reason = " in all of its texts, with the same text before it" if is_compared else ""
+        raise InputError(
+            f"No row of {path} can be split: none has data.split_at ({mark!r}){reason}."
+        )
+    return split
 
 
-def _split(row: Row, number: int, kind: Kind, mark: str) -> Row | None:
-    """The row with a prompt of its own; None if it cannot be split where it has to be."""
-    if row.get("prompt"):
-        return row
+def _split(example: Example, number: int, kind: Kind, mark: str) -> Example | None:
+    """The example with a prompt of its own; None if it cannot be split."""
+    if example.get("prompt"):
+        return example
     if kind == "rankings":
-        parts = [_cut(text, number, mark) for text in row["responses"]]
-        shared = _shared_prompt(parts)
-        return shared and {**row, "prompt": shared, "responses": [tail for _, tail in parts]}
+        parts = [_split_text(text, number, mark) for text in example["responses"]]
+        prompt = _shared_prompt(parts)
+        responses = [response for _, response in parts]
+        return prompt and {**example, "prompt": prompt, "responses": responses}
     if kind == "pairs":
-        parts = [_cut(row[name], number, mark) for name in ("chosen", "rejected")]
-        shared = _shared_prompt(parts)
-        return shared and {**row, "prompt": shared, "chosen": parts[0][1], "rejected": parts[1][1]}
-    return _split_single(row, number, mark)
+        parts = [_split_text(example[name], number, mark) for name in ("chosen", "rejected")]
+        prompt = _shared_prompt(parts)
+        return prompt and {
+            **example,
+            "prompt": prompt,
+            "chosen": parts[0][1],
+            "rejected": parts[1][1],
+        }
+    return _split_single(example, number, mark)
 
 
-def _split_single(row: Row, number: int, mark: str) -> Row | None:
-    """A whole text as prompt and completion; a chosen conversation as prompt and chosen response.
+def _split_single(example: Example, number: int, mark: str) -> Example | None:
+    """A text as prompt and completion; a chosen conversation as prompt and chosen response.
 
-    So the columns of a file of whole conversations mean what they do where the prompt is apart.
+    The columns of a file of conversations then have the same meaning as those of a file with
+    separate prompts.
     """
-    source = next(name for name in ("text", "messages", "chosen", "prompt") if name in row)
-    prompt, tail = _cut(row[source], number, mark)
+    source = next(name for name in ("text", "messages", "chosen", "prompt") if name in example)
+    prompt, response = _split_text(example[source], number, mark)
     if not prompt:
         return None
     if source != "chosen":
-        rest = {name: value for name, value in row.items() if name != source}
-        return {**rest, "prompt": prompt, "completion": tail}
-    other = row.get("rejected")
+        rest = {name: value for name, value in example.items() if name != source}
+        return {**rest, "prompt": prompt, "completion": response}
+    other = example.get("rejected")
     if isinstance(other, str) and other.startswith(prompt):
-        row = {**row, "rejected": other[len(prompt) :]}
-    return {**row, "prompt": prompt, "chosen": tail}
+        example = {**example, "rejected": other[len(prompt) :]}
+    return {**example, "prompt": prompt, "chosen": response}
 
 
-def _cut(text: Any, number: int, mark: str) -> tuple[str, str]:
-    """(all up to and with the last mark, what follows it); the first is empty without a mark."""
+def _split_text(text: Any, number: int, mark: str) -> tuple[str, str]:
+    """(text up to the end of the last mark, text after it); the first is empty without a mark."""
     if not isinstance(text, str):
         raise InputError(
-            f"Row {number} holds messages, which have their turns already: leave out data.split_at "
+            f"Row {number} holds messages, which have turns already: leave out data.split_at "
             f"({mark!r}), which splits texts."
         )
     head, found, tail = text.rpartition(mark)
@@ -102,43 +117,41 @@ def _cut(text: Any, number: int, mark: str) -> tuple[str, str]:
 
 
 def _shared_prompt(parts: Sequence[tuple[str, str]]) -> Any:
-    """The first part, if all have the same; None if not, or if it is empty."""
+    """The first part, if all have the same; None if they differ or are empty."""
     prompts = {prompt for prompt, _ in parts}
     return (prompts.pop() or None) if len(prompts) == 1 else None
 
 
-def _ended(row: Row, suffix: str) -> Row:
-    """The row with a prompt that ends with the suffix, if that is between prompt and responses.
+def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
+    """The example with a prompt that ends with the suffix, if it is between prompt and responses.
 
-    White space behind the suffix goes over to the responses, and a suffix that the responses begin
-    with to the prompt, on a line of its own.
+    White space after the suffix is moved to the responses, and a suffix at the beginning of the
+    responses is moved to the prompt, on a line of its own.
     """
-    prompt = row.get("prompt")
+    prompt = example.get("prompt")
     if not isinstance(prompt, str):
-        return row
+        return example
     stripped = prompt.rstrip()
     if stripped.endswith(suffix):
         space = prompt[len(stripped) :]
-        return _responses(row, lambda text: space + text) | {"prompt": stripped} if space else row
-    texts = _texts(row)
+        if not space:
+            return example
+        return _map_responses(example, lambda text: space + text) | {"prompt": stripped}
+    texts = [example[name] for name in RESPONSES if name in example]
+    texts += example.get("responses", ())
     if texts and all(isinstance(text, str) and text.startswith(suffix) for text in texts):
         line = f"{stripped}\n{suffix}" if stripped else suffix
-        return _responses(row, lambda text: text[len(suffix) :]) | {"prompt": line}
-    return row
+        return _map_responses(example, lambda text: text[len(suffix) :]) | {"prompt": line}
+    return example
 
 
-def _texts(row: Row) -> list[Any]:
-    """The responses of a row, under whatever name."""
-    return [row[name] for name in RESPONSES if name in row] + list(row.get("responses", ()))
+def _map_responses(example: Example, function: Callable[[str], str]) -> Example:
+    """The example with the function applied to all responses that are texts."""
 
+    def changed(response: Any) -> Any:
+        return function(response) if isinstance(response, str) else response
 
-def _responses(row: Row, change: Any) -> Row:
-    """The row with all its responses changed; what is no text stays as it is."""
-
-    def changed(text):
-        return change(text) if isinstance(text, str) else text
-
-    found = {name: changed(row[name]) for name in RESPONSES if name in row}
-    if "responses" in row:
-        found["responses"] = [changed(text) for text in row["responses"]]
-    return {**row, **found}
+    responses = {name: changed(example[name]) for name in RESPONSES if name in example}
+    if "responses" in example:
+        responses["responses"] = [changed(response) for response in example["responses"]]
+    return {**example, **responses}

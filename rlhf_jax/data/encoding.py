@@ -1,4 +1,4 @@
-"""What the three kinds of rows share: token ids, EOS, padding, widths and counted warnings."""
+"""Shared by the encoders of all kinds: token ids, EOS, padding, widths and counted warnings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rlhf_jax.data")
 
-MULTIPLE = 8  # widths are multiples of this, so that data sets alike share compiled programs
+MULTIPLE = 8  # widths are multiples of this, so that similar data sets share compiled programs
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each text, without special tokens that the text does not name itself."""
+    """The token ids of each text, without special tokens that the text does not contain itself."""
     if not texts:
         return []
-    # Without `verbose` every text beyond the model's length is complained about; ours are cut.
+    # `verbose` would warn of every text beyond the model's length; texts are truncated later.
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )
@@ -29,42 +29,42 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
 
 
 def with_eos(tokens: list[int], eos: int) -> list[int]:
-    """The tokens and EOS, which is not repeated if it stands at the end already."""
+    """The tokens with EOS at the end, appended unless they end with it."""
     return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
 
 
 def is_empty(tokens: Sequence[int], eos: int) -> bool:
-    """Whether there is nothing before EOS."""
+    """Whether there is no token before EOS."""
     return not tokens or (len(tokens) == 1 and tokens[0] == eos)
 
 
-def width(lengths: Sequence[int], most: int) -> int:
-    """The longest length rounded up to a multiple of 8, but at most `most`.
+def width(lengths: Sequence[int], max_width: int) -> int:
+    """The longest length rounded up to a multiple of 8, but at most `max_width`.
 
     >>> width([3, 17], 128), width([3, 17], 20), width([0], 20)
     (24, 20, 0)
     """
     longest = max(lengths, default=0)
-    return min(most, -(-longest // MULTIPLE) * MULTIPLE)
+    return min(max_width, -(-longest // MULTIPLE) * MULTIPLE)
 
 
-# Arrays are NumPy's here, and typed `Any` since batches.py declares those of JAX.
-def pad_left(rows: Sequence[Sequence[int]], columns: int) -> tuple[Any, Any]:
-    """(tokens i32[N, columns], mask bool[N, columns]) with the padding, token 0, on the left."""
-    tokens, mask = pad_right([row[::-1] for row in rows], columns)
+# Arrays are NumPy arrays here, and typed `Any` because batches.py declares arrays of JAX.
+def pad_left(sequences: Sequence[Sequence[int]], length: int) -> tuple[Any, Any]:
+    """(tokens i32[N, length], mask bool[N, length]) with the padding, token 0, on the left."""
+    tokens, mask = pad_right([sequence[::-1] for sequence in sequences], length)
     return np.ascontiguousarray(tokens[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
 
 
-def pad_right(rows: Sequence[Sequence[int]], columns: int) -> tuple[Any, Any]:
-    """(tokens i32[N, columns], mask bool[N, columns]) with the padding, token 0, on the right."""
-    lengths = np.asarray([len(row) for row in rows], np.int64)
-    mask = np.arange(columns)[None, :] < lengths[:, None]
+def pad_right(sequences: Sequence[Sequence[int]], length: int) -> tuple[Any, Any]:
+    """(tokens i32[N, length], mask bool[N, length]) with the padding, token 0, on the right."""
+    lengths = np.asarray([len(sequence) for sequence in sequences], np.int64)
+    mask = np.arange(length)[None, :] < lengths[:, None]
     tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+    tokens[mask] = np.fromiter(itertools.chain.from_iterable(sequences), np.int32)
     return tokens, mask
 
 
-def warn(count: int, total: int, what: str) -> None:
-    """One line in the log for all rows that something was done to; none if there are none."""
+def warn(count: int, total: int, message: str) -> None:
+    """Logs one warning, "COUNT of TOTAL MESSAGE", unless the count is 0."""
     if count:
-        logger.warning("%d of %d %s", count, total, what)
+        logger.warning("%d of %d %s", count, total, message)

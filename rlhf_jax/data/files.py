@@ -1,4 +1,4 @@
-"""Local data files: which of a folder belong to a split, and tables from JSON, CSV and Parquet."""
+"""Local data files: the files of a split, and tables from JSON, CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.data.formats import CANONICAL, Row, not_text
+from rlhf_jax.data.formats import CANONICAL, Example, not_text
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ BROKEN_GZIP = (OSError, EOFError, zlib.error)
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path that does not exist was meant for a file, and not for the hub."""
+    """Whether a path that does not exist looks like a file rather than a name on the hub."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or _reader(path) is not None
 
 
@@ -47,7 +47,7 @@ def _base(split: str) -> str:
 
 
 def single_file(file: Path, split: str) -> Path:
-    """The file, if the split asked for is the one that a single file has: train."""
+    """The file, if the split is "train", the only one of a single file."""
     if _base(split) != "train":
         raise InputError(
             f"The split {split!r} of {file} does not exist: a single file is the split 'train' "
@@ -57,17 +57,17 @@ def single_file(file: Path, split: str) -> Path:
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that make up a split; see `Settings.split`."""
+    """The files of a folder that belong to a split; see `DataSettings.split`."""
     files = sorted(f for f in folder.iterdir() if f.is_file() and _reader(f.name))
     if not files:
         raise InputError(
             f"The folder {folder} holds no data files: they end in {', '.join(READERS)}."
         )
     base = _base(split)
-    named = [f for f in files if _word(f.name) in SPLIT_WORDS or _word(f.name) == base]
+    named = [f for f in files if _first_word(f.name) in (*SPLIT_WORDS, base)]
     if not named and base == "train":
         return files
-    of_split = [f for f in named if _word(f.name) == base]
+    of_split = [f for f in named if _first_word(f.name) == base]
     if not of_split:
         raise InputError(
             f"The folder {folder} has no file for the split {base!r}: there are "
@@ -76,8 +76,8 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     return of_split
 
 
-def _word(name: str) -> str:
-    """What a file name begins with: "train" of train-00000-of-00002.parquet."""
+def _first_word(name: str) -> str:
+    """The first word of a file name: "train" of train-00000-of-00002.parquet."""
     return re.split(r"[-_.]", name.lower(), maxsplit=1)[0]
 
 
@@ -103,7 +103,7 @@ def read_files(files: Sequence[Path], split: str, columns: Mapping[str, str]) ->
         return datasets.load_dataset(
             reader, data_files={_base(split): [str(f) for f in files]}, split=split, **options
         )
-    except Exception as error:  # what is raised depends on the reader and on the file
+    except Exception as error:  # its type depends on the reader and on the file
         raise InputError(_why_unreadable(files, error)) from error
     finally:
         if bars:
@@ -111,7 +111,7 @@ def read_files(files: Sequence[Path], split: str, columns: Mapping[str, str]) ->
 
 
 def _csv_options(columns: Mapping[str, str]) -> dict[str, Any]:
-    """Keeps the CSV reader from guessing: texts such as "042", "NA" and "" stay as written."""
+    """Options of the CSV reader that keep texts such as "042", "NA" and "" as they are."""
     converters: dict[str, Callable[[str], Any]] = {}
     for canonical in CANONICAL:
         name = columns.get(canonical, canonical)
@@ -120,7 +120,7 @@ def _csv_options(columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _number(cell: str) -> float:
-    """A margin in a CSV file, 0 where there is none; checked here, since NaN would become None."""
+    """A margin in a CSV file, 0 if empty; checked here because NaN would become None."""
     try:
         margin = float(cell or 0.0)
     except ValueError:
@@ -131,7 +131,7 @@ def _number(cell: str) -> float:
 
 
 def _check_not_empty(file: Path) -> None:
-    """Raises if a file holds nothing: the readers' own errors say nothing of that."""
+    """Raises if a file is empty, which the readers' own errors do not report."""
     with _open(file) as stream:
         try:
             if stream.read(64).strip():
@@ -146,7 +146,7 @@ def _open(file: Path) -> Any:
 
 
 def _why_unreadable(files: Sequence[Path], error: Exception) -> str:
-    """One sentence for files that could not be read, with the line where it can be told."""
+    """The error message for files that could not be read, with the line number if known."""
     for file in files:
         try:
             fault = _fault(file)
@@ -161,7 +161,7 @@ def _why_unreadable(files: Sequence[Path], error: Exception) -> str:
 
 
 def _fault(file: Path) -> str | None:
-    """What is wrong with a file of JSON; None if nothing is, or if it is of another format."""
+    """The error message for an invalid JSON file; None if it is valid or of another format."""
     name = file.name.lower().removesuffix(".gz")
     if name.endswith(".jsonl"):
         return _fault_in_json_lines(file)
@@ -176,8 +176,8 @@ def _fault(file: Path) -> str | None:
 
 
 def _fault_in_json_lines(file: Path) -> str | None:
-    """The first line that is no JSON object, or whose values are of another type than before."""
-    first: Row = {}
+    """The error message for the first line that is not a JSON object or changes a column's type."""
+    first: Example = {}
     for number, line in _lines(file):
         try:
             row = json.loads(line)

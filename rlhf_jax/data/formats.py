@@ -1,4 +1,4 @@
-"""The formats of data sets: which columns a kind of rows needs, and rows under canonical names."""
+"""The formats of data sets: the columns of each kind of examples, under canonical names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rlhf_jax.errors import InputError
 if TYPE_CHECKING:
     import datasets
 
-Row = dict[str, Any]
+Example = dict[str, Any]
 Kind = Literal["text", "pairs", "rankings", "prompts", "references"]
 
-# The first alternative whose columns are all there is the one that is read.
+# The first alternative whose columns all exist is read.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("prompt", "completion"), ("messages",), ("text",)),
     "pairs": (("chosen", "rejected"), ("responses",)),
@@ -23,8 +23,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompts": (("prompt",), ("text",)),
     "references": (("prompt", "completion"),),
 }
-# Read where none of those is there: comparisons, for stages that need no second response.
-OF_COMPARISONS: dict[str, tuple[tuple[str, ...], ...]] = {
+# Read if none of those exists: comparisons, for trainers that need no second response.
+COMPARISON_FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("prompt", "chosen"), ("chosen",)),
     "prompts": (("messages",), ("chosen",)),
 }
@@ -47,27 +47,29 @@ CANONICAL = (
 )
 
 
-def examples_of(table: datasets.Dataset, indices: list[int], kind: Kind, path: str) -> list[Row]:
-    """The rows at `indices`, checked; errors count rows from 1, as in the file."""
+def examples_of(
+    table: datasets.Dataset, indices: list[int], kind: Kind, path: str
+) -> list[Example]:
+    """The examples at `indices` of a table, checked; errors number rows from 1, as in the file."""
     found = _format(table.column_names, kind, path)
     kept = [c for c in (*found, *OPTIONAL[kind]) if c in table.column_names]
     if kind not in ("prompts", "references"):
         table = table.select_columns(kept)
-    rows = []
+    examples = []
     for index, row in zip(indices, table.select(indices), strict=True):
         for column in kept:
             _check_value(row[column], column, index + 1, path)
         if kind == "pairs":
-            _check_two(row, index + 1, path)
+            _check_num_responses(row, index + 1, path)
         if kind == "references" and not contents(row["completion"]).strip():
             raise InputError(f"Row {index + 1} of {path}: column 'completion' is an empty text.")
-        rows.extend(_canonical(dict(row), kind))
-    return rows
+        examples.extend(_canonical(dict(row), kind))
+    return examples
 
 
 def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
-    """The first of a kind's alternatives whose columns are all there."""
-    for alternative in (*FORMATS[kind], *OF_COMPARISONS.get(kind, ())):
+    """The first of a kind's alternatives whose columns all exist."""
+    for alternative in (*FORMATS[kind], *COMPARISON_FORMATS.get(kind, ())):
         if all(column in columns for column in alternative):
             return alternative
     if kind == "references":
@@ -82,8 +84,8 @@ def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
     )
 
 
-def _canonical(row: Row, kind: Kind) -> list[Row]:
-    """The rows that one row of the file stands for: as many as its responses have pairs."""
+def _canonical(row: Example, kind: Kind) -> list[Example]:
+    """The examples of one row of the file: one, or one for each pair of its responses."""
     if kind == "references":
         return [row]
     if kind == "rankings":
@@ -98,36 +100,36 @@ def _canonical(row: Row, kind: Kind) -> list[Row]:
     ranked = row["responses"]
     return [
         {**common, "chosen": better, "rejected": worse}
-        for place, better in enumerate(ranked)
-        for worse in ranked[place + 1 :]
+        for rank, better in enumerate(ranked)
+        for worse in ranked[rank + 1 :]
     ]
 
 
-def _text_of_comparison(row: Row) -> Row:
-    """The preferred response as a completion, or the preferred conversation as a whole."""
+def _text_of_comparison(row: Example) -> Example:
+    """The preferred response as a completion, or the preferred conversation as a text."""
     if "prompt" in row:
         return {"prompt": row["prompt"], "completion": row["chosen"]}
     return {"text" if isinstance(row["chosen"], str) else "messages": row["chosen"]}
 
 
-def _prompt_of_messages(row: Row) -> Row:
-    """The row with the turns of its messages, before the assistant's last one, as its prompt."""
+def _prompt_of_messages(row: Example) -> Example:
+    """The row with its messages as the prompt, without a last turn of the assistant."""
     turns = row["messages"] if "messages" in row else row["chosen"]
     if isinstance(turns, str):
-        return row  # it has to be split, which is done later
-    ends = len(turns) > 1 and turns[-1]["role"] == "assistant"
-    return {**row, "prompt": turns[:-1] if ends else turns}
+        return row  # split later, by `split_conversations`
+    is_answered = len(turns) > 1 and turns[-1]["role"] == "assistant"
+    return {**row, "prompt": turns[:-1] if is_answered else turns}
 
 
-def ranking_of(row: Row) -> Row:
-    """The responses of a row in one list, best first; how many they are is looked at later."""
+def ranking_of(row: Example) -> Example:
+    """A row as a ranking: its responses in one list, best first; their number is not checked."""
     responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
     margin = float(row.get("margin") or 0.0)
     return {"prompt": row.get("prompt", ""), "responses": responses, "margin": margin}
 
 
-def _check_two(row: Row, number: int, path: str) -> None:
-    """Raises if a row has responses of which no pair can be made."""
+def _check_num_responses(row: Example, number: int, path: str) -> None:
+    """Raises if a row has fewer than two responses."""
     if "responses" in row and len(row["responses"]) < 2:
         raise InputError(
             f"Row {number} of {path}: column 'responses' is no list of two or more texts, best "
@@ -136,7 +138,7 @@ def _check_two(row: Row, number: int, path: str) -> None:
 
 
 def _check_value(value: Any, column: str, number: int, path: str) -> None:
-    """Raises unless a value is what its column holds."""
+    """Raises if a value does not have the type of its column."""
     if column == "margin":
         if value is not None and not _is_finite(value):
             raise InputError(
@@ -166,7 +168,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def not_text(path: str, number: int, column: str, value: Any) -> str:
-    """The sentence for a value that should have been text."""
+    """The error message for a value that is not a text."""
     if value is None:
         return f"Row {number} of {path}: column {column!r} holds nothing: give it a text."
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
@@ -175,8 +177,8 @@ def not_text(path: str, number: int, column: str, value: Any) -> str:
             f"Row {number} of {path}: column {column!r} holds a message without content: each has "
             "a role and a content."
         )
-    what = {int: "a number", float: "a number", bool: "a truth value", list: "a list"}
+    names = {int: "a number", float: "a number", bool: "a truth value", list: "a list"}
     return (
-        f"Row {number} of {path}: column {column!r} holds {what.get(type(value), 'an object')} "
+        f"Row {number} of {path}: column {column!r} holds {names.get(type(value), 'an object')} "
         f"({str(value)[:40]}), not text."
     )

@@ -1,4 +1,4 @@
-"""Preference pairs: one prompt and two responses, tokenized apart."""
+"""Preference pairs: one prompt and two responses, tokenized separately."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import numpy as np
 
 from rlhf_jax.batches import PairBatch
 from rlhf_jax.data.chat import response_texts
-from rlhf_jax.data.cutting import Prompt, tokenize_prompts, warn_of_cut_prompts
-from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, pad_left, pad_right, warn, width, with_eos
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.truncation import (
+    Prompt,
+    tokenize_prompts,
+    warn_of_long_prompts,
+    warn_of_long_responses,
+)
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +33,7 @@ class _Texts(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Token ids of one pair, before anything is cut."""
+    """Token ids of one pair, not truncated."""
 
     prompt: Prompt
     chosen: list[int]
@@ -37,79 +42,81 @@ class _Pair(NamedTuple):
 
 
 def encode_pairs(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
 ) -> PairBatch:
     """All pairs as one batch of NumPy arrays.
 
-    The response is tokenized apart from its prompt (prompt ids + response ids), as it is when a
-    policy writes it, and EOS is appended once. Prompts keep their last `max_prompt_length` tokens,
-    or the first ones and `prompt_suffix` if they end with that; responses their first
-    `max_response_length`, and those that lose their right end lose their EOS with it. Rows with an
-    empty response, one of fewer than `min_response_words`, or two that are equal (after cutting,
-    too), are dropped, and conversations that differ before their last turn. Each of these is logged
-    in one counted warning.
+    A response is tokenized separately from its prompt (prompt ids + response ids), as in sampling,
+    and EOS is appended once. Prompts keep their last `max_prompt_length` tokens, or the first ones
+    and `prompt_suffix` if they end with it; responses keep their first `max_response_length`, and
+    truncated ones lose their EOS. Dropped are pairs with an empty response, one of fewer than
+    `min_response_words`, or two equal responses (also after truncation), and conversations that
+    differ before their last turn. Each of these is logged in one counted warning.
 
     Args:
-      rows: "pairs" rows of `load_examples`: `chosen`, `rejected`, and perhaps `prompt`, `margin`.
-      tokenizer: makes the tokens, and the text of messages through its chat template.
-      settings: the limits.
+      examples: of the kind "pairs" of `load_examples`: `chosen`, `rejected`, and optionally
+        `prompt`, `margin`.
+      tokenizer: converts text to tokens, and messages to text by its chat template.
+      settings: the length limits.
 
     Returns:
       A batch with P and T the longest prompt and response rounded up to a multiple of 8, at most
-      their limits; P is 0 if there is no prompt anywhere. Token 0 and False on padding; `rows` is
-      True throughout.
+      their limits; P is 0 if there are no prompts. Token 0 and False on padding; `valid` is True
+      everywhere.
 
     Raises:
       InputError: if no pair is left, or messages cannot be rendered.
     """
-    usable, apart, short = _usable(rows, tokenizer, settings.min_response_words)
-    found = _tokenize(usable, tokenizer, settings)
-    most = settings.max_response_length
+    texts, num_different, num_short = _texts(examples, tokenizer, settings.min_response_words)
+    max_length = settings.max_response_length
     kept, equal, empty = [], 0, 0
-    for pair in found:
+    for pair in _tokenize(texts, tokenizer, settings):
         if any(is_empty(r, tokenizer.eos_token_id) for r in (pair.chosen, pair.rejected)):
             empty += 1
-        elif pair.chosen[:most] == pair.rejected[:most]:
+        elif pair.chosen[:max_length] == pair.rejected[:max_length]:
             equal += 1
         else:
             kept.append(pair)
-    words = f"a response of fewer than {settings.min_response_words} words"
-    warn(apart, len(rows), "pairs were dropped because they differ before their last turn.")
-    warn(short, len(rows), f"pairs were dropped because they have {words}.")
-    _warn(kept, empty, equal, len(rows), settings)
+    total, words = len(examples), f"a response of fewer than {settings.min_response_words} words"
+    warn(num_different, total, "pairs were dropped because they differ before their last turn.")
+    warn(num_short, total, f"pairs were dropped because they have {words}.")
+    _warn(kept, empty, equal, total, settings)
     if not kept:
-        more = f", {short} {words}" * (short > 0) + f", {apart} no prompt in common" * (apart > 0)
+        reasons = f", {num_short} {words}" * (num_short > 0)
+        reasons += f", {num_different} no prompt in common" * (num_different > 0)
         raise InputError(
-            f"No pair is left: of {len(rows)}, {empty} have an empty response{more} and {equal} "
-            f"have two that are equal within data.max_response_length ({most} tokens)."
+            f"No pair is left: of {total}, {empty} have an empty response{reasons} and {equal} "
+            f"have two that are equal within data.max_response_length ({max_length} tokens)."
         )
     return _arrays(kept, settings)
 
 
-def _usable(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, fewest_words: int
+def _texts(
+    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, min_words: int
 ) -> tuple[list[_Texts], int, int]:
-    """(texts of the pairs, how many share no prompt, how many have too short a response)."""
-    usable, apart, short = [], 0, 0
-    for number, row in enumerate(rows, 1):
-        responses = row["chosen"], row["rejected"]
-        found = response_texts(row.get("prompt", ""), responses, number, tokenizer)
-        if found is None:
-            apart += 1
-        elif any(0 < len(text.split()) < fewest_words for text in found[1]):
-            short += 1
+    """(pairs, number of pairs without a common prompt, number with too short a response)."""
+    pairs, num_different, num_short = [], 0, 0
+    for number, example in enumerate(examples, 1):
+        responses = example["chosen"], example["rejected"]
+        texts = response_texts(example.get("prompt", ""), responses, number, tokenizer)
+        if texts is None:
+            num_different += 1
+        elif any(0 < len(text.split()) < min_words for text in texts[1]):
+            num_short += 1
         else:
-            prompt, (chosen, rejected) = found
-            usable.append(_Texts(prompt, chosen, rejected, row.get("margin", 0.0)))
-    return usable, apart, short
+            prompt, (chosen, rejected) = texts
+            pairs.append(_Texts(prompt, chosen, rejected, example.get("margin", 0.0)))
+    return pairs, num_different, num_short
 
 
 def _tokenize(
-    pairs: Sequence[_Texts], tokenizer: PreTrainedTokenizerFast, settings: Settings
+    pairs: Sequence[_Texts], tokenizer: PreTrainedTokenizerFast, settings: DataSettings
 ) -> list[_Pair]:
-    eos, most = tokenizer.eos_token_id, settings.max_prompt_length
+    eos, max_length = tokenizer.eos_token_id, settings.max_prompt_length
     texts = [pair.prompt for pair in pairs]
-    prompts = tokenize_prompts(tokenizer, texts, settings.prompt_suffix, most)
+    prompts = tokenize_prompts(tokenizer, texts, settings.prompt_suffix, max_length)
     chosen = encode(tokenizer, [pair.chosen for pair in pairs])
     rejected = encode(tokenizer, [pair.rejected for pair in pairs])
     return [
@@ -118,32 +125,28 @@ def _tokenize(
     ]
 
 
-def _warn(kept: Sequence[_Pair], empty: int, equal: int, total: int, settings: Settings) -> None:
-    most_prompt, most = settings.max_prompt_length, settings.max_response_length
+def _warn(
+    kept: Sequence[_Pair], empty: int, equal: int, total: int, settings: DataSettings
+) -> None:
     warn(empty, total, "pairs were dropped because a response is empty.")
     warn(equal, total, "pairs were dropped because their two responses are equal.")
-    long = [pair.prompt for pair in kept if len(pair.prompt.tokens) > most_prompt]
-    limit = f"data.max_prompt_length ({most_prompt} tokens)"
-    warn_of_cut_prompts(long, len(kept), limit, settings.prompt_suffix)
-    warn(
-        sum(len(response) > most for pair in kept for response in (pair.chosen, pair.rejected)),
-        2 * len(kept),
-        f"responses lost their right end: they exceed data.max_response_length ({most} tokens).",
-    )
+    warn_of_long_prompts([pair.prompt for pair in kept], settings)
+    responses = [response for pair in kept for response in (pair.chosen, pair.rejected)]
+    warn_of_long_responses(responses, settings)
 
 
-def _arrays(pairs: Sequence[_Pair], settings: Settings) -> PairBatch:
-    most_prompt, most = settings.max_prompt_length, settings.max_response_length
-    prompts = [pair.prompt.cut(most_prompt) for pair in pairs]
-    chosen = [pair.chosen[:most] for pair in pairs]
-    rejected = [pair.rejected[:most] for pair in pairs]
-    longest = width([len(response) for response in chosen + rejected], most)
+def _arrays(pairs: Sequence[_Pair], settings: DataSettings) -> PairBatch:
+    max_prompt, max_response = settings.max_prompt_length, settings.max_response_length
+    prompts = [pair.prompt.truncated(max_prompt) for pair in pairs]
+    chosen = [pair.chosen[:max_response] for pair in pairs]
+    rejected = [pair.rejected[:max_response] for pair in pairs]
+    response_width = width([len(response) for response in chosen + rejected], max_response)
     margin: Any = np.asarray([pair.margin for pair in pairs], np.float32)
-    real: Any = np.ones(len(pairs), bool)
+    valid: Any = np.ones(len(pairs), bool)
     return PairBatch(
-        *pad_left(prompts, width([len(prompt) for prompt in prompts], most_prompt)),
-        *pad_right(chosen, longest),
-        *pad_right(rejected, longest),
+        *pad_left(prompts, width([len(prompt) for prompt in prompts], max_prompt)),
+        *pad_right(chosen, response_width),
+        *pad_right(rejected, response_width),
         margin=margin,
-        valid=real,
+        valid=valid,
     )

@@ -1,4 +1,4 @@
-"""Rankings: one prompt and several responses, best first, tokenized apart."""
+"""Rankings: one prompt and several responses, best first, tokenized separately."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.data.chat import response_texts
-from rlhf_jax.data.cutting import Prompt, tokenize_prompts, warn_of_cut_prompts
-from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, pad_left, pad_right, warn, width, with_eos
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.truncation import (
+    Prompt,
+    tokenize_prompts,
+    warn_of_long_prompts,
+    warn_of_long_responses,
+)
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Ranking(NamedTuple):
-    """Token ids of one ranking: the prompt whole, the responses without those that are dropped."""
+    """Token ids of one ranking, not truncated, and the numbers of its dropped responses."""
 
     prompt: Prompt
     responses: list[list[int]]
@@ -28,114 +33,106 @@ class _Ranking(NamedTuple):
 
 
 def encode_rankings(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
 ) -> RankingBatch:
     """All rankings as one batch of NumPy arrays.
 
-    Tokens, EOS and limits are those of `encode_pairs`. Of each ranking the empty responses are
-    dropped, those of fewer than `min_response_words`, and those that equal a better one (after
-    cutting, too); then rankings in which fewer than two are left. Each of these is logged in one
-    counted warning.
+    Tokens, EOS and limits are those of `encode_pairs`. Dropped are empty responses, those of fewer
+    than `min_response_words`, and those equal to a better one (also after truncation); then
+    rankings with fewer than two responses left. Each of these is logged in one counted warning.
 
     Args:
-      rows: "rankings" rows of `load_examples`: `responses`, best first, and perhaps `prompt`.
-      tokenizer: makes the tokens, and the text of messages through its chat template.
-      settings: the limits.
+      examples: of the kind "rankings" of `load_examples`: `responses`, best first, and optionally
+        `prompt`.
+      tokenizer: converts text to tokens, and messages to text by its chat template.
+      settings: the length limits.
 
     Returns:
       A batch with K responses in the longest ranking, and P and T the longest prompt and response
-      rounded up to a multiple of 8, at most their limits; P is 0 if there is no prompt anywhere.
-      Token 0 and False on padding, and in the places that a shorter ranking leaves free.
+      rounded up to a multiple of 8, at most their limits; P is 0 if there are no prompts. Token 0
+      and False on padding, and for the missing responses of a shorter ranking.
 
     Raises:
       InputError: if no ranking is left, or messages cannot be rendered.
     """
-    found = list(_tokenize(rows, tokenizer, settings))
-    kept = [ranking for ranking in found if len(ranking.responses) > 1]
+    rankings = list(_tokenize(examples, tokenizer, settings))
+    kept = [ranking for ranking in rankings if len(ranking.responses) > 1]
     if not kept:
         raise InputError(
-            f"No ranking is left: of {len(rows)}, none has two responses that are neither empty "
-            f"nor equal within data.max_response_length ({settings.max_response_length} tokens)."
+            f"No ranking is left: of {len(examples)}, none has two responses that are neither "
+            "empty nor equal within data.max_response_length "
+            f"({settings.max_response_length} tokens)."
         )
-    _warn(kept, len(rows), settings)
+    _warn(kept, len(examples), settings)
     return _arrays(kept, settings)
 
 
 def _tokenize(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
 ) -> Iterator[_Ranking]:
-    eos, most = tokenizer.eos_token_id, settings.max_response_length
-    # Without a prompt in common there is nothing to compare; such rankings lose all responses.
-    found = [
-        response_texts(row.get("prompt", ""), row["responses"], number, tokenizer) or ("", [])
-        for number, row in enumerate(rows, 1)
+    eos, limit = tokenizer.eos_token_id, settings.max_response_length
+    # Without a common prompt there is no comparison; such rankings lose all responses.
+    parts = [
+        response_texts(example.get("prompt", ""), example["responses"], number, tokenizer)
+        or ("", [])
+        for number, example in enumerate(examples, 1)
     ]
     prompts = tokenize_prompts(
         tokenizer,
-        [prompt for prompt, _ in found],
+        [prompt for prompt, _ in parts],
         settings.prompt_suffix,
         settings.max_prompt_length,
     )
-    fewest = settings.min_response_words
-    kept = [[r for r in texts if not 0 < len(r.split()) < fewest] for _, texts in found]
-    tokens = iter(encode(tokenizer, list(itertools.chain.from_iterable(kept))))
-    for (_, texts), long_enough, prompt in zip(found, kept, prompts, strict=True):
-        written = [with_eos(next(tokens), eos) for _ in long_enough]
-        full = [response for response in written if not is_empty(response, eos)]
-        # The first of those that are equal stands in the best place.
-        different = {tuple(response[:most]): response for response in reversed(full)}
-        responses = [response for response in full if different[tuple(response[:most])] is response]
-        empty, repeated = len(written) - len(full), len(full) - len(responses)
-        yield _Ranking(prompt, responses, empty, repeated, len(texts) - len(long_enough))
+    min_words = settings.min_response_words
+    long_enough = [[r for r in texts if not 0 < len(r.split()) < min_words] for _, texts in parts]
+    tokens = iter(encode(tokenizer, list(itertools.chain.from_iterable(long_enough))))
+    for (_, texts), kept_texts, prompt in zip(parts, long_enough, prompts, strict=True):
+        encoded = [with_eos(next(tokens), eos) for _ in kept_texts]
+        full = [response for response in encoded if not is_empty(response, eos)]
+        # Reversed, so that the best of equal responses is kept.
+        first = {tuple(response[:limit]): response for response in reversed(full)}
+        responses = [response for response in full if first[tuple(response[:limit])] is response]
+        empty, repeated = len(encoded) - len(full), len(full) - len(responses)
+        yield _Ranking(prompt, responses, empty, repeated, len(texts) - len(kept_texts))
 
 
-def _warn(kept: Sequence[_Ranking], total: int, settings: Settings) -> None:
-    most_prompt, most = settings.max_prompt_length, settings.max_response_length
+def _warn(kept: Sequence[_Ranking], total: int, settings: DataSettings) -> None:
     responses = sum(len(each.responses) + each.empty + each.repeated + each.short for each in kept)
     warn(
         total - len(kept),
         total,
         "rankings were dropped because they have no two responses that differ.",
     )
-    warn(
-        sum(each.short for each in kept),
-        responses,
-        "ranked responses were dropped because they have fewer than "
-        f"{settings.min_response_words} words.",
-    )
-    warn(
-        sum(each.empty for each in kept),
-        responses,
-        "ranked responses were dropped because they are empty.",
-    )
-    warn(
-        sum(each.repeated for each in kept),
-        responses,
-        "ranked responses were dropped because they equal a better one.",
-    )
-    long = [each.prompt for each in kept if len(each.prompt.tokens) > most_prompt]
-    limit = f"data.max_prompt_length ({most_prompt} tokens)"
-    warn_of_cut_prompts(long, len(kept), limit, settings.prompt_suffix)
-    warn(
-        sum(len(response) > most for each in kept for response in each.responses),
-        sum(len(each.responses) for each in kept),
-        f"responses lost their right end: they exceed data.max_response_length ({most} tokens).",
-    )
+    for count, reason in (
+        (
+            sum(each.short for each in kept),
+            f"they have fewer than {settings.min_response_words} words",
+        ),
+        (sum(each.empty for each in kept), "they are empty"),
+        (sum(each.repeated for each in kept), "they equal a better one"),
+    ):
+        warn(count, responses, f"ranked responses were dropped because {reason}.")
+    warn_of_long_prompts([each.prompt for each in kept], settings)
+    warn_of_long_responses([response for each in kept for response in each.responses], settings)
 
 
-def _arrays(rankings: Sequence[_Ranking], settings: Settings) -> RankingBatch:
-    most_prompt, most = settings.max_prompt_length, settings.max_response_length
-    prompts = [ranking.prompt.cut(most_prompt) for ranking in rankings]
-    places = max(len(ranking.responses) for ranking in rankings)
+def _arrays(rankings: Sequence[_Ranking], settings: DataSettings) -> RankingBatch:
+    max_prompt, max_response = settings.max_prompt_length, settings.max_response_length
+    prompts = [ranking.prompt.truncated(max_prompt) for ranking in rankings]
+    num_responses = max(len(ranking.responses) for ranking in rankings)
     responses: list[list[int]] = []
     for ranking in rankings:
-        responses += [response[:most] for response in ranking.responses]
-        responses += [[]] * (places - len(ranking.responses))
-    longest = width([len(response) for response in responses], most)
-    flat = pad_right(responses, longest)
-    tokens, mask = (array.reshape(len(rankings), places, longest) for array in flat)
+        responses += [response[:max_response] for response in ranking.responses]
+        responses += [[]] * (num_responses - len(ranking.responses))
+    response_width = width([len(response) for response in responses], max_response)
+    flat = pad_right(responses, response_width)
+    tokens, mask = (x.reshape(len(rankings), num_responses, response_width) for x in flat)
     return RankingBatch(
-        *pad_left(prompts, width([len(prompt) for prompt in prompts], most_prompt)),
+        *pad_left(prompts, width([len(prompt) for prompt in prompts], max_prompt)),
         responses=tokens,
         mask=mask,
     )

@@ -1,8 +1,7 @@
-"""Texts for supervised fine-tuning: token ids, which of them are learned, and packing into rows."""
+"""Texts for supervised fine-tuning: token ids, their targets, and packing into sequences."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,16 +9,16 @@ import numpy as np
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.data.chat import completion_texts, message_texts
-from rlhf_jax.data.cutting import Prompt, tokenize_prompts, warn_of_cut_prompts
-from rlhf_jax.data.datasets import Settings
 from rlhf_jax.data.encoding import encode, is_empty, warn, width, with_eos
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.truncation import Prompt, tokenize_prompts, warn_of_truncated_prompts
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-# Where more of a row is learned than this share, its logits are computed throughout.
+# Above this share of target tokens in a sequence, logits are computed at all positions.
 MAX_TARGET_SHARE = 0.75
 
 
@@ -27,202 +26,180 @@ class Text(NamedTuple):
     """One text as token ids.
 
     Attributes:
-      tokens: the ids, EOS included unless it was cut off.
-      target_start: the first position that is to be predicted; never 0, for the first token has
-        nothing before it.
+      tokens: the ids, EOS included unless it was truncated.
+      target_start: the first target position; never 0, because the first token has no context.
     """
 
     tokens: list[int]
     target_start: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What became of the texts.
-
-    Attributes:
-      texts: texts that are in the rows.
-      rows: rows that they were packed into.
-      tokens: real tokens, EOS included.
-      learned_tokens: those that the loss counts.
-      cut_prompts: prompts that lost their left end.
-      cut_texts: completions or whole texts that lost their right end, and with it EOS.
-      dropped: rows left out because there was nothing to learn in them.
-    """
-
-    texts: int
-    rows: int
-    tokens: int
-    learned_tokens: int
-    cut_prompts: int
-    cut_texts: int
-    dropped: int
-
-
 def encode_texts(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
-) -> tuple[TextBatch, Report]:
-    """All texts as one batch of NumPy arrays, several to a row under `settings.packing`.
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
+) -> TextBatch:
+    """All texts as one batch of NumPy arrays, several per sequence under `settings.packing`.
 
     Args:
-      rows: "text" rows of `load_examples`: `prompt` + `completion`, `messages` or `text`.
-      tokenizer: makes the tokens, and the text of messages through its chat template.
-      settings: the limits; see `tokenize_texts` for how texts are cut.
+      examples: of the kind "text" of `load_examples`: `prompt` + `completion`, `messages` or
+        `text`.
+      tokenizer: converts text to tokens, and messages to text by its chat template.
+      settings: the length limits; see `tokenize_texts` for the truncation.
 
     Returns:
-      (batch, report); the arrays of the batch are [N, L], L the longest row rounded up to a
-      multiple of 8, at most `settings.max_length`. Token 0, segment 0 and False on padding.
-      `learned` is there where no row learns more than three quarters of its places.
+      A batch of arrays [N, L], L the longest sequence rounded up to a multiple of 8, at most
+      `settings.max_length`. Token 0, segment 0 and False on padding. `target_positions` is None if
+      targets fill more than three quarters of a sequence.
 
     Raises:
-      InputError: if no row is left, or messages cannot be rendered.
+      InputError: if no text is left, or messages cannot be rendered.
     """
-    texts, counts = tokenize_texts(rows, tokenizer, settings)
-    lengths = [len(text.tokens) for text in texts]
+    texts = tokenize_texts(examples, tokenizer, settings)
     if settings.packing:
-        packed = pack(lengths, settings.max_length)
+        packed = pack([len(text.tokens) for text in texts], settings.max_length)
     else:
         packed = [[index] for index in range(len(texts))]
-    batch = _fill(texts, packed, settings.max_length)
-    report = Report(
-        texts=len(texts),
-        rows=len(packed),
-        tokens=sum(lengths),
-        learned_tokens=int(batch.loss_mask.sum()),
-        **counts,
-    )
-    return batch, report
+    return _arrays(texts, packed, settings.max_length)
 
 
 def tokenize_texts(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast, settings: Settings
-) -> tuple[list[Text], dict[str, int]]:
-    """The token ids of each text that has something to learn, in the order of the rows.
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
+) -> list[Text]:
+    """The token ids of each text that has a target, in the order of the examples.
 
-    Prompt and completion are tokenized apart, as they are when the model answers, and EOS is
-    appended once. A completion keeps its first `max_response_length` tokens, a whole text its first
-    `max_length`; what loses its right end loses its EOS. A prompt keeps its last
-    `max_prompt_length` tokens, or fewer if that and its completion exceed `max_length`; if it ends
-    with `prompt_suffix`, the first ones and that.
-
-    Returns:
-      (texts, counts); the counts are `cut_prompts`, `cut_texts` and `dropped`, each of which is
-      also logged in one warning.
+    Prompt and completion are tokenized separately, as in sampling, and EOS is appended once. A
+    completion keeps its first `max_response_length` tokens, a text its first `max_length`; a
+    truncated one loses its EOS. A prompt keeps its last `max_prompt_length` tokens, or fewer if
+    prompt and completion together exceed `max_length`; if it ends with `prompt_suffix`, it keeps
+    the first ones and the suffix. Truncated prompts, truncated texts and dropped examples are
+    logged in one counted warning each.
 
     Raises:
-      InputError: if no row is left, or messages cannot be rendered.
+      InputError: if no text is left, or messages cannot be rendered.
     """
-    parts = [_parts(row, number, tokenizer, settings) for number, row in enumerate(rows, 1)]
+    parts = [_parts(each, number, tokenizer, settings) for number, each in enumerate(examples, 1)]
     heads = [prompt or "" for prompt, _ in parts]
     prompts = tokenize_prompts(tokenizer, heads, settings.prompt_suffix, settings.max_prompt_length)
     completions = encode(tokenizer, [completion for _, completion in parts])
-    counts = {"cut_prompts": 0, "cut_texts": 0, "dropped": 0}
-    texts, cut_prompts = [], []
-    for (prompt, _), head, tail in zip(parts, prompts, completions, strict=True):
-        if is_empty(tail, tokenizer.eos_token_id):
-            counts["dropped"] += 1
+    texts, truncated_prompts, num_truncated, num_dropped = [], [], 0, 0
+    for (head, _), prompt, completion in zip(parts, prompts, completions, strict=True):
+        if is_empty(completion, tokenizer.eos_token_id):
+            num_dropped += 1
             continue
-        most = settings.max_length
-        if prompt is not None:
-            most = min(most, settings.max_response_length)
-        whole = with_eos(tail, tokenizer.eos_token_id)
-        kept = whole[:most]
+        limit = settings.max_length
+        if head is not None:
+            limit = min(limit, settings.max_response_length)
+        full = with_eos(completion, tokenizer.eos_token_id)
+        kept = full[:limit]
+        num_truncated += len(kept) < len(full)
         room = min(settings.max_prompt_length, settings.max_length - len(kept))
-        counts["cut_texts"] += len(kept) < len(whole)
-        if len(head.tokens) > room:
-            cut_prompts.append(head)
-        before = head.cut(room)
-        target_start = max(1, len(before)) if settings.completion_only else 1
-        texts.append(Text(before + kept, target_start))
-    counts["cut_prompts"] = len(cut_prompts)
-    _warn(cut_prompts, counts, len(parts), settings)
+        if len(prompt.tokens) > room:
+            truncated_prompts.append(prompt)
+        context = prompt.truncated(room)
+        target_start = max(1, len(context)) if settings.completion_only else 1
+        texts.append(Text(context + kept, target_start))
+    _warn(truncated_prompts, num_truncated, num_dropped, len(parts), settings)
     if not texts:
         raise InputError(
-            f"No text is left to learn from: all {len(parts)} rows are empty (an empty completion "
+            f"No text is left to train on: all {len(parts)} rows are empty (an empty completion "
             "counts as an empty row)."
         )
-    return texts, counts
+    return texts
 
 
 def _warn(
-    cut_prompts: Sequence[Prompt], counts: Mapping[str, int], total: int, settings: Settings
+    truncated_prompts: Sequence[Prompt],
+    num_truncated: int,
+    num_dropped: int,
+    total: int,
+    settings: DataSettings,
 ) -> None:
     limits = (
         f"data.max_prompt_length ({settings.max_prompt_length} tokens) or, with their completion, "
         f"data.max_length ({settings.max_length})"
     )
-    warn_of_cut_prompts(cut_prompts, total, limits, settings.prompt_suffix)
+    warn_of_truncated_prompts(truncated_prompts, total, limits, settings.prompt_suffix)
     warn(
-        counts["cut_texts"],
+        num_truncated,
         total,
         "texts lost their right end: they exceed data.max_length "
         f"({settings.max_length} tokens) or, being completions, data.max_response_length "
         f"({settings.max_response_length}).",
     )
-    warn(counts["dropped"], total, "texts were dropped because they are empty.")
+    warn(num_dropped, total, "texts were dropped because they are empty.")
 
 
 def _parts(
-    row: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast, settings: Settings
+    example: Mapping[str, Any],
+    number: int,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
 ) -> tuple[str | None, str]:
-    """(prompt, completion) of a row; the prompt is None where all of it is one text."""
-    if "completion" in row:
-        return completion_texts(row["prompt"], row["completion"], number, tokenizer)
-    if "messages" in row:
-        return message_texts(row["messages"], number, tokenizer, settings.completion_only)
-    return None, row["text"]
+    """(prompt, completion) of an example; the prompt is None if it is a single text."""
+    if "completion" in example:
+        return completion_texts(example["prompt"], example["completion"], number, tokenizer)
+    if "messages" in example:
+        return message_texts(example["messages"], number, tokenizer, settings.completion_only)
+    return None, example["text"]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit-decreasing bin packing: which texts go into which row.
+    """First-fit-decreasing bin packing: the texts of each sequence.
 
-    Each text, longest first (ties in the order given), goes into the first row that has room for
-    it. That takes at most 11/9 of the fewest possible rows and 6/9 of a row (Dosa 2007); a tree
-    of the largest room left finds the row in O(log N).
+    Each text, longest first (ties in the order given), goes into the first sequence that has room
+    for it. That takes at most 11/9 of the fewest possible sequences and 6/9 of a sequence (Dosa
+    2007); a tree of maximum remaining room finds the sequence in O(log N).
 
     Args:
       lengths: tokens of each text, at most `capacity`.
-      capacity: tokens of a row.
+      capacity: tokens of a sequence.
 
     Returns:
-      For each row the indices of its texts.
+      For each sequence the indices of its texts.
 
     >>> pack([2, 5, 3, 1], 6)
     [[1, 3], [2, 0]]
     """
     leaves = 1 << max(0, len(lengths) - 1).bit_length()
-    room = [capacity] * (2 * leaves)  # room[i] = max(room[2i], room[2i + 1]); leaves are rows
-    rows: list[list[int]] = []
+    room = [capacity] * (2 * leaves)  # room[i] = max(room[2i], room[2i + 1]); leaves: sequences
+    packed: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         node = 1
         while node < leaves:
             node = 2 * node if room[2 * node] >= lengths[index] else 2 * node + 1
-        if node - leaves == len(rows):
-            rows.append([])
-        rows[node - leaves].append(index)
+        if node - leaves == len(packed):
+            packed.append([])
+        packed[node - leaves].append(index)
         room[node] -= lengths[index]
         while node > 1:
             node //= 2
             room[node] = max(room[2 * node], room[2 * node + 1])
-    return rows
+    return packed
 
 
 def target_width(counts: Sequence[int], length: int) -> int | None:
-    """K of `TextBatch.target_positions` for rows with these numbers of targets; None if most are.
+    """K of `TextBatch.target_positions`: None if logits are computed at all positions.
+
+    Args:
+      counts: number of targets of each sequence.
+      length: of the sequences.
 
     >>> target_width([3, 17], 64), target_width([49], 64)
     (24, None)
     """
-    most = width(counts, length)
-    return None if most > MAX_TARGET_SHARE * length else most
+    columns = width(counts, length)
+    return None if columns > MAX_TARGET_SHARE * length else columns
 
 
-def max_targets(settings: Settings) -> int:
-    """How many tokens a row learns whose prompts and completions are as long as they may be.
+def max_targets(settings: DataSettings) -> int:
+    """Number of targets in a sequence whose prompts and completions have their maximum lengths.
 
-    Rows of plain text learn all of their tokens, and packed ones more where prompts are short.
+    In plain texts all tokens are targets; packed sequences have more targets if prompts are short.
 
-    >>> max_targets(Settings(max_length=256, max_prompt_length=100, max_response_length=20))
+    >>> max_targets(DataSettings(max_length=256, max_prompt_length=100, max_response_length=20))
     40
     """
     if not settings.completion_only:
@@ -232,31 +209,31 @@ def max_targets(settings: Settings) -> int:
     return count * min(settings.max_response_length, settings.max_length)
 
 
-def _fill(texts: Sequence[Text], packed: Sequence[Sequence[int]], most: int) -> TextBatch:
-    """The arrays of the packed texts."""
-    used = [sum(len(texts[index].tokens) for index in row) for row in packed]
-    shape = (len(packed), width(used, most))
+def _arrays(texts: Sequence[Text], packed: Sequence[Sequence[int]], max_length: int) -> TextBatch:
+    """The batch of the packed texts."""
+    used = [sum(len(texts[index].tokens) for index in sequence) for sequence in packed]
+    shape = (len(packed), width(used, max_length))
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     loss_mask = np.zeros(shape, bool)
-    for place, row in enumerate(packed):
+    for row, sequence in enumerate(packed):
         start = 0
-        for segment, index in enumerate(row, 1):
+        for segment, index in enumerate(sequence, 1):
             text = texts[index]
             end = start + len(text.tokens)
-            tokens[place, start:end] = text.tokens
-            segments[place, start:end] = segment
-            loss_mask[place, start + text.target_start : end] = True
+            tokens[row, start:end] = text.tokens
+            segments[row, start:end] = segment
+            loss_mask[row, start + text.target_start : end] = True
             start = end
     arrays: tuple[Any, Any, Any, Any] = (tokens, segments, loss_mask, _target_positions(loss_mask))
     return TextBatch(*arrays)
 
 
 def _target_positions(loss_mask: Any) -> Any:
-    """i32[N, K], the places of the tokens that are learned, 0 behind them; None if most are."""
+    """i32[N, K], the positions of the targets, then zeros; None if `target_width` is None."""
     counts = loss_mask.sum(axis=1)
-    most = target_width(counts.tolist(), loss_mask.shape[1])
-    if most is None:
+    columns = target_width(counts.tolist(), loss_mask.shape[1])
+    if columns is None:
         return None
-    places = np.zeros((len(counts), most), np.int32)
-    places[np.arange(most) < counts[:, None]] = np.nonzero(loss_mask)[1]
-    return places
+    positions = np.zeros((len(counts), columns), np.int32)
+    positions[np.arange(columns) < counts[:, None]] = np.nonzero(loss_mask)[1]
+    return positions

@@ -1,8 +1,7 @@
-"""Tokenizers: one that exists, by folder or hub name, or a byte-level BPE trained on the spot."""
+"""Tokenizers: loaded from a folder or the hub, or a byte-level BPE trained on the given texts."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,54 +19,13 @@ if TYPE_CHECKING:
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
-SMALLEST_VOCABULARY = 258  # 256 bytes and the two special tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The section `tokenizer` of the configuration.
-
-    Attributes:
-      path: folder or hub name of a tokenizer to use. None trains one on the training texts.
-      vocab_size: entries of a tokenizer trained on the spot, its two special tokens included; a
-        small corpus may fill fewer.
-      chat_template: what makes a text of messages, a Jinja template or a file with one; instead of
-        the one that the tokenizer has.
-
-    Raises:
-      InputError: if `vocab_size` cannot hold every byte and the special tokens, or the template is
-        none.
-    """
-
-    path: str | None = None
-    vocab_size: int = 1024
-    chat_template: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < SMALLEST_VOCABULARY:
-            raise InputError(
-                f"tokenizer.vocab_size is {self.vocab_size}, but a byte-level vocabulary needs at "
-                f"least {SMALLEST_VOCABULARY} entries: set it higher."
-            )
-        if self.path is not None and not self.path.strip():
-            raise InputError(
-                "tokenizer.path is empty: give a folder or a hub name, or leave it out (null) to "
-                "train a tokenizer on the data."
-            )
-        if self.chat_template is not None and "{" not in self.chat_template:
-            file = os.path.expanduser(self.chat_template)
-            if not os.path.isfile(file):
-                raise InputError(
-                    f"tokenizer.chat_template {self.chat_template!r} is neither a file nor a Jinja "
-                    "template, which has {{ }} or {% %} in it."
-                )
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
-    """Gives the tokenizer a chat template: a Jinja text, or the content of a file.
+    """Sets the tokenizer's chat template: a Jinja text, or the content of a file.
 
     Raises:
-      InputError: the file cannot be read, or is no Jinja template.
+      InputError: the file cannot be read, or the template is invalid.
     """
     import jinja2
     from jinja2.ext import loopcontrols
@@ -79,7 +38,7 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{name} cannot be read: {error}.") from error
     try:
-        # transformers' own extension, {% generation %}, marks text and adds none.
+        # The extension of transformers, {% generation %}, marks text and adds none.
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
         jinja2.Environment(extensions=[loopcontrols]).parse(plain)
     except jinja2.TemplateSyntaxError as error:
@@ -89,9 +48,9 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None
 
 @functools.cache
 def _portable_class() -> type[PreTrainedTokenizerFast]:
-    """The class of every tokenizer made here, defined late because transformers is slow to import.
+    """The class of every tokenizer of this module, in a function because transformers loads slowly.
 
-    It bears the name that it writes into `tokenizer_config.json`: transformers 5 would write
+    Its name is the one written to `tokenizer_config.json`: transformers 5 would write
     "TokenizersBackend", which transformers 4 does not know.
     """
     import transformers
@@ -108,12 +67,12 @@ def _portable_class() -> type[PreTrainedTokenizerFast]:
 
 
 def _make_portable(file: Path) -> None:
-    """Rewrites what transformers 5 alone understands of a saved tokenizer's configuration."""
+    """Rewrites a saved tokenizer's configuration without the keys of transformers 5 only."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("backend", "is_local", "local_files_only"):
         config.pop(key, None)
-    # Transformers 4 wants a dict under this name, and a list under its older one.
+    # Transformers 4 expects a dict under this name, and a list under the older one.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     file.write_text(
@@ -128,12 +87,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
       path: a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`; or a hub name.
 
     Returns:
-      A `PreTrainedTokenizerFast` that decodes exactly what it has encoded (no tidying of spaces)
-      and whose `save_pretrained` writes a folder for transformers 4 and 5.
+      A `PreTrainedTokenizerFast` that decodes its own encoding exactly (without a clean-up of
+      spaces) and whose `save_pretrained` writes a folder for transformers 4 and 5.
 
     Raises:
       InputError: if there is no such folder, the hub cannot be reached, the files cannot be read,
-        or the tokenizer has no fast form or no end-of-sequence token.
+        or the tokenizer has no fast version or no end-of-sequence token.
     """
     import transformers
 
@@ -141,16 +100,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     _check_folder(name)
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # what is raised depends on the file that is broken
+    except Exception as error:  # its type depends on the file that is broken
         raise InputError(_cannot_load(name, error)) from error
     if not isinstance(loaded, transformers.PreTrainedTokenizerFast):
         raise InputError(
-            f"The tokenizer of {name} has no fast form (no tokenizer.json): give another one."
+            f"The tokenizer of {name} has no fast version (no tokenizer.json): give another one."
         )
     if loaded.eos_token is None:
         raise InputError(
-            f"The tokenizer of {name} has no end-of-sequence token, without which no response can "
-            "end: set eos_token in its tokenizer_config.json."
+            f"The tokenizer of {name} has no end-of-sequence token, which responses need to end: "
+            "set eos_token in its tokenizer_config.json."
         )
     return _portable(loaded)
 
@@ -178,7 +137,7 @@ def _portable(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def _check_folder(name: str) -> None:
     """Raises unless `name` is a folder with a tokenizer, or could be a name on the hub."""
     if os.path.isdir(name):
-        # transformers 5 makes up an empty tokenizer for a model's folder that holds none.
+        # transformers 5 returns an empty tokenizer for a model's folder without one.
         if not any(os.path.exists(os.path.join(name, file)) for file in VOCABULARIES):
             raise InputError(_cannot_load(name, FileNotFoundError("none of them is there")))
         return
@@ -191,7 +150,7 @@ def _check_folder(name: str) -> None:
 
 
 def _cannot_load(name: str, error: Exception) -> str:
-    """One sentence for a tokenizer that transformers could not load."""
+    """The error message for a tokenizer that transformers could not load."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
     if os.path.isdir(name):
         return (
@@ -205,7 +164,7 @@ def _cannot_load(name: str, error: Exception) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`: the same texts give the same tokenizer.
+    """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
 
     Ids 0 to 255 are the bytes, then the merges; the last two are "<|pad|>" and "<|endoftext|>"
     (end and beginning of sequence), the latter last as in GPT-2. Any UTF-8 text round-trips, since
@@ -213,7 +172,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
       texts: the training texts.
-      vocab_size: entries at most, special tokens included.
+      vocab_size: maximum number of entries, special tokens included.
 
     Raises:
       InputError: if `vocab_size` is below 258.
@@ -223,7 +182,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    size = Settings(vocab_size=vocab_size).vocab_size
+    size = TokenizerSettings(vocab_size=vocab_size).vocab_size
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from rlhf_jax.data.batching import Batches
-from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import check_device
@@ -215,7 +215,7 @@ def batch_at(batches: Batches, step: int, rows: NamedSharding) -> Any:
     """
     if not hosts.several():
         return batches.at(step)
-    return hosts.from_rows(functools.partial(batches.rows_at, step), batches.batch_size, rows)
+    return hosts.from_rows(functools.partial(batches.slice_at, step), batches.batch_size, rows)
 
 
 @contextlib.contextmanager

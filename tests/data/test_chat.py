@@ -3,8 +3,7 @@
 import pytest
 
 from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_texts, load_examples
-from rlhf_jax.data.datasets import Settings
-from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.data.tokenizers import use_chat_template
 from rlhf_jax.errors import InputError
 from tests.data.test_sft import TEMPLATE, ids, turns
@@ -37,8 +36,8 @@ def parts_of(batch, row=0):
     ids=["apart", "repeated", "texts", "whole"],
 )
 def test_pairs_of_messages(chat, write, row):
-    rows, _ = load_examples(Settings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
-    batch = encode_pairs(rows, chat, Settings())
+    rows, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
+    batch = encode_pairs(rows, chat, DataSettings())
     expected = [ids(chat, text) for text in (HEAD, "It was.<|endoftext|>", "No.<|endoftext|>")]
     assert parts_of(batch) == expected
 
@@ -47,7 +46,7 @@ def test_a_text_as_prompt_of_messages_is_the_users_turn(chat):
     """As in HuggingFaceH4/ultrafeedback_binarized, whose responses repeat it."""
     whole = turns("Was it dull?", "It was."), turns("Was it dull?", "No.")
     rows = [{"prompt": "Was it dull?", "chosen": whole[0], "rejected": whole[1]}]
-    prompt, chosen, _ = parts_of(encode_pairs(rows, chat, Settings()))
+    prompt, chosen, _ = parts_of(encode_pairs(rows, chat, DataSettings()))
     assert prompt == ids(chat, "<user>Was it dull?\n<assistant>")
     assert chosen == ids(chat, "It was.<|endoftext|>")
 
@@ -56,18 +55,18 @@ def test_conversations_that_part_before_their_last_turn_are_dropped(chat, caplog
     other = turns("Hi.", "Hello.", "Was it fun?")
     pair = {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}
     apart = {"chosen": PROMPT + GOOD, "rejected": other + BAD}
-    batch = encode_pairs([apart, pair, {"chosen": GOOD, "rejected": BAD}], chat, Settings())
+    batch = encode_pairs([apart, pair, {"chosen": GOOD, "rejected": BAD}], chat, DataSettings())
     assert len(batch.valid) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 3 pairs were dropped because they differ before their last turn."
     ]
     with pytest.raises(InputError, match="No pair is left: of 1, .*, 1 no prompt in common and 0"):
-        encode_pairs([apart], chat, Settings())
+        encode_pairs([apart], chat, DataSettings())
 
 
 def test_rankings_of_messages(chat):
     row = {"prompt": PROMPT, "responses": [GOOD, PROMPT + BAD, "Who knows?"]}
-    batch = encode_rankings([row], chat, Settings())
+    batch = encode_rankings([row], chat, DataSettings())
     assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
     for place, text in enumerate(("It was.", "No.", "Who knows?")):
         tokens = batch.responses[0, place][batch.mask[0, place]].tolist()
@@ -77,7 +76,7 @@ def test_rankings_of_messages(chat):
 @pytest.mark.parametrize("completion", [GOOD, "It was.", PROMPT + GOOD])
 def test_a_completion_of_messages(chat, completion):
     rows = [{"prompt": PROMPT, "completion": completion}]
-    batch, _ = encode_texts(rows, chat, Settings())
+    batch = encode_texts(rows, chat, DataSettings())
     tokens = batch.tokens[0][batch.segments[0] > 0].tolist()
     assert tokens == ids(chat, HEAD + "It was.<|endoftext|>")
     assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(chat, "It was.<|endoftext|>")
@@ -93,33 +92,35 @@ def test_a_completion_of_messages(chat, completion):
     ],
 )
 def test_prompts_of_messages_end_where_the_assistant_answers(chat, write, row):
-    rows, _ = load_examples(Settings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
+    rows, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
     assert rows[0]["label"] == 1
-    batch = encode_prompts(rows, chat, Settings())
+    batch = encode_prompts(rows, chat, DataSettings())
     assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
 
 
 def test_comparisons_of_messages_are_texts_too(chat, write):
     path = write("a.jsonl", [{"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
-    rows, _ = load_examples(Settings(path=path, eval_rows=0), "text")
+    rows, _ = load_examples(DataSettings(path=path, eval_rows=0), "text")
     assert rows == [{"messages": PROMPT + GOOD}]
 
 
 def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
     row = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
     with pytest.raises(InputError, match="prompt of row 1 ends with a turn of 'assistant'"):
-        encode_prompts([{"prompt": PROMPT + GOOD}], chat, Settings())
+        encode_prompts([{"prompt": PROMPT + GOOD}], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", "{{ raise_exception('roles must alternate.') }}")
     with pytest.raises(InputError, match="render the messages of row 1: roles must alternate"):
-        encode_pairs([row], chat, Settings())
+        encode_pairs([row], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
-    with pytest.raises(InputError, match=r"row 1 otherwise .* use another tokenizer.chat_template"):
-        encode_pairs([row], chat, Settings())
+    with pytest.raises(
+        InputError, match=r"row 1 differently .* use another tokenizer.chat_template"
+    ):
+        encode_pairs([row], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", None)
     with pytest.raises(
         InputError, match="no chat template: .* give one as tokenizer.chat_template"
     ):
-        encode_pairs([row], chat, Settings())
+        encode_pairs([row], chat, DataSettings())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
 def test_lists_that_are_no_messages(write, value, said):
     path = write("a.jsonl", [{"prompt": "p", "completion": value}])
     with pytest.raises(InputError, match=f"Row 1 of .*column 'completion' holds {said}"):
-        load_examples(Settings(path=path, eval_rows=0), "text")
+        load_examples(DataSettings(path=path, eval_rows=0), "text")
 
 
 # --- the template as a setting -------------------------------------------------------------------

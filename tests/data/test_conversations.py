@@ -1,10 +1,10 @@
-"""Whole conversations split into prompt and response, and prompts that keep their ending."""
+"""Conversations split into prompt and response, and prompts that keep their suffix."""
 
 import pytest
 
 from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_texts, load_examples
-from rlhf_jax.data.cutting import tokenize_prompts
-from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.truncation import tokenize_prompts
 from rlhf_jax.errors import InputError
 from tests.data.test_sft import ids
 
@@ -16,7 +16,7 @@ UNMARKED = {"chosen": "It was.", "rejected": "No."}
 
 
 def load(path, kind, **settings):
-    return load_examples(Settings(path=path, **{"eval_rows": 0, **settings}), kind)[0]
+    return load_examples(DataSettings(path=path, **{"eval_rows": 0, **settings}), kind)[0]
 
 
 def test_pairs_are_split_at_the_last_turn(write, caplog):
@@ -26,20 +26,20 @@ def test_pairs_are_split_at_the_last_turn(write, caplog):
     ]
     assert [record.getMessage() for record in caplog.records] == [
         f"2 of 3 pairs of {path} were dropped because they do not have data.split_at "
-        r"('\n\nAssistant:') in one of their texts, or not the same before it."
+        r"('\n\nAssistant:') in each of their texts, or differ before it."
     ]
     caplog.clear()
-    load_examples(Settings(path=path, eval_rows=0, split_at=MARK), "pairs", quiet=True)
+    load_examples(DataSettings(path=path, eval_rows=0, split_at=MARK), "pairs", quiet=True)
     assert not caplog.records
 
 
 def test_both_parts_of_a_hold_out_are_split(write):
-    settings = Settings(path=write("a.jsonl", [PAIR] * 4), eval_rows=2, split_at=MARK)
+    settings = DataSettings(path=write("a.jsonl", [PAIR] * 4), eval_rows=2, split_at=MARK)
     train, held_out = load_examples(settings, "pairs")
     assert {row["prompt"] for row in train + held_out} == {HEAD}
 
 
-def test_rows_with_a_prompt_are_not_split(write):
+def test_examples_with_a_prompt_are_not_split(write):
     row = {"prompt": HEAD, "chosen": " One.\n\nAssistant: Two.", "rejected": " Three."}
     path = write("a.jsonl", [row])
     assert load(path, "pairs", split_at=MARK) == [{**row, "margin": 0.0}]
@@ -56,12 +56,12 @@ def test_rankings_are_split(write, caplog):
     assert len(caplog.records) == 1
 
 
-def test_texts_of_comparisons_learn_the_last_turn(write, tokenizer, caplog):
+def test_the_last_turn_of_comparisons_is_the_target(write, tokenizer, caplog):
     path = write("a.jsonl", [PAIR, UNMARKED])
     rows = load(path, "text", split_at=MARK)
     assert rows == [{"prompt": HEAD, "completion": " It was."}]
     assert "1 of 2 texts of" in caplog.text
-    batch, _ = encode_texts(rows, tokenizer, Settings())
+    batch = encode_texts(rows, tokenizer, DataSettings())
     assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(tokenizer, " It was.<|endoftext|>")
     assert load(path, "text")[0] == {"text": PAIR["chosen"]}
 
@@ -75,7 +75,7 @@ def test_prompts_of_comparisons_and_of_texts(write):
     assert load(write("b.jsonl", [row]), "prompts", split_at=MARK) == [expected]
 
 
-def test_what_cannot_be_split_is_one_sentence(write):
+def test_examples_that_cannot_be_split_are_one_sentence(write):
     path = write("a.jsonl", [UNMARKED])
     with pytest.raises(
         InputError, match="No row of .* can be split: none has data.split_at .* all"
@@ -91,17 +91,17 @@ def test_what_cannot_be_split_is_one_sentence(write):
         load(path, "pairs", split_at=MARK)
     for key in ("split_at", "prompt_suffix"):
         with pytest.raises(InputError, match=f"data.{key} is empty: give it a text"):
-            Settings(**{key: " "})
+            DataSettings(**{key: " "})
 
 
-# --- prompts with an ending ----------------------------------------------------------------------
+# --- prompts with a suffix -----------------------------------------------------------------------
 
 POST = "I saw The Golden River. The acting was superb. The plot was dull."
 TLDR = {"prompt_suffix": "TL;DR:"}
 
 
-def test_long_prompts_are_cut_before_their_ending(tokenizer, caplog):
-    settings = Settings(**TLDR, max_prompt_length=20)
+def test_long_prompts_are_truncated_before_their_suffix(tokenizer, caplog):
+    settings = DataSettings(**TLDR, max_prompt_length=20)
     texts = [POST * 3 + "\n\nTL;DR:", "Short.\n\nTL;DR:", POST * 3]
     ending = ids(tokenizer, "\n\nTL;DR:")
     whole = ids(tokenizer, POST * 3)
@@ -112,13 +112,13 @@ def test_long_prompts_are_cut_before_their_ending(tokenizer, caplog):
     assert found[2] == whole[-20:]
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 3 prompts lost their left end: they exceed data.max_prompt_length (20 tokens).",
-        "1 of 3 prompts lost the right end of what stands before 'TL;DR:': they exceed "
+        "1 of 3 prompts lost the right end of the text before 'TL;DR:': they exceed "
         "data.max_prompt_length (20 tokens).",
     ]
 
 
-def test_every_kind_of_rows_is_cut_alike(tokenizer):
-    settings = Settings(**TLDR, max_prompt_length=20)
+def test_every_kind_of_examples_is_truncated_alike(tokenizer, caplog):
+    settings = DataSettings(**TLDR, max_prompt_length=20)
     prompt = POST * 3 + "\n\nTL;DR:"
     pair = {"prompt": prompt, "chosen": " Good.", "rejected": " Bad."}
     ranking = {"prompt": prompt, "responses": [" Good.", " Bad."]}
@@ -129,18 +129,19 @@ def test_every_kind_of_rows_is_cut_alike(tokenizer):
         encode_rankings([ranking], tokenizer, settings),
     ):
         assert batch.prompts[0].tolist() == expected
-    batch, report = encode_texts([text], tokenizer, settings)
+    caplog.clear()
+    batch = encode_texts([text], tokenizer, settings)
     assert batch.tokens[0][:20].tolist() == expected
-    assert report.cut_prompts == 1
+    assert "1 of 1 prompts lost the right end of the text before 'TL;DR:'" in caplog.text
     # With less room than that, the completion keeps its own.
-    short = Settings(**TLDR, max_prompt_length=20, max_length=20)
-    batch, _ = encode_texts([text], tokenizer, short)
+    short = DataSettings(**TLDR, max_prompt_length=20, max_length=20)
+    batch = encode_texts([text], tokenizer, short)
     completion = ids(tokenizer, " Good.<|endoftext|>")
     ending = ids(tokenizer, "\n\nTL;DR:")
     assert batch.tokens[0].tolist()[-len(ending + completion) :] == ending + completion
 
 
-def test_the_ending_is_whole_or_an_error(tokenizer):
+def test_the_suffix_is_complete_or_an_error(tokenizer):
     prompts = tokenize_prompts(tokenizer, ["a TL;DR: ", "b"], "TL;DR:", 99)
     assert prompts[0].ending == ids(tokenizer, " TL;DR: ")
     assert prompts[1].ending == []
@@ -153,7 +154,7 @@ def test_the_ending_is_whole_or_an_error(tokenizer):
     [("post\nTL;DR:", " it"), ("post\nTL;DR: ", "it"), ("post", "TL;DR: it")],
     ids=["apart", "space", "responses"],
 )
-def test_where_the_ending_stands_makes_no_difference(write, prompt, response):
+def test_the_position_of_the_suffix_makes_no_difference(write, prompt, response):
     """The hub's two data sets of TL;DR have it at the end of prompts, and before the responses."""
     expected = {"prompt": "post\nTL;DR:", "chosen": " it", "rejected": " it too", "margin": 0.0}
     row = {"prompt": prompt, "chosen": response, "rejected": response + " too"}
@@ -171,7 +172,7 @@ def test_where_the_ending_stands_makes_no_difference(write, prompt, response):
 
 
 def test_pairs_with_a_short_response_are_dropped(tokenizer, caplog):
-    settings = Settings(min_response_words=3)
+    settings = DataSettings(min_response_words=3)
     row = {"prompt": "p", "chosen": " It was fun.", "rejected": " It was dull."}
     short = {**row, "rejected": " Quite dull."}
     batch = encode_pairs([row, short, {**row, "chosen": " Fun."}], tokenizer, settings)
@@ -184,6 +185,6 @@ def test_pairs_with_a_short_response_are_dropped(tokenizer, caplog):
 
 def test_short_responses_leave_a_ranking(tokenizer, caplog):
     row = {"prompt": "p", "responses": [" It was fun.", " Fun.", " It was dull."]}
-    batch = encode_rankings([row], tokenizer, Settings(min_response_words=3))
+    batch = encode_rankings([row], tokenizer, DataSettings(min_response_words=3))
     assert batch.mask.any(axis=2).tolist() == [[True, True]]
     assert "1 of 3 ranked responses were dropped because they have fewer than 3" in caplog.text

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from rlhf_jax.data import builtin, load_examples
-from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
 TEXTS = [{"text": f"text {i}"} for i in range(20)]
@@ -15,7 +15,7 @@ ONE_FILE = {"eval_rows": 0}
 
 
 def load(path, kind, **settings):
-    return load_examples(Settings(path=path, **{**ONE_FILE, **settings}), kind)[0]
+    return load_examples(DataSettings(path=path, **{**ONE_FILE, **settings}), kind)[0]
 
 
 @pytest.mark.parametrize(
@@ -88,32 +88,33 @@ def test_columns_are_mapped(write):
 
 def test_hold_out_is_seeded_disjoint_and_in_file_order(write):
     path = write("a.jsonl", TEXTS)
-    train, held = load_examples(Settings(path=path, eval_rows=6), "text")
+    train, held = load_examples(DataSettings(path=path, eval_rows=6), "text")
     assert (len(train), len(held)) == (14, 6)
     assert sorted(train + held, key=TEXTS.index) == TEXTS
     assert train == sorted(train, key=TEXTS.index)
-    again = load_examples(Settings(path=path, eval_rows=6), "text")
-    other = load_examples(Settings(path=path, eval_rows=6, seed=1), "text")
+    again = load_examples(DataSettings(path=path, eval_rows=6), "text")
+    other = load_examples(DataSettings(path=path, eval_rows=6, seed=1), "text")
     assert again == (train, held)
     assert other[1] != held
-    fewer, same = load_examples(Settings(path=path, eval_rows=6, max_rows=5), "text")
+    fewer, same = load_examples(DataSettings(path=path, eval_rows=6, max_rows=5), "text")
     assert same == held
     assert len(fewer) == 5
     assert all(row in train for row in fewer)
 
 
 def test_by_default_a_tenth_is_held_out(write):
-    train, held = load_examples(Settings(path=write("a.jsonl", TEXTS)), "text")
+    train, held = load_examples(DataSettings(path=write("a.jsonl", TEXTS)), "text")
     assert (len(train), len(held)) == (18, 2)
 
 
 def test_a_file_for_evaluation(write):
     path, other = write("a.jsonl", TEXTS), write("b.jsonl", [{"text": "x"}, {"text": "y"}])
-    train, held = load_examples(Settings(path=path, eval_path=other), "text")
+    train, held = load_examples(DataSettings(path=path, eval_path=other), "text")
     assert train == TEXTS
     assert held == [{"text": "x"}, {"text": "y"}]
-    assert load_examples(Settings(path=path, eval_path=other, eval_rows=1), "text")[1] == held[:1]
-    assert load_examples(Settings(path=path, eval_path=other, eval_rows=0), "text")[1] == []
+    for count in (0, 1):
+        settings = DataSettings(path=path, eval_path=other, eval_rows=count)
+        assert load_examples(settings, "text")[1] == held[:count]
 
 
 def test_a_folder_with_named_splits(write):
@@ -121,9 +122,9 @@ def test_a_folder_with_named_splits(write):
     write("set/train-00001-of-00002.jsonl", TEXTS[3:5])
     folder = write("set/validation.jsonl", TEXTS[5:7]).rsplit("/", 1)[0]
     write("set/README.md", "no data")
-    settings = Settings(path=folder, eval_split="validation")
+    settings = DataSettings(path=folder, eval_split="validation")
     assert load_examples(settings, "text") == (TEXTS[:5], TEXTS[5:7])
-    assert load_examples(Settings(path=folder, eval_path=folder), "text")[1] == TEXTS[5:7]
+    assert load_examples(DataSettings(path=folder, eval_path=folder), "text")[1] == TEXTS[5:7]
     with pytest.raises(InputError, match=r"no file for the split 'test': there are train-00000"):
         load(folder, "text", split="test")
 
@@ -133,7 +134,7 @@ def test_a_folder_without_split_names_and_slices(write):
     folder = write("set/b.jsonl", TEXTS[3:5]).rsplit("/", 1)[0]
     assert load(folder, "text") == TEXTS[:5]
     assert load(folder, "text", split="train[:2]") == TEXTS[:2]
-    settings = Settings(path=folder, split="train[:80%]", eval_split="train[80%:]")
+    settings = DataSettings(path=folder, split="train[:80%]", eval_split="train[80%:]")
     assert load_examples(settings, "text") == (TEXTS[:4], TEXTS[4:5])
 
 
@@ -147,7 +148,7 @@ def test_the_hub_is_asked_by_name(monkeypatch):
         return datasets.Dataset.from_list(TEXTS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    settings = Settings(path="some/set", name="plain", eval_split="test", eval_rows=3)
+    settings = DataSettings(path="some/set", name="plain", eval_split="test", eval_rows=3)
     assert load_examples(settings, "text") == (TEXTS, TEXTS[:3])
     assert asked == [("some/set", "plain", "train"), ("some/set", "plain", "test")]
 
@@ -319,18 +320,18 @@ def test_folders_that_do_not_fit(write, tmp_path):
 def test_a_single_file_is_the_split_train(write):
     path = write("a.jsonl", TEXTS)
     with pytest.raises(InputError, match="The split 'validation' of .* does not exist"):
-        load_examples(Settings(path=path, eval_split="validation"), "text")
+        load_examples(DataSettings(path=path, eval_split="validation"), "text")
 
 
 def test_holding_out_everything(write):
     path = write("a.jsonl", TEXTS)
     with pytest.raises(InputError, match="data.eval_rows holds out 20 of the 20 rows of .* lower"):
-        load_examples(Settings(path=path, eval_rows=20), "text")
+        load_examples(DataSettings(path=path, eval_rows=20), "text")
 
 
 def test_unknown_kind():
-    with pytest.raises(InputError, match="kind of rows is 'images': it is one of text, pairs"):
-        load_examples(Settings(), "images")
+    with pytest.raises(InputError, match="kind of examples is 'images': it is one of text, pairs"):
+        load_examples(DataSettings(), "images")
 
 
 @pytest.mark.parametrize(
@@ -344,20 +345,20 @@ def test_unknown_kind():
         ({"eval_rows": -1}, "data.eval_rows is -1: set it to 0 or more"),
         ({"seed": -1}, "data.seed is -1"),
         ({"length_buckets": 5}, "data.length_buckets is 5: set it to a number from 1 to 4"),
-        ({"path": ""}, "data.path and data.split need a value"),
-        ({"columns": {"label": "x"}}, "data.columns maps 'label', which is no column"),
+        ({"path": ""}, "data.path and data.split must not be empty"),
+        ({"columns": {"label": "x"}}, "data.columns maps 'label', which is not a known column"),
         ({"prompt_tokens": (3, 2)}, r"data.prompt_tokens is \(3, 2\): give \(low, high\)"),
         ({"prompt_tokens": (0, 2)}, "1 <= low <= high"),
         ({"prompt_tokens": (2, 129)}, r"data.max_prompt_length \(128\)"),
         ({"prompt_tokens": (1, 2, 3)}, r"data.prompt_tokens is .*: give \(low, high\)"),
-        ({"split": "test"}, "data.split and data.name choose"),
-        ({"name": "plain"}, "data.split and data.name choose"),
+        ({"split": "test"}, "data.split and data.name select"),
+        ({"name": "plain"}, "data.split and data.name select"),
         ({"eval_split": "test"}, "data.eval_split needs data.eval_path here"),
     ],
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(InputError, match=message):
-        Settings(**settings)
+        DataSettings(**settings)
 
 
 # --- the embedded corpus -------------------------------------------------------------------------
@@ -368,17 +369,17 @@ def test_settings_are_checked(settings, message):
     [("text", builtin.texts), ("pairs", builtin.pairs), ("prompts", builtin.prompts)],
 )
 def test_the_embedded_corpus_is_a_path(kind, make):
-    settings = Settings(builtin_rows=40, eval_rows=10, seed=3)
+    settings = DataSettings(builtin_rows=40, eval_rows=10, seed=3)
     assert load_examples(settings, kind) == (make(3, 40), make(3, 10, "eval"))
-    fewer, _ = load_examples(Settings(builtin_rows=40, max_rows=7, eval_rows=10, seed=3), kind)
+    fewer, _ = load_examples(DataSettings(builtin_rows=40, max_rows=7, eval_rows=10, seed=3), kind)
     assert fewer == make(3, 40)[:7]
 
 
 def test_the_embedded_corpus_with_a_file(write):
     path = write("a.jsonl", PAIRS)
-    train, held = load_examples(Settings(builtin_rows=5, eval_path=path), "pairs")
+    train, held = load_examples(DataSettings(builtin_rows=5, eval_path=path), "pairs")
     assert train == builtin.pairs(0, 5)
     assert held == [{**row, "margin": 0.0} for row in PAIRS]
-    train, held = load_examples(Settings(path=path, eval_path="builtin", eval_rows=4), "pairs")
+    train, held = load_examples(DataSettings(path=path, eval_path="builtin", eval_rows=4), "pairs")
     assert len(train) == 20
     assert held == builtin.pairs(0, 4, "eval")

@@ -1,10 +1,10 @@
-"""Preference pairs as rows: padding, EOS, cutting, and what is dropped."""
+"""Preference pairs as examples: padding, EOS, truncation, and dropped pairs."""
 
 import numpy as np
 import pytest
 
 from rlhf_jax.data import builtin, encode_pairs
-from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
 ROW = {"prompt": "I saw The Golden River.", "chosen": " I loved it.", "rejected": " It was dull."}
@@ -21,7 +21,7 @@ def real(tokens, mask, row=0):
 def test_the_parts_of_a_pair(tokenizer, caplog):
     eos = tokenizer.eos_token_id
     rows = [ROW, {**ROW, "prompt": "I saw it.", "margin": 1.5}]
-    batch = encode_pairs(rows, tokenizer, Settings())
+    batch = encode_pairs(rows, tokenizer, DataSettings())
     assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, ROW["prompt"])
     assert real(batch.chosen, batch.chosen_mask) == [*ids(tokenizer, ROW["chosen"]), eos]
     assert real(batch.rejected, batch.rejected_mask) == [*ids(tokenizer, ROW["rejected"]), eos]
@@ -31,7 +31,7 @@ def test_the_parts_of_a_pair(tokenizer, caplog):
 
 
 def test_sides_widths_and_types(tokenizer):
-    batch = encode_pairs(builtin.pairs(0, 40), tokenizer, Settings())
+    batch = encode_pairs(builtin.pairs(0, 40), tokenizer, DataSettings())
     assert np.array_equal(batch.prompt_mask, np.sort(batch.prompt_mask, axis=1))
     for tokens, mask in ((batch.chosen, batch.chosen_mask), (batch.rejected, batch.rejected_mask)):
         assert np.array_equal(mask, np.sort(mask, axis=1)[:, ::-1])
@@ -49,18 +49,18 @@ def test_sides_widths_and_types(tokenizer):
 
 def test_eos_is_not_repeated(tokenizer):
     written = {**ROW, "chosen": ROW["chosen"] + "<|endoftext|>"}
-    plain, same = (encode_pairs([row], tokenizer, Settings()) for row in (ROW, written))
+    plain, same = (encode_pairs([row], tokenizer, DataSettings()) for row in (ROW, written))
     for one, other in zip(plain, same, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_without_prompts_their_width_is_zero(tokenizer):
-    batch = encode_pairs([{"chosen": "a", "rejected": "b"}], tokenizer, Settings())
+    batch = encode_pairs([{"chosen": "a", "rejected": "b"}], tokenizer, DataSettings())
     assert batch.prompts.shape == batch.prompt_mask.shape == (1, 0)
 
 
-def test_cutting_takes_the_left_of_prompts_and_the_right_of_responses(tokenizer, caplog):
-    settings = Settings(max_prompt_length=3, max_response_length=5)
+def test_prompts_lose_their_left_and_responses_their_right_end(tokenizer, caplog):
+    settings = DataSettings(max_prompt_length=3, max_response_length=5)
     row = {**ROW, "chosen": " The acting was really superb.", "rejected": " I"}
     rows = [row, {**row, "prompt": "I"}]
     batch = encode_pairs(rows, tokenizer, settings)
@@ -81,7 +81,7 @@ def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
         {**ROW, "rejected": "<|endoftext|>"},
         {**ROW, "rejected": ROW["chosen"]},
     ]
-    batch = encode_pairs(rows, tokenizer, Settings())
+    batch = encode_pairs(rows, tokenizer, DataSettings())
     assert len(batch.valid) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 4 pairs were dropped because a response is empty.",
@@ -89,13 +89,13 @@ def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
     ]
 
 
-def test_responses_that_cutting_makes_equal_are_dropped(tokenizer):
+def test_responses_that_are_equal_after_truncation_are_dropped(tokenizer):
     row = {**ROW, "chosen": " I loved it and more.", "rejected": " I loved it and less."}
-    batch = encode_pairs([row, ROW], tokenizer, Settings(max_response_length=4))
+    batch = encode_pairs([row, ROW], tokenizer, DataSettings(max_response_length=4))
     assert len(batch.valid) == 1
 
 
 @pytest.mark.parametrize("rows", [[], [{**ROW, "chosen": ""}, {**ROW, "chosen": ROW["rejected"]}]])
 def test_nothing_left_is_an_error(tokenizer, rows):
     with pytest.raises(InputError, match=r"No pair is left: of [02], [01] have an empty response"):
-        encode_pairs(rows, tokenizer, Settings())
+        encode_pairs(rows, tokenizer, DataSettings())

@@ -1,10 +1,10 @@
-"""Prompts as rows: padding, cutting, empty ones, and beginnings of texts."""
+"""Prompts as examples: padding, truncation, empty ones, and beginnings of texts."""
 
 import numpy as np
 import pytest
 
 from rlhf_jax.data import builtin, encode_prompts
-from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
 
@@ -19,7 +19,7 @@ def real(batch, row=0):
 @pytest.mark.parametrize("column", ["prompt", "text"])
 def test_prompts_are_left_padded(tokenizer, caplog, column):
     rows = [{column: row["prompt"], "label": 1} for row in builtin.prompts(0, 30)]
-    batch = encode_prompts(rows, tokenizer, Settings())
+    batch = encode_prompts(rows, tokenizer, DataSettings())
     assert [real(batch, i) for i in range(30)] == [ids(tokenizer, row[column]) for row in rows]
     assert np.array_equal(batch.prompt_mask, np.sort(batch.prompt_mask, axis=1))
     assert not batch.prompts[~batch.prompt_mask].any()
@@ -32,7 +32,7 @@ def test_prompts_are_left_padded(tokenizer, caplog, column):
 
 def test_long_prompts_lose_their_left_end(tokenizer, caplog):
     rows = [{"prompt": "I saw The Golden River."}, {"prompt": "I"}]
-    batch = encode_prompts(rows, tokenizer, Settings(max_prompt_length=5))
+    batch = encode_prompts(rows, tokenizer, DataSettings(max_prompt_length=5))
     assert batch.prompts.shape[1] == 5
     assert real(batch) == ids(tokenizer, rows[0]["prompt"])[-5:]
     assert len(caplog.records) == 1
@@ -40,7 +40,7 @@ def test_long_prompts_lose_their_left_end(tokenizer, caplog):
 
 
 def test_an_empty_prompt_becomes_one_token(tokenizer, caplog):
-    batch = encode_prompts([{"prompt": ""}, {"prompt": "I"}], tokenizer, Settings())
+    batch = encode_prompts([{"prompt": ""}, {"prompt": "I"}], tokenizer, DataSettings())
     assert real(batch) == [tokenizer.bos_token_id]
     assert "1 of 2 prompts are empty" in caplog.text
 
@@ -52,12 +52,12 @@ def test_without_bos_an_empty_prompt_becomes_eos(tokenizer):
         tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token
     )
     assert other.bos_token_id is None
-    assert real(encode_prompts([{"prompt": ""}], other, Settings())) == [tokenizer.eos_token_id]
+    assert real(encode_prompts([{"prompt": ""}], other, DataSettings())) == [tokenizer.eos_token_id]
 
 
 def test_beginnings_depend_on_seed_and_row_alone(tokenizer, caplog):
     rows = [{"text": row["prompt"]} for row in builtin.prompts(0, 200)]
-    settings = Settings(prompt_tokens=(2, 5), seed=4)
+    settings = DataSettings(prompt_tokens=(2, 5), seed=4)
     batch = encode_prompts(rows, tokenizer, settings)
     lengths = batch.prompt_mask.sum(1)
     assert set(lengths.tolist()) == {2, 3, 4, 5}
@@ -66,13 +66,13 @@ def test_beginnings_depend_on_seed_and_row_alone(tokenizer, caplog):
         assert real(batch, row) == ids(tokenizer, rows[row]["text"])[: lengths[row]]
     fewer = encode_prompts(rows[:50], tokenizer, settings)
     np.testing.assert_array_equal(fewer.prompt_mask.sum(1), lengths[:50])
-    other = encode_prompts(rows, tokenizer, Settings(prompt_tokens=(2, 5), seed=5))
+    other = encode_prompts(rows, tokenizer, DataSettings(prompt_tokens=(2, 5), seed=5))
     assert (other.prompt_mask.sum(1) != lengths).any()
     assert not caplog.records
 
 
 def test_beginnings_are_for_texts_only_and_short_texts_stay_whole(tokenizer):
-    settings = Settings(prompt_tokens=(2, 2))
+    settings = DataSettings(prompt_tokens=(2, 2))
     batch = encode_prompts([{"prompt": "I saw it."}, {"prompt": "We"}], tokenizer, settings)
     assert real(batch) == ids(tokenizer, "I saw it.")
     batch = encode_prompts([{"text": "I"}], tokenizer, settings)
@@ -81,4 +81,4 @@ def test_beginnings_are_for_texts_only_and_short_texts_stay_whole(tokenizer):
 
 def test_no_prompts_are_an_error(tokenizer):
     with pytest.raises(InputError, match="There are no prompts"):
-        encode_prompts([], tokenizer, Settings())
+        encode_prompts([], tokenizer, DataSettings())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import Batches, encode_pairs, encode_rankings, eval_batches, load_examples
-from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
 GOOD = {"prompt": "I saw it.", "responses": [" I loved it.", " It was dull.", " Bad!"]}
@@ -19,12 +19,12 @@ def said(caplog):
 
 
 def load(path, kind="rankings"):
-    return load_examples(Settings(path=path, eval_rows=0), kind)[0]
+    return load_examples(DataSettings(path=path, eval_rows=0), kind)[0]
 
 
 def test_a_ranking_keeps_its_order_and_its_places(tokenizer, caplog):
     two = {"prompt": "And she saw The Golden River.", "responses": [" Superb.", " I loved it."]}
-    batch = encode_rankings([GOOD, two], tokenizer, Settings())
+    batch = encode_rankings([GOOD, two], tokenizer, DataSettings())
     assert batch.responses.shape[:2] == batch.mask.shape[:2] == (2, 3)
     assert batch.responses.shape[2] % 8 == batch.prompts.shape[1] % 8 == 0
     assert [array.dtype for array in batch] == [np.int32, bool] * 2
@@ -52,7 +52,7 @@ def test_a_ranking_without_two_different_responses_is_dropped_with_one_warning(t
         {"prompt": "p", "responses": ["", "one and nothing"]},
         {"prompt": "p", "responses": []},
     ]
-    batch = encode_rankings(rows, tokenizer, Settings())
+    batch = encode_rankings(rows, tokenizer, DataSettings())
     assert batch.mask.shape[:2] == (1, 3)
     assert said(caplog) == [
         "4 of 5 rankings were dropped because they have no two responses that differ."
@@ -61,9 +61,9 @@ def test_a_ranking_without_two_different_responses_is_dropped_with_one_warning(t
 
 def test_empty_and_repeated_responses_leave_a_ranking(tokenizer, caplog):
     row = {"prompt": "p", "responses": [" good", "", " fair", " good", " bad"]}
-    batch = encode_rankings([row], tokenizer, Settings())
+    batch = encode_rankings([row], tokenizer, DataSettings())
     expected = encode_rankings(
-        [{**row, "responses": [" good", " fair", " bad"]}], tokenizer, Settings()
+        [{**row, "responses": [" good", " fair", " bad"]}], tokenizer, DataSettings()
     )
     for one, other in zip(batch, expected, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -73,9 +73,9 @@ def test_empty_and_repeated_responses_leave_a_ranking(tokenizer, caplog):
     ]
 
 
-def test_cutting_is_counted_and_can_make_responses_equal(tokenizer, caplog):
+def test_truncation_is_counted_and_can_make_responses_equal(tokenizer, caplog):
     row = {"prompt": "I saw it.", "responses": [" I loved it and more.", " I loved it and less."]}
-    settings = Settings(max_prompt_length=3, max_response_length=4)
+    settings = DataSettings(max_prompt_length=3, max_response_length=4)
     with pytest.raises(InputError, match=r"No ranking is left: of 1, none has two responses that"):
         encode_rankings([row], tokenizer, settings)
     row = {**row, "responses": [*row["responses"], " Bad!"]}
@@ -93,7 +93,7 @@ def test_cutting_is_counted_and_can_make_responses_equal(tokenizer, caplog):
 def test_nothing_left_is_an_error(tokenizer):
     for rows in ([], [{"prompt": "p", "responses": ["a"]}]):
         with pytest.raises(InputError, match=rf"^No ranking is left: of {len(rows)}, none has two"):
-            encode_rankings(rows, tokenizer, Settings())
+            encode_rankings(rows, tokenizer, DataSettings())
 
 
 def test_rankings_are_read_from_responses_and_from_pairs(write):
@@ -114,7 +114,7 @@ def test_rankings_are_read_from_responses_and_from_pairs(write):
 
 
 def test_the_corpus_has_rankings_of_two(tokenizer):
-    settings = Settings(builtin_rows=6, eval_rows=2)
+    settings = DataSettings(builtin_rows=6, eval_rows=2)
     (train, held_out), (pairs, _) = (
         load_examples(settings, kind) for kind in ("rankings", "pairs")
     )
@@ -127,9 +127,9 @@ def test_the_corpus_has_rankings_of_two(tokenizer):
     np.testing.assert_array_equal(rankings.mask[:, 1], rows.rejected_mask)
 
 
-def test_batches_cut_what_no_ranking_of_theirs_needs(tokenizer):
+def test_batches_trim_padding_that_no_ranking_needs(tokenizer):
     long = {"prompt": "I saw it.", "responses": [" fine" * 30, " bad" * 30, " so", " no"]}
-    rows = encode_rankings([GOOD, GOOD, GOOD, long], tokenizer, Settings())
+    rows = encode_rankings([GOOD, GOOD, GOOD, long], tokenizer, DataSettings())
     batches = Batches(rows, 1, seed=0, buckets=2)
     widths = set()
     for step in range(4):
@@ -143,8 +143,8 @@ def test_batches_cut_what_no_ranking_of_theirs_needs(tokenizer):
     assert len(widths) == 2
 
 
-def test_an_evaluation_is_filled_up_with_rows_that_are_no_rankings(tokenizer):
-    rows = encode_rankings([GOOD] * 3, tokenizer, Settings())
+def test_an_evaluation_is_padded_with_examples_without_responses(tokenizer):
+    rows = encode_rankings([GOOD] * 3, tokenizer, DataSettings())
     first, second = eval_batches(rows, 2)
     assert first.mask.any(axis=(1, 2)).all()
     assert second.mask.any(axis=(1, 2)).tolist() == [True, False]

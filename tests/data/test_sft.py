@@ -1,4 +1,4 @@
-"""Texts as rows: which tokens are learned, what is cut, and how texts are packed."""
+"""Texts as examples: target tokens, truncation, and packing."""
 
 import dataclasses
 import logging
@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.data import builtin, encode_texts, tokenize_texts
-from rlhf_jax.data.datasets import Settings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import pack
 from rlhf_jax.errors import InputError
 
-ONE_BY_ONE = {"packing": False}
+UNPACKED = {"packing": False}
 TEMPLATE = (
     "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}"
     "{{ eos_token if turn['role'] == 'assistant' }}\n{% endfor %}"
@@ -25,23 +25,23 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def one_row(row, tokenizer, **settings):
-    """(tokens, learned tokens) of the single row."""
-    batch, _ = encode_texts([row], tokenizer, Settings(**ONE_BY_ONE, **settings))
+def encode_one(example, tokenizer, **settings):
+    """(tokens, target tokens) of a single example."""
+    batch = encode_texts([example], tokenizer, DataSettings(**UNPACKED, **settings))
     real = batch.segments[0] > 0
     return batch.tokens[0][real].tolist(), batch.tokens[0][batch.loss_mask[0]].tolist()
 
 
-def test_a_text_gets_eos_and_its_first_token_is_not_learned(tokenizer):
+def test_a_text_gets_eos_and_its_first_token_is_no_target(tokenizer):
     expected = [*ids(tokenizer, "The acting was superb."), tokenizer.eos_token_id]
-    tokens, learned = one_row({"text": "The acting was superb."}, tokenizer)
+    tokens, targets = encode_one({"text": "The acting was superb."}, tokenizer)
     assert tokens == expected
-    assert learned == expected[1:]
+    assert targets == expected[1:]
 
 
 def test_eos_is_not_repeated(tokenizer):
     text = "The acting was superb."
-    assert one_row({"text": text}, tokenizer) == one_row(
+    assert encode_one({"text": text}, tokenizer) == encode_one(
         {"text": text + "<|endoftext|>"}, tokenizer
     )
 
@@ -51,19 +51,19 @@ def test_prompt_and_completion(tokenizer, completion_only):
     row = {"prompt": "I saw The Golden River.", "completion": " I loved it."}
     prompt = ids(tokenizer, row["prompt"])
     completion = [*ids(tokenizer, row["completion"]), tokenizer.eos_token_id]
-    tokens, learned = one_row(row, tokenizer, completion_only=completion_only)
+    tokens, targets = encode_one(row, tokenizer, completion_only=completion_only)
     assert tokens == prompt + completion
-    assert learned == (completion if completion_only else prompt[1:] + completion)
+    assert targets == (completion if completion_only else prompt[1:] + completion)
 
 
-def test_the_first_token_is_never_learned_even_of_a_completion(tokenizer):
-    tokens, learned = one_row({"prompt": "", "completion": " I loved it."}, tokenizer)
-    assert learned == tokens[1:]
+def test_the_first_token_is_no_target_even_in_a_completion(tokenizer):
+    tokens, targets = encode_one({"prompt": "", "completion": " I loved it."}, tokenizer)
+    assert targets == tokens[1:]
 
 
-def test_what_is_too_long_loses_the_right_end_of_texts_and_eos(tokenizer, caplog):
+def test_a_long_text_loses_its_right_end_and_eos(tokenizer, caplog):
     text = "The acting was superb. The plot was dull."
-    tokens, _ = one_row({"text": text}, tokenizer, max_length=8)
+    tokens, _ = encode_one({"text": text}, tokenizer, max_length=8)
     assert tokens == ids(tokenizer, text)[:8]
     assert len(caplog.records) == 1
     assert "1 of 1 texts lost their right end" in caplog.text
@@ -73,31 +73,30 @@ def test_prompts_lose_their_left_and_completions_their_right_end(tokenizer, capl
     row = {"prompt": "I saw The Golden River.", "completion": " The acting was superb."}
     prompt, completion = (ids(tokenizer, row[name]) for name in ("prompt", "completion"))
     limits = {"max_prompt_length": 4, "max_response_length": 3}
-    tokens, learned = one_row(row, tokenizer, **limits)
+    tokens, targets = encode_one(row, tokenizer, **limits)
     assert tokens == prompt[-4:] + completion[:3]
-    assert learned == completion[:3]
+    assert targets == completion[:3]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert messages[0].startswith("1 of 1 prompts lost their left end")
     assert messages[1].startswith("1 of 1 texts lost their right end")
-    tokens, _ = one_row(row, tokenizer, max_length=len(completion) + 3)
+    tokens, _ = encode_one(row, tokenizer, max_length=len(completion) + 3)
     assert tokens == [*prompt[-2:], *completion, tokenizer.eos_token_id]
 
 
 def test_a_completion_that_fits_exactly_keeps_eos(tokenizer, caplog):
     completion = [*ids(tokenizer, " I loved it."), tokenizer.eos_token_id]
     row = {"prompt": "I saw it.", "completion": " I loved it."}
-    _, learned = one_row(row, tokenizer, max_response_length=len(completion))
-    assert learned == completion
+    _, targets = encode_one(row, tokenizer, max_response_length=len(completion))
+    assert targets == completion
     assert not caplog.records
 
 
 @pytest.mark.parametrize("empty", [{"text": ""}, {"text": "<|endoftext|>"}])
 def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
     rows = [{"text": "I loved it."}, empty, empty]
-    batch, report = encode_texts(rows, tokenizer, Settings(**ONE_BY_ONE))
+    batch = encode_texts(rows, tokenizer, DataSettings(**UNPACKED))
     assert batch.tokens.shape[0] == 1
-    assert report.dropped == 2
     assert [r.getMessage() for r in caplog.records] == [
         "2 of 3 texts were dropped because they are empty."
     ]
@@ -106,12 +105,12 @@ def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
 
 @pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"prompt": "p", "completion": ""}]])
 def test_nothing_left_is_an_error(tokenizer, rows):
-    with pytest.raises(InputError, match="No text is left to learn from: all [01] rows are empty"):
-        encode_texts(rows, tokenizer, Settings())
+    with pytest.raises(InputError, match="No text is left to train on: all [01] rows are empty"):
+        encode_texts(rows, tokenizer, DataSettings())
 
 
-def test_nothing_is_said_when_nothing_is_done(tokenizer, caplog):
-    encode_texts(builtin.texts(0, 20), tokenizer, Settings())
+def test_there_is_no_warning_if_nothing_is_changed(tokenizer, caplog):
+    encode_texts(builtin.texts(0, 20), tokenizer, DataSettings())
     assert not caplog.records
 
 
@@ -129,87 +128,86 @@ def turns(*contents):
     return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 
 
-def test_messages_learn_the_last_turn(chat):
+def test_the_last_turn_of_messages_is_the_target(chat):
     row = {"messages": turns("Hi.", "Hello.", "Was it dull?", "It was.")}
-    tokens, learned = one_row(row, chat)
+    tokens, targets = encode_one(row, chat)
     eos = chat.eos_token_id
-    assert learned == [*ids(chat, "It was."), eos]
+    assert targets == [*ids(chat, "It was."), eos]
     head = "<user>Hi.\n<assistant>Hello.<|endoftext|>\n<user>Was it dull?\n<assistant>"
-    assert tokens == [*ids(chat, head), *learned]
+    assert tokens == [*ids(chat, head), *targets]
 
 
-def test_messages_can_be_learned_whole(chat):
+def test_all_turns_of_messages_can_be_targets(chat):
     row = {"messages": turns("Hi.", "Hello.")}
-    tokens, learned = one_row(row, chat, completion_only=False)
+    tokens, targets = encode_one(row, chat, completion_only=False)
     assert tokens == [*ids(chat, "<user>Hi.\n<assistant>Hello."), chat.eos_token_id]
-    assert learned == tokens[1:]
+    assert targets == tokens[1:]
 
 
 def test_messages_without_a_template(tokenizer):
     with pytest.raises(InputError, match="tokenizer has no chat template: use a tokenizer with"):
-        encode_texts([{"messages": turns("Hi.", "Hello.")}], tokenizer, Settings())
+        encode_texts([{"messages": turns("Hi.", "Hello.")}], tokenizer, DataSettings())
 
 
 def test_messages_that_end_with_the_user(chat):
     rows = [{"messages": turns("Hi.", "Hello.")}, {"messages": turns("Hi.")}]
     with pytest.raises(InputError, match="messages of row 2 end with a turn of 'user'"):
-        encode_texts(rows, chat, Settings())
+        encode_texts(rows, chat, DataSettings())
 
 
-def test_a_template_that_cannot_be_parted(chat, monkeypatch):
+def test_a_template_that_cannot_be_split(chat, monkeypatch):
     monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
-    with pytest.raises(InputError, match=r"row 1 otherwise .* set data.completion_only to false"):
-        encode_texts([{"messages": turns("Hi.", "Hello.")}], chat, Settings())
+    with pytest.raises(InputError, match=r"row 1 differently .* set data.completion_only to false"):
+        encode_texts([{"messages": turns("Hi.", "Hello.")}], chat, DataSettings())
 
 
 # --- packing -------------------------------------------------------------------------------------
 
 
 def unpacked(batch):
-    """The (tokens, learned) of every text in the rows, as they stand between the segments."""
-    for tokens, segments, learned in zip(*batch[:3], strict=True):
+    """The (tokens, targets) of every text of the sequences, by their segments."""
+    for tokens, segments, targets in zip(*batch[:3], strict=True):
         for segment in range(1, segments.max() + 1):
             here = segments == segment
-            yield tuple(tokens[here].tolist()), tuple(learned[here].tolist())
+            yield tuple(tokens[here].tolist()), tuple(targets[here].tolist())
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_packing_loses_no_token(tokenizer, packing):
-    settings = Settings(max_length=96, packing=packing)
+    settings = DataSettings(max_length=96, packing=packing)
     rows = builtin.texts(0, 60)
-    batch, report = encode_texts(rows, tokenizer, settings)
-    texts, _ = tokenize_texts(rows, tokenizer, settings)
+    batch = encode_texts(rows, tokenizer, settings)
+    texts = tokenize_texts(rows, tokenizer, settings)
     expected = [
         (tuple(t.tokens), tuple(i >= t.target_start for i in range(len(t.tokens)))) for t in texts
     ]
     assert sorted(unpacked(batch)) == sorted(expected)
-    assert report.texts == 60
-    assert report.rows == len(batch.tokens)
-    assert report.tokens == sum(len(t.tokens) for t in texts) == (batch.segments > 0).sum()
-    assert report.learned_tokens == batch.loss_mask.sum()
-    assert (report.rows < 40) == packing
+    assert len(texts) == 60
+    assert sum(len(t.tokens) for t in texts) == (batch.segments > 0).sum()
+    assert (len(batch.tokens) < 40) == packing
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_learned_places_are_those_of_the_mask(tokenizer, packing):
+def test_target_positions_are_those_of_the_mask(tokenizer, packing):
     rows = [
         {"prompt": "Once upon a time there was " * 4, "completion": " an end." * (1 + i % 3)}
         for i in range(9)
     ]
-    settings = Settings(max_length=128, completion_only=True, packing=packing)
-    batch, report = encode_texts(rows, tokenizer, settings)
+    settings = DataSettings(max_length=128, completion_only=True, packing=packing)
+    batch = encode_texts(rows, tokenizer, settings)
     assert batch.target_positions.shape[1] < 0.75 * batch.tokens.shape[1]
-    assert (batch.target_positions > 0).sum() == report.learned_tokens == batch.loss_mask.sum()
-    for places, mask in zip(batch.target_positions, batch.loss_mask, strict=True):
+    assert (batch.target_positions > 0).sum() == batch.loss_mask.sum()
+    for positions, mask in zip(batch.target_positions, batch.loss_mask, strict=True):
         count = mask.sum()
-        assert places[:count].tolist() == np.nonzero(mask)[0].tolist()
-        assert not places[count:].any()
-    whole = dataclasses.replace(settings, completion_only=False)
-    assert encode_texts(rows, tokenizer, whole)[0].learned is None  # all but the first tokens are
+        assert positions[:count].tolist() == np.nonzero(mask)[0].tolist()
+        assert not positions[count:].any()
+    # With all tokens but the first of a text as targets, logits are computed everywhere.
+    all_tokens = dataclasses.replace(settings, completion_only=False)
+    assert encode_texts(rows, tokenizer, all_tokens).target_positions is None
 
 
-def test_rows_are_filled_from_the_left_and_inert_behind(tokenizer):
-    batch, _ = encode_texts(builtin.texts(0, 50), tokenizer, Settings(max_length=90))
+def test_sequences_are_filled_from_the_left_and_padded_on_the_right(tokenizer):
+    batch = encode_texts(builtin.texts(0, 50), tokenizer, DataSettings(max_length=90))
     real = batch.segments > 0
     assert batch.tokens.shape[1] <= 90
     assert np.array_equal(real, np.sort(real, axis=1)[:, ::-1])
@@ -226,9 +224,9 @@ def test_rows_are_filled_from_the_left_and_inert_behind(tokenizer):
 def test_width_is_a_multiple_of_eight_up_to_the_limit(tokenizer):
     row = {"text": "I loved it."}
     length = len(ids(tokenizer, row["text"])) + 1
-    batch, _ = encode_texts([row], tokenizer, Settings())
+    batch = encode_texts([row], tokenizer, DataSettings())
     assert batch.tokens.shape[1] == -(-length // 8) * 8
-    batch, _ = encode_texts([row] * 9, tokenizer, Settings(max_length=2 * length + 1))
+    batch = encode_texts([row] * 9, tokenizer, DataSettings(max_length=2 * length + 1))
     assert batch.tokens.shape[1] <= 2 * length + 1
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.data import builtin, load_tokenizer, train_tokenizer
-from rlhf_jax.data.tokenizers import EOS_TOKEN, PAD_TOKEN, Settings
+from rlhf_jax.data.settings import TokenizerSettings
+from rlhf_jax.data.tokenizers import EOS_TOKEN, PAD_TOKEN
 from rlhf_jax.errors import InputError
 
 TOKENIZER = train_tokenizer(["the film was superb", "the film was dull"] * 5, 300)
@@ -141,11 +142,11 @@ def test_a_tokenizer_without_an_end(tmp_path):
 
 def test_settings_are_checked():
     with pytest.raises(InputError, match=r"tokenizer.vocab_size is 257, .* at least 258"):
-        Settings(vocab_size=257)
+        TokenizerSettings(vocab_size=257)
     with pytest.raises(InputError, match="vocab_size is 10"):
         train_tokenizer(["a"], 10)
     with pytest.raises(InputError, match=r"tokenizer.path is empty"):
-        Settings(path=" ")
+        TokenizerSettings(path=" ")
 
 
 def test_without_texts_there_are_still_the_bytes():

@@ -151,14 +151,14 @@ def main(address, processes, place, base, task, kind):
     processes, base = int(processes), Path(base)
     join(Settings(address, processes, int(place), timeout=60))
     read = []
-    rows_at = Batches.rows_at
+    slice_at = Batches.slice_at
 
     def reading(batches, step, start, stop):
         read.append((batches.batch_size, start, stop))
-        return rows_at(batches, step, start, stop)
+        return slice_at(batches, step, start, stop)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Batches, "rows_at", reading)
+        monkeypatch.setattr(Batches, "slice_at", reading)
         if task == "stop":
             assert check_what_is_shared() == [(4 * int(place), 4 * int(place) + 4)]
             check_errors(base)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_reward_model

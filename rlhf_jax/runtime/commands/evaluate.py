@@ -97,7 +97,7 @@ def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer, model, params = _load(config, config.model.path, "model.path")
     loading.check_positions(model, config.data.max_length, "data.max_length")
     held_out = _held_out(config, "text")
-    texts, _ = encode_texts(held_out, tokenizer, config.data)
+    texts = encode_texts(held_out, tokenizer, config.data)
     step = jax.jit(sft.make_eval_step(model))
     batches = eval_batches(texts, config.evaluation.batch_size)
     sums = sum_metrics(step(params, batch) for batch in batches)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
-from rlhf_jax.data.datasets import Settings as DataSettings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import max_targets, target_width
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
+from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2Config
 from rlhf_jax.models.huggingface import read_config

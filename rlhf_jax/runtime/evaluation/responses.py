@@ -9,8 +9,8 @@ import jax
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import eval_batches
-from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.prompts import encode_prompts
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.constraints import padded_batch_size

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.data.batching import eval_batches
-from rlhf_jax.data.datasets import Settings as DataSettings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.functional import token_logprobs
 from rlhf_jax.models.interface import Model, Params
@@ -59,7 +59,7 @@ def encode_completions(
     logger = logging.getLogger("rlhf_jax.data")
     logger.disabled = True  # the encoding for the loss has warned of the same cuts
     try:
-        return encode_texts(examples, tokenizer, unpacked)[0]
+        return encode_texts(examples, tokenizer, unpacked)
     finally:
         logger.disabled = False
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.data.datasets import Settings as DataSettings
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.runtime.evaluation import teacher_forced
 from tests.models.gpt2_by_loop import log_softmax, logits_by_loop

@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data import builtin, train_tokenizer
-from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model

@@ -1,0 +1,52 @@
+"""One entry for all kinds of examples: a trainer names its kind, and this encodes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
+from rlhf_jax.data.formats import Kind
+from rlhf_jax.data.pairs import encode_pairs
+from rlhf_jax.data.prompts import encode_prompts
+from rlhf_jax.data.rankings import encode_rankings
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.sft import encode_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+AnyBatch = TextBatch | PairBatch | RankingBatch | PromptBatch
+
+ENCODERS: dict[Kind, Callable[..., AnyBatch]] = {
+    "text": encode_texts,
+    "pairs": encode_pairs,
+    "rankings": encode_rankings,
+    "prompts": encode_prompts,
+    "references": encode_prompts,
+}
+
+
+def encode_examples(
+    kind: Kind,
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
+) -> Any:
+    """All examples of a kind as one batch of NumPy arrays.
+
+    Args:
+      kind: of the examples, as for `load_examples`.
+      examples: as `load_examples` returns them for this kind.
+      tokenizer: converts text to tokens, and messages to text by its chat template.
+      settings: the length limits.
+
+    Returns:
+      A `TextBatch`, `PairBatch`, `RankingBatch` or `PromptBatch`, as `encode_texts`,
+      `encode_pairs`, `encode_rankings` and `encode_prompts` return it; "references" are encoded as
+      prompts.
+
+    Raises:
+      InputError: if no example is left, or messages cannot be rendered.
+    """
+    return ENCODERS[kind](examples, tokenizer, settings)

@@ -1,0 +1,193 @@
+"""The sections `data` and `tokenizer` of the configuration; nothing here imports jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from rlhf_jax.data.formats import CANONICAL
+from rlhf_jax.errors import InputError
+
+BUILTIN = "builtin"
+MAX_BUCKETS = 4
+MIN_VOCABULARY = 258  # 256 bytes and the two special tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """The section `data` of the configuration.
+
+    Attributes:
+      path: "builtin" for the embedded corpus; a file .jsonl, .json, .csv (each also with .gz) or
+        .parquet; a folder of such files; or the name of a data set on the hub. An empty cell of a
+        CSV file is the empty text.
+      name: configuration of a data set on the hub.
+      split: training split. A file is the split "train"; in a folder, files named after a split
+        (train.jsonl, train-00000.parquet) are that split, or all are "train" if none is named so.
+        Slices of the `datasets` library ("train[:80%]") are supported.
+      eval_path: path of the evaluation examples, if it is not `path`.
+      eval_split: their split; by default "train" of a file, "validation" of a folder or a hub data
+        set.
+      eval_rows: number of evaluation examples. With neither `eval_path` nor `eval_split`, exactly
+        this number is held out from the end of a shuffle by `seed`; otherwise these are the first
+        examples of the evaluation split, at most this number. None means 512, or a tenth of the
+        examples if that is fewer. 0 means none.
+      max_rows: maximum number of training examples, the first of the same shuffle.
+      columns: canonical column name -> name in the file.
+      seed: of the embedded corpus, of the hold-out and of `prompt_tokens`.
+      builtin_rows: number of training examples of the embedded corpus.
+      max_length: maximum tokens of a text, prompt and completion together, EOS included.
+      max_prompt_length: maximum tokens of a prompt; longer prompts lose their left end.
+      max_response_length: maximum tokens of a completion or judged response, EOS included; longer
+        ones lose their right end.
+      completion_only: compute the loss on the completion of a prompt only (the last turn of
+        messages), not on the prompt.
+      packing: pack several short texts into one sequence.
+      length_buckets: maximum number of different batch widths, 1 to 4; each is compiled once. With
+        more than one, padding that no example of a batch needs is removed.
+      prompt_tokens: for prompts that are full texts: keep the first n tokens, n drawn uniformly
+        from this closed range by (seed, index of the example).
+      split_at: splits texts that are full conversations after the last occurrence of this string,
+        for example "\\n\\nAssistant:", into prompt and response. Examples that have a prompt are
+        not split. Examples without the string are dropped, and pairs whose prompts differ.
+      prompt_suffix: ending of the prompts, for example "TL;DR:". Prompts that are too long then
+        lose the right end of the text before it. If the responses begin with it, it is moved to
+        the prompt, on a line of its own.
+      min_response_words: pairs with a response of fewer words are dropped; in rankings, only the
+        response is dropped.
+
+    Raises:
+      InputError: naming the invalid setting and the allowed values.
+    """
+
+    path: str = BUILTIN
+    name: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    eval_split: str | None = None
+    eval_rows: int | None = None
+    max_rows: int | None = None
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    builtin_rows: int = 4096
+    max_length: int = 256
+    max_prompt_length: int = 128
+    max_response_length: int = 128
+    completion_only: bool = True
+    packing: bool = True
+    length_buckets: int = 1
+    prompt_tokens: tuple[int, int] | None = None
+    split_at: str | None = None
+    prompt_suffix: str | None = None
+    min_response_words: int = 0
+
+    def __post_init__(self) -> None:
+        for key, value in (
+            ("builtin_rows", self.builtin_rows),
+            ("max_prompt_length", self.max_prompt_length),
+            ("max_rows", self.max_rows),
+        ):
+            _at_least(1, key, value)
+        # The shortest text with a target has two tokens; the shortest response is a token and EOS.
+        _at_least(2, "max_length", self.max_length)
+        _at_least(2, "max_response_length", self.max_response_length)
+        for key, value in (
+            ("seed", self.seed),
+            ("min_response_words", self.min_response_words),
+            ("eval_rows", self.eval_rows),
+        ):
+            _at_least(0, key, value)
+        for key, text in (("split_at", self.split_at), ("prompt_suffix", self.prompt_suffix)):
+            if text is not None and not text.strip():
+                raise InputError(f"data.{key} is empty: give it a text, or leave it out (null).")
+        if not 1 <= self.length_buckets <= MAX_BUCKETS:
+            raise InputError(
+                f"data.length_buckets is {self.length_buckets}: set it to a number from 1 to "
+                f"{MAX_BUCKETS}."
+            )
+        if not self.path.strip() or not self.split.strip():
+            raise InputError(
+                'data.path and data.split must not be empty: for example "builtin" and "train".'
+            )
+        self._check_columns()
+        self._check_prompt_tokens()
+        self._check_builtin()
+
+    def _check_columns(self) -> None:
+        for canonical in self.columns:
+            if canonical not in CANONICAL:
+                raise InputError(
+                    f"data.columns maps {canonical!r}, which is not a known column: the left side "
+                    f"is one of {', '.join(CANONICAL)}, the right side a name in the file."
+                )
+
+    def _check_prompt_tokens(self) -> None:
+        if self.prompt_tokens is None:
+            return
+        if len(self.prompt_tokens) != 2:
+            raise InputError(f"data.prompt_tokens is {self.prompt_tokens}: give (low, high).")
+        low, high = self.prompt_tokens
+        if not 1 <= low <= high <= self.max_prompt_length:
+            raise InputError(
+                f"data.prompt_tokens is ({low}, {high}): give (low, high) with 1 <= low <= high <= "
+                f"data.max_prompt_length ({self.max_prompt_length})."
+            )
+
+    def _check_builtin(self) -> None:
+        if self.path != BUILTIN:
+            return
+        if self.split != "train" or self.name is not None:
+            raise InputError(
+                "data.split and data.name select a part of a file or of a hub data set; the path "
+                '"builtin" has no parts: leave them out.'
+            )
+        if self.eval_split is not None and self.eval_path is None:
+            raise InputError(
+                "data.eval_split needs data.eval_path here: the embedded corpus makes its own "
+                "evaluation examples (data.eval_rows)."
+            )
+
+
+def _at_least(minimum: int, key: str, value: int | None) -> None:
+    if value is not None and value < minimum:
+        raise InputError(f"data.{key} is {value}: set it to {minimum} or more.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSettings:
+    """The section `tokenizer` of the configuration.
+
+    Attributes:
+      path: folder or hub name of a tokenizer. None trains one on the training texts.
+      vocab_size: maximum number of entries of a trained tokenizer, its two special tokens included;
+        a small corpus may give fewer.
+      chat_template: Jinja template that renders messages as text, or a file with one; it replaces
+        the tokenizer's own.
+
+    Raises:
+      InputError: if `vocab_size` cannot hold every byte and the special tokens, or the template is
+        neither a file nor a Jinja template.
+    """
+
+    path: str | None = None
+    vocab_size: int = 1024
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < MIN_VOCABULARY:
+            raise InputError(
+                f"tokenizer.vocab_size is {self.vocab_size}, but a byte-level vocabulary needs at "
+                f"least {MIN_VOCABULARY} entries: set it higher."
+            )
+        if self.path is not None and not self.path.strip():
+            raise InputError(
+                "tokenizer.path is empty: give a folder or a hub name, or leave it out (null) to "
+                "train a tokenizer on the data."
+            )
+        if self.chat_template is not None and "{" not in self.chat_template:
+            file = os.path.expanduser(self.chat_template)
+            if not os.path.isfile(file):
+                raise InputError(
+                    f"tokenizer.chat_template {self.chat_template!r} is neither a file nor a Jinja "
+                    "template, which has {{ }} or {% %} in it."
+                )
