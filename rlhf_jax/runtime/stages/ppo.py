@@ -179,7 +179,7 @@ class PPOStage:
     """What the loop needs of PPO; see `loop.Stage`."""
 
     name = "ppo"
-    losses = ("loss/policy_avg", "loss/value_avg")
+    losses: tuple[str, ...] = ("loss/policy_avg", "loss/value_avg")
 
     def __init__(self, config: PPOConfig, reward_fn: RewardFunction | None = None) -> None:
         self.config = config

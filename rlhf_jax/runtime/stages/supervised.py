@@ -44,7 +44,7 @@ class SupervisedStage:
     batches: Any
     held_out: Any
     total_steps: int
-    losses = ("train/loss",)
+    losses: tuple[str, ...] = ("train/loss",)
     flops_per_step = 0.0
     init_key: jax.Array
     key: jax.Array
