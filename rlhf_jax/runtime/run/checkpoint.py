@@ -55,8 +55,8 @@ class Checkpoints:
     dtype and checksum of each array, and the caller's metadata, under a checksum of its own.
 
     Attributes:
-      evaluations: metrics by step, of which `settings.best_metric` defines the best step. The
-        caller sets them.
+      evaluations: metrics by step, of which `settings.best_metric` defines the best step. A caller
+        that restores a checkpoint sets those of earlier steps.
     """
 
     def __init__(self, run_dir: str, settings: CheckpointSettings) -> None:
@@ -66,6 +66,7 @@ class Checkpoints:
         self._steps = self._read_steps()
         self._opened: ocp.CheckpointManager | None = None
         self.evaluations: dict[int, dict[str, float]] = {}
+        self._warned = False
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -144,6 +145,26 @@ class Checkpoints:
                 self._opened.close()
 
     # --- the best ---------------------------------------------------------------------------------
+
+    def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Records the evaluation of a step; returns it with "best/step" and "best/value" so far."""
+        values = {key: float(value) for key, value in metrics.items()}
+        if not values:
+            return values
+        name = self._settings.best_metric
+        if name is not None and name not in values and not self._warned:
+            self._warned = True
+            logger.warning(
+                "checkpoint.best_metric is %s, which is not evaluated: no step is the best. The "
+                "evaluation has %s.",
+                name,
+                ", ".join(sorted(values)),
+            )
+        self.evaluations[step] = values
+        best = self.best(step)
+        if best is None:
+            return values
+        return values | {"best/step": float(best[0]), "best/value": best[1]}
 
     def best(self, unsaved_step: int | None = None) -> tuple[int, float] | None:
         """(step, value) of the best evaluation of the saved steps, or None without any.

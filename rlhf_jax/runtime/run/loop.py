@@ -1,7 +1,6 @@
 """The training loop of every stage: steps, logs, evaluations, checkpoints, and its safe end."""
 
 import contextlib
-import logging
 import math
 import sys
 import time
@@ -24,12 +23,10 @@ from rlhf_jax.runtime.run.folder import (
     to_dict,
 )
 from rlhf_jax.runtime.run.heap import trim_heap
-from rlhf_jax.runtime.run.metrics import MetricsWriter, NoWriter
+from rlhf_jax.runtime.run.metrics import make_writer
 from rlhf_jax.runtime.run.progress import Progress, Throughput
 from rlhf_jax.runtime.run.signals import EvaluationTerminated, Interrupted, Signals, Terminated
 from rlhf_jax.runtime.run.stage import Metrics, Samples, Stage, StageResult
-
-logger = logging.getLogger("rlhf_jax.runtime.run.loop")
 
 
 class DivergedError(FloatingPointError):
@@ -82,7 +79,7 @@ def _train(stage: Stage, config: Any, signals: Signals) -> None:
         shown = config.logging.progress and hosts.is_first()
         with (
             signals.phase("step"),
-            _writer(stage.name, config, start) as writer,
+            make_writer(config, stage.name, start) as writer,
             Progress(stage.total_steps, start, stage.name, shown) as progress,
         ):
             state = _Loop(stage, config, checkpoints, writer, progress, signals).run(state, start)
@@ -95,15 +92,6 @@ def _train(stage: Stage, config: Any, signals: Signals) -> None:
     finally:
         with disk_errors(folder):
             checkpoints.close()
-
-
-def _writer(name: str, config: Any, initial_step: int) -> MetricsWriter | NoWriter:
-    """The writer of metrics and samples on the first host."""
-    if not hosts.is_first():
-        return NoWriter()
-    return MetricsWriter(
-        config.run_dir, config.logging, to_dict(config), name=name, initial_step=initial_step
-    )
 
 
 def _restore(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, int]:
@@ -141,7 +129,7 @@ class _Loop:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.writer, self.progress, self.signals = writer, progress, signals
         self.throughput = Throughput(stage.flops_per_token, stage.flops_per_step)
-        self.saved_at, self.logged_step, self.warned = time.monotonic(), 0, False
+        self.saved_at, self.logged_step = time.monotonic(), 0
         self.agree, self.terminated, self.rescuing = hosts.Agreement(3), False, False
 
     def run(self, state: Any, start: int) -> Any:
@@ -207,7 +195,8 @@ class _Loop:
         A run that stops does not evaluate: `_complete` does when it continues.
         """
         self._check(step, hosts.to_host(metrics))
-        samples, evaluation = self._output_samples(state, step, output), {}
+        samples = self._output_samples(state, step, output)
+        evaluation: Metrics = {}
         if not stopping:
             sampling = output is None and self._are_samples_due(step)
             evaluation, more, stopping = self._evaluate(
@@ -253,7 +242,7 @@ class _Loop:
         try:
             with self.throughput.pause(), self.signals.phase("evaluation"):
                 if evaluating:
-                    evaluation = self._with_best(step, self.stage.evaluate(state))
+                    evaluation = self.checkpoints.add_evaluation(step, self.stage.evaluate(state))
                 if sampling:
                     samples = self.stage.samples(state, None, self.config.logging.num_samples)
         except EvaluationTerminated:
@@ -265,27 +254,6 @@ class _Loop:
         if output is None or not self._are_samples_due(step):
             return []
         return self.stage.samples(state, output, self.config.logging.num_samples)
-
-    def _with_best(self, step: int, evaluation: Mapping[str, float]) -> Metrics:
-        """The evaluation, and the best step so far."""
-        name = self.config.checkpoint.best_metric
-        values = {key: float(value) for key, value in evaluation.items()}
-        if not values:
-            return values
-        self.checkpoints.evaluations[step] = values
-        if name is not None and name not in values and not self.warned:
-            self.warned = True
-            logger.warning(
-                "checkpoint.best_metric is %s, which the stage %s does not evaluate: no step of it "
-                "is the best. It has %s.",
-                name,
-                self.stage.name,
-                ", ".join(sorted(values)),
-            )
-        best = self.checkpoints.best(step)
-        if best is None:
-            return values
-        return values | {"best/step": float(best[0]), "best/value": best[1]}
 
     # --- checkpoints and ends ---------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.run.folder import cut_after, disk_errors, encode_line, is_remote
+from rlhf_jax.parallel import hosts
+from rlhf_jax.runtime.run.folder import cut_after, disk_errors, encode_line, is_remote, to_dict
 from rlhf_jax.runtime.run.settings import LoggingSettings
 
 
@@ -139,6 +140,15 @@ class MetricsWriter:
         # A full disk raises here a second time; the first error is the one to report.
         with contextlib.suppress(InputError):
             self.close()
+
+
+def make_writer(config: Any, name: str, initial_step: int) -> "MetricsWriter | NoWriter":
+    """The writer of a run with this configuration; other hosts than the first have a `NoWriter`."""
+    if not hosts.is_first():
+        return NoWriter()
+    return MetricsWriter(
+        config.run_dir, config.logging, to_dict(config), name=name, initial_step=initial_step
+    )
 
 
 class NoWriter:

@@ -31,10 +31,11 @@ def anything(record):
     return None
 
 
-def saved(folder, *steps, settings=None, metrics=lambda step: None):
+def saved(folder, *steps, settings=None, evaluations=()):
     checkpoints = Checkpoints(str(folder), settings or CheckpointSettings())
+    checkpoints.evaluations = dict(evaluations)
     for step in steps:
-        assert checkpoints.save(step, state_of(step), metrics=metrics(step), more={"n": step})
+        assert checkpoints.save(step, state_of(step), {"n": step})
     checkpoints.close()
     return checkpoints
 
@@ -287,45 +288,34 @@ def test_a_save_that_was_killed_is_cleared_away_by_the_next(tmp_path):
 # --- the best ------------------------------------------------------------------------------------
 
 LOSSES = {1: 0.5, 2: 0.25, 3: 0.75, 4: 0.25, 5: float("nan"), 7: 0.5}
-
-
-def losses(step):
-    return {"eval/loss": LOSSES[step]} if step in LOSSES else None
+EVALUATIONS = {step: {"eval/loss": loss} for step, loss in LOSSES.items()}
 
 
 @pytest.mark.parametrize(
     ("mode", "best", "kept"),
     [("min", (2, 0.25), ["2", "6", "7"]), ("max", (3, 0.75), ["3", "6", "7"])],
 )
-def test_the_best_stays_and_is_known_after_a_restart(tmp_path, mode, best, kept):
+def test_the_best_checkpoint_is_kept(tmp_path, mode, best, kept):
     settings = CheckpointSettings(best_metric="eval/loss", best_mode=mode)
-    saved(tmp_path, 1, 2, 3, settings=settings, metrics=losses)
-    checkpoints = saved(tmp_path, 4, 5, 6, 7, settings=settings, metrics=losses)
+    saved(tmp_path, 1, 2, 3, settings=settings, evaluations=EVALUATIONS)
+    checkpoints = saved(tmp_path, 4, 5, 6, 7, settings=settings, evaluations=EVALUATIONS)
     assert checkpoints.best() == best
     assert names(tmp_path) == kept
-    again = Checkpoints(str(tmp_path), settings)
-    assert again.best() == best
-    assert_is(again.restore_best(zeros()), best[0])
+    assert_is(checkpoints.restore_best(zeros()), best[0])
     # An evaluation that is not saved yet counts, if it is better.
-    assert again.best(8, {"eval/loss": 0.5}) == best
-    assert again.best(8, {"eval/loss": 0.1 if mode == "min" else 1.0})[0] == 8
-    assert Checkpoints(str(tmp_path), CheckpointSettings()).best() is None
-    # Of those that are there it is known by other metrics too, once one asks.
-    damaged = tmp_path / "checkpoints" / kept[0] / "default"
-    shutil.rmtree(damaged)
-    assert_is(again.restore_best(zeros()), 7)
+    checkpoints.evaluations[8] = {"eval/loss": 0.5}
+    assert checkpoints.best(8) == best
+    checkpoints.evaluations[8] = {"eval/loss": 0.1 if mode == "min" else 1.0}
+    assert checkpoints.best(8)[0] == 8
+    assert checkpoints.best() == best
+    # If the best one is damaged, the next best one is read, and nothing is moved.
+    shutil.rmtree(tmp_path / "checkpoints" / kept[0] / "default")
+    assert_is(checkpoints.restore_best(zeros()), 7)
     assert names(tmp_path) == kept
 
 
-def test_an_evaluation_made_up_for_is_told_by_the_next_checkpoint(tmp_path):
-    settings = CheckpointSettings(best_metric="eval/loss", keep=1)
-    checkpoints = Checkpoints(str(tmp_path), settings)
-    checkpoints.save(1, state_of(1))
-    checkpoints.evaluated(1, {"eval/loss": 0.5})
-    checkpoints.save(2, state_of(2), metrics={"eval/loss": 0.75})
-    checkpoints.close()
-    assert names(tmp_path) == ["1", "2"]
-    assert Checkpoints(str(tmp_path), settings).best() == (1, 0.5)
+def test_without_a_metric_no_checkpoint_is_the_best(tmp_path):
+    assert saved(tmp_path, 1, evaluations=EVALUATIONS).best() is None
 
 
 @pytest.mark.parametrize(

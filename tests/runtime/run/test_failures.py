@@ -1,21 +1,22 @@
 """What goes wrong while a run is under way: NaN, a full disk, a reward function in Python."""
 
 import errno
-import json
+import math
 import os
 import shutil
 import subprocess
 
-import numpy as np
+import jax
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import train_ppo, train_sft
+from rlhf_jax.runtime import train_ppo
 from rlhf_jax.runtime.evaluation import policies as judging
 from rlhf_jax.runtime.run import checkpoint as checkpoints
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages import sft as sft_stage
 from tests import small
+from tests.runtime.run import counting
+from tests.runtime.run.counting import CountingStage, SamplingStage
 
 
 def message(function, *arguments, error=InputError):
@@ -30,42 +31,106 @@ def saved_steps(folder):
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
-def is_finite(tree):
-    import jax
-
-    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
-
-
 # --- NaN -----------------------------------------------------------------------------------------
 
 
-def test_a_nan_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
-    hot = {"learning_rate": 1e30, "max_grad_norm": None}
-    config = small.sft(tmp_path, optimizer=hot, checkpoint={"every": 1}, logging={"eval_every": 0})
-    assert message(train_sft, config, error=loop.DivergedError) == (
-        "train/loss is nan at step 2 of the stage sft; training stopped and kept the checkpoint of "
-        f"step 1, in {tmp_path}. Lower optimizer.learning_rate and start again with another "
-        "--run_dir."
-    )
+class DivergingStage(CountingStage):
+    """A metric of the second step is not finite."""
+
+    losses = ("train/loss", "loss/own")
+    metric, value = "train/loss", math.nan
+
+    def step(self, state, index):
+        state, metrics, output = super().step(state, index)
+        return state, {**metrics, **({self.metric: self.value} if index == 1 else {})}, output
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"),
+    [("train/loss", math.nan), ("loss/own", -math.inf), ("train/grad_norm", math.inf)],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, metric, value
+):
+    monkeypatch.setattr(DivergingStage, "metric", metric)
+    monkeypatch.setattr(DivergingStage, "value", value)
+    options = {"checkpoint": {"every": 1}, "logging": {"eval_every": 0}}
+    for _ in range(2):  # the same call comes to the same end, from the checkpoint that it kept
+        with pytest.raises(loop.DivergedError) as raised:
+            counting.train(tmp_path, DivergingStage, **options)
+        assert str(raised.value) == (
+            f"{metric} is {value} at step 2 of the stage counting; training stopped and kept the "
+            f"checkpoint of step 1, in {tmp_path}. Lower optimizer.learning_rate and start again "
+            "with another --run_dir."
+        )
     assert saved_steps(tmp_path) == [1]
-    assert is_finite(small.checkpoint(tmp_path, 1))
     assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1]
     assert not (tmp_path / "hf").exists()
-    # The same call comes to the same end, from the checkpoint that it kept.
-    assert "is nan at step 2" in message(train_sft, config, error=loop.DivergedError)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-    """The loss and the gradient of the step were finite: what it made of the parameters was not."""
-    hot = {"learning_rate": 1e39, "max_grad_norm": None}
-    config = small.sft(tmp_path, optimizer=hot, checkpoint={"every": 1})
-    told = message(train_sft, config, error=loop.DivergedError)
-    assert told.startswith(
-        "a parameter is not finite at step 1 of the stage sft; training stopped and kept no "
+def test_a_metric_that_is_no_loss_may_be_infinite(tmp_path, monkeypatch):
+    monkeypatch.setattr(DivergingStage, "metric", "train/other")
+    counting.train(tmp_path, DivergingStage)
+    assert small.rows(tmp_path / "metrics.jsonl")[1]["train/other"] == "NaN"
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """The loss and the gradient of the step were finite, but its update was not."""
+    initial = counting.initial
+
+    class Overflowing(CountingStage):
+        def step(self, state, index):
+            _, metrics, output = super().step(state, index)
+            return jax.tree.map(lambda x: x / 0, initial(jax.random.key(0))), metrics, output
+
+    said = message(
+        lambda: counting.train(tmp_path, Overflowing, checkpoint={"every": 1}),
+        error=loop.DivergedError,
+    )
+    assert said.startswith(
+        "a parameter is not finite at step 1 of the stage counting; training stopped and kept no "
         "checkpoint, as none was due,"
     )
     assert saved_steps(tmp_path) == []
+
+
+# --- errors of a user's functions ----------------------------------------------------------------
+
+
+def fail_in(patch, stage, method, at_call):
+    """Makes a method of a stage raise a ZeroDivisionError in its nth call."""
+    original, calls = getattr(stage, method), []
+
+    def failing(self, *args):
+        calls.append(1)
+        return original(self, *args) if len(calls) != at_call else 1 / 0
+
+    patch.setattr(stage, method, failing)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "saved"),
+    [
+        ("step", 1, []),
+        ("step", 3, [2]),
+        ("step", 4, [3]),
+        ("evaluate", 2, [4]),
+    ],
+)
+@pytest.mark.parametrize("stage", [CountingStage, SamplingStage])
+def test_an_error_loses_no_step(
+    tmp_path, monkeypatch, counting_run, sampling_run, capsys, stage, method, call, saved
+):
+    with monkeypatch.context() as patch:
+        fail_in(patch, stage, method, call)
+        with pytest.raises(ZeroDivisionError):
+            counting.train(tmp_path, stage)
+    assert saved_steps(tmp_path) == saved
+    said = f"is saved in {tmp_path}; the same command continues from there."
+    assert (said in capsys.readouterr().err) == bool(saved)
+    assert not (tmp_path / "hf").exists()
+    counting.train(tmp_path, stage)
+    small.assert_same_run(counting_run if stage is CountingStage else sampling_run, tmp_path)
 
 
 # --- reward functions ----------------------------------------------------------------------------
@@ -83,23 +148,6 @@ def failing_at(call, fail):
     return my_reward
 
 
-def test_an_error_in_the_last_evaluation_loses_no_step(tmp_path, sft_run):
-    def divide(scores):
-        return [score / 0 for score in scores]
-
-    # Four steps, and after the second both policies: what fails is the evaluation after the last.
-    with pytest.raises(ZeroDivisionError):
-        train_ppo(small.ppo(tmp_path, sft_run[0]), failing_at(7, divide))
-    assert saved_steps(tmp_path) == [4]
-    assert not (tmp_path / "hf").exists()
-    # How it is judged may be another way now.
-    judged = {"batch_size": 8, "num_samples": 1}
-    train_ppo(small.ppo(tmp_path, sft_run[0], evaluation=judged), small.short_response)
-    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert len(json.loads((tmp_path / "evaluation.json").read_text())["samples"]) == 1
-    assert (tmp_path / "hf").exists()
-
-
 def without_evaluation(folder, sft_run):
     return small.ppo(folder, sft_run[0], data={"eval_rows": 0}, logging={"eval_every": 0})
 
@@ -108,18 +156,9 @@ def without_evaluation(folder, sft_run):
     ("fail", "said"),
     [
         (lambda scores: [float("nan"), *scores[1:]], "my_reward gave the score nan for the compl"),
-        (lambda scores: [*scores[1:], float("inf")], "my_reward gave the score inf for the compl"),
         (
             lambda scores: scores[1:],
             "my_reward gave 7 scores for 8 completions; it has to give one",
-        ),
-        (
-            lambda scores: None,
-            "my_reward gave None; it has to give a list of numbers, one for each",
-        ),
-        (
-            lambda scores: [*scores[1:], "good"],
-            "my_reward gave 'good' at index 7; it has to give a number for each completion.",
         ),
     ],
 )
@@ -131,7 +170,6 @@ def test_a_wrong_score_is_named_and_costs_no_step(tmp_path, sft_run, capsys, fai
         in capsys.readouterr().err
     )
     assert saved_steps(tmp_path) == [2]
-    assert is_finite(small.checkpoint(tmp_path, 2))
 
 
 def test_an_error_in_a_reward_function_keeps_its_traceback_and_the_run_goes_on(tmp_path, sft_run):
@@ -146,14 +184,6 @@ def test_an_error_in_a_reward_function_keeps_its_traceback_and_the_run_goes_on(t
     train_ppo(without_evaluation(tmp_path / "parts", sft_run), small.short_response)
     train_ppo(without_evaluation(tmp_path / "whole", sft_run), small.short_response)
     small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_reward_function_that_fails_at_once_leaves_a_folder_to_start_in(tmp_path, sft_run):
-    config = without_evaluation(tmp_path, sft_run)
-    message(train_ppo, config, failing_at(1, lambda scores: []))
-    assert saved_steps(tmp_path) == []
-    result = train_ppo(config, small.short_response)
-    assert result.metrics["step"] == small.STEPS
 
 
 def test_a_reward_function_is_given_texts_and_the_other_columns(tmp_path, sft_run):
@@ -183,8 +213,8 @@ def test_a_reward_function_is_given_texts_and_the_other_columns(tmp_path, sft_ru
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl"])
-def test_a_full_disk_under_a_log(tmp_path, monkeypatch, sft_run, file):
-    original, kept = sft_stage.SFTStage.step, tmp_path / "kept"
+def test_a_full_disk_under_a_log(tmp_path, monkeypatch, counting_run, file):
+    original, kept = CountingStage.step, tmp_path / "kept"
 
     def filling_the_disk(self, state, index):
         if index == 2:
@@ -192,24 +222,24 @@ def test_a_full_disk_under_a_log(tmp_path, monkeypatch, sft_run, file):
             (tmp_path / file).symlink_to("/dev/full")
         return original(self, state, index)
 
-    config = small.sft(tmp_path, checkpoint={"every": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(sft_stage.SFTStage, "step", filling_the_disk)
-        assert message(train_sft, config) == (
+        patch.setattr(CountingStage, "step", filling_the_disk)
+        said = message(lambda: counting.train(tmp_path, checkpoint={"every": 1}))
+        assert said == (
             f"cannot write to {tmp_path}: No space left on device; free some space and run the "
             "same command again: it continues from the last checkpoint"
         )
     kept.rename(tmp_path / file)
-    train_sft(config)
-    small.assert_same_run(sft_run[0], tmp_path)
+    counting.train(tmp_path)
+    small.assert_same_run(counting_run, tmp_path)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 300 kB, and a function that gives it another size; root alone can have one."""
+    """A disk of 120 kB, and a function that changes its size; only root can mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     yield (
@@ -221,23 +251,22 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_under_a_checkpoint(small_disk, sft_run):
+def test_a_full_disk_under_a_checkpoint(small_disk, counting_run):
     folder, resize = small_disk
-    config = small.sft(folder / "run")
-    assert message(train_sft, config) == (
+    assert message(lambda: counting.train(folder / "run")) == (
         f"cannot write to {folder}/run: No space left on device; free some space and run the same "
         "command again: it continues from the last checkpoint"
     )
     resize("30m")
-    train_sft(config)
-    small.assert_same_run(sft_run[0], folder / "run")
+    counting.train(folder / "run")
+    small.assert_same_run(counting_run, folder / "run")
 
 
-def test_a_disk_that_fills_under_a_later_checkpoint_leaves_the_one_before(small_disk, sft_run):
-    """The write fails in the background, and the next step tells of it."""
+def test_a_disk_that_fills_under_a_later_checkpoint_leaves_the_one_before(small_disk, counting_run):
+    """The write fails in the background, and the next step raises its error."""
     folder, resize = small_disk
     resize("900k")
-    config = small.sft(folder / "run", checkpoint={"every": 1, "keep": 1})
+    checkpoint = {"every": 1, "keep": 1}
     kept = folder / "kept"
     write = checkpoints.Checkpoints.save
 
@@ -249,14 +278,15 @@ def test_a_disk_that_fills_under_a_later_checkpoint_leaves_the_one_before(small_
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints.Checkpoints, "save", filling_the_disk)
-        assert message(train_sft, config) == (
+        said = message(lambda: counting.train(folder / "run", checkpoint=checkpoint))
+        assert said == (
             f"cannot write to {folder}/run: No space left on device; free some space and run the "
             "same command again: it continues from the last checkpoint"
         )
     assert "1" in {path.name for path in (folder / "run" / "checkpoints").iterdir()}
     resize("30m")
-    train_sft(config)
-    small.assert_same_run(sft_run[0], folder / "run")
+    counting.train(folder / "run", checkpoint=checkpoint)
+    small.assert_same_run(counting_run, folder / "run")
     assert saved_steps(folder / "run") == [4]
 
 
@@ -271,32 +301,31 @@ def no_space_says_orbax(*arguments, **keywords):
 @pytest.mark.parametrize(
     ("module", "name", "how"),
     [
-        (sft_stage, "save_pretrained", no_space),
-        (loop, "write_report", no_space),
+        (CountingStage, "finish", no_space),
         (checkpoints.ocp.CheckpointManager, "save", no_space_says_orbax),
     ],
 )
-def test_a_full_disk_at_the_end(tmp_path, monkeypatch, sft_run, module, name, how):
+def test_a_full_disk_at_the_end(tmp_path, monkeypatch, counting_run, module, name, how):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, how)
-        assert message(train_sft, small.sft(tmp_path)).startswith(
+        assert message(lambda: counting.train(tmp_path)).startswith(
             f"cannot write to {tmp_path}: No space left on device; free some space and run the same"
         )
-    train_sft(small.sft(tmp_path))
-    small.assert_same_run(sft_run[0], tmp_path)
+    counting.train(tmp_path)
+    small.assert_same_run(counting_run, tmp_path)
     assert (tmp_path / "report.html").exists()
 
 
 def test_a_full_disk_under_the_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "replace_file", no_space)
-    told = message(judging.save_evaluation, str(tmp_path), {"table": []})
-    assert told.startswith(f"cannot write to {tmp_path}: No space left on device")
+    said = message(judging.save_evaluation, str(tmp_path), {"table": []})
+    assert said.startswith(f"cannot write to {tmp_path}: No space left on device")
 
 
-def test_what_is_no_matter_of_disks_stays_an_error_of_its_own(tmp_path, monkeypatch):
+def test_other_errors_of_a_save_are_raised_as_they_are(tmp_path, monkeypatch):
     def broken(*arguments, **keywords):
         raise ValueError("a bug")
 
     monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", broken)
     with pytest.raises(ValueError, match="a bug"):
-        train_sft(small.sft(tmp_path))
+        counting.train(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import train_ppo, train_sft
+from rlhf_jax.runtime import train_ppo
 from rlhf_jax.runtime.commands import terminal as cli
 from rlhf_jax.runtime.run import metrics
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def send_signal_in(patch, stage, method, at_call=1, number=signal.SIGTERM, times=1):
-    """Makes a method of a stage receive a signal, some times over, when it is called the nth time."""
+    """Makes a method of a stage receive a signal in its nth call, `times` times."""
     original, calls = getattr(stage, method), []
 
     def interrupted(self, *args):
@@ -115,9 +115,7 @@ def test_samples_of_a_steps_output_are_written_before_the_run_stops(
     small.assert_same_run(sampling_run, tmp_path)
 
 
-def test_the_evaluation_of_ppo_is_repeated_too(
-    tmp_path, monkeypatch, sft_run, reward_run, ppo_run
-):
+def test_the_evaluation_of_ppo_is_repeated_too(tmp_path, monkeypatch, sft_run, reward_run, ppo_run):
     config = small.ppo(tmp_path, sft_run[0], reward_run[0])
     with monkeypatch.context() as patch:
         send_signal_in(patch, PPOStage, "evaluate", 2)
@@ -241,7 +239,7 @@ def test_a_run_that_was_killed_three_times_ends_like_one_that_was_not(
 
 
 def test_lines_for_an_object_store_are_written_before_the_checkpoint(tmp_path, monkeypatch):
-    """They are kept in memory there, and SIGKILL would lose those of steps before the checkpoint."""
+    """They are kept in memory there, and SIGKILL would lose them."""
     monkeypatch.setattr(metrics, "is_remote", lambda path: True)
     save, last_steps = Checkpoints.save, {}
 
@@ -325,7 +323,7 @@ def test_a_metric_that_is_not_evaluated_is_named(tmp_path, caplog):
     counting.train(tmp_path, checkpoint={"best_metric": "eval/scores"})
     (warning,) = [text for text in caplog.messages if "best_metric" in text]
     assert warning == (
-        "checkpoint.best_metric is eval/scores, which the stage counting does not evaluate: no "
-        "step of it is the best. It has eval/accuracy, eval/loss."
+        "checkpoint.best_metric is eval/scores, which is not evaluated: no step is the best. The "
+        "evaluation has eval/accuracy, eval/loss."
     )
     assert "best/step" not in small.rows(tmp_path / "metrics.jsonl")[-1]

@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.run import metrics
+from rlhf_jax.runtime.run.folder import read_lines
 from rlhf_jax.runtime.run.metrics import MetricsWriter
 from rlhf_jax.runtime.run.settings import LoggingSettings
 
@@ -52,7 +53,7 @@ def test_samples_keep_every_character(tmp_path):
     text = 'é \u2028 \ud800 "quoted"\nsecond line \U0001f600'
     with MetricsWriter(tmp_path, PLAIN, {}, name="x") as writer:
         writer.samples(5, [{"prompt": text, "score": np.float32(1.5), "kl": math.nan}])
-    assert metrics.read_lines(tmp_path / "samples.jsonl") == [
+    assert read_lines(tmp_path / "samples.jsonl") == [
         {"step": 5, "prompt": text, "score": 1.5, "kl": "NaN"}
     ]
 
@@ -62,71 +63,20 @@ def write_steps(path, steps, tail=b""):
     path.write_bytes(lines + tail)
 
 
-@pytest.mark.parametrize("tail", [b"", b'{"step": 2, "x"', b'{"step": 3, "x": "\xc3', b"\0\0\0"])
-def test_cut_after_drops_later_and_torn_lines(tmp_path, tail):
-    path = tmp_path / "metrics.jsonl"
-    write_steps(path, [1, 2, 2, 3, 4], tail)
-    with path.open("rb") as old:  # replaced, not overwritten: who has the old file open keeps it
-        assert metrics.cut_after(path, 2) == 2 + bool(tail)
-        assert b'"step": 4' in old.read()
-    assert [row["step"] for row in metrics.read_lines(path)] == [1, 2, 2]
-    assert path.read_bytes().endswith(b"\n")
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
-
-
-def test_cut_after_leaves_alone_what_needs_no_cut(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert metrics.cut_after(path, 2) == 0
-    write_steps(path, [1, 2])
-    before = path.stat()
-    assert metrics.cut_after(path, 2) == 0
-    assert path.stat().st_ino == before.st_ino
-
-
-def test_cut_after_ends_a_whole_last_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_steps(path, [1], b'{"step": 2}')
-    assert metrics.cut_after(path, 2) == 0
-    assert path.read_bytes().endswith(b'{"step": 2}\n')
-
-
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(InputError, match=r"line 2 of .*metrics.jsonl is not a JSON object"):
-        metrics.cut_after(path, 2)
-    assert path.read_text().count("\n") == 3
-
-
-def test_a_failed_cut_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    write_steps(path, [1, 2])
-    content = path.read_bytes()
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        metrics.cut_after(path, 1)
-    assert path.read_bytes() == content
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
-
-
 def test_a_writer_cuts_what_an_earlier_attempt_wrote_past_the_checkpoint(tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         write_steps(tmp_path / name, [1, 2, 3], b'{"st')
     with MetricsWriter(tmp_path, PLAIN, {}, name="x", initial_step=2) as writer:
         writer.write(3, {"x": 1.0})
-    assert [row["step"] for row in metrics.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert [row["step"] for row in metrics.read_lines(tmp_path / "samples.jsonl")] == [1, 2]
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_lines(tmp_path / "samples.jsonl")] == [1, 2]
 
 
 def test_a_writer_without_an_initial_step_keeps_all_whole_lines(tmp_path):
     write_steps(tmp_path / "metrics.jsonl", [1, 2, 3], b'{"st')
     with MetricsWriter(tmp_path, PLAIN, {}, name="x") as writer:
         writer.write(4, {"x": 1.0})
-    assert [row["step"] for row in metrics.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def write_both(writer):
@@ -177,27 +127,6 @@ def test_an_error_of_the_block_is_not_hidden_by_one_of_closing(tmp_path, monkeyp
         pass
 
 
-@pytest.mark.parametrize(
-    ("code", "remedy"),
-    [
-        (errno.EROFS, "make it writable"),
-        (errno.EACCES, "give another --run_dir"),
-        (errno.EIO, "mend"),
-    ],
-)
-def test_disk_errors_say_what_to_do(code, remedy):
-    with (
-        pytest.raises(InputError, match=f"cannot write to here: .*{remedy}"),
-        metrics.disk_errors("here"),
-    ):
-        raise OSError(code, os.strerror(code))
-
-
-def test_disk_errors_let_other_errors_pass():
-    with pytest.raises(KeyError), metrics.disk_errors("here"):
-        raise KeyError("x")
-
-
 def test_a_run_dir_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="cannot write to .*run: .*give another --run_dir"):
@@ -214,7 +143,7 @@ def test_an_object_store_gets_whole_objects(tmp_path, monkeypatch):
     with MetricsWriter(tmp_path, PLAIN, {}, name="x", initial_step=1) as writer:
         monkeypatch.setattr(metrics._Lines, "REMOTE_SECONDS", 0.0)
         writer.write(2, {"x": 1.0})
-        assert [row["step"] for row in metrics.read_lines(path)] == [1, 2]
+        assert [row["step"] for row in read_lines(path)] == [1, 2]
 
 
 def read_events(folder):

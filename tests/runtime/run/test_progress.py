@@ -1,9 +1,12 @@
 """What a run shows: progress on a terminal and off it, and its speed."""
 
+import contextlib
 import io
+import types
 
 import pytest
 
+from rlhf_jax.runtime.run import utilization
 from rlhf_jax.runtime.run.progress import Progress, Throughput
 
 
@@ -66,17 +69,30 @@ def test_progress_can_be_silent(out):
 
 def test_throughput_leaves_out_compilation_and_pauses():
     clock = Clock()
-    throughput = Throughput(clock)
+    throughput = Throughput(clock=clock)
     clock.now += 60  # the first step compiles
     throughput.add(1000)
     assert throughput.metrics() == {}
     for tokens in (100, 300):
         clock.now += 2
         throughput.add(tokens)
-    with throughput.pause():
+    with contextlib.suppress(KeyError), throughput.pause():
         clock.now += 50
+        raise KeyError
     assert throughput.metrics() == {"perf/tokens_per_sec": 100.0, "perf/step_time": 2.0}
     clock.now += 4
     throughput.add(100)
     assert throughput.metrics() == {"perf/tokens_per_sec": 25.0, "perf/step_time": 4.0}
     assert throughput.metrics() == {}
+
+
+def test_throughput_has_the_utilization_of_devices_of_known_peak(monkeypatch):
+    clock = Clock()
+    devices = [types.SimpleNamespace(device_kind="NVIDIA H100")] * 2
+    monkeypatch.setattr(utilization.jax, "devices", lambda: devices)
+    throughput = Throughput(6e9, 2e11, clock=clock)
+    throughput.add(0)
+    clock.now += 2
+    throughput.add(200)
+    # 100 tokens a second of 6 GFLOP each, and one half of 200 GFLOP a second beside them.
+    assert throughput.metrics()["perf/mfu"] == pytest.approx((100 * 6e9 + 1e11) / (2 * 989e12))

@@ -21,6 +21,7 @@ from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.runtime.stages.reward import RewardStage
 from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
+from tests.runtime.run import counting
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,7 +40,7 @@ def interrupt_in(monkeypatch, stage, method, at_call):
 
 
 @pytest.fixture
-def stages(sft_run, reward_run, ppo_run):
+def stages(sft_run, reward_run, ppo_run, counting_run):
     """By name: the class, what trains a folder, and the folder of the uninterrupted run."""
     sft, rewarded = sft_run[0], reward_run[0]
     return {
@@ -54,6 +55,7 @@ def stages(sft_run, reward_run, ppo_run):
             lambda folder: train_ppo(small.ppo(folder, sft, rewarded)),
             ppo_run[0],
         ),
+        "counting": (counting.CountingStage, counting.train, counting_run),
     }
 
 
@@ -62,12 +64,11 @@ def stages(sft_run, reward_run, ppo_run):
     [
         ("sft", "step", 3, 3),
         ("reward", "step", 2, 2),  # an evaluation and samples are due after this step
-        ("ppo", "step", 2, 2),
-        ("ppo", "evaluate", 1, 3),  # what is going on is not saved any more: the next step is
-        ("sft", "step", 4, 4),  # nothing is left but to write the model
+        ("ppo", "evaluate", 1, 3),  # the run stops after the next step
+        ("counting", "step", 4, 4),  # all that is left is the export
     ],
 )
-def test_ctrl_c_saves_and_the_same_call_goes_on_as_if_nothing_was(
+def test_ctrl_c_saves_and_the_same_call_continues_bit_for_bit(
     tmp_path, monkeypatch, capfd, stages, name, method, call, stopped_after
 ):
     stage, train, uninterrupted = stages[name]
@@ -102,22 +103,22 @@ OPTIONS = {
 TEXTS = {"builtin_rows": 16, "eval_rows": 0, "max_length": 48}
 
 
-def test_the_running_scores_the_penalty_and_the_texts_go_on_as_if_nothing_was(
+def test_running_scores_the_penalty_and_texts_continue_bit_for_bit(
     tmp_path, monkeypatch, sft_run, reward_run
 ):
     def train(name):
         config = small.ppo(tmp_path / name, sft_run[0], reward_run[0], ppo=OPTIONS, ptx=TEXTS)
         train_ppo(config)
 
-    train("whole")
+    train("full")
     with monkeypatch.context() as patch:
         interrupt_in(patch, PPOStage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train("parts")
     train("parts")
-    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    small.assert_same_run(tmp_path / "full", tmp_path / "parts")
     saved = small.checkpoint(tmp_path / "parts")
-    # All that an exact continuation needs: of the step follow the batch and, by the seed, the keys.
+    # All that an exact continuation needs: batches and keys follow from the seed and the step.
     assert saved.keys() == {
         "step",
         "params",
@@ -131,14 +132,15 @@ def test_the_running_scores_the_penalty_and_the_texts_go_on_as_if_nothing_was(
     assert saved["frozen"].keys() == {"fingerprint"}
     assert float(saved["score_stats"]["num_scores"]) == 32
     assert float(saved["penalty_coef"]) > 1.0
-    losses = [row["loss/ptx_avg"] for row in small.rows(tmp_path / "parts/metrics.jsonl")]
+    lines = small.metrics_by_step(tmp_path / "parts").values()
+    losses = [line["loss/ptx_avg"] for line in lines]
     assert len(set(losses)) == 4
-    scales = [row["objective/score_scale"] for row in small.rows(tmp_path / "parts/metrics.jsonl")]
+    scales = [line["objective/score_scale"] for line in lines]
     assert len(set(scales)) == 4
 
 
-def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch, stages):
-    """Its configuration has not the keys of now, and its checkpoint not the fields."""
+def test_a_run_of_an_earlier_version_continues(tmp_path, monkeypatch, stages):
+    """Its configuration lacks new keys, and its checkpoint new fields."""
     earlier = ("step", "params", "opt_state", "kl_coef", "frozen")
     _, train, uninterrupted = stages["ppo"]
     with monkeypatch.context() as patch:
@@ -157,23 +159,17 @@ def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch, stag
     small.assert_same_run(uninterrupted, tmp_path)
 
 
-def test_sigterm_is_taken_as_ctrl_c_is(tmp_path, monkeypatch, sft_run):
-    original = SFTStage.step
-
-    def terminated(self, state, index):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, state, index)
-
-    # Who starts the tests in the background may have SIGINT ignored.
+def test_the_handlers_of_signals_are_restored(tmp_path, monkeypatch):
+    # Where tests are started in the background, SIGINT may be ignored.
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(SFTStage, "step", terminated)
+    interrupt_in(monkeypatch, counting.CountingStage, "step", 1)
     with pytest.raises(loop.Interrupted, match="after step 1 of 4"):
-        train_sft(small.sft(tmp_path))
+        counting.train(tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_reward_function_sees_the_same_after_an_interrupt(tmp_path, sft_run):
-    seen = {"whole": [], "parts": []}
+    seen = {"full": [], "parts": []}
 
     def reward_fn(prompts, completions, *, calls, stop=None, **columns):
         calls.append((prompts, completions))
@@ -186,12 +182,12 @@ def test_a_reward_function_sees_the_same_after_an_interrupt(tmp_path, sft_run):
         config = small.ppo(tmp_path / folder, sft_run[0], data={"eval_rows": 0})
         return train_ppo(config, functools.partial(reward_fn, calls=seen[calls], stop=stop))
 
-    train("whole", "whole")
+    train("full", "full")
     with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
         train("parts", "parts", stop=2)
     train("parts", "parts")
-    assert seen["parts"] == seen["whole"]
-    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert seen["parts"] == seen["full"]
+    small.assert_same_run(tmp_path / "full", tmp_path / "parts")
 
 
 def test_another_reference_than_before_is_refused(tmp_path, monkeypatch, sft_run, reward_run):
@@ -210,38 +206,27 @@ def test_another_reference_than_before_is_refused(tmp_path, monkeypatch, sft_run
         train_ppo(config)
 
 
-def test_kill_9_costs_the_steps_since_the_last_checkpoint(tmp_path, sft_run, compiled):
-    """The process dies in the third step's reward; its lines past the checkpoint are cut."""
-    program = f"""
+def test_sigkill_costs_the_steps_since_the_last_checkpoint(tmp_path, counting_run):
+    """The process is killed in the fourth step; its lines after the checkpoint are cut."""
+    program = """
         import os, signal, sys
-        from rlhf_jax.runtime import train_ppo
-        from tests import small
+        from tests.runtime.run import counting
 
-        calls = []
+        class Killed(counting.CountingStage):
+            def step(self, state, index):
+                if index == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().step(state, index)
 
-        def reward_fn(prompts, completions, **columns):
-            calls.append(1)
-            if sys.argv[1] == "die" and len(calls) == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return small.short_response(prompts, completions)
-
-        settings = dict(data={{"eval_rows": 0}}, checkpoint={{"every": 2}})
-        train_ppo(small.ppo(sys.argv[2], {str(sft_run[0])!r}, **settings), reward_fn)
+        counting.train(sys.argv[1], Killed, checkpoint={"every": 2})
     """
-
-    def run(how, folder):
-        command = [sys.executable, "-c", textwrap.dedent(program), how, str(tmp_path / folder)]
-        environment = {**os.environ, **small.cache_environment(compiled), "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    assert run("die", "parts").returncode == -signal.SIGKILL
-    # Step 3 is done; whether its line was written before the end is a matter of luck.
-    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "objective/kl": 99}\n{"step": 4, "obj')
-    config = small.ppo(
-        tmp_path / "parts", sft_run[0], data={"eval_rows": 0}, checkpoint={"every": 2}
-    )
-    train_ppo(config, small.short_response)
-    assert [row["step"] for row in small.rows(tmp_path / "parts" / "metrics.jsonl")] == [1, 2, 3, 4]
-    train_ppo({**config, "run_dir": str(tmp_path / "whole")}, small.short_response)
-    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # Whether the line of step 3 was written before the end is a matter of chance.
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "train/loss": 99}\n{"step": 4, "tra')
+    counting.train(tmp_path, checkpoint={"every": 2})
+    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    small.assert_same_run(counting_run, tmp_path)

@@ -11,6 +11,7 @@ import yaml
 from etils import epath
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime import (
     run_evaluate,
     run_generate,
@@ -18,7 +19,6 @@ from rlhf_jax.runtime import (
     train_reward,
     train_sft,
 )
-from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.run import loop
 from tests import small
 from tests.runtime.run import counting
@@ -99,31 +99,21 @@ def test_another_seed_is_another_run(tmp_path, sft_run):
     assert ours[0]["train/loss"] != theirs[0]["train/loss"]
 
 
-def test_a_run_may_go_on_with_another_logging_section(tmp_path, monkeypatch):
-    """It was stopped by an error after two steps, and is watched differently from then on."""
+def test_a_run_may_continue_with_another_logging_section(tmp_path, monkeypatch):
+    """An error after two steps stopped it; afterwards it logs and saves less often."""
     with monkeypatch.context() as patch:
-        fail_at(patch, 2)
+        patch.setattr(counting.CountingStage, "observe", lambda self, output: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_sft(small.sft(tmp_path, checkpoint={"every": 1}))
+            counting.train(tmp_path, checkpoint={"every": 1})
     watched = {"log_every": 4, "eval_every": 0, "samples_every": 0, "num_samples": 1}
-    train_sft(small.sft(tmp_path, checkpoint={"every": 3, "keep": 1}, logging=watched))
-    rows = small.rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 4]
+    counting.train(tmp_path, checkpoint={"every": 3, "keep": 1}, logging=watched)
+    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["logging"]["log_every"] == 4
 
 
-def fail_at(patch, index):
-    from rlhf_jax.runtime.stages.sft import SFTStage
-
-    original = SFTStage.step
-    patch.setattr(
-        SFTStage, "step", lambda self, state, i: original(self, state, i if i != index else 1 / 0)
-    )
-
-
-def test_checkpoints_are_kept_as_many_as_asked_for(tmp_path):
-    train_sft(small.sft(tmp_path, checkpoint={"every": 1, "keep": 3}))
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    counting.train(tmp_path, checkpoint={"every": 1, "keep": 3})
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["2", "3", "4"]
 
@@ -268,19 +258,18 @@ def test_evaluation_of_a_policy(tmp_path, capsys, sft_run, reward_run, ppo_run):
 
 
 def test_a_checkpoint_is_due_when_enough_time_has_passed(tmp_path, monkeypatch):
-    """The clock jumps by a minute at each look; a checkpoint is wanted every two and a half."""
+    """The clock advances a minute per reading; a checkpoint is due every two and a half."""
     clock = itertools.count(0.0, 60.0)
-    # The loop's alone: threads that write look at the time as well.
+    # The loop's alone: writing threads read the clock as well.
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    saved = []
-    save = loop.Checkpoints.save
+    saved, save = [], loop.Checkpoints.save
     monkeypatch.setattr(
         loop.Checkpoints,
         "save",
-        lambda self, step, state, **record: saved.append(step) or save(self, step, state, **record),
+        lambda self, step, *args: saved.append(step) or save(self, step, *args),
     )
     quiet = {"eval_every": 0, "samples_every": 0, "progress": False}
-    train_sft(small.sft(tmp_path, checkpoint={"minutes": 2.5}, logging=quiet))
+    counting.train(tmp_path, checkpoint={"minutes": 2.5}, logging=quiet)
     assert saved == [3, 4]
 
 

@@ -1,14 +1,11 @@
 """The texts of PPO-ptx in a run: where they are from, their order, and what they cost."""
 
-import types
-
 import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
-from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.utilization import multiplied_parameters
 from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
@@ -46,20 +43,11 @@ def test_each_of_several_seeds_reads_the_texts_of_its_own(tmp_path, sft_run, sta
     assert (together.tokens[0] != together.tokens[1]).any()
 
 
-def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage, monkeypatch):
+def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage):
     real = stage.texts.examples.segments > 0
     policy = multiplied_parameters(stage.params, unembeds=True)
     expected = 6 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
     assert stage.flops_per_step == pytest.approx(expected)
-    given = []
-    monkeypatch.setattr(loop, "utilization", lambda *args: given.append(args))
-    speed = {"perf/tokens_per_sec": 50.0, "perf/step_time": 4.0}
-    throughput = types.SimpleNamespace(metrics=lambda: dict(speed))
-    stage = types.SimpleNamespace(flops_per_token=10.0, flops_per_step=400.0)
-    fake = types.SimpleNamespace(stage=stage, throughput=throughput)
-    assert loop._Loop._speed(fake) == speed
-    # 200 tokens a step at 10, and 400 more: 12 for each.
-    assert given == [(12.0, 50.0)]
 
 
 def test_texts_longer_than_the_model_has_positions_are_refused(tmp_path, sft_run):
