@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime import train_ppo, train_sft
-from rlhf_jax.runtime.evaluation import policies as judging
+from rlhf_jax.runtime.evaluation import policies
 from rlhf_jax.runtime.run import checkpoint as checkpoints
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages import sft as sft_stage
@@ -288,8 +288,8 @@ def test_a_full_disk_at_the_end(tmp_path, monkeypatch, sft_run, module, name, ho
 
 
 def test_a_full_disk_under_the_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "replace_file", no_space)
-    told = message(judging.save_evaluation, str(tmp_path), {"table": []})
+    monkeypatch.setattr(policies, "replace_file", no_space)
+    told = message(policies.save_evaluation, str(tmp_path), {"table": []})
     assert told.startswith(f"cannot write to {tmp_path}: No space left on device")
 
 
