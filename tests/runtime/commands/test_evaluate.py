@@ -1,4 +1,4 @@
-"""The command `evaluate` on models of one layer: what it finds, writes and needs."""
+"""The command `evaluate` on models of one layer: its results, files and errors."""
 
 import json
 import logging
@@ -11,18 +11,21 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import train_tokenizer
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
 from rlhf_jax.runtime import run_evaluate, train_sft
 from rlhf_jax.runtime.config import EvaluateConfig, PPOConfig, SFTConfig, resolve
-from rlhf_jax.runtime.evaluation import policies as judging
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve
-from rlhf_jax.runtime.evaluation.bootstrap import bootstrap_interval
+from rlhf_jax.runtime.evaluation.policies import (
+    EvaluatedResponses,
+    PolicyEvaluator,
+    bootstrap_interval,
+)
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
 from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
+from tests.runtime.messages import message
 
 ROWS = [
     {"prompt": f"Film {n}:", "completion": f" It was {word}."}
@@ -68,67 +71,72 @@ def evaluate(models, run_dir, kind="policy", evaluation=None, generation=None, d
 
 
 def gold(prompts, completions, completion):
-    """How many letters a response shares with the true completion, counted by kind of letter."""
+    """The number of different letters that a response shares with the true completion."""
     return [float(len(set(a) & set(b))) for a, b in zip(completions, completion, strict=True)]
 
 
 def by_length(prompts, responses_a, responses_b, completion):
-    """A judge that sees the completions as well, and leans to the second place."""
+    """A judge that reads the completions too, with a bias to the response shown second."""
     assert all(isinstance(text, str) for text in completion)
     return [0.2 + 0.6 * (len(b) > len(a)) for a, b in zip(responses_a, responses_b, strict=True)]
 
 
-HERE = "tests.runtime.test_evaluate"
+HERE = "tests.runtime.commands.test_evaluate"
 JUDGE = f"{HERE}:by_length"
 BOTH = {"path": "policy", "reference_path": "reference", "reward_path": "reward"}
 
 
 @pytest.fixture(scope="module")
 def compared(models, tmp_path_factory):
-    """(folder, evaluation) of the policy against the reference with all that there is."""
-    folder, judged = tmp_path_factory.mktemp("compared"), []
-    original = judging.PolicyJudge.__call__
+    """(folder, evaluation, responses) of the policy against the reference by all scores.
+
+    The responses are one set of the policy, one of the reference, and two more for the best of 3.
+    """
+    folder, responses = tmp_path_factory.mktemp("compared"), []
+    original = PolicyEvaluator.__call__
+
+    def call(*arguments):
+        responses.append(original(*arguments))
+        return responses[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            judging.PolicyJudge,
-            "__call__",
-            lambda *arguments: judged.append(original(*arguments)) or judged[-1],
-        )
+        patch.setattr(PolicyEvaluator, "__call__", call)
         settings = {"gold_fn": f"{HERE}:gold", "judge_fn": JUDGE, "best_of": [2, 1, 3]}
-        found = evaluate(models, folder, evaluation=settings, **BOTH)
-    return folder, found, judged
+        evaluation = evaluate(models, folder, evaluation=settings, **BOTH)
+    assert len(responses) == 4
+    return folder, evaluation, responses
 
 
-def test_a_policy_is_judged_in_every_way(compared):
-    _, found, judged = compared
-    metrics, (after, *others, before) = found["metrics"], judged
+def test_a_policy_is_compared_by_all_scores(compared):
+    _, evaluation, (after, before, *_) = compared
+    metrics = evaluation["metrics"]
     wins = (after.scores > before.scores) + 0.5 * (after.scores == before.scores)
     assert metrics["win_rate_scores"] == wins.mean()
-    ends = (metrics["win_rate_scores_low"], metrics["win_rate_scores_high"])
-    assert ends == bootstrap_interval(wins)
-    asked = [
+    bounds = (metrics["win_rate_scores_low"], metrics["win_rate_scores_high"])
+    assert bounds == bootstrap_interval(wins)
+    preferences = [
         (0.2 + 0.6 * (len(b) > len(a)) + 0.8 - 0.6 * (len(a) > len(b))) / 2
         for a, b in zip(before.responses, after.responses)
     ]
-    assert metrics["win_rate_judge"] == pytest.approx(np.mean(asked))
+    assert metrics["win_rate_judge"] == pytest.approx(np.mean(preferences))
     assert {"win_rate", "win_rate_low", "judge_position_bias"} <= metrics.keys()
     completions = [row["completion"] for row in ROWS]
     assert {name: metrics[name] for name in ROUGE} == rouge_scores(after.responses, completions)
-    table = {row["metric"]: row for row in found["table"]}
+    table = {row["metric"]: row for row in evaluation["table"]}
     started = rouge_scores(before.responses, completions)
     assert table["ROUGE-1 of responses"]["before"] == started["rouge1"]
-    assert len(others) == 2
 
 
-def test_the_best_of_n_is_chosen_among_the_responses_of_one_policy(compared):
-    folder, found, judged = compared
-    policy = judged[:3]
+def test_the_best_of_n_is_of_the_responses_of_one_policy(compared):
+    folder, evaluation, (first, _, *others) = compared
+    policy = [first, *others]
     texts = [tuple(each.responses) for each in policy]
     assert len(set(texts)) == 3
     scores, golds = (np.stack([getattr(x, name) for x in policy], 1) for name in ("scores", "gold"))
-    assert found["best_of"] == best_of_curve(scores, golds, [1, 2, 3])
-    assert found["best_of"][2]["scores"] == pytest.approx(scores.max(axis=1).mean())
-    assert "best of 3, gold score (KL at most 0.43 nats)" in {r["metric"] for r in found["table"]}
+    assert evaluation["best_of"] == best_of_curve(scores, golds, [1, 2, 3])
+    assert evaluation["best_of"][2]["scores"] == pytest.approx(scores.max(axis=1).mean())
+    names = {entry["metric"] for entry in evaluation["table"]}
+    assert "best of 3, gold score (KL at most 0.43 nats)" in names
     page = (folder / "report.html").read_text()
     for text in ("Best of n", "win rate by the judge", "Samples before and after"):
         assert text in page, text
@@ -136,24 +144,22 @@ def test_the_best_of_n_is_chosen_among_the_responses_of_one_policy(compared):
         assert text not in page, text
 
 
-def test_an_evaluation_says_how_it_was_made(compared, models, tmp_path):
+def test_the_configuration_is_written_but_not_over_that_of_a_run(compared, models, tmp_path):
     folder, _, _ = compared
     config = resolve(EvaluateConfig, folder / "config.yaml")
     assert (config.run_dir, config.evaluation.best_of) == (str(folder), (2, 1, 3))
     assert "reference_path: " in (folder / "report.html").read_text()
 
-    for batch_size in (2, 3):
-        settings = {"batch_size": batch_size, "rouge_rows": 0}
-        evaluate(models, tmp_path, "text", settings, path="policy")
-        config = resolve(EvaluateConfig, tmp_path / "config.yaml")
-        assert config.evaluation.batch_size == batch_size
+    shutil.copy(folder / "config.yaml", tmp_path)
+    evaluate(models, tmp_path, "text", {"rouge_rows": 0}, path="policy")
+    assert resolve(EvaluateConfig, tmp_path / "config.yaml").kind == "text"
     (tmp_path / "config.yaml").write_text("model: {path: null}\n")  # of a run of training
     evaluate(models, tmp_path, "text", {"rouge_rows": 0}, path="policy")
     assert (tmp_path / "config.yaml").read_text() == "model: {path: null}\n"
 
 
-def test_texts_have_both_kinds_of_rouge_and_nothing_else_changes(models, tmp_path, caplog, capsys):
-    short = {"max_response_length": 4}  # something is cut, which is said once
+def test_texts_have_both_kinds_of_rouge_beside_the_loss(models, tmp_path, caplog, capsys):
+    short = {"max_response_length": 4}  # responses are cut, which is logged once
     with caplog.at_level(logging.WARNING):
         found = evaluate(models, tmp_path, "text", data=short, path="policy")["metrics"]
     assert len({record.getMessage() for record in caplog.records}) == len(caplog.records) > 0
@@ -165,7 +171,7 @@ def test_texts_have_both_kinds_of_rouge_and_nothing_else_changes(models, tmp_pat
     }
 
 
-def test_the_stage_logs_the_rouge_that_the_command_finds(models, tmp_path):
+def test_the_stage_logs_the_rouge_of_the_command(models, tmp_path):
     data = {"eval_rows": 2, "max_response_length": 4}
     settings = {
         "model": {"path": str(models / "policy")},
@@ -183,16 +189,8 @@ def test_the_stage_logs_the_rouge_that_the_command_finds(models, tmp_path):
     )
 
 
-def message(function, *arguments, **keywords):
-    """The sentence that a call fails with, one line."""
-    with pytest.raises(InputError) as error:
-        function(*arguments, **keywords)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(
-    ("paths", "settings", "said"),
+    ("paths", "settings", "expected"),
     [
         ({}, {"evaluation": {"best_of": [1, 2]}}, "evaluation.best_of needs a score to choose"),
         (
@@ -219,16 +217,16 @@ def message(function, *arguments, **keywords):
         (BOTH, {"evaluation": {"judge_fn": "json:none"}}, "'json:none' names no function (module"),
     ],
 )
-def test_what_an_evaluation_lacks_is_one_sentence(models, tmp_path, paths, settings, said):
+def test_missing_settings_are_one_sentence(models, tmp_path, paths, settings, expected):
     paths = {"path": "policy", **paths}
-    assert message(evaluate, models, tmp_path, **settings, **paths).startswith(said)
+    assert message(evaluate, models, tmp_path, **settings, **paths).startswith(expected)
 
 
 @pytest.mark.parametrize("name", ["gold_fn", "judge_fn"])
-def test_functions_are_looked_for_before_models(models, tmp_path, name):
+def test_functions_are_imported_before_models_are_loaded(models, tmp_path, name):
     paths = {"path": "nowhere", "reference_path": "nowhere"}
-    told = message(evaluate, models, tmp_path, evaluation={name: "json:none"}, **paths)
-    assert told.startswith("'json:none' names no function (")
+    error = message(evaluate, models, tmp_path, evaluation={name: "json:none"}, **paths)
+    assert error.startswith("'json:none' names no function (")
 
 
 def test_a_reference_of_another_tokenizer_is_refused(models, tmp_path):
@@ -263,7 +261,7 @@ def test_the_stage_needs_completions_to_compute_rouge(models, tmp_path):
     )
 
 
-def test_ppo_asks_the_judge_as_well(models, tmp_path):
+def test_ppo_calls_the_judge(models, tmp_path):
     config = {
         "model": {"path": str(models / "policy"), "reward_path": str(models / "reward")},
         "data": {"path": str(models / "rows.jsonl"), "eval_rows": 1, "max_prompt_length": 24},
@@ -273,7 +271,7 @@ def test_ppo_asks_the_judge_as_well(models, tmp_path):
     }
     stage = PPOStage(resolve(PPOConfig, config))
     one = np.ones(1)
-    stage.judge = lambda params, *_: judging.Judged(["p"], [params], one, one, one, None)
+    stage.evaluator = lambda params, *_: EvaluatedResponses(["p"], [params], one, one, one, None)
     state = SimpleNamespace(params={"model": "longer"}, frozen={"ref": "short"}, step=0)
     # (0.8 + 1 - 0.2) / 2: the longer response is the second one
     assert stage.evaluate(state)["eval/win_rate_judge"] == pytest.approx(0.8)

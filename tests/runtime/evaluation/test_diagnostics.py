@@ -1,4 +1,4 @@
-"""What is said of a reward model's scores: by loops, and where a length shortcut is planted."""
+"""Diagnostics of reward models against loops, and with a planted length bias."""
 
 import json
 
@@ -7,11 +7,13 @@ import pytest
 
 from rlhf_jax.batches import PairBatch, RankingBatch
 from rlhf_jax.runtime.evaluation import diagnostics, pairs
-from rlhf_jax.runtime.report import page as report
+from rlhf_jax.runtime.report.content import format_table
+from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.report.plots import pair_charts
 
 
 @pytest.fixture
-def judged():
+def scored():
     """(differences, length differences) of 300 pairs, with ties of both."""
     rng = np.random.default_rng(0)
     differences = rng.normal(0.3, 1.5, 300)
@@ -35,8 +37,8 @@ def planted(slope, count=4000):
 # --- by loops ------------------------------------------------------------------------------------
 
 
-def test_the_reliability_curve_is_that_of_a_loop(judged):
-    differences, _ = judged
+def test_the_reliability_curve_equals_a_loop(scored):
+    differences, _ = scored
     bins = [[] for _ in range(10)]
     for difference in differences:
         sure = 1 / (1 + np.exp(-abs(difference)))
@@ -54,13 +56,13 @@ def test_the_reliability_curve_is_that_of_a_loop(judged):
     assert diagnostics.expected_calibration_error(curve) == pytest.approx(error)
 
 
-def test_the_ends_of_the_confidence_are_in_the_first_and_the_last_bin():
+def test_the_bounds_of_the_confidence_are_in_the_first_and_the_last_bin():
     first, last = diagnostics.calibration(np.array([0.0, 1e4, -1e4, 1e4, 800.0]))
     assert (first.low, first.num_pairs, first.correct) == (0.5, 1, 0.5)
     assert (last.high, last.num_pairs, last.confidence, last.correct) == (1.0, 4, 1.0, 0.75)
 
 
-def test_scores_by_the_model_of_the_preferences_are_calibrated_and_doubled_ones_are_not():
+def test_scores_of_the_true_model_are_calibrated_and_doubled_ones_are_not():
     rng = np.random.default_rng(2)
     gaps = rng.normal(0, 1.5, 50_000)
     preferred = rng.random(50_000) < 1 / (1 + np.exp(-gaps))  # Bradley and Terry's preferences
@@ -73,8 +75,8 @@ def test_scores_by_the_model_of_the_preferences_are_calibrated_and_doubled_ones_
     assert errors[1] > 0.08
 
 
-def test_accuracy_by_length_is_that_of_a_loop(judged):
-    differences, lengths = judged
+def test_accuracy_by_length_equals_a_loop(scored):
+    differences, lengths = scored
     bins = diagnostics.accuracy_by_length(differences, lengths)
     for found in bins:
         inside = [
@@ -94,8 +96,8 @@ def test_accuracy_by_length_is_that_of_a_loop(judged):
     assert sorted((-high, -low) for low, high in ranges) == ranges
 
 
-def test_the_numbers_are_those_of_a_loop(judged):
-    differences, lengths = judged
+def test_the_metrics_equal_a_loop(scored):
+    differences, lengths = scored
     margins = np.where(lengths > 3, 0.5, 0.0)
     metrics = diagnostics.pair_metrics(differences, lengths, margins)
     rows = list(zip(differences, lengths, margins, strict=True))
@@ -116,7 +118,7 @@ def test_the_numbers_are_those_of_a_loop(judged):
     assert all(type(value) is float for value in metrics.values())
 
 
-def test_where_all_are_as_long_nothing_is_said_of_longer_ones():
+def test_equal_lengths_have_no_metrics_of_length():
     metrics = diagnostics.pair_metrics(np.array([1.0, -1e4]), np.array([0, 0]))
     assert metrics.keys() == {"loss", "accuracy", "margin", "calibration_error", "longer_wins"}
     assert metrics["loss"] == pytest.approx(5000, rel=1e-3)
@@ -124,16 +126,16 @@ def test_where_all_are_as_long_nothing_is_said_of_longer_ones():
     assert only == (0, 0, 2, 0.0, 0.5)
 
 
-# --- a shortcut ----------------------------------------------------------------------------------
+# --- length bias ----------------------------------------------------------------------------------
 
 
-def test_a_length_shortcut_shows():
-    honest, short_cut = (diagnostics.pair_metrics(*planted(slope)) for slope in (0.0, 0.2))
-    assert honest["longer_wins"] == short_cut["longer_wins"] == pytest.approx(0.56, abs=0.02)
+def test_a_length_bias_shows():
+    honest, biased = (diagnostics.pair_metrics(*planted(slope)) for slope in (0.0, 0.2))
+    assert honest["longer_wins"] == biased["longer_wins"] == pytest.approx(0.56, abs=0.02)
     # The honest model prefers longer ones about as often as the data do, the other far oftener.
     assert abs(honest["prefers_longer"] - honest["longer_wins"]) < 0.06
-    assert short_cut["prefers_longer"] > short_cut["longer_wins"] + 0.2
-    gaps = [m["accuracy_where_longer"] - m["accuracy_where_shorter"] for m in (honest, short_cut)]
+    assert biased["prefers_longer"] > biased["longer_wins"] + 0.2
+    gaps = [m["accuracy_where_longer"] - m["accuracy_where_shorter"] for m in (honest, biased)]
     assert abs(gaps[0]) < 0.05
     assert gaps[1] > 0.4
     flat, steep = (
@@ -148,7 +150,7 @@ def test_a_length_shortcut_shows():
 # --- from batches to the page --------------------------------------------------------------------
 
 
-def test_the_pairs_of_a_batch_and_of_a_ranking_are_all_that_are_real():
+def test_pairs_of_batches_and_rankings_leave_inert_ones_out():
     length = np.array([[3, 1], [2, 2], [1, 4]])
     masks = np.arange(4) < length[..., None]
     tokens, nothing = np.ones((3, 4), int), np.zeros((3, 0), int)
@@ -168,18 +170,18 @@ def test_the_pairs_of_a_batch_and_of_a_ranking_are_all_that_are_real():
     assert not found.margins.any()
 
 
-def test_the_page_and_the_table_show_the_curves(tmp_path, judged):
-    evaluation = pairs.pair_evaluation(pairs.ScoredPairs(*judged, np.zeros(300)))
+def test_the_page_and_the_table_show_the_curves(tmp_path, scored):
+    evaluation = pairs.pair_evaluation(pairs.ScoredPairs(*scored, np.zeros(300)))
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval/margin": 0.1}\n')
-    page = report.write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
     for text in ("Held-out pairs", "Calibration", "Accuracy by length", "rule: longer wins"):
         assert text in page, text
-    table = report.format_table(evaluation["table"])
+    table = format_table(evaluation["table"])
     first = evaluation["pairs"]["calibration"][0]
     assert f"right, confidence 0.50 to 0.55 ({first['num_pairs']} pairs)" in table
     assert "preferred one as long (" in table
-    charts = pairs.pair_charts(evaluation)
+    charts = pair_charts(evaluation)
     drawn = [json.loads(chart.data)["series"][0]["points"] for chart in charts]
     for points, (key, x, y) in zip(
         drawn,
@@ -190,18 +192,18 @@ def test_the_page_and_the_table_show_the_curves(tmp_path, judged):
         np.testing.assert_allclose(points, expected, rtol=1e-4)
 
 
-def test_the_page_of_all_stages_has_the_curves_of_the_reward_model(tmp_path, judged):
-    evaluation = pairs.pair_evaluation(pairs.ScoredPairs(*judged, np.zeros(300)))
+def test_the_page_of_all_stages_has_the_curves_of_the_reward_model(tmp_path, scored):
+    evaluation = pairs.pair_evaluation(pairs.ScoredPairs(*scored, np.zeros(300)))
     for stage in ("sft", "reward"):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.1}\n')
-    assert "Held-out pairs" not in report.write_report(tmp_path).read_text()
+    assert "Held-out pairs" not in write_report(tmp_path).read_text()
     (tmp_path / "reward" / "evaluation.json").write_text(json.dumps(evaluation))
-    assert report.write_report(tmp_path).read_text().count("Held-out pairs") == 1
+    assert write_report(tmp_path).read_text().count("Held-out pairs") == 1
 
 
 @pytest.mark.parametrize(
     "content", [3, {}, {"calibration": 3}, {"lengths": [4, {"accuracy": "x"}]}]
 )
-def test_a_file_of_another_form_has_no_curves(content):
-    assert pairs.pair_charts({"pairs": content, "metrics": content}) == ()
+def test_an_invalid_file_has_no_curves(content):
+    assert pair_charts({"pairs": content, "metrics": content}) == ()

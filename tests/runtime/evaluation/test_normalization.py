@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from tests.runtime.test_resume import interrupt_in
 
 from rlhf_jax.models.huggingface import load_reward_model
 from rlhf_jax.runtime import train_reward
@@ -14,6 +13,7 @@ from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.reward import RewardStage
 from rlhf_jax.training.reward import make_score_step
 from tests import small
+from tests.runtime.run.test_resume import interrupt_in
 
 NORMALIZED = {"normalize_before": True, "normalize_after": True, "normalize_rows": 12}
 
@@ -23,7 +23,7 @@ def config(folder, sft_run, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, sft_run):
+def full(tmp_path_factory, sft_run):
     folder = tmp_path_factory.mktemp("normalized")
     train_reward(config(folder, sft_run))
     return folder
@@ -42,12 +42,12 @@ def scores_of_first_rows(stage, params):
     return np.asarray(jax.jit(make_score_step(stage.model))(params, rows), np.float64)
 
 
-def test_what_is_written_is_normalized_on_the_first_training_rows(whole, stage):
-    model, params = load_reward_model(whole / "hf")
+def test_the_exported_model_is_normalized_on_the_first_training_examples(full, stage):
+    model, params = load_reward_model(full / "hf")
     written = scores_of_first_rows(stage, params)
     assert written[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
     assert written[:, 0].std() == pytest.approx(1.0, abs=1e-5)
-    trained = scores_of_first_rows(stage, small.checkpoint(whole)["params"])
+    trained = scores_of_first_rows(stage, small.checkpoint(full)["params"])
     assert abs(trained[:, 0].mean()) > 1e-3
     expected = (trained - trained[:, 0].mean()) / trained[:, 0].std()
     np.testing.assert_allclose(written, expected, atol=1e-4)
@@ -62,31 +62,31 @@ def test_training_starts_from_a_normalized_model(stage):
     assert stage._at_end(state) is state  # and is left alone until the end
 
 
-def test_the_run_is_judged_by_what_it_wrote(whole, stage):
-    _, params = load_reward_model(whole / "hf")
+def test_the_evaluation_is_of_the_exported_model(full, stage):
+    _, params = load_reward_model(full / "hf")
     step = jax.jit(make_score_step(stage.model))
     scores = np.asarray(step(params, stage.held_out), np.float64)
     margin = (scores[:, 0] - scores[:, 1]).mean()
-    last = small.rows(whole / "metrics.jsonl")[-1]
+    last = small.rows(full / "metrics.jsonl")[-1]
     assert last["eval/margin"] == pytest.approx(margin, rel=1e-4)
-    judged = read_evaluation(str(whole))["metrics"]
-    assert judged["margin"] == pytest.approx(margin, rel=1e-4)
-    samples = [row for row in small.rows(whole / "samples.jsonl") if row["step"] == small.STEPS]
-    told = [row["score"] for row in samples]
-    np.testing.assert_allclose(told, scores[:2].ravel(), rtol=1e-4, atol=1e-5)
+    evaluation = read_evaluation(str(full))["metrics"]
+    assert evaluation["margin"] == pytest.approx(margin, rel=1e-4)
+    samples = [row for row in small.rows(full / "samples.jsonl") if row["step"] == small.STEPS]
+    logged = [row["score"] for row in samples]
+    np.testing.assert_allclose(logged, scores[:2].ravel(), rtol=1e-4, atol=1e-5)
     # The deviation was about 1 before, from the normalization at the start, and not by 1e-4.
-    trained = np.asarray(step(small.checkpoint(whole)["params"], stage.held_out), np.float64)
+    trained = np.asarray(step(small.checkpoint(full)["params"], stage.held_out), np.float64)
     assert abs((trained[:, 0] - trained[:, 1]).mean() / margin - 1) > 1e-3
 
 
-def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, whole):
+def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, full):
     with monkeypatch.context() as patch:
         interrupt_in(patch, RewardStage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train_reward(config(tmp_path, sft_run))
     train_reward(config(tmp_path, sft_run))
-    small.assert_same_run(whole, tmp_path)
+    small.assert_same_run(full, tmp_path)
     # Once more from the last checkpoint: nothing is left but to write the model.
     epath.Path(tmp_path / "hf").rmtree()
     train_reward(config(tmp_path, sft_run))
-    small.assert_same_run(whole, tmp_path)
+    small.assert_same_run(full, tmp_path)

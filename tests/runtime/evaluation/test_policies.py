@@ -1,4 +1,4 @@
-"""What is said of texts and scores: by loops, by enumeration, and by simulated data."""
+"""Metrics of texts and scores against loops, enumeration and simulated data."""
 
 import itertools
 import json
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.evaluation import best_of
-from rlhf_jax.runtime.evaluation import policies as judging
-from rlhf_jax.runtime.evaluation.bootstrap import bootstrap_interval
-from rlhf_jax.runtime.evaluation.python_judge import Verdicts, call_judge, judge_both_orders
+from rlhf_jax.runtime.evaluation import best_of, policies
+from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses, bootstrap_interval
+from rlhf_jax.runtime.evaluation.python_judge import call_judge, judge_both_orders
 from rlhf_jax.runtime.evaluation.rouge import rouge_scores
-from rlhf_jax.runtime.report import page as report
+from rlhf_jax.runtime.report.content import format_table
+from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.report.plots import best_of_charts
 
 # --- ROUGE ---------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ def test_rouge_of_lines_and_of_words():
 # --- the bootstrap -------------------------------------------------------------------------------
 
 
-def test_the_interval_is_that_of_a_loop_and_of_all_resamples():
+def test_the_interval_equals_a_loop_and_all_resamples():
     values = np.array([0.0, 0.25, 0.5, 1.0])
     every = [np.mean(drawn) for drawn in itertools.product(values, repeat=4)]
     expected = np.quantile(every, [0.025, 0.975])
@@ -88,7 +89,7 @@ def test_the_interval_is_that_of_a_loop_and_of_all_resamples():
     assert bootstrap_interval(np.ones(3)) == (1.0, 1.0)
 
 
-def test_the_interval_holds_the_true_mean_about_as_often_as_it_says():
+def test_the_coverage_of_the_interval_is_nominal():
     rng, truth = np.random.default_rng(3), 0.7 + 0.5 * 0.1
     drawn = rng.choice([0.0, 0.5, 1.0], size=(600, 150), p=[0.2, 0.1, 0.7])
     ends = np.array([bootstrap_interval(row, num_resamples=1000) for row in drawn])
@@ -101,65 +102,69 @@ def test_the_interval_holds_the_true_mean_about_as_often_as_it_says():
 # --- two policies --------------------------------------------------------------------------------
 
 
-def judged(scores, gold=None, rouge=None):
+def evaluated(scores, gold=None, rouge=None):
     scores = np.asarray(scores, np.float32)
     texts = [f"text {n}" for n in range(len(scores))]
     lengths = np.ones(len(scores), int)
-    return judging.Judged(texts, texts, 0 * scores, lengths, scores, gold, rouge)
+    return EvaluatedResponses(texts, texts, 0 * scores, lengths, scores, gold, rouge)
 
 
 def test_win_rates_and_their_intervals_are_in_metrics_table_and_page(tmp_path):
     rng = np.random.default_rng(0)
     before, after = (rng.integers(0, 4, 60) + shift for shift in (0, 1))
-    preferences = rng.random(60)
-    comparison = judging.compare(
-        judged(before, np.zeros(60), {"rouge1": 0.25}),
-        judged(after, np.ones(60), {"rouge1": 0.5}),
-        Verdicts(preferences, 0.125),
+    preferences = 0.125 + 0.75 * rng.random(60)
+    answers = iter([preferences + 0.125, 1.125 - preferences])  # in both orders, biased by 0.125
+    comparison = policies.compare(
+        evaluated(before, np.zeros(60), {"rouge1": 0.25}),
+        evaluated(after, np.ones(60), {"rouge1": 0.5}),
+        lambda prompts, responses_a, responses_b, *, column: next(answers),
+        {"column": [0] * 60},
     )
     wins = [1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after)]
     low, high = bootstrap_interval(np.array(wins))
-    found = comparison.metrics
-    assert (found["win_rate_scores"], found["win_rate"]) == (np.mean(wins), 1.0)
-    assert (found["win_rate_scores_low"], found["win_rate_scores_high"]) == (low, high)
+    metrics = comparison.metrics
+    assert (metrics["win_rate_scores"], metrics["win_rate"]) == (np.mean(wins), 1.0)
+    assert (metrics["win_rate_scores_low"], metrics["win_rate_scores_high"]) == (low, high)
     assert low < np.mean(wins) < high
-    assert (found["win_rate_low"], found["win_rate_high"]) == (1.0, 1.0)
-    assert found["win_rate_judge"] == np.mean(preferences)
-    assert found["judge_position_bias"] == 0.125
+    assert (metrics["win_rate_low"], metrics["win_rate_high"]) == (1.0, 1.0)
+    assert metrics["win_rate_judge"] == pytest.approx(np.mean(preferences))
+    assert metrics["judge_position_bias"] == pytest.approx(0.125)
 
-    evaluation = judging.write_evaluation(str(tmp_path), comparison, 2)
+    evaluation = policies.evaluation_of(comparison, 2)
+    policies.save_evaluation(str(tmp_path), evaluation)
+    assert policies.read_evaluation(str(tmp_path)) == evaluation
     rows = {row["metric"]: row for row in evaluation["table"]}
     assert rows["win rate by the score"]["interval"] == [low, high]
     assert (rows["ROUGE-1 of responses"]["before"], rows["ROUGE-1 of responses"]["after"]) == (
         0.25,
         0.5,
     )
-    text = report.format_table(evaluation["table"])
+    text = format_table(evaluation["table"])
     assert f"{np.mean(wins):.4g} ({low:.4g} to {high:.4g})" in text
-    page = report.write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
     assert f"({low:.4g} to {high:.4g})" in page
     assert "metrics.jsonl" not in page  # an evaluation alone lacks nothing
     assert "Supervised fine-tuning" not in page
 
 
 @pytest.mark.parametrize("interval", [3, [1], ["a", "b"], None, [0.1, None]])
-def test_an_interval_of_another_form_is_left_out(interval):
-    table = report.format_table([{"metric": "x", "after": 0.5, "interval": interval}])
+def test_an_invalid_interval_is_left_out(interval):
+    table = format_table([{"metric": "x", "after": 0.5, "interval": interval}])
     assert table.splitlines()[-1].split() == ["x", "0.5"]
 
 
 # --- a judge in Python ---------------------------------------------------------------------------
 
 
-def likes_long(prompts, responses_a, responses_b, bonus):
-    """Prefers the longer response, and whatever is shown second; says nothing of its own."""
+def prefers_long(prompts, responses_a, responses_b, bonus):
+    """Prefers the longer response, with a bias to the one shown second."""
     lengths = zip(responses_a, responses_b, bonus, strict=True)
     return [0.6 * (len(b) > len(a)) + 0.3 * (len(b) == len(a)) + more for a, b, more in lengths]
 
 
-def test_a_judge_is_asked_in_both_orders_so_that_its_bias_cancels():
+def test_the_bias_of_a_judge_cancels_over_both_orders():
     verdicts = judge_both_orders(
-        likes_long, list("pqr"), ["a", "bb", "cc"], ["aaa", "b", "dd"], {"bonus": [0.4, 0.2, 0.0]}
+        prefers_long, list("pqr"), ["a", "bb", "cc"], ["aaa", "b", "dd"], {"bonus": [0.4, 0.2, 0.0]}
     )
     # (f(before, after) + 1 - f(after, before)) / 2, whatever is added to both
     np.testing.assert_allclose(verdicts.preferences, [0.8, 0.2, 0.5])
@@ -167,7 +172,7 @@ def test_a_judge_is_asked_in_both_orders_so_that_its_bias_cancels():
     assert verdicts.position_bias == pytest.approx(answers.mean() - 0.5)
 
 
-def test_a_judge_that_only_looks_at_the_place_finds_a_tie():
+def test_a_judge_of_positions_alone_finds_a_tie():
     verdicts = judge_both_orders(lambda p, a, b: [1.0] * len(p), ["p"], ["a"], ["b"], {})
     assert (verdicts.preferences.tolist(), verdicts.position_bias) == ([0.5], 0.5)
 
@@ -177,7 +182,7 @@ def raises(prompts, responses_a, responses_b):
 
 
 @pytest.mark.parametrize(
-    ("judge", "said"),
+    ("judge", "expected"),
     [
         (lambda p, a, b: [0.5], "gave 1 answers for 2 prompts; it has to give one number from 0"),
         (lambda p, a, b: [0.5, 1.5], "gave 1.5 for the prompt 'q'; it has to give one number"),
@@ -188,15 +193,15 @@ def raises(prompts, responses_a, responses_b):
         (lambda p, a, b: [None, 0.5], "gave [None, 0.5]; it has to give"),
     ],
 )
-def test_what_is_wrong_with_a_judge_is_one_sentence(judge, said):
+def test_wrong_answers_of_a_judge_are_one_sentence(judge, expected):
     with pytest.raises(InputError) as error:
         call_judge(judge, ["p", "q"], ["a", "b"], ["c", "d"], {})
-    assert said in str(error.value)
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("judge", "kind"), [(raises, KeyError), (lambda p, a: [0.5], TypeError)])
-def test_what_a_judge_raises_goes_on_with_a_note(judge, kind):
+def test_an_exception_of_a_judge_gets_a_note(judge, kind):
     with pytest.raises(kind) as error:
         call_judge(judge, ["p", "q"], ["a", "b"], ["c", "d"], {})
     assert error.value.__notes__ == [
@@ -260,15 +265,15 @@ def test_the_curve_is_in_table_and_page(tmp_path):
     }
     evaluation = {"metrics": {}, "table": table, "samples": [], "best_of": curve}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    page = report.write_report(tmp_path).read_text()
+    page = write_report(tmp_path).read_text()
     assert "Best of n" in page
     assert "n = 1, 2, 4" in page
-    (chart,) = best_of.best_of_charts(evaluation)
+    (chart,) = best_of_charts(evaluation)
     drawn = [series["points"] for series in json.loads(chart.data)["series"]]
     for points, key in zip(drawn, ("scores", "gold"), strict=True):
         np.testing.assert_allclose(points, [(row["kl"], row[key]) for row in curve], rtol=1e-4)
 
 
 @pytest.mark.parametrize("content", [3, [], [4, {"n": 1}], {"n": 2}, [{"kl": "x", "scores": 1}]])
-def test_a_file_of_another_form_has_no_curve_of_the_best(content):
-    assert best_of.best_of_charts({"best_of": content}) == ()
+def test_an_invalid_file_has_no_best_of_curve(content):
+    assert best_of_charts({"best_of": content}) == ()

@@ -33,14 +33,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    """In which everything matters."""
+    """Random everywhere, biases and norms too."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.4, x.dtype), shapes)
 
 
 @pytest.fixture
-def rows(monkeypatch):
-    """One text to a row, six wide; the logits of four positions are there at a time."""
+def texts(monkeypatch):
+    """Three texts, padded to six tokens; the logits of four positions are in memory at a time."""
     monkeypatch.setattr(teacher_forced, "CHUNK", 4)
     tokens, segments = np.zeros((3, 6), np.int32), np.zeros((3, 6), np.int32)
     loss_mask = np.zeros((3, 6), bool)
@@ -59,7 +59,7 @@ def rouge1(predicted, true):
     return 2 * len(shared) / both if both else 0.0
 
 
-def test_a_completion_is_predicted_from_the_true_tokens_before_it(model, params, rows):
+def test_a_completion_is_predicted_from_the_true_tokens_before_it(model, params, texts):
     expected = []
     for text, completion in TEXTS:
         likeliest = logits_by_loop(params, model.config, text).argmax(axis=1).tolist()
@@ -67,21 +67,21 @@ def test_a_completion_is_predicted_from_the_true_tokens_before_it(model, params,
         expected.append(rouge1(likeliest[start - 1 : len(text) - 1], text[start:]))
     assert max(expected) > 0
     # The second batch is half empty.
-    rouge = teacher_forced.TeacherForcedRouge(model, Words(), rows, batch_size=2)
+    rouge = teacher_forced.TeacherForcedRouge(model, Words(), texts, batch_size=2)
     assert rouge(params)["rouge1"] == pytest.approx(np.mean(expected))
 
 
-def test_the_published_way_counts_prompt_and_padding(model, params, rows):
+def test_the_published_way_counts_prompt_and_padding(model, params, texts):
     scores, nll = [], 0.0
     for text, _ in TEXTS:
-        whole = text + [EOS] * (LENGTH - len(text))
+        padded = text + [EOS] * (LENGTH - len(text))
         # Padding attends to the text alone, and its positions count on.
-        logits = logits_by_loop(params, model.config, whole, keys=len(text))
-        scores.append(rouge1(logits.argmax(axis=1).tolist(), whole))
-        nll -= sum(log_softmax(logits)[t, whole[t + 1]] for t in range(LENGTH - 1))
+        logits = logits_by_loop(params, model.config, padded, keys=len(text))
+        scores.append(rouge1(logits.argmax(axis=1).tolist(), padded))
+        nll -= sum(log_softmax(logits)[t, padded[t + 1]] for t in range(LENGTH - 1))
     assert max(scores) > 0
     found = teacher_forced.published_metrics(
-        model, params, Words(), rows, max_length=LENGTH, batch_size=2
+        model, params, Words(), texts, max_length=LENGTH, batch_size=2
     )
     assert found["loss_published"] == pytest.approx(nll / 3 / (LENGTH - 1), rel=1e-4)
     assert found["rouge1_published"] == pytest.approx(np.mean(scores))
@@ -91,18 +91,19 @@ def test_the_published_way_counts_prompt_and_padding(model, params, rows):
     }
 
 
-def test_no_logits_of_all_positions_are_made(model, params, rows):
-    padded = teacher_forced.pad_rows(rows, LENGTH, EOS)
-    for make in (teacher_forced.make_completion_step, teacher_forced.make_published_step):
-        text = jax.jit(make(model)).lower(params, padded).as_text()
+def test_no_logits_of_all_positions_are_made(model, params, texts):
+    padded = teacher_forced.pad_texts(texts, LENGTH, EOS)
+    for runs_padding in (False, True):
+        step = teacher_forced.make_predict_step(model, runs_padding=runs_padding)
+        text = jax.jit(step).lower(params, padded).as_text()
         assert "3x4x128xf32" in text  # rows, positions at a time, padded vocabulary
         assert not any(f"3x{n}x{v}xf32" in text for n in (8, 9, 12) for v in (11, 128))
 
 
-def test_which_rows_have_completions():
-    alone, whole = DataSettings(), DataSettings(completion_only=False)
+def test_which_examples_have_completions():
+    alone, full = DataSettings(), DataSettings(completion_only=False)
     pair, messages = {"prompt": "a", "completion": "b"}, {"messages": []}
-    assert teacher_forced.have_completions([pair], whole)
+    assert teacher_forced.have_completions([pair], full)
     assert teacher_forced.have_completions([messages], alone)
-    assert not teacher_forced.have_completions([messages], whole)
+    assert not teacher_forced.have_completions([messages], full)
     assert not teacher_forced.have_completions([{"text": "a"}], alone)

@@ -1,18 +1,18 @@
-"""The report: what is there is shown, what is missing is named, nothing is loaded or injected."""
+"""The report: its content by the files of a run, notes on missing ones, and no way to inject."""
 
+import dataclasses
 import html
 import html.parser
 import json
-import math
 import re
 
-import numpy as np
 import pytest
 
+from rlhf_jax import training
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.report import charts
-from rlhf_jax.runtime.report import page as report
-from rlhf_jax.runtime.report.charts import Series
+from rlhf_jax.runtime.report import content
+from rlhf_jax.runtime.report.page import csp_hash, write_report
+from rlhf_jax.training.trainer import Headline
 
 EVIL = "<script>alert('x')</script>\"'><img src=http://evil.example/a.png onerror=alert(1)>"
 
@@ -72,7 +72,7 @@ def ppo_rows(steps=40):
 
 
 @pytest.fixture
-def whole_run(tmp_path):
+def full_run(tmp_path):
     run = tmp_path / "demo"
     sft = [{"step": s, "time": 1e9 + s, "train/loss": 3 / s} for s in range(1, 100)]
     write_lines(run / "sft/metrics.jsonl", [*sft, {"step": 99, "time": 1e9, "eval/loss": 1.25}])
@@ -101,11 +101,11 @@ def whole_run(tmp_path):
 
 
 def read(run):
-    return Page(report.write_report(run).read_text())
+    return Page(write_report(run).read_text())
 
 
-def test_a_whole_run_shows_all_that_there_is(whole_run):
-    page = read(whole_run)
+def test_a_full_run_shows_all_results(full_run):
+    page = read(full_run)
     for text in (
         "demo", "Supervised fine-tuning", "Reward model", "PPO", "40 steps in 2 min",
         "SFT, loss", "1.25", "Reward, accuracy", "PPO, gold score",
@@ -131,8 +131,8 @@ def test_a_single_stage_is_known_by_its_metrics(tmp_path, rows, shown, absent):
     assert absent not in page.text
 
 
-def test_nothing_is_loaded_and_nothing_injected(whole_run):
-    folder = whole_run / "x<i>"
+def test_nothing_is_loaded_and_nothing_injected(full_run):
+    folder = full_run / "x<i>"
     rows = [{"step": 1, EVIL: 1.0, "objective/kl": 1.0}]
     write_lines(folder / "metrics.jsonl", rows)
     sample = {"prompt": EVIL, "response": EVIL, "score": 1.0, EVIL: EVIL}
@@ -156,13 +156,13 @@ def test_nothing_is_loaded_and_nothing_injected(whole_run):
         assert "url(" not in attributes.get("style", "")
 
 
-def test_the_policy_of_the_page_allows_its_own_script_only(whole_run):
-    page = read(whole_run)
+def test_the_policy_of_the_page_allows_its_own_script_only(full_run):
+    page = read(full_run)
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv"))
     assert policy.startswith("default-src 'none'")
     assert len(page.scripts) == 1
-    assert f"'{report._csp_hash(page.scripts[0])}'" in policy
-    text = (whole_run / "report.html").read_text()
+    assert f"'{csp_hash(page.scripts[0])}'" in policy
+    text = (full_run / "report.html").read_text()
     assert "@import" not in text
     assert "url(" not in text
 
@@ -186,15 +186,15 @@ def test_the_policy_of_the_page_allows_its_own_script_only(whole_run):
         ({"samples.jsonl": '{"prompt": "no step"}\n'}, "metrics.jsonl is missing"),
     ],
 )
-def test_what_is_missing_or_broken_is_said(tmp_path, files, note):
+def test_missing_and_broken_files_are_named(tmp_path, files, note):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert note in read(tmp_path).text
 
 
-def test_an_empty_stage_does_not_hide_the_others(whole_run):
-    (whole_run / "reward/metrics.jsonl").write_text("")
-    page = read(whole_run)
+def test_an_empty_stage_does_not_hide_the_others(full_run):
+    (full_run / "reward/metrics.jsonl").write_text("")
+    page = read(full_run)
     assert "reward/metrics.jsonl is empty" in page.text
     assert "Nothing was logged." in page.text
     assert "Score and gold score over KL" in page.text
@@ -202,7 +202,7 @@ def test_an_empty_stage_does_not_hide_the_others(whole_run):
 
 def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="there is no run folder .*nowhere"):
-        report.write_report(tmp_path / "nowhere")
+        write_report(tmp_path / "nowhere")
 
 
 def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
@@ -212,7 +212,7 @@ def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
         {"step": 9, "prompt": "p", "response": "new", "score": 2.0, "reference": "human"},
         {"step": 9, "prompt": "q", "response": "other", "score": "NaN"},
     ]
-    (first, second), title = report._logged_samples(rows)
+    (first, second), title = content.logged_samples(rows)
     assert title == "Samples of step 9"
     headings = [(side.heading, side.text) for side in first.sides]
     assert headings == [("Step 0", "old"), ("Step 9", "new"), ("reference", "human")]
@@ -228,27 +228,70 @@ def test_several_responses_to_a_prompt_stand_beside_their_own_first_ones():
         for step in (0, 9)
         for place in places
     ]
-    samples, _ = report._logged_samples(rows)
+    samples, _ = content.logged_samples(rows)
     for sample, place in zip(samples, places, strict=True):
         texts = [side.text for side in sample.sides if side.heading.startswith("Step")]
         assert texts == [f"{place} at 0", f"{place} at 9"]
 
 
-def test_scores_are_shown_as_they_were_before_ppo_scaled_them():
-    scaled = {"step": 1, "objective/scores": 4.0, "objective/unscaled_scores": 1.5}
-    assert report._unscaled(scaled)["objective/scores"] == 1.5
-    plain = {"step": 1, "objective/scores": 4.0}
-    assert report._unscaled(plain) is plain
+def test_scores_are_those_before_scaling():
+    lines = [
+        {"step": 1, "objective/scores": 4.0, "objective/unscaled_scores": 1.5},
+        {"step": 2, "objective/scores": 4.0},
+    ]
+    points = content.series(content.merge_steps(lines))
+    assert points["objective/scores"] == [(1.0, 1.5), (2.0, 4.0)]
 
 
-def test_format_table_aligns_and_takes_what_json_gives():
+def test_lines_of_one_step_are_merged(tmp_path):
+    """An evaluation may be logged after its step, even after later steps, and twice."""
+    lines = [
+        {"step": 1, "time": 1.0, "objective/scores": 1.0, "objective/kl": 0.5},
+        {"step": 2, "time": 2.0, "objective/scores": 2.0, "objective/kl": 0.75},
+        {"step": 1, "time": 3.0, "objective/gold": 4.0, "eval/kl": 0.25},
+        {"step": 1, "time": 61.0, "objective/gold": 5.0},
+        {"no": "step"},
+    ]
+    assert content.series(content.merge_steps(lines)) == {
+        "objective/scores": [(1.0, 1.0), (2.0, 2.0)],
+        "objective/kl": [(1.0, 0.5), (2.0, 0.75)],
+        "objective/gold": [(1.0, 5.0)],
+        "eval/kl": [(1.0, 0.25)],
+    }
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    page = read(tmp_path)
+    assert "Score and gold score over KL" in page.text
+    assert "2 steps in 60 s" in page.text
+
+
+def test_stages_and_tiles_are_those_of_the_trainers(tmp_path, monkeypatch):
+    """Read at call time; a folder without subfolders is known by the section of its trainer."""
+    sft = next(trainer for trainer in training.TRAINERS if trainer.name == "sft")
+    headlines = (Headline("eval/margin", "margin", shows_start=False),)
+    other = dataclasses.replace(
+        sft, name="best_pairs", title="Best pairs", label="BP", headlines=headlines
+    )
+    monkeypatch.setattr(training, "TRAINERS", (*training.TRAINERS, other))
+    lines = [{"step": step, "eval/margin": step / 8} for step in (1, 2)]
+    write_lines(tmp_path / "run/best_pairs/metrics.jsonl", lines)
+    write_lines(tmp_path / "alone/metrics.jsonl", lines)
+    (tmp_path / "alone/config.yaml").write_text("model:\n  sft: 1\nbest_pairs: {a: 1}\n")
+    for name in ("run", "alone"):
+        page = read(tmp_path / name)
+        assert "Best pairs: 2 steps" in page.text
+        assert "BP, margin0.25" in re.sub(r"\s+", "", page.text).replace("BP,", "BP, ")
+        assert "from 0.12" not in page.text
+        assert "Reward model" not in page.text
+
+
+def test_format_table_aligns_values_of_json():
     rows = [
         {"metric": "gold score", "before": -0.5, "after": 1.25},
         {"metric": "KL", "before": 0, "after": "Infinity"},
         {"metric": "length", "before": 20000, "after": None},
         {"metric": "same", "before": 1, "after": 1},
     ]
-    lines = report.format_table(rows).splitlines()
+    lines = content.format_table(rows).splitlines()
     assert [re.split(r"\s{2,}", line) for line in lines] == [
         ["metric", "before", "after", "change"],
         ["-" * 10, "-" * 6, "-" * 5, "-" * 6],
@@ -258,14 +301,14 @@ def test_format_table_aligns_and_takes_what_json_gives():
         ["same", "1", "1", "0"],
     ]
     assert len({len(line) for line in lines}) == 1
-    assert report.format_table([]).splitlines()[0] == "metric  before  after  change"
+    assert content.format_table([]).splitlines()[0] == "metric  before  after  change"
 
 
 def test_an_evaluation_of_one_model_has_one_column_and_no_number_twice(tmp_path):
     table = [{"metric": "gold score", "after": 0.25}, {"metric": "prompts", "after": 8}]
-    assert report.format_table(table).splitlines()[0] == "metric      value"
+    assert content.format_table(table).splitlines()[0] == "metric      value"
     evaluation = {
-        "metrics": {"gold": 0.25, "num_prompts": 8, "seed_3/gold": 0.75},
+        "metrics": {"gold": 0.25, "num_prompts": 8},
         "table": table,
         "samples": [{"prompt": "A prompt", "response": "An answer", "gold": 1.5, "score": None}],
     }
@@ -273,77 +316,11 @@ def test_an_evaluation_of_one_model_has_one_column_and_no_number_twice(tmp_path)
     text = read(tmp_path).text
     for shown in ("Evaluation", "gold score", "An answer", "1.50"):
         assert shown in text, shown
-    for absent in ("efore", "change", "num_prompts", "seed_3"):
+    for absent in ("efore", "change", "num_prompts"):
         assert absent not in text, absent
     evaluation["metrics"]["kl"] = 4.5
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    text = read(tmp_path).text
-    assert "num_prompts" in text
-    assert "seed_3" not in text
-
-
-def coordinates(path):
-    return [tuple(map(float, pair)) for pair in re.findall(r"[ML](\S+?) ([\d.e+-]+)", path)]
-
-
-def test_a_line_goes_through_its_points():
-    points = ((0.0, 1.0), (5.0, 3.0), (10.0, 2.0))
-    chart = charts.line_chart("t", [Series("a", points)])
-    (low, high) = json.loads(chart.data)["y"]
-    assert low < 1.0 < 3.0 < high
-    expected = [(100 * x, 1000 * (high - y) / (high - low)) for x, y in points]
-    np.testing.assert_allclose(coordinates(chart.curves[0].path), expected, rtol=1e-3)
-    for top, text in chart.y_ticks:
-        np.testing.assert_allclose(top / 100, (high - float(text)) / (high - low), atol=1e-3)
-    assert chart.curves[0].last == "2"
-
-
-def test_gaps_single_points_and_constants_are_drawn():
-    nan = math.nan
-    points = ((0, 1.0), (1, nan), (2, 2.0), (3, 3.0), (4, math.inf), (5, 1.0))
-    curve = charts.line_chart("t", [Series("a", points)]).curves[0]
-    assert [curve.path.count(letter) for letter in "MLh"] == [1, 1, 0]
-    assert [curve.lone.count(letter) for letter in "MLh"] == [2, 0, 2]
-    curve = charts.line_chart("t", [Series("a", ((3, 7.0),))]).curves[0]
-    assert (curve.path, curve.lone) == ("", "M500 500h0")
-    assert charts.line_chart("t", [Series("a", ((0, nan),)), Series("b", ())]) is None
-
-
-def test_a_long_series_stays_small_and_keeps_its_spikes():
-    generator = np.random.default_rng(0)
-    values = generator.normal(size=20_000)
-    values[12_345] = 50.0
-    points = tuple((float(i), float(v)) for i, v in enumerate(values))
-    chart = charts.line_chart("t", [Series("a", points)])
-    drawn = coordinates(chart.curves[0].raw)
-    assert len(drawn) <= charts.MAX_POINTS
-    assert min(y for _, y in drawn) < 80
-    smoothed = coordinates(chart.curves[0].path)
-    assert np.std([y for _, y in smoothed]) < 0.2 * np.std([y for _, y in drawn])
-
-
-def test_smooth_matches_a_loop():
-    values = np.random.default_rng(1).normal(size=30)
-    at = np.arange(30)
-    weights = np.exp(-abs(at[:, None] - at[None]) / 4.0)
-    expected = (weights @ values) / weights.sum(1)
-    np.testing.assert_allclose(charts.smooth(list(values), 4.0), expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-3, 17), (1e-9, 5e-9), (999_000, 1_000_000), (0.9991, 0.9994)]
-)
-def test_ticks_are_round_distinct_and_inside(low, high):
-    ticks = charts.nice_ticks(low, high, 4)
-    assert 2 <= len(ticks) <= 8
-    assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in ticks)
-    texts = [text for _, text in charts._ticks((low, high), flip=False, whole=False)]
-    assert len(set(texts)) == len(ticks)
-
-
-def test_steps_are_whole_numbers():
-    chart = charts.line_chart("t", [Series("a", ((1.0, 1.0), (2.0, 2.0)))])
-    assert [text for _, text in chart.x_ticks] == ["1", "2"]
+    assert "num_prompts" in read(tmp_path).text
 
 
 def test_the_page_escapes_what_the_curves_are_called(tmp_path):
