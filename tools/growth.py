@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generation import generate
 from rlhf_jax.training import sft
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,10 +20,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype
-from rlhf_jax.models.remat import Remat, check_remat
-from rlhf_jax.parallel.distributed import Settings as DistributedSettings
-from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.run.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.run.metrics import Settings as LoggingSettings
@@ -36,49 +34,6 @@ from rlhf_jax.training.sft import Settings as SFTSettings
 from rlhf_jax.training.state import OptimizerSettings
 
 Config = TypeVar("Config")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """The section `model`: where the parameters come from, or the sizes of a fresh GPT-2.
-
-    Attributes:
-      path: a Hugging Face folder or hub name to start from; null makes a fresh model.
-      reward_path: likewise for the reward model that scores responses; PPO and evaluation read it.
-      reference_path: likewise for the policy that evaluation compares with.
-      value_path: likewise for the reward model that PPO's value model starts from, with
-        `ppo.value_model: reward`; null takes the one at `reward_path`.
-      n_layer, n_head, n_embd, n_positions: of a fresh model.
-      dropout: of a fresh model, in supervised fine-tuning alone.
-      dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
-      remat: what the backward pass of training computes again instead of keeping it, to save
-        memory: "dots", norms and activations; "full", all of each layer but its input; "none".
-      attention: what computes it but for single tokens of decoding: "blocks", this library on any
-        device, or "cudnn" on an NVIDIA GPU, in bfloat16 and without dropout of its weights.
-    """
-
-    path: str | None = None
-    reward_path: str | None = None
-    reference_path: str | None = None
-    value_path: str | None = None
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    n_positions: int = 256
-    dropout: float = 0.1
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Remat = "dots"
-    attention: Attention = "blocks"
-
-    def __post_init__(self) -> None:
-        check_remat("model.remat", self.remat)
-        check_attention("model.attention", self.attention)
-        if self.attention == "cudnn" and self.dtype != "auto":
-            check_dtype(self.dtype)
-        if not 0 <= self.dropout < 1:
-            raise InputError(
-                f"model.dropout must be at least 0 and below 1, but is {self.dropout}."
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rlhf_jax import functional
 from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generation import generate
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.training.accumulate import map_microbatches
 from rlhf_jax.training.frozen import split_params

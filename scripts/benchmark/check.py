@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.models.attention import BLOCK
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generation import generate
 from rlhf_jax.training import ppo
 from scripts.benchmark import plain
 from scripts.benchmark.programs import make_program, ppo_settings

@@ -11,7 +11,7 @@ import optax
 from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generation import generate
 from rlhf_jax.training import ppo, reward, sft
 from rlhf_jax.training.reward import init_params as init_reward
 from rlhf_jax.training.state import OptimizerSettings, make_optimizer

@@ -19,7 +19,7 @@ from rlhf_jax.models.huggingface import (
     save_pretrained,
     save_reward_model,
 )
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generation import generate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

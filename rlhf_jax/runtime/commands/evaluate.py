@@ -24,7 +24,7 @@ from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
+from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.config import EvaluateConfig, resolve, to_yaml
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
@@ -145,7 +145,7 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
     mesh = make_mesh(config.mesh)
     model, params = assemble.load_scorer(path, config.model, tokenizer, mesh)
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     assemble.check_positions(
         model,
         config.data.max_prompt_length + config.data.max_response_length,
@@ -279,7 +279,7 @@ def _load(config: EvaluateConfig, path: str | None, name: str):
     tokenizer = assemble.choose_tokenizer(config.tokenizer, path, list)
     key, mesh = jax.random.key(config.seed), make_mesh(config.mesh)
     model, params = assemble.load_model(config.model, tokenizer, key, mesh)
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     return tokenizer, model, params
 
 
@@ -296,9 +296,7 @@ def _load_reference(
                 "it would misread; give a model that has the same one."
             )
         dtype, mesh = assemble.compute_dtype(config.model.dtype), make_mesh(config.mesh)
-        place = functools.partial(tree_shardings, mesh)
-        model, params = load_pretrained(folder, dtype=dtype, place=place)
-    check_heads(mesh, model.config.n_head)
+        model, params = load_pretrained(folder, dtype=dtype, mesh=mesh)
     assemble.check_vocabulary(model, tokenizer, path)
     return model, params
 

@@ -9,8 +9,8 @@ from etils import epath
 
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.huggingface import check_pretrained
+from rlhf_jax.models.huggingface import check_pretrained, fresh_model
+from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
@@ -78,15 +78,7 @@ def _run(config: RLHFConfig) -> loop.StageResult:
 def _check_ahead(config: RLHFConfig) -> None:
     """Finds what is wrong with the later stages before hours are spent on the first."""
     if config.model.path is None:
-        sizes = config.model
-        model = GPT2(
-            GPT2Config(
-                n_positions=sizes.n_positions,
-                n_layer=sizes.n_layer,
-                n_head=sizes.n_head,
-                n_embd=sizes.n_embd,
-            )
-        )
+        model = fresh_model(config.model, vocab_size=1)
     else:
         model = check_pretrained(config.model.path)
     mesh = make_mesh(config.mesh)
@@ -110,7 +102,7 @@ def _check_ahead(config: RLHFConfig) -> None:
     _check_rewards_ahead(config, model)
 
 
-def _check_rewards_ahead(config: RLHFConfig, model: GPT2) -> None:
+def _check_rewards_ahead(config: RLHFConfig, model: Model) -> None:
     """The same of what scores and values responses; `model` has the form of what is trained."""
     of_ppo, trained = ppo_config(config), _trained(config)
     paths = {

@@ -23,8 +23,8 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.constraints import padded_batch_size
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size, check_heads
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.parallel.partition import check_batch_size
+from rlhf_jax.rollout.generation import generate
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.config import GenerateConfig, GenerationSettings, resolve
 
@@ -125,7 +125,7 @@ def run_generate(config: GenerateConfig | str | Mapping[str, Any]) -> int:
     key = jax.random.key(config.seed)
     mesh = make_mesh(config.mesh)
     model, params = assemble.load_model(config.model, tokenizer, key, mesh)
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
     responder = Responder(model, tokenizer, config.generation, config.data.prompt_suffix)
     prompts = _prompts(config, tokenizer)

@@ -16,11 +16,11 @@ from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right, warn, width, with_eos
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.config import ModelSettings
 from rlhf_jax.runtime.evaluation.responses import decode
 from rlhf_jax.runtime.rewards.sources import RewardSource, check_names, plain_name, resolve_sources
 
@@ -239,6 +239,11 @@ class Rewards:
         return self.scorers[0].model if self.scorers[0].tokenizer is None else None
 
     @property
+    def models(self) -> list[Model]:
+        """All reward models, in the order of their parameters."""
+        return [scorer.model for scorer in self.scorers if isinstance(scorer, ModelScores)]
+
+    @property
     def token_models(self) -> list[Model]:
         """The reward models that score tokens, not texts."""
         models = [scorer for scorer in self.scorers if isinstance(scorer, ModelScores)]
@@ -308,7 +313,10 @@ def load_rewards(
         model, tree, theirs = assemble.load_reward(path, settings, each.source.label, mesh)
         shares = assemble.shares_tokens(tokenizer, theirs)
         assemble.check_vocabulary(model, tokenizer if shares else theirs, path)
-        shardings = None if mesh is None else (tree_shardings(mesh, tree), batch_sharding(mesh))
+        shardings = None
+        if mesh is not None:
+            rules = model.partition_rules
+            shardings = (tree_shardings(mesh, tree, rules), batch_sharding(mesh))
         scorers.append(ModelScores(model, None if shares else theirs, shardings))
         params.append(tree)
     weights = [each.source.weight for each in found]

@@ -19,7 +19,6 @@ from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.prompts import encode_prompts
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
@@ -28,7 +27,6 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import (
     batch_sharding,
     check_batch_size,
-    check_heads,
     replicated,
     tree_shardings,
 )
@@ -84,7 +82,7 @@ def train_ppo(
     return loop.run(lambda: SeedsStage(config, reward_fn), config)
 
 
-def check_sizes(config: PPOConfig, model: GPT2, mesh: Mesh) -> None:
+def check_sizes(config: PPOConfig, model: Model, mesh: Mesh) -> None:
     """Raises an InputError if responses exceed the model's positions, or batches miss the mesh.
 
     Likewise if a missing EOS has a price, and no response can have one; if more layers are to be
@@ -98,7 +96,7 @@ def check_sizes(config: PPOConfig, model: GPT2, mesh: Mesh) -> None:
         config.data.max_prompt_length + config.ppo.response_length,
         "data.max_prompt_length + ppo.response_length",
     )
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     _check_parts(mesh, config.ppo, "batch_size", config.ppo.batch_size)
     if config.ppo.score_batch_size is not None:
         check_batch_size(mesh, "ppo.score_batch_size", config.ppo.score_batch_size)
@@ -282,7 +280,13 @@ class PPOStage:
         shape = jax.eval_shape(self._init, *given)
         # Tokens are those of one run, however many runs the state holds.
         one = jax.eval_shape(functools.partial(PPOStage._init, self), *given)
-        self.flops_per_token = flops_per_token(one, self.settings)
+        self.flops_per_token = flops_per_token(
+            self.model,
+            one,
+            self.settings,
+            reward_models=self.rewards.models,
+            value_model=self.value_model,
+        )
         self.flops_per_step = config.num_seeds * self._flops_of_texts(one)
         state, rows, whole = self._places(shape)
         self.rows_place = rows
@@ -332,7 +336,11 @@ class PPOStage:
 
     def _places(self, shape: ppo.PPOState) -> tuple[ppo.PPOState, Any, Any]:
         """The shardings of the state, of rows, and of what every device holds whole."""
-        return tree_shardings(self.mesh, shape), batch_sharding(self.mesh), replicated(self.mesh)
+        models = [self.model, *self.rewards.models]
+        models += [] if self.value_model is None else [self.value_model]
+        rules = tuple(dict.fromkeys(rule for model in models for rule in model.partition_rules))
+        state = tree_shardings(self.mesh, shape, rules)
+        return state, batch_sharding(self.mesh), replicated(self.mesh)
 
     def _of_runs(self, function, num_arguments: int, *, returns_state: bool):
         """A function of one run, as it is compiled: here the same."""
@@ -344,7 +352,7 @@ class PPOStage:
         if self.texts is None:
             return 0.0
         tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.config.ppo.num_texts
-        return flops_per_text_token(state, self.settings) * float(tokens)
+        return flops_per_text_token(self.model, state, self.settings) * float(tokens)
 
     def _sample_for_judging(self, stops, params, batch, key):
         return ppo.sample_responses(

@@ -14,12 +14,12 @@ from rlhf_jax.data.encoding import warn
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.rankings import encode_rankings
-from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_reward_model
+from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
+from rlhf_jax.parallel.partition import batch_sharding, check_batch_size
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.config import RewardConfig, resolve
@@ -51,7 +51,7 @@ def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageRe
     return loop.run(lambda: RewardStage(config), config)
 
 
-def check_sizes(config: RewardConfig, model: GPT2, mesh: Mesh) -> None:
+def check_sizes(config: RewardConfig, model: Model, mesh: Mesh) -> None:
     """Raises an InputError if rows exceed the model's positions, or batches miss the mesh.
 
     Likewise if more layers are to be trained than there are.
@@ -62,7 +62,7 @@ def check_sizes(config: RewardConfig, model: GPT2, mesh: Mesh) -> None:
         config.data.max_prompt_length + config.data.max_response_length,
         "data.max_prompt_length + data.max_response_length",
     )
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     check_micro_batches(mesh, "reward", config.reward)
     check_batch_size(mesh, "reward.eval_batch_size", config.reward.eval_batch_size)
 

@@ -13,12 +13,11 @@ from rlhf_jax.data.chat import contents, prompt_text
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.cudnn_attention import check_dropout
-from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.huggingface import save_pretrained
+from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import batch_sharding, check_batch_size, check_heads
+from rlhf_jax.parallel.partition import batch_sharding, check_batch_size
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.commands.evaluate import perplexity
 from rlhf_jax.runtime.config import SFTConfig, resolve
@@ -53,15 +52,15 @@ def train_sft(config: SFTConfig | str | Mapping[str, Any]) -> loop.StageResult:
     return loop.run(lambda: SFTStage(config), config)
 
 
-def check_sizes(config: SFTConfig, model: GPT2, mesh: Mesh) -> None:
+def check_sizes(config: SFTConfig, model: Model, mesh: Mesh) -> None:
     """Raises an InputError if rows exceed the model's positions, or batches miss the mesh.
 
     Likewise if its attention cannot drop what the model says.
     """
     assemble.check_positions(model, config.data.max_length, "data.max_length")
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     if config.sft.dropout:
-        check_dropout(model.attention, model.config.attn_pdrop)
+        model.check_dropout()
     check_micro_batches(mesh, "sft", config.sft)
     check_batch_size(mesh, "sft.eval_batch_size", config.sft.eval_batch_size)
 

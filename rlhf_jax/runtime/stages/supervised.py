@@ -16,7 +16,6 @@ from rlhf_jax.parallel.partition import (
 )
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.commands.evaluate import sum_metrics
-from rlhf_jax.runtime.run.utilization import multiplied_parameters
 from rlhf_jax.training.state import make_optimizer
 
 
@@ -62,11 +61,11 @@ class SupervisedStage:
 
         self._init = init
         shape = jax.eval_shape(init, self.params)
-        frozen = multiplied_parameters(shape.frozen, unembeds=False)
-        trained = multiplied_parameters(shape.params, unembeds=unembeds)
-        self.flops_per_token = 2.0 * frozen + 6.0 * trained
+        frozen = self.model.flops_per_token(shape.frozen, unembeds=False)
+        trained = self.model.flops_per_token(shape.params, unembeds=unembeds)
+        self.flops_per_token = frozen + 3.0 * trained
         state, rows, whole = (
-            tree_shardings(self.mesh, shape),
+            tree_shardings(self.mesh, shape, self.model.partition_rules),
             batch_sharding(self.mesh),
             replicated(self.mesh),
         )
@@ -80,7 +79,12 @@ class SupervisedStage:
         )
         self._evaluate = jax.jit(
             training.make_eval_step(self.model),
-            in_shardings=(tree_shardings(self.mesh, jax.eval_shape(self.whole, shape)), rows),
+            in_shardings=(
+                tree_shardings(
+                    self.mesh, jax.eval_shape(self.whole, shape), self.model.partition_rules
+                ),
+                rows,
+            ),
             out_shardings=whole,
         )
 
@@ -90,7 +94,9 @@ class SupervisedStage:
 
     def init_state(self) -> Any:
         """The state before the first step, sharded; the loaded parameters are let go."""
-        state = assemble.init_sharded(self.mesh, self._init, self.params)
+        state = assemble.init_sharded(
+            self.mesh, self.model.partition_rules, self._init, self.params
+        )
         self.params = None
         return state
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generation import generate
 from rlhf_jax.runtime.compilation import hlo
 from rlhf_jax.runtime.compilation.chips import CHIPS, roofline
 from rlhf_jax.runtime.compilation.collectives import collectives
