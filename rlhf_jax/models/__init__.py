@@ -1,1 +1,33 @@
 """Language models as pure functions over pytrees of parameters."""
+
+from typing import TYPE_CHECKING
+
+from rlhf_jax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from rlhf_jax.models.cache import Cache as Cache
+    from rlhf_jax.models.huggingface import load_pretrained as load_pretrained
+    from rlhf_jax.models.huggingface import load_reward_model as load_reward_model
+    from rlhf_jax.models.huggingface import save_pretrained as save_pretrained
+    from rlhf_jax.models.huggingface import save_reward_model as save_reward_model
+    from rlhf_jax.models.interface import Model as Model
+    from rlhf_jax.models.interface import ModelConfig as ModelConfig
+    from rlhf_jax.models.interface import SharedPrompt as SharedPrompt
+    from rlhf_jax.models.interface import positions_from as positions_from
+    from rlhf_jax.models.settings import ModelSettings as ModelSettings
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "Cache": "rlhf_jax.models.cache",
+        "Model": "rlhf_jax.models.interface",
+        "ModelConfig": "rlhf_jax.models.interface",
+        "ModelSettings": "rlhf_jax.models.settings",
+        "SharedPrompt": "rlhf_jax.models.interface",
+        "load_pretrained": "rlhf_jax.models.huggingface",
+        "load_reward_model": "rlhf_jax.models.huggingface",
+        "positions_from": "rlhf_jax.models.interface",
+        "save_pretrained": "rlhf_jax.models.huggingface",
+        "save_reward_model": "rlhf_jax.models.huggingface",
+    },
+)

@@ -1,38 +1,86 @@
-"""Attention whose backward pass makes the weights anew instead of keeping them.
+"""Attention whose backward pass computes the weights again instead of keeping them.
 
     out_t = sum_m w_tm v_m,     w_tm = exp(q_t . k_m - log Z_t),     Z_t = sum_m exp(q_t . k_m)
 
-over the m that t sees. What is kept is `out` and `log Z`, [L, d] and [L] for each head; the
-weights, [L, M], are computed twice (Dao et al. 2022, FlashAttention, algorithm 4;
-arXiv:2205.14135). Queries go in blocks of rows, each of which meets only the keys up to its last
-row: most of what a causal mask hides is not computed.
+over the m that t sees. Only `out` and `log Z` are kept, [L, d] and [L] for each head; the weights,
+[L, M], are computed twice (Dao et al. 2022, FlashAttention, algorithm 4; arXiv:2205.14135). Queries
+are processed in blocks, each with the keys up to its last position: most products that a causal
+mask hides are not computed.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.backend import is_on_cpu
+from rlhf_jax.models.attention_mask import AttentionMask, Past
+from rlhf_jax.models.cudnn_attention import attend_by_cudnn
 from rlhf_jax.models.dropout import Dropout, kept
 
 BLOCK = 256
 ATTENDED = "attended"
-_LEAST = float(jnp.finfo(jnp.float32).min)
+_MIN = float(jnp.finfo(jnp.float32).min)
+
+Memory = tuple[jax.Array, jax.Array]  # keys and values
 
 
-class Past(NamedTuple):
-    """What stands before all responses of a group, and is seen by each of their tokens.
+def self_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: AttentionMask,
+    past: Memory | None = None,
+    *,
+    implementation: str = "blocks",
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Attention of P tokens of a prompt and K responses of T tokens, S = P + K * T.
 
-    Attributes:
-      keys, values: [G, H, P, d].
-      mask: bool[G, P], True on real tokens.
+    Args:
+      q: [B, H, S, d], scaled already.
+      k, v: [B, Hk, S, d], Hk key/value heads; query head h reads head h // (H / Hk).
+      mask: of `attention_mask`.
+      past: keys and values [B, Hk, P, d] of a prefix, where `mask.past` is of one.
+      implementation: "blocks", here, or "cudnn", as in `models/cudnn_attention.py`.
+      dropout: of the weights, for plain texts only.
+
+    Returns:
+      [B, H, S, d] in the dtype of q.
     """
+    parts, length = [], 0
+    if mask.prompt is not None:
+        length = mask.prompt.shape[-1]
+        past = k[:, :, :length], v[:, :, :length]
+        prompt_q = q[:, None, :, :length]
+        prompt_k, prompt_v = (x[:, None] for x in past)
+        prompt_visible = mask.prompt[:, None]
+        parts.append(_attend_by(implementation, prompt_q, prompt_k, prompt_v, prompt_visible))
+    seen = None
+    if mask.past is not None:
+        assert past is not None  # of the prompt above, or of a prefix
+        seen = Past(past[0], past[1], mask.past)
+    count = mask.own.shape[1]
+    own_q, own_k, own_v = (_split_responses(x[:, :, length:], count) for x in (q, k, v))
+    parts.append(_attend_by(implementation, own_q, own_k, own_v, mask.own, seen, dropout))
+    return jnp.concatenate([_join_responses(part) for part in parts], axis=2)
 
-    keys: jax.Array
-    values: jax.Array
-    mask: jax.Array
+
+def _attend_by(implementation, q, k, v, visible, past=None, dropout=None):
+    if implementation == "cudnn":
+        return attend_by_cudnn(q, k, v, visible, past)
+    return attend(q, k, v, visible, past, dropout)
+
+
+def _split_responses(x, count):
+    """[B, K, H, T, d] of [B, H, K * T, d]."""
+    batch, heads, _, width = x.shape
+    return jnp.swapaxes(x.reshape(batch, heads, count, -1, width), 1, 2)
+
+
+def _join_responses(x):
+    """[B, H, K * T, d] of [B, K, H, T, d]."""
+    batch, _, heads, _, width = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(batch, heads, -1, width)
 
 
 def attend(
@@ -43,12 +91,13 @@ def attend(
     past: Past | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
-    """Attention of K rows of T tokens in each of G groups, to themselves and to what went before.
+    """Attention of K responses of T tokens in each of G groups, to themselves and to a past.
 
     Args:
-      q, k, v: [G, K, H, T, d]; q is scaled already.
-      visible: bool[G, K, T, T], whether token t sees token m of its row; never one behind it.
-      past: of each group, seen by all its rows.
+      q: [G, K, H, T, d], scaled already.
+      k, v: [G, K, Hk, T, d]; query head h reads key/value head h // (H / Hk).
+      visible: bool[G, K, T, T], whether token t sees token m of its response, m <= t.
+      past: of each group, seen by all its responses.
       dropout: of the weights [G, K, H, T, T], without a past only.
 
     Returns:
@@ -56,17 +105,41 @@ def attend(
     """
     if dropout is not None and past is not None:
         raise ValueError("attention to a past has no dropout.")
+    heads = q.shape[2]
+    k, v = _repeat_heads(k, heads, 2), _repeat_heads(v, heads, 2)
+    if past is not None:
+        keys, values = _repeat_heads(past.keys, heads, 1), _repeat_heads(past.values, heads, 1)
+        past = Past(keys, values, past.mask)
     return _attend(q, k, v, visible, past, dropout)
+
+
+def _repeat_heads(x, heads, axis):
+    """The key/value heads, each repeated for its group of query heads."""
+    return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)
 
 
 def attend_to_cache(
     q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """[B, H, L, d] of queries [B, H, L, d] on a cache [B, H, C, d], seen as bool[B, L, C] says."""
+    """Attention of new tokens to a cache.
+
+    Args:
+      q: [B, H, L, d], scaled already.
+      keys, values: [B, Hk, C, d]; query head h reads key/value head h // (H / Hk). They are not
+        repeated: the heads of a group become further queries of one head.
+      visible: bool[B, L, C], whether token l sees position c.
+
+    Returns:
+      [B, H, L, d].
+    """
+    shape, groups = q.shape, q.shape[1] // keys.shape[1]
+    if groups > 1:
+        q = q.reshape(shape[0], keys.shape[1], groups * shape[2], shape[3])
+        visible = jnp.tile(visible, (1, groups, 1))
     logits = _product("bhld,bhcd->bhlc", q, keys)
-    logits = jnp.where(visible[:, None], logits, _LEAST)
+    logits = jnp.where(visible[:, None], logits, _MIN)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    return jnp.einsum("bhlc,bhcd->bhld", weights, values)
+    return jnp.einsum("bhlc,bhcd->bhld", weights, values).reshape(shape)
 
 
 @jax.custom_vjp
@@ -76,8 +149,8 @@ def _attend(q, k, v, visible, past, dropout):
 
 def _forward(q, k, v, visible, past, dropout):
     blocks = [
-        _block_forward(q[..., rows, :], k, v, rows, visible, past, dropout)
-        for rows in _blocks(q.shape[-2])
+        _block_forward(q[..., block, :], k, v, block, visible, past, dropout)
+        for block in _blocks(q.shape[-2])
     ]
     out, log_total = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks, strict=True))
     # Named, so that rematerialization may keep them and compute no weights a third time.
@@ -85,40 +158,40 @@ def _forward(q, k, v, visible, past, dropout):
     return out, (q, k, v, visible, past, dropout, out, log_total)
 
 
-def _block_forward(q, k, v, rows, visible, past, dropout):
-    """(out [G, K, H, t, d], log_total f32[G, K, H, t, 1]) of the queries of some rows."""
-    k, v = k[..., : rows.stop, :], v[..., : rows.stop, :]
-    own_visible = visible[:, :, None, rows, : rows.stop]
-    own = jnp.where(own_visible, _product("gkhtd,gkhmd->gkhtm", q, k), _LEAST)
+def _block_forward(q, k, v, block, visible, past, dropout):
+    """(out [G, K, H, t, d], log_total f32[G, K, H, t, 1]) of a block of t queries."""
+    k, v = k[..., : block.stop, :], v[..., : block.stop, :]
+    own_visible = visible[:, :, None, block, : block.stop]
+    own = jnp.where(own_visible, _product("gkhtd,gkhmd->gkhtm", q, k), _MIN)
     top = jnp.max(own, axis=-1, keepdims=True)
     if past is not None:
         seen, count = past.mask[:, None, None], q.shape[1]
-        before = jnp.where(seen, _product("ghtd,ghmd->ghtm", _grouped(q), past.keys), _LEAST)
+        before = jnp.where(seen, _product("ghtd,ghmd->ghtm", _grouped(q), past.keys), _MIN)
         top = jnp.maximum(top, _apart(jnp.max(before, axis=-1, keepdims=True), count))
     weights = jnp.where(own_visible, jnp.exp(own - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if dropout is not None:
-        weights = _dropped(dropout, weights, rows)
+        weights = _dropped(dropout, weights, block)
     out = _product("gkhtm,gkhmd->gkhtd", weights.astype(v.dtype), v)
     if past is not None:
         weights = jnp.where(seen, jnp.exp(before - _grouped(top)), 0.0)
         total += _apart(jnp.sum(weights, axis=-1, keepdims=True), count)
-        found = _product("ghtm,ghmd->ghtd", weights.astype(v.dtype), past.values)
-        out += _apart(found, count)
+        attended = _product("ghtm,ghmd->ghtd", weights.astype(v.dtype), past.values)
+        out += _apart(attended, count)
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
 
 def _backward(saved, gradient):
     q, k, v, visible, past, dropout, out, log_total = saved
-    # sum_m w_tm dw_tm, which the softmax takes off every gradient of a row.
+    # sum_m w_tm dw_tm, which the gradient of the softmax subtracts for each t.
     mean = jnp.sum(_wide(gradient) * _wide(out), axis=-1, keepdims=True)
     parts, for_past = [], None
     for_k, for_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    for rows in _blocks(q.shape[-2]):
-        given = tuple(x[..., rows, :] for x in (q, gradient, mean, log_total))
-        block_q, block_k, block_v = _block_backward(given, k, v, rows, visible, dropout)
-        missing = [(0, 0)] * 3 + [(0, k.shape[-2] - rows.stop), (0, 0)]
+    for block in _blocks(q.shape[-2]):
+        queries = tuple(x[..., block, :] for x in (q, gradient, mean, log_total))
+        block_q, block_k, block_v = _block_backward(queries, k, v, block, visible, dropout)
+        missing = [(0, 0)] * 3 + [(0, k.shape[-2] - block.stop), (0, 0)]
         for_k, for_v = for_k + jnp.pad(block_k, missing), for_v + jnp.pad(block_v, missing)
         parts.append(block_q)
     for_q = jnp.concatenate(parts, axis=3)
@@ -129,17 +202,17 @@ def _backward(saved, gradient):
     return for_q.astype(dtype), for_k.astype(dtype), for_v.astype(dtype), None, for_past, None
 
 
-def _block_backward(given, k, v, rows, visible, dropout):
-    """Gradients for q, k and v, in float32, of the queries of some rows."""
-    q, gradient, mean, log_total = given
-    k, v = k[..., : rows.stop, :], v[..., : rows.stop, :]
-    own_visible = visible[:, :, None, rows, : rows.stop]
+def _block_backward(queries, k, v, block, visible, dropout):
+    """Gradients for q, k and v, in float32, from a block of queries."""
+    q, gradient, mean, log_total = queries
+    k, v = k[..., : block.stop, :], v[..., : block.stop, :]
+    own_visible = visible[:, :, None, block, : block.stop]
     logits = _product("gkhtd,gkhmd->gkhtm", q, k)
     weights = jnp.where(own_visible, jnp.exp(logits - log_total), 0.0)
     for_weights, read = _product("gkhtd,gkhmd->gkhtm", gradient, v), weights
     if dropout is not None:
-        for_weights = _dropped(dropout, for_weights, rows)
-        read = _dropped(dropout, weights, rows)
+        for_weights = _dropped(dropout, for_weights, block)
+        read = _dropped(dropout, weights, block)
     for_logits = (weights * (for_weights - mean)).astype(q.dtype)
     return (
         _product("gkhtm,gkhmd->gkhtd", for_logits, k),
@@ -149,7 +222,7 @@ def _block_backward(given, k, v, rows, visible, dropout):
 
 
 def _past_backward(q, gradient, mean, log_total, past):
-    """(gradient for q, gradients for the past), summed over the rows of each group."""
+    """(gradient for q, gradients for the past), summed over the responses of each group."""
     count = q.shape[1]
     q, gradient, mean, log_total = (_grouped(x) for x in (q, gradient, mean, log_total))
     logits = _product("ghtd,ghmd->ghtm", q, past.keys)
@@ -159,27 +232,27 @@ def _past_backward(q, gradient, mean, log_total, past):
     for_keys = _product("ghtm,ghtd->ghmd", for_logits, q).astype(q.dtype)
     for_values = _product("ghtm,ghtd->ghmd", weights.astype(q.dtype), gradient).astype(q.dtype)
     for_q = _product("ghtm,ghmd->ghtd", for_logits, past.keys)
-    # The mask has no gradient, and custom rules say so by None.
+    # The mask has no gradient, which custom rules express by None.
     return _apart(for_q, count), Past(for_keys, for_values, None)  # type: ignore[arg-type]
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _dropped(dropout, weights, rows):
-    keep = kept(dropout, weights.shape, rows.start)
+def _dropped(dropout, weights, block):
+    keep = kept(dropout, weights.shape, block.start)
     return jnp.where(keep, weights * dropout.scale, 0.0)
 
 
 def _blocks(length: int) -> list[slice]:
-    """Runs of rows, as equal as they can be, of at most `BLOCK`."""
+    """Blocks of positions, of nearly equal length, at most `BLOCK`."""
     count = -(-length // BLOCK)
-    ends = [length * i // count for i in range(count + 1)]
-    return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    bounds = [length * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def _grouped(x):
-    """[G, H, K * T, .] of [G, K, H, T, .]: all that meet the same past, in one product."""
+    """[G, H, K * T, .] of [G, K, H, T, .], for one product with the past of the group."""
     groups, count, heads, length, width = x.shape
     return jnp.swapaxes(x, 1, 2).reshape(groups, heads, count * length, width)
 
@@ -191,7 +264,7 @@ def _apart(x, count):
 
 
 def _product(axes, x, y):
-    """The product in float32; on a CPU of operands in it: few of others are there, all slow."""
+    """The product in float32; on a CPU of float32 operands, since products of others are slow."""
     if is_on_cpu():
         x, y = _wide(x), _wide(y)
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)

@@ -1,39 +1,52 @@
-"""GPT-2 (Radford et al. 2019) as a Linen block scanned over stacked parameters.
+"""GPT-2 (Radford et al. 2019): the network, its partition rules, and its Hugging Face format.
 
 Pre-layer-norm blocks with a tanh-approximated GELU, learned positions, and an unembedding tied to
-the token embedding. The vocabulary is padded inside to a multiple of 128 (50257 -> 50304), so that
-its axis divides over devices and tiles; the padding never leaves `logits`.
+the token embedding.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dtype, check_heads
+from rlhf_jax.models.attention import Memory, attend_to_cache, self_attention
+from rlhf_jax.models.attention_mask import AttentionMask
+from rlhf_jax.models.cudnn_attention import check_dropout
+from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import drop, start_dropout
-from rlhf_jax.models.gpt2_block import ACTIVATIONS, AttentionMask, Block, layer_norm
-from rlhf_jax.models.gpt2_decoding import (
-    UnstackedLayers,
-    check_trainable,
-    decode_unstacked,
-    embedded,
-    for_decoding,
-    run_layers,
-    unembedded,
-)
-from rlhf_jax.models.interface import Cache, Params, SharedPrompt, positions_from
-from rlhf_jax.models.remat import Remat, check_remat, rematerialized
-from rlhf_jax.parallel.constraints import (
-    all_gather,
-    constrain_batch,
-    constrain_batch_over_data,
-    constrain_cache,
-)
+from rlhf_jax.models.embedding import lookup, padded_vocab_size
+from rlhf_jax.models.family import Family, Slot, check_fixed, known_fields, leaf_at, param_shapes
+from rlhf_jax.models.interface import Params
+from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.models.stacked import StackedModel
+from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
+from rlhf_jax.parallel.partition import Rules
 
-VOCABULARY_MULTIPLE = 128
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+}
+
+PARTITION_RULES: Rules = (
+    (r"wte/embedding", P("tensor", "fsdp")),
+    (r"wpe/embedding", P(None, "fsdp")),
+    (r"c_attn/kernel", P(None, "fsdp", None, "tensor")),
+    (r"c_attn/bias", P(None, None, "tensor")),
+    (r"c_fc/kernel", P(None, "fsdp", "tensor")),
+    (r"c_proj/kernel", P(None, "tensor", "fsdp")),
+    (r"c_fc/bias", P(None, "tensor")),
+    # Small, and read in full by every device.
+    (r"(ln_1|ln_2)/(scale|bias)|c_proj/bias", P()),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +94,151 @@ class GPT2Config:
         return self.n_inner or 4 * self.n_embd
 
     @property
+    def head_width(self) -> int:
+        """d, the width of one head of attention."""
+        return self.n_embd // self.n_head
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """As many as query heads."""
+        return self.n_head
+
+    @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: `vocab_size` rounded up to a multiple of 128."""
-        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        """Length of the vocabulary axis of the embedding; see `models/embedding.py`."""
+        return padded_vocab_size(self.vocab_size)
+
+
+class Block(nn.Module):
+    """One transformer block: layer norm before attention and before the MLP, and two additions.
+
+    In decoding, single tokens are multiplied with all parameters: these stay where they are, and
+    the activations move (Pope et al. 2022, section 3.2: weight-stationary layouts;
+    arXiv:2211.05102).
+    """
+
+    config: GPT2Config
+    dtype: str
+    attention: str = "blocks"
+    decode: bool = False
+
+    def setup(self):
+        self.ln_1, self.ln_2 = (_layer_norm(self.config, self.dtype) for _ in range(2))
+        self.attn = _Attention(self.config, self.dtype, self.attention, self.decode)
+        self.mlp = _MLP(self.config, self.dtype, self.decode)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: AttentionMask,
+        positions: jax.Array,
+        past: Memory | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, Memory]:
+        """([B, S, D], (keys, values) [B, H, S, d]) of [B, S, D] and the keys of a prefix."""
+        attended, memory = self.attn(self._place(self.ln_1(x)), mask, past, deterministic)
+        return self._rest(x, attended, deterministic), memory
+
+    def heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scaled queries, keys and values [B, H, S, d] of [B, S, D]."""
+        return self.attn.heads(self._place(self.ln_1(x)))
+
+    def attend(self, x, q, keys, values, visible):
+        """The rest of the block, of queries on a cache [B, H, C, d] visible as bool[B, S, C]."""
+        return self._rest(x, self.attn.merge(attend_to_cache(q, keys, values, visible)), True)
+
+    def _rest(self, x, attended, deterministic):
+        rate = self.config.resid_pdrop
+        x = self._place(x + _dropped(self, attended, rate, deterministic))
+        h = self.mlp(self._place(self.ln_2(x)))
+        return self._place(x + _dropped(self, h, rate, deterministic))
+
+    def _place(self, x):
+        return constrain_batch_over_data(x, last="fsdp") if self.decode else constrain_batch(x)
+
+
+class _Attention(nn.Module):
+    config: GPT2Config
+    dtype: str
+    attention: str
+    decode: bool
+
+    def setup(self):
+        # [D, 3, D]: splitting the last axis over devices gives each the same heads of all three.
+        self.c_attn = _dense(self.config, self.dtype, (3, self.config.n_embd))
+        self.c_proj = _residual(self.config, self.dtype)
+
+    def __call__(self, x, mask, past, deterministic):
+        q, k, v = self.heads(x)
+        dropout = None
+        if not deterministic and self.config.attn_pdrop:
+            check_dropout(self.attention, self.config.attn_pdrop)
+            dropout = start_dropout(self.make_rng("dropout"), self.config.attn_pdrop)
+        out = self_attention(q, k, v, mask, past, implementation=self.attention, dropout=dropout)
+        return self.merge(out), (k, v)
+
+    def heads(self, x):
+        """Scaled queries, keys and values, [B, H, S, d] each."""
+        qkv = self.c_attn(x)
+        qkv = constrain_batch_over_data(qkv, last="tensor") if self.decode else qkv
+        qkv = constrain_batch(qkv, last="tensor")
+        heads = qkv.reshape(*qkv.shape[:3], self.config.n_head, -1)
+        q, k, v = (jnp.swapaxes(heads[:, :, i], 1, 2) for i in range(3))
+        return q * np.asarray(q.shape[-1] ** -0.5, q.dtype), k, v
+
+    def merge(self, out):
+        """[B, S, D] of [B, H, S, d]."""
+        out = jnp.swapaxes(out, 1, 2)
+        out = constrain_batch(out.reshape(*out.shape[:2], -1), last="tensor")
+        out = constrain_batch_over_data(out, last="tensor") if self.decode else out
+        return self.c_proj(out)
+
+
+class _MLP(nn.Module):
+    config: GPT2Config
+    dtype: str
+    decode: bool
+
+    def setup(self):
+        self.c_fc = _dense(self.config, self.dtype, (self.config.inner_width,))
+        self.c_proj = _residual(self.config, self.dtype)
+
+    def __call__(self, x):
+        h = self.c_fc(x)
+        h = (constrain_batch_over_data if self.decode else constrain_batch)(h, last="tensor")
+        return self.c_proj(ACTIVATIONS[self.config.activation_function](h))
+
+
+def _residual(config: GPT2Config, dtype: str) -> Dense:
+    """A projection of a residual branch; these add up: Radford et al., 2.3."""
+    return _dense(config, dtype, (config.n_embd,), (2 * config.n_layer) ** -0.5)
+
+
+def _dense(config, dtype, features, scale=1.0):
+    kernel_init = nn.initializers.normal(config.initializer_range * scale)
+    return Dense(features, dtype, kernel_init)
+
+
+def _layer_norm(config: GPT2Config, dtype: str) -> nn.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, cancels where a mean is large beside its deviation.
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(dtype), use_fast_variance=False
+    )
+
+
+def _dropped(module, x, rate, deterministic):
+    if deterministic or not rate:
+        return x
+    return drop(start_dropout(module.make_rng("dropout"), rate), x)
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2:
-    """GPT-2 as pure functions over a pytree of parameters (see `models/interface.py`).
+class GPT2(StackedModel):
+    """GPT-2 as pure functions over a pytree of parameters; methods as in `models/interface.py`.
 
     Args:
       config: the sizes.
-      dtype: what products are computed in; parameters stay float32, logits come out in float32.
-      remat: what the backward pass computes again, as in `models/remat.py`; decoding has none.
-      attention: "blocks", as in `models/attention.py`, or "cudnn", as in
-        `models/cudnn_attention.py`; single tokens of decoding attend as by the first either way.
+      dtype, remat, attention: as in `models/stacked.py`.
 
     The parameters are `{"wte": {"embedding": [Vp, D]}, "wpe": {"embedding": [n_positions, D]},
     "layers": blocks stacked on axis 0, "ln_f": {"scale": [D], "bias": [D]}}`.
@@ -108,21 +251,22 @@ class GPT2:
     """
 
     config: GPT2Config
-    dtype: str = "float32"
-    remat: Remat = "dots"
-    attention: Attention = "blocks"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        check_remat("remat", self.remat)
-        check_attention("attention", self.attention)
-        if self.attention == "cudnn":
-            check_dtype(self.dtype)
-            check_heads(self.config.n_embd // self.config.n_head)
+    table, final_norm, norms = "wte", "ln_f", "ln_"
 
     @property
-    def _block(self) -> Block:
-        return Block(self.config, self.dtype, attention=self.attention)
+    def partition_rules(self) -> Rules:
+        """The rules of the parameters."""
+        return PARTITION_RULES
+
+    @property
+    def block(self) -> Block:
+        """The module of one layer."""
+        return Block(self.config, self.dtype, self.attention)
+
+    def check_dropout(self) -> None:
+        """Raises an InputError if the attention cannot drop weights."""
+        check_dropout(self.attention, self.config.attn_pdrop)
 
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters: N(0, initializer_range), residual projections over sqrt(2 N)."""
@@ -130,246 +274,127 @@ class GPT2:
         wte_key, wpe_key, *keys = jax.random.split(key, 2 + config.n_layer)
         normal = nn.initializers.normal(config.initializer_range)
         wte = normal(wte_key, (config.padded_vocab_size, config.n_embd))
-        real = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
-        x, sight = jnp.zeros((1, 1, config.n_embd)), AttentionMask(jnp.ones((1, 1, 1, 1), bool))
-        block = Block(config, self.dtype)  # whose parameters no attention changes
-        layers = jax.vmap(lambda key: block.init(key, x, sight)["params"])(jnp.stack(keys))
-        width = (config.n_embd,)
+        is_token = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
+        x, positions = jnp.zeros((1, 1, config.n_embd)), jnp.zeros((1, 1), jnp.int32)
+        mask = AttentionMask(jnp.ones((1, 1, 1, 1), bool))
+        block = Block(config, self.dtype)  # its parameters are the same for any attention
+        init = lambda key: block.init(key, x, mask, positions)["params"]  # noqa: E731
+        layers, width = jax.vmap(init)(jnp.stack(keys)), (config.n_embd,)
         return {
-            "wte": {"embedding": jnp.where(real, wte, 0.0)},
+            "wte": {"embedding": jnp.where(is_token, wte, 0.0)},
             "wpe": {"embedding": normal(wpe_key, (config.n_positions, config.n_embd))},
             "layers": layers,
             "ln_f": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
         }
 
-    def embed(self, params, tokens, positions, *, dropout_key=None):
+    def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
         """Token plus position embedding, [B, L, D] in the compute dtype."""
         tables = {name: params[name] for name in ("wte", "wpe")}
-        is_decoding = tokens.shape[1] == 1  # see Block
-        tables = tables if is_decoding else all_gather(tables, self.dtype)
-        x = embedded(tables["wte"], tokens).astype(self.dtype)
-        x += embedded(tables["wpe"], positions).astype(self.dtype)
-        x = constrain_batch_over_data(x, last="fsdp") if is_decoding else constrain_batch(x)
+        tables = tables if decode else all_gather(tables, self.dtype, PARTITION_RULES)
+        x = lookup(tables["wte"], tokens).astype(self.dtype)
+        x += lookup(tables["wpe"], positions).astype(self.dtype)
+        x = constrain_batch_over_data(x, last="fsdp") if decode else constrain_batch(x)
         if dropout_key is None or not self.config.embd_pdrop:
             return x
         return drop(start_dropout(dropout_key, self.config.embd_pdrop), x)
 
-    def layers(
-        self,
-        stack,
-        x,
-        mask,
-        positions,
-        cache=None,
-        prefix=None,
-        shared: SharedPrompt | None = None,
-        *,
-        dropout_key=None,
-    ):
-        """Runs a stack of blocks; see `interface.Model.layers`. GPT-2 reads no `positions` here."""
-        if sum(x is not None for x in (cache, prefix, shared)) > 1 or (
-            dropout_key is not None and (cache, prefix, shared) != (None, None, None)
-        ):
-            raise ValueError(
-                "layers takes a cache, a prefix or a shared prompt, one of the three, and no "
-                "dropout with any of them."
-            )
-        if cache is not None and not _is_fresh(cache):
-            return self._extend(stack, x, mask, cache)
-        shape = x.shape
-        if prefix is not None:  # [G, K * T, D]
-            x = x.reshape(prefix.mask.shape[0], -1, shape[-1])
-        sight = _sight(mask, prefix, shared)
-
-        def body(x, layer):
-            params, past, key = layer
-            params = all_gather(params, self.dtype, is_layer=True)
-            rngs = {} if key is None else {"dropout": key}
-            x, memory = self._block.apply(
-                {"params": params}, x, sight, past, key is None, rngs=rngs
-            )
-            return x, memory if cache is not None else None
-
-        past = None if prefix is None else (prefix.keys, prefix.values)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, _depth(stack))
-        x, memory = run_layers(rematerialized(body, self.remat), x, stack, (past, keys))
-        return x.reshape(shape), None if cache is None else _fill(cache, memory, mask)
-
-    def for_decoding(self, params):
-        """Parameters as `gpt2_decoding.for_decoding` lays them out."""
-        return for_decoding(params, self.dtype)
-
-    def _extend(self, stack, x, mask, cache):
-        """One step of decoding: writes these L tokens into the cache, and attends to it."""
-        visible, new_mask = _visible_in_cache(cache, mask)
-        block = Block(self.config, self.dtype, is_decoding=True)
-
-        if isinstance(stack, UnstackedLayers):
-            x, memory = decode_unstacked(block, stack, x, visible, cache)
-            return x, Cache(*memory, mask=new_mask, length=cache.length + x.shape[1])
-
-        def body(carry, params):
-            x, keys, values, i = carry
-            params = {"params": params}
-            q, *new = block.apply(params, x, method="heads")
-            # Written first and then read: XLA copies a cache that is read and then written.
-            keys, values = (
-                jax.lax.dynamic_update_slice(whole, part[None], (i, 0, 0, cache.length, 0))
-                for whole, part in zip((keys, values), new, strict=True)
-            )
-            past = (jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values))
-            x = block.apply(params, x, q, *past, visible, method="decode")
-            return (x, keys, values, i + 1), None
-
-        past = (constrain_cache(cache.keys), constrain_cache(cache.values))
-        (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), stack)
-        return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
-
     def final(self, params, x):
         """The final layer norm, in the compute dtype."""
-        return layer_norm(self.config, self.dtype).apply({"params": params["ln_f"]}, x)
+        return _layer_norm(self.config, self.dtype).apply({"params": params["ln_f"]}, x)
 
     def shift_final(self, params, shift):
-        """Parameters whose final layer norm has that much more of a bias; nothing else changes."""
+        """Parameters with the shift added to the bias of the final layer norm."""
         norm = params["ln_f"]
         return {**params, "ln_f": {**norm, "bias": norm["bias"] + shift}}
 
-    def unembedding(self, params):
-        """[Vp, D], the token embedding."""
-        check_trainable(params)
-        return params["wte"]["embedding"]
 
-    def logits(self, params, hidden):
-        """f32[..., V] logits of [..., D] hidden states; of one state a row as in decoding."""
-        return self._products(params, hidden)[..., : self.config.vocab_size]
+# The format of Hugging Face
 
-    def padded_logits(self, params, hidden):
-        """f32[..., Vp], -inf from V on. What is cut off costs a copy, forwards and backwards."""
-        logits = self._products(params, hidden)
-        is_token = jnp.arange(logits.shape[-1]) < self.config.vocab_size
-        # Added and not selected: the sum becomes part of the product.
-        return logits + jnp.where(is_token, 0.0, -jnp.inf)
+# Variants of GPT-2 that are not computed here: each key may be absent or have this value.
+_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_EOS = 50256  # BOS and EOS in transformers where a GPT-2 configuration has none
 
-    def _products(self, params, hidden):
-        """f32[..., Vp] products with all rows of the embedding."""
-        table, is_decoding = {"wte": params["wte"]}, hidden.ndim == 2
-        hidden = constrain_batch_over_data(hidden, last="fsdp") if is_decoding else hidden
-        table = table if is_decoding else all_gather(table, self.dtype)
-        logits = unembedded(table["wte"], hidden)
-        logits = constrain_batch_over_data(logits, last="tensor") if is_decoding else logits
-        return constrain_batch(logits, last="tensor")
-
-    def hidden(self, params, tokens, mask=None, *, dropout_key=None):
-        """Hidden states after the final layer norm.
-
-        Args:
-          params: as made by `init`.
-          tokens: i32[B, L], L at most `config.n_positions`.
-          mask: bool[B, L], True on real tokens, padded left or right; or i32[B, L] segments of
-            packed texts (0 on padding). None: all are real.
-          dropout_key: trains with dropout; None runs without.
-
-        Returns:
-          [B, L, D] in the compute dtype; finite and meaningless off the mask.
-
-        Raises:
-          InputError: L exceeds `config.n_positions`.
-        """
-        if tokens.shape[1] > self.config.n_positions:
-            raise InputError(
-                f"{tokens.shape[1]} tokens exceed the model's n_positions = "
-                f"{self.config.n_positions}; shorten the rows."
-            )
-        check_trainable(params)
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        positions = positions_from(mask)
-        embed_key, layers_key = (
-            (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        )
-        x = self.embed(params, tokens, positions, dropout_key=embed_key)
-        x, _ = self.layers(params["layers"], x, mask, positions, dropout_key=layers_key)
-        return self.final(params, x)
-
-    def init_cache(self, batch, length):
-        """An empty cache of `length` positions for `batch` rows, in the compute dtype."""
-        config = self.config
-        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
-        keys = jnp.zeros(shape, self.dtype)
-        return Cache(keys, jnp.zeros_like(keys), jnp.zeros((batch, length), bool), 0)
-
-    def split(self, params, num_layers_unfrozen):
-        """(frozen, trained): the upper `num_layers_unfrozen` blocks and `ln_f` are trained.
-
-        The embeddings, and with them the unembedding, freeze with any layer.
-        """
-        check_trainable(params)
-        if not 0 <= num_layers_unfrozen <= self.config.n_layer:
-            raise InputError(
-                f"num_layers_unfrozen must be from 0 to n_layer = {self.config.n_layer}, "
-                f"but is {num_layers_unfrozen}."
-            )
-        cut = self.config.n_layer - num_layers_unfrozen
-        lower = jax.tree.map(lambda p: p[:cut], params["layers"])
-        upper = jax.tree.map(lambda p: p[cut:], params["layers"])
-        frozen = {"wte": params["wte"], "wpe": params["wpe"], "layers": lower}
-        return frozen, {"layers": upper, "ln_f": params["ln_f"]}
-
-    def merge(self, frozen, trained):
-        """The parameters whose halves `split` gave."""
-        stack = lambda lower, upper: jnp.concatenate([lower, upper])  # noqa: E731
-        layers = jax.tree.map(stack, frozen["layers"], trained["layers"])
-        return {**frozen, **trained, "layers": layers}
+# Name of a tensor -> path in the parameters. Hugging Face's Conv1D kernels are [in, out] as ours.
+_TOP: dict[str, tuple[str, ...]] = {
+    "wte.weight": ("wte", "embedding"),
+    "wpe.weight": ("wpe", "embedding"),
+    "ln_f.weight": ("ln_f", "scale"),
+    "ln_f.bias": ("ln_f", "bias"),
+}
+_LAYER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
-def _depth(stack: Params) -> int:
-    return jax.tree.leaves(stack)[0].shape[0]
+def _slots(model: GPT2) -> dict[str, Slot]:
+    config, params = model.config, param_shapes(model)
+    slots = {name: Slot(path, None, leaf_at(params, path).shape) for name, path in _TOP.items()}
+    vocabulary = (config.vocab_size, config.n_embd)
+    slots["wte.weight"] = slots["wte.weight"]._replace(shape=vocabulary)
+    for layer in range(config.n_layer):
+        for module in _LAYER:
+            weight = "scale" if module.startswith("ln_") else "kernel"
+            for name, leaf in (("weight", weight), ("bias", "bias")):
+                path = ("layers", *module.split("."), leaf)
+                shape = leaf_at(params, path).shape[1:]
+                if module == "attn.c_attn":  # [D, 3, D] and [3, D] here
+                    shape = (*shape[:-2], 3 * config.n_embd)
+                slots[f"h.{layer}.{module}.{name}"] = Slot(path, layer, shape)
+    return slots
 
 
-def _is_fresh(cache: Cache) -> bool:
-    """Whether it is known while tracing that nothing was written yet."""
-    return isinstance(cache.length, int) and cache.length == 0
+def _read_config(data: Mapping[str, Any]) -> GPT2Config:
+    check_fixed(data, _FIXED)
+    values = known_fields(GPT2Config, data)
+    if values.get("vocab_size", GPT2Config.vocab_size) > _EOS:
+        values = {"bos_token_id": _EOS, "eos_token_id": _EOS, **values}
+    return GPT2Config(**values)
 
 
-def _own_visible(mask: jax.Array) -> jax.Array:
-    """bool[..., L, L]: which of the L tokens each one sees: real, of its segment, not after it."""
-    segments = mask.astype(jnp.int32)
-    same = (segments[..., :, None] == segments[..., None, :]) & (segments[..., None, :] > 0)
-    index = jnp.arange(mask.shape[-1])
-    return same & (index[:, None] >= index[None, :])
+def _write_config(config: GPT2Config) -> dict[str, Any]:
+    return {**dataclasses.asdict(config), **_FIXED, "use_cache": True}
 
 
-def _sight(mask: jax.Array, prefix: Cache | None, shared: SharedPrompt | None) -> AttentionMask:
-    """Who sees whom, of rows with a mask [B, S], or [G * K, T] behind a prefix."""
-    if prefix is not None:
-        own = mask.reshape(prefix.mask.shape[0], -1, mask.shape[1])
-        return AttentionMask(_own_visible(own), past=prefix.mask)
-    if shared is None:
-        return AttentionMask(_own_visible(mask)[:, None])
-    prompt, own = mask[:, : shared.length], mask[:, shared.length :]
-    own = _own_visible(own.reshape(mask.shape[0], shared.responses, -1))
-    return AttentionMask(own, _own_visible(prompt), prompt) if shared.length else AttentionMask(own)
+def _fresh_config(settings: ModelSettings, vocab_size: int) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=settings.n_positions,
+        n_embd=settings.n_embd,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        resid_pdrop=settings.dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+    )
 
 
-def _visible_in_cache(cache: Cache, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(bool[B, L, C], bool[B, C]): what L new tokens see of the cache, and its mask with them."""
-    shape = (*mask.shape, cache.mask.shape[1])
-    written = jnp.arange(shape[2]) < cache.length
-    before = jnp.broadcast_to((cache.mask & written)[:, None], shape)
-    visible = jax.lax.dynamic_update_slice(before, _own_visible(mask), (0, 0, cache.length))
-    new_mask = jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, cache.length))
-    return visible, new_mask
-
-
-def _fill(cache: Cache, memory: tuple[jax.Array, jax.Array], mask: jax.Array) -> Cache:
-    """A fresh cache with the keys and values [N, B, H, L, d] of its first L positions."""
-    missing = cache.mask.shape[1] - mask.shape[1]
-
-    def fill(part):
-        room = [(0, 0)] * (part.ndim - 2) + [(0, missing), (0, 0)]
-        return jnp.pad(part, room)
-
-    keys, values = jax.tree.map(fill, memory)
-    if not isinstance(keys, tuple):
-        keys, values = constrain_cache(keys), constrain_cache(values)
-    written = jnp.pad(mask.astype(bool), ((0, 0), (0, missing)))
-    return Cache(keys, values, written, mask.shape[1])
+FAMILY = Family(
+    name="GPT-2",
+    model_type="gpt2",
+    language_model="GPT2LMHeadModel",
+    classifier="GPT2ForSequenceClassification",
+    config=GPT2Config,
+    model=GPT2,
+    read_config=_read_config,
+    write_config=_write_config,
+    fresh_config=_fresh_config,
+    slots=_slots,
+    prefix="transformer.",
+    tied={"lm_head.weight": "wte.weight"},
+    ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks in old checkpoints
+    # Radford et al., table 2; and the same network at the sizes of larger models: OPT-6.7B (Zhang
+    # et al. 2022), and Llama 2 70B (Touvron et al. 2023) with an MLP that makes the number of
+    # parameters equal.
+    sizes={
+        "gpt2": GPT2Config(),
+        "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+        "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+        "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+        "7b": GPT2Config(n_positions=2048, n_embd=4096, n_layer=32, n_head=32),
+        "70b": GPT2Config(n_positions=2048, n_embd=8192, n_layer=80, n_head=64, n_inner=36864),
+    },
+)

@@ -1,7 +1,7 @@
-"""What the rest of the library asks of a language model: the one door to `models/`.
+"""The protocol of language models, through which the rest of the library uses them.
 
-`rollout/` and `training/` receive an object with the methods of `Model` and never import a model
-family, so that an NNX, Equinox or hand-written network fits by offering these few functions over a
+`rollout/`, `training/` and `runtime/` receive an object with the methods of `Model` and import no
+model family, so that an NNX, Equinox or hand-written network fits if it has these methods over a
 pytree of parameters.
 """
 
@@ -9,33 +9,20 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlhf_jax.models.cache import Cache
+from rlhf_jax.parallel.partition import Rules
 
 Params = Any
 
 
-class Cache(NamedTuple):
-    """Keys and values of past tokens, for all layers.
-
-    Attributes:
-      keys, values: dtype[N, B, H, C, D / H], N layers, C positions; 0 where nothing was written.
-        Behind layers that `for_decoding` gave they may lie otherwise.
-      mask: bool[B, C], True where a real token was written.
-      length: the number of positions written, the same for every row (rows are left-padded). A
-        Python 0 says at trace time that nothing is there to be read.
-    """
-
-    keys: Any
-    values: Any
-    mask: jax.Array
-    length: jax.Array | int
-
-
 class SharedPrompt(NamedTuple):
-    """Rows that begin with a prompt, behind which K responses stand that do not see each other.
+    """Sequences of one prompt, then K responses to it that do not see each other.
 
     Attributes:
       length: P, positions of the prompt; may be 0.
-      responses: K, each of as many positions as the others.
+      responses: K, all of the same number of positions.
     """
 
     length: int
@@ -43,13 +30,14 @@ class SharedPrompt(NamedTuple):
 
 
 class ModelConfig(Protocol):
-    """The sizes that the rest of the library reads.
+    """The sizes and tokens that the rest of the library reads.
 
     Attributes:
       vocab_size: V.
-      n_positions: the most positions that a row may have.
+      n_positions: the maximum length of a sequence.
       n_embd: D.
-      n_layer: layers of a whole stack.
+      n_layer: the number of layers.
+      bos_token_id, eos_token_id, pad_token_id: None where the model has none.
     """
 
     @property
@@ -64,12 +52,52 @@ class ModelConfig(Protocol):
     @property
     def n_layer(self) -> int: ...
 
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
 
 class Model(Protocol):
     """A causal language model over a pytree of parameters. Hashable: a static argument of jit."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def config(self) -> ModelConfig: ...
+
+    @property
+    def partition_rules(self) -> Rules:
+        """(pattern of a path, PartitionSpec) of the parameters, for `parallel.tree_shardings`.
+
+        Arrays of at most one axis need no rule.
+        """
+        ...
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises an InputError if the model cannot be split over the mesh, e.g. its heads."""
+        ...
+
+    def check_dropout(self) -> None:
+        """Raises an InputError if the model cannot train with the dropout of its configuration."""
+        ...
+
+    def flops_per_token(self, params: Params, *, unembeds: bool) -> float:
+        """FLOPs of a forward pass for one token, of products with parameters alone.
+
+            2 * (the number of parameters in matrices)
+
+        Position embeddings, biases and norms do not count, attention neither.
+
+        Args:
+          params: a tree that contains parameters of the model, or a half of them; shapes suffice.
+          unembeds: whether logits are computed; the embedding counts then, if it is in `params`.
+        """
+        ...
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters."""
@@ -81,9 +109,16 @@ class Model(Protocol):
         tokens: jax.Array,
         positions: jax.Array,
         *,
+        decode: bool = False,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Input of the first layer, [B, L, D], of i32[B, L] tokens at i32[B, L] positions."""
+        """Input of the first layer, [B, L, D], of i32[B, L] tokens at i32[B, L] positions.
+
+        Args:
+          decode: whether these are single tokens in decoding, where parameters stay split over
+            `fsdp` and activations move. The values are the same.
+          dropout_key: trains with dropout; None runs without.
+        """
         ...
 
     def layers(
@@ -105,12 +140,12 @@ class Model(Protocol):
           x: [B, L, D].
           mask: bool[B, L], or i32[B, L] segments (0 on padding; equal numbers see each other).
           positions: i32[B, L].
-          cache: past tokens of the same B rows, to be read and then extended by these L. One that
-            nothing was written to may have more layers than the stack.
-          prefix: past tokens of B / K rows, read only: its row b serves rows b * K and on, K
-            of them.
-          shared: what the L positions hold where each row is a prompt with several responses, which
-            all see it; None where a row is one text, or one after the other.
+          cache: past tokens of the same B sequences, read and then extended by these L: a step of
+            decoding. An empty one is only filled, and may have more layers than the stack.
+          prefix: past tokens of B / K prompts, read only; sequences b * K to b * K + K - 1 follow
+            prompt b.
+          shared: how the L positions are divided where each sequence is a prompt with several
+            responses that all see it; None for one text, or several packed ones.
           dropout_key: trains with dropout; None runs without.
 
         Returns:
@@ -125,21 +160,26 @@ class Model(Protocol):
     def shift_final(self, params: Params, shift: jax.Array) -> Params:
         """Parameters under which `final` gives its result + f32[D] shift.
 
-        `params` may be the trained half that `split` gives. A family whose final norm has nothing
-        to add raises an InputError.
+        `params` may be the trained half of `split`. A family whose final norm has no bias raises
+        an InputError.
         """
         ...
 
     def unembedding(self, params: Params) -> jax.Array:
-        """[Vp, D], one row for each token; rows from `config.vocab_size` on are padding."""
+        """[Vp, D], one vector for each token; those from `config.vocab_size` on are padding."""
         ...
 
-    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """f32[..., V] of [..., D] hidden states, V = `config.vocab_size`."""
+    def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
+        """f32[..., V] of [..., D] hidden states, V = `config.vocab_size`.
+
+        `decode` as in `embed`.
+        """
         ...
 
-    def padded_logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """f32[..., Vp], Vp >= V: `logits` with -inf behind them, where that spares a copy.
+    def padded_logits(
+        self, params: Params, hidden: jax.Array, *, decode: bool = False
+    ) -> jax.Array:
+        """f32[..., Vp], Vp >= V: `logits` followed by -inf, which saves a copy.
 
         All steps and `generate` call this one. It may be `logits` itself: Vp is V then.
         """
@@ -157,28 +197,28 @@ class Model(Protocol):
         ...
 
     def for_decoding(self, params: Params) -> Params:
-        """Parameters as single tokens read them fastest: once, before the prompts.
+        """Parameters in the layout in which single tokens read them fastest.
 
-        `embed`, `layers`, `final`, `padded_logits` and this function itself take what it gives, and
-        nothing else does. It may give back what it got.
+        Only `embed`, `layers`, `final`, `padded_logits` and this function accept the result. It may
+        be the argument itself.
         """
         ...
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of `length` positions for `batch` rows."""
+        """An empty cache of `length` positions for a batch."""
         ...
 
     def split(self, params: Params, num_layers_unfrozen: int) -> tuple[Params, Params]:
         """(frozen, trained) halves: the lower layers with the embeddings, and the upper layers.
 
-        The frozen half has all that `embed` and `unembedding` read, the trained one what `final`
-        reads, and both have "layers", of any number. Raises an InputError where the number is not
+        The frozen half has the parameters of `embed` and `unembedding`, the trained one those of
+        `final`, and both have "layers", perhaps none. Raises an InputError if the number is not
         from 0 to `config.n_layer`.
         """
         ...
 
     def merge(self, frozen: Params, trained: Params) -> Params:
-        """What `split` took apart, whole again."""
+        """The full parameters whose halves `split` returned."""
         ...
 
 
@@ -189,8 +229,8 @@ def positions_from(mask: jax.Array) -> jax.Array:
       mask: bool[B, L], True on real tokens, or i32[B, L] segments, contiguous and 0 on padding.
 
     Returns:
-      i32[B, L]: the number of real tokens before each one, within its segment; off the mask some
-      number in range.
+      i32[B, L]: the number of real tokens before each one, within its segment; off the mask an
+      arbitrary number in range.
     """
     if mask.dtype == bool:
         return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)

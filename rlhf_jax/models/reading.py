@@ -1,7 +1,7 @@
-"""Parameters read from safetensors files a part at a time, each device its own part.
+"""Parameters read from safetensors files in parts, for each device its own part.
 
-No more is in this host's memory at once than what one of its devices is to hold of one leaf, and of
-a stack of layers that is large no more than some layers.
+The memory of a host holds at most the part of one leaf that one of its devices will hold, and of a
+large stack of layers at most some layers, at a time.
 """
 
 import contextlib
@@ -19,14 +19,13 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2_tensors import SCORE, WTE, Slot
+from rlhf_jax.models.family import SCORE, Family, Slot
 from rlhf_jax.models.interface import Params
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PART_BYTES = 2**28  # of a leaf that are read before they go to a device, if its rows allow it
+PART_BYTES = 2**28  # of a leaf read at a time, or one index of axis 0 if that is more
 
-_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Index = tuple[slice, ...]
@@ -36,46 +35,52 @@ class TensorFile(NamedTuple):
     """A tensor of an open file.
 
     Attributes:
-      file: where it is.
-      data: what `safe_open(...).get_slice` gives.
+      file: its path.
+      data: the result of `safe_open(...).get_slice`.
+      transposed: whether its axes are read in reverse order, see `Slot`.
     """
 
     file: pathlib.Path
     data: Any
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is stored."""
-        return tuple(self.data.get_shape())
+        """As it is read."""
+        shape = tuple(self.data.get_shape())
+        return shape[::-1] if self.transposed else shape
 
     def read(self, index: Index) -> np.ndarray:
         """float32 of the part at these slices; no other part of the file is read."""
         try:
-            return np.asarray(self.data[index]).astype(np.float32, copy=False)
+            values = np.asarray(self.data[index[::-1] if self.transposed else index])
+            values = values.astype(np.float32, copy=False)
+            return values.T if self.transposed else values
         except SafetensorError as error:
             raise _unreadable(self.file, error) from error
 
 
 def read_params(
     folder: pathlib.Path,
+    family: Family,
     slots: dict[str, Slot],
     shapes: Params,
     shardings: Params | None,
     label: int | None,
 ) -> Params:
-    """The tensors of a folder as float32 arrays, once it is certain that all of them fit.
+    """The tensors of a folder as float32 arrays; all are checked before one is read.
 
     Args:
-      slots: the tensors that there have to be.
-      shapes: what their leaves become.
-      shardings: where each leaf is to be; None for the default device.
-      label: of a head with several labels, the one to be read.
+      slots: the tensors that the folder has to hold.
+      shapes: of the parameters.
+      shardings: of the parameters; None for the default device.
+      label: the one to read of a head with several labels.
 
     Raises:
-      InputError: a tensor is missing, too many, twice there, or not of the shape or type it needs.
+      InputError: a tensor is missing, unknown, twice there, or of a wrong shape or type.
     """
     with contextlib.ExitStack() as files:
-        tensors = find_tensors(folder, slots, label, files)
+        tensors = find_tensors(folder, family, slots, label, files)
         by_path: dict[tuple[str, ...], list[str]] = {}
         for name, slot in slots.items():
             by_path.setdefault(slot.path, []).append(name)  # the layers of a stack in their order
@@ -94,29 +99,29 @@ def read_params(
 def make_array(
     shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]
 ) -> jax.Array:
-    """A float32 array, each device of this process given what it holds of it and no more.
+    """A float32 array; for each device of this process only the part that it holds is read.
 
     Args:
       sharding: None for the default device.
       read: the values at slices with a start and a stop for each axis.
 
-    Where the first axis is not split, `PART_BYTES` are read at a time, or one row if that is more.
+    Where axis 0 is not split, `PART_BYTES` are read at a time, or one index if that is more.
     """
     local = shape if sharding is None else sharding.shard_shape(shape)
-    rows = max(1, PART_BYTES // (4 * math.prod(local[1:])))
-    if rows >= shape[0] or local[0] < shape[0]:
+    count = max(1, PART_BYTES // (4 * math.prod(local[1:])))
+    if count >= shape[0] or local[0] < shape[0]:
         return jax.block_until_ready(_placed(shape, sharding, read))
     array = jax.jit(_zeros, static_argnums=0, out_shardings=sharding)(shape)
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
-    for start in range(0, shape[0], rows):
-        part_shape = (min(rows, shape[0] - start), *shape[1:])
+    for start in range(0, shape[0], count):
+        part_shape = (min(count, shape[0] - start), *shape[1:])
         part = _placed(part_shape, sharding, functools.partial(_read_behind, read, start))
         array = jax.block_until_ready(put(array, part, start))
     return array
 
 
 def _placed(shape, sharding, read):
-    """The whole array at once; what several devices hold is read for all of them together."""
+    """The full array at once; a part that several devices hold is read once for all of them."""
     if sharding is None:
         # A copy, because JAX on a CPU would otherwise keep NumPy's memory and could not donate it.
         return jnp.array(read(tuple(slice(0, size) for size in shape)))
@@ -140,15 +145,15 @@ def _put(array, part, start):
 
 
 def _read_behind(read, start, index):
-    """What stands so many rows further down."""
-    rows, *rest = index
-    return read((slice(start + rows.start, start + rows.stop), *rest))
+    """read(index) with `start` added to the slice of axis 0."""
+    first, *rest = index
+    return read((slice(start + first.start, start + first.stop), *rest))
 
 
 def _read_part(
     tensors: list[TensorFile], stacked: bool, label: int, width: int, index: Index
 ) -> np.ndarray:
-    """The part of a leaf at these slices, of which each layer is a tensor if it is a stack."""
+    """The part of a leaf at these slices; if it is stacked, each layer is a tensor."""
     if not stacked:
         return _read_one(tensors[0], label, width, index)
     layers, *rest = index
@@ -159,7 +164,7 @@ def _read_part(
 
 
 def _read_one(tensor: TensorFile, label: int, width: int, index: Index) -> np.ndarray:
-    """The same of one tensor, whose shape in the file may be another one (see `Slot`)."""
+    """The same of one tensor, whose shape in the file may differ (see `Slot`)."""
     shape = tensor.shape
     if len(index) < len(shape):
         return tensor.read((slice(label, label + 1), *index))[0]
@@ -171,22 +176,23 @@ def _read_one(tensor: TensorFile, label: int, width: int, index: Index) -> np.nd
             for start in starts
         ]
         return np.stack(parts, axis=-2)
-    rows, *rest = index
-    if rows.stop <= shape[0]:
+    first, *rest = index
+    if first.stop <= shape[0]:
         return tensor.read(index)
     part = np.zeros([each.stop - each.start for each in index], np.float32)
-    if rows.start < shape[0]:  # what pads the vocabulary is not in the file
-        part[: shape[0] - rows.start] = tensor.read((slice(rows.start, shape[0]), *rest))
+    if first.start < shape[0]:  # the padding of the vocabulary is not in the file
+        part[: shape[0] - first.start] = tensor.read((slice(first.start, shape[0]), *rest))
     return part
 
 
 def find_tensors(
     folder: pathlib.Path,
+    family: Family,
     slots: dict[str, Slot],
     label: int | None,
     files: contextlib.ExitStack,
 ) -> dict[str, TensorFile]:
-    """Each tensor by its name without `transformer.`, names, shapes and types checked.
+    """Each tensor by its name without the prefix; names, shapes and types are checked.
 
     Args:
       files: closes the files.
@@ -194,17 +200,13 @@ def find_tensors(
     Raises:
       InputError: as `read_params`.
     """
-    found: dict[str, TensorFile] = {}
-    tied = None
+    tensors: dict[str, TensorFile] = {}
     for file in _weight_files(folder):
-        for name, tensor in _open(file, slots, label, files):
-            if name == "lm_head.weight":
-                tied = tensor
-                continue
-            if name in found:
+        for name, tensor in _open(file, family, slots, label, files):
+            if name in tensors:
                 raise InputError(f"{folder} holds the tensor {name!r} twice; save it again.")
-            found[name] = tensor
-    missing = slots.keys() - found.keys()
+            tensors[name] = tensor
+    missing = slots.keys() - tensors.keys()
     if SCORE in missing:
         raise InputError(
             f"{folder} has no tensor {SCORE!r}, so it is no reward model; "
@@ -215,42 +217,48 @@ def find_tensors(
             f"{folder} lacks the tensor {min(missing)!r} ({len(missing)} missing in all) of the "
             "model that its config.json describes; save or download it again."
         )
-    if tied is not None and not _are_equal(tied, found[WTE]):
-        raise InputError(
-            f"{folder}: the tensor 'lm_head.weight' differs from 'wte.weight', "
-            "but only tied embeddings are supported; choose another model."
-        )
-    return found
+    for name, other in family.tied.items():
+        tied = tensors.pop(name, None)
+        if tied is not None and not _are_equal(tied, tensors[other]):
+            raise InputError(
+                f"{folder}: the tensor {name!r} differs from {other!r}, "
+                "but only tied embeddings are supported; choose another model."
+            )
+    return tensors
 
 
 def _are_equal(one: TensorFile, other: TensorFile) -> bool:
-    """Whether two tensors of one shape are the same, some rows of both at a time."""
-    count, width = one.shape
-    rows = max(1, PART_BYTES // (4 * width))
-    parts = [(slice(start, min(start + rows, count)),) for start in range(0, count, rows)]
+    """Whether two matrices of one shape are the same; parts of both are read at a time."""
+    length, width = one.shape
+    count = max(1, PART_BYTES // (4 * width))
+    parts = [(slice(start, min(start + count, length)),) for start in range(0, length, count)]
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
 def _open(
-    file: pathlib.Path, slots: dict[str, Slot], label: int | None, files: contextlib.ExitStack
+    file: pathlib.Path,
+    family: Family,
+    slots: dict[str, Slot],
+    label: int | None,
+    files: contextlib.ExitStack,
 ) -> list[tuple[str, TensorFile]]:
-    """(name without `transformer.`, tensor) of all in a file, names, shapes and types checked."""
-    found = []
+    """(name without the prefix, tensor) of all parameters in a file, checked."""
+    pairs = []
     try:
         tensors = files.enter_context(safe_open(file, framework="numpy"))
         for name in tensors.keys():  # noqa: SIM118, the file is no mapping
-            short = name.removeprefix("transformer.")
-            if short.endswith(_BUFFERS):
+            short = name.removeprefix(family.prefix)
+            if short.endswith(family.ignored):
                 continue
-            tensor = TensorFile(file, tensors.get_slice(name))
-            shape = tensor.shape
-            if short == SCORE and label is not None and short in slots:
+            data, slot = tensors.get_slice(name), slots.get(family.tied.get(short, short))
+            shape = tuple(data.get_shape())
+            if short == SCORE and label is not None and slot is not None:
                 shape = _shape_of_label(file, name, shape, label)
-            _check_tensor(file, name, shape, tensor.data.get_dtype(), slots)
-            found.append((short, tensor))
+            slot = _checked_slot(file, family, name, shape, data.get_dtype(), slot)
+            pairs.append((short, TensorFile(file, data, slot.transposed)))
     except SafetensorError as error:
         raise _unreadable(file, error) from error
-    return found
+    return pairs
 
 
 def _unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
@@ -258,7 +266,7 @@ def _unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
 
 
 def _shape_of_label(file, name, shape, label) -> tuple[int, ...]:
-    """The shape of one row of a head with several labels."""
+    """The shape of the head of one of several labels."""
     if not shape or label >= shape[0]:
         raise InputError(
             f"{file}: the tensor {name!r} has shape {list(shape)}, so there is no label {label}; "
@@ -267,19 +275,18 @@ def _shape_of_label(file, name, shape, label) -> tuple[int, ...]:
     return (1, *shape[1:])
 
 
-def _check_tensor(file, name, shape, dtype, slots) -> None:
-    short = name.removeprefix("transformer.")
-    slot = slots.get(WTE if short == "lm_head.weight" else short)
-    if slot is None and short == SCORE:
+def _checked_slot(file, family, name, shape, dtype, slot) -> Slot:
+    """The slot of a tensor, if it has one and fits in."""
+    if slot is None and name == SCORE:
         raise InputError(
             f"{file} is a reward model, for it holds {name!r}: load it with load_reward_model."
         )
     if slot is None:
         raise InputError(
-            f"{file}: the tensor {name!r} {list(shape)} is no part of the GPT-2 that config.json "
-            "describes; check n_layer, or choose another model."
+            f"{file}: the tensor {name!r} {list(shape)} is no part of the {family.name} that "
+            "config.json describes; check its number of layers, or choose another model."
         )
-    if short == SCORE and shape[:1] != (1,):
+    if name == SCORE and shape[:1] != (1,):
         raise InputError(
             f"{file}: the tensor {name!r} has shape {list(shape)}, but a reward model has one "
             f"label, {list(slot.shape)}; of a classifier choose the label that is the score "
@@ -295,6 +302,7 @@ def _check_tensor(file, name, shape, dtype, slots) -> None:
             f"{file}: the tensor {name!r} is stored as {dtype}, but only {', '.join(_FLOATS)} can "
             "be read; save the model unquantized."
         )
+    return slot
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

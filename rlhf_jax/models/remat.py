@@ -2,20 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import ATTENDED
 from rlhf_jax.models.cudnn_attention import FORWARD
 from rlhf_jax.parallel.constraints import remat_all_gather
 
-Remat = Literal["none", "full", "dots"]
-
 
 def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether it is cuDNN's attention, whose results cannot be named from outside."""
+    """Whether it is cuDNN's attention, whose outputs cannot be named with `checkpoint_name`."""
     return primitive.name == FORWARD
 
 
@@ -33,21 +30,15 @@ _POLICIES = {
 }
 
 
-def check_remat(name: str, remat: str) -> None:
-    """Raises an InputError that names the setting if there is no such way."""
-    if remat not in get_args(Remat):
-        raise InputError(f"{name} must be one of {', '.join(get_args(Remat))}, but is {remat!r}.")
-
-
 def rematerialized(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """The body of a scan over layers, of which the backward pass keeps less than it reads.
+    """The body of a scan over layers, whose backward pass computes some values again.
 
     Args:
       body: (carry, layer) -> (carry, output).
-      remat: "none" keeps all but parameters that were collected from other devices; "full" the
-        carry alone, and computes the layer once more; "dots" also the products with parameters, and
-        what attention gave, so that norms and activations are computed once more.
-        Values and gradients are the same.
+      remat: "none" saves everything except parameters gathered from other devices; "full" the
+        carry alone, so that the layer is computed again; "dots" also the products with parameters
+        and the outputs of attention, so that norms and activations are computed again. Values and
+        gradients are the same.
 
     Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
     """

@@ -1,7 +1,7 @@
-"""Parameters brought to the first host and written as safetensors, one tensor at a time.
+"""Parameters gathered to the first host and written as safetensors, one tensor at a time.
 
-With several hosts all of them take part in bringing each tensor, in the same order; the first one
-alone writes.
+With several hosts all of them take part in gathering each tensor, in the same order; only the first
+one writes.
 """
 
 import functools
@@ -17,11 +17,26 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.models.gpt2_tensors import WTE, Slot, full_name, leaf_at
+from rlhf_jax.models.family import Family, Slot, leaf_at
 from rlhf_jax.models.interface import Params
 from rlhf_jax.models.reading import INDEX, WEIGHTS
 
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+def check_params(shapes: Params, params: Params) -> None:
+    """Raises a ValueError if parameters are not of these shapes."""
+    expected, actual = _shapes_by_path(shapes), _shapes_by_path(params)
+    for path in sorted(expected.keys() | actual.keys()):
+        if expected.get(path) != actual.get(path):
+            raise ValueError(
+                f"params{path} must have shape {expected.get(path)}, but has {actual.get(path)}."
+            )
+
+
+def _shapes_by_path(params: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(params)
+    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
 
 
 def files_of(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
@@ -41,31 +56,28 @@ def files_of(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
     return {file: sorted(names) for file, names in zip(files, shards, strict=True)}
 
 
-def brought_tensors(
-    tree: Params, slots: Mapping[str, Slot], names: Sequence[str], vocab_size: int
+def gathered_tensors(
+    tree: Params, slots: Mapping[str, Slot], names: Sequence[str]
 ) -> Iterator[np.ndarray | None]:
-    """Each of these tensors in turn, float32 and whole, on the first host; None on the others.
-
-    Of the token embedding there come `vocab_size` rows, be its slot larger: without those that pad
-    the vocabulary.
-    """
+    """Each of these tensors in turn, in full and float32, on the first host; None on the others."""
     for name in names:
         slot = slots[name]
-        shape = (vocab_size, *slot.shape[1:]) if name == WTE else slot.shape
-        yield _as_stored(_bring(leaf_at(tree, slot.path), slot.layer), shape)
+        yield _as_stored(_gather(leaf_at(tree, slot.path), slot.layer), slot)
 
 
-def _as_stored(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """float32 of the shape in the file, which may have fewer rows."""
+def _as_stored(values: np.ndarray | None, slot: Slot) -> np.ndarray | None:
+    """float32 of the shape in the file, without the padding of the vocabulary."""
     if values is None:
         return None
-    if values.shape[1:] == shape[1:]:
-        values = values[: shape[0]]
-    return np.asarray(values, np.float32).reshape(shape)
+    values = values.T if slot.transposed else values
+    if values.shape[1:] == slot.shape[1:]:
+        values = values[: slot.shape[0]]
+    return np.asarray(values, np.float32).reshape(slot.shape)
 
 
 def write_weights(
     folder: pathlib.Path,
+    family: Family,
     slots: Mapping[str, Slot],
     files: Mapping[str, Sequence[str]],
     tensors: Iterator[np.ndarray | None],
@@ -73,18 +85,21 @@ def write_weights(
     """The files of `files_of`, with an index where there are several.
 
     Args:
-      tensors: as they are to be written, from `brought_tensors`.
+      slots: of the written model; where its vocabulary is larger, zeros follow.
+      tensors: of `gathered_tensors`.
 
     Raises:
       OSError: the files cannot be written.
     """
     if len(files) > 1:
-        weight_map = {full_name(name): file for file, names in files.items() for name in names}
+        weight_map = {
+            family.full_name(name): file for file, names in files.items() for name in names
+        }
         total_size = sum(4 * math.prod(slot.shape) for slot in slots.values())
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
     for file, names in files.items():
-        shapes = {full_name(name): slots[name].shape for name in names}
+        shapes = {family.full_name(name): slots[name].shape for name in names}
         write_safetensors(folder / file, shapes, tensors)
 
 
@@ -101,7 +116,7 @@ def write_safetensors(
 
     Args:
       shapes: of each tensor, in the order written.
-      tensors: their values; where one has fewer than its shape, zeros follow.
+      tensors: their values; zeros follow one that is smaller than its shape.
 
     Raises:
       OSError: the file cannot be written.
@@ -135,9 +150,9 @@ def write_json(path: pathlib.Path, data: Mapping[str, Any]) -> None:
 def write_on_first_host(
     write: Callable[[Iterator[Any]], None], tensors: Iterator[Any], what: str
 ) -> None:
-    """write(tensors) on the first host, while the others take part in bringing the tensors.
+    """write(tensors) on the first host, while the others take part in gathering the tensors.
 
-    A failure there does not leave the others waiting: all the rest is brought, and all raise.
+    If it fails, the remaining tensors are gathered, so that no host waits, and all hosts raise.
 
     Raises:
       OSError: on the other hosts, where the first one failed.
@@ -160,29 +175,29 @@ def write_on_first_host(
         raise OSError(f"the first host could not write {what}; its own message says why.")
 
 
-def _bring(leaf: Any, layer: int | None) -> np.ndarray | None:
+def _gather(leaf: Any, layer: int | None) -> np.ndarray | None:
     """A layer of a leaf, or all of it, on the first host; None on the others."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf if layer is None else leaf[layer])
-    whole = None
+    replicated = None
     if not leaf.is_fully_addressable:
-        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
-    part = _picker(whole)(leaf, layer is not None, layer or 0)
-    if whole is None:
+        replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+    part = _picker(replicated)(leaf, layer is not None, layer or 0)
+    if replicated is None:
         return np.asarray(part)
-    # Waited for on all hosts, so that none has many tensors under way.
+    # All hosts wait, so that none has many tensors in flight.
     jax.block_until_ready(part)
     return np.asarray(part.addressable_data(0)) if jax.process_index() == 0 else None
 
 
 @functools.cache
 def _picker(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
-    """The compiled `_pick`; without a sharding the result stands where the array does."""
+    """The compiled `_pick`; without a sharding the result is on the device of the array."""
     return jax.jit(_pick, static_argnums=1, out_shardings=sharding)
 
 
 def _pick(leaf, is_stack, layer):
-    """A layer of a stack, or a copy of the leaf, which then keeps no copy on the host itself."""
+    """A layer of a stack, or a copy of the leaf, so that the leaf itself caches no host copy."""
     if is_stack:
         return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
     return jnp.copy(leaf)

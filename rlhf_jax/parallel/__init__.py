@@ -1,6 +1,25 @@
-"""Where arrays live: the device mesh, and the rules that place parameters on it."""
+"""Where arrays live: the device mesh, and shardings of parameters and batches on it."""
 
-from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
+from typing import TYPE_CHECKING
 
-__all__ = ["batch_sharding", "make_mesh", "replicated", "tree_shardings"]
+from rlhf_jax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from rlhf_jax.parallel.mesh import make_mesh as make_mesh
+    from rlhf_jax.parallel.partition import batch_sharding as batch_sharding
+    from rlhf_jax.parallel.partition import replicated as replicated
+    from rlhf_jax.parallel.partition import tree_shardings as tree_shardings
+    from rlhf_jax.parallel.settings import DistributedSettings as DistributedSettings
+    from rlhf_jax.parallel.settings import MeshSettings as MeshSettings
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "DistributedSettings": "rlhf_jax.parallel.settings",
+        "MeshSettings": "rlhf_jax.parallel.settings",
+        "batch_sharding": "rlhf_jax.parallel.partition",
+        "make_mesh": "rlhf_jax.parallel.mesh",
+        "replicated": "rlhf_jax.parallel.partition",
+        "tree_shardings": "rlhf_jax.parallel.partition",
+    },
+)

@@ -1,12 +1,12 @@
-"""What the compiler is told of arrays inside a step: rows stay on their devices, parameters travel.
+"""Sharding constraints inside a step: activations stay, parameters are gathered.
 
-Left to itself the compiler may well do the opposite: leave a parameter that is split over `fsdp`
-where it is, collect the rows of all devices, and add up partial products. Here each layer's
-parameters are collected when the layer needs them, in the compute dtype, and its gradients are
-added up and split again right behind it (Rajbhandari et al. 2020, ZeRO, stage 3; arXiv:1910.02054).
+Without constraints the compiler may do the opposite: leave a parameter that is split over `fsdp` where it
+is, gather the activations of all devices, and add up partial products. Here each layer's parameters
+are gathered when the layer needs them, in the compute dtype, and its gradients are reduced and
+scattered right behind it (Rajbhandari et al. 2020, ZeRO, stage 3; arXiv:1910.02054).
 
-All of it does nothing unless the program is traced under `jax.set_mesh` with a mesh as `make_mesh`
-makes it, of more than one device.
+Everything here does nothing unless the program is traced under `jax.set_mesh` with a mesh of
+`make_mesh` with more than one device.
 """
 
 import functools
@@ -17,31 +17,39 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from rlhf_jax.parallel.partition import AXES, ROWS, layer_spec, partition_spec, path_name
+from rlhf_jax.parallel.partition import (
+    AXES,
+    BATCH_AXES,
+    Rules,
+    layer_spec,
+    partition_spec,
+    path_name,
+)
 
 
 def padded_batch_size(count: int) -> int:
-    """The least number of rows, no less than `count`, that `constrain_batch` splits."""
+    """`count` rounded up to a batch size that `constrain_batch` splits."""
     mesh = _mesh()
-    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     return -(-count // parts) * parts
 
 
 def constrain_batch(x: jax.Array, *, last: str | None = None) -> jax.Array:
-    """The array with axis 0 split over the devices that rows are split over, and no other axis.
+    """The array with axis 0 split over `data` and `fsdp`, and no other axis.
 
     Args:
       last: the axis of the mesh that the last axis of the array is split over, if any.
 
     An axis that does not divide is not split.
     """
-    return _constrain(x, ROWS, last)
+    return _constrain(x, BATCH_AXES, last)
 
 
 def constrain_batch_over_data(x: jax.Array, *, last: str | None = None) -> jax.Array:
-    """The array with axis 0 split over `data` alone, so that parameters split over `fsdp` may stay.
+    """The array with axis 0 split over `data` alone, so that parameters stay split over `fsdp`.
 
-    It then costs less to move the rows than the parameters; as by `constrain_batch` otherwise.
+    In decoding, moving the activations of single tokens costs less than gathering parameters.
+    Otherwise as `constrain_batch`.
     """
     return _constrain(x, ("data",), last)
 
@@ -57,7 +65,7 @@ def _constrain(x, axes, last):
 
 
 def constrain_batch_over_all(x: jax.Array) -> jax.Array:
-    """Axis 0 split over all devices where it divides, else as by `constrain_batch`."""
+    """Axis 0 split over all devices if they divide it, else as `constrain_batch`."""
     mesh = _mesh()
     if mesh is None or not _divides(mesh, x.shape[0], AXES):
         return constrain_batch(x)
@@ -65,34 +73,35 @@ def constrain_batch_over_all(x: jax.Array) -> jax.Array:
 
 
 def constrain_cache(x: jax.Array) -> jax.Array:
-    """Keys or values [N, B, H, C, d]: rows as in `constrain_batch`, heads over `tensor`."""
+    """Keys or values [N, B, H, C, d]: B as in `constrain_batch`, H over `tensor`."""
     mesh = _mesh()
     if mesh is None:
         return x
-    rows = ROWS if _divides(mesh, x.shape[1], ROWS) else None
+    batch = BATCH_AXES if _divides(mesh, x.shape[1], BATCH_AXES) else None
     heads = "tensor" if _divides(mesh, x.shape[2], ("tensor",)) else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, rows, heads, None, None))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, batch, heads, None, None))
 
 
 def constrain_heads(x: jax.Array) -> jax.Array:
-    """[B, L, H, d], rows split as in `constrain_batch`, and heads over `tensor`."""
+    """[B, L, H, d]: B as in `constrain_batch`, H over `tensor`."""
     mesh = _mesh()
     if mesh is None:
         return x
-    rows = ROWS if _divides(mesh, x.shape[0], ROWS) else None
+    batch = BATCH_AXES if _divides(mesh, x.shape[0], BATCH_AXES) else None
     heads = "tensor" if _divides(mesh, x.shape[2], ("tensor",)) else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, None, heads, None))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, None, heads, None))
 
 
-def all_gather(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
-    """Parameters as the products of one layer need them: split over `tensor` alone.
+def all_gather(params: Any, dtype: str, rules: Rules, *, is_layer: bool = False) -> Any:
+    """Parameters gathered over `fsdp`, as products need them: split over `tensor` alone.
 
-    Matrices and embeddings are cast to the compute dtype first, which halves what travels. In the
-    backward pass their gradients are split as the parameters are.
+    They are cast to the compute dtype first, which halves the traffic in bfloat16. In the backward
+    pass their gradients are split as the parameters are.
 
     Args:
-      params: a part of a model's parameters, with the paths that the rules know.
-      is_layer: of one layer, without the axis of layers.
+      params: a part of a model's parameters, at paths that its rules match.
+      rules: `Model.partition_rules`.
+      is_layer: whether these are of one layer, without the axis of layers.
     """
     mesh = _mesh()
     if mesh is None:
@@ -100,7 +109,7 @@ def all_gather(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
 
     def of(path, leaf):
         name = path_name(path)
-        spec = layer_spec(name) if is_layer else partition_spec(name)
+        spec = (layer_spec if is_layer else partition_spec)(name, leaf.ndim, rules)
         if "fsdp" not in spec:
             return leaf
         return _all_gather(leaf.astype(dtype), spec)
@@ -109,10 +118,10 @@ def all_gather(params: Any, dtype: str, *, is_layer: bool = False) -> Any:
 
 
 def remat_all_gather(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body of a scan over layers, whose backward pass collects parameters once more.
+    """The body of a scan over layers, whose backward pass gathers parameters again.
 
-    It would otherwise keep the collected ones of all layers, and so the whole model on each device.
-    What it computes is not computed again, but for casts and the like of little cost.
+    Otherwise it would keep those gathered for the forward pass: the full model on each device.
+    Nothing else is computed again, except casts and operations of similar cost.
     """
     mesh = _mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
@@ -121,8 +130,8 @@ def remat_all_gather(body: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(body, prevent_cse=False, policy=_is_kept)
 
 
-# What `all_gather` is made of. To leave out its result alone is not enough: what that is made from
-# would be kept in its place.
+# The primitives of `all_gather`. Not to save its result is not enough: its input after the cast
+# would be saved in its place.
 _ALL_GATHER = {
     "convert_element_type",
     "copy",
@@ -139,8 +148,8 @@ def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _all_gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-    return jax.lax.with_sharding_constraint(leaf, whole)
+    gathered = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(leaf, gathered)
 
 
 def _all_gather_forward(leaf, spec):
@@ -155,7 +164,7 @@ _all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 
 def _mesh() -> Any:
-    """The mesh that is set, if it is one of ours that leaves the spreading to the compiler."""
+    """The mesh that is set, if it has our axes, of type `AxisType.Auto`, and several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = set(mesh.axis_names) == set(AXES) and mesh.size > 1
     return mesh if ours and set(mesh.axis_types) == {AxisType.Auto} else None

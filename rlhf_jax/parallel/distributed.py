@@ -1,7 +1,6 @@
 """How the processes of one run find each other: `jax.distributed`, on clusters and by hand."""
 
 import contextlib
-import dataclasses
 import importlib.util
 import logging
 import os
@@ -16,67 +15,12 @@ from typing import Any
 import jax
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel.settings import DistributedSettings
 
 CUT_OFF = 30  # seconds that JAX's own limit, at which it ends the process, lies behind ours
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The section `distributed` of a configuration: the processes that train together.
-
-    A single process needs none of it. The processes of a Cloud TPU slice, of an `srun` and of an
-    `mpirun` find each other; elsewhere each is given the first three.
-
-    Attributes:
-      coordinator: "host:port" of process 0, as the others reach it; the port is any free one.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      local_device_ids: the GPUs that this process takes; empty: all, or one each where SLURM or
-        Open MPI started several processes on this machine.
-      auto: whether processes on a cluster find each other; false leaves each alone.
-      timeout: seconds to wait for the others at the start.
-    """
-
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    local_device_ids: tuple[int, ...] = ()
-    auto: bool = True
-    timeout: int = 300
-
-    def __post_init__(self) -> None:
-        given = (self.coordinator, self.num_processes, self.process_id)
-        if any(x is None for x in given) and any(x is not None for x in given):
-            raise InputError(
-                "distributed.coordinator, distributed.num_processes and distributed.process_id "
-                f"belong together, but are {given[0]}, {given[1]} and {given[2]}; give all three, "
-                "or none on a cluster or with a single process."
-            )
-        if self.coordinator is not None:
-            self._check_address(self.coordinator)
-        count, place = self.num_processes, self.process_id
-        if count is not None and place is not None and not 0 <= place < count:
-            raise InputError(
-                "distributed.num_processes must be at least 1 and distributed.process_id from 0 to "
-                f"one less than that, but they are {count} and {place}."
-            )
-        if self.timeout < 1 or any(number < 0 for number in self.local_device_ids):
-            raise InputError(
-                "distributed.timeout must be at least 1 and distributed.local_device_ids from 0 "
-                f"on, but are {self.timeout} and {list(self.local_device_ids)}."
-            )
-
-    @staticmethod
-    def _check_address(address: str) -> None:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise InputError(
-                "distributed.coordinator must be host:port, such as 10.0.0.2:8476, but is "
-                f"{address!r}."
-            )
-
-
-def join(settings: Settings) -> None:
+def join(settings: DistributedSettings) -> None:
     """Joins the other processes of the run; does nothing in a process that is alone or has joined.
 
     It has to come before anything that touches a device. On the CPU the processes exchange arrays
@@ -106,7 +50,7 @@ def join(settings: Settings) -> None:
         logging.getLogger("rlhf_jax").setLevel(logging.ERROR)
 
 
-def _arguments(settings: Settings) -> dict[str, Any] | None:
+def _arguments(settings: DistributedSettings) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is to be given; None where this process is alone."""
     local = list(settings.local_device_ids) or None
     if settings.coordinator is not None:
@@ -145,7 +89,7 @@ def _mpi_processes() -> int:
     return int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
 
 
-def _takes_all_gpus(settings: Settings) -> bool:
+def _takes_all_gpus(settings: DistributedSettings) -> bool:
     """Whether JAX would take one GPU alone, though no other process shares this machine."""
     if settings.coordinator is not None or settings.local_device_ids:
         return False
@@ -227,7 +171,7 @@ def _time_limit(timeout: int) -> Iterator[None]:
         timer.cancel()
 
 
-def _reason(settings: Settings, text: str) -> str:
+def _reason(settings: DistributedSettings, text: str) -> str:
     """One sentence about what kept the processes from joining."""
     if "before any JAX" in text:
         return (

@@ -1,6 +1,5 @@
-"""The device mesh of a configuration."""
+"""The device mesh."""
 
-import dataclasses
 import math
 
 import jax
@@ -10,38 +9,14 @@ from jax.sharding import AxisType, Mesh
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel.partition import AXES
+from rlhf_jax.parallel.settings import MeshSettings
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The section `mesh` of a configuration: how many devices stand along each axis.
-
-    Attributes:
-      data: rows of a batch are split over it, parameters are replicated.
-      fsdp: rows of a batch and parameters are both split over it.
-      tensor: widths inside a layer are split over it.
-
-    One of them may be -1: the rest of the devices.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise InputError(
-                "mesh.data, mesh.fsdp and mesh.tensor must be positive, one of them may be -1 for "
-                f"the rest of the devices, but they are {', '.join(map(str, sizes))}."
-            )
-
-
-def make_mesh(settings: Settings, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over all devices, with `AxisType.Auto`.
 
     Devices that are close to each other are close on the mesh, the last axes first. Several slices
-    of TPUs, between which there is the network of the data centre alone, stand along data.
+    of TPUs, connected by the network of the data centre, lie along data.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or slices would have to share
@@ -49,9 +24,9 @@ def make_mesh(settings: Settings, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
-    given = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise InputError(
             f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} does not fit "

@@ -1,4 +1,9 @@
-"""From the path of a parameter to its place on the mesh."""
+"""From the path of a parameter to its sharding on the mesh.
+
+A model has rules: pairs of a regular expression and a `PartitionSpec` (`Model.partition_rules`).
+The first pattern that the end of a path matches decides. Moments of an optimizer end with the paths
+of their parameters. Stacked layers have a leading axis that is never split.
+"""
 
 import re
 from typing import Any
@@ -9,58 +14,50 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # rows of a batch are split over both together
+BATCH_AXES = ("data", "fsdp")  # the batch is split over both together
 
-# The first pattern that a path ends with decides. Optimizer moments end with the paths of their
-# parameters. Stacked layers have a leading axis that is never split.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"wte/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"wpe/embedding", PartitionSpec(None, "fsdp")),
-    (r"c_attn/kernel", PartitionSpec(None, "fsdp", None, "tensor")),
-    (r"c_attn/bias", PartitionSpec(None, None, "tensor")),
-    (r"c_fc/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"c_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"c_fc/bias", PartitionSpec(None, "tensor")),
-)
-# Replicated on purpose: they are small, and every device needs them whole.
-REPLICATED = (
-    r"(ln_1|ln_2|ln_f)/(scale|bias)",
-    r"c_proj/bias",
-    r"(head|value_head)/(kernel|bias)",
-    r"(step|count|kl_coef|penalty_coef)",
-    r"score_stats/(num_scores|mean|m2)",
-)
+Rules = tuple[tuple[str, PartitionSpec], ...]
 
 
-def partition_spec(path: str) -> PartitionSpec:
+def partition_spec(path: str, ndim: int, rules: Rules) -> PartitionSpec:
     """The spec of the array at a path such as `params/layers/attn/c_attn/kernel`.
 
+    An array of at most one axis that no rule names (a counter, a coefficient, the head of a reward
+    model, the scale of a final norm) is replicated.
+
     Raises:
-      ValueError: no rule covers the path.
+      ValueError: no rule names the path, and the array has several axes.
     """
-    for pattern, spec in RULES:
-        if re.search(rf"(^|/){pattern}$", path):
+    for pattern, spec in rules:
+        if re.search(rf"(^|/)({pattern})$", path):
             return spec
-    if any(re.search(rf"(^|/){pattern}$", path) for pattern in REPLICATED):
+    if ndim <= 1:
         return PartitionSpec()
-    raise ValueError(f"no partition rule covers {path!r}; add one to RULES or to REPLICATED.")
+    raise ValueError(
+        f"no partition rule covers {path!r}, an array of {ndim} axes; add one to the "
+        "partition_rules of its model."
+    )
 
 
-def layer_spec(path: str) -> PartitionSpec:
-    """The spec of one layer's array, say at `attn/c_attn/kernel`: that of the stack, without it."""
-    return PartitionSpec(*partition_spec(path)[1:])
+def layer_spec(path: str, ndim: int, rules: Rules) -> PartitionSpec:
+    """The spec of one layer's array, e.g. at `attn/c_attn/kernel`: the stack's without axis 0."""
+    return PartitionSpec(*partition_spec(path, ndim + 1, rules)[1:])
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
     """A NamedSharding for each array, or abstract array, of a state or of parameters.
+
+    Args:
+      rules: of the model, and of any other model whose parameters the tree holds.
 
     Raises:
       InputError: an axis of an array is not divisible by its axes of the mesh.
+      ValueError: no rule names an array of several axes.
     """
 
     def sharding(path, leaf):
         name = path_name(path)
-        spec = partition_spec(name)
+        spec = partition_spec(name, len(leaf.shape), rules)
         _check_divides(mesh, name, leaf.shape, spec)
         return NamedSharding(mesh, spec)
 
@@ -68,31 +65,21 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp together."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    """Axis 0 over data and fsdp together."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same whole array on every device."""
+    """The same full array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_batch_size(mesh: Mesh, name: str, batch_size: int) -> None:
-    """Raises an InputError that names the setting if the rows do not divide over the mesh."""
+    """Raises an InputError that names the setting if the mesh does not divide the batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise InputError(
             f"{name} = {batch_size} is not divisible by mesh data x fsdp = {parts} devices."
-        )
-
-
-def check_heads(mesh: Mesh, n_head: int) -> None:
-    """Raises an InputError if the heads of attention cannot be split as the rules say."""
-    parts = mesh.shape["tensor"]
-    if n_head % parts:
-        raise InputError(
-            f"The model has n_head = {n_head} heads of attention, which are not divisible by "
-            f"mesh.tensor = {parts}; choose a tensor that divides them, or use fsdp instead."
         )
 
 
@@ -106,7 +93,7 @@ def _check_divides(mesh, name, shape, spec):
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A path of a tree, as the rules have it: `params/layers/attn/c_attn/kernel`."""
+    """A path of a tree, as rules match it: `params/layers/attn/c_attn/kernel`."""
     return "/".join(_key_name(key) for key in path)
 
 

@@ -1,6 +1,25 @@
-"""From prompts to responses, and what is read off them."""
+"""From prompts to responses, and their hidden states and scores."""
 
-from rlhf_jax.rollout.generation import generate
-from rlhf_jax.rollout.score import end_scores, frozen_states, response_hidden, token_scores
+from typing import TYPE_CHECKING
 
-__all__ = ["end_scores", "generate", "frozen_states", "response_hidden", "token_scores"]
+from rlhf_jax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from rlhf_jax.rollout.generation import generate as generate
+    from rlhf_jax.rollout.score import end_scores as end_scores
+    from rlhf_jax.rollout.score import frozen_states as frozen_states
+    from rlhf_jax.rollout.score import response_hidden as response_hidden
+    from rlhf_jax.rollout.score import token_scores as token_scores
+
+# `generate` stands in `generation.py`: a submodule of the same name would replace it as an
+# attribute of the package once it is imported.
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "end_scores": "rlhf_jax.rollout.score",
+        "frozen_states": "rlhf_jax.rollout.score",
+        "generate": "rlhf_jax.rollout.generation",
+        "response_hidden": "rlhf_jax.rollout.score",
+        "token_scores": "rlhf_jax.rollout.score",
+    },
+)

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, and one uniform number for each row."""
+"""From logits to a token: temperature, top-k, top-p, and one uniform number for each response."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def sample_token(logprobs: jax.Array, uniform: jax.Array) -> jax.Array:
 
     The token is the first whose cumulative probability exceeds the uniform number: found among sums
     of blocks of 256 tokens, then within one block. At V = 50257 that costs a fraction of Gumbel
-    noise, which needs V random numbers a row.
+    noise, which needs V random numbers for each token.
 
     Args:
       logprobs: f32[B, V] normalised log-probabilities in nats, -inf allowed.
@@ -63,7 +63,7 @@ def sample_token(logprobs: jax.Array, uniform: jax.Array) -> jax.Array:
     probabilities = jnp.pad(jnp.exp(logprobs), ((0, 0), (0, padding)))
     blocks = probabilities.reshape(batch, -1, BLOCK)
     sums = blocks.sum(axis=-1)
-    # Rounding makes the total differ from 1: the number is stretched to it.
+    # Rounding makes the total differ from 1: the number is scaled by it.
     block, rest = _invert(sums, uniform * sums.sum(axis=-1))
     chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     within, _ = _invert(chosen, rest)
@@ -71,9 +71,9 @@ def sample_token(logprobs: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _invert(masses: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(index, what is left of the target) of the first mass that lifts the sum above the target.
+    """(index, rest of the target) of the first mass that lifts the sum above the target.
 
-    Where rounding leaves the target at or above the total, the last index with any mass is taken.
+    If rounding leaves the target at or above the total, the last index with any mass is chosen.
     """
     cumulative = jnp.cumsum(masses, axis=-1)
     # An accelerator sums in a tree, whose rounding can move the sum at an index without mass.

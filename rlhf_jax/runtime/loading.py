@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import tempfile
@@ -19,13 +18,16 @@ from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import check_device
-from rlhf_jax.models.gpt2 import GPT2
-from rlhf_jax.models.huggingface import check_reward_model, load_pretrained, load_reward_model
+from rlhf_jax.models.huggingface import (
+    check_reward_model,
+    fresh_model,
+    load_pretrained,
+    load_reward_model,
+)
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.partition import check_heads, tree_shardings
-from rlhf_jax.runtime.compilation.shapes import fresh_shape
 from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.partition import Rules, tree_shardings
 from rlhf_jax.runtime.run.checksums import fingerprint
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerFast,
     key: jax.Array,
     mesh: Mesh | None = None,
-) -> tuple[GPT2, Params]:
+) -> tuple[Model, Params]:
     """The language model at `model.path`, or a fresh one for the tokenizer's vocabulary.
 
     Args:
@@ -72,19 +74,26 @@ def load_model(
     dtype = _checked_dtype(settings)
     if settings.path is not None:
         with local_folder(settings.path) as folder:
-            model, params = load_pretrained(folder, dtype=dtype, place=_place(mesh))
+            model, params = load_pretrained(
+                folder,
+                dtype=dtype,
+                mesh=mesh,
+                remat=settings.remat,
+                attention=settings.attention,
+            )
         check_vocabulary(model, tokenizer, settings.path)
-        return _as_set(model, settings), params
-    config = dataclasses.replace(
-        fresh_shape(settings, len(tokenizer)),
+        return model, params
+    model = fresh_model(
+        settings,
+        vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        dtype=dtype,
     )
-    model = GPT2(config, dtype, settings.remat, settings.attention)
     if mesh is not None:
-        check_heads(mesh, config.n_head)
-        return model, init_sharded(mesh, model.init, key)
+        model.check_mesh(mesh)
+        return model, init_sharded(mesh, model.partition_rules, model.init, key)
     return model, jax.jit(model.init)(key)
 
 
@@ -93,7 +102,7 @@ def load_scorer(
     settings: ModelSettings,
     tokenizer: PreTrainedTokenizerFast,
     mesh: Mesh | None = None,
-) -> tuple[GPT2, Params]:
+) -> tuple[Model, Params]:
     """The reward model at a path, to score tokens of this tokenizer; its place is the mesh.
 
     Raises:
@@ -111,7 +120,7 @@ def load_scorer(
 
 def load_reward(
     path: str, settings: ModelSettings, label: int | None = None, mesh: Mesh | None = None
-) -> tuple[GPT2, Params, PreTrainedTokenizerFast]:
+) -> tuple[Model, Params, PreTrainedTokenizerFast]:
     """The reward model at a path, in its place on the mesh, and its own tokenizer.
 
     Raises:
@@ -119,18 +128,27 @@ def load_reward(
     """
     with local_folder(path) as folder:
         dtype = _checked_dtype(settings)
-        model, params = load_reward_model(folder, dtype=dtype, label=label, place=_place(mesh))
-        return _as_set(model, settings), params, load_tokenizer(folder)
+        model, params = load_reward_model(
+            folder,
+            dtype=dtype,
+            label=label,
+            mesh=mesh,
+            remat=settings.remat,
+            attention=settings.attention,
+        )
+        return model, params, load_tokenizer(folder)
 
 
 def check_reward(
     path: str, settings: ModelSettings, label: int | None = None
-) -> tuple[GPT2, PreTrainedTokenizerFast]:
+) -> tuple[Model, PreTrainedTokenizerFast]:
     """As `load_reward`, without the parameters."""
     with local_folder(path) as folder:
         dtype = _checked_dtype(settings)
-        model = check_reward_model(folder, dtype=dtype, label=label)
-        return _as_set(model, settings), load_tokenizer(folder)
+        model = check_reward_model(
+            folder, dtype=dtype, label=label, remat=settings.remat, attention=settings.attention
+        )
+        return model, load_tokenizer(folder)
 
 
 def _checked_dtype(settings: ModelSettings) -> str:
@@ -138,16 +156,6 @@ def _checked_dtype(settings: ModelSettings) -> str:
     if settings.attention == "cudnn":
         check_device("model.attention cudnn")
     return compute_dtype(settings.dtype)
-
-
-def _as_set(model: GPT2, settings: ModelSettings) -> GPT2:
-    """A model of a folder with what the settings say of how it is computed."""
-    return dataclasses.replace(model, remat=settings.remat, attention=settings.attention)
-
-
-def _place(mesh: Mesh | None) -> Callable[[Any], Any] | None:
-    """Where parameters are to be read to."""
-    return None if mesh is None else functools.partial(tree_shardings, mesh)
 
 
 def shares_tokens(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast) -> bool:
@@ -202,9 +210,9 @@ def check_positions(model: Model, needed: int, what: str) -> None:
         )
 
 
-def init_sharded(mesh: Mesh, init: Callable[..., Any], *args: Any) -> Any:
-    """init(*args) under jit, each array born in its place on the mesh."""
-    shardings = tree_shardings(mesh, jax.eval_shape(init, *args))
+def init_sharded(mesh: Mesh, rules: Rules, init: Callable[..., Any], *args: Any) -> Any:
+    """init(*args) under jit, each array initialised with its sharding."""
+    shardings = tree_shardings(mesh, jax.eval_shape(init, *args), rules)
     return jax.jit(init, out_shardings=shardings)(*args)
 
 

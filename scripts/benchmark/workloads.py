@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_jax.models.cudnn_attention import Attention
-from rlhf_jax.models.remat import Remat
+from rlhf_jax.models.settings import Attention, Remat
 
 Kind = Literal["sft", "reward", "generate", "ppo"]
 

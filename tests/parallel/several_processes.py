@@ -19,7 +19,7 @@ from rlhf_jax.data.batching import Batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import batch_sharding, hosts, make_mesh
 from rlhf_jax.parallel.distributed import Settings, join
-from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.checkpoint import Checkpoints

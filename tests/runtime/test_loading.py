@@ -14,7 +14,7 @@ from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_reward_model
-from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.runtime import loading as assemble

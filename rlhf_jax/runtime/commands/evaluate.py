@@ -22,7 +22,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size, check_heads, tree_shardings
+from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.run.folder import to_yaml
@@ -146,7 +146,7 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
     mesh = make_mesh(config.mesh)
     model, params = loading.load_scorer(path, config.model, tokenizer, mesh)
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     loading.check_positions(
         model,
         config.data.max_prompt_length + config.data.max_response_length,
@@ -271,7 +271,7 @@ def _load(config: EvaluateConfig, path: str | None, name: str):
     tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
     key, mesh = jax.random.key(config.seed), make_mesh(config.mesh)
     model, params = loading.load_model(config.model, tokenizer, key, mesh)
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     return tokenizer, model, params
 
 
@@ -288,9 +288,8 @@ def _load_reference(
                 "it would misread; give a model that has the same one."
             )
         dtype, mesh = loading.compute_dtype(config.model.dtype), make_mesh(config.mesh)
-        shardings = functools.partial(tree_shardings, mesh)
-        model, params = load_pretrained(folder, dtype=dtype, place=shardings)
-    check_heads(mesh, model.config.n_head)
+        model, params = load_pretrained(folder, dtype=dtype, mesh=mesh)
+    model.check_mesh(mesh)
     loading.check_vocabulary(model, tokenizer, path)
     return model, params
 

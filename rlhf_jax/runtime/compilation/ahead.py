@@ -19,7 +19,7 @@ from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, Text
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import max_targets, target_width
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf_jax.runtime.stages import ppo as ppo_stage
@@ -50,7 +50,7 @@ class Program(NamedTuple):
 
 def programs(
     config: StageConfig,
-    model: GPT2,
+    model: Model,
     mesh: Mesh,
     *,
     num_responses: int = 4,
@@ -93,7 +93,11 @@ def _supervised(config, training, settings, model, mesh, batch, key) -> Program:
     optimizer = make_optimizer(config.optimizer)
     init = functools.partial(_init_supervised, training, model, settings, optimizer)
     shape = jax.eval_shape(init, jax.eval_shape(model.init, key), key)
-    state, rows, whole = tree_shardings(mesh, shape), batch_sharding(mesh), replicated(mesh)
+    state, rows, whole = (
+        tree_shardings(mesh, shape, model.partition_rules),
+        batch_sharding(mesh),
+        replicated(mesh),
+    )
     step = jax.jit(
         training.make_step(model, settings, optimizer=optimizer),
         in_shardings=(state, rows, whole),
@@ -108,7 +112,7 @@ def _init_supervised(training, model, settings, optimizer, params, key):
     return training.init_state(model, params, settings, key, optimizer=optimizer)
 
 
-def _ppo(config: PPOConfig, model: GPT2, mesh: Mesh, key: Any, batch: Any) -> list[Program]:
+def _ppo(config: PPOConfig, model: Model, mesh: Mesh, key: Any, batch: Any) -> list[Program]:
     settings = config.ppo
     if isinstance(settings.truncate_token, str):  # which one it is makes no difference here
         settings = dataclasses.replace(settings, truncate_token=0)
@@ -117,7 +121,11 @@ def _ppo(config: PPOConfig, model: GPT2, mesh: Mesh, key: Any, batch: Any) -> li
     stops = (model.config.vocab_size - 1 if eos is None else eos,)
     scorers, is_whole = _scorers(config)
     shape = _ppo_state(config, settings, model, optimizer, key, scorers, is_whole)
-    state, rows, whole = tree_shardings(mesh, shape), batch_sharding(mesh), replicated(mesh)
+    state, rows, whole = (
+        tree_shardings(mesh, shape, model.partition_rules),
+        batch_sharding(mesh),
+        replicated(mesh),
+    )
     value_model = model if settings.value_model == "reward" else None
     made = {"optimizer": optimizer, "stop_token_ids": stops, "value_model": value_model}
     size = _bytes_on_device(shape, state)

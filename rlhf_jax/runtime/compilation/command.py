@@ -11,13 +11,13 @@ import jax
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.huggingface import named_sizes
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.compilation.ahead import StageConfig, programs
 from rlhf_jax.runtime.compilation.collectives import KINDS
 from rlhf_jax.runtime.compilation.measure import Cost, TooLarge, measure
-from rlhf_jax.runtime.compilation.shapes import SHAPES, find_shape
+from rlhf_jax.runtime.compilation.shapes import find_model
 from rlhf_jax.runtime.compilation.topologies import KNOWN, Topology, find_topology
 from rlhf_jax.runtime.config import (
     PPOConfig,
@@ -82,7 +82,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--topology", help=KNOWN)
     add(
         "--model",
-        help=f"{', '.join(SHAPES)}, or a folder with a config.json; by default the "
+        help=f"{', '.join(named_sizes())}, or a folder with a config.json; by default the "
         "model of the configuration",
     )
     add("--stage", help=f"{', '.join(STAGES)}; by default the one that the configuration has")
@@ -159,7 +159,7 @@ def cost_of(
         raise InputError(
             "model.attention cudnn is of NVIDIA GPUs, which no topology has; leave it at blocks."
         )
-    model = GPT2(find_shape(model_name, config.model, config.tokenizer), dtype, config.model.remat)
+    model = find_model(model_name, config.model, config.tokenizer, dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     found: dict[str, Any] = {
         "stage": stage,

@@ -1,21 +1,29 @@
 """How many FLOPs an iteration of PPO takes for each token, of products with parameters alone."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlhf_jax.runtime.run.utilization import multiplied_parameters
+from rlhf_jax.models.interface import Model
 from rlhf_jax.training.ppo import PPOState, Settings
 
 
-class _Sizes(NamedTuple):
-    """Parameters that a token is multiplied with: all, or those above a frozen trunk."""
+class _Forward(NamedTuple):
+    """FLOPs of a forward pass for one token."""
 
-    trunk: int  # frozen layers
-    table: int  # the unembedding, where it is frozen
-    policy: int  # what is trained of the policy, the unembedding with it where that is trained
-    value: int  # of a value model of its own
+    trunk: float  # frozen layers
+    table: float  # the unembedding, if it is frozen
+    policy: float  # the trained layers of the policy, and the unembedding if it is trained
+    value: float  # a value model of its own
 
 
-def flops_per_token(state: PPOState, settings: Settings) -> float:
+def flops_per_token(
+    model: Model,
+    state: PPOState,
+    settings: Settings,
+    *,
+    reward_models: Sequence[Model] = (),
+    value_model: Model | None = None,
+) -> float:
     """Sampling and the scoring passes forwards, and the epochs forwards and backwards.
 
     Scoring is done by the policy, the reference, the reward model and a value model of its own; the
@@ -26,29 +34,36 @@ def flops_per_token(state: PPOState, settings: Settings) -> float:
 
     Args:
       state: of one run; shapes are enough.
+      reward_models: in the order of their parameters in the state.
+      value_model: None where the values have the architecture of the policy.
     """
-    sizes = _sizes(state)
-    reward = multiplied_parameters(state.frozen.get("reward"), unembeds=False)
+    forward = _forward(model, state, value_model)
+    rewards = state.frozen.get("reward")
+    trees = rewards if isinstance(rewards, tuple) else (rewards,)
+    reward = sum(
+        scorer.flops_per_token(tree, unembeds=False)
+        for scorer, tree in zip(reward_models, trees, strict=False)
+    )
     passes = 3 + (settings.surrogate == "kl_penalty")
-    forwards = passes * (sizes.policy + sizes.table) + 2 * sizes.trunk + sizes.value + reward
-    # Frozen, the unembedding hands its gradient on and has none of its own.
-    update = 6.0 * (sizes.policy + sizes.value) + 4.0 * sizes.table
-    return 2.0 * forwards + settings.num_ppo_epochs * update
+    scoring = passes * (forward.policy + forward.table) + 2 * forward.trunk + forward.value
+    # The frozen unembedding propagates its gradient and has none of its own.
+    update = 3.0 * (forward.policy + forward.value) + 2.0 * forward.table
+    return scoring + reward + settings.num_ppo_epochs * update
 
 
-def flops_per_text_token(state: PPOState, settings: Settings) -> float:
+def flops_per_text_token(model: Model, state: PPOState, settings: Settings) -> float:
     """Of the texts of PPO-ptx, in all epochs: frozen layers forwards, all others backwards too."""
-    sizes = _sizes(state)
-    epoch = 2.0 * sizes.trunk + 4.0 * sizes.table + 6.0 * sizes.policy
+    forward = _forward(model, state, None)
+    epoch = forward.trunk + 2.0 * forward.table + 3.0 * forward.policy
     return settings.num_ppo_epochs * epoch
 
 
-def _sizes(state: PPOState) -> _Sizes:
+def _forward(model: Model, state: PPOState, value_model: Model | None) -> _Forward:
     trunk, own = state.frozen.get("trunk"), state.params.get("value_model")
-    layers = multiplied_parameters(trunk, unembeds=False)
-    return _Sizes(
+    layers = model.flops_per_token(trunk, unembeds=False)
+    return _Forward(
         layers,
-        multiplied_parameters(trunk, unembeds=True) - layers,
-        multiplied_parameters(state.params["model"], unembeds=True),
-        multiplied_parameters(own, unembeds=False),
+        model.flops_per_token(trunk, unembeds=True) - layers,
+        model.flops_per_token(state.params["model"], unembeds=True),
+        (value_model or model).flops_per_token(own, unembeds=False),
     )

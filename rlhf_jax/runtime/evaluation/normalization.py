@@ -49,4 +49,6 @@ class Normalizer:
         add = functools.partial(self._add, frozen=frozen)
         moments = normalize.score_moments(normalize.stats_of(add, params, batches))
         normalized = normalize.normalize_scores(self._model, params, *moments)
-        return jax.device_put(normalized, tree_shardings(self._mesh, normalized))
+        return jax.device_put(
+            normalized, tree_shardings(self._mesh, normalized, self._model.partition_rules)
+        )

@@ -14,11 +14,11 @@ from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.encoding import pad_left, pad_right, warn
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading
-from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.runtime.rewards.functions import ScoreFunction, call_scores, load_function
 from rlhf_jax.runtime.rewards.sources import RewardSource, check_names, plain_name, resolve_sources
 from rlhf_jax.runtime.rewards.texts import Responses, Tokens, retokenize
@@ -219,6 +219,11 @@ class Rewards:
         return self.scorers[0].model if self.scorers[0].tokenizer is None else None
 
     @property
+    def models(self) -> list[Model]:
+        """All reward models, in the order of their parameters."""
+        return [scorer.model for scorer in self.scorers if isinstance(scorer, ModelScores)]
+
+    @property
     def token_models(self) -> list[Model]:
         """The reward models that score tokens, not texts."""
         models = [scorer for scorer in self.scorers if isinstance(scorer, ModelScorer)]
@@ -292,7 +297,10 @@ def load_rewards(
         model, tree, own_tokenizer = loading.load_reward(path, settings, source.label, mesh)
         shares_tokens = loading.shares_tokens(tokenizer, own_tokenizer)
         loading.check_vocabulary(model, tokenizer if shares_tokens else own_tokenizer, path)
-        shardings = None if mesh is None else (tree_shardings(mesh, tree), batch_sharding(mesh))
+        shardings = None
+        if mesh is not None:
+            rules = model.partition_rules
+            shardings = (tree_shardings(mesh, tree, rules), batch_sharding(mesh))
         scorers.append(ModelScorer(model, None if shares_tokens else own_tokenizer, shardings))
         params.append(tree)
     names, weights = [s.name for s in sources], [s.source.weight for s in sources]

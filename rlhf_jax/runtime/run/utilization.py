@@ -1,7 +1,5 @@
 """Model FLOPs utilization: the FLOP/s of a run over the peak of its devices."""
 
-from typing import Any
-
 import jax
 
 # Dense bfloat16 FLOP/s of one device, by prefix of JAX's `device_kind`; the vendors' figures.
@@ -18,20 +16,6 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-
-
-def multiplied_parameters(params: Any, *, unembeds: bool) -> int:
-    """How many parameters each token is multiplied with: all matrices.
-
-    The tied embedding counts once, where logits are computed (`unembeds`); position embeddings,
-    biases and layer norms are added or scaled with, and do not count.
-    """
-    total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        if names[-1] == "kernel" or (unembeds and "wte" in names):
-            total += int(leaf.size)
-    return total
 
 
 def utilization(

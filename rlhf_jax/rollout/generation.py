@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.batches import Rollout
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.interface import Cache, Model, Params, positions_from
+from rlhf_jax.models.cache import Cache
+from rlhf_jax.models.interface import Model, Params, positions_from
 from rlhf_jax.parallel.constraints import constrain_batch, constrain_batch_over_all
 from rlhf_jax.rollout.sampling import filtered_logprobs, sample_token
 
@@ -26,11 +27,11 @@ class _Sampling(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What the loop carries: t tokens are written, and the last of them not yet read."""
+    """The carry of the loop: t tokens are written, the last of them is not yet in the cache."""
 
     t: jax.Array
     rollout: Rollout
-    running: jax.Array  # bool[B]: rows that go on after the last written token
+    running: jax.Array  # bool[B]: responses that continue after the last written token
     cache: Cache
 
 
@@ -51,24 +52,25 @@ def generate(
 ) -> Rollout:
     """Samples one response to each prompt.
 
-    A row ends with the first stop token, which belongs to the response, or at its limit; the loop
-    ends when every row has. Step t draws with `fold_in(key, t)`, one uniform number a row, so that
-    the tokens depend on neither the number of devices nor when other rows end.
+    A response ends with the first stop token, which belongs to it, or at its limit; the loop ends
+    when all have ended. Step t draws with `fold_in(key, t)`, one uniform number for each response,
+    so that the tokens depend neither on the number of devices nor on the other responses.
 
     Args:
-      model, params: a language model; params may be sharded. What `model.for_decoding` gave for
-        them is taken as well, and spares a copy where responses are all that they are there for.
+      model, params: a language model; params may be sharded, and may be the result of
+        `model.for_decoding`, which saves a copy if they are used for nothing else.
       prompts: i32[B, P], left-padded, P >= 1.
-      prompt_mask: bool[B, P], False then True. A row without a real token gives an empty response.
+      prompt_mask: bool[B, P], False then True. The response to a prompt without a real token is
+        empty.
       key: a JAX random key.
       max_new_tokens: T.
-      temperature: divides the logits; 0 takes the likeliest token (greedy).
+      temperature: divides the logits; 0 chooses the likeliest token (greedy).
       top_k: keeps the k likeliest tokens; 0 keeps all.
       top_p: keeps the smallest set of likeliest tokens with at least this probability.
       stop_token_ids: tokens that end a response.
       min_new_tokens: stop tokens cannot be drawn before this many tokens.
-      max_lengths: i32[B], a limit for each row, at most T; None is T for all. Everything above but
-        this, the parameters, prompts and key is static.
+      max_lengths: i32[B], a limit for each response, at most T; None is T for all. All arguments
+        except this one, the parameters, prompts and key are static.
 
     Returns:
       Rollout(tokens i32[B, T], mask bool[B, T], logprobs f32[B, T]); tokens and logprobs are 0 off
@@ -114,7 +116,7 @@ def generate(
     def step(state):
         token = jax.lax.dynamic_index_in_dim(state.rollout.tokens, state.t - 1, axis=1)
         position = (next_position + state.t - 1)[:, None]
-        x = model.embed(params, token, position)
+        x = model.embed(params, token, position, decode=True)
         x, cache = model.layers(params["layers"], x, state.running[:, None], position, state.cache)
         return _write(model, params, x[:, -1], state._replace(cache=cache), key, sampling)
 
@@ -122,15 +124,16 @@ def generate(
 
 
 def _write(model, params, x, state: _State, key, sampling: _Sampling) -> _State:
-    """Draws token t from the last hidden states x [B, D] and notes which rows go on."""
+    """Draws token t from the last hidden states x [B, D], and updates `running`."""
     t, running = state.t, state.running
-    # Each row's distribution is whole where its token is drawn.
-    logits = constrain_batch_over_all(model.padded_logits(params, model.final(params, x)))
+    # The full distribution of a response is on the device that draws its token.
+    logits = model.padded_logits(params, model.final(params, x), decode=True)
+    logits = constrain_batch_over_all(logits)
     drawn = _draw(logits, jax.random.fold_in(key, t), t, sampling)
     tokens, logprobs = (constrain_batch(x) for x in drawn)
     column = Rollout(jnp.where(running, tokens, 0), running, jnp.where(running, logprobs, 0.0))
     rollout = jax.tree.map(
-        lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, t, axis=1),
+        lambda array, new: jax.lax.dynamic_update_index_in_dim(array, new, t, axis=1),
         state.rollout,
         column,
     )

@@ -1,0 +1,129 @@
+"""The record of a model family: its configuration, its model, and its tensors in files."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.settings import ModelSettings
+
+Config = TypeVar("Config")
+
+SCORE = "score.weight"  # the head of a classifier
+_WITHOUT_PREFIX = (SCORE, "lm_head.weight")
+
+
+class Slot(NamedTuple):
+    """The place of a tensor of a file among the parameters.
+
+    Attributes:
+      path: of its leaf in the parameters of the model.
+      layer: its index in a leaf of stacked layers; None for the full leaf.
+      shape: in the file. It may differ from that of the leaf: axis 0 may be shorter, where the leaf
+        pads the vocabulary; the last axis may hold the last two axes of the leaf, [D, 3 D] for
+        [D, 3, D]; and [1, D] in the file is [D] in the leaf of a head.
+      transposed: whether a matrix of the file is [out, in], as in PyTorch's `Linear`, for a leaf
+        [in, out].
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family in Hugging Face's format.
+
+    Attributes:
+      name: for messages, such as "GPT-2".
+      model_type: in config.json, such as "gpt2".
+      language_model, classifier: the two architectures in config.json, such as "GPT2LMHeadModel".
+      config: the class of the configuration.
+      model: the class of the model, model(config, dtype, remat, attention).
+      read_config: from the object in config.json to the configuration; raises an InputError.
+      write_config: from the configuration to the object in config.json, without `model_type`,
+        `architectures` and dtypes.
+      fresh_config: from the settings of a fresh model and its vocab_size to the configuration.
+      sizes: configurations of known models, by name.
+      slots: every tensor of the model without a head, by its name without the prefix, in the order
+        written.
+      prefix: of the names of tensors but the two heads, such as "transformer.".
+      tied: name of a tensor -> name of the tensor that it has to equal, where a file has it.
+      ignored: ends of the names of tensors that are no parameters, such as masks.
+    """
+
+    name: str
+    model_type: str
+    language_model: str
+    classifier: str
+    config: type
+    model: Callable[..., Model]
+    read_config: Callable[[Mapping[str, Any]], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    fresh_config: Callable[[ModelSettings, int], Any]
+    slots: Callable[[Any], dict[str, Slot]]
+    prefix: str
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def full_name(self, name: str) -> str:
+        """The name of a tensor in a written file."""
+        return name if name in _WITHOUT_PREFIX else self.prefix + name
+
+
+@functools.cache
+def param_shapes(model: Model) -> Params:
+    """Shapes and dtypes of the parameters; traced once for each model. Do not change the tree."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
+    """The leaf at a path of keys."""
+    return functools.reduce(lambda node, key: node[key], path, tree)
+
+
+def check_fixed(data: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raises an InputError if a key of config.json is there with another value than the fixed one.
+
+    Args:
+      fixed: values of the keys whose variants a family does not compute.
+    """
+    for key, allowed in fixed.items():
+        if data.get(key, allowed) != allowed:
+            raise InputError(
+                f"{key} is {data[key]!r}, but only {allowed!r} is supported; choose another model."
+            )
+
+
+def known_fields(config: type[Config], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of config.json that have a field of the same name, by that name.
+
+    The default of a field determines its type: an integer, a number, a string, or with None an
+    integer or null.
+
+    Raises:
+      InputError: a value has another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return {name: _typed(fields[name], data[name]) for name in fields if name in data}
+
+
+def _typed(field: dataclasses.Field, value: Any) -> Any:
+    kind = int if field.default is None else type(field.default)
+    if value is None and field.default is None:
+        return None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+        allowed = names[kind] + (" or null" if field.default is None else "")
+        raise InputError(f"{field.name} must be {allowed}, but is {json.dumps(value)}.")
+    return value
