@@ -1,19 +1,17 @@
-"""From a configuration to the things that a stage works with: tokenizer, model, mesh, state."""
+"""From settings to tokenizers and models, and whether they belong together."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
 from rlhf_jax.errors import InputError
@@ -26,9 +24,7 @@ from rlhf_jax.models.huggingface import (
 )
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.models.settings import ModelSettings
-from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.partition import Rules, tree_shardings
-from rlhf_jax.runtime.run.checksums import fingerprint
+from rlhf_jax.runtime.program import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +61,7 @@ def load_model(
     """The language model at `model.path`, or a fresh one for the tokenizer's vocabulary.
 
     Args:
-      mesh: where each parameter is born in its place; by default all are on one device.
+      mesh: on which each parameter is initialised or read sharded; by default on one device.
 
     Raises:
       InputError: the folder cannot be read, the tokenizer has ids that the model lacks, or the
@@ -91,10 +87,10 @@ def load_model(
         pad_token_id=tokenizer.pad_token_id,
         dtype=dtype,
     )
-    if mesh is not None:
-        model.check_mesh(mesh)
-        return model, init_sharded(mesh, model.partition_rules, model.init, key)
-    return model, jax.jit(model.init)(key)
+    if mesh is None:
+        return model, jax.jit(model.init)(key)
+    model.check_mesh(mesh)
+    return model, Placement(mesh, model.partition_rules).initialise(model.init, key)
 
 
 def load_scorer(
@@ -210,22 +206,6 @@ def check_positions(model: Model, needed: int, what: str) -> None:
         )
 
 
-def init_sharded(mesh: Mesh, rules: Rules, init: Callable[..., Any], *args: Any) -> Any:
-    """init(*args) under jit, each array initialised with its sharding."""
-    shardings = tree_shardings(mesh, jax.eval_shape(init, *args), rules)
-    return jax.jit(init, out_shardings=shardings)(*args)
-
-
-def batch_at(batches: Batches, step: int, rows: NamedSharding) -> Any:
-    """The batch of a step: NumPy arrays, or arrays that span the hosts where there are several.
-
-    Each of these reads only the rows that its devices hold.
-    """
-    if not hosts.several():
-        return batches.at(step)
-    return hosts.from_rows(functools.partial(batches.slice_at, step), batches.batch_size, rows)
-
-
 @contextlib.contextmanager
 def local_folder(path: str) -> Iterator[str]:
     """The path itself; for an address such as gs://, a temporary copy of the files there."""
@@ -236,60 +216,3 @@ def local_folder(path: str) -> Iterator[str]:
         for file in epath.Path(path).iterdir():
             file.copy(epath.Path(folder) / file.name)
         yield folder
-
-
-def stage_keys(seed: int, stage: str, count: int) -> list[jax.Array]:
-    """Keys of a stage ("sft", "reward" or "ppo"), which no other stage of this seed shares."""
-    number = ("sft", "reward", "ppo").index(stage)
-    return list(jax.random.split(jax.random.fold_in(jax.random.key(seed), number), count))
-
-
-def saved_parts(state: Any) -> dict[str, Any]:
-    """What a checkpoint holds of a state with the field `frozen`: all else, and its checksum.
-
-    A dict without what the settings have no use for, so that fields that are added to the state
-    leave the checkpoints of earlier versions readable.
-    """
-    parts = state._asdict()
-    if parts["frozen"] is not None:
-        parts["frozen"] = {"fingerprint": fingerprint(state.frozen)}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def resumed_state(
-    state: Any, saved: dict[str, Any], run_dir: str, paths: Iterable[str | None]
-) -> Any:
-    """The saved parts beside the frozen ones.
-
-    Args:
-      paths: where the frozen parts were read from.
-
-    Raises:
-      InputError: the frozen parts are not what they were.
-    """
-    frozen = state.frozen
-    if frozen is not None and saved["frozen"]["fingerprint"] != fingerprint(frozen):
-        names = " or ".join(str(path) for path in paths)
-        raise InputError(
-            f"The model in {names} is not the one that the run in {run_dir} began with; put it "
-            "back, or choose another --run_dir."
-        )
-    return state._replace(**{**saved, "frozen": frozen})
-
-
-def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
-    """Calls save(folder, *args) for `hf/` of a run folder.
-
-    safetensors writes to local files alone, so for an address such as gs:// the files are made in a
-    temporary folder and copied. All hosts have to call this; the first one writes.
-    """
-    target = epath.Path(run_dir) / "hf"
-    if "://" not in str(run_dir) or not hosts.is_first():
-        save(str(target), *args)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save(folder, *args)
-        target.mkdir(parents=True, exist_ok=True)
-        # The configuration comes last: who finds it finds the weights as well.
-        for file in sorted(epath.Path(folder).iterdir(), key=lambda f: f.name == "config.json"):
-            file.copy(target / file.name, overwrite=True)

@@ -14,9 +14,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from rlhf_jax.backend import compiler_options
-from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
+from rlhf_jax.parallel.partition import Rules, batch_sharding, replicated, tree_shardings
 
 Step = Callable[..., Any]
 
@@ -27,11 +26,11 @@ class Placement:
 
     Attributes:
       mesh: of the devices.
-      model: whose partition rules place parameters and what has their paths.
+      rules: the partition rules of the models whose parameters the arrays hold.
     """
 
     mesh: Mesh
-    model: Model
+    rules: Rules
 
     @property
     def batch(self) -> NamedSharding:
@@ -45,7 +44,7 @@ class Placement:
 
     def shardings(self, tree: Any) -> Any:
         """The sharding of each array of a state or of parameters, of which shapes are enough."""
-        return tree_shardings(self.mesh, tree, self.model.partition_rules)
+        return tree_shardings(self.mesh, tree, self.rules)
 
     def put(self, batch: Any) -> Any:
         """A batch of NumPy arrays on the devices, where one process does not hold all of them."""

@@ -8,7 +8,7 @@ from etils import epath
 
 from rlhf_jax.data.batching import Batches, eval_batches
 from rlhf_jax.data.datasets import load_examples
-from rlhf_jax.data.kinds import encode
+from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime import program
@@ -37,11 +37,11 @@ class OfflineStage:
         self.mesh = make_mesh(config.mesh)
         self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
         check_run(config, self.model, self.mesh)
-        train_batch = encode(kind, train, self.tokenizer, data)
+        train_batch = encode_examples(kind, train, self.tokenizer, data)
         self.batches = Batches(
             train_batch, settings.batch_size, config.seed, buckets=data.length_buckets
         )
-        self.held_out = encode(kind, held_out, self.tokenizer, data) if held_out else None
+        self.held_out = encode_examples(kind, held_out, self.tokenizer, data) if held_out else None
         self.total_steps = math.ceil(settings.num_epochs * self.batches.steps_per_epoch)
         self._compile()
         product = RewardModelProduct if self.trainer.trains == "reward_model" else PolicyProduct
@@ -55,7 +55,7 @@ class OfflineStage:
         def init(params):
             return steps.init_state(self.model, params, settings, self.key, optimizer=optimizer)
 
-        place = program.Placement(self.mesh, self.model)
+        place = program.Placement(self.mesh, self.model.partition_rules)
         self.batch_sharding = place.batch
         self._init, self._place = init, place
         step = steps.make_step(self.model, settings, optimizer=optimizer)
@@ -63,7 +63,7 @@ class OfflineStage:
         self._step = place.step(step, shapes)
         full = jax.eval_shape(self.full_params, shapes)
         self._evaluate = place.evaluation(steps.make_eval_step(self.model), full)
-        self.flops_per_token = program.flops_per_token(self.model, shapes, self.trainer)
+        self.flops_per_token = steps.flops_per_token(self.model, shapes, settings)
         self.flops_per_step = 0.0
 
     def full_params(self, state: Any) -> Any:

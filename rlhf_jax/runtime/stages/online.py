@@ -15,7 +15,7 @@ from etils import epath
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.datasets import load_examples
-from rlhf_jax.data.kinds import encode
+from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.parallel import hosts
@@ -70,7 +70,7 @@ def load_texts(config: RunConfig, tokenizer: Any) -> Batches | None:
     if not config.trainer.mixes_texts or not config.settings.ptx_coef:
         return None
     data = config.section("ptx")
-    texts = encode("text", load_examples(data, "text")[0], tokenizer, data)
+    texts = encode_examples("text", load_examples(data, "text")[0], tokenizer, data)
     size, buckets = config.settings.num_texts, data.length_buckets
     return Batches(texts, size, config.seed + 1, buckets=buckets)
 
@@ -123,13 +123,13 @@ class OnlineStage:
                 check_call(function, columns_of(self.examples, [0]))
         self._load_rewards()
         self.value_model, self.value_params = load_value_model(config, self.tokenizer, self.mesh)
-        prompts = encode(kind, self.examples, self.tokenizer, data)
+        prompts = encode_examples(kind, self.examples, self.tokenizer, data)
         size, buckets = config.settings.batch_size, data.length_buckets
         self.batches = Batches(prompts, size, config.seed, buckets=buckets)
         self.texts = load_texts(config, self.tokenizer)
         self.held_out = None
         if self.held_out_examples:
-            self.held_out = encode(kind, self.held_out_examples, self.tokenizer, data)
+            self.held_out = encode_examples(kind, self.held_out_examples, self.tokenizer, data)
         self.total_steps = config.settings.num_iterations
 
     def _load_rewards(self) -> None:
@@ -149,10 +149,12 @@ class OnlineStage:
     def _compile(self) -> None:
         config, stops = self.config, (self.tokenizer.eos_token_id,)
         self.optimizer = make_optimizer(config.optimizer, config.settings.num_updates)
-        place = self._place = program.Placement(self.mesh, self.model)
+        models = (self.model, self.reward_model or self.model, self.value_model or self.model)
+        rules = sum((model.partition_rules for model in dict.fromkeys(models)), ())
+        place = self._place = program.Placement(self.mesh, rules)
         self.batch_sharding = place.batch
         shapes = jax.eval_shape(self._init, self.params, self.reward_params, self.value_params)
-        self.flops_per_token = program.flops_per_token(self.model, shapes, self.trainer)
+        self.flops_per_token = self.steps.flops_per_token(self.model, shapes, self.settings)
         self.flops_per_step = self._flops_of_texts(shapes)
         options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
         if self.trainer.has_value_model:
@@ -183,7 +185,7 @@ class OnlineStage:
         if self.texts is None:
             return 0.0
         tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.texts.batch_size
-        return program.flops_per_text_token(self.model, shapes, self.settings) * float(tokens)
+        return self.steps.flops_per_text_token(self.model, shapes, self.settings) * float(tokens)
 
     def _sample_for_judging(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         stops = (self.tokenizer.eos_token_id,)
