@@ -16,7 +16,7 @@ from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Params
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size, check_heads
+from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import GenerateConfig, resolve
 from rlhf_jax.runtime.evaluation.responses import Responder
@@ -41,7 +41,7 @@ def run_generate(config: GenerateConfig | str | Mapping[str, object]) -> int:
     key = jax.random.key(config.seed)
     mesh = make_mesh(config.mesh)
     model, params = loading.load_model(config.model, tokenizer, key, mesh)
-    check_heads(mesh, model.config.n_head)
+    model.check_mesh(mesh)
     check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
     responder = Responder(model, tokenizer, config.generation, config.data.prompt_suffix)
     prompts = _prompts(config, tokenizer)

@@ -3,7 +3,6 @@
 Nothing here imports jax before a sub-command begins its work, so that help is quick.
 """
 
-import importlib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -53,30 +52,98 @@ def all_commands() -> list[Command]:
     """One for each trainer, and the others."""
     return [
         *(_training_command(trainer) for trainer in training.TRAINERS),
-        _command("run", "supervised fine-tuning, a reward model and PPO in a row", "pipeline"),
-        _command("generate", "responses of a model to prompts, as JSON lines", "generate"),
-        _command("evaluate", "a model on held-out texts, pairs or prompts", "evaluate"),
-        _command("compile-for", "memory, FLOPs and collectives on devices not there", "compile_for"),
-        _command("pairs", "preference pairs from labels or from prompts", "pairs"),
+        _command(
+            "run",
+            "supervised fine-tuning, a reward model and PPO in a row",
+            ("RLHFConfig", "run_rlhf"),
+            first=_PIPELINE_FIRST,
+            trains=True,
+        ),
+        _command(
+            "generate",
+            "responses of a model to prompts, as JSON lines",
+            ("GenerateConfig", "run_generate"),
+            first=("model.path", "prompt", "data.path", "output", *_GENERATION, "seed"),
+        ),
+        _command(
+            "evaluate",
+            "perplexity of texts, accuracy on pairs, or win rates of responses",
+            ("EvaluateConfig", "run_evaluate"),
+            first=("kind", *_MODELS, "model.reference_path", "data.path", *_GENERATION, "run_dir"),
+        ),
+        Command("compile-for", "memory and time of a step on devices that are not there", _compile),
+        Command("pairs", "preference pairs from texts with labels, or from prompts", _pairs),
     ]
 
 
-def _command(name: str, summary: str, module: str) -> Command:
-    """A command whose module in this folder has `main(argv)`."""
+_MODELS = ("model.path", "model.reward_path")
+_GENERATION = ("generation.max_new_tokens", "generation.temperature", "generation.top_p")
+_PIPELINE_FIRST = (
+    *_MODELS,
+    *(f"data.{stage}.path" for stage in ("sft", "reward", "ppo")),
+    "sft.num_epochs",
+    "ppo.total_episodes",
+    "ppo.kl_coef",
+    "seed",
+    "run_dir",
+)
+
+
+def _command(
+    name: str,
+    summary: str,
+    names: tuple[str, str],
+    *,
+    first: tuple[str, ...] = (),
+    trains: bool = False,
+) -> Command:
+    """A command with a configuration, of the names (class in `config`, function of `runtime`)."""
 
     def run(argv: list[str]) -> int:
-        return importlib.import_module(f"rlhf_jax.runtime.commands.{module}").main(argv)
+        from rlhf_jax import runtime
+        from rlhf_jax.runtime import config
+        from rlhf_jax.runtime.commands import terminal
+
+        def work(settings):
+            return getattr(runtime, names[1])(settings)
+
+        kind = getattr(config, names[0])
+        return terminal.run_command(f"rlhf {name}", kind, work, argv, first=first, trains=trains)
 
     return Command(name, summary, run)
 
 
 def _training_command(trainer: Trainer) -> Command:
     def run(argv: list[str]) -> int:
-        from rlhf_jax.runtime.commands import train
+        from rlhf_jax.runtime import config, train
+        from rlhf_jax.runtime.commands import terminal
 
-        return train.main(trainer, argv)
+        name, kind = f"rlhf {trainer.command}", config.config_of(trainer)
+        first = first_settings(trainer)
+        return terminal.run_command(
+            name, kind, lambda settings: train(trainer, settings), argv, first=first, trains=True
+        )
 
     return Command(trainer.command, trainer.summary, run)
+
+
+def first_settings(trainer: Trainer) -> tuple[str, ...]:
+    """The settings of a trainer that its help lists first."""
+    models = _MODELS if trainer.online else _MODELS[:1]
+    own = tuple(f"{trainer.name}.{name}" for name in trainer.first_settings)
+    return (*models, "data.path", *own, "optimizer.learning_rate", "seed", "run_dir")
+
+
+def _compile(argv: list[str]) -> int:
+    from rlhf_jax.runtime.commands import compile_for
+
+    return compile_for.main(argv)
+
+
+def _pairs(argv: list[str]) -> int:
+    from rlhf_jax.runtime.commands import pairs
+
+    return pairs.main(argv)
 
 
 def overview() -> str:

@@ -5,8 +5,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.commands import terminal
+from rlhf_jax.models.huggingface import check_pretrained, fresh_model
+from rlhf_jax.models.interface import Model
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.distributed import join
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.runtime.commands.train import train
 from rlhf_jax.runtime.config import (
     PPOConfig,
     RewardConfig,
@@ -15,29 +21,21 @@ from rlhf_jax.runtime.config import (
     SFTConfig,
     resolve,
 )
-
-FIRST_SETTINGS = (
-    "model.path",
-    "model.reward_path",
-    "data.sft.path",
-    "data.reward.path",
-    "data.ppo.path",
-    "sft.num_epochs",
-    "ppo.total_episodes",
-    "ppo.kl_coef",
-    "seed",
-    "run_dir",
-)
-
-
-def main(argv: list[str]) -> int:
-    """The command; its exit status."""
-    return terminal.run_command(
-        "rlhf run", RLHFConfig, run_rlhf, argv, first=FIRST_SETTINGS, trains=True
-    )
+from rlhf_jax.runtime.evaluation.policies import read_evaluation, save_evaluation
+from rlhf_jax.runtime.loading import check_reward, choose_tokenizer, shares_tokens
+from rlhf_jax.runtime.report.content import format_table
+from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.rewards.functions import load_function
+from rlhf_jax.runtime.rewards.scorers import find_sources
+from rlhf_jax.runtime.run.folder import claim_run_dir, disk_errors, is_finished
+from rlhf_jax.runtime.run.stage import StageResult
+from rlhf_jax.runtime.stages import shared
+from rlhf_jax.runtime.stages.checks import check_run, check_scorer
+from rlhf_jax.runtime.stages.online import step_settings
+from rlhf_jax.runtime.stages.values import value_label, value_path
 
 
-def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> Any:
+def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> StageResult:
     """Supervised fine-tuning, then a reward model, then PPO, each from what the last one exported.
 
     The run folders of the stages are `sft/`, `reward/` and `ppo/` inside that of the pipeline, and
@@ -55,25 +53,18 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> Any:
     Raises:
       InputError: one sentence about what is wrong with the configuration or the data.
     """
-    from rlhf_jax.parallel import hosts
-    from rlhf_jax.parallel.distributed import join
-
     config = resolve(RLHFConfig, config)
     join(config.distributed)
     with hosts.failing_together():
         return _run(config)
 
 
-def _run(config: RLHFConfig) -> Any:
-    from rlhf_jax.parallel import hosts
-    from rlhf_jax.runtime.commands.train import train
-    from rlhf_jax.runtime.run import loop
-    from rlhf_jax.runtime.run.folder import claim_run_dir
+def _run(config: RLHFConfig) -> StageResult:
 
     hosts.from_first(claim_run_dir, config)
     metrics: dict[str, float] = {}
     stages = stage_configs(config)
-    if not hosts.from_first(loop.is_finished, stages[0].run_dir):
+    if not hosts.from_first(is_finished, stages[0].run_dir):
         _check_ahead(config, stages)
     for number, stage in enumerate(stages, start=1):
         trainer = stage.trainer
@@ -83,23 +74,14 @@ def _run(config: RLHFConfig) -> Any:
         result = train(trainer, stage)
         metrics |= {f"{trainer.name}/{key}": value for key, value in result.metrics.items()}
     hosts.from_first(_finish, config, metrics)
-    return loop.StageResult(config.run_dir, metrics)
+    return StageResult(config.run_dir, metrics)
 
 
 def _check_ahead(config: RLHFConfig, stages: list[RunConfig]) -> None:
     """Finds what is wrong with the later stages before hours are spent on the first."""
-    from rlhf_jax.data.datasets import load_examples
-    from rlhf_jax.models.huggingface import check_pretrained
-    from rlhf_jax.parallel.mesh import make_mesh
-    from rlhf_jax.runtime.loading import choose_tokenizer, fresh_model
-    from rlhf_jax.runtime.rewards.functions import load_function
-    from rlhf_jax.runtime.stages import shared
-    from rlhf_jax.runtime.stages.checks import check_run
-    from rlhf_jax.runtime.stages.online import step_settings
-
     sft, ppo = stages[0], stages[-1]
     path = config.model.path
-    model = fresh_model(config.model, 50257) if path is None else check_pretrained(path)
+    model = fresh_model(config.model, vocab_size=50257) if path is None else check_pretrained(path)
     mesh = make_mesh(config.mesh)
     for name in (config.evaluation.gold_fn, config.evaluation.judge_fn):
         if name is not None:
@@ -125,13 +107,8 @@ def _check_ahead(config: RLHFConfig, stages: list[RunConfig]) -> None:
     _check_rewards_ahead(config, ppo, model, tokenizer)
 
 
-def _check_rewards_ahead(config: RLHFConfig, ppo: RunConfig, model: Any, tokenizer: Any) -> None:
+def _check_rewards_ahead(config: RLHFConfig, ppo: RunConfig, model: Model, tokenizer: Any) -> None:
     """The same of reward models; `model` has the architecture of the one that is trained."""
-    from rlhf_jax.runtime.loading import check_reward, shares_tokens
-    from rlhf_jax.runtime.rewards.scorers import find_sources
-    from rlhf_jax.runtime.stages.checks import check_scorer
-    from rlhf_jax.runtime.stages.values import value_label, value_path
-
     paths = {
         each.source.path: each.source.label
         for each in find_sources(ppo.model.reward_path, config.rewards)
@@ -206,10 +183,6 @@ def _shared(config: RLHFConfig, stage: str) -> dict[str, Any]:
 
 def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:
     """Writes the report of all stages into the outer folder, and prints the table."""
-    from rlhf_jax.runtime.evaluation.policies import read_evaluation, save_evaluation
-    from rlhf_jax.runtime.report.page import format_table, write_report
-    from rlhf_jax.runtime.run.folder import disk_errors
-
     if (accuracy := metrics.get("reward/eval/accuracy")) is not None:
         print(f"Reward model: {accuracy:.1%} of the held-out pairs ranked as their label says")
     compared = read_evaluation(f"{config.run_dir}/ppo")

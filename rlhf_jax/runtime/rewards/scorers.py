@@ -221,7 +221,7 @@ class Rewards:
     @property
     def models(self) -> list[Model]:
         """All reward models, in the order of their parameters."""
-        return [scorer.model for scorer in self.scorers if isinstance(scorer, ModelScores)]
+        return [scorer.model for scorer in self.scorers if isinstance(scorer, ModelScorer)]
 
     @property
     def token_models(self) -> list[Model]:

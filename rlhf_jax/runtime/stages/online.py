@@ -24,23 +24,18 @@ from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.policies import (
     Comparison,
-    Judged,
-    PolicyJudge,
+    EvaluatedResponses,
+    PolicyEvaluator,
     columns_of,
     compare,
-    judge_both_orders,
-    write_evaluation,
+    evaluation_of,
+    save_evaluation,
 )
-from rlhf_jax.runtime.evaluation.responses import decode
 from rlhf_jax.runtime.loading import choose_tokenizer, find_token, load_model
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
-from rlhf_jax.runtime.rewards.scorers import (
-    Responses,
-    find_sources,
-    load_rewards,
-    reference_tokens,
-)
+from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
+from rlhf_jax.runtime.rewards.texts import Responses, decode, reference_tokens
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_run, check_scorer
 from rlhf_jax.runtime.stages.values import load_value_model
@@ -105,7 +100,7 @@ class OnlineStage:
         )
         self._load()
         self._compile()
-        self._before: Judged | None = None
+        self._before: EvaluatedResponses | None = None
         self._compared: tuple[int, Comparison] | None = None
 
     def _load(self) -> None:
@@ -149,7 +144,7 @@ class OnlineStage:
     def _compile(self) -> None:
         config, stops = self.config, (self.tokenizer.eos_token_id,)
         self.optimizer = make_optimizer(config.optimizer, config.settings.num_updates)
-        models = (self.model, self.reward_model or self.model, self.value_model or self.model)
+        models = [self.model, *self.rewards.models, *filter(None, [self.value_model])]
         rules = sum((model.partition_rules for model in dict.fromkeys(models)), ())
         place = self._place = program.Placement(self.mesh, rules)
         self.batch_sharding = place.batch
@@ -168,16 +163,16 @@ class OnlineStage:
             self._sample = place.rollout(sample, shapes)
             update = self.steps.make_update_step(self.model, self.settings, **options)
             self._update = place.update(update, shapes)
-        self.judge = PolicyJudge(
+        self.evaluator = PolicyEvaluator(
             self.model,
             self.tokenizer,
-            self._sample_for_judging,
+            self._sample_for_evaluation,
             temperature=config.settings.temperature,
             reward_model=self.reward_model,
             rewards=self.rewards,
             gold_fn=self.gold_fn,
             batch_size=config.section("evaluation").batch_size,
-            place=place.batch,
+            batch_sharding=place.batch,
         )
 
     def _flops_of_texts(self, shapes: Any) -> float:
@@ -187,7 +182,7 @@ class OnlineStage:
         tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.texts.batch_size
         return self.steps.flops_per_text_token(self.model, shapes, self.settings) * float(tokens)
 
-    def _sample_for_judging(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
+    def _sample_for_evaluation(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         stops = (self.tokenizer.eos_token_id,)
         return online.sample_responses(
             self.model, params, batch, key, self.settings, stop_token_ids=stops
@@ -274,24 +269,20 @@ class OnlineStage:
         """The comparison of this state with the reference, computed once a step."""
         step = int(state.step)
         if self._compared is None or self._compared[0] != step:
-            self._compared = (step, self._judge_both(state))
+            self._compared = (step, self._compare_responses(state))
         return self._compared[1]
 
-    def _judge_both(self, state: Any) -> Comparison:
+    def _compare_responses(self, state: Any) -> Comparison:
         """Policy against reference; the responses of the reference are sampled once a run."""
         policy = self.steps.policy_params(self.model, state)
         ref = self.steps.reference_params(self.model, state)
         reward_params = state.frozen.get("reward")
         judged = (self.held_out, self.held_out_examples, ref, reward_params, self.eval_key)
         if self._before is None:
-            self._before = self.judge(ref, *judged)
-        before, after = self._before, self.judge(policy, *judged)
-        if self.judge_fn is None:
-            return compare(before, after)
-        assert self.held_out is not None
+            self._before = self.evaluator(ref, *judged)
+        before, after = self._before, self.evaluator(policy, *judged)
         columns = columns_of(self.held_out_examples, self.held_out.indices)
-        texts = (after.prompts, before.responses, after.responses)
-        return compare(before, after, judge_both_orders(self.judge_fn, *texts, columns))
+        return compare(before, after, self.judge_fn, columns)
 
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
         """Responses of the last iteration, with score, and KL in nats."""
@@ -320,5 +311,5 @@ class OnlineStage:
         shared.export(self.config.run_dir, save_pretrained, self.model, policy, self.tokenizer)
         if self.held_out is not None:
             count = self.config.section("evaluation").num_samples
-            write_evaluation(self.config.run_dir, self._compare(state), count)
+            save_evaluation(self.config.run_dir, evaluation_of(self._compare(state), count))
         return hosts.from_first(write_report, epath.Path(self.config.run_dir))

@@ -20,13 +20,14 @@ from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.normalization import Normalizer
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import save_evaluation
-from rlhf_jax.runtime.evaluation.responses import Responder, decode
+from rlhf_jax.runtime.evaluation.responses import Responder
 from rlhf_jax.runtime.evaluation.teacher_forced import (
     TeacherForcedRouge,
     encode_completions,
     have_completions,
     perplexity,
 )
+from rlhf_jax.runtime.rewards.texts import decode
 from rlhf_jax.runtime.stages import shared
 
 Examples = Sequence[Mapping[str, Any]]
@@ -80,7 +81,7 @@ class PolicyProduct:
             self.tokenizer,
             encode_completions(held_out, self.tokenizer, self.config.data),
             batch_size=self.config.settings.eval_batch_size,
-            place=batch_sharding(mesh),
+            batch_sharding=batch_sharding(mesh),
         )
 
     def prepare(self, state: Any) -> Any:
@@ -131,7 +132,9 @@ class RewardModelProduct:
         self.normalize = Normalizer(model, mesh, examples.train_batch, config.settings, config.seed)
         self._score = jax.jit(end_scores, static_argnums=0)
         if config.settings.objective != "last_token":
-            unused = f"rows have a margin, which reward.objective {config.settings.objective} ignores."
+            unused = (
+                f"rows have a margin, which reward.objective {config.settings.objective} ignores."
+            )
             warn(sum(each["margin"] != 0 for each in examples.train), len(examples.train), unused)
 
     def prepare(self, state: Any) -> Any:
