@@ -1,8 +1,8 @@
-"""What travels between the stages: named tuples of arrays, and so pytrees.
+"""Batches of arrays that the parts of the library exchange: named tuples, and so pytrees.
 
-B rows, P prompt positions (left-padded), T response positions (right-padded), L = P + T. A mask is
-True on real positions; token ids off the mask are 0 and mean nothing. K responses may share one
-prompt.
+B is the batch size, P the positions of a prompt (left-padded), T those of a response
+(right-padded), L = P + T, and K the number of responses that share one prompt. A mask is True on
+real positions; token ids off the mask are 0 and have no meaning.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,14 @@ import jax
 
 
 class TextBatch(NamedTuple):
-    """Texts for supervised fine-tuning, several to a row where they are packed.
+    """Texts for supervised fine-tuning; a packed row holds several.
 
     Attributes:
       tokens: i32[B, L].
       segments: i32[B, L], 0 on padding and 1, 2, ... for the first, second, ... text of the row;
         a token attends to its own text alone, and positions count from its start.
-      loss_mask: bool[B, L], True on the tokens that the model is to predict. The first token of a
-        text has nothing before it and is never among them.
+      loss_mask: bool[B, L], True on the tokens whose prediction is trained: never the first token
+        of a text.
       target_positions: i32[B, K], the positions of these tokens in each row, in order, then zeros;
         None where most tokens are targets. Logits are computed at these positions only.
     """
@@ -30,13 +30,13 @@ class TextBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Two responses to one prompt, of which the first was preferred.
+    """Two responses to one prompt; the first, "chosen", was preferred.
 
     Attributes:
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded. P may be 0.
       chosen, chosen_mask: i32[B, T] and bool[B, T], right-padded, EOS included.
       rejected, rejected_mask: the same for the other response.
-      margin: f32[B], by how much the chosen one should win; 0 where nothing is known.
+      margin: f32[B], by how much the score of the chosen one should be higher; 0 if unknown.
       valid: bool[B], False on the padding of a short last batch.
     """
 
@@ -55,8 +55,8 @@ class RankingBatch(NamedTuple):
 
     Attributes:
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded. P may be 0.
-      responses, mask: i32[B, K, T] and bool[B, K, T], right-padded, EOS included. A place that is
-        False throughout holds no response, and a row without two responses only fills up a batch.
+      responses, mask: i32[B, K, T] and bool[B, K, T], right-padded, EOS included. A response
+        without a real token is padding, and so is an example without two responses.
     """
 
     prompts: jax.Array
@@ -66,20 +66,35 @@ class RankingBatch(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """Prompts to be answered.
+    """Prompts to sample responses to.
 
     Attributes:
-      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; a row that only fills up a short
-        last batch is False throughout.
-      indices: i32[B], the row of the data set that each prompt is from.
-      texts: of PPO-ptx, to be learned in the updates on the responses, a number of rows of their
-        own; None without it.
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; the mask of the padding of a
+        short last batch is False throughout.
+      indices: i32[B], the index of each prompt in the data set.
+      texts: texts that are trained on beside the responses (PPO-ptx), with a batch size of their
+        own; None without them.
     """
 
     prompts: jax.Array
     prompt_mask: jax.Array
     indices: jax.Array
     texts: TextBatch | None = None
+
+
+class Sequences(NamedTuple):
+    """Prompts and their responses.
+
+    Attributes:
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.
+      tokens, mask: i32[B, T] and bool[B, T], right-padded, EOS included; with K responses to each
+        prompt i32[B, K, T] and bool[B, K, T], each of which attends to the prompt and to itself.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
 
 
 class Rollout(NamedTuple):
@@ -98,14 +113,14 @@ class Rollout(NamedTuple):
 
 
 class ScoredRollout(NamedTuple):
-    """Sampled responses with all that the PPO update reads of them.
+    """Sampled responses with the log-probabilities, values and scores that an update reads.
 
     Attributes:
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.
       tokens, mask: i32[B, T] and bool[B, T], right-padded.
       logprobs: f32[B, T], of the policy that sampled them, in nats at the sampling temperature.
       ref_logprobs: f32[B, T], of the reference, likewise.
-      values: f32[B, T], of the state in which each token was chosen.
+      values: f32[B, T], of the state in which each token was chosen; None without a value model.
       scores: f32[B], one number for each response, penalised, clipped and scaled.
     """
 
@@ -115,5 +130,5 @@ class ScoredRollout(NamedTuple):
     mask: jax.Array
     logprobs: jax.Array
     ref_logprobs: jax.Array
-    values: jax.Array
+    values: jax.Array | None
     scores: jax.Array

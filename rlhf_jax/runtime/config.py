@@ -24,16 +24,17 @@ from rlhf_jax.models.cudnn_attention import Attention, check_attention, check_dt
 from rlhf_jax.models.remat import Remat, check_remat
 from rlhf_jax.parallel.distributed import Settings as DistributedSettings
 from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.run.checkpoint import Settings as CheckpointSettings
 from rlhf_jax.runtime.run.metrics import Settings as LoggingSettings
 from rlhf_jax.runtime.run.metrics import disk_errors, replace_file
 from rlhf_jax.runtime.run.records import config_in
-from rlhf_jax.training.ppo import OPTIMIZER as PPO_OPTIMIZER
-from rlhf_jax.training.ppo import Settings as PPOSettings
-from rlhf_jax.training.reward import Settings as RewardSettings
-from rlhf_jax.training.sft import Settings as SFTSettings
-from rlhf_jax.training.state import OptimizerSettings
+from rlhf_jax.training import ppo_settings
+from rlhf_jax.training.ppo_settings import Settings as PPOSettings
+from rlhf_jax.training.reward_settings import Settings as RewardSettings
+from rlhf_jax.training.settings import OptimizerSettings
+from rlhf_jax.training.sft_settings import Settings as SFTSettings
 
 Config = TypeVar("Config")
 
@@ -78,39 +79,6 @@ class ModelSettings:
         if not 0 <= self.dropout < 1:
             raise InputError(
                 f"model.dropout must be at least 0 and below 1, but is {self.dropout}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationSettings:
-    """The section `generation`: how responses are sampled outside PPO.
-
-    Attributes:
-      max_new_tokens: the longest response.
-      min_new_tokens: EOS cannot come before this many tokens.
-      temperature: 0 takes the likeliest token.
-      top_k, top_p: 0 and 1 keep the whole distribution.
-      batch_size: prompts at a time.
-    """
-
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise InputError(
-                "generation.max_new_tokens and generation.batch_size must be at least 1, but are "
-                f"{self.max_new_tokens} and {self.batch_size}."
-            )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                "generation.temperature and generation.top_k must not be negative and "
-                "generation.top_p must be above 0 and at most 1, but are "
-                f"{self.temperature}, {self.top_k} and {self.top_p}."
             )
 
 
@@ -221,7 +189,7 @@ class PPOConfig:
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
     ptx: DataSettings = DataSettings()
-    optimizer: OptimizerSettings = PPO_OPTIMIZER
+    optimizer: OptimizerSettings = ppo_settings.TRAINER.optimizer
     ppo: PPOSettings = PPOSettings()
     rewards: tuple[RewardSource, ...] = ()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -268,7 +236,7 @@ class StageOptimizers:
 
     sft: OptimizerSettings = OptimizerSettings(learning_rate=5e-4)
     reward: OptimizerSettings = OptimizerSettings()
-    ppo: OptimizerSettings = PPO_OPTIMIZER
+    ppo: OptimizerSettings = ppo_settings.TRAINER.optimizer
 
 
 @dataclasses.dataclass(frozen=True)

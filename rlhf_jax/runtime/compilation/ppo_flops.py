@@ -44,7 +44,7 @@ def flops_per_text_token(state: PPOState, settings: Settings) -> float:
 
 
 def _sizes(state: PPOState) -> _Sizes:
-    trunk, own = state.frozen.get("trunk"), state.params.get("value_model")
+    trunk, own = state.frozen.get("base"), state.params.get("value_model")
     layers = multiplied_parameters(trunk, unembeds=False)
     return _Sizes(
         layers,

@@ -25,8 +25,9 @@ from rlhf_jax.parallel.constraints import padded_batch_size
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size, check_heads
 from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime.config import GenerateConfig, GenerationSettings, resolve
+from rlhf_jax.runtime.config import GenerateConfig, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

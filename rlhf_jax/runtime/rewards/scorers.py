@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.batches import Sequences
 from rlhf_jax.data.chat import completion_texts
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right, warn, width, with_eos
@@ -137,7 +138,8 @@ class ModelScores:
         self._warned, self._rows = False, None
 
         def score(params, prompts, prompt_mask, candidates):
-            return end_scores(model, params, prompts, prompt_mask, *_stacked(candidates))
+            sequences = Sequences(prompts, prompt_mask, *_stacked(candidates))
+            return end_scores(model, params, sequences)
 
         if shardings is None:
             self._score = jax.jit(score)

@@ -32,6 +32,7 @@ from rlhf_jax.parallel.partition import (
     replicated,
     tree_shardings,
 )
+from rlhf_jax.rollout.shaping import check_stop_tokens
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.compilation.ppo_flops import flops_per_text_token, flops_per_token
 from rlhf_jax.runtime.config import PPOConfig, resolve
@@ -47,10 +48,9 @@ from rlhf_jax.runtime.evaluation.python_judge import judge_both_orders
 from rlhf_jax.runtime.evaluation.responses import decode
 from rlhf_jax.runtime.rewards.scorers import Responses, find_sources, load_rewards, reference_tokens
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.training import ppo
-from rlhf_jax.training.frozen import check_unfrozen
-from rlhf_jax.training.ppo_scores import check_stop_tokens
+from rlhf_jax.training import online, ppo
 from rlhf_jax.training.state import make_optimizer
+from rlhf_jax.training.trainable import check_num_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +90,7 @@ def check_sizes(config: PPOConfig, model: GPT2, mesh: Mesh) -> None:
     Likewise if a missing EOS has a price, and no response can have one; if more layers are to be
     trained than there are; and if there is nothing that the values could start from.
     """
-    check_unfrozen(model, config.ppo.num_layers_unfrozen, "ppo")
+    check_num_layers(model, config.ppo.num_layers_unfrozen, "ppo")
     value_path(config)
     check_stop_tokens(config.ppo, stop_token_ids=(0,))  # which one it is makes no difference here
     assemble.check_positions(
@@ -347,7 +347,7 @@ class PPOStage:
         return flops_per_text_token(state, self.settings) * float(tokens)
 
     def _sample_for_judging(self, stops, params, batch, key):
-        return ppo.sample_responses(
+        return online.sample_responses(
             self.model, params, batch, key, self.settings, stop_token_ids=stops
         )
 

@@ -31,7 +31,7 @@ from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.sft import text_of
 from rlhf_jax.runtime.stages.supervised import SupervisedStage, check_micro_batches
 from rlhf_jax.training import reward
-from rlhf_jax.training.frozen import check_unfrozen
+from rlhf_jax.training.trainable import check_num_layers
 
 
 def train_reward(config: RewardConfig | str | Mapping[str, Any]) -> loop.StageResult:
@@ -56,7 +56,7 @@ def check_sizes(config: RewardConfig, model: GPT2, mesh: Mesh) -> None:
 
     Likewise if more layers are to be trained than there are.
     """
-    check_unfrozen(model, config.reward.num_layers_unfrozen, "reward")
+    check_num_layers(model, config.reward.num_layers_unfrozen, "reward")
     assemble.check_positions(
         model,
         config.data.max_prompt_length + config.data.max_response_length,
@@ -141,11 +141,10 @@ class RewardStage(SupervisedStage):
             return []
         state = self._at_end(state)
         rows = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
-        responses, masks = map(np.asarray, reward.responses_of(rows))
+        sequences = jax.tree.map(np.asarray, reward.sequences_of(rows))
+        responses, masks = sequences.tokens, sequences.mask
         scorer, params = jax.jit(end_scores, static_argnums=0), self.whole(state)
-        scores = hosts.to_host(
-            scorer(self.model, params, rows.prompts, rows.prompt_mask, responses, masks)
-        )
+        scores = hosts.to_host(scorer(self.model, params, sequences))
         prompts = decode(self.tokenizer, rows.prompts, rows.prompt_mask)
         places = range(responses.shape[1])
         texts = [decode(self.tokenizer, responses[:, k], masks[:, k]) for k in places]

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.batches import PromptBatch
+from rlhf_jax.batches import PromptBatch, Sequences
 from rlhf_jax.data import builtin, train_tokenizer
 from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model
+from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime import run_evaluate, run_rlhf, train_ppo
 from rlhf_jax.runtime.commands import pipeline
@@ -467,7 +468,13 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
     tokens, mask = pad_right([[*row, stage.tokenizer.eos_token_id][:24] for row in ids], 24)
     batch = PromptBatch(rollout.prompts, rollout.prompt_mask, indices)
     (params,), model = state.frozen["reward"], stage.rewards.scorers[0].model
-    scores = jax.jit(lambda rollout: ppo.response_scores(model, params, batch, rollout))
+    scores = jax.jit(
+        lambda rollout: end_scores(
+            model,
+            params,
+            Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask),
+        )
+    )
     expected = np.asarray(scores(rollout._replace(tokens=tokens, mask=mask)))
     raw = np.asarray(scores(rollout))
     np.testing.assert_allclose(rollout.scores, raw - expected, rtol=1e-4, atol=1e-5)
