@@ -33,7 +33,7 @@ class TextBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Two responses to one prompt, of which the first was preferred.
+    """Two responses to one prompt; the first, "chosen", was preferred.
 
     Attributes:
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded. P may be 0.
@@ -86,6 +86,21 @@ class PromptBatch(NamedTuple):
     texts: TextBatch | None = None
 
 
+class Sequences(NamedTuple):
+    """Prompts and their responses.
+
+    Attributes:
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.
+      tokens, mask: i32[B, T] and bool[B, T], right-padded, EOS included; with K responses to each
+        prompt i32[B, K, T] and bool[B, K, T], each of which attends to the prompt and to itself.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+
+
 class Rollout(NamedTuple):
     """Sampled responses.
 
@@ -109,7 +124,7 @@ class ScoredRollout(NamedTuple):
       tokens, mask: i32[B, T] and bool[B, T], right-padded.
       logprobs: f32[B, T], of the policy that sampled them, in nats at the sampling temperature.
       ref_logprobs: f32[B, T], of the reference, likewise.
-      values: f32[B, T], of the state in which each token was chosen.
+      values: f32[B, T], of the state in which each token was chosen; None without a value model.
       scores: f32[B], one number for each response, penalised, clipped and scaled.
     """
 
@@ -119,5 +134,5 @@ class ScoredRollout(NamedTuple):
     mask: jax.Array
     logprobs: jax.Array
     ref_logprobs: jax.Array
-    values: jax.Array
+    values: jax.Array | None
     scores: jax.Array

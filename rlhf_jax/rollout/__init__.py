@@ -1,4 +1,4 @@
-"""From prompts to responses, and their hidden states and scores."""
+"""From prompts to responses, and their hidden states, log-probabilities and scores."""
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from rlhf_jax.rollout.score import end_scores as end_scores
     from rlhf_jax.rollout.score import frozen_states as frozen_states
     from rlhf_jax.rollout.score import response_hidden as response_hidden
+    from rlhf_jax.rollout.score import response_logits as response_logits
+    from rlhf_jax.rollout.score import response_logprobs as response_logprobs
     from rlhf_jax.rollout.score import token_scores as token_scores
 
 # `generate` stands in `generation.py`: a submodule of the same name would replace it as an
@@ -20,6 +22,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "frozen_states": "rlhf_jax.rollout.score",
         "generate": "rlhf_jax.rollout.generation",
         "response_hidden": "rlhf_jax.rollout.score",
+        "response_logits": "rlhf_jax.rollout.score",
+        "response_logprobs": "rlhf_jax.rollout.score",
         "token_scores": "rlhf_jax.rollout.score",
     },
 )

@@ -1,145 +1,177 @@
-"""What is read off responses: hidden states that predict them, log-probabilities, scores."""
+"""Hidden states, log-probabilities and scores of responses.
+
+Responses are `Sequences`: one to each prompt, or K that share it. With `frozen`, the lower half
+that `Model.split` returns, `params` are the upper half; no gradient is computed for the lower one.
+`states` are its results, `frozen_states`, for passes that share them.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import functional
+from rlhf_jax.batches import Sequences
 from rlhf_jax.models.heads import apply_head
 from rlhf_jax.models.interface import Model, Params, SharedPrompt, positions_from
 
 
-def response_hidden(
+class _Inputs(NamedTuple):
+    """Inputs of the layers, [B, L], with all K responses of a shared prompt behind it."""
+
+    tokens: jax.Array
+    mask: jax.Array
+    positions: jax.Array
+    shared: SharedPrompt | None
+
+
+def response_logprobs(
     model: Model,
     params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array,
+    sequences: Sequences,
     *,
-    lower: jax.Array | None = None,
-) -> jax.Array:
-    """Hidden states in which each response token is chosen.
-
-    Token t of the response is predicted at position P + t - 1 of prompt and response together, so
-    the first one at the end of the prompt. Only these T states pass the final layer norm.
-
-    Args:
-      params: whole, or, where `lower` is given, the upper half that `model.split` gives.
-      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded, P >= 1.
-      tokens, mask: i32[B, T] and bool[B, T], right-padded.
-      lower: [B, P + T - 1, D], what `frozen_states` made of the same rows.
-
-    Returns:
-      [B, T, D] in the compute dtype.
-    """
-    whole, whole_mask, positions = _read_rows(prompts, prompt_mask, tokens, mask)
-    x = model.embed(params, whole, positions) if lower is None else lower
-    x, _ = model.layers(params["layers"], x, whole_mask, positions)
-    return model.final(params, x[:, prompts.shape[1] - 1 :])
-
-
-def frozen_states(
-    model: Model,
-    frozen: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array,
-) -> jax.Array:
-    """[B, P + T - 1, D] in the compute dtype: what the upper layers read of the same rows.
+    temperature: float,
+    frozen: Params | None = None,
+    states: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(logprobs f32[..., T], entropy f32[..., T], hidden [..., T, D]) of response tokens, in nats.
 
     Args:
-      frozen: the lower half that `model.split` gives, with the embeddings.
+      params: full, or with `frozen` and `states` the upper half.
+      sequences: B responses, or B times K; "..." is B, or B, K.
     """
-    whole, whole_mask, positions = _read_rows(prompts, prompt_mask, tokens, mask)
-    x, _ = model.layers(
-        frozen["layers"], model.embed(frozen, whole, positions), whole_mask, positions
+    if frozen is not None and states is None:
+        states = frozen_states(model, frozen, sequences)
+    hidden = response_hidden(model, params, sequences, states=states)
+    logits = response_logits(model, params, hidden, temperature=temperature, frozen=frozen)
+    return (
+        functional.token_logprobs(logits, sequences.tokens),
+        functional.token_entropy(logits),
+        hidden,
     )
-    return x
 
 
-def _read_rows(prompts, prompt_mask, tokens, mask):
-    """(tokens, mask, positions) of all that is read: the last token of a response predicts none."""
-    whole = jnp.concatenate([prompts, tokens[:, :-1]], axis=1)
-    whole_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
-    return whole, whole_mask, positions_from(whole_mask)
+def response_logits(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    *,
+    temperature: float,
+    frozen: Params | None = None,
+) -> jax.Array:
+    """f32[..., Vp] logits of hidden states divided by the temperature, -inf from V on."""
+    full = params if frozen is None else model.merge(frozen, params)
+    return model.padded_logits(full, hidden) / temperature
+
+
+def response_hidden(
+    model: Model, params: Params, sequences: Sequences, *, states: jax.Array | None = None
+) -> jax.Array:
+    """Hidden states in which each response token is chosen, [B, T, D] or [B, K, T, D].
+
+    Token t of a response is predicted at position P + t - 1 of prompt and response together, the
+    first one at the end of the prompt. Only these states pass the final layer norm.
+
+    Args:
+      params: full, or with `states` the upper half.
+      sequences: P is at least 1.
+      states: [B, L, D], `frozen_states` of the same sequences.
+    """
+    inputs = _prediction_inputs(sequences)
+    x = model.embed(params, inputs.tokens, inputs.positions) if states is None else states
+    x = _apply_layers(model, params, x, inputs)
+    start = sequences.prompts.shape[1] - 1
+    if sequences.tokens.ndim == 2:
+        return model.final(params, x[:, start:])
+    batch, count, length = sequences.tokens.shape
+    first = jnp.broadcast_to(x[:, None, start : start + 1], (batch, count, 1, x.shape[-1]))
+    rest = x[:, start + 1 :].reshape(batch, count, length - 1, -1)
+    return model.final(params, jnp.concatenate([first, rest], axis=2))
+
+
+def frozen_states(model: Model, frozen: Params, sequences: Sequences) -> jax.Array:
+    """[B, L, D] in the compute dtype: the results of the frozen lower layers for `response_hidden`.
+
+    L is P + T - 1, or P + K * (T - 1) where K responses share the prompt.
+    """
+    inputs = _prediction_inputs(sequences)
+    x = model.embed(frozen, inputs.tokens, inputs.positions)
+    return _apply_layers(model, frozen, x, inputs)
 
 
 def end_scores(
-    model: Model,
-    params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    responses: jax.Array,
-    mask: jax.Array,
-    *,
-    frozen: Params | None = None,
+    model: Model, params: Params, sequences: Sequences, *, frozen: Params | None = None
 ) -> jax.Array:
-    """Scores of K responses to each prompt by a reward model, read at the last real token.
+    """f32[B] or f32[B, K]: scores of responses by a reward model, at their last real token.
 
-    The prompt is run once and its keys and values serve all K responses.
+    The prompt is run once, and its keys and values serve all K responses. A response without a real
+    token is scored at its first position, which has no meaning.
 
     Args:
-      model: a language model.
-      params: {"model": its parameters, "head": {"kernel": f32[D]}}.
-      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded; P may be 0.
-      responses, mask: i32[B, K, T] and bool[B, K, T], right-padded; a response without a real token
-        is scored at its first position, which means nothing.
-      frozen: the lower half that `model.split` gives, where `params["model"]` is the upper one; no
-        gradient is computed for it.
-
-    Returns:
-      f32[B, K].
+      params: {"model": parameters of a language model, "head": {"kernel": f32[D]}}.
+      sequences: P may be 0.
+      frozen: the lower half of the language model, if `params["model"]` is the upper one.
     """
-    rows = (prompts, prompt_mask, responses, mask)
-    x, flat_mask = _judged_hidden(model, params["model"], *rows, frozen)
-    last = jnp.maximum(flat_mask.sum(axis=1) - 1, 0)
+    x, mask = _scored_hidden(model, params["model"], sequences, frozen)
+    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    return apply_head(params["head"], model.final(params["model"], x)).reshape(mask.shape[:2])
+    scores = apply_head(params["head"], model.final(params["model"], x))
+    return scores.reshape(sequences.mask.shape[:-1])
 
 
 def token_scores(
-    model: Model,
-    params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    responses: jax.Array,
-    mask: jax.Array,
-    *,
-    frozen: Params | None = None,
+    model: Model, params: Params, sequences: Sequences, *, frozen: Params | None = None
 ) -> jax.Array:
-    """Scores at every token of K responses to each prompt: of the text up to and with that token.
+    """f32[B, T] or f32[B, K, T]: scores of the text up to and including each response token.
 
-    The arguments are those of `end_scores`, which gives the last of these scores of each response.
-
-    Returns:
-      f32[B, K, T]; off the mask they mean nothing.
+    The arguments are those of `end_scores`, the last of these scores. Those off the mask have no
+    meaning.
     """
-    rows = (prompts, prompt_mask, responses, mask)
-    x, _ = _judged_hidden(model, params["model"], *rows, frozen)
-    return apply_head(params["head"], model.final(params["model"], x)).reshape(mask.shape)
+    x, _ = _scored_hidden(model, params["model"], sequences, frozen)
+    return apply_head(params["head"], model.final(params["model"], x)).reshape(sequences.mask.shape)
 
 
-def _judged_hidden(model, trained, prompts, prompt_mask, responses, mask, frozen):
-    """([B * K, T, D] before the final layer norm, bool[B * K, T]): each prompt is run once.
+def _prediction_inputs(sequences):
+    """Inputs of all positions that predict a response token: the last token predicts none."""
+    prompts, prompt_mask, tokens, mask = sequences
+    if tokens.ndim == 3:
+        return _shared_inputs(Sequences(prompts, prompt_mask, tokens[..., :-1], mask[..., :-1]))
+    inputs = jnp.concatenate([prompts, tokens[:, :-1]], axis=1)
+    inputs_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
+    return _Inputs(inputs, inputs_mask, positions_from(inputs_mask), None)
 
-    Prompt and responses go through each layer side by side, so that its parameters are met once.
-    """
-    (batch, width), (_, count, length) = prompts.shape, responses.shape
-    flat_mask = mask.reshape(-1, length)
+
+def _shared_inputs(sequences):
+    """Inputs of all tokens of prompts and of their K responses."""
+    prompts, prompt_mask, tokens, mask = sequences
+    (batch, width), (_, count, length) = prompts.shape, tokens.shape
     before = prompt_mask.sum(axis=1, dtype=jnp.int32)[:, None]
-    own_positions = positions_from(flat_mask).reshape(batch, -1) + before
-    whole, whole_mask, positions = (
-        jnp.concatenate([prompt, rest.reshape(batch, -1)], axis=1)
-        for prompt, rest in (
-            (prompts, responses),
-            (prompt_mask, mask),
-            (positions_from(prompt_mask), own_positions),
+    own_positions = positions_from(mask.reshape(-1, length)).reshape(batch, -1) + before
+    pairs = ((prompts, tokens), (prompt_mask, mask), (positions_from(prompt_mask), own_positions))
+    joined = (jnp.concatenate([prompt, rest.reshape(batch, -1)], axis=1) for prompt, rest in pairs)
+    return _Inputs(*joined, shared=SharedPrompt(width, count) if length else None)
+
+
+def _apply_layers(model, params, x, inputs):
+    x, _ = model.layers(params["layers"], x, inputs.mask, inputs.positions, shared=inputs.shared)
+    return x
+
+
+def _scored_hidden(model, params, sequences, frozen):
+    """([B * K, T, D] before the final layer norm, bool[B * K, T]).
+
+    Prompt and responses pass each layer side by side, so that its parameters are read once.
+    """
+    if sequences.tokens.ndim == 2:
+        sequences = sequences._replace(
+            tokens=sequences.tokens[:, None], mask=sequences.mask[:, None]
         )
-    )
-    x = model.embed(trained if frozen is None else frozen, whole, positions)
-    # A stack of its own for the frozen layers, which are then not gone back through.
-    for part in (frozen, trained):
-        if part is not None:
-            shared = SharedPrompt(width, count)
-            x, _ = model.layers(part["layers"], x, whole_mask, positions, shared=shared)
-    return x[:, width:].reshape(batch * count, length, -1), flat_mask
+    inputs = _shared_inputs(sequences)
+    x = model.embed(params if frozen is None else frozen, inputs.tokens, inputs.positions)
+    # The frozen layers are a stack of their own, so that the backward pass ends above them.
+    for stack in (frozen, params):
+        if stack is not None:
+            x = _apply_layers(model, stack, x, inputs)
+    batch, count, length = sequences.tokens.shape
+    x = x[:, sequences.prompts.shape[1] :].reshape(batch * count, length, -1)
+    return x, sequences.mask.reshape(-1, length)

@@ -1,6 +1,32 @@
-"""Train steps as pure functions: `sft`, `reward` and `ppo`, each with `init_state`, `make_step`."""
+"""Trainers: each is a pure, uncompiled step with its settings, in a file of its name.
 
-from rlhf_jax.training import ppo, reward, sft
-from rlhf_jax.training.state import OptimizerSettings, TrainState, make_optimizer
+`TRAINERS` holds their records. Importing this imports no jax; a trainer's steps are imported when
+they are first used.
+"""
 
-__all__ = ["OptimizerSettings", "TrainState", "make_optimizer", "ppo", "reward", "sft"]
+from typing import TYPE_CHECKING
+
+from rlhf_jax.lazy import lazy_names
+from rlhf_jax.training import ppo_settings, reward_settings, sft_settings
+from rlhf_jax.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from rlhf_jax.training.settings import OptimizerSettings as OptimizerSettings
+    from rlhf_jax.training.state import TrainState as TrainState
+    from rlhf_jax.training.state import make_optimizer as make_optimizer
+
+# The random keys of a trainer derive from its place here: append new ones at the end.
+TRAINERS: tuple[Trainer, ...] = (
+    sft_settings.TRAINER,
+    reward_settings.TRAINER,
+    ppo_settings.TRAINER,
+)
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "OptimizerSettings": "rlhf_jax.training.settings",
+        "TrainState": "rlhf_jax.training.state",
+        "make_optimizer": "rlhf_jax.training.state",
+    },
+)

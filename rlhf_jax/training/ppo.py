@@ -7,7 +7,7 @@ pure function, `make_step`; with any other reward the two halves around it are c
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,36 +15,21 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax import functional
-from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
-from rlhf_jax.errors import InputError
+from rlhf_jax.batches import ScoredRollout
+from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.generation import generate
-from rlhf_jax.rollout.score import end_scores
+from rlhf_jax.rollout.score import response_hidden, response_logits, response_logprobs
+from rlhf_jax.rollout.shaping import ScoreStats, check_stop_tokens, init_score_stats
+from rlhf_jax.training import online, trainable
 from rlhf_jax.training.accumulate import map_microbatches
-from rlhf_jax.training.frozen import split_params
-from rlhf_jax.training.ppo_metrics import objective_metrics
-from rlhf_jax.training.ppo_passes import (
-    init_value,
-    policy_params,
-    reference_params,
-    response_logprobs,
-    score_rollout,
-    value_form,
-)
-from rlhf_jax.training.ppo_scores import (
-    ScoreStats,
-    check_stop_tokens,
-    init_score_stats,
-    scale_scores,
-    shape_scores,
-    truncate_responses,
-)
-from rlhf_jax.training.ppo_settings import Settings
-from rlhf_jax.training.ppo_update import make_experience, run_epochs
-from rlhf_jax.training.state import OptimizerSettings, make_optimizer
+from rlhf_jax.training.epochs import run_epochs
+from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
+from rlhf_jax.training.ppo_settings import TRAINER, Settings
+from rlhf_jax.training.pretraining_mix import count_text_tokens, text_loss, text_minibatches
+from rlhf_jax.training.state import make_optimizer
+from rlhf_jax.training.values import init_values, response_values, value_architecture
 
 __all__ = [
-    "OPTIMIZER",
     "PPOState",
     "Settings",
     "init_state",
@@ -53,32 +38,26 @@ __all__ = [
     "make_update_step",
     "policy_params",
     "reference_params",
-    "response_logprobs",
-    "response_scores",
-    "sample_responses",
 ]
 
 Metrics = dict[str, jax.Array]
 
-# Adam's epsilon is that of openai/lm-human-preferences.
-OPTIMIZER = OptimizerSettings(learning_rate=1e-5, eps=1e-5)
-
 
 class PPOState(NamedTuple):
-    """All that an exact continuation needs.
+    """Everything that an exact continuation needs.
 
     Attributes:
       step: i32[], iterations done.
-      params: what is trained, float32: {"model": the policy, "value_head": the head on it}, or with
-        a value model of its own {"model": ..., "value_model": {"model": ..., "head": ...}}.
+      params: the trained parameters, float32: {"model": the policy, "value_head": the head on it},
+        or with a value model of its own {"model": ..., "value_model": {"model": ..., "head": ...}}.
       opt_state: of the optimizer.
       kl_coef: f32[], the weight of the KL penalty.
       frozen: {"ref": the reference policy}, with a JAX reward model also {"reward": its
-        parameters}. With `num_layers_unfrozen` also {"trunk": embeddings and lower layers}, and
-        then policy and reference are upper halves; `policy_params` and `reference_params` give
-        them whole. No step changes it.
-      score_stats: of the scores until now; None without `scale_reward`.
-      penalty_coef: f32[], of the surrogate "kl_penalty"; None with another one.
+        parameters}, and with `num_layers_unfrozen` {"base": embeddings and lower layers}, where
+        policy and reference are upper halves; `policy_params` and `reference_params` return the
+        full ones. No step changes it.
+      score_stats: statistics of all scores until now; None without `scale_reward`.
+      penalty_coef: f32[], of the surrogate "kl_penalty"; None with "clip".
     """
 
     step: jax.Array
@@ -88,6 +67,22 @@ class PPOState(NamedTuple):
     frozen: Params
     score_stats: ScoreStats | None = None
     penalty_coef: jax.Array | None = None
+
+
+class Targets(NamedTuple):
+    """The experience of an iteration with the targets of the losses; arrays [B, ...].
+
+    Attributes:
+      rollout: the scored responses.
+      advantages: f32[B, T], whitened, 0 off the mask.
+      returns: f32[B, T], targets of the values, 0 off the mask.
+      states: [B, L, D], `trainable.frozen_states`; None where all layers are trained.
+    """
+
+    rollout: ScoredRollout
+    advantages: jax.Array
+    returns: jax.Array
+    states: jax.Array | None
 
 
 def init_state(
@@ -104,35 +99,26 @@ def init_state(
     """The state before the first iteration.
 
     Args:
-      params: the policy's parameters to start from, whole.
-      key: there for symmetry; nothing is random.
-      ref_params: the reference's parameters, whole; by default a copy of `params`. With
-        `num_layers_unfrozen` their frozen half has to be that of `params`.
-      reward_params: {"model": ..., "head": ...} of the reward model that `make_step` is to use.
-      value_params: likewise, what a value model "reward" starts from; by default `reward_params`.
+      params: the policy's full parameters to start from.
+      key: unused, as nothing is random; every trainer has it.
+      ref_params: the reference's full parameters; by default a copy of `params`. With
+        `num_layers_unfrozen` their frozen layers must be those of `params`.
+      reward_params: {"model": ..., "head": ...} of the reward model of `make_step`.
+      value_params: likewise, where a value model "reward" starts; by default `reward_params`.
 
     The state holds `params` and `reward_params` themselves: a step that donates it consumes them.
 
     Raises:
-      InputError: the settings ask for more unfrozen layers than there are, for a reference that
-        shares frozen layers with the policy and differs in them, or for a value model that starts
-        from a reward model where none is given.
+      InputError: more layers are to be trained than there are, the reference differs from the
+        policy in frozen layers, or a value model that starts from a reward model has none.
     """
     del key
-    optimizer = optimizer or make_optimizer(OPTIMIZER)
-    trunk, policy = split_params(model, params, settings.num_layers_unfrozen, "ppo")
-    ref = policy
-    if ref_params is not None:
-        ref_trunk, ref = split_params(model, ref_params, settings.num_layers_unfrozen, "ppo")
-        _check_shared(trunk, ref_trunk)
-    # A copy, since a step that donates its state must not hold one buffer twice.
-    frozen = {"ref": jax.tree.map(jnp.copy, ref)}
-    if trunk is not None:
-        frozen["trunk"] = trunk
-    if reward_params is not None:
-        frozen["reward"] = reward_params
+    optimizer = optimizer or make_optimizer(TRAINER.optimizer)
+    policy, frozen = online.split_policy(
+        model, params, settings, ref_params=ref_params, reward_params=reward_params
+    )
     start = reward_params if value_params is None else value_params
-    trained = {"model": policy, **init_value(settings, model, policy, start)}
+    trained = {"model": policy, **init_values(settings, model, policy, start)}
     has_penalty = settings.surrogate == "kl_penalty"
     return PPOState(
         jnp.zeros((), jnp.int32),
@@ -145,22 +131,6 @@ def init_state(
     )
 
 
-def _check_shared(trunk: Params | None, ref_trunk: Params | None) -> None:
-    """Raises an InputError if the frozen half of the reference is another than the policy's."""
-    pairs = list(zip(jax.tree.leaves(trunk), jax.tree.leaves(ref_trunk), strict=True))
-    if any(isinstance(leaf, jax.core.Tracer) for pair in pairs for leaf in pair):
-        raise InputError(
-            "ref_params with ppo.num_layers_unfrozen are compared with params; call init_state "
-            "outside of jit."
-        )
-    if not all(bool(jnp.array_equal(ours, theirs)) for ours, theirs in pairs):
-        raise InputError(
-            "ref_params differ from params in layers or embeddings that ppo.num_layers_unfrozen "
-            "freezes and the two share; give a reference with the same ones, or set "
-            "ppo.num_layers_unfrozen to null."
-        )
-
-
 def make_step(
     model: Model,
     settings: Settings,
@@ -169,15 +139,14 @@ def make_step(
     value_model: Model | None = None,
     optimizer: optax.GradientTransformation | None = None,
     stop_token_ids: Sequence[int] = (),
-) -> Callable[[PPOState, PromptBatch, jax.Array], tuple[PPOState, Metrics, ScoredRollout]]:
-    """A pure step (state, batch, key) -> (state, metrics, rollout): a whole PPO iteration.
+) -> online.Step:
+    """A pure step (state, batch, key) -> (state, metrics, rollout): a full PPO iteration.
 
     Args:
-      model: the policy; the reference has the same form.
-      reward_model: the trunk of the reward model whose parameters are in
-        `state.frozen["reward"]`; by default of the policy's form.
-      value_model: the form of a value model that starts as a reward model; by default that of
-        `reward_model`.
+      model: the policy; the reference has the same architecture.
+      reward_model: the language model under the reward head whose parameters are in
+        `state.frozen["reward"]`; by default of the policy's architecture.
+      value_model: the architecture of a value model "reward"; by default that of `reward_model`.
       stop_token_ids: tokens that end a response.
 
     Returns:
@@ -185,6 +154,7 @@ def make_step(
       ValueError while tracing if the state holds no reward model, or the batch no texts while
       `ptx_coef` is above 0.
 
+    >>> from rlhf_jax.batches import PromptBatch
     >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
     >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     >>> key, params = jax.random.key(0), model.init(jax.random.key(1))
@@ -197,12 +167,6 @@ def make_step(
     >>> int(state.step), rollout.tokens.shape
     (1, (2, 3))
     """
-    if settings.subtract_reference_score:
-        raise InputError(
-            "ppo.subtract_reference_score needs the reference responses, which a whole step does "
-            "not see; subtract their scores between make_rollout_step and make_update_step."
-        )
-    rollout_step = make_rollout_step(model, settings, stop_token_ids=stop_token_ids)
     reward_model = reward_model or model
     update_step = make_update_step(
         model,
@@ -211,80 +175,9 @@ def make_step(
         optimizer=optimizer,
         stop_token_ids=stop_token_ids,
     )
-
-    def step(state, batch, key):
-        if "reward" not in state.frozen:
-            raise ValueError(
-                "the state holds no reward model: give reward_params to init_state, or score the "
-                "responses yourself, between make_rollout_step and make_update_step."
-            )
-        sample_key, update_key = jax.random.split(key)
-        rollout = rollout_step(state, batch, sample_key)
-        score = functools.partial(_end_scores, reward_model, state.frozen["reward"])
-        rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-        scores = map_microbatches(score, rows, settings.num_score_parts)
-        return update_step(state, batch, rollout, scores, update_key)
-
-    return step
-
-
-def make_rollout_step(
-    model: Model, settings: Settings, *, stop_token_ids: Sequence[int] = ()
-) -> Callable[[PPOState, PromptBatch, jax.Array], Rollout]:
-    """A pure (state, batch, key) -> Rollout: one sampled response to each prompt."""
-
-    def rollout_step(state, batch, key):
-        return sample_responses(
-            model, policy_params(model, state), batch, key, settings, stop_token_ids=stop_token_ids
-        )
-
-    return rollout_step
-
-
-def sample_responses(
-    model: Model,
-    params: Params,
-    batch: PromptBatch,
-    key: jax.Array,
-    settings: Settings,
-    *,
-    stop_token_ids: Sequence[int] = (),
-) -> Rollout:
-    """Responses as PPO samples them: no top-k or top-p, limits drawn and ends cut where asked for.
-
-    `settings.truncate_token` has to be an id.
-    """
-    limit_key, key = jax.random.split(key)
-    limits = None
-    if settings.min_response_length is not None:
-        rows, longest = batch.prompts.shape[:1], settings.response_length
-        limits = jax.random.randint(limit_key, rows, settings.min_response_length, longest + 1)
-    rollout = generate(
-        model,
-        params,
-        batch.prompts,
-        batch.prompt_mask,
-        key,
-        max_new_tokens=settings.response_length,
-        temperature=settings.temperature,
-        stop_token_ids=tuple(stop_token_ids) if settings.stop_at_eos else (),
-        max_lengths=limits,
+    return online.make_step(
+        model, settings, update_step, reward_model=reward_model, stop_token_ids=stop_token_ids
     )
-    return truncate_responses(settings, rollout)
-
-
-def response_scores(
-    reward_model: Model, reward_params: Params, batch: PromptBatch, rollout: Rollout
-) -> jax.Array:
-    """f32[B]: what the reward model gives at the last real token of each response."""
-    rows = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-    return _end_scores(reward_model, reward_params, rows)
-
-
-def _end_scores(model, params, rows):
-    """The same of the four arrays."""
-    prompts, prompt_mask, tokens, mask = rows
-    return end_scores(model, params, prompts, prompt_mask, tokens[:, None], mask[:, None])[:, 0]
 
 
 def make_update_step(
@@ -294,101 +187,174 @@ def make_update_step(
     value_model: Model | None = None,
     optimizer: optax.GradientTransformation | None = None,
     stop_token_ids: Sequence[int] = (),
-) -> Callable[
-    [PPOState, PromptBatch, Rollout, jax.Array, jax.Array],
-    tuple[PPOState, Metrics, ScoredRollout],
-]:
+) -> online.UpdateStep:
     """A pure (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout).
 
     Args:
-      value_model: the form of a value model that starts as a reward model; by default the policy's.
+      value_model: the architecture of a value model "reward"; by default the policy's.
     """
-    optimizer = optimizer or make_optimizer(OPTIMIZER)
-    values = value_form(settings, model, value_model)
-    stops = tuple(stop_token_ids)
-    check_stop_tokens(settings, stops)
+    optimizer = optimizer or make_optimizer(TRAINER.optimizer)
+    value_model = value_architecture(settings, model, value_model)
+    check_stop_tokens(settings, stop_token_ids)
 
     def update_step(state, batch, rollout, scores, key):
-        scores = shape_scores(settings, stops, rollout, scores)
-        rows = rollout.mask.any(axis=1)
-        scores, score_stats, scaling = scale_scores(settings, state.score_stats, scores, rows)
-        scored, lower, entropy, exact_kl = score_rollout(
-            model, values, settings, state, batch, rollout, scores
-        )
-        rewards, _ = functional.token_rewards(
-            scores,
-            scored.logprobs,
-            scored.ref_logprobs,
-            scored.mask,
-            kl_coef=state.kl_coef,
-            kl_kind=settings.kl_estimator,
-        )
-        metrics = objective_metrics(state.kl_coef, scored, rewards, entropy, exact_kl) | scaling
-        experience = make_experience(settings, scored, rewards)._replace(lower=lower)
-        params, opt_state, update_metrics = run_epochs(
+        experience, score_stats, metrics = online.make_experience(
             model,
             settings,
+            state,
+            batch,
+            rollout,
+            scores,
+            kl_coef=state.kl_coef,
+            stop_token_ids=stop_token_ids,
+            score_stats=state.score_stats,
+            values=functools.partial(response_values, settings, value_model, state.params),
+        )
+        params, opt_state, update_metrics = run_epochs(
+            functools.partial(_loss, model, value_model, settings, state),
+            _count,
             optimizer,
             state.params,
             state.opt_state,
-            experience,
+            make_targets(settings, experience),
             key,
-            penalty_coef=state.penalty_coef,
-            texts=batch.texts,
-            value_model=values,
-            trunk=state.frozen.get("trunk"),
+            num_epochs=settings.num_ppo_epochs,
+            num_minibatches=settings.num_mini_batches,
+            accumulation_steps=settings.gradient_accumulation_steps,
+            texts=text_minibatches(settings, batch.texts, key),
+            max_approxkl=settings.max_approxkl,
         )
-        kl_coef = _adapt_kl_coef(settings, state.kl_coef, metrics["objective/kl"], rows)
-        penalty_coef, penalty = _adapt_penalty(
-            model,
-            settings,
-            params,
-            scored,
-            state.penalty_coef,
-            trunk=state.frozen.get("trunk"),
-            lower=lower,
-        )
+        kl_coef = _adapt_kl_coef(settings, state.kl_coef, metrics["objective/kl"], rollout.mask)
+        penalty_coef, penalty = _adapt_penalty(model, settings, state, params, experience)
         new_state = PPOState(
             state.step + 1, params, opt_state, kl_coef, state.frozen, score_stats, penalty_coef
         )
-        return new_state, {**metrics, **update_metrics, **penalty}, scored
+        return new_state, {**metrics, **update_metrics, **penalty}, experience.rollout
 
     return update_step
 
 
-def _adapt_kl_coef(settings, coef, kl, rows):
+def make_targets(settings: Settings, experience: online.Experience) -> Targets:
+    """Whitened advantages, and returns from the advantages before whitening."""
+    scored, rewards, states = experience
+    if settings.whiten_rewards:
+        rewards = functional.masked_whiten(rewards, scored.mask, shift_mean=False)
+    assert scored.values is not None
+    advantages, returns = functional.gae(
+        rewards, scored.values, scored.mask, gamma=settings.gamma, lam=settings.lam
+    )
+    advantages = functional.masked_whiten(advantages, scored.mask)
+    return Targets(scored, advantages, returns, states)
+
+
+def _count(batch):
+    """(f32[] tokens of responses, f32[] tokens of texts) that the losses are means over."""
+    minibatch, texts = batch
+    tokens = jnp.sum(minibatch.rollout.mask, dtype=jnp.float32)
+    return tokens, None if texts is None else count_text_tokens(texts)
+
+
+def _loss(model, value_model, settings, state, params, batch, key, denominators):
+    """Policy loss + vf_coef * value loss - entropy_coef * entropy + ptx_coef * texts; metrics."""
+    del key
+    (minibatch, texts), (count, text_count) = batch, denominators or (None, None)
+    rollout, sequences = minibatch.rollout, online.sequences_of(minibatch.rollout)
+    policy = online.policy_parts(params, state.frozen)
+    upper, lower = trainable.stacks(policy)
+    hidden = response_hidden(model, upper, sequences, states=minibatch.states)
+    logits = response_logits(model, upper, hidden, temperature=settings.temperature, frozen=lower)
+    logprobs = functional.token_logprobs(logits, rollout.tokens)
+    policy_loss, policy_metrics = _policy_loss(
+        settings, logprobs, minibatch, state.penalty_coef, count
+    )
+    values = response_values(settings, value_model, params, sequences, hidden, minibatch.states)
+    value_loss, value = functional.ppo_value_loss(
+        values,
+        rollout.values,
+        minibatch.returns,
+        rollout.mask,
+        clip_range=settings.cliprange_value,
+        denominator=count,
+    )
+    loss = policy_loss + settings.vf_coef * value_loss
+    metrics = {
+        "loss/policy_avg": policy_loss,
+        "loss/value_avg": value_loss,
+        **policy_metrics,
+        "val/clipfrac_avg": value["clipfrac"],
+    }
+    if settings.entropy_coef:
+        entropy_loss = -batch_mean(functional.token_entropy(logits), rollout.mask, count)
+        loss += settings.entropy_coef * entropy_loss
+        metrics["loss/entropy_avg"] = entropy_loss
+    if texts is not None:
+        ptx_loss = text_loss(model, policy, texts, denominator=text_count)
+        loss += settings.ptx_coef * ptx_loss
+        metrics["loss/ptx_avg"] = ptx_loss
+    return loss, metrics
+
+
+def _policy_loss(settings, logprobs, minibatch, penalty_coef, count):
+    """(loss, metrics) of the surrogate in the settings."""
+    rollout = minibatch.rollout
+    arrays = (logprobs, rollout.logprobs, minibatch.advantages, rollout.mask)
+    if settings.surrogate == "clip":
+        loss, policy = functional.ppo_policy_loss(
+            *arrays, clip_range=settings.cliprange, denominator=count
+        )
+        return loss, {
+            "policy/approxkl_avg": policy["approxkl"],
+            "policy/clipfrac_avg": policy["clipfrac"],
+            "val/ratio": policy["ratio"],
+        }
+    if penalty_coef is None:
+        raise ValueError("the state holds no penalty_coef: create it with the same settings.")
+    loss, policy = functional.kl_penalty_policy_loss(
+        *arrays, kl_coef=penalty_coef, denominator=count
+    )
+    halved_squares = functional.kl_estimate(logprobs, rollout.logprobs, "k2")
+    return loss, {
+        "policy/approxkl_avg": batch_mean(halved_squares, rollout.mask, count),
+        "val/ratio": policy["ratio"],
+    }
+
+
+def _adapt_kl_coef(settings, coef, kl, mask):
     """The weight of the KL penalty in the rewards of the next iteration."""
     if not settings.adaptive_kl:
         return coef
-    num_samples = jnp.sum(rows, dtype=jnp.float32)
+    num_samples = jnp.sum(mask.any(axis=1), dtype=jnp.float32)
     return functional.adaptive_kl_update(
         coef, kl, num_samples, target=settings.target, horizon=settings.horizon
     )
 
 
-def _adapt_penalty(model, settings, params, scored, coef, *, trunk=None, lower=None):
+def _adapt_penalty(model, settings, state, params, experience):
     """(the coefficient for the next iteration, metrics), by how far this one moved the policy."""
+    coef, scored = state.penalty_coef, experience.rollout
     if settings.surrogate != "kl_penalty":
         return coef, {}
-    score = functools.partial(
-        _logprobs, model, params["model"], temperature=settings.temperature, trunk=trunk
-    )
-    rows = (scored.prompts, scored.prompt_mask, scored.tokens, scored.mask)
-    logprobs = map_microbatches(score, (rows, lower), settings.num_score_parts)
+    upper, lower = trainable.stacks(online.policy_parts(params, state.frozen))
+
+    def score(sequences_and_states):
+        sequences, states = sequences_and_states
+        return response_logprobs(
+            model,
+            upper,
+            sequences,
+            temperature=settings.temperature,
+            frozen=lower,
+            states=states,
+        )[0]
+
+    arrays = (online.sequences_of(scored), experience.states)
+    logprobs = map_microbatches(score, arrays, settings.num_score_parts)
     # k3 of the old policy to the new one: its tokens, and the r - 1 - log r of the loss.
     kl = functional.masked_mean(
         functional.kl_estimate(scored.logprobs, logprobs, "k3"), scored.mask
     )
     adapted = functional.penalty_kl_update(coef, kl, target=settings.penalty_target)
-    # Halved for long it would be 0, and stay so whatever the KL becomes.
-    furthest = 2.0**20
-    adapted = jnp.clip(adapted, settings.penalty_coef / furthest, settings.penalty_coef * furthest)
+    # After many halvings it would be 0 and never rise again, whatever the KL.
+    limit = 2.0**20
+    adapted = jnp.clip(adapted, settings.penalty_coef / limit, settings.penalty_coef * limit)
     return adapted, {"policy/penalty_kl": kl, "policy/penalty_coef": coef}
-
-
-def _logprobs(model, params, rows_and_lower, *, temperature, trunk):
-    """f32[B, T] of rows, above what the frozen layers made of them."""
-    rows, lower = rows_and_lower
-    return response_logprobs(
-        model, params, *rows, temperature=temperature, trunk=trunk, lower=lower
-    )[0]

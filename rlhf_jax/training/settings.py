@@ -1,9 +1,14 @@
-"""The section `optimizer` of a configuration."""
+"""Settings that trainers share: of the optimizer, of offline and of online methods.
+
+Nothing here imports jax.
+"""
 
 import dataclasses
 from typing import Literal
 
+from rlhf_jax import checks
 from rlhf_jax.errors import InputError
+from rlhf_jax.rollout.settings import ShapingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,29 +34,133 @@ class OptimizerSettings:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0:
-            raise InputError(
-                f"optimizer.learning_rate must not be negative, but is {self.learning_rate}."
-            )
-        if self.warmup_steps < 0:
-            raise InputError(
-                f"optimizer.warmup_steps must not be negative, but is {self.warmup_steps}."
-            )
-        if self.weight_decay < 0 or self.eps <= 0:
-            raise InputError(
-                "optimizer.weight_decay must not be negative and optimizer.eps must be above 0, "
-                f"but are {self.weight_decay} and {self.eps}."
-            )
-        for name, value in (("b1", self.b1), ("b2", self.b2)):
-            if not 0 <= value < 1:
-                raise InputError(
-                    f"optimizer.{name} must be at least 0 and below 1, but is {value}."
-                )
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise InputError(
-                f"optimizer.schedule must be constant, linear or cosine, but is {self.schedule!r}."
-            )
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise InputError(
-                f"optimizer.max_grad_norm must be above 0, but is {self.max_grad_norm}."
-            )
+        checks.not_negative(
+            "optimizer",
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+        )
+        checks.positive("optimizer", eps=self.eps, max_grad_norm=self.max_grad_norm)
+        checks.below_one("optimizer", b1=self.b1, b2=self.b2)
+        checks.one_of(("constant", "linear", "cosine"), "optimizer", schedule=self.schedule)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflineSettings:
+    """Settings that training on a data set shares, whatever its loss.
+
+    Attributes:
+      batch_size: examples a step; a packed row of several texts is one.
+      gradient_accumulation_steps: microbatches that a batch is split into, one after another, to
+        save memory; the step is that of the full batch, but each has its own dropout.
+      num_epochs: passes over the data; may be a fraction.
+      eval_batch_size: examples a step of the evaluation.
+    """
+
+    section = "offline"  # of the configuration; without an annotation it is no field
+
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    num_epochs: float = 1.0
+    eval_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        checks.positive(
+            self.section,
+            batch_size=self.batch_size,
+            num_epochs=self.num_epochs,
+            eval_batch_size=self.eval_batch_size,
+        )
+        check_accumulation(self.section, self.batch_size, self.gradient_accumulation_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineSettings(ShapingSettings):
+    """Settings that training on sampled responses shares, whatever its loss.
+
+    Attributes:
+      total_episodes: responses sampled in the whole run; the last iteration is a full one.
+      batch_size: responses sampled in one iteration.
+      gradient_accumulation_steps: microbatches that the responses of each optimizer step are split
+        into, one after another, to save memory; the step is that of all of them.
+      score_batch_size: responses that the passes between sampling and the updates, of policy,
+        reference, value and reward models, score at a time, to save memory; divides `batch_size`.
+        Null scores all at once.
+      kl_coef: weight of the KL penalty in the rewards.
+      kl_estimator: "k1", "k2" or "k3", of the penalty.
+      exact_kl: adds the metric `objective/kl_exact`, the KL over the whole vocabulary; it holds the
+        logits of policy and reference at once, 8 bytes for each token of a response and entry of
+        the vocabulary.
+      num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm
+        and the heads; 0 trains these alone. The layers below and the embeddings are frozen, and
+        policy and reference share them. Null trains all.
+    """
+
+    section = "online"  # of the configuration; without an annotation it is no field
+
+    total_episodes: int = 8192
+    batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    score_batch_size: int | None = None
+    kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    exact_kl: bool = False
+    num_layers_unfrozen: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        section = self.section
+        checks.positive(
+            section,
+            total_episodes=self.total_episodes,
+            batch_size=self.batch_size,
+            score_batch_size=self.score_batch_size,
+        )
+        checks.not_negative(section, kl_coef=self.kl_coef)
+        checks.one_of(("k1", "k2", "k3"), section, kl_estimator=self.kl_estimator)
+        check_num_layers_unfrozen(section, self.num_layers_unfrozen)
+        check_accumulation(section, self.batch_size, self.gradient_accumulation_steps)
+        at_once = self.score_batch_size or self.batch_size
+        checks.divides(section, "batch_size", self.batch_size, "score_batch_size", at_once)
+
+    @property
+    def num_score_parts(self) -> int:
+        """Microbatches that the responses of an iteration are scored in."""
+        return self.batch_size // (self.score_batch_size or self.batch_size)
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations that sample at least `total_episodes` responses."""
+        return -(-self.total_episodes // self.batch_size)
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses of one optimizer step."""
+        return self.batch_size
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimizer steps on the responses of one iteration."""
+        return 1
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps in the whole run."""
+        return self.num_iterations * self.updates_per_iteration
+
+
+def check_accumulation(
+    section: str, batch_size: int, steps: int, *, name: str = "batch_size"
+) -> None:
+    """Raises an InputError unless the accumulation steps divide the batch, which `name` names."""
+    checks.positive(section, gradient_accumulation_steps=steps)
+    checks.divides(section, name, batch_size, "gradient_accumulation_steps", steps)
+
+
+def check_num_layers_unfrozen(section: str, number: int | None) -> None:
+    """Raises an InputError for a negative number of layers."""
+    if number is not None and number < 0:
+        raise InputError(
+            f"{section}.num_layers_unfrozen must not be negative, but is {number}; null trains "
+            "all layers."
+        )

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the next token of texts, or of completions alone."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,58 +8,22 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.errors import InputError
 from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.training.accumulate import accumulated_gradients, check_steps
+from rlhf_jax.training import trainable
+from rlhf_jax.training.accumulate import accumulated_gradients
+from rlhf_jax.training.sft_settings import TRAINER, Settings
 from rlhf_jax.training.state import (
-    OptimizerSettings,
     TrainState,
     apply_gradients,
     init_train_state,
     make_optimizer,
 )
+from rlhf_jax.training.trainable import Trainable
+
+__all__ = ["Settings", "full_params", "init_state", "make_eval_step", "make_step", "predictions"]
 
 Metrics = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The section `sft` of a configuration.
-
-    Attributes:
-      batch_size: rows a step; a packed row holds several texts.
-      gradient_accumulation_steps: parts that a batch is run in, one after another, to save memory;
-        the step is that of the whole batch, but each part has dropout of its own.
-      num_epochs: passes over the data; may be a fraction.
-      dropout: trains with the dropout rates of the model's configuration.
-      label_smoothing, z_loss: of `functional.cross_entropy_loss`.
-      eval_batch_size: rows a step of the evaluation.
-      rouge_rows: held-out rows, the first ones, whose ROUGE each evaluation computes: of the
-        likeliest next tokens, each after the true ones, against the completion.
-    """
-
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    num_epochs: float = 1.0
-    dropout: bool = True
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    eval_batch_size: int = 16
-    rouge_rows: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_epochs", "eval_batch_size"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"sft.{name} must be above 0, but is {getattr(self, name)}.")
-        check_steps("sft", self.batch_size, self.gradient_accumulation_steps)
-        if self.rouge_rows < 0:
-            raise InputError(f"sft.rouge_rows must be at least 0, but is {self.rouge_rows}.")
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(
-                "sft.label_smoothing must be at least 0 and below 1, but is "
-                f"{self.label_smoothing}."
-            )
 
 
 def init_state(
@@ -70,9 +34,20 @@ def init_state(
     *,
     optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
-    """The state before the first step; nothing in it is random (`key` is there for symmetry)."""
-    del model, settings, key
-    return init_train_state(params, optimizer or make_optimizer(OptimizerSettings()))
+    """The state before the first step.
+
+    Args:
+      params: the model's full parameters.
+      key: unused, as nothing is random; every trainer has it.
+    """
+    del key
+    trained, frozen = trainable.split(model, params, None, settings.section)
+    return init_train_state(trained, optimizer or make_optimizer(TRAINER.optimizer), frozen)
+
+
+def full_params(model: Model, state: TrainState) -> Params:
+    """The model's full parameters."""
+    return trainable.full_params(model, Trainable(state.params, state.frozen))
 
 
 def make_step(
@@ -94,15 +69,16 @@ def make_step(
     >>> int(state.step), float(metrics["perf/tokens"])
     (1, 8.0)
     """
-    optimizer = optimizer or make_optimizer(OptimizerSettings())
-
-    def loss_fn(params, batch, key, denominator):
-        return _loss(model, params, batch, settings, key, denominator)
+    optimizer = optimizer or make_optimizer(TRAINER.optimizer)
 
     def step(state, batch, key):
-        dropout_key, parts = key if settings.dropout else None, settings.gradient_accumulation_steps
         grads, metrics = accumulated_gradients(
-            loss_fn, _count, state.params, batch, dropout_key, parts
+            functools.partial(_loss, model, settings, state.frozen),
+            _count,
+            state.params,
+            batch,
+            key if settings.dropout else None,
+            settings.gradient_accumulation_steps,
         )
         params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
         metrics = {
@@ -111,7 +87,7 @@ def make_step(
             "train/grad_norm": norm,
             "perf/tokens": jnp.sum(batch.segments > 0, dtype=jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return step
 
@@ -119,26 +95,30 @@ def make_step(
 def make_eval_step(model: Model) -> Callable[[Params, TextBatch], Metrics]:
     """A pure (params, batch) -> {"loss", "accuracy", "count"}: sums over tokens, and their number.
 
-    Sums of several batches, divided by the summed count, are exact whatever the batch size.
+    The parameters are full. Sums of several batches, divided by the summed count, are exact
+    whatever the batch size.
     """
 
     def evaluate(params, batch):
-        _, metrics = _loss(model, params, batch, Settings(), None, denominator=1.0)
+        _, metrics = _loss(model, Settings(), None, params, batch, None, denominator=1.0)
         return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "count": _count(batch)}
 
     return evaluate
 
 
 def _count(batch):
-    """f32[]: the tokens that the loss is a mean over."""
+    """f32[]: the number of tokens that the loss is a mean over."""
     return jnp.sum(batch.loss_mask[:, 1:], dtype=jnp.float32)
 
 
-def _loss(model, params, batch, settings, dropout_key, denominator=None):
-    hidden = model.hidden(params, batch.tokens, batch.segments, dropout_key=dropout_key)
+def _loss(model, settings, frozen, params, batch, dropout_key, denominator=None):
+    parts = Trainable(params, frozen)
+    hidden = trainable.text_hidden(
+        model, parts, batch.tokens, batch.segments, dropout_key=dropout_key
+    )
     states, targets, mask = predictions(batch, hidden)
     loss, metrics = cross_entropy_loss(
-        model.padded_logits(params, states),
+        model.padded_logits(trainable.full_params(model, parts), states),
         targets,
         mask,
         label_smoothing=settings.label_smoothing,
@@ -149,9 +129,9 @@ def _loss(model, params, batch, settings, dropout_key, denominator=None):
 
 
 def predictions(batch: TextBatch, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(states [B, K, D], the tokens that they are to predict i32[B, K], which count bool[B, K]).
+    """(states [B, K, D], target tokens i32[B, K], loss mask bool[B, K]).
 
-    Those of `batch.target_positions`, and without it all: K is then L - 1.
+    Those at `batch.target_positions`, and without it all: K is then L - 1.
     """
     if batch.target_positions is None:
         # A token is predicted from the state before it; the last state predicts nothing.

@@ -1,4 +1,4 @@
-"""What a train step carries, and the optimizer that the three stages share."""
+"""The state of an offline trainer, and the optimizer of all trainers."""
 
 from typing import Any, NamedTuple
 
@@ -11,13 +11,13 @@ from rlhf_jax.training.settings import OptimizerSettings
 
 
 class TrainState(NamedTuple):
-    """The state of a supervised stage: all that an exact continuation needs.
+    """The state of an offline trainer: everything that an exact continuation needs.
 
     Attributes:
       step: i32[], optimizer steps taken.
-      params: what is trained, float32.
+      params: the trained parameters, float32.
       opt_state: of the optimizer.
-      frozen: the half of the model that no step changes; None where all of it trains.
+      frozen: the frozen parameters (`training.trainable`); None where all are trained.
     """
 
     step: jax.Array
@@ -46,7 +46,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> o
 def make_optimizer(
     settings: OptimizerSettings, total_updates: int = 1
 ) -> optax.GradientTransformation:
-    """The optax transformation of the settings; `total_updates` is what a decay spans."""
+    """The optax transformation of the settings; a decay ends at `total_updates`."""
     clip = (
         optax.identity()
         if settings.max_grad_norm is None
@@ -64,10 +64,10 @@ def make_optimizer(
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Gradients times min(1, max_norm / norm), as optax has it but for rounding.
+    """Gradients times min(1, max_norm / norm), equal to optax's but for rounding.
 
-    Optax divides each gradient by the norm, which the compiler will not do twice, and so all scaled
-    gradients are written to memory; a product becomes part of what reads it.
+    Optax divides each gradient by the norm; the compiler does not duplicate a division, and writes
+    all scaled gradients to memory. A product is fused into its consumers.
 
     Pascanu et al. 2013, On the Difficulty of Training Recurrent Neural Networks, algorithm 1.
     """
@@ -98,7 +98,7 @@ def _decayed(params: Params) -> Params:
 def init_train_state(
     params: Params, optimizer: optax.GradientTransformation, frozen: Params | None = None
 ) -> TrainState:
-    """The state before the first step; the optimizer knows `params` alone."""
+    """The state before the first step; the optimizer has a state for `params` alone."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
 
 

@@ -220,7 +220,7 @@ def _generate(form):
 
 def _ppo(form):
     program, state, (after, metrics, rollout), arrays = _stepped(form)
-    settings, sizes, trunk = ppo_settings(form), _sizes(form), state.frozen.get("trunk")
+    settings, sizes, trunk = ppo_settings(form), _sizes(form), state.frozen.get("base")
     model = program.model
     trained = {**state.params, "model": ppo.policy_params(model, state)}
     tokens = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)

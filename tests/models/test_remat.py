@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.batches import Sequences
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.rollout.score import end_scores
@@ -34,7 +35,7 @@ def score_loss(model, params):
     """One of a reward model, whose prompts go through a cache."""
     whole = {"model": params, "head": HEAD}
     prompts = np.ones((2, 3), np.int32)
-    return jnp.sum(jnp.sin(end_scores(model, whole, prompts, prompts > 0, TOKENS, MASK)))
+    return jnp.sum(jnp.sin(end_scores(model, whole, Sequences(prompts, prompts > 0, TOKENS, MASK))))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
-from rlhf_jax.runtime.run.folder import to_yaml
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import (
@@ -52,7 +51,7 @@ from rlhf_jax.runtime.report.content import format_table, holds_config_of_a_run
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
-from rlhf_jax.runtime.run.folder import disk_errors, replace_file
+from rlhf_jax.runtime.run.folder import disk_errors, replace_file, to_yaml
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:

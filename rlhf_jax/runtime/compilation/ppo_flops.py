@@ -59,7 +59,7 @@ def flops_per_text_token(model: Model, state: PPOState, settings: Settings) -> f
 
 
 def _forward(model: Model, state: PPOState, value_model: Model | None) -> _Forward:
-    trunk, own = state.frozen.get("trunk"), state.params.get("value_model")
+    trunk, own = state.frozen.get("base"), state.params.get("value_model")
     layers = model.flops_per_token(trunk, unembeds=False)
     return _Forward(
         layers,

@@ -12,17 +12,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
-from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.batches import PromptBatch, Rollout, Sequences
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
+from rlhf_jax.rollout.score import end_scores, response_logprobs
 from rlhf_jax.runtime.evaluation.python_judge import JudgeFunction, judge_both_orders
 from rlhf_jax.runtime.evaluation.rouge import ROUGE
 from rlhf_jax.runtime.rewards.functions import ScoreFunction, call_scores
 from rlhf_jax.runtime.rewards.scorers import Rewards
 from rlhf_jax.runtime.rewards.texts import Responses
 from rlhf_jax.runtime.run.folder import disk_errors, replace_file
-from rlhf_jax.training import ppo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -101,15 +101,15 @@ class PolicyEvaluator:
 
         def evaluate(params, ref_params, reward_params, batch, key):
             rollout = sample(params, batch, key)
-            parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-            logprobs, _, _ = ppo.response_logprobs(model, params, *parts, temperature=temperature)
-            ref_logprobs, _, _ = ppo.response_logprobs(
-                reference_model, ref_params, *parts, temperature=temperature
+            sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
+            logprobs, _, _ = response_logprobs(model, params, sequences, temperature=temperature)
+            ref_logprobs, _, _ = response_logprobs(
+                reference_model, ref_params, sequences, temperature=temperature
             )
             kl = jnp.sum(jnp.where(rollout.mask, logprobs - ref_logprobs, 0.0), axis=1)
             scores = None
             if reward_model is not None:
-                scores = ppo.response_scores(reward_model, reward_params, batch, rollout)
+                scores = end_scores(reward_model, reward_params, sequences)
             return rollout, kl, scores
 
         self._evaluate = jax.jit(evaluate)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.batches import Sequences
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.encoding import pad_left, pad_right, warn
 from rlhf_jax.errors import InputError
@@ -91,7 +92,8 @@ class ModelScorer:
         self._has_warned, self._batch_sharding = False, None
 
         def score(params, prompts, prompt_mask, candidates):
-            return end_scores(model, params, prompts, prompt_mask, *_stacked(candidates))
+            sequences = Sequences(prompts, prompt_mask, *_stacked(candidates))
+            return end_scores(model, params, sequences)
 
         if shardings is None:
             self._score = jax.jit(score)

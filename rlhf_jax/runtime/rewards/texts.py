@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_jax.data.chat import completion_texts
-from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.encoding import encode, pad_right, warn, width, with_eos
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.parallel import hosts
 
 if TYPE_CHECKING:

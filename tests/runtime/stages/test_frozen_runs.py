@@ -128,7 +128,7 @@ def test_runs_of_several_seeds_share_the_frozen_layers(policy, reward_run, tmp_p
     one, two = stage_of(1), stage_of(2)
     state = jax.eval_shape(two._init, two.params, two.reward_params, two.value_params)
     assert state.params["model"]["ln_f"]["scale"].shape == (2, 32)
-    assert state.frozen["trunk"]["layers"]["ln_1"]["scale"].shape == (1, 32)
+    assert state.frozen["base"]["layers"]["ln_1"]["scale"].shape == (1, 32)
     after, metrics, _ = jax.eval_shape(two._step, state, two._batch(0), two._key(0))
     assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
     assert metrics["loss/value_avg"].shape == (2,)

@@ -1,10 +1,10 @@
-"""From a score as it was given to the one that PPO is to raise.
+"""Shaping of scores: from the score of a response to the one that training maximizes.
 
-The order is that of openai/lm-human-preferences (cut, then a fixed score for what has no end), and
-after it that of trlX (clip, then scale). The score of the reference response is taken off as soon
-as there are scores, since a price that the response pays is no difference of the two:
+The order is that of openai/lm-human-preferences (truncation, then a fixed score for a response
+without an end), followed by that of trlX (clipping, then scaling). The score of the reference
+response is subtracted first, since a penalty of the response is no part of the difference:
 
-    cut -> score -> less the reference's score -> missing EOS -> clip -> scale
+    truncate -> score -> subtract the reference's score -> missing EOS -> clip -> scale
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from rlhf_jax import functional
 from rlhf_jax.batches import Rollout
 from rlhf_jax.errors import InputError
-from rlhf_jax.training.ppo_settings import Settings
+from rlhf_jax.rollout.settings import SamplingSettings, ShapingSettings
 
 
 class ScoreStats(NamedTuple):
-    """What is known of the scores until now, f32[] each.
+    """Running statistics of scores, f32[] each.
 
     Attributes:
-      num_scores: how many there were.
+      num_scores: their number.
       mean: their mean.
-      m2: the sum of their squared distances from it.
+      m2: the sum of their squared deviations from it.
     """
 
     num_scores: jax.Array
@@ -33,11 +33,11 @@ class ScoreStats(NamedTuple):
     m2: jax.Array
 
 
-def truncate_responses(settings: Settings, rollout: Rollout) -> Rollout:
-    """Responses that are over with the first `truncate_token` from place `truncate_after` on.
+def truncate_responses(settings: SamplingSettings, rollout: Rollout) -> Rollout:
+    """Responses that end with the first `truncate_token` from position `truncate_after` on.
 
-    What stood behind it is padding from then on: no score reads it, and nothing is learned from it.
-    openai/lm-human-preferences hides it from the reward model alone, and learns from it.
+    The tokens after it become padding: no score reads them and no update trains on them.
+    openai/lm-human-preferences hides them from the reward model alone, and trains on them.
     """
     token = _truncate_token_id(settings)
     if token is None:
@@ -48,21 +48,24 @@ def truncate_responses(settings: Settings, rollout: Rollout) -> Rollout:
     return Rollout(jnp.where(mask, rollout.tokens, 0), mask, jnp.where(mask, rollout.logprobs, 0.0))
 
 
-def check_stop_tokens(settings: Settings, stop_token_ids: Sequence[int]) -> None:
-    """Raises an InputError if a missing EOS has a price, and no response can end."""
+def check_stop_tokens(settings: ShapingSettings, stop_token_ids: Sequence[int]) -> None:
+    """Raises an InputError if a missing EOS is penalised, and no response can end."""
     if settings.missing_eos_penalty is None and settings.missing_eos_score is None:
         return
     stops_at_eos = settings.stop_at_eos and len(stop_token_ids) > 0
     if not stops_at_eos and settings.truncate_token is None:
+        section = settings.section
         raise InputError(
-            "ppo.missing_eos_penalty and ppo.missing_eos_score need responses that can end: set "
-            "ppo.stop_at_eos, with stop_token_ids where a step is made by hand, or set "
-            "ppo.truncate_token, or leave them out."
+            f"{section}.missing_eos_penalty and {section}.missing_eos_score need responses that "
+            f"can end: set {section}.stop_at_eos, and stop_token_ids if you build a step yourself, "
+            f"or set {section}.truncate_token, or leave them out."
         )
 
 
-def is_ended(settings: Settings, stop_token_ids: Sequence[int], rollout: Rollout) -> jax.Array:
-    """bool[B]: whether a response came to an end of its own, by a stop token or by being cut."""
+def is_ended(
+    settings: SamplingSettings, stop_token_ids: Sequence[int], rollout: Rollout
+) -> jax.Array:
+    """bool[B]: whether a stop token or the truncation token ended the response."""
     ends = jnp.zeros(rollout.mask.shape, bool)
     if settings.stop_at_eos:
         for stop in stop_token_ids:
@@ -75,9 +78,9 @@ def is_ended(settings: Settings, stop_token_ids: Sequence[int], rollout: Rollout
 
 
 def shape_scores(
-    settings: Settings, stop_token_ids: Sequence[int], rollout: Rollout, scores: jax.Array
+    settings: ShapingSettings, stop_token_ids: Sequence[int], rollout: Rollout, scores: jax.Array
 ) -> jax.Array:
-    """f32[B]: scores after what a missing EOS costs, and clipping."""
+    """f32[B]: scores after the penalty of a missing EOS, and clipping."""
     scores = scores.astype(jnp.float32)
     if settings.missing_eos_penalty is not None:
         ended = is_ended(settings, stop_token_ids, rollout)
@@ -91,25 +94,25 @@ def shape_scores(
 
 
 def init_score_stats() -> ScoreStats:
-    """Of no scores at all."""
+    """Statistics of no scores."""
     return ScoreStats(*(jnp.zeros((), jnp.float32) for _ in ScoreStats._fields))
 
 
-def update_score_stats(stats: ScoreStats, scores: jax.Array, rows: jax.Array) -> ScoreStats:
-    """With f32[B] more scores, of which those in bool[B] rows count.
+def update_score_stats(stats: ScoreStats, scores: jax.Array, valid: jax.Array) -> ScoreStats:
+    """Statistics with f32[B] more scores, those where bool[B] `valid` is True.
 
         mean' = mean + d * m / n'
         m2'   = m2 + sum (scores - batch mean)^2 + d^2 * n * m / n'
 
-    n scores until now, m new ones, n' = n + m, d the new ones' mean less the old mean.
+    for n scores before, m new ones, n' = n + m, and d the new ones' mean minus the old mean.
 
     Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
     Variances, eq. 2.1 (1979).
     """
-    added = jnp.sum(rows, dtype=jnp.float32)
+    added = jnp.sum(valid, dtype=jnp.float32)
     count = stats.num_scores + added
-    difference = functional.masked_mean(scores, rows) - stats.mean
-    squares = added * functional.masked_var(scores, rows, unbiased=False)
+    difference = functional.masked_mean(scores, valid) - stats.mean
+    squares = added * functional.masked_var(scores, valid, unbiased=False)
     share = added / jnp.maximum(count, 1.0)
     return ScoreStats(
         count,
@@ -119,43 +122,43 @@ def update_score_stats(stats: ScoreStats, scores: jax.Array, rows: jax.Array) ->
 
 
 def scale_scores(
-    settings: Settings, stats: ScoreStats | None, scores: jax.Array, rows: jax.Array
+    settings: ShapingSettings, stats: ScoreStats | None, scores: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, ScoreStats | None, dict[str, jax.Array]]:
-    """(scores / deviation, new statistics, metrics); nothing is done without `scale_reward`.
+    """(scores / deviation, new statistics, metrics); unchanged without `scale_reward`.
 
-    The deviation is that of the statistics with these scores among them ("running"), or that of the
-    first iteration ("ref"), with Bessel's correction, as trlX has it. Where scores do not differ
-    they stay what they are.
+    The standard deviation is that of the statistics with these scores included ("running"), or that
+    of the first iteration ("ref"), with Bessel's correction, as in trlX. Equal scores are not
+    scaled.
 
     Args:
       stats: of the scores of earlier iterations.
       scores: f32[B].
-      rows: bool[B], False on rows that only fill up the batch.
+      valid: bool[B], False on padding of the batch.
 
     Raises:
-      ValueError: there are no statistics, while the settings ask for them.
+      ValueError: there are no statistics, but the settings need them.
     """
     if settings.scale_reward is None:
         return scores, stats, {}
     if stats is None:
-        raise ValueError("the state holds no score_stats: make it with the same settings.")
-    updated = update_score_stats(stats, scores, rows)
+        raise ValueError("the state holds no score_stats: create it with the same settings.")
+    updated = update_score_stats(stats, scores, valid)
     if settings.scale_reward == "ref":
         updated = jax.tree.map(lambda x, y: jnp.where(stats.num_scores > 0, x, y), stats, updated)
     deviation = jnp.sqrt(updated.m2 / jnp.maximum(updated.num_scores - 1.0, 1.0))
-    # Equal scores differ from their mean by rounding, which is nothing to divide by.
+    # Equal scores differ from their mean by rounding error, which is no deviation to divide by.
     scale = jnp.where(deviation > 1e-6 * jnp.abs(updated.mean), deviation, 1.0)
     metrics = {
-        "objective/unscaled_scores": functional.masked_mean(scores, rows),
+        "objective/unscaled_scores": functional.masked_mean(scores, valid),
         "objective/score_scale": scale,
     }
     return scores / scale, updated, metrics
 
 
-def _truncate_token_id(settings: Settings) -> int | None:
+def _truncate_token_id(settings: SamplingSettings) -> int | None:
     if isinstance(settings.truncate_token, str):
         raise InputError(
-            f"ppo.truncate_token is the text {settings.truncate_token!r}, but a step knows no "
-            "tokenizer; give it the token's id."
+            f"{settings.section}.truncate_token is the text {settings.truncate_token!r}, but a "
+            "step knows no tokenizer; give it the token's id."
         )
     return settings.truncate_token

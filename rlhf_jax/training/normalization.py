@@ -1,4 +1,4 @@
-"""Reward models whose scores of given responses have mean 0 and variance 1."""
+"""Reward models normalized to scores of mean 0 and variance 1 on a set of responses."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,23 +8,24 @@ import jax.numpy as jnp
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores
-from rlhf_jax.training.ppo_scores import ScoreStats, init_score_stats, update_score_stats
-from rlhf_jax.training.reward import Batch, responses_of
+from rlhf_jax.rollout.shaping import ScoreStats, init_score_stats, update_score_stats
+from rlhf_jax.training.reward import Batch, sequences_of
+from rlhf_jax.training.trainable import Trainable, stacks
 
 
 def make_stats_step(model: Model) -> Callable[..., ScoreStats]:
-    """A pure (params, stats, batch, frozen=None) -> stats, with the scores of the preferred
-    responses added.
+    """A pure (params, stats, batch, frozen=None) -> stats, with the scores of preferred responses.
 
-    `params` are those of a reward model, above its frozen half where that is given. Rows that only
-    fill up a batch count nowhere.
+    `params` and `frozen` are those of a `TrainState` of a reward model. Padding of a batch is left
+    out.
     """
 
     def add(params, stats, batch, frozen=None):
-        responses, mask = (x[:, :1] for x in responses_of(batch))
-        rows = (batch.prompts, batch.prompt_mask, responses, mask)
-        scores = end_scores(model, params, *rows, frozen=frozen)
-        return update_score_stats(stats, scores[:, 0], jnp.any(mask, axis=(1, 2)))
+        sequences = sequences_of(batch)
+        preferred = sequences._replace(tokens=sequences.tokens[:, :1], mask=sequences.mask[:, :1])
+        upper, lower = stacks(Trainable(params["model"], frozen))
+        scores = end_scores(model, {**params, "model": upper}, preferred, frozen=lower)
+        return update_score_stats(stats, scores[:, 0], jnp.any(preferred.mask, axis=(1, 2)))
 
     return add
 
@@ -33,15 +34,15 @@ def score_moments(stats: ScoreStats) -> tuple[float, float]:
     """(mean, deviation) of the scores, the deviation without Bessel's correction.
 
     Raises:
-      InputError: the scores do not differ, as those of a head that is zero.
+      InputError: the scores are all equal, as those of a head of zeros.
     """
     count, mean, squares = (float(x) for x in jax.device_get(stats))
     deviation = (squares / max(count, 1.0)) ** 0.5
-    # Equal scores differ from their mean by rounding, which is nothing to divide by.
+    # Equal scores differ from their mean by rounding error, which is no deviation to divide by.
     if not deviation > 1e-6 * abs(mean):
         raise InputError(
             f"The scores of {count:.0f} responses cannot be normalized, for they do not differ "
-            f"(mean {mean:.4g}, deviation {deviation:.4g}): give more rows, or set "
+            f"(mean {mean:.4g}, deviation {deviation:.4g}): give more examples, or set "
             "reward.normalize_before and reward.normalize_after to false."
         )
     return mean, deviation
@@ -64,7 +65,7 @@ def normalize_scores(
       mean, deviation: f32[] of its scores; the kernel is not zero, or they would not differ.
 
     Ziegler et al., Fine-Tuning Language Models from Human Preferences, section 2.1
-    (arXiv:1909.08593); openai/lm-human-preferences has a gain and a bias of their own for it.
+    (arXiv:1909.08593); openai/lm-human-preferences has a separate gain and bias instead.
 
     >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
     >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
@@ -90,7 +91,7 @@ def stats_of(
     params: Params,
     batches: Iterable[Batch],
 ) -> ScoreStats:
-    """Of the scores of some batches; `step` is a compiled `make_stats_step`."""
+    """Statistics of the scores of some batches; `step` is a compiled `make_stats_step`."""
     stats = init_score_stats()
     for batch in batches:
         stats = step(params, stats, batch)

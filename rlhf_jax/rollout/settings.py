@@ -1,0 +1,118 @@
+"""Settings of sampling and of scores; nothing here imports jax."""
+
+import dataclasses
+from typing import Literal
+
+from rlhf_jax import checks
+from rlhf_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """The section `generation`: how responses are sampled outside of training.
+
+    Attributes:
+      max_new_tokens: the longest response.
+      min_new_tokens: EOS cannot come before this many tokens.
+      temperature: 0 takes the likeliest token.
+      top_k, top_p: 0 and 1 keep the whole distribution.
+      batch_size: prompts at a time.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise InputError(
+                "generation.max_new_tokens and generation.batch_size must be at least 1, but are "
+                f"{self.max_new_tokens} and {self.batch_size}."
+            )
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                "generation.temperature and generation.top_k must not be negative and "
+                "generation.top_p must be above 0 and at most 1, but are "
+                f"{self.temperature}, {self.top_k} and {self.top_p}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled for training, and where they end.
+
+    Attributes:
+      response_length: the longest response, in tokens.
+      min_response_length: if set, the limit of each response is drawn uniformly from it to
+        `response_length`.
+      stop_at_eos: ends responses at EOS; off, all run to their limit.
+      temperature: of sampling; it divides the logits of policy and reference everywhere.
+      truncate_token: a token, as text or id, that ends a response for the reward, the update and
+        the run's own evaluation alike; sampling itself runs on to EOS or the limit. In YAML and on
+        the command line a number is an id.
+      truncate_after: the token counts from this position on, the first being 0.
+    """
+
+    section = "sampling"  # of the configuration; without an annotation it is no field
+
+    response_length: int = 32
+    min_response_length: int | None = None
+    stop_at_eos: bool = True
+    temperature: float = 1.0
+    truncate_token: int | str | None = None
+    truncate_after: int = 0
+
+    def __post_init__(self) -> None:
+        section, longest = self.section, self.response_length
+        checks.finite(section, **vars(self))
+        checks.positive(section, response_length=longest, temperature=self.temperature)
+        shortest = self.min_response_length
+        if shortest is not None and not 0 < shortest <= longest:
+            raise InputError(
+                f"{section}.min_response_length must be from 1 to {section}.response_length = "
+                f"{longest}, but is {shortest}."
+            )
+        token, after = self.truncate_token, self.truncate_after
+        if token == "" or (isinstance(token, int) and token < 0):
+            raise InputError(f"{section}.truncate_token must be a text or an id, but is {token!r}.")
+        if not 0 <= after < longest or (after and token is None):
+            raise InputError(
+                f"{section}.truncate_after must be from 0 to below {section}.response_length = "
+                f"{longest}, and 0 without {section}.truncate_token, but is {after}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapingSettings(SamplingSettings):
+    """How the score of a sampled response becomes the one that is trained on.
+
+    Attributes:
+      missing_eos_penalty: subtracted from the score of a response that neither EOS nor
+        `truncate_token` ended.
+      missing_eos_score: replaces the score of such a response; not together with the penalty.
+      subtract_reference_score: subtracts the score that the same rewards give to the data set's
+        `completion` of the prompt.
+      cliprange_reward: scores are clipped to plus and minus this, before they are scaled.
+      scale_reward: divides scores by the standard deviation of all scores until now, "running", or
+        of those of the first iteration, "ref".
+    """
+
+    missing_eos_penalty: float | None = None
+    missing_eos_score: float | None = None
+    subtract_reference_score: bool = False
+    cliprange_reward: float | None = None
+    scale_reward: Literal["running", "ref"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        section = self.section
+        checks.positive(section, cliprange_reward=self.cliprange_reward)
+        checks.one_of(("running", "ref", None), section, scale_reward=self.scale_reward)
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise InputError(
+                f"{section}.missing_eos_penalty and {section}.missing_eos_score exclude each "
+                "other; set one."
+            )

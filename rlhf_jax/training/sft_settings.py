@@ -1,0 +1,43 @@
+"""The section `sft` of a configuration, and the record of supervised fine-tuning."""
+
+import dataclasses
+
+from rlhf_jax import checks
+from rlhf_jax.training.settings import OfflineSettings
+from rlhf_jax.training.trainer import Headline, Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(OfflineSettings):
+    """The section `sft` of a configuration.
+
+    Attributes:
+      dropout: trains with the dropout rates of the model's configuration.
+      label_smoothing, z_loss: of `functional.cross_entropy_loss`.
+      rouge_rows: held-out examples, the first ones, whose ROUGE each evaluation computes: of the
+        likeliest next tokens, each after the true ones, against the completion.
+    """
+
+    section = "sft"  # of the configuration; without an annotation it is no field
+
+    dropout: bool = True
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    rouge_rows: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.below_one(self.section, label_smoothing=self.label_smoothing)
+        checks.at_least(0, self.section, rouge_rows=self.rouge_rows)
+
+
+TRAINER = Trainer(
+    name="sft",
+    title="Supervised fine-tuning",
+    label="SFT",
+    summary="supervised fine-tuning on texts, or on completions of prompts",
+    settings=Settings,
+    reads=lambda settings: "text",
+    headlines=(Headline("eval/loss", "loss"), Headline("eval/perplexity", "perplexity")),
+    losses=("train/loss", "train/grad_norm"),
+)
