@@ -1,4 +1,4 @@
-"""Memory, FLOPs and collectives of a stage on devices that are not there; the same as `rlhf compile-for`."""
+"""Memory and time of a step on devices that are not there; the same as `rlhf compile-for`."""
 
 import sys
 

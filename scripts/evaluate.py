@@ -1,4 +1,4 @@
-"""Perplexity and ROUGE of texts, accuracy on pairs, or win rates of responses; the same as `rlhf evaluate`."""
+"""Evaluation of texts, pairs or responses; the same as `rlhf evaluate`."""
 
 import sys
 

@@ -12,11 +12,11 @@ from rlhf_jax.lazy import lazy_names
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rlhf_jax.runtime.commands.evaluate import run_evaluate
-    from rlhf_jax.runtime.commands.generate import run_generate
-    from rlhf_jax.runtime.commands.pipeline import run_rlhf
-    from rlhf_jax.runtime.commands.train import train
-    from rlhf_jax.runtime.run.loop import StageResult
+    from rlhf_jax.runtime.commands.evaluate import run_evaluate as run_evaluate
+    from rlhf_jax.runtime.commands.generate import run_generate as run_generate
+    from rlhf_jax.runtime.commands.pipeline import run_rlhf as run_rlhf
+    from rlhf_jax.runtime.commands.train import train as train
+    from rlhf_jax.runtime.run.stage import StageResult
 
     train_sft: Callable[..., StageResult]
     train_reward: Callable[..., StageResult]

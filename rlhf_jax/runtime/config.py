@@ -18,11 +18,20 @@ from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime.evaluation.settings import CommandEvaluationSettings, EvaluationSettings
-from rlhf_jax.runtime.parsing import Values, build, check_sections, read_values, split_flags
+from rlhf_jax.runtime.parsing import (
+    Values,
+    build,
+    check_sections,
+    read_values,
+    split_flags,
+    to_yaml,
+)
 from rlhf_jax.runtime.rewards.sources import RewardSource
-from rlhf_jax.runtime.run.folder import to_yaml
 from rlhf_jax.runtime.run.settings import CheckpointSettings, LoggingSettings
+from rlhf_jax.training.ppo_settings import Settings as PPOSettings
+from rlhf_jax.training.reward_settings import Settings as RewardSettings
 from rlhf_jax.training.settings import OptimizerSettings
+from rlhf_jax.training.sft_settings import Settings as SFTSettings
 from rlhf_jax.training.trainer import Trainer
 
 Config = TypeVar("Config")
@@ -102,6 +111,7 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
         notes += [f"ptx: texts mixed into the updates, read if `{trainer.name}.ptx_coef` > 0."]
     fields += [("optimizer", OptimizerSettings, trainer.optimizer)]
     fields += [("run_dir", str, f"runs/{trainer.name}")]
+    summary = trainer.summary[:1].upper() + trainer.summary[1:]
     attributes = "".join(f"\n  {note}" for note in notes)
     made = dataclasses.make_dataclass(
         f"{trainer.name.title().replace('_', '')}Config",
@@ -109,7 +119,7 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
         bases=(_TextMixing, RunConfig) if trainer.mixes_texts else (RunConfig,),
         frozen=True,
         namespace={
-            "__doc__": f"{trainer.summary}\n\nAttributes:{attributes}\n",
+            "__doc__": f"{summary}.\n\nAttributes:{attributes}\n",
             "__module__": __name__,
             "trainer": trainer,
         },
@@ -168,7 +178,9 @@ class RLHFConfig(RunConfig):
 
     data: PipelineData = PipelineData()  # type: ignore[assignment]
     optimizer: PipelineOptimizers = PipelineOptimizers()  # type: ignore[assignment]
-    sft: Any = None
+    sft: SFTSettings = SFTSettings()
+    reward: RewardSettings = RewardSettings()
+    ppo: PPOSettings = PPOSettings()
     rewards: tuple[RewardSource, ...] = ()
     generation: GenerationSettings = GenerationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

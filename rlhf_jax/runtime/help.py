@@ -58,7 +58,7 @@ def _settings(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 def _setting(key: str, annotation: Any, default: Any, note: str) -> str:
     shown = "null" if default is None else list(default) if default == () else default
-    return _entry(f"--{key} ", f"{note} ({type_name(annotation, key)}; default: {shown})".strip())
+    return _entry(f"--{key}", f"{note} ({type_name(annotation, key)}; default: {shown})".strip())
 
 
 def _entry(flag: str, text: str) -> str:

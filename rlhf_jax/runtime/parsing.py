@@ -1,4 +1,4 @@
-"""From flags and YAML to a configuration, with one sentence for each mistake.
+"""From flags and YAML to a configuration and back, with one sentence for each mistake.
 
 The types are those of the dataclasses: bool, int, float, str, `Literal`, unions with None, tuples,
 dicts, and dataclasses as sections.
@@ -6,7 +6,6 @@ dicts, and dataclasses as sections.
 
 import dataclasses
 import difflib
-import os
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -310,6 +309,17 @@ def _unknown(kind: Any, section: str, name: str) -> str:
     return f"Unknown key {key!r}{hint}; {where} {names}."
 
 
-def is_address(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is an address such as gs://bucket/folder."""
-    return "://" in os.fspath(path)
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts and lists, ready for YAML and JSON."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The text of `config.yaml`; parsing it gives an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

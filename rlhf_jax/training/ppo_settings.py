@@ -132,6 +132,7 @@ TRAINER = Trainer(
     online=True,
     # Adam's epsilon is that of openai/lm-human-preferences.
     optimizer=OptimizerSettings(learning_rate=1e-5, eps=1e-5),
+    first_settings=("total_episodes", "batch_size", "response_length", "kl_coef"),
     headlines=(
         Headline("objective/gold", "gold score"),
         Headline("objective/scores", "score"),

@@ -72,5 +72,6 @@ TRAINER = Trainer(
     reads=examples_kind,
     trains="reward_model",
     headlines=(Headline("eval/accuracy", "accuracy"),),
+    first_settings=("objective", "num_epochs", "batch_size", "num_layers_unfrozen"),
     losses=("train/loss", "train/grad_norm"),
 )

@@ -10,7 +10,7 @@ import optax
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.training import trainable
+from rlhf_jax.training import flops, trainable
 from rlhf_jax.training.accumulate import accumulated_gradients
 from rlhf_jax.training.sft_settings import TRAINER, Settings
 from rlhf_jax.training.state import (
@@ -21,7 +21,15 @@ from rlhf_jax.training.state import (
 )
 from rlhf_jax.training.trainable import Trainable
 
-__all__ = ["Settings", "full_params", "init_state", "make_eval_step", "make_step", "predictions"]
+__all__ = [
+    "Settings",
+    "flops_per_token",
+    "full_params",
+    "init_state",
+    "make_eval_step",
+    "make_step",
+    "predictions",
+]
 
 Metrics = dict[str, jax.Array]
 
@@ -39,8 +47,13 @@ def init_state(
     Args:
       params: the model's full parameters.
       key: unused, as nothing is random; every trainer has it.
+
+    Raises:
+      InputError: the attention of the model has no dropout, and the settings ask for it.
     """
     del key
+    if settings.dropout:
+        model.check_dropout()
     trained, frozen = trainable.split(model, params, None, settings.section)
     return init_train_state(trained, optimizer or make_optimizer(TRAINER.optimizer), frozen)
 
@@ -48,6 +61,12 @@ def init_state(
 def full_params(model: Model, state: TrainState) -> Params:
     """The model's full parameters."""
     return trainable.full_params(model, Trainable(state.params, state.frozen))
+
+
+def flops_per_token(model: Model, state: TrainState, settings: Settings) -> float:
+    """FLOPs of a step for each real token; shapes of the state suffice."""
+    del settings
+    return flops.supervised_flops(model, state.params, state.frozen, unembeds=True)
 
 
 def make_step(

@@ -3,7 +3,7 @@
 import dataclasses
 
 from rlhf_jax import checks
-from rlhf_jax.training.settings import OfflineSettings
+from rlhf_jax.training.settings import OfflineSettings, OptimizerSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
 
@@ -39,5 +39,8 @@ TRAINER = Trainer(
     settings=Settings,
     reads=lambda settings: "text",
     headlines=(Headline("eval/loss", "loss"), Headline("eval/perplexity", "perplexity")),
+    optimizer=OptimizerSettings(learning_rate=5e-4),
+    first_settings=("num_epochs", "batch_size", "gradient_accumulation_steps", "dropout"),
+    has_rouge=True,
     losses=("train/loss", "train/grad_norm"),
 )

@@ -47,11 +47,12 @@ from rlhf_jax.runtime.evaluation.teacher_forced import (
     published_metrics,
     sum_metrics,
 )
+from rlhf_jax.runtime.parsing import to_yaml
 from rlhf_jax.runtime.report.content import format_table, holds_config_of_a_run
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
-from rlhf_jax.runtime.run.folder import disk_errors, replace_file, to_yaml
+from rlhf_jax.runtime.run.folder import disk_errors, replace_file
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:

@@ -115,19 +115,20 @@ def _command(
 
 def _training_command(trainer: Trainer) -> Command:
     def run(argv: list[str]) -> int:
-        from rlhf_jax.runtime import config, train
+        from rlhf_jax import runtime
+        from rlhf_jax.runtime import config
         from rlhf_jax.runtime.commands import terminal
 
-        name, kind = f"rlhf {trainer.command}", config.config_of(trainer)
-        first = first_settings(trainer)
-        return terminal.run_command(
-            name, kind, lambda settings: train(trainer, settings), argv, first=first, trains=True
-        )
+        def work(settings):
+            return runtime.train(trainer, settings)
+
+        name, kind, first = f"rlhf {trainer.command}", config.config_of(trainer), _first(trainer)
+        return terminal.run_command(name, kind, work, argv, first=first, trains=True)
 
     return Command(trainer.command, trainer.summary, run)
 
 
-def first_settings(trainer: Trainer) -> tuple[str, ...]:
+def _first(trainer: Trainer) -> tuple[str, ...]:
     """The settings of a trainer that its help lists first."""
     models = _MODELS if trainer.online else _MODELS[:1]
     own = tuple(f"{trainer.name}.{name}" for name in trainer.first_settings)

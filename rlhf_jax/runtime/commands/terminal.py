@@ -114,7 +114,7 @@ def run(work: Callable[[], object]) -> int:
 
 
 def _ended(error: BaseException, text: str, status: int) -> int:
-    """Prints the text, on the first host alone if all hosts have the error, and returns the status."""
+    """The status, after printing the text: on the first host alone if all have the error."""
     from rlhf_jax.parallel import hosts
 
     if hosts.is_first() or not hosts.is_raised_on_all_hosts(error):

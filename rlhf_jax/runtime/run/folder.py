@@ -14,6 +14,7 @@ import yaml
 from etils import epath
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.parsing import to_dict, to_yaml
 from rlhf_jax.runtime.run.records import config_in
 
 # --- errors of the disk ---------------------------------------------------------------------------
@@ -197,22 +198,6 @@ _FREE_TO_CHANGE = (
     "model.remat",
     "model.attention",
 )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested dicts and lists, ready for YAML and JSON."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def to_yaml(config: Any) -> str:
-    """The text of `config.yaml`; parsing it gives an equal configuration."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def claim_run_dir(config: Any) -> None:

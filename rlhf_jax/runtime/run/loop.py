@@ -12,6 +12,7 @@ from etils import epath
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
+from rlhf_jax.runtime.parsing import to_dict
 from rlhf_jax.runtime.run.checkpoint import Checkpoints, freed
 from rlhf_jax.runtime.run.folder import (
     check_same_config,
@@ -20,7 +21,6 @@ from rlhf_jax.runtime.run.folder import (
     is_finished,
     last_metrics,
     read_progress,
-    to_dict,
 )
 from rlhf_jax.runtime.run.heap import trim_heap
 from rlhf_jax.runtime.run.metrics import make_writer

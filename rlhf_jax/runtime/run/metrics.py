@@ -18,7 +18,8 @@ from etils import epath
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime.run.folder import cut_after, disk_errors, encode_line, is_remote, to_dict
+from rlhf_jax.runtime.parsing import to_dict
+from rlhf_jax.runtime.run.folder import cut_after, disk_errors, encode_line, is_remote
 from rlhf_jax.runtime.run.settings import LoggingSettings
 
 

@@ -1,4 +1,4 @@
-"""What is checked of a run before any step: sizes, batches against the mesh, and the trainer's own."""
+"""Checks before any step: lengths, batch sizes on the mesh, and those of the trainer."""
 
 import functools
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ def check_online(config: RunConfig, model: Model, mesh: Mesh) -> None:
     check_stop_tokens(settings, stop_token_ids=(0,))  # which token it is makes no difference here
     longest = config.data.max_prompt_length + settings.response_length
     check_positions(model, longest, f"data.max_prompt_length + {name}.response_length")
-    batches = settings.num_mini_batches
+    batches = settings.batch_size // settings.minibatch_size
     check_parts(mesh, f"{name}.batch_size", settings.batch_size, batches, settings, name)
     if settings.score_batch_size is not None:
         check_batch_size(mesh, f"{name}.score_batch_size", settings.score_batch_size)

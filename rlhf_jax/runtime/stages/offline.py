@@ -71,7 +71,7 @@ class OfflineStage:
         return self.trainer.steps.full_params(self.model, state)
 
     def init_state(self) -> Any:
-        """The state before the first step, initialised sharded; the loaded parameters are freed."""
+        """The state before the first step, sharded; the loaded parameters are freed."""
         state = self._place.initialise(self._init, self.params)
         self.params = None
         return self.product.prepare(state)

@@ -149,7 +149,12 @@ class OnlineStage:
         place = self._place = program.Placement(self.mesh, rules)
         self.batch_sharding = place.batch
         shapes = jax.eval_shape(self._init, self.params, self.reward_params, self.value_params)
-        self.flops_per_token = self.steps.flops_per_token(self.model, shapes, self.settings)
+        scorers = {"reward_models": self.rewards.models}
+        if self.trainer.has_value_model:
+            scorers["value_model"] = self.value_model
+        self.flops_per_token = self.steps.flops_per_token(
+            self.model, shapes, self.settings, **scorers
+        )
         self.flops_per_step = self._flops_of_texts(shapes)
         options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
         if self.trainer.has_value_model:
@@ -201,7 +206,7 @@ class OnlineStage:
         )
 
     def init_state(self) -> Any:
-        """The state before the first iteration, initialised sharded; loaded parameters are freed."""
+        """The state before the first iteration, sharded; the loaded parameters are freed."""
         loaded = (self.params, self.reward_params, self.value_params)
         state = self._place.initialise(self._init, *loaded)
         self.params = self.reward_params = self.value_params = None

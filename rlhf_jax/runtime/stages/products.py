@@ -157,9 +157,9 @@ class RewardModelProduct:
         if self.held_out is None or count == 0:
             return []
         batch = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
-        responses, masks = map(np.asarray, self.config.trainer.steps.responses_of(batch))
-        arguments = (params, batch.prompts, batch.prompt_mask, responses, masks)
-        scores = hosts.to_host(self._score(self.model, *arguments))
+        sequences = jax.tree.map(np.asarray, self.config.trainer.steps.sequences_of(batch))
+        responses, masks = sequences.tokens, sequences.mask
+        scores = hosts.to_host(self._score(self.model, params, sequences))
         prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
         places = range(responses.shape[1])
         texts = [decode(self.tokenizer, responses[:, k], masks[:, k]) for k in places]

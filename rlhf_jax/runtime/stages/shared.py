@@ -14,8 +14,8 @@ from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.chat import contents
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime.parsing import is_address
 from rlhf_jax.runtime.run.checksums import fingerprint
+from rlhf_jax.runtime.run.folder import is_remote
 
 
 def stage_keys(seed: int, trainer: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,7 +79,7 @@ def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
     temporary folder and copied by the first host.
     """
     target = epath.Path(run_dir) / "hf"
-    if not is_address(run_dir) or not hosts.is_first():
+    if not is_remote(target) or not hosts.is_first():
         save(str(target), *args)
         return
     with tempfile.TemporaryDirectory() as folder:

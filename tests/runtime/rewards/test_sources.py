@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf_jax.runtime.config import PPOConfig, parse, resolve
-from rlhf_jax.runtime.run.folder import to_yaml
+from rlhf_jax.runtime.parsing import to_yaml
 from rlhf_jax.runtime.rewards.scorers import find_sources
 from rlhf_jax.runtime.rewards.sources import RewardSource
 from tests.runtime.messages import message
