@@ -229,7 +229,7 @@ def batch_at(batches: Batches, step: int, rows: NamedSharding) -> Any:
     """
     if not hosts.several():
         return batches.at(step)
-    return hosts.from_rows(functools.partial(batches.rows_at, step), batches.batch_size, rows)
+    return hosts.spanning_batch(functools.partial(batches.rows_at, step), batches.batch_size, rows)
 
 
 def load_function(name: str) -> ScoreFunction:

@@ -10,7 +10,6 @@ if __name__ == "__main__":  # and not when it is looked through for doctests
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
-import functools
 import sys
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from rlhf_jax.models.huggingface import (
     save_pretrained,
     save_reward_model,
 )
-from rlhf_jax.parallel.mesh import Settings, make_mesh
+from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.parallel.settings import MeshSettings
 from tests.models.split_kernel import check_split
 from tests.models.test_huggingface import HEAD, MODEL, PARAMS
 
@@ -53,20 +53,19 @@ def main(base):
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     for sizes, part_bytes in (((1, 8, 1), 2**28), ((2, 2, 2), 1)):
         reading.PART_BYTES = part_bytes
-        mesh = make_mesh(Settings(*sizes))
+        mesh = make_mesh(MeshSettings(*sizes))
         jax.set_mesh(mesh)  # as stages do while they load and export
-        place = functools.partial(tree_shardings, mesh)
         READ.clear()
-        _, params = load_pretrained(folder / "model", place=place)
+        _, params = load_pretrained(folder / "model", mesh=mesh)
         assert_same(params, PARAMS)
-        places = place(PARAMS)
-        assert jax.tree.map(lambda leaf: leaf.sharding, params) == places
+        shardings = tree_shardings(mesh, PARAMS, MODEL.partition_rules)
+        assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
         layer = PARAMS["layers"]["attn"]["c_attn"]["kernel"][0].nbytes
         assert max(READ) <= layer, (max(READ), layer)
         # What is split is read once in all, and what is replicated once for all devices.
         assert sum(READ) <= whole, (sum(READ), whole)
         save_pretrained(folder / "model_again", MODEL, params)
-        _, reward = load_reward_model(folder / "reward", place=place)
+        _, reward = load_reward_model(folder / "reward", mesh=mesh)
         assert_same(reward, {"model": PARAMS, "head": HEAD})
         save_reward_model(folder / "reward_again", MODEL, reward)
         for name in ("model", "reward"):

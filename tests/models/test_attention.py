@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import attention
-from rlhf_jax.models.attention import Past, attend, attend_to_cache
+from rlhf_jax.models.attention import attend, attend_to_cache
+from rlhf_jax.models.attention_mask import Past
 from rlhf_jax.models.dropout import kept, start_dropout
 
 G, K, H, T, P, D = 2, 3, 2, 7, 5, 4

@@ -196,9 +196,9 @@ class CountingModel(GPT2):
 
     steps: list = dataclasses.field(default_factory=list, compare=False)
 
-    def padded_logits(self, params, hidden):
+    def padded_logits(self, params, hidden, *, decode=False):
         jax.debug.callback(functools.partial(self.steps.append, 1))
-        return super().padded_logits(params, hidden)
+        return super().padded_logits(params, hidden, decode=decode)
 
 
 def test_the_loop_ends_with_the_last_row(model, params, prompts):

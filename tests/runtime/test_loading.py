@@ -14,9 +14,9 @@ from rlhf_jax.data.tokenizers import Settings as TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_reward_model
-from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime.config import ModelSettings, PPOConfig, SFTConfig
 from rlhf_jax.runtime.stages import ppo, sft
@@ -97,7 +97,9 @@ def test_models_are_born_in_their_places_with_the_settings(tmp_path, monkeypatch
     assert (model.remat, scoring_model.remat) == ("full", "dots")
     assert (model.attention, scoring_model.attention) == ("blocks", "cudnn")
     for tree in (params, scorer):
-        assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(mesh, tree)
+        assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(
+            mesh, tree, model.partition_rules
+        )
     _, expected = assemble.load_model(ModelSettings(**settings), tokenizer, key)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     jax.tree.map(np.testing.assert_array_equal, scorer["model"], expected)

@@ -9,7 +9,6 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.run.utilization import multiplied_parameters
 from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from tests import small
@@ -48,8 +47,8 @@ def test_each_of_several_seeds_reads_the_texts_of_its_own(tmp_path, sft_run, sta
 
 def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage, monkeypatch):
     real = stage.texts.examples.segments > 0
-    policy = multiplied_parameters(stage.params, unembeds=True)
-    expected = 6 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
+    policy = stage.model.flops_per_token(stage.params, unembeds=True)
+    expected = 3 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
     assert stage.flops_per_step == pytest.approx(expected)
     given = []
     monkeypatch.setattr(loop, "utilization", lambda *args: given.append(args))
