@@ -10,13 +10,16 @@ if __name__ == "__main__":  # and not when it is looked through for doctests
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
+import functools
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models import reading
+from rlhf_jax.batches import TextBatch
+from rlhf_jax.models import huggingface, reading
 from rlhf_jax.models.huggingface import (
     load_pretrained,
     load_reward_model,
@@ -26,6 +29,9 @@ from rlhf_jax.models.huggingface import (
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
+from rlhf_jax.rollout import generate
+from rlhf_jax.training import sft
+from tests.models import tiny_family
 from tests.models.split_kernel import check_split
 from tests.models.test_huggingface import HEAD, MODEL, PARAMS
 
@@ -72,6 +78,40 @@ def main(base):
             old, new = (folder / each / "model.safetensors" for each in (name, f"{name}_again"))
             assert old.read_bytes() == new.read_bytes(), (sizes, name)
     check_split()
+    check_second_family(folder)
+
+
+def check_second_family(folder):
+    """A step of a second family on a mesh equals one device, from a folder to a folder."""
+    huggingface.FAMILIES = (*huggingface.FAMILIES, tiny_family.FAMILY)
+    model = tiny_family.Tiny(tiny_family.TinyConfig())
+    save_pretrained(folder / "tiny", model, model.init(jax.random.key(1)))
+    settings, key = sft.Settings(batch_size=8, dropout=False), jax.random.key(0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 11, (8, 6)), jnp.int32)
+    batch = TextBatch(tokens, tokens // tokens, tokens > 0)
+    prompts = (tokens, tokens > 0)
+
+    def train(mesh, params):
+        state = sft.init_state(model, params, settings, key)
+        state = jax.device_put(state, tree_shardings(mesh, state, model.partition_rules))
+        state, metrics = jax.jit(sft.make_step(model, settings))(state, batch, key)
+        sample = functools.partial(generate, model, max_new_tokens=4)
+        return state.params, metrics["train/loss"], jax.jit(sample)(state.params, *prompts, key)
+
+    one = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(one):
+        expected = train(one, load_pretrained(folder / "tiny", mesh=one)[1])
+    mesh = make_mesh(MeshSettings(2, 2, 2))
+    with jax.set_mesh(mesh):
+        _, params = load_pretrained(folder / "tiny", mesh=mesh)
+        kernel = params["layers"]["k"]["kernel"]  # [2, 16, 8]
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 4)}
+        found = train(mesh, params)
+        save_pretrained(folder / "tiny_trained", model, found[0])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected
+    )
+    assert_same(load_pretrained(folder / "tiny_trained")[1], jax.device_get(found[0]))
 
 
 if __name__ == "__main__":

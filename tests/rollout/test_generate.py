@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +190,21 @@ def test_the_first_token_follows_the_model(model, params, prompts):
     logits = logits_by_loop(params, model.config, text_of(prompts, 2))[-1] / 0.7
     shares = np.bincount(np.asarray(rollout.tokens)[:, 0], minlength=11) / 4096
     np.testing.assert_allclose(shares, np.exp(log_softmax(logits)), atol=0.03)
+
+
+def test_the_package_offers_the_function_whatever_was_imported_before():
+    program = (
+        "import rlhf_jax.rollout.generation, rlhf_jax.rollout.score\n"
+        "import rlhf_jax.rollout as rollout\n"
+        "from rlhf_jax.rollout import generate\n"
+        "assert callable(generate) and rollout.generate is generate\n"
+        "assert generate is rollout.generation.generate\n"
+        "from rlhf_jax.models import load_pretrained\n"
+        "import rlhf_jax.models.huggingface as huggingface\n"
+        "assert load_pretrained is huggingface.load_pretrained\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @dataclasses.dataclass(frozen=True)
