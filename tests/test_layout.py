@@ -58,7 +58,7 @@ THIRD_PARTY = {
     "training": ARRAYS | {"optax"},
 }
 # The hub is asked only for a model that is no local folder, and imported only then.
-LATE = {"rlhf_jax/models/huggingface.py": {"huggingface_hub"}}
+LATE = {"rlhf_jax/models/folders.py": {"huggingface_hub"}}
 
 SOURCES = sorted([*ROOT.glob("rlhf_jax/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 

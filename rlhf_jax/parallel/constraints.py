@@ -1,9 +1,9 @@
 """Sharding constraints inside a step: activations stay, parameters are gathered.
 
-Without constraints the compiler may do the opposite: leave a parameter that is split over `fsdp` where it
-is, gather the activations of all devices, and add up partial products. Here each layer's parameters
-are gathered when the layer needs them, in the compute dtype, and its gradients are reduced and
-scattered right behind it (Rajbhandari et al. 2020, ZeRO, stage 3; arXiv:1910.02054).
+Without constraints the compiler may do the opposite: leave a parameter that is split over `fsdp`
+where it is, gather the activations of all devices, and add up partial products. Here each layer's
+parameters are gathered when the layer needs them, in the compute dtype, and its gradients are
+reduced and scattered right behind it (Rajbhandari et al. 2020, ZeRO, stage 3; arXiv:1910.02054).
 
 Everything here does nothing unless the program is traced under `jax.set_mesh` with a mesh of
 `make_mesh` with more than one device.

@@ -1,4 +1,4 @@
-"""How the processes of one run find each other: `jax.distributed`, on clusters and by hand."""
+"""Joins the processes of one run: `jax.distributed`, on clusters and by hand."""
 
 import contextlib
 import importlib.util
@@ -17,14 +17,14 @@ import jax
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel.settings import DistributedSettings
 
-CUT_OFF = 30  # seconds that JAX's own limit, at which it ends the process, lies behind ours
+CUT_OFF = 30  # seconds between our time limit and JAX's, at which JAX ends the process
 
 
 def join(settings: DistributedSettings) -> None:
-    """Joins the other processes of the run; does nothing in a process that is alone or has joined.
+    """Joins the other processes of the run; does nothing in a single process or a second time.
 
-    It has to come before anything that touches a device. On the CPU the processes exchange arrays
-    by Gloo, which is what JAX takes there by itself.
+    Call it before anything initializes a device. On the CPU the processes exchange arrays by Gloo,
+    JAX's default there.
 
     Raises:
       InputError: JAX has begun to use the devices, or the others cannot be reached.
@@ -43,7 +43,7 @@ def join(settings: DistributedSettings) -> None:
             )
         except (RuntimeError, ValueError) as error:
             raise InputError(_reason(settings, " ".join(str(error).split()))) from error
-    if _takes_all_gpus(settings):
+    if _uses_all_gpus(settings):
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, "all")
     if jax.process_index() > 0:  # the first process warns for all
@@ -51,7 +51,7 @@ def join(settings: DistributedSettings) -> None:
 
 
 def _arguments(settings: DistributedSettings) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be given; None where this process is alone."""
+    """The arguments of `jax.distributed.initialize`; None in a single process."""
     local = list(settings.local_device_ids) or None
     if settings.coordinator is not None:
         if settings.num_processes == 1:
@@ -68,17 +68,17 @@ def _arguments(settings: DistributedSettings) -> dict[str, Any] | None:
     if _slurm_tasks() > 1 or _tpu_workers() > 1:
         return {"local_device_ids": local}
     if _mpi_processes() > 1:
-        # What JAX needs of Open MPI before version 5 is in the environment.
-        found = "OMPI_MCA_orte_hnp_uri" in os.environ
+        # JAX detects Open MPI before version 5 by this variable.
+        is_detected = "OMPI_MCA_orte_hnp_uri" in os.environ
         return {
             "local_device_ids": local,
-            "cluster_detection_method": None if found else "mpi4py",
+            "cluster_detection_method": None if is_detected else "mpi4py",
         }
     return None
 
 
 def _slurm_tasks() -> int:
-    """Tasks of the `srun` that started this process; 1 where none did."""
+    """Tasks of the `srun` that started this process; 1 without one."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if any(name not in os.environ for name in needed):
         return 1
@@ -89,8 +89,8 @@ def _mpi_processes() -> int:
     return int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
 
 
-def _takes_all_gpus(settings: DistributedSettings) -> bool:
-    """Whether JAX would take one GPU alone, though no other process shares this machine."""
+def _uses_all_gpus(settings: DistributedSettings) -> bool:
+    """Whether JAX would use one GPU alone, though no other process shares this machine."""
     if settings.coordinator is not None or settings.local_device_ids:
         return False
     if _slurm_tasks() > 1:
@@ -101,7 +101,7 @@ def _takes_all_gpus(settings: DistributedSettings) -> bool:
 
 def _tpu_workers() -> int:
     """Hosts of the Cloud TPU slices that this one belongs to; 1 elsewhere."""
-    # At its import JAX asks for "tpu,cpu" on a machine with TPUs, and on no other.
+    # At its import JAX sets "tpu,cpu" on a machine with TPUs, and on no other.
     if "tpu" not in (jax.config.jax_platforms or ""):
         return 1
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -114,12 +114,12 @@ def _tpu_workers() -> int:
 def _slices(tpu_env: str) -> str:
     """The number of slices in lines such as MEGASCALE_NUM_SLICES: '2'."""
     pairs = (line.split(":", 1) for line in tpu_env.splitlines() if ":" in line)
-    found = {name.strip(): value.strip().strip("'") for name, value in pairs}
-    return found.get("MEGASCALE_NUM_SLICES", "")
+    values = {name.strip(): value.strip().strip("'") for name, value in pairs}
+    return values.get("MEGASCALE_NUM_SLICES", "")
 
 
 def _metadata(key: str) -> str:
-    """An attribute of this machine in Google's cloud; "" where there is none."""
+    """An attribute of this machine in Google Cloud; "" if there is none."""
     address = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
     try:
@@ -132,7 +132,7 @@ def _metadata(key: str) -> str:
 def _wait_for(coordinator: str, timeout: int) -> None:
     """Returns when the port of process 0 is open.
 
-    JAX would end the process by itself, with a trace of its own, if it were not in time.
+    Otherwise JAX would end the process with a trace of its own when the time is up.
     """
     host, _, port = coordinator.rpartition(":")
     until = time.monotonic() + timeout
@@ -152,7 +152,7 @@ def _wait_for(coordinator: str, timeout: int) -> None:
 
 @contextlib.contextmanager
 def _time_limit(timeout: int) -> Iterator[None]:
-    """Ends this process with one sentence if the block takes longer, since JAX would abort it."""
+    """Ends this process with one sentence if the block takes longer; JAX would abort it."""
 
     def end() -> None:
         sys.stderr.write(
@@ -172,7 +172,7 @@ def _time_limit(timeout: int) -> Iterator[None]:
 
 
 def _reason(settings: DistributedSettings, text: str) -> str:
-    """One sentence about what kept the processes from joining."""
+    """One sentence: why the processes could not join."""
     if "before any JAX" in text:
         return (
             "The processes of a run have to join before JAX uses a device, which it has done "

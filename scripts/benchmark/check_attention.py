@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.attention import BLOCK, Past, attend
+from rlhf_jax.models.attention import BLOCK, attend
+from rlhf_jax.models.attention_mask import Past
 from rlhf_jax.models.cudnn_attention import attend_by_cudnn
 from scripts.benchmark.check import Difference, relative
 from scripts.benchmark.settings import BenchmarkError

@@ -15,17 +15,23 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models import reading
+from rlhf_jax.batches import TextBatch
+from rlhf_jax.models import huggingface, reading
 from rlhf_jax.models.huggingface import (
     load_pretrained,
     load_reward_model,
     save_pretrained,
     save_reward_model,
 )
-from rlhf_jax.parallel.mesh import Settings, make_mesh
+from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.parallel.settings import MeshSettings
+from rlhf_jax.rollout import generate
+from rlhf_jax.training import sft
+from tests.models import tiny_family
 from tests.models.split_kernel import check_split
 from tests.models.test_huggingface import HEAD, MODEL, PARAMS
 
@@ -53,26 +59,59 @@ def main(base):
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     for sizes, part_bytes in (((1, 8, 1), 2**28), ((2, 2, 2), 1)):
         reading.PART_BYTES = part_bytes
-        mesh = make_mesh(Settings(*sizes))
+        mesh = make_mesh(MeshSettings(*sizes))
         jax.set_mesh(mesh)  # as stages do while they load and export
-        place = functools.partial(tree_shardings, mesh)
         READ.clear()
-        _, params = load_pretrained(folder / "model", place=place)
+        _, params = load_pretrained(folder / "model", mesh=mesh)
         assert_same(params, PARAMS)
-        places = place(PARAMS)
-        assert jax.tree.map(lambda leaf: leaf.sharding, params) == places
+        shardings = tree_shardings(mesh, PARAMS, MODEL.partition_rules)
+        assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
         layer = PARAMS["layers"]["attn"]["c_attn"]["kernel"][0].nbytes
         assert max(READ) <= layer, (max(READ), layer)
         # What is split is read once in all, and what is replicated once for all devices.
         assert sum(READ) <= whole, (sum(READ), whole)
         save_pretrained(folder / "model_again", MODEL, params)
-        _, reward = load_reward_model(folder / "reward", place=place)
+        _, reward = load_reward_model(folder / "reward", mesh=mesh)
         assert_same(reward, {"model": PARAMS, "head": HEAD})
         save_reward_model(folder / "reward_again", MODEL, reward)
         for name in ("model", "reward"):
             old, new = (folder / each / "model.safetensors" for each in (name, f"{name}_again"))
             assert old.read_bytes() == new.read_bytes(), (sizes, name)
     check_split()
+    check_second_family(folder)
+
+
+def check_second_family(folder):
+    """A step of a second family on a mesh equals one device, from a folder to a folder."""
+    huggingface.FAMILIES = (*huggingface.FAMILIES, tiny_family.FAMILY)
+    model = tiny_family.Tiny(tiny_family.TinyConfig())
+    save_pretrained(folder / "tiny", model, model.init(jax.random.key(1)))
+    settings, key = sft.Settings(batch_size=8, dropout=False), jax.random.key(0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 11, (8, 6)), jnp.int32)
+    batch = TextBatch(tokens, tokens // tokens, tokens > 0)
+    prompts = (tokens, tokens > 0)
+
+    def train(mesh, params):
+        state = sft.init_state(model, params, settings, key)
+        state = jax.device_put(state, tree_shardings(mesh, state, model.partition_rules))
+        state, metrics = jax.jit(sft.make_step(model, settings))(state, batch, key)
+        sample = functools.partial(generate, model, max_new_tokens=4)
+        return state.params, metrics["train/loss"], jax.jit(sample)(state.params, *prompts, key)
+
+    one = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(one):
+        expected = train(one, load_pretrained(folder / "tiny", mesh=one)[1])
+    mesh = make_mesh(MeshSettings(2, 2, 2))
+    with jax.set_mesh(mesh):
+        _, params = load_pretrained(folder / "tiny", mesh=mesh)
+        kernel = params["layers"]["k"]["kernel"]  # [2, 16, 8]
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 4)}
+        found = train(mesh, params)
+        save_pretrained(folder / "tiny_trained", model, found[0])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected
+    )
+    assert_same(load_pretrained(folder / "tiny_trained")[1], jax.device_get(found[0]))
 
 
 if __name__ == "__main__":

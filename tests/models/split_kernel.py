@@ -10,7 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax._src.interpreters import mlir
 
 from rlhf_jax.models import cudnn_attention
-from rlhf_jax.models.attention import Past
+from rlhf_jax.models.attention_mask import Past
 from rlhf_jax.models.cudnn_attention import attend_by_cudnn
 
 SHAPES = set()  # of the queries, keys and masks that one device is given

@@ -1,12 +1,16 @@
 """Attention against loops over tokens, values and gradients, in blocks and behind a past."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.models import attention
-from rlhf_jax.models.attention import Past, attend, attend_to_cache
+from rlhf_jax.models.attention import attend, attend_to_cache
+from rlhf_jax.models.attention_mask import Past
+from rlhf_jax.models.cudnn_attention import attend_by_cudnn
 from rlhf_jax.models.dropout import kept, start_dropout
 
 G, K, H, T, P, D = 2, 3, 2, 7, 5, 4
@@ -38,6 +42,47 @@ def arrays(seed=0, length=T, count=K):
     visible = mask[..., None, :] & np.tri(length, dtype=bool)
     past = Past(*rng.normal(size=(2, G, H, P, D)).astype(np.float32), rng.random((G, P)) < 0.6)
     return q, k, v, visible, past
+
+
+@pytest.mark.parametrize("has_past", [False, True])
+def test_grouped_heads_against_a_loop(has_past):
+    """Query head h reads key/value head h // 2."""
+    q, k, v, visible, past = arrays()
+    q = np.concatenate([q, -q[:, :, ::-1]], axis=2)  # 4 heads on 2
+    past = past if has_past else None
+    repeated = [np.repeat(x, 2, axis=2) for x in (k, v)]
+    full_past = past and Past(*(np.repeat(x, 2, axis=1) for x in past[:2]), past.mask)
+    expected = by_loop(q, *repeated, visible, full_past)
+    found = jax.jit(attend)(q, k, v, visible, past)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    through_xla = functools.partial(attend_by_cudnn, implementation="xla")
+    found = jax.jit(through_xla)(q, k, v, visible, past)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+    def loss(k, v, past, of):
+        return jnp.sum(jnp.sin(of(q, k, v, visible, past)))
+
+    ones = jax.grad(loss, (0, 1, 2), allow_int=True)(k, v, past, attend)
+    alls = jax.grad(loss, (0, 1, 2), allow_int=True)(*repeated, full_past, attend)
+    for name, axis, index in (("k", 2, 0), ("v", 2, 1)):
+        summed = alls[index].reshape(*k.shape[:2], 2, 2, *k.shape[3:]).sum(axis=axis + 1)
+        np.testing.assert_allclose(ones[index], summed, rtol=1e-4, atol=1e-5, err_msg=name)
+    if has_past:
+        summed = alls[2].keys.reshape(G, 2, 2, P, D).sum(axis=2)
+        np.testing.assert_allclose(ones[2].keys, summed, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_heads_on_a_cache_against_a_loop():
+    q, k, v, visible, _ = arrays(count=1)
+    q = np.concatenate([q, -q[:, :, ::-1]], axis=2)[:, 0, :, 2:5]  # [G, 4, 3, D]
+    k, v, visible = k[:, 0], v[:, 0], visible[:, 0, 2:5]
+    visible |= np.eye(3, T, dtype=bool)
+    found = jax.jit(attend_to_cache)(q, k, v, visible)
+    for g, h, t in np.ndindex(*q.shape[:3]):
+        logits = np.where(visible[g, t], k[g, h // 2] @ q[g, h, t], -np.inf)
+        weights = np.exp(logits - logits.max())
+        expected = weights @ v[g, h // 2] / weights.sum()
+        np.testing.assert_allclose(found[g, h, t], expected, rtol=1e-4, atol=1e-5)
 
 
 def plain(q, k, v, visible, past=None, dropout=None):

@@ -15,11 +15,12 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import cudnn_attention, gpt2, gpt2_block
+from rlhf_jax.models import attention, cudnn_attention
+from rlhf_jax.models.attention_mask import AttentionMask, attention_mask
+from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.cudnn_attention import attend_by_cudnn, check_device
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.gpt2_block import Block
-from rlhf_jax.models.interface import Cache, SharedPrompt
+from rlhf_jax.models.gpt2 import GPT2, Block, GPT2Config
+from rlhf_jax.models.interface import SharedPrompt
 from rlhf_jax.runtime.compilation.flops import count_flops
 from rlhf_jax.training import sft
 
@@ -28,6 +29,7 @@ SIZES = GPT2Config(
 )
 MODEL = GPT2(SIZES, "bfloat16", attention="cudnn")
 ROWS, LENGTH, PAST = 4, 7, 3
+POSITIONS = jnp.zeros((1, 1), jnp.int32)  # which GPT-2 does not read in its layers
 MASKS = {
     # Padded right and left, packed, and all padding, whose tokens see nothing.
     "rows": np.array([[1] * 4 + [0] * 3, [0] * 3 + [1] * 4, [1, 1, 1, 2, 2, 3, 0], [0] * 7]),
@@ -38,21 +40,21 @@ MASKS = {
 }
 
 
-def sight_of(kind, mask):
+def mask_of(kind, mask):
     if kind == "shared prompt":
-        return gpt2._sight(mask, None, SharedPrompt(PAST, 2))
+        return attention_mask(mask, None, SharedPrompt(PAST, 2))
     if kind == "behind a past":
         seen = jnp.array([[False, True, True], [False] * 3])
-        return gpt2._sight(mask, Cache(None, None, seen, PAST), None)
-    return gpt2._sight(mask, None, None)
+        return attention_mask(mask, Cache(None, None, seen, PAST), None)
+    return attention_mask(mask, None, None)
 
 
 @pytest.fixture(scope="module")
 def arrays():
     block, random = Block(SIZES, "float32"), np.random.default_rng(0)
     x = random.normal(size=(ROWS, LENGTH, SIZES.n_embd)).astype(np.float32)
-    sight = gpt2.AttentionMask(jnp.ones((ROWS, 1, LENGTH, LENGTH), bool))
-    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x, sight))
+    visible = AttentionMask(jnp.ones((ROWS, 1, LENGTH, LENGTH), bool))
+    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), x, visible, POSITIONS))
     params = jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32) / 4, shapes)
     memory = random.normal(size=(2, ROWS // 2, 2, PAST, 8)).astype(np.float32)
     return params, x, tuple(memory), random.normal(size=x.shape).astype(np.float32)
@@ -63,15 +65,15 @@ def test_a_block_and_its_gradients_are_those_of_our_attention(kind, arrays, monk
     params, x, memory, weights = arrays
     is_behind = kind == "behind a past"
     x, memory = (x.reshape(2, -1, SIZES.n_embd), memory) if is_behind else (x, None)
-    sight = sight_of(kind, jnp.asarray(MASKS[kind], jnp.int32))
+    visible = mask_of(kind, jnp.asarray(MASKS[kind], jnp.int32))
     through_xla = functools.partial(attend_by_cudnn, implementation="xla")
-    monkeypatch.setattr(gpt2_block, "attend_by_cudnn", through_xla)
+    monkeypatch.setattr(attention, "attend_by_cudnn", through_xla)
 
-    def run(attention):
-        block = Block(SIZES, "float32", attention=attention)
+    def run(implementation):
+        block = Block(SIZES, "float32", attention=implementation)
 
         def loss(params, x, memory):
-            y, _ = block.apply(params, x, sight, memory)
+            y, _ = block.apply(params, x, visible, POSITIONS, memory)
             return jnp.sum(y * weights.reshape(y.shape)), y
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(params, x, memory)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import gpt2_decoding
-from rlhf_jax.models.gpt2_decoding import UnstackedLayers
+from rlhf_jax.models import stack
 from rlhf_jax.models.interface import SharedPrompt, positions_from
+from rlhf_jax.models.stack import UnstackedLayers
 from tests.models.tiny_gpt2 import CONFIG, MODEL, VOCABULARY, hidden, pad
 
 
@@ -33,9 +33,9 @@ def test_layers_one_by_one_decode_as_a_stack_does(params, texts):
     def decode(params):
         states, memory = [], MODEL.init_cache(4, 9)
         for at in (slice(0, 7), slice(7, 8), slice(8, 9)):
-            x = MODEL.embed(params, tokens[:, at], positions[:, at])
+            x = MODEL.embed(params, tokens[:, at], positions[:, at], decode=at.start > 0)
             x, memory = MODEL.layers(params["layers"], x, mask[:, at], positions[:, at], memory)
-            states.append(MODEL.padded_logits(params, MODEL.final(params, x)[:, -1]))
+            states.append(MODEL.padded_logits(params, MODEL.final(params, x)[:, -1], decode=True))
         return states, [*memory.keys], [*memory.values], memory.mask, memory.length
 
     ready = jax.jit(MODEL.for_decoding)(params)
@@ -57,7 +57,7 @@ def test_what_is_ready_for_decoding_stays_as_it_is(params):
 
 
 def test_deep_models_keep_their_stack(params, monkeypatch):
-    monkeypatch.setattr(gpt2_decoding, "MAX_UNSTACKED_LAYERS", 1)
+    monkeypatch.setattr(stack, "MAX_UNSTACKED_LAYERS", 1)
     ready = MODEL.for_decoding(params)
     assert ready["layers"].keys() == params["layers"].keys()
     assert set(ready["wte"]) == {"columns"}

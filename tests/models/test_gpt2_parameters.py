@@ -63,6 +63,18 @@ def test_a_wrong_configuration_says_what_is_allowed(change, message):
         GPT2Config(**change)
 
 
+def test_gpt2_small_multiplies_each_token_with_its_matrices():
+    model = GPT2(GPT2Config())
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    layers = 12 * (768 * 3 * 768 + 768 * 768 + 2 * 4 * 768 * 768)
+    assert model.flops_per_token(params, unembeds=True) == 2 * (layers + 50304 * 768)
+    scorer = {"model": params, "head": {"kernel": jnp.zeros(768)}}
+    assert model.flops_per_token(scorer, unembeds=False) == 2 * (layers + 768)
+    _, trained = jax.eval_shape(lambda params: model.split(params, 3), params)
+    assert model.flops_per_token(trained, unembeds=True) == 2 * layers / 4
+    assert model.flops_per_token(None, unembeds=True) == 0
+
+
 @pytest.mark.parametrize("unfrozen", range(4))
 def test_split_halves_run_one_after_the_other_and_merge(unfrozen, texts):
     model = GPT2(dataclasses.replace(CONFIG, n_layer=3))

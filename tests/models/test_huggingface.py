@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import huggingface, writing
+from rlhf_jax.models import huggingface, reading, writing
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import (
     load_pretrained,
@@ -303,10 +303,10 @@ def test_unknown_configuration_keys_and_whole_numbers(folder):
 def test_silent_configurations_have_the_end_of_text_of_gpt2(tmp_path, vocab_size, eos):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gpt2", "vocab_size": vocab_size}))
-    config = huggingface.read_config(path)
+    config = huggingface.described_model(path).config
     assert (config.bos_token_id, config.eos_token_id) == (eos, eos)
     path.write_text(json.dumps({"model_type": "gpt2", "eos_token_id": None}))
-    assert huggingface.read_config(path).eos_token_id is None
+    assert huggingface.described_model(path).config.eos_token_id is None
 
 
 # What is refused
@@ -334,7 +334,7 @@ def test_silent_configurations_have_the_end_of_text_of_gpt2(tmp_path, vocab_size
         ({"vocab_size": 12}, r"'transformer.wte.weight' has shape \[11, 8\], .* \[12, 8\]"),
         (
             {"n_layer": 1},
-            r"'transformer.h.1.attn.c_attn.bias' \[24\] is no part of .* check n_layer",
+            r"'transformer.h.1.attn.c_attn.bias' \[24\] is no part of the GPT-2 .* check its num",
         ),
         ({"n_layer": 3}, r"lacks the tensor 'h.2.attn.c_attn.bias' \(12 missing in all\)"),
     ],
@@ -460,7 +460,7 @@ def test_a_file_is_no_folder(folder):
 def test_hub_names_are_fetched(folder, monkeypatch):
     def snapshot_download(name, *, allow_patterns):
         assert name == "owner/name"
-        assert allow_patterns == ["config.json", "model*.safetensors", huggingface.INDEX]
+        assert allow_patterns == ["config.json", "model*.safetensors", reading.INDEX]
         return str(folder)
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)

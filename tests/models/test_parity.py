@@ -168,7 +168,7 @@ def test_transformers_opens_our_language_model(
 ):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr("rlhf_jax.models.huggingface.MAX_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("rlhf_jax.models.writing.MAX_SHARD_BYTES", shard_bytes)
     model, params = language_model
     save_pretrained(tmp_path, model, params)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.parallel.mesh import Settings, make_mesh
+from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.training import ppo, reward, sft
 
 # No two sizes are the same, nor are they divided by 2, 4 or 8; nor 3, the queries, keys and values.
@@ -90,10 +91,11 @@ def rollout_parts():
 def compiled(parts, sizes):
     """The program of a step on a mesh."""
     init, step, batch, returns_rows = parts
-    mesh = make_mesh(Settings(*sizes))
+    mesh = make_mesh(MeshSettings(*sizes))
     key = jax.eval_shape(lambda: jax.random.key(0))
     shape = jax.eval_shape(init, key)
-    state, by_rows, whole = tree_shardings(mesh, shape), batch_sharding(mesh), replicated(mesh)
+    state = tree_shardings(mesh, shape, MODEL.partition_rules)
+    by_rows, whole = batch_sharding(mesh), replicated(mesh)
     made = jax.eval_shape(step, shape, batch, key)
     outs = (None if made[0] is None else state, whole, *([by_rows] if returns_rows else []))
     with jax.set_mesh(mesh):

@@ -18,6 +18,7 @@ import jax
 import pytest
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.gpt2 import PARTITION_RULES
 from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.runtime import train_sft
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
@@ -43,7 +44,8 @@ def assert_in_place(mesh, state, seeds=()):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         has_seeds = bool(seeds) and not name.startswith("frozen")
-        spec = (*((None,) if has_seeds else ()), *partition_spec(name))
+        spec = partition_spec(name, leaf.ndim - has_seeds, PARTITION_RULES)
+        spec = (*((None,) if has_seeds else ()), *spec)
         parts = [mesh.shape[axis] if axis else 1 for axis in spec]
         parts += [1] * (leaf.ndim - len(parts))
         part = tuple(size // n for size, n in zip(leaf.shape, parts, strict=True))

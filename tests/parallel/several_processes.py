@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import batch_sharding, hosts, make_mesh
-from rlhf_jax.parallel.distributed import Settings, join
-from rlhf_jax.parallel.settings import MeshSettings
+from rlhf_jax.parallel.distributed import join
+from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
@@ -88,7 +88,7 @@ def check_what_is_shared():
         read.append((start, stop))
         return jax.tree.map(lambda array: array[start:stop], whole)
 
-    for spanning in (hosts.from_rows(part, 8, rows), hosts.from_host(whole, rows)):
+    for spanning in (hosts.spanning_batch(part, 8, rows), hosts.from_host(whole, rows)):
         assert not spanning["x"].is_fully_addressable
         jax.tree.map(np.testing.assert_array_equal, hosts.to_host(spanning), whole)
     return read
@@ -149,7 +149,7 @@ def stop_stages(monkeypatch):
 
 def main(address, processes, place, base, task, kind):
     processes, base = int(processes), Path(base)
-    join(Settings(address, processes, int(place), timeout=60))
+    join(DistributedSettings(address, processes, int(place), timeout=60))
     read = []
     slice_at = Batches.slice_at
 

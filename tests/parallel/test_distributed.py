@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import distributed
-from rlhf_jax.parallel.distributed import Settings, join
+from rlhf_jax.parallel.distributed import join
+from rlhf_jax.parallel.settings import DistributedSettings
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -19,7 +20,7 @@ SLURM = {
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:2"}
-BY_HAND = Settings("10.0.0.2:8476", 2, 0, (3,))
+BY_HAND = DistributedSettings("10.0.0.2:8476", 2, 0, (3,))
 
 
 @pytest.fixture
@@ -44,10 +45,10 @@ def calls(monkeypatch):
 
 
 def test_a_single_process_joins_nothing(environment, calls):
-    join(Settings())
-    join(Settings("localhost:8476", 1, 0))
+    join(DistributedSettings())
+    join(DistributedSettings("localhost:8476", 1, 0))
     environment(SLURM | {"SLURM_NTASKS": "1"})
-    join(Settings())
+    join(DistributedSettings())
     assert calls == []
 
 
@@ -69,10 +70,10 @@ def test_settings_by_hand_are_taken_as_they_are(environment, calls):
 @pytest.mark.parametrize("missing", ["SLURM_STEP_NODELIST", "SLURM_PROCID"])
 def test_processes_of_slurm_join_where_srun_started_them(environment, calls, monkeypatch, missing):
     environment(SLURM)
-    join(Settings())
-    join(Settings(auto=False))
+    join(DistributedSettings())
+    join(DistributedSettings(auto=False))
     monkeypatch.delenv(missing)
-    join(Settings())
+    join(DistributedSettings())
     assert [call["local_device_ids"] for call in calls] == [None]
 
 
@@ -80,20 +81,20 @@ def test_one_process_on_a_machine_has_all_its_gpus(environment, calls, monkeypat
     changed = []
     monkeypatch.setattr(jax.config, "update", lambda *given: changed.append(given))
     environment(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2"})
-    join(Settings())
+    join(DistributedSettings())
     assert changed == []
     environment(SLURM)
-    join(Settings(local_device_ids=(0,)))
+    join(DistributedSettings(local_device_ids=(0,)))
     assert changed == []
-    join(Settings())
+    join(DistributedSettings())
     assert ("jax_cuda_visible_devices", "all") in changed
 
 
 def test_open_mpi_is_found_by_what_its_version_has(environment, calls, monkeypatch):
     environment(MPI)
-    join(Settings())
+    join(DistributedSettings())
     monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")
-    join(Settings())
+    join(DistributedSettings())
     assert [call["cluster_detection_method"] for call in calls] == [None, "mpi4py"]
 
 
@@ -126,7 +127,7 @@ def test_hosts_of_tpus_are_counted(environment, monkeypatch):
 )
 def test_wrong_settings_are_told(values, said):
     with pytest.raises(InputError, match=said):
-        Settings(**values)
+        DistributedSettings(**values)
 
 
 def test_a_coordinator_that_is_not_there_is_told():
@@ -134,7 +135,7 @@ def test_a_coordinator_that_is_not_there_is_told():
         server.bind(("localhost", 0))  # and does not listen
         address = f"localhost:{server.getsockname()[1]}"
         with pytest.raises(InputError, match=f"cannot be reached at .*{address} within 1 seconds"):
-            join(Settings(address, 2, 1, timeout=1))
+            join(DistributedSettings(address, 2, 1, timeout=1))
 
 
 def test_a_coordinator_that_comes_late_is_found():
@@ -154,4 +155,4 @@ def test_a_coordinator_that_comes_late_is_found():
 def test_devices_in_use_are_told(monkeypatch):
     jax.devices()
     with pytest.raises(InputError, match="have to join before JAX uses a device"):
-        join(Settings("localhost:8476", 2, 0))
+        join(DistributedSettings("localhost:8476", 2, 0))

@@ -6,13 +6,14 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.parallel.mesh import Settings, arranged, make_mesh
+from rlhf_jax.models.gpt2 import GPT2, PARTITION_RULES, GPT2Config
+from rlhf_jax.parallel.mesh import arranged, make_mesh
 from rlhf_jax.parallel.partition import (
     check_batch_size,
     partition_spec,
     tree_shardings,
 )
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.training import ppo, reward, sft
 
 
@@ -26,11 +27,11 @@ class Mesh:
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1)])
 def test_sizes_that_cannot_be(sizes):
     with pytest.raises(InputError, match="one of them may be -1 for the rest of the devices, but"):
-        Settings(*sizes)
+        MeshSettings(*sizes)
 
 
 def test_the_mesh_takes_all_devices_and_leaves_the_spreading_to_the_compiler():
-    mesh = make_mesh(Settings())
+    mesh = make_mesh(MeshSettings())
     assert dict(mesh.shape) == {"data": len(jax.devices()), "fsdp": 1, "tensor": 1}
     assert mesh.axis_types == (AxisType.Auto,) * 3
 
@@ -38,8 +39,14 @@ def test_the_mesh_takes_all_devices_and_leaves_the_spreading_to_the_compiler():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (Settings(2, 1, 1), "mesh data x fsdp x tensor = 2 x 1 x 1 does not fit 1 devices; let"),
-        (Settings(-1, 3, 1), "mesh data x fsdp x tensor = -1 x 3 x 1 does not fit 1 devices; let"),
+        (
+            MeshSettings(2, 1, 1),
+            "mesh data x fsdp x tensor = 2 x 1 x 1 does not fit 1 devices; let",
+        ),
+        (
+            MeshSettings(-1, 3, 1),
+            "mesh data x fsdp x tensor = -1 x 3 x 1 does not fit 1 devices; let",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_named(settings, said):
@@ -72,13 +79,36 @@ def test_sizes_that_do_not_fit_the_devices_are_named(settings, said):
         ("opt_state/1/0/count", PartitionSpec()),
     ],
 )
-def test_the_place_of_a_parameter(path, spec):
-    assert partition_spec(path) == spec
+def test_the_spec_of_a_parameter(path, spec):
+    ndim = max(len(spec), 2 if "layers" in path else 1)
+    assert partition_spec(path, ndim, PARTITION_RULES) == spec
 
 
-def test_a_parameter_without_a_rule_is_an_error():
-    with pytest.raises(ValueError, match="no partition rule covers 'params/lora/kernel'; add one"):
-        partition_spec("params/lora/kernel")
+def test_a_matrix_without_a_rule_is_an_error():
+    said = r"no partition rule covers 'params/lora/kernel', an array of 2 axes; add one to the part"
+    with pytest.raises(ValueError, match=said):
+        partition_spec("params/lora/kernel", 2, PARTITION_RULES)
+    tree = {"params": {"lora": {"kernel": jnp.zeros((4, 4))}}}
+    with pytest.raises(ValueError, match=said):
+        tree_shardings(Mesh(data=1, fsdp=2, tensor=1), tree, PARTITION_RULES)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_vectors_and_scalars_without_a_rule_are_replicated(shape):
+    mesh = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
+    shardings = tree_shardings(mesh, {"anything": jnp.zeros(shape)}, PARTITION_RULES)
+    assert shardings["anything"].spec == PartitionSpec()
+
+
+def test_heads_that_the_mesh_does_not_divide_are_an_error():
+    model = GPT2(GPT2Config(vocab_size=300, n_positions=16, n_embd=12, n_layer=2, n_head=3))
+    model.check_mesh(Mesh(data=2, fsdp=2, tensor=3))
+    with pytest.raises(InputError) as error:
+        model.check_mesh(Mesh(data=2, fsdp=1, tensor=2))
+    assert str(error.value) == (
+        "The model has n_head = 3 heads of attention, which are not divisible by mesh.tensor = 2; "
+        "choose a tensor that divides them, or use fsdp instead."
+    )
 
 
 @pytest.mark.parametrize("stage", [sft, reward, ppo])
@@ -93,8 +123,8 @@ def test_every_array_of_every_state_has_a_place(stage):
         return stage.init_state(model, params, stage.Settings(**options), key, **extra)
 
     state = jax.eval_shape(init, jax.random.key(0))
-    mesh = make_mesh(Settings(1, 1, 1), jax.devices()[:1])
-    shardings = tree_shardings(mesh, state)
+    mesh = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
+    shardings = tree_shardings(mesh, state, model.partition_rules)
     # An optimizer's moments stand where their parameters do.
     moments = shardings.opt_state[1][0].mu
     assert jax.tree.leaves(moments) == jax.tree.leaves(shardings.params)
@@ -103,7 +133,7 @@ def test_every_array_of_every_state_has_a_place(stage):
 def test_a_size_that_does_not_divide_names_the_axis_and_the_sizes():
     tree = {"layers": {"mlp": {"c_fc": {"kernel": jax.ShapeDtypeStruct((2, 6, 8), jnp.float32)}}}}
     with pytest.raises(InputError) as error:
-        tree_shardings(Mesh(data=1, fsdp=4, tensor=2), tree)
+        tree_shardings(Mesh(data=1, fsdp=4, tensor=2), tree, PARTITION_RULES)
     assert str(error.value) == (
         "layers/mlp/c_fc/kernel has shape (2, 6, 8), of which 6 is not divisible by mesh.fsdp = 4; "
         "choose a fsdp that divides it."

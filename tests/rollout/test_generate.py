@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -190,15 +192,30 @@ def test_the_first_token_follows_the_model(model, params, prompts):
     np.testing.assert_allclose(shares, np.exp(log_softmax(logits)), atol=0.03)
 
 
+def test_the_package_offers_the_function_whatever_was_imported_before():
+    program = (
+        "import rlhf_jax.rollout.generation, rlhf_jax.rollout.score\n"
+        "import rlhf_jax.rollout as rollout\n"
+        "from rlhf_jax.rollout import generate\n"
+        "assert callable(generate) and rollout.generate is generate\n"
+        "assert generate is rollout.generation.generate\n"
+        "from rlhf_jax.models import load_pretrained\n"
+        "import rlhf_jax.models.huggingface as huggingface\n"
+        "assert load_pretrained is huggingface.load_pretrained\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @dataclasses.dataclass(frozen=True)
 class CountingModel(GPT2):
     """Appends to `steps` whenever a distribution over the next token is computed."""
 
     steps: list = dataclasses.field(default_factory=list, compare=False)
 
-    def padded_logits(self, params, hidden):
+    def padded_logits(self, params, hidden, *, decode=False):
         jax.debug.callback(functools.partial(self.steps.append, 1))
-        return super().padded_logits(params, hidden)
+        return super().padded_logits(params, hidden, decode=decode)
 
 
 def test_the_loop_ends_with_the_last_row(model, params, prompts):

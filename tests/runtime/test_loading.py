@@ -13,10 +13,12 @@ from etils import epath
 from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import save_reward_model
-from rlhf_jax.parallel.settings import MeshSettings
+from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.runtime.config import PPOConfig, SFTConfig
@@ -98,7 +100,9 @@ def test_models_are_born_in_their_places_with_the_settings(tmp_path, monkeypatch
     assert (model.remat, scoring_model.remat) == ("full", "dots")
     assert (model.attention, scoring_model.attention) == ("blocks", "cudnn")
     for tree in (params, scorer):
-        assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(mesh, tree)
+        assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(
+            mesh, tree, model.partition_rules
+        )
     _, expected = assemble.load_model(ModelSettings(**settings), tokenizer, key)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     jax.tree.map(np.testing.assert_array_equal, scorer["model"], expected)
@@ -116,8 +120,8 @@ def test_a_host_that_is_not_the_first_copies_nothing(tmp_path, monkeypatch):
 def test_dropout_that_cudnn_has_not_is_told_before_the_data_is_read():
     """And is none where there is no dropout."""
     mesh = SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1})
-    sizes = SimpleNamespace(n_positions=4096, n_head=2, attn_pdrop=0.1)
-    model = SimpleNamespace(config=sizes, attention="cudnn")
+    sizes = GPT2Config(n_positions=4096, n_embd=16, n_head=2, attn_pdrop=0.1)
+    model = GPT2(sizes, "bfloat16", attention="cudnn")
     with pytest.raises(InputError, match=r"sft\.dropout false\), or set model.attention to blocks"):
         sft.check_sizes(SFTConfig(), model, mesh)
     sft.check_sizes(SFTConfig(sft=sft.sft.Settings(dropout=False)), model, mesh)
@@ -139,7 +143,7 @@ def test_dropout_that_cudnn_has_not_is_told_before_the_data_is_read():
 )
 def test_parts_of_ppo_have_to_fit_the_mesh(values, message):
     mesh = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 1})
-    model = SimpleNamespace(config=SimpleNamespace(n_positions=4096, n_layer=2, n_head=2))
+    model = GPT2(GPT2Config(n_positions=4096, n_embd=16, n_layer=2, n_head=2))
     config = PPOConfig(ppo=ppo.ppo.Settings(num_mini_batches=2, **values))
     with pytest.raises(InputError) as error:
         ppo.check_sizes(config, model, mesh)

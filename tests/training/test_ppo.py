@@ -278,9 +278,9 @@ class RecordingModel(GPT2):
 
     seen: list = dataclasses.field(default_factory=list, compare=False)
 
-    def embed(self, params, tokens, positions, *, dropout_key=None):
+    def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
         jax.debug.callback(lambda x: self.seen.append(np.asarray(x)), tokens, ordered=True)
-        return super().embed(params, tokens, positions, dropout_key=dropout_key)
+        return super().embed(params, tokens, positions, decode=decode, dropout_key=dropout_key)
 
 
 def test_each_epoch_visits_each_row_once_in_its_own_order(model):

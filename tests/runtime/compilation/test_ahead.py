@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime.compilation import ahead, topologies
 from rlhf_jax.runtime.compilation import command as compile_for
 from rlhf_jax.runtime.compilation.measure import Cost, TooLarge, _too_large, _warnings, measure

@@ -45,8 +45,8 @@ def test_each_of_several_seeds_reads_the_texts_of_its_own(tmp_path, sft_run, sta
 
 def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage):
     real = stage.texts.examples.segments > 0
-    policy = multiplied_parameters(stage.params, unembeds=True)
-    expected = 6 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
+    policy = stage.model.flops_per_token(stage.params, unembeds=True)
+    expected = 3 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
     assert stage.flops_per_step == pytest.approx(expected)
 
 
