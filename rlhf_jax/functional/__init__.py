@@ -1,7 +1,7 @@
 """The mathematics of RLHF: arrays in, arrays out; no model, no configuration, no tokenizer.
 
-B batch, T response tokens, V vocabulary. A mask is True on real positions; what stands elsewhere,
-NaN included, changes neither a value nor a gradient. `rlhf_jax` has the same functions compiled.
+B batch, T response tokens, V vocabulary. A mask is True on real positions; entries elsewhere, NaN
+included, change neither a value nor a gradient. `rlhf_jax` has the same functions compiled.
 """
 
 from rlhf_jax.functional.advantages import (

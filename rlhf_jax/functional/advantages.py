@@ -1,4 +1,4 @@
-"""From scores and log-probabilities to rewards, returns and advantages."""
+"""Rewards, returns and advantages from scores and log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"
       kl_kind: the estimate of the KL, as in `kl_estimate`.
 
     Returns:
-      (rewards, kl), f32[B, T] each, zero off the mask. A row without a real token gets no score.
+      (rewards, kl), f32[B, T] each, zero off the mask. The score of an empty response is dropped.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong, or an unknown kind.
@@ -60,7 +60,7 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
       values: float[B, T] value of the state in which token t is chosen.
       mask: bool[B, T], True then False.
       gamma: the discount per token.
-      lam: 0 trusts the values alone, 1 the rewards alone.
+      lam: 0 gives one-step temporal differences, 1 Monte Carlo returns minus values.
 
     Returns:
       (advantages, returns), f32[B, T] each, zero off the mask; returns = advantages + values.
@@ -110,12 +110,12 @@ def rewards_to_go(rewards, mask, *, gamma=1.0):
 
 
 def leave_one_out_advantages(scores):
-    """By how much each response to a prompt scores above the mean of the others (RLOO).
+    """Score of each response minus the mean score of the other responses to its prompt (RLOO).
 
         A_i = score_i - sum_{j != i} score_j / (K - 1)
 
     Args:
-      scores: float[B, K], of K >= 2 responses to each of B prompts.
+      scores: float[B, K], for K >= 2 responses to each of B prompts.
 
     Returns:
       f32[B, K]; each row sums to 0, and equal scores give exactly 0.
@@ -135,16 +135,16 @@ def leave_one_out_advantages(scores):
 
 
 def group_advantages(scores, *, scale=True, eps=1e-4):
-    """The scores of each prompt's responses with mean 0 and deviation 1 (GRPO).
+    """Scores of each prompt's responses, normalized to mean 0 and standard deviation 1 (GRPO).
 
         A_i = (score_i - mean) / (deviation + eps)
         deviation^2 = sum_j (score_j - mean)^2 / (K - 1)
 
     Args:
-      scores: float[B, K], of K >= 2 responses to each of B prompts.
-      scale: whether to divide by the deviation. Dr. GRPO does not: it would give prompts that are
-        nearly always, or nearly never, answered well more weight than the others.
-      eps: what is added to the deviation, in units of the scores.
+      scores: float[B, K], for K >= 2 responses to each of B prompts.
+      scale: whether to divide by the deviation. Dr. GRPO does not, because the division gives more
+        weight to prompts whose responses nearly all succeed or nearly all fail.
+      eps: added to the deviation, in units of the scores.
 
     Returns:
       f32[B, K]; each row sums to 0. Equal scores give exactly 0, with finite gradients.
@@ -152,9 +152,9 @@ def group_advantages(scores, *, scale=True, eps=1e-4):
     Raises:
       ValueError: if the shape or dtype of the scores is wrong, or K is 1.
 
-    Shao et al., DeepSeekMath, section 4.1.2 (arXiv:2402.03300), which leaves the kind of deviation
-    open: TRL's is this one. Without scale: Liu et al., Understanding R1-Zero-Like Training,
-    section 3.2 (arXiv:2503.20783).
+    Shao et al., DeepSeekMath, section 4.1.2 (arXiv:2402.03300), which does not say whether the
+    deviation is unbiased; this one is TRL's. Without scale: Liu et al., Understanding R1-Zero-Like
+    Training, section 3.2 (arXiv:2503.20783).
 
     >>> scores = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     >>> print(group_advantages(scores, eps=0.0))
@@ -172,14 +172,14 @@ def group_advantages(scores, *, scale=True, eps=1e-4):
 
 
 def _centred(scores):
-    """Scores less their row's mean, in float32."""
+    """Scores minus the mean over the responses to a prompt, in float32."""
     expect(scores=(scores, "BK", float))
     if scores.shape[1] < 2:
-        given = f"{scores.dtype}{list(scores.shape)}"
-        raise ValueError(f"scores must be float[B, K] with K >= 2, but is {given}.")
+        shape = f"{scores.dtype}{list(scores.shape)}"
+        raise ValueError(f"scores must be float[B, K] with K >= 2, but is {shape}.")
     scores = scores.astype(jnp.float32)
-    # Rounding in the mean of large scores would leave equal ones a difference, which the division
-    # by a deviation of almost 0 then blows up. The least score taken away first, they are zeros.
+    # The mean of large equal scores may round to another number, and the division by a deviation of
+    # almost 0 would amplify the difference. With the minimum subtracted first, they are zeros.
     scores -= jax.lax.stop_gradient(jnp.min(scores, axis=1, keepdims=True))
     return scores - jnp.mean(scores, axis=1, keepdims=True)
 
@@ -192,6 +192,6 @@ def _discounted_sums(x, decay):
         total = x_t + decay * total
         return total, total
 
-    # Made of x, for the carry has to keep the batch's sharding.
+    # Derived from x, so that the carry has the sharding of the batch.
     zeros = jnp.zeros_like(jnp.sum(x, axis=1))
     return jax.lax.scan(step, zeros, x.T, reverse=True)[1].T

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 
 def expect(**arguments):
-    """Checks that arrays have the shapes and dtypes that a function takes.
+    """Checks the shapes and dtypes of arrays.
 
     Args:
-      **arguments: `name=(array, axes, kind)`. `axes` has one letter per axis; a letter means the
-        size that it had where it came first, and a leading "..." any axes, the same ones in each
-        array that has it. `kind` is float, int or bool, of any width.
+      **arguments: `name=(array, axes, kind)`. `axes` has one letter per axis; the first use of a
+        letter binds its size. A leading "..." stands for any axes, the same for all arrays that
+        have it. `kind` is float, int or bool, of any width.
 
     Raises:
-      ValueError: naming the first argument that does not fit.
+      ValueError: naming the first argument that does not match.
 
     >>> expect(scores=(jnp.zeros(4), "B", float), mask=(jnp.zeros((3, 2), bool), "BT", bool))
     Traceback (most recent call last):
@@ -43,7 +43,7 @@ def expect_one_of(**arguments):
     """Checks that `name=(value, choices)` is one of the choices.
 
     Raises:
-      ValueError: naming the argument and what is allowed.
+      ValueError: naming the argument and the allowed values.
 
     >>> expect_one_of(kind=("k4", ("k1", "k2", "k3")))
     Traceback (most recent call last):
@@ -57,13 +57,13 @@ def expect_one_of(**arguments):
 
 
 def expect_scalars(**arguments):
-    """Checks that coefficients and counts are single numbers, and not arrays of them.
+    """Checks that coefficients and counts are single numbers.
 
     Args:
-      **arguments: numbers, arrays without axes, or None, which is passed over.
+      **arguments: numbers, arrays without axes, or None, which is skipped.
 
     Raises:
-      ValueError: naming the first argument that is something else.
+      ValueError: naming the first argument that is none of these.
 
     >>> expect_scalars(kl_coef=0.1, denominator=jnp.ones(3))
     Traceback (most recent call last):
@@ -73,26 +73,26 @@ def expect_scalars(**arguments):
     for name, value in arguments.items():
         is_scalar = _is_array(value) and value.shape == ()
         if not (value is None or is_scalar or isinstance(value, numbers.Real)):
-            raise ValueError(f"{name} must be a single number, but is {_given(value)}.")
+            raise ValueError(f"{name} must be a single number, but is {_description(value)}.")
 
 
 def _is_array(value):
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _given(value):
+def _description(value):
     if _is_array(value):
         return f"{jnp.dtype(value.dtype).name}{list(value.shape)}"
-    # What a list holds may be traced, and then says nothing.
+    # The entries of a list may be tracers, whose text is of no use.
     is_container = isinstance(value, list | tuple | dict)
     return f"a {type(value).__name__}" if is_container else f"{value!r:.40} (no array)"
 
 
 def _message(name, array, axes, kind, sizes):
     letters = axes.removeprefix("...")
-    wanted = ", ".join((["..."] if axes.startswith("...") else []) + list(letters))
+    expected = ", ".join((["..."] if axes.startswith("...") else []) + list(letters))
     bound = [f"{letter} = {sizes[letter]}" for letter in letters if letter in sizes]
     if axes.startswith("...") and "..." in sizes:
         bound.insert(0, f"... = {list(sizes['...'])}")
     where = f" with {', '.join(bound)}" if bound else ""
-    return f"{name} must be {kind.__name__}[{wanted}]{where}, but is {_given(array)}."
+    return f"{name} must be {kind.__name__}[{expected}]{where}, but is {_description(array)}."

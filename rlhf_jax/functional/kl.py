@@ -7,8 +7,8 @@ from rlhf_jax.functional.logprobs import shift_logits
 
 KINDS = ("k1", "k2", "k3")
 
-# exp overflows float32 at 89. At 40 its square is still finite, and so are sums of many of them;
-# past it a value stays where it is and its gradient is 0.
+# exp overflows float32 at 89. At 40 its square is still finite, and so are sums of many squares;
+# beyond it the value is constant and its gradient 0.
 MAX_LOG_RATIO = 40.0
 
 
@@ -17,10 +17,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
         d = logprobs - ref_logprobs
         k1 = d              unbiased
-        k2 = d^2 / 2        biased, little variance, never negative
-        k3 = e^-d - 1 + d   unbiased, little variance, never negative
+        k2 = d^2 / 2        biased, low variance, never negative
+        k3 = e^-d - 1 + d   unbiased, low variance, never negative
 
-    k3 stops growing at d = -40, where float32 would soon overflow.
+    k3 is constant below d = -40, to stay within the range of float32.
 
     Args:
       logprobs: float[...] of the sampled tokens under the policy, in nats.
@@ -49,19 +49,19 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 
 def token_kl(logits, ref_logits):
-    """KL(policy || reference) over the whole vocabulary, which `kl_estimate` estimates.
+    """KL(policy || reference) over the full vocabulary, which `kl_estimate` estimates.
 
         sum_v p[v] (log p[v] - log q[v])    p, q = softmax(logits), softmax(ref_logits)
 
     Args:
-      logits: float[..., V] of the policy. A logit of -inf has probability 0 and adds nothing, and
-        gradients stay finite.
-      ref_logits: float[..., V] of the reference; -inf where the policy has a finite logit makes
-        the divergence infinite. Where a logit of either is NaN or inf, or all are -inf, the
-        divergence is NaN and the gradient 0.
+      logits: float[..., V] of the policy. A logit of -inf has probability 0 and contributes 0, and
+        gradients are finite.
+      ref_logits: float[..., V] of the reference; -inf at a finite logit of the policy makes the
+        divergence infinite. If a logit of either is NaN or inf, or all are -inf, the divergence is
+        NaN and the gradient 0.
 
     Returns:
-      f32[...] in nats; what rounding leaves of two equal distributions can be below 0.
+      f32[...] in nats; rounding may give a negative number for nearly equal distributions.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -86,16 +86,16 @@ def token_kl(logits, ref_logits):
 
 
 def adaptive_kl_update(coef, observed_kl, num_samples, *, target, horizon):
-    """The KL coefficient after num_samples more episodes, steered towards a target KL.
+    """The KL coefficient after num_samples more episodes, adapted towards a target KL.
 
         coef * (1 + clip(observed_kl / target - 1, -0.2, 0.2) * num_samples / horizon)
 
     Args:
-      coef: float[], the coefficient until now.
+      coef: float[], the current coefficient.
       observed_kl: float[], mean KL per episode in nats, summed over its tokens.
       num_samples: episodes since the last update.
-      target: the KL per episode to steer towards, in nats.
-      horizon: episodes in which the coefficient may change by a fifth.
+      target: the KL per episode to keep, in nats.
+      horizon: number of episodes over which the coefficient changes by a fifth at most.
 
     Returns:
       f32[].
@@ -121,15 +121,15 @@ def adaptive_kl_update(coef, observed_kl, num_samples, *, target, horizon):
 
 
 def penalty_kl_update(coef, observed_kl, *, target):
-    """The KL coefficient after one more policy update, halved or doubled where the KL was off.
+    """The KL coefficient after a policy update, halved or doubled if the KL is off target.
 
         coef / 2    if observed_kl < target / 1.5
         coef * 2    if observed_kl > target * 1.5
 
     Args:
-      coef: float[], the coefficient until now.
+      coef: float[], the current coefficient.
       observed_kl: float[], mean KL between the old policy and the new one, in nats.
-      target: the KL to steer towards, in the same unit.
+      target: the KL to keep, in the same unit.
 
     Returns:
       f32[].
@@ -149,10 +149,10 @@ def penalty_kl_update(coef, observed_kl, *, target):
 
 
 def exp_minus_linear(x):
-    """e^x - 1 - x for f32[...], never negative; constant past x = 40."""
+    """e^x - 1 - x for f32[...], never negative; constant beyond x = 40."""
     x = jnp.minimum(x, MAX_LOG_RATIO)
     is_small = jnp.abs(x) < 0.1
-    # Near 0 all digits of expm1(x) - x cancel: the Taylor series, exact to 1e-8 up to 0.1.
+    # Near 0 all digits of expm1(x) - x cancel; the Taylor series is exact to 1e-8 up to 0.1.
     small = jnp.where(is_small, x, 0.0)
     series = 1.0 + small / 3 * (1.0 + small / 4 * (1.0 + small / 5 * (1.0 + small / 6)))
     return jnp.where(is_small, 0.5 * jnp.square(small) * series, jnp.expm1(x) - x)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and entropies of the distributions that they come from."""
+"""Log-probabilities of tokens, and entropies of their distributions."""
 
 import functools
 import math
@@ -11,11 +11,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from rlhf_jax.functional.expect import expect, expect_scalars
-from rlhf_jax.functional.normalizer import NOTHING, entropy_of, normalizer
+from rlhf_jax.functional.normalizer import MIN_LOGPROB, entropy_of, normalizer
 
-# Bytes of logits on one device: up to the first they are made in one piece and kept for the
-# backward pass; beyond it they are made in chunks of about the second, twice.
-ONE_PIECE = 2**30
+# Bytes of logits on one device: up to MAX_SAVED they are computed at once and saved for the
+# backward pass; beyond it they are computed in chunks of about CHUNK bytes, in both passes.
+MAX_SAVED = 2**30
 CHUNK = 2**27
 
 
@@ -25,10 +25,10 @@ def token_logprobs(logits, tokens):
         logits[token] - log sum_v exp(logits[v])
 
     Args:
-      logits: float[..., V]. A logit of -inf has probability 0, and gradients stay finite. Where one
-        is NaN or inf, or all are -inf, the log-probability is NaN and the gradient 0: padding that
-        a mask leaves out later does no harm.
-      tokens: int[...]; one below 0, or V and above, yields NaN.
+      logits: float[..., V]. A logit of -inf has probability 0, and gradients are finite. If one is
+        NaN or inf, or all are -inf, the log-probability is NaN and the gradient 0, so that a mask
+        can exclude such padding later.
+      tokens: int[...]; a token below 0, or V and above, gives NaN.
 
     Returns:
       f32[...] in nats.
@@ -48,17 +48,17 @@ def token_logprobs(logits, tokens):
 
 @jax.custom_jvp
 def _chosen_logprobs(logits, tokens):
-    """f32[...] of f32[..., V] logits; NaN where they are no distribution."""
+    """f32[...] of f32[..., V] logits; NaN where they do not define a distribution."""
     top, log_total = normalizer(logits)
     return chosen_logits(logits, tokens) - top - log_total
 
 
 @_chosen_logprobs.defjvp
 def _chosen_logprobs_jvp(primals, tangents):
-    """d logp = d logit_token - sum_v p_v d logit_v, with one exponential for each logit."""
+    """d logp = d logit_token - sum_v p_v d logit_v, with one exponential per logit."""
     logits, tokens = primals
     top, log_total = normalizer(logits)
-    # Not less their sum, which rounds away what is small beside large logits.
+    # Two differences: the sum of top and log_total would round log_total off beside large logits.
     probabilities = jnp.exp((logits - top[..., None]) - log_total[..., None])
     slope = (_token_ids(logits) == tokens[..., None]) - probabilities
     slope = jnp.where(jnp.isfinite(log_total)[..., None], slope, 0.0)
@@ -70,7 +70,7 @@ def chosen_logits(logits, tokens):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return jnp.take_along_axis(logits, tokens[..., None], axis=-1, mode="clip")[..., 0]
-    # A gather would collect a vocabulary that is split over devices.
+    # A gather would all-gather a vocabulary that is sharded over devices.
     return jnp.sum(jnp.where(_token_ids(logits) == tokens[..., None], logits, 0.0), axis=-1)
 
 
@@ -80,8 +80,8 @@ def token_entropy(logits):
         H = log sum_v exp(logits[v]) - sum_v p[v] logits[v]
 
     Args:
-      logits: float[..., V]. A logit of -inf has probability 0, and gradients stay finite. Where one
-        is NaN or inf, or all are -inf, the entropy is NaN and the gradient 0.
+      logits: float[..., V]. A logit of -inf has probability 0, and gradients are finite. If one is
+        NaN or inf, or all are -inf, the entropy is NaN and the gradient 0.
 
     Returns:
       f32[...] in nats, from 0 to log V.
@@ -108,14 +108,15 @@ def _entropy_jvp(primals, tangents):
     entropy, (top, log_total) = entropy_of(logits), normalizer(logits)
     logp = (logits - top[..., None]) - log_total[..., None]
     # 0 * -inf is NaN.
-    slope = -jnp.exp(logp) * (jnp.maximum(logp, NOTHING) + entropy[..., None])
+    slope = -jnp.exp(logp) * (jnp.maximum(logp, MIN_LOGPROB) + entropy[..., None])
     slope = jnp.where(jnp.isfinite(log_total)[..., None], slope, 0.0)
     return entropy, jnp.sum(slope * tangents[0], axis=-1)
 
 
 def shift_logits(logits):
-    """(shifted, is_distribution): the logits in float32 less their maximum, so that large ones keep
-    their last digits; 0 where that is not finite, since a gradient of 0 does not get past a NaN.
+    """(shifted, is_distribution): logits in float32 minus their maximum, for precision.
+
+    0 where the maximum is not finite, since a gradient of 0 times NaN is NaN.
     """
     logits = logits.astype(jnp.float32)
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -126,30 +127,29 @@ def shift_logits(logits):
 def linear_token_logprobs(
     hidden, unembedding, tokens, *, temperature=1.0, chunk_size=None, vocab_size=None
 ):
-    """Log-probability and entropy of each token's distribution, from what the logits are made of.
+    """Log-probabilities of tokens and entropies of their distributions, from hidden states.
 
         logits_t = unembedding @ hidden_t / temperature
         logprobs = token_logprobs(logits, tokens),     entropy = token_entropy(logits)
 
-    In chunks, logits are made, read and dropped, and made again in the backward pass: of f32[B, T,
-    V] there is never more than f32[B, chunk_size, V]. In one piece, where that is small, they are
-    kept and nothing is made twice. Products take the dtypes given and accumulate in float32. A
-    position whose outputs are not used adds nothing to any gradient, even if it holds NaN.
-    Derivatives are in reverse mode, and of the first order.
+    In chunks, logits are computed, used and freed, and computed again in the backward pass: memory
+    holds f32[B, chunk_size, V] instead of f32[B, T, V]. If all logits fit in one chunk, they are
+    saved and not recomputed. Products take the dtypes of the inputs and accumulate in float32. A
+    position whose outputs are not used contributes 0 to every gradient, even if it holds NaN.
+    Supports first-order reverse-mode derivatives.
 
     Args:
-      hidden: float[B, T, D], the state that the unembedding turns into the logits of the token.
+      hidden: float[B, T, D], the hidden state from which each token is predicted.
       unembedding: float[V, D].
-      tokens: int[B, T]; one below 0, or vocab_size and above, yields NaN.
-      temperature: what the logits are divided by, above 0.
-      chunk_size: how many positions of each row are handled at a time, a static number. When None,
-        all of them if their logits take no more than 1 GiB on a device, and otherwise as many as
-        take 128 MiB, but at least one of each row. The devices are those of `jax.set_mesh`, over
-        which logits are taken to spread; what `jax.vmap` adds is not seen, so give a number there.
-        Where rows are on several devices, each chunk sums the unembedding's gradient over them;
-        inside `jax.shard_map` the sum is taken once.
-      vocab_size: how many rows of the unembedding are tokens, a static number; all when None. Rows
-        from there on are padding and count for nothing.
+      tokens: int[B, T]; a token below 0, or vocab_size and above, gives NaN.
+      temperature: divisor of the logits, above 0.
+      chunk_size: number of positions of each sequence per chunk, static. None: all positions if
+        their logits take at most 1 GiB on a device, otherwise as many as take 128 MiB, but at least
+        one. The devices are those of `jax.set_mesh`, over which logits are assumed to be sharded;
+        an axis of `jax.vmap` is not counted, so give a number there. If the batch is sharded, each
+        chunk sums the unembedding's gradient over devices; inside `jax.shard_map` there is one sum.
+      vocab_size: number of rows of the unembedding that are tokens, static; None: all. Further rows
+        are padding and have no effect.
 
     Returns:
       (logprobs, entropy), f32[B, T] each, in nats.
@@ -157,7 +157,7 @@ def linear_token_logprobs(
     Raises:
       ValueError: naming the argument whose shape, dtype or size is wrong.
 
-    Making logits in pieces, and again in the backward pass: Wijmans et al., Cut Your Losses in
+    Computing logits in chunks, and again in the backward pass: Wijmans et al., Cut Your Losses in
     Large-Vocabulary Language Models, section 4 (arXiv:2411.09009).
 
     >>> hidden, unembedding = jnp.ones([1, 2, 3]), jnp.array([[0.0, 0, 0], [1, 1, 1]])
@@ -172,18 +172,19 @@ def linear_token_logprobs(
         unembedding=(unembedding, "VD", float),
     )
     expect_scalars(temperature=temperature)
-    (batch, length, _), rows = hidden.shape, unembedding.shape[0]
+    (batch, length, _), num_rows = hidden.shape, unembedding.shape[0]
     if chunk_size is None:
-        chunk_size = _chunk_size(batch, length, rows)
-    chunk_size = _expect_whole("chunk_size", chunk_size, math.inf)
-    vocab_size = _expect_whole("vocab_size", rows if vocab_size is None else vocab_size, rows)
+        chunk_size = _chunk_size(batch, length, num_rows)
+    chunk_size = _expect_positive("chunk_size", chunk_size, math.inf)
+    vocab_size = num_rows if vocab_size is None else vocab_size
+    vocab_size = _expect_positive("vocab_size", vocab_size, num_rows)
     chunks = max(1, math.ceil(length / chunk_size))
     arrays = (hidden, unembedding, tokens.astype(jnp.int32), jnp.asarray(temperature, jnp.float32))
     return _outputs(*_varying_alike(arrays), chunks, vocab_size)
 
 
 class _Normalizers(NamedTuple):
-    """What turns a position's logits into log-probabilities, and its entropy; f32[B, t] each.
+    """The normalizers of a position's logits, and its entropy; f32[B, t] each.
 
     log p_v = (logits_v - top) / temperature - log_total
     """
@@ -193,29 +194,29 @@ class _Normalizers(NamedTuple):
     entropy: jax.Array
 
 
-def _chunk_size(batch, length, rows):
+def _chunk_size(batch, length, num_rows):
     mesh = jax.sharding.get_abstract_mesh()
     # Inside shard_map sizes are those of one device already.
     manual = jax.sharding.AxisType.Manual
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
     devices = math.prod(size for size, kind in axes if kind != manual)
-    position = 4 * batch * rows / devices
-    return max(1, length if length * position <= ONE_PIECE else int(CHUNK / position))
+    position = 4 * batch * num_rows / devices
+    return max(1, length if length * position <= MAX_SAVED else int(CHUNK / position))
 
 
-def _expect_whole(name, number, highest):
-    is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
-    if not (is_whole and 1 <= number <= highest):
+def _expect_positive(name, number, highest):
+    is_integer = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    if not (is_integer and 1 <= number <= highest):
         limit = "" if highest == math.inf else f" and at most V = {highest}"
         raise ValueError(f"{name} must be a whole number from 1 on{limit}, but is {number!r}.")
     return int(number)
 
 
 def _varying_alike(arrays):
-    """The arrays as differing between the same devices, inside `jax.shard_map`.
+    """The arrays cast to vary over the same mesh axes, inside `jax.shard_map`.
 
-    Gradients of a custom rule must vary as their arrays do. What one of them has the same on all
-    devices is cast, and the gradient of the cast is the sum over the devices.
+    Gradients of a custom rule must vary over the same axes as their arrays. A replicated array is
+    cast, and the gradient of the cast is the sum over devices.
     """
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     lacking = [tuple(sorted(frozenset().union(*varying) - axes)) for axes in varying]
@@ -254,62 +255,62 @@ def _forward(hidden, unembedding, tokens, temperature, chunks, vocab_size):
 def _backward(chunks, vocab_size, saved, gradients):
     hidden, unembedding, tokens, temperature, normalizers, logits = saved
     weights = _without_padding(unembedding, vocab_size)
-    # What nothing reads has no gradient, and not one of zeros that would have to be multiplied.
+    # An unused output has no gradient, instead of zeros that would have to be multiplied.
     gradients = tuple(None if isinstance(g, SymbolicZero) else g for g in gradients)
-    live = functools.reduce(jnp.logical_or, [g != 0 for g in gradients if g is not None])
-    hidden = jnp.where(live[..., None], hidden, 0)
+    is_used = functools.reduce(jnp.logical_or, [g != 0 for g in gradients if g is not None])
+    hidden = jnp.where(is_used[..., None], hidden, 0)
 
     def add(total, chunk):
-        hidden, tokens, normalizers, gradients, live, logits = chunk
+        hidden, tokens, normalizers, gradients, is_used, logits = chunk
         if chunks > 1:
             logits = _logits(hidden, weights)
         gradient = _logit_gradients(logits, tokens, normalizers, gradients, temperature)
         is_token = _token_ids(logits) < vocab_size
-        gradient = jnp.where(live[..., None] & is_token, gradient, 0.0).astype(
+        gradient = jnp.where(is_used[..., None] & is_token, gradient, 0.0).astype(
             jnp.promote_types(hidden.dtype, weights.dtype)
         )
-        for_hidden = _product("btv,vd->btd", gradient, weights, like=hidden)
-        # [D, V] and not [V, D]: it is hidden that has to be transposed, and not all the logits.
-        return total + _product("btd,btv->dv", hidden, gradient, like=total), for_hidden
+        hidden_grad = _product("btv,vd->btd", gradient, weights, like=hidden)
+        # [D, V] and not [V, D], which transposes hidden instead of the logits.
+        return total + _product("btd,btv->dv", hidden, gradient, like=total), hidden_grad
 
     zeros = jnp.zeros_like(unembedding.T, jnp.float32)
-    arrays = (hidden, tokens, normalizers, gradients, live, logits)
-    for_unembedding, for_hidden = _scan(add, zeros, arrays, chunks)
+    arrays = (hidden, tokens, normalizers, gradients, is_used, logits)
+    unembedding_grad, hidden_grad = _scan(add, zeros, arrays, chunks)
     # The logits are linear in hidden / temperature.
-    for_temperature = -jnp.sum(hidden.astype(jnp.float32) * for_hidden) / temperature
-    for_hidden = for_hidden.astype(hidden.dtype)
+    temperature_grad = -jnp.sum(hidden.astype(jnp.float32) * hidden_grad) / temperature
+    hidden_grad = hidden_grad.astype(hidden.dtype)
     if unembedding.dtype != jnp.float32:
-        # Joined to the product, the transposition makes one that XLA has not for bfloat16 on CPUs.
-        for_unembedding = lax.optimization_barrier(for_unembedding)
-    return for_hidden, for_unembedding.T.astype(unembedding.dtype), None, for_temperature
+        # Fused with the product, the transposition gives one that XLA lacks for bfloat16 on CPUs.
+        unembedding_grad = lax.optimization_barrier(unembedding_grad)
+    return hidden_grad, unembedding_grad.T.astype(unembedding.dtype), None, temperature_grad
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
-# Compiled, since a shard_map that is not compiled refuses symbolic zeros.
+# Under jit, because shard_map outside of jit does not accept symbolic zeros.
 _outputs = jax.jit(_chunked, static_argnums=(4, 5))
 
 
 def _product(axes, x, y, like=None):
-    """The product in float32, split over devices as `like` is where the mesh is explicit."""
+    """The product in float32, with the sharding of `like` if mesh axes are explicit."""
     sharding = None if like is None else jax.typeof(like).sharding
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32, out_sharding=sharding)
 
 
 def _logits(hidden, weights):
-    """f32[B, t, V], not yet divided by the temperature."""
+    """f32[B, t, V], before the division by the temperature."""
     return _product("btd,vd->btv", hidden, weights)
 
 
 def _without_padding(unembedding, vocab_size):
-    """The unembedding with its first row in the place of the padding.
+    """The unembedding with its padding rows replaced by its first row.
 
-    That leaves the largest logit as it is, and no NaN that a gradient of zero would meet.
+    This does not change the largest logit, and removes NaN, which times a gradient of 0 is NaN.
     """
-    rows = unembedding.shape[0]
-    if vocab_size == rows:
+    num_rows = unembedding.shape[0]
+    if vocab_size == num_rows:
         return unembedding
-    ids = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    # A sum and not [:1], which does not slice a vocabulary that is split over devices.
+    ids = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
+    # A sum and not [:1], which cannot slice a vocabulary that is sharded over devices.
     first = jnp.sum(jnp.where(ids == 0, unembedding, 0), axis=0, keepdims=True)
     return jnp.where(ids < vocab_size, unembedding, first)
 
@@ -333,27 +334,27 @@ def _read(logits, tokens, temperature, vocab_size):
 
 
 def _logit_gradients(logits, tokens, normalizers, gradients, temperature):
-    """The gradients of logprobs and entropy, carried on to the logits.
+    """The gradient of the logits, from those of logprobs and entropy.
 
     d logp_token / d logit_v = ([v = token] - p_v) / temperature
     d entropy / d logit_v    = -p_v * (log p_v + entropy) / temperature
     """
-    for_logprobs, for_entropy = (
+    logprobs_grad, entropy_grad = (
         None if g is None else (g / temperature)[..., None] for g in gradients
     )
     top, log_total, entropy = (x[..., None] for x in normalizers)
     logp = (logits - top) / temperature - log_total
-    slope = 0.0 if for_logprobs is None else for_logprobs
-    if for_entropy is not None:
-        slope += for_entropy * (logp + entropy)
+    slope = 0.0 if logprobs_grad is None else logprobs_grad
+    if entropy_grad is not None:
+        slope += entropy_grad * (logp + entropy)
     gradient = -jnp.exp(logp) * slope
-    if for_logprobs is None:
+    if logprobs_grad is None:
         return gradient
-    return gradient + jnp.where(_token_ids(logits) == tokens[..., None], for_logprobs, 0.0)
+    return gradient + jnp.where(_token_ids(logits) == tokens[..., None], logprobs_grad, 0.0)
 
 
 def _scan(body, carry, arrays, chunks):
-    """lax.scan over `chunks` pieces of [B, T, ...] along T, whose outputs are joined again."""
+    """lax.scan over `chunks` chunks of [B, T, ...] along T; its outputs are concatenated."""
     if chunks == 1:
         return body(carry, arrays)
     length = jax.tree.leaves(arrays)[0].shape[1]

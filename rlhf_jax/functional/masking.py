@@ -16,10 +16,10 @@ def masked_mean(x, mask, axis=None):
     Args:
       x: float[...].
       mask: bool[...], the same shape as x.
-      axis: the axis or axes to reduce; all of them when None.
+      axis: the axis or axes to reduce; None: all of them.
 
     Returns:
-      f32, the shape of x without the reduced axes; 0 where no entry is real.
+      f32, the shape of x without the reduced axes; 0 if no entry is real.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -35,16 +35,16 @@ def masked_mean(x, mask, axis=None):
 def masked_var(x, mask, axis=None, *, unbiased=True):
     """Variance of the real entries.
 
-        sum((x - mean)^2 * mask) / (n - 1)        n = sum(mask); over n when not unbiased
+        sum((x - mean)^2 * mask) / (n - 1)        n = sum(mask); divided by n if not unbiased
 
     Args:
       x: float[...].
       mask: bool[...], the same shape as x.
-      axis: the axis or axes to reduce; all of them when None.
+      axis: the axis or axes to reduce; None: all of them.
       unbiased: whether to divide by n - 1 (Bessel's correction) or by n.
 
     Returns:
-      f32, the shape of x without the reduced axes; 0 where fewer than two entries are real.
+      f32, the shape of x without the reduced axes; 0 if fewer than two entries are real.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -61,20 +61,20 @@ def masked_var(x, mask, axis=None, *, unbiased=True):
 
 
 def masked_whiten(x, mask, *, shift_mean=True, unbiased=True, eps=1e-8):
-    """The real entries with variance 1, and with mean 0 unless their mean is kept.
+    """Normalizes the real entries to variance 1, and to mean 0 if shift_mean.
 
         (x - mean) / sqrt(var + eps)  (+ mean, without shift_mean)
 
-    Advantages are whitened with shift_mean, rewards without it. Statistics run over all real
-    entries of x: under jit over a sharded batch, over the batch of all devices.
+    Advantages are whitened with shift_mean, rewards without it. Statistics are over all real
+    entries of x; under jit with a sharded batch, over the batch of all devices.
 
     Args:
       x: float[...].
       mask: bool[...], the same shape as x.
-      shift_mean: whether to take the mean away.
-      unbiased: the variance to divide by, as in `masked_var`. minichatgpt, TRL and trlX use the
-        unbiased one, openai/lm-human-preferences does not.
-      eps: what the variance is kept above 0 with.
+      shift_mean: whether to subtract the mean.
+      unbiased: the kind of variance, as in `masked_var`. minichatgpt, TRL and trlX use the unbiased
+        one, openai/lm-human-preferences does not.
+      eps: added to the variance.
 
     Returns:
       f32[...], zero off the mask.
@@ -95,11 +95,11 @@ def masked_whiten(x, mask, *, shift_mean=True, unbiased=True, eps=1e-8):
 
 
 def response_mask(tokens, stop_token_ids):
-    """True up to and including the first stop token of each row: the stop is an action.
+    """Mask of responses: True up to and including the first stop token, which is an action.
 
     Args:
       tokens: int[B, T].
-      stop_token_ids: tuple of ints, each of which ends a response; everything is real when empty.
+      stop_token_ids: tuple of ints, each of which ends a response; if empty, all tokens are real.
 
     Returns:
       bool[B, T].
@@ -118,7 +118,7 @@ def response_mask(tokens, stop_token_ids):
         raise ValueError(
             f"stop_token_ids must be a tuple of whole numbers, but is {stop_token_ids!r}."
         )
-    # In int32, whatever the tokens are: a count in uint8 begins again after 255.
+    # In int32 for every dtype of tokens: a count in uint8 overflows at 255.
     tokens = tokens.astype(jnp.int32)
     stops = jnp.zeros_like(tokens)
     for token_id in stop_token_ids:
@@ -129,14 +129,14 @@ def response_mask(tokens, stop_token_ids):
 def zero_off_mask(mask, *arrays):
     """The arrays in float32, with 0 off the mask.
 
-    Inputs pass through here before any arithmetic: a `where` after it would keep NaN out of the
-    value, but let 0 * NaN into the gradient.
+    To be applied to inputs before any arithmetic: a `where` on the result would keep NaN out of the
+    value, but not 0 * NaN out of the gradient.
     """
     return tuple(jnp.where(mask, x.astype(jnp.float32), 0.0) for x in arrays)
 
 
 def is_last(mask):
-    """True on the last real position of each row of bool[B, T], if it has one."""
+    """True on the last real position of each response of bool[B, T], if it has one."""
     positions = jnp.arange(mask.shape[1])
     return mask & (
         positions == jnp.max(jnp.where(mask, positions, -1), axis=1, keepdims=True, initial=-1)
@@ -144,10 +144,10 @@ def is_last(mask):
 
 
 def batch_mean(x, mask, denominator=None):
-    """Sum over the real entries of x, over their number or over `denominator`, as f32[].
+    """Sum over the real entries of x, divided by their number or by `denominator`, as f32[].
 
-    The denominator is the number of real entries in a larger batch that this one is a part of, so
-    that the parts add up to its mean. Where there is nothing to count, 0.
+    The denominator is the number of real entries of a larger batch of which this one is a part, so
+    that the results of the parts add up to its mean. 0 if there are no real entries.
     """
     expect_scalars(denominator=denominator)
     total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0))
@@ -155,6 +155,6 @@ def batch_mean(x, mask, denominator=None):
 
 
 def count_or_one(count):
-    """A count to divide by, as f32: 1 where there is nothing, since sums over nothing are 0."""
+    """A count as f32 divisor: 1 instead of 0, since sums over no entries are 0."""
     count = jnp.asarray(count, jnp.float32)
     return jnp.where(count == 0, 1.0, count)

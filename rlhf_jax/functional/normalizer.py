@@ -1,15 +1,15 @@
-"""What makes probabilities of logits: the normalizer of each row, and its entropy."""
+"""The log-normalizer of logits, and the entropy of their softmax."""
 
 import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.backend import is_on_one_cpu
 
-# Entries of a row that a CPU sums together.
+# Entries of the vocabulary axis that a CPU sums together.
 BLOCK = 128
-# A logit this far below the largest has probability 0, times whatever a gradient is.
-NOTHING = -1e4
-_LEAST = float(jnp.finfo(jnp.float32).min)
+# A logit this far below the largest one has probability 0; finite, because 0 * -inf is NaN.
+MIN_LOGPROB = -1e4
+_MIN_FLOAT = float(jnp.finfo(jnp.float32).min)
 
 
 def normalizer(logits):
@@ -18,8 +18,7 @@ def normalizer(logits):
     Args:
       logits: f32[..., V].
 
-    log_total is NaN, of a gradient that means nothing, where there is no sum: where the largest
-    logit is NaN or infinite.
+    log_total is NaN, and its gradient undefined, if the largest logit is NaN or infinite.
     """
     top, base, blocks = _blocks(logits)
     parts = jnp.sum(jnp.exp(blocks - base[..., None]), axis=-1)
@@ -28,36 +27,36 @@ def normalizer(logits):
 
 
 def entropy_of(logits):
-    """f32[...] of f32[..., V]: sum_v -p_v log p_v in nats; NaN as `normalizer` has it.
+    """f32[...] of f32[..., V]: sum_v -p_v log p_v in nats; NaN where `normalizer` is NaN.
 
-    With logits in blocks j of largest logits b_j, and w_j = exp(b_j - top):
+    With logits in blocks j, their maxima b_j, and w_j = exp(b_j - top):
 
         H = log Z - sum_j w_j (sum_v e_v (logit_v - b_j) + (b_j - top) sum_v e_v) / Z
     """
-    # By itself: log-probabilities of the same logits are then, to the bit, what they are alone.
+    # The barrier keeps log-probabilities of the same logits bit-identical to those without entropy.
     logits = lax.optimization_barrier(logits)
     _, log_total = normalizer(logits)
     top, base, blocks = _blocks(logits)
     parts = jnp.sum(jnp.exp(blocks - base[..., None]), axis=-1)
-    # By themselves: a CPU would write the exponentials of all logits, for two sums to read.
+    # Without the barrier a CPU writes the exponentials of all logits to memory for the two sums.
     blocks, below = lax.optimization_barrier((blocks, base))
     # 0 * -inf is NaN.
-    less = jnp.maximum(blocks - below[..., None], NOTHING)
+    less = jnp.maximum(blocks - below[..., None], MIN_LOGPROB)
     sums = jnp.sum(jnp.exp(less) * less, axis=-1)
-    less = jnp.maximum(base - top[..., None], NOTHING)
+    less = jnp.maximum(base - top[..., None], MIN_LOGPROB)
     mean = jnp.sum(jnp.exp(less) * (sums + less * parts), axis=-1) / jnp.exp(log_total)
     return log_total - mean
 
 
 def _blocks(logits):
-    """(top [...], base [..., n], blocks [..., n, V / n]): the largest of all, and of each block.
+    """(top [...], base [..., n], blocks [..., n, V / n]): maximum, maxima of the blocks, blocks.
 
-    Where a CPU sums rows of a vocabulary, blocks of 128 take a third of the time: it neither writes
-    what it sums nor walks through a row that no cache holds. Elsewhere there is one.
+    On one CPU, sums over a vocabulary in blocks of 128 take a third of the time: intermediate
+    values are not written to memory and blocks fit the cache. Other devices use one block.
     """
     size = logits.shape[-1]
     count = max(size // BLOCK, 1) if is_on_one_cpu() and size % BLOCK == 0 else 1
     blocks = logits.reshape(*logits.shape[:-1], count, size // count)
     base = lax.stop_gradient(jnp.max(blocks, axis=-1))
-    # Finite, so that a block of -inf gives 0.
-    return jnp.max(base, axis=-1), jnp.maximum(base, _LEAST), blocks
+    # Finite, so that a block of -inf sums to 0.
+    return jnp.max(base, axis=-1), jnp.maximum(base, _MIN_FLOAT), blocks

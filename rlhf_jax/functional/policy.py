@@ -1,4 +1,4 @@
-"""Policy-gradient losses and the value loss that goes with them."""
+"""Policy-gradient losses, and the value loss of PPO."""
 
 import numbers
 
@@ -17,15 +17,15 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2,
         r_t    = exp(logprobs_t - old_logprobs_t)
         loss_t = max(-A_t * r_t, -A_t * clip(r_t, 1 - clip_range, 1 + clip_range))
 
-    r_t stops growing at e^40, where float32 would soon overflow; its gradient there is 0.
+    r_t is limited to e^40, within the range of float32; beyond it the gradient is 0.
 
     Args:
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
       old_logprobs: float[B, T], the same under the policy that sampled them.
       advantages: float[B, T].
       mask: bool[B, T], True on real tokens.
-      clip_range: how far the ratio may leave 1 before it earns nothing more.
-      denominator: what to divide sums by, instead of the number of real tokens.
+      clip_range: distance of the ratio from 1 beyond which the surrogate is clipped.
+      denominator: divisor of the sums, instead of the number of real tokens.
 
     Returns:
       (loss, metrics), f32[] each; metrics `clipfrac`, the share of tokens in which the clipped
@@ -71,10 +71,10 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
     Args:
       values: float[B, T] of the value model in training.
       old_values: float[B, T], the values at the time of sampling.
-      returns: float[B, T], what the values should be.
+      returns: float[B, T], the targets of the values.
       mask: bool[B, T], True on real tokens.
-      clip_range: how far a value may leave the old one before it earns nothing more.
-      denominator: what to divide sums by, instead of the number of real tokens.
+      clip_range: distance of a value from the old one beyond which it is clipped.
+      denominator: divisor of the sums, instead of the number of real tokens.
 
     Returns:
       (loss, metrics), f32[] each; metric `clipfrac`, the share of tokens in which the clipped
@@ -83,8 +83,8 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
 
-    Not in the PPO paper, but in its code (openai/baselines, ppo2) and in that of Ziegler et al.
-    (openai/lm-human-preferences), which this follows.
+    Not in the PPO paper, but in its code (openai/baselines, ppo2) and in the code of Ziegler et al.
+    (openai/lm-human-preferences), which this function follows.
 
     >>> loss, metrics = ppo_value_loss(
     ...     jnp.array([[1.0]]), jnp.array([[0.0]]), jnp.array([[1.0]]), jnp.array([[True]]))
@@ -99,7 +99,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
     )
     expect_scalars(clip_range=clip_range)
     values, old_values, returns = zero_off_mask(mask, values, old_values, returns)
-    # Not old + clip(new - old): that rounds, and would count values inside the range as clipped.
+    # Not old + clip(new - old), which rounds and would count values inside the range as clipped.
     clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     unclipped = jnp.square(values - returns)
     clipped = jnp.square(clipped_values - returns)
@@ -109,14 +109,14 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
 
 
 def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef, denominator=None):
-    """PPO's surrogate loss with a KL penalty in place of the clipping, a mean over real tokens.
+    """PPO's surrogate loss with a KL penalty instead of clipping, a mean over real tokens.
 
         r_t    = exp(logprobs_t - old_logprobs_t)
         kl_t   = (r_t - 1) - log r_t
         loss_t = -A_t * r_t + kl_coef * kl_t
 
     kl_t estimates KL(old || new) from tokens that the old policy sampled, and is never negative.
-    r_t stops growing at e^40, where float32 would soon overflow; the gradient there is 0.
+    r_t is limited to e^40, within the range of float32; beyond it the gradient is 0.
 
     Args:
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
@@ -124,7 +124,7 @@ def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef,
       advantages: float[B, T].
       mask: bool[B, T], True on real tokens.
       kl_coef: the coefficient of the penalty, per nat; `penalty_kl_update` adapts it.
-      denominator: what to divide sums by, instead of the number of real tokens.
+      denominator: divisor of the sums, instead of the number of real tokens.
 
     Returns:
       (loss, metrics), f32[] each; metrics `kl`, the mean of kl_t in nats, and `ratio`, the mean of
@@ -134,7 +134,7 @@ def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef,
       ValueError: naming the argument whose shape or dtype is wrong.
 
     Schulman et al., Proximal Policy Optimization Algorithms, eq. 8 (arXiv:1707.06347), whose KL is
-    over the whole vocabulary.
+    over the full vocabulary.
 
     >>> loss, metrics = kl_penalty_policy_loss(
     ...     jnp.log(jnp.array([[0.5, 0.4]])), jnp.log(jnp.array([[0.25, 0.4]])),
@@ -168,7 +168,7 @@ def reinforce_loss(logprobs, advantages, mask, *, denominator=None):
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
       advantages: float[B, T].
       mask: bool[B, T], True on real tokens.
-      denominator: what to divide sums by, instead of the number of real tokens.
+      denominator: divisor of the sums, instead of the number of real tokens.
 
     Returns:
       (loss, metrics): f32[], 0 if no token is real, and no metrics.
@@ -206,7 +206,7 @@ def grpo_loss(
     reduction="sequence",
     denominator=None,
 ):
-    """PPO's clipped loss with one advantage per response, and a KL penalty beside it.
+    """PPO's clipped loss with one advantage per response, plus a KL penalty.
 
         r_t    = exp(logprobs_t - old_logprobs_t)
         d_t    = logprobs_t - ref_logprobs_t
@@ -214,37 +214,37 @@ def grpo_loss(
         loss_t = max(-A * r_t, -A * clip(r_t, 1 - clip_range, 1 + clip_range_high))
                  + kl_coef * kl_t
 
-        "sequence"   mean over rows of each row's mean over its tokens   (GRPO)
-        "token"      mean over tokens                                    (DAPO)
-        "constant"   sum over tokens / (B * T)                           (Dr. GRPO)
+        "sequence"   mean over responses of the mean over tokens   (GRPO)
+        "token"      mean over tokens                              (DAPO)
+        "constant"   sum over tokens / (B * T)                     (Dr. GRPO)
 
-    r_t and kl_t stop growing at e^40, where float32 would soon overflow; the gradient there is 0.
+    r_t and kl_t are limited to e^40, within the range of float32; beyond it the gradient is 0.
 
     Args:
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
       old_logprobs: float[B, T], the same under the policy that sampled them.
-      advantages: float[B], one per response, as from `group_advantages(scores).reshape(-1)`.
+      advantages: float[B], one per response: `group_advantages(scores).reshape(-1)`.
       mask: bool[B, T], True on real tokens.
-      ref_logprobs: float[B, T], the same under the reference; no penalty when None.
+      ref_logprobs: float[B, T], the same under the reference; None: no penalty.
       kl_coef: the coefficient of the penalty, per nat.
-      clip_range: how far the ratio may fall below 1 before that earns nothing more.
-      clip_range_high: how far it may rise above 1; clip_range when None. DAPO takes 0.28.
+      clip_range: distance of the ratio below 1 beyond which the surrogate is clipped.
+      clip_range_high: the same above 1; None: clip_range. DAPO uses 0.28.
       reduction: "sequence", "token" or "constant".
-      denominator: what to divide by instead: of the rows with a real token for "sequence", of the
-        real tokens for "token", of B * T for "constant".
+      denominator: divisor instead of the number of responses with a real token ("sequence"), of
+        real tokens ("token"), or of B * T ("constant").
 
     Returns:
       (loss, metrics), f32[] each; metrics `clipfrac`, the share of tokens in which the clipped
       term is the larger one, `approxkl`, half the mean square of the log-ratio, `ratio`, the mean
-      of r_t, and `kl`, the mean of kl_t in nats, 0 without a reference. Their means leave padding
-      out: under "token" they are over all real tokens, else over rows of each row's mean. A row
-      without a real token counts for nothing; under "constant" it is still one of the B rows. All
-      are 0 if no token is real.
+      of r_t, and `kl`, the mean of kl_t in nats, 0 without a reference. Their means exclude
+      padding: under "token" they are over all real tokens, else over responses of the mean over
+      tokens. A response without a real token contributes 0, and is counted only under "constant",
+      in B. All are 0 if no token is real.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong, an unknown reduction, or a
-        kl_coef other than 0 that has no ref_logprobs. Of a traced kl_coef the number is not known:
-        one that is not 0 then makes the loss and its gradients NaN.
+        kl_coef other than 0 without ref_logprobs. The value of a traced kl_coef is not known at
+        trace time: if it is not 0, the loss and its gradients are NaN.
 
     Shao et al., DeepSeekMath, eq. 3 and 4 (arXiv:2402.03300); Yu et al., DAPO, eq. 8
     (arXiv:2503.14476); Liu et al., Understanding R1-Zero-Like Training, section 3.2
@@ -304,18 +304,18 @@ def grpo_loss(
 
 
 def _weights(mask, reduction, denominator):
-    """What each token counts in the loss and in the metrics: two of f32[B, T], zero off the mask.
+    """Weights of the tokens in the loss and in the metrics: two of f32[B, T], zero off the mask.
 
-    Metrics have to add up under a `denominator` as the loss does. For "constant" that rules out
-    their mean over all real tokens, whose number a part of a batch does not know of the whole.
+    With a `denominator` metrics have to add up over parts of a batch, as the loss does. For
+    "constant" that excludes a mean over all real tokens, whose number in the full batch is unknown.
     """
     lengths = jnp.sum(mask, axis=1, keepdims=True)
     if denominator is None:
         counts = {"sequence": jnp.sum(lengths > 0), "token": jnp.sum(mask), "constant": mask.size}
         denominator = counts[reduction]
     by_token = mask / count_or_one(denominator)
-    by_row = by_token / jnp.maximum(lengths, 1)
+    by_response = by_token / jnp.maximum(lengths, 1)
     if reduction == "constant":
-        return by_token, by_row * mask.shape[1]
-    weights = by_row if reduction == "sequence" else by_token
+        return by_token, by_response * mask.shape[1]
+    weights = by_response if reduction == "sequence" else by_token
     return weights, weights

@@ -1,6 +1,6 @@
-"""Losses that train a policy on preferences without a reward model.
+"""Losses of a policy on preferences, without a reward model.
 
-They take log-probabilities of whole responses, one number each.
+Their arguments are log-probabilities of full responses, one number each.
 """
 
 import numbers
@@ -13,7 +13,7 @@ from rlhf_jax.functional.masking import batch_mean, count_or_one, zero_off_mask
 
 DPO_KINDS = ("sigmoid", "hinge", "ipo", "robust")
 
-# float32's epsilon: a probability whose logarithm is nearer to 0 is 1, as far as float32 can tell.
+# float32's epsilon: a probability with a logarithm closer to 0 rounds to 1.
 MIN_DISTANCE = 2.0**-23
 
 
@@ -30,7 +30,7 @@ def dpo_loss(
     mask=None,
     denominator=None,
 ):
-    """Direct preference optimization and its relatives, a mean over pairs.
+    """Direct preference optimization and its variants, a mean over pairs.
 
         h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
         s = label_smoothing
@@ -40,35 +40,35 @@ def dpo_loss(
         ipo        (h - 1 / (2 * beta))^2
         robust     (-(1 - s) * log sigmoid(beta * h) + s * log sigmoid(-beta * h)) / (1 - 2 * s)
 
-    s is the share of pairs whose labels are taken to be swapped. "sigmoid" with s > 0 is
-    conservative DPO, whose target is a probability of 1 - s; "robust" is in expectation over swaps
-    the loss of the true labels.
+    s is the assumed share of pairs with swapped labels. "sigmoid" with s > 0 is conservative DPO,
+    with a target probability of 1 - s; the expectation of "robust" over swaps is the loss of the
+    true labels.
 
     Args:
       policy_chosen: float[B], log-probabilities of the preferred responses under the policy in
         training, in nats: sums over their tokens.
-      policy_rejected: float[B], the same of the other responses.
+      policy_rejected: float[B], the same for the other responses.
       ref_chosen: float[B], log-probabilities of the preferred ones under the reference.
-      ref_rejected: float[B], the same of the others.
-      beta: how strongly the policy is held to the reference (the paper's tau for "ipo").
+      ref_rejected: float[B], the same for the others.
+      beta: strength of the KL constraint to the reference (the paper's tau for "ipo").
       kind: "sigmoid", "hinge", "ipo" or "robust".
-      label_smoothing: s. "hinge" and "ipo" have none: a traced one that is not 0 makes their loss
-        NaN. "robust" needs one below 0.5.
+      label_smoothing: s. "hinge" and "ipo" do not support it: a traced value other than 0 makes
+        their loss NaN. "robust" needs a value below 0.5.
       lengths: (int[B], int[B]), tokens of the chosen and of the rejected responses, or floats: each
-        log-ratio, policy - ref, is divided by its length first, an empty response's by 1. TRL does
-        so for "ipo", on the word of its authors; their paper, and OpenRLHF, do not. None: sums.
-      mask: bool[B], False on rows that only fill up a batch; all rows are real when None.
-      denominator: what to divide sums by, instead of the number of real pairs.
+        log-ratio, policy - ref, is divided by its length, or by 1 for an empty response. TRL does
+        this for "ipo", as advised by its authors; their paper, and OpenRLHF, do not. None: sums.
+      mask: bool[B], False on padding entries of the batch; None: all are real.
+      denominator: divisor of the sums, instead of the number of real pairs.
 
     Returns:
       (loss, metrics), f32[] each. A reward is beta * (policy - ref), per token with lengths;
-      metrics `accuracy`, the share of pairs in which the chosen one has the higher reward (a tie
-      is none), `margin`, the mean difference of rewards, `chosen_reward` and `rejected_reward`,
-      their means. All are 0 if no pair is real.
+      metrics `accuracy`, the share of pairs in which the chosen one has the higher reward (ties
+      count as wrong), `margin`, the mean difference of rewards, `chosen_reward` and
+      `rejected_reward`, their means. All are 0 if no pair is real.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong, an unknown kind, or a
-        label_smoothing that the kind does not take, if it is a plain number.
+        label_smoothing that the kind does not support, if it is not traced.
 
     Rafailov et al., Direct Preference Optimization, eq. 7 (arXiv:2305.18290); conservative:
     Mitchell, A note on DPO with noisy preferences (ericmitchell.ai/cdpo.pdf); hinge: the loss of
@@ -84,7 +84,7 @@ def dpo_loss(
     expect_one_of(kind=(kind, DPO_KINDS))
     expect_scalars(beta=beta, label_smoothing=label_smoothing)
     _expect_label_smoothing(kind, label_smoothing)
-    mask = _real_rows(
+    mask = _checked_mask(
         "B",
         "mask",
         mask,
@@ -115,18 +115,17 @@ def simpo_loss(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, mask=None
     Args:
       policy_chosen: float[B], log-probabilities of the preferred responses under the policy in
         training, in nats per token: means over their tokens.
-      policy_rejected: float[B], the same of the other responses.
+      policy_rejected: float[B], the same for the other responses.
       beta: scale of the rewards.
-      gamma: by how much the chosen one should win, in units of the reward. Some state gamma / beta
-        instead.
-      mask: bool[B], False on rows that only fill up a batch; all rows are real when None.
-      denominator: what to divide sums by, instead of the number of real pairs.
+      gamma: target margin of the rewards. Some implementations have gamma / beta instead.
+      mask: bool[B], False on padding entries of the batch; None: all are real.
+      denominator: divisor of the sums, instead of the number of real pairs.
 
     Returns:
       (loss, metrics), f32[] each. A reward is beta times a log-probability; metrics `accuracy`,
-      the share of pairs in which the chosen one has the higher reward (a tie is none, gamma is not
-      counted), `margin`, the mean difference of rewards, `chosen_reward` and `rejected_reward`,
-      their means. All are 0 if no pair is real.
+      the share of pairs in which the chosen one has the higher reward (ties count as
+      wrong; gamma is not included), `margin`, the mean difference of rewards, `chosen_reward` and
+      `rejected_reward`, their means. All are 0 if no pair is real.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -137,7 +136,7 @@ def simpo_loss(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, mask=None
     >>> print(f"{loss:.4f}", metrics["margin"])
     0.3133 2.0
     """
-    mask = _real_rows(
+    mask = _checked_mask(
         "B", "mask", mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
     )
     expect_scalars(beta=beta, gamma=gamma)
@@ -153,25 +152,25 @@ def orpo_loss(policy_chosen, policy_rejected, nll, *, beta=0.1, mask=None, denom
         log_odds(x) = log(e^x / (1 - e^x)) = x - log(1 - e^x)
         nll - beta * mean(log sigmoid(log_odds(policy_chosen) - log_odds(policy_rejected)))
 
-    The odds of a certain response are infinite: log-probabilities above -2^-23, whose probability
-    float32 does not tell from 1, count as -2^-23, log-odds of 15.9, and have gradient 0.
+    The odds of a response with probability 1 are infinite: log-probabilities above -2^-23, whose
+    probability rounds to 1 in float32, are set to -2^-23, log-odds of 15.9, and have gradient 0.
 
     Args:
       policy_chosen: float[B], log-probabilities of the preferred responses under the policy in
         training, in nats per token: means over their tokens.
-      policy_rejected: float[B], the same of the other responses.
-      nll: float[], the loss of supervised training on the preferred responses. It is added as it
-        is: micro-batches that are to add up need one that adds up itself, as that of
-        `cross_entropy_loss` with a denominator does.
+      policy_rejected: float[B], the same for the other responses.
+      nll: float[], the supervised loss on the preferred responses. It is added unchanged: for
+        micro-batches it has to be divided by the count of the large batch, as by
+        `cross_entropy_loss` with a denominator.
       beta: weight of the second term (the paper's lambda).
-      mask: bool[B], False on rows that only fill up a batch; all rows are real when None.
-      denominator: what to divide sums over pairs by, instead of the number of real pairs.
+      mask: bool[B], False on padding entries of the batch; None: all are real.
+      denominator: divisor of the sums over pairs, instead of the number of real pairs.
 
     Returns:
       (loss, metrics), f32[] each. A reward is beta times a log-probability, as in TRL; metrics
-      `accuracy`, the share of pairs in which the chosen one has the higher reward (a tie is none),
-      `margin`, the mean difference of rewards, `chosen_reward` and `rejected_reward`, their means.
-      If no pair is real the loss is nll and the metrics are 0.
+      `accuracy`, the share of pairs in which the chosen one has the higher reward (ties count as
+      wrong), `margin`, the mean difference of rewards, `chosen_reward` and `rejected_reward`, their
+      means. If no pair is real the loss is nll and the metrics are 0.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -183,7 +182,7 @@ def orpo_loss(policy_chosen, policy_rejected, nll, *, beta=0.1, mask=None, denom
     1.2231
     """
     expect_scalars(nll=nll, beta=beta)
-    mask = _real_rows(
+    mask = _checked_mask(
         "B", "mask", mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
     )
     chosen, rejected = zero_off_mask(mask, policy_chosen, policy_rejected)
@@ -206,7 +205,7 @@ def kto_loss(
     rejected_mask=None,
     denominator=None,
 ):
-    """Kahneman-Tversky optimization: good and bad responses without pairs, a mean over both.
+    """Kahneman-Tversky optimization on desirable and undesirable responses, a mean over both.
 
         z = max(0, kl), without gradient
         desirable_weight   * (1 - sigmoid(beta * (policy_chosen - ref_chosen - z)))
@@ -215,27 +214,27 @@ def kto_loss(
     Args:
       policy_chosen: float[C], log-probabilities of the desirable responses under the policy in
         training, in nats: sums over their tokens. C may be 0.
-      policy_rejected: float[R], the same of the undesirable ones, which may be more or fewer.
+      policy_rejected: float[R], the same for the undesirable ones; R may differ from C.
       ref_chosen: float[C], log-probabilities of the desirable ones under the reference.
-      ref_rejected: float[R], the same of the undesirable ones.
+      ref_rejected: float[R], the same for the undesirable ones.
       kl: float[], the reference point, in nats per response: an estimate of the KL divergence of
-        the policy from the reference.
-        The published one is the mean of policy - ref over responses paired with other prompts.
-      beta: how strongly the policy is held to the reference.
+        the policy from the reference. The published estimate is the mean of policy - ref over
+        responses paired with other prompts.
+      beta: strength of the KL constraint to the reference.
       desirable_weight: weight of the desirable responses.
       undesirable_weight: weight of the undesirable ones.
-      chosen_mask: bool[C], False on rows that only fill up a batch; all are real when None.
+      chosen_mask: bool[C], False on padding entries of the batch; None: all are real.
       rejected_mask: bool[R], the same for the undesirable ones.
-      denominator: what to divide sums by: (the number of desirable responses, that of undesirable
-        ones) of the large batch. A single number N counts as (N / 2, N / 2).
+      denominator: divisors of the sums: the numbers of (desirable, undesirable) responses in the
+        large batch. A single number N is short for (N / 2, N / 2).
 
     Returns:
       (loss, metrics), f32[] each. A reward is beta * (policy - ref); metrics `accuracy`, the share
       of all responses on the right side of the reference point, with policy - ref above z if
-      desirable and below if not (a tie is neither), `chosen_reward` and `rejected_reward`, the mean
-      of each sort over its own number, and `margin`, the difference of these means. 0 where no
+      desirable and below if not (ties count as wrong), `chosen_reward` and `rejected_reward`, the
+      mean of each group over its own number, and `margin`, the difference of these means. 0 if no
       response is real. With a pair as denominator all of them add up over micro-batches; with a
-      single number loss and accuracy do, and the rewards if the large batch has as many of each.
+      single number only loss and accuracy do, and the rewards if the two groups are equally large.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -254,10 +253,10 @@ def kto_loss(
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
-    chosen_mask = _real_rows(
+    chosen_mask = _checked_mask(
         "C", "chosen_mask", chosen_mask, policy_chosen=policy_chosen, ref_chosen=ref_chosen
     )
-    rejected_mask = _real_rows(
+    rejected_mask = _checked_mask(
         "R",
         "rejected_mask",
         rejected_mask,
@@ -267,7 +266,7 @@ def kto_loss(
     policy_chosen, ref_chosen = zero_off_mask(chosen_mask, policy_chosen, ref_chosen)
     policy_rejected, ref_rejected = zero_off_mask(rejected_mask, policy_rejected, ref_rejected)
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    # How far each is on the right side of the reference point.
+    # Distances from the reference point, positive on the right side.
     z = jnp.maximum(jax.lax.stop_gradient(jnp.asarray(kl, jnp.float32)), 0.0)
     above, below = chosen - z, z - rejected
     chosen_count, rejected_count, count = _counts(chosen_mask, rejected_mask, denominator)
@@ -287,7 +286,7 @@ def kto_loss(
 def _dpo_losses(difference, beta, kind, label_smoothing):
     logits = beta * difference
     if kind in ("hinge", "ipo"):
-        # relu and not maximum, which shares the gradient out at the corner.
+        # relu and not maximum, which splits the gradient at the corner.
         hinge = kind == "hinge"
         losses = jax.nn.relu(1.0 - logits) if hinge else jnp.square(difference - 0.5 / beta)
         return losses * jnp.where(label_smoothing == 0, 1.0, jnp.nan)
@@ -299,19 +298,19 @@ def _dpo_losses(difference, beta, kind, label_smoothing):
 
 
 def _expect_label_smoothing(kind, label_smoothing):
-    """Refuses what a kind does not take, where the value is known: a traced one is not."""
+    """Raises for values that a kind does not support; a traced value is not known."""
     if not isinstance(label_smoothing, numbers.Real):
         return
-    given = float(label_smoothing)
-    if kind in ("hinge", "ipo") and given != 0:
+    value = float(label_smoothing)
+    if kind in ("hinge", "ipo") and value != 0:
         raise ValueError(
-            f"label_smoothing must be 0 with kind {kind!r}, which has none, but is {given}: take "
+            f"label_smoothing must be 0 with kind {kind!r}, which has none, but is {value}: use "
             "kind 'sigmoid' or 'robust', or leave it out."
         )
-    if kind == "robust" and not 0 <= given < 0.5:
+    if kind == "robust" and not 0 <= value < 0.5:
         raise ValueError(
             "label_smoothing must be at least 0 and below 0.5 with kind 'robust', which divides by "
-            f"1 - 2 * label_smoothing, but is {given}."
+            f"1 - 2 * label_smoothing, but is {value}."
         )
 
 
@@ -324,8 +323,8 @@ def _expect_lengths(policy_chosen, lengths):
         expect(policy_chosen=(policy_chosen, "B", float), **{name: (x, "B", kind)})
 
 
-def _real_rows(axis, mask_name, mask, **logprobs):
-    """The mask, or one that is True everywhere, after a check of all shapes and dtypes."""
+def _checked_mask(axis, mask_name, mask, **logprobs):
+    """The mask, or one that is True everywhere, after checks of all shapes and dtypes."""
     expect(**{name: (x, axis, float) for name, x in logprobs.items()})
     name, first = next(iter(logprobs.items()))
     mask = jnp.ones_like(first, dtype=bool) if mask is None else mask
@@ -350,15 +349,15 @@ def _log_odds(logprobs):
 
 
 def _counts(chosen_mask, rejected_mask, denominator):
-    """What to divide by for the chosen, the rejected and all: f32[] each, none of them 0."""
+    """Divisors for the chosen, the rejected and all responses: f32[] each, never 0."""
     if denominator is None:
         chosen, rejected = jnp.sum(chosen_mask), jnp.sum(rejected_mask)
     else:
-        given = jnp.asarray(denominator, jnp.float32)
-        if given.shape not in ((), (2,)):
+        counts = jnp.asarray(denominator, jnp.float32)
+        if counts.shape not in ((), (2,)):
             raise ValueError(
                 "denominator must be a single number or a pair of them, (desirable, undesirable), "
-                f"but has the shape {given.shape}."
+                f"but has the shape {counts.shape}."
             )
-        chosen, rejected = given if given.ndim else (given / 2, given / 2)
+        chosen, rejected = counts if counts.ndim else (counts / 2, counts / 2)
     return tuple(count_or_one(count) for count in (chosen, rejected, chosen + rejected))

@@ -1,4 +1,4 @@
-"""Losses that train a reward model on comparisons."""
+"""Losses of reward models on comparisons."""
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,17 @@ def pairwise_loss(chosen, rejected, *, margin=0.0, center_coef=0.0, mask=None, d
         -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2
 
     Args:
-      chosen: float[B], scores of the responses that were preferred.
-      rejected: float[B], scores of the others.
-      margin: by how much the chosen one should win, a number or float[B].
-      center_coef: weight of the term that pulls the scores of a pair towards opposite numbers.
-      mask: bool[B], False on rows that only fill up a batch; all rows are real when None.
-      denominator: what to divide sums by, instead of the number of real pairs.
+      chosen: float[B], scores of the preferred responses.
+      rejected: float[B], scores of the other responses.
+      margin: required difference of the scores, a number or float[B].
+      center_coef: weight of the term that drives the sum of the two scores to 0.
+      mask: bool[B], False on padding entries of the batch; None: all are real.
+      denominator: divisor of the sums, instead of the number of real pairs.
 
     Returns:
       (loss, metrics), f32[] each; metrics `accuracy`, the share of pairs in which the chosen one
-      scores higher (a tie is none), and `margin`, the mean of chosen - rejected. All are 0 if no
-      pair is real.
+      scores higher (ties count as wrong), and `margin`, the mean of chosen - rejected. All are 0
+      if no pair is real.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -65,46 +65,46 @@ def tokenwise_pairwise_loss(
     mask=None,
     denominator=None,
 ):
-    """The loss of `pairwise_loss` on the scores at each token in which a pair can be told apart.
+    """`pairwise_loss` at each token from the first difference of two responses to their common end.
 
         loss = mean_t -log sigmoid(chosen_t - rejected_t),     first <= t < end
 
-    `first` is where the responses first differ, in a token or in that one of them has ended; `end`
-    is the end of the longer one, the common end. The mean over pairs is taken of these means.
+    `first` is the first position at which the responses differ, in a token or in the mask; `end` is
+    the end of the longer one, the common end. The loss is the mean over pairs of these means.
     Between its own end and the common end the shorter response has no tokens. There it keeps the
-    score at its last token ("last"), or has what stands on its padding ("published"), as in the
-    code that this loss is known from. A score there then counts like one at a token: it must be
-    finite, and depends on which padding the model was given, and how the model attended to it.
+    score at its last token ("last"), or has the score on its padding ("published"), as in the
+    published code. In the latter case the score must be finite, and it depends on the padding token
+    and on the attention to it.
 
     Args:
-      chosen_scores: float[B, T], a score at each token of the responses that were preferred.
-      rejected_scores: float[B, T], the same for the others.
-      chosen_tokens: int[B, T], the responses; a prompt that both share may stand before them.
+      chosen_scores: float[B, T], a score at each token of the preferred responses.
+      rejected_scores: float[B, T], the same for the other responses.
+      chosen_tokens: int[B, T], the responses, optionally after a prompt that both share.
       rejected_tokens: int[B, T].
-      chosen_mask: bool[B, T], True then False; there may be padding before the prompt as well.
+      chosen_mask: bool[B, T], True then False; padding before the prompt is allowed.
       rejected_mask: bool[B, T], the same.
       past_end: "last" or "published".
-      mask: bool[B], False on rows that only fill up a batch; all rows are real when None. A pair
-        without a single real token is none either.
-      denominator: what to divide sums by, instead of the number of real pairs.
+      mask: bool[B], False on padding entries of the batch; None: all are real. A pair
+        without a real token is not real either.
+      denominator: divisor of the sums, instead of the number of real pairs.
 
     Returns:
       (loss, metrics): f32[], and f32[] each but for the end scores. Metrics `accuracy`, the share
-      of pairs in which the chosen one has the higher end score (a tie is none), `margin`, the mean
-      difference of the end scores, `chosen_end_scores` and `rejected_end_scores`, f32[B], the
-      scores at the common end, and `no_difference`, the share of pairs that are the same response
-      twice. Those count 0 in the loss, accuracy and margin, and stay in the denominator. A
-      response without a real token scores 0. All are 0 if no pair is real.
+      of pairs in which the chosen one has the higher end score (ties count as wrong), `margin`, the
+      mean difference of the end scores, `chosen_end_scores` and `rejected_end_scores`, f32[B], the
+      scores at the common end, and `no_difference`, the share of pairs of equal responses. Those
+      contribute 0 to the loss, accuracy and margin, and are part of the denominator. A response
+      without a real token scores 0. All are 0 if no pair is real.
 
-      Padding past the common end changes nothing; under "last", no padding does.
+      Padding beyond the common end has no effect; under "last", no padding has.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong, or an unknown past_end.
 
     The reward model of trlX's summarization example (CarperAI/trlx,
     examples/summarize_rlhf/reward_model), whose training follows Stiennon et al., Learning to
-    Summarize from Human Feedback, section 3.4 (arXiv:2009.01325), but for the scores: there only
-    the last one of a response counts.
+    Summarize from Human Feedback, section 3.4 (arXiv:2009.01325), except that the paper uses only
+    the last score of a response.
 
     >>> loss, metrics = tokenwise_pairwise_loss(
     ...     jnp.array([[5.0, 2.0, 3.0]]), jnp.array([[5.0, 2.0, jnp.nan]]),
@@ -128,12 +128,12 @@ def tokenwise_pairwise_loss(
         expect(chosen_scores=(chosen_scores, "BT", float), mask=(mask, "B", bool))
         chosen_mask, rejected_mask = chosen_mask & mask[:, None], rejected_mask & mask[:, None]
     either = chosen_mask | rejected_mask
-    # Where just one of them is real they differ, whatever token stands there for the other one.
+    # Where only one of them is real they differ, whatever the padding token of the other one.
     differ = (chosen_mask != rejected_mask) | (either & (chosen_tokens != rejected_tokens))
     counted = either & (jnp.cumsum(differ, axis=1) > 0)
     if past_end == "last":
-        chosen = _kept_past_end(chosen_scores, chosen_mask)
-        rejected = _kept_past_end(rejected_scores, rejected_mask)
+        chosen = _extended_past_end(chosen_scores, chosen_mask)
+        rejected = _extended_past_end(rejected_scores, rejected_mask)
     else:
         chosen, rejected = zero_off_mask(either, chosen_scores, rejected_scores)
     losses = masked_mean(-jax.nn.log_sigmoid(chosen - rejected), counted, axis=1)
@@ -152,22 +152,22 @@ def tokenwise_pairwise_loss(
 
 
 def ranking_loss(scores, mask, *, denominator=None):
-    """Negative log-likelihood of each prompt's ranking, pair by pair, a mean over prompts.
+    """Negative log-likelihood of the pairs of each prompt's ranking, a mean over prompts.
 
         loss = mean_{i < j} -log sigmoid(score_i - score_j)        over the real i, j of a prompt
 
-    Each prompt counts the same, however many responses it has.
+    Each prompt has the same weight, for any number of responses.
 
     Args:
-      scores: float[B, K], of K responses to each of B prompts, the best response first.
+      scores: float[B, K], for K responses to each of B prompts, the best response first.
       mask: bool[B, K], True on real responses.
-      denominator: what to divide sums by, instead of the number of prompts that have a pair, that
-        is at least two real responses.
+      denominator: divisor of the sums, instead of the number of prompts with at least two real
+        responses.
 
     Returns:
       (loss, metrics), f32[] each; metrics `accuracy`, the mean over prompts of the share of their
-      pairs in which the better response scores higher (a tie is none), and `margin`, the mean over
-      prompts of the mean difference of their pairs. All are 0 if there is no pair.
+      pairs in which the better response scores higher (ties count as wrong), and `margin`, the mean
+      over prompts of the mean difference of their pairs. All are 0 if there is no pair.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -182,8 +182,8 @@ def ranking_loss(scores, mask, *, denominator=None):
     """
     expect(scores=(scores, "BK", float), mask=(mask, "BK", bool))
     (scores,) = zero_off_mask(mask, scores)
-    place = jnp.arange(mask.shape[1])
-    pairs = mask[:, :, None] & mask[:, None, :] & (place[:, None] < place)
+    rank = jnp.arange(mask.shape[1])
+    pairs = mask[:, :, None] & mask[:, None, :] & (rank[:, None] < rank)
     difference = scores[:, :, None] - scores[:, None, :]
     losses = masked_mean(-jax.nn.log_sigmoid(difference), pairs, axis=(1, 2))
     correct = masked_mean((difference > 0).astype(jnp.float32), pairs, axis=(1, 2))
@@ -195,8 +195,8 @@ def ranking_loss(scores, mask, *, denominator=None):
     }
 
 
-def _kept_past_end(scores, mask):
-    """f32[B, T]: the scores, and after the last real position the one that stands there."""
+def _extended_past_end(scores, mask):
+    """f32[B, T]: the scores, with the last real one repeated on the padding after it."""
     (scores,) = zero_off_mask(mask, scores)
     (last,) = zero_off_mask(is_last(mask), scores)
     return jnp.where(mask, scores, jnp.sum(last, axis=1, keepdims=True))

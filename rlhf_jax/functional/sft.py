@@ -16,12 +16,12 @@ def cross_entropy_loss(logits, targets, mask, *, label_smoothing=0.0, z_loss=0.0
                  + z_loss * (log Z_t)^2
 
     Args:
-      logits: float[B, T, V]. A logit of -inf has probability 0 and no part in the smoothing.
-      targets: int[B, T], the token that logits[b, t] predict: aligned, nothing is shifted here.
-      mask: bool[B, T], True on the targets that count.
-      label_smoothing: share of the target's weight that goes to all tokens alike.
-      z_loss: weight of the square of the log-normalizer, which keeps logits from drifting.
-      denominator: what to divide sums by, instead of the number of real tokens.
+      logits: float[B, T, V]. A logit of -inf has probability 0 and is excluded from the smoothing.
+      targets: int[B, T], the token that logits[b, t] predict: aligned, without a shift.
+      mask: bool[B, T], True on real targets.
+      label_smoothing: share of the weight that is uniform over all tokens.
+      z_loss: weight of the squared log-normalizer, which limits the drift of logits.
+      denominator: divisor of the sums, instead of the number of real tokens.
 
     Returns:
       (loss, metrics), f32[] each; metrics `nll`, in nats per token and without the extra terms,
@@ -44,9 +44,9 @@ def cross_entropy_loss(logits, targets, mask, *, label_smoothing=0.0, z_loss=0.0
     targets = jnp.where(mask, targets.astype(jnp.int32), 0)
     nll = -token_logprobs(logits, targets)
     losses = nll
-    # Known to be 0, the terms are not computed: each reads all logits once more.
+    # Terms with a weight of 0 are not computed: each reads all logits again.
     if not _is_zero(label_smoothing):
-        # Not nll + s * (uniform - nll): that is NaN, and not infinite, for an impossible target.
+        # Not nll + s * (uniform - nll), which is NaN instead of inf for an impossible target.
         losses = (1.0 - label_smoothing) * nll + label_smoothing * _uniform_loss(logits)
     if not _is_zero(z_loss):
         losses += z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
@@ -58,7 +58,7 @@ def cross_entropy_loss(logits, targets, mask, *, label_smoothing=0.0, z_loss=0.0
 
 
 def _is_first_largest(logits, targets):
-    """Whether argmax gives the target, in a tenth of its time on a CPU; False beside a NaN."""
+    """Whether argmax is the target, in a tenth of its time on a CPU; False if a logit is NaN."""
     is_known = (targets >= 0) & (targets < logits.shape[-1])
     chosen, targets = chosen_logits(logits, targets)[..., None], targets[..., None]
     is_before = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < targets
@@ -67,7 +67,7 @@ def _is_first_largest(logits, targets):
 
 
 def _uniform_loss(logits):
-    """The cross entropy of a target that is each possible token alike."""
+    """The cross entropy with a uniform target over all possible tokens."""
     possible = ~jnp.isneginf(logits)
     mean_logit = jnp.sum(jnp.where(possible, logits, 0.0), axis=-1) / jnp.sum(possible, axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - mean_logit

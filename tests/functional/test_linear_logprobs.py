@@ -183,7 +183,7 @@ def test_logits_are_made_once_where_they_fit_and_twice_where_not(monkeypatch):
     product = 2 * 2 * 64 * 512 * 32
     counts = {}
     for limit in (2**30, 2**10):
-        monkeypatch.setattr(logprobs, "ONE_PIECE", limit)
+        monkeypatch.setattr(logprobs, "MAX_SAVED", limit)
         monkeypatch.setattr(logprobs, "CHUNK", 2 * 64 * 512 * 4 // 2)
         arrays = {name: jax.ShapeDtypeStruct(x, jnp.float32) for name, x in shape.items()}
         tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
