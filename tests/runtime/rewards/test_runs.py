@@ -180,7 +180,8 @@ def test_references_that_are_missing(tmp_path, sft_run, rows, expected):
 
 def test_references_may_have_another_name_and_go_to_functions_too(tmp_path, sft_run):
     path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"Film {i}.", "summary": "x" * i, "kind": "k"} for i in range(1, 9)]
+    prompt = "As long as the prompts of other tests, film"  # so that programs are shared
+    rows = [{"prompt": f"{prompt} {i}.", "summary": "x" * i, "kind": "k"} for i in range(1, 9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     calls = []
 
