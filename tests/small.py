@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -118,6 +119,19 @@ def _laid_over(base, sections):
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = {**merged[name], **value} if both else value
     return merged
+
+
+def send_signal_in(patch, stage, method, at_call, number=signal.SIGINT):
+    """Makes a method of a stage receive a signal in its nth call, from 1."""
+    original, calls = getattr(stage, method), []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == at_call:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    patch.setattr(stage, method, interrupted)
 
 
 def short_response(prompts, completions, **columns):

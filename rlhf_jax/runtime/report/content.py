@@ -339,16 +339,16 @@ def logged_samples(lines: Sequence[Entry]) -> tuple[tuple[Sample, ...], str]:
         return (), ""
     first_step, last_step = min(known), max(known)
     last = [line for line, step in zip(lines, steps) if step == last_step][:MAX_SAMPLES]
-    first = {_place(x): x for x, step in zip(lines, steps) if step == first_step < last_step}
+    first = {_key(x): x for x, step in zip(lines, steps) if step == first_step < last_step}
     samples = []
     for line in last:
-        prompt, before = text(line.get("prompt", "")), first.get(_place(line))
+        prompt, before = text(line.get("prompt", "")), first.get(_key(line))
         sides = () if before is None else _sides(before, f"Step {first_step:,.0f}")
         samples.append(Sample(prompt, (*sides, *_sides(line, f"Step {last_step:,.0f}"))))
     return tuple(samples), f"Samples of step {last_step:,.0f}"
 
 
-def _place(line: Entry) -> tuple[str, str]:
+def _key(line: Entry) -> tuple[str, str]:
     return text(line.get("prompt", "")), text(line.get("label", ""))
 
 

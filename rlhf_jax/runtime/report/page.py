@@ -56,12 +56,12 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         raise InputError(f"there is no run folder {run_dir}; give the --run_dir of a run")
     notes: list[str] = []
     evaluation = content.read_evaluation(folder / "evaluation.json", notes)
-    places, stages = content.stage_folders(folder), []
-    for trainer, place in places:
+    stage_folders, stages = content.stage_folders(folder), []
+    for trainer, stage_folder in stage_folders:
         own = evaluation
-        if place != folder:
-            own = content.read_evaluation(place / "evaluation.json", notes)
-        stages.append(content.read_stage(trainer, place, own, notes))
+        if stage_folder != folder:
+            own = content.read_evaluation(stage_folder / "evaluation.json", notes)
+        stages.append(content.read_stage(trainer, stage_folder, own, notes))
     table, samples = evaluation.get("table", []), evaluation.get("samples", [])
     page = _template().render(
         title=folder.name,
@@ -77,7 +77,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         samples_title="Samples before and after" if content.are_of_two(samples) else "Samples",
         samples_total=len(samples),
         stages=stages,
-        configs=_configs(folder, [place for _, place in places]),
+        configs=_configs(folder, [path for _, path in stage_folders]),
         versions=_versions(),
     )
     path = folder / "report.html"
@@ -88,8 +88,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
 
 def _configs(folder: epath.Path, stages: Sequence[epath.Path]) -> list[tuple[str, str]]:
     """(name, text) of the run's `config.yaml`, or without one, of those of its stages."""
-    places = [folder] if (folder / "config.yaml").exists() else stages
-    paths = [place / "config.yaml" for place in places]
+    folders = [folder] if (folder / "config.yaml").exists() else stages
+    paths = [each / "config.yaml" for each in folders]
     return [
         (f"{path.parent.name}/{path.name}", path.read_text()) for path in paths if path.exists()
     ]

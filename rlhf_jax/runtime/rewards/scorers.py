@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -91,18 +90,14 @@ class ModelScorer:
         self.model, self.tokenizer = model, tokenizer
         self._has_warned, self._batch_sharding = False, None
 
-        def score(params, prompts, prompt_mask, candidates):
-            sequences = Sequences(prompts, prompt_mask, *_stacked(candidates))
+        def score(params, sequences):
             return end_scores(model, params, sequences)
 
         if shardings is None:
             self._score = jax.jit(score)
         else:
-            params, batch = shardings
-            self._batch_sharding = batch
-            self._score = jax.jit(
-                score, in_shardings=(params, batch, batch, batch), out_shardings=batch
-            )
+            self._batch_sharding = shardings[1]
+            self._score = jax.jit(score, in_shardings=shardings, out_shardings=shardings[1])
 
     def __call__(self, params: Params, responses: Responses, batch_size: int) -> np.ndarray:
         """f32[N, K]; `batch_size` prompts are on the device at a time."""
@@ -110,16 +105,13 @@ class ModelScorer:
             arrays = (responses.prompts, responses.prompt_mask, responses.candidates)
         else:
             arrays = self._retokenized(responses)
-        count = arrays[0].shape[0]
-        batches: Any = [arrays]
-        if count != batch_size:
-            batches = eval_batches(jax.tree.map(np.asarray, arrays), batch_size)
+        sequences: Any = _stacked(*arrays)
         scores = []
-        for batch in batches:
+        for batch in eval_batches(sequences, batch_size):
             if self._batch_sharding is not None:
                 batch = hosts.from_host(batch, self._batch_sharding)
-            scores.append(self._score(params, *batch))
-        return np.concatenate(hosts.to_host(scores))[:count]
+            scores.append(self._score(params, batch))
+        return np.concatenate(hosts.to_host(scores))[: len(responses.indices)]
 
     def _retokenized(self, responses: Responses) -> tuple[Any, Any, tuple[Tokens, ...]]:
         """The texts as its own tokens; widths are powers of two, so that few shapes compile."""
@@ -141,14 +133,16 @@ class ModelScorer:
         return (*padded, tuple(pad_right(column, columns) for column in candidates))
 
 
-def _stacked(candidates: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """K responses to each prompt in one array, padded on the right to the longest."""
+def _stacked(prompts: Any, prompt_mask: Any, candidates: Sequence[Tokens]) -> Sequences:
+    """NumPy arrays with K responses to each prompt, padded on the right to the longest."""
     longest = max(tokens.shape[1] for tokens, _ in candidates)
     tokens, mask = (
-        [jnp.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in arrays]
+        [np.pad(np.asarray(array), ((0, 0), (0, longest - array.shape[1]))) for array in arrays]
         for arrays in zip(*candidates, strict=True)
     )
-    return jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)
+    padded: tuple[Any, Any] = (np.stack(tokens, axis=1), np.stack(mask, axis=1))
+    prompts, prompt_mask = np.asarray(prompts), np.asarray(prompt_mask)
+    return Sequences(prompts, prompt_mask, *padded)
 
 
 def _power_of_two(length: int, maximum: int) -> int:

@@ -22,8 +22,8 @@ from rlhf_jax.runtime.evaluation.policies import (
     bootstrap_interval,
 )
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.sft import SFTStage
+from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 from tests.runtime.messages import message
 
@@ -179,7 +179,7 @@ def test_the_stage_logs_the_rouge_of_the_command(models, tmp_path):
         "sft": {"eval_batch_size": 2, "rouge_rows": 1},
         "generation": SHARED["generation"],
     }
-    stage = SFTStage(resolve(SFTConfig, settings))
+    stage = OfflineStage(resolve(SFTConfig, settings))
     logged = stage.evaluate(stage.init_state())
     found = evaluate(models, tmp_path, "text", {"rouge_rows": 1}, data=data, path="policy")
     names = ("loss", "accuracy", "perplexity", *ROUGE)
@@ -269,7 +269,7 @@ def test_ppo_calls_the_judge(models, tmp_path):
         "evaluation": {"batch_size": 1, "judge_fn": JUDGE},
         "run_dir": str(tmp_path),
     }
-    stage = PPOStage(resolve(PPOConfig, config))
+    stage = OnlineStage(resolve(PPOConfig, config))
     one = np.ones(1)
     stage.evaluator = lambda params, *_: EvaluatedResponses(["p"], [params], one, one, one, None)
     state = SimpleNamespace(params={"model": "longer"}, frozen={"ref": "short"}, step=0)

@@ -10,10 +10,9 @@ from rlhf_jax.runtime import train_reward
 from rlhf_jax.runtime.config import RewardConfig, resolve
 from rlhf_jax.runtime.evaluation.policies import read_evaluation
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.training.reward import make_score_step
 from tests import small
-from tests.runtime.run.test_resume import interrupt_in
 
 NORMALIZED = {"normalize_before": True, "normalize_after": True, "normalize_rows": 12}
 
@@ -32,7 +31,7 @@ def full(tmp_path_factory, sft_run):
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, sft_run):
     folder = tmp_path_factory.mktemp("stage")
-    return RewardStage(resolve(RewardConfig, config(folder, sft_run)))
+    return OfflineStage(resolve(RewardConfig, config(folder, sft_run)))
 
 
 def scores_of_first_rows(stage, params):
@@ -81,7 +80,7 @@ def test_the_evaluation_is_of_the_exported_model(full, stage):
 
 def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, full):
     with monkeypatch.context() as patch:
-        interrupt_in(patch, RewardStage, "step", 2)
+        small.send_signal_in(patch, OfflineStage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train_reward(config(tmp_path, sft_run))
     train_reward(config(tmp_path, sft_run))

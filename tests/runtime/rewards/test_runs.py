@@ -7,16 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.batches import PromptBatch
+from rlhf_jax.batches import Sequences
 from rlhf_jax.data import train_tokenizer
 from rlhf_jax.data.encoding import encode, pad_right
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model
+from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import run_evaluate, run_rlhf, train_ppo
 from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
 from rlhf_jax.runtime.rewards.scorers import Rewards, find_sources
-from rlhf_jax.runtime.stages.ppo import PPOStage, value_label
+from rlhf_jax.runtime.stages.online import OnlineStage
+from rlhf_jax.runtime.stages.values import value_label
 from rlhf_jax.training import ppo
 from tests import small
 from tests.runtime.messages import message
@@ -29,7 +31,7 @@ def ppo_config(folder, sft_run, *sources, **sections):
 
 
 def stage_of(*arguments, **sections):
-    return PPOStage(resolve(PPOConfig, ppo_config(*arguments, **sections)))
+    return OnlineStage(resolve(PPOConfig, ppo_config(*arguments, **sections)))
 
 
 def one_step(stage):
@@ -99,7 +101,7 @@ def test_the_rewards_of_a_run_judge_it_as_well(tmp_path, monkeypatch, sft_run, t
     evaluated = stage.evaluator(
         state.params["model"],
         stage.held_out,
-        stage.held_out_rows,
+        stage.held_out_examples,
         state.frozen["ref"],
         state.frozen["reward"],
         stage.eval_key,
@@ -133,14 +135,14 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
     stage = stage_of(tmp_path, sft_run, {"path": path}, **settings)
     assert stage.reward_model is None
     state, metrics, (rollout, indices) = one_step(stage)
-    rows = [stage.rows[index] for index in indices]
+    rows = [stage.examples[index] for index in indices]
     ids = encode(stage.tokenizer, [row["completion"] for row in rows])
     tokens, mask = pad_right([[*row, stage.tokenizer.eos_token_id][:24] for row in ids], 24)
-    batch = PromptBatch(rollout.prompts, rollout.prompt_mask, indices)
     (params,), model = state.frozen["reward"], stage.rewards.scorers[0].model
-    scores = jax.jit(lambda rollout: ppo.response_scores(model, params, batch, rollout))
-    expected = np.asarray(scores(rollout._replace(tokens=tokens, mask=mask)))
-    raw = np.asarray(scores(rollout))
+    scores = jax.jit(lambda *arrays: end_scores(model, params, Sequences(*arrays)))
+    prompts = (rollout.prompts, rollout.prompt_mask)
+    expected = np.asarray(scores(*prompts, tokens, mask))
+    raw = np.asarray(scores(*prompts, rollout.tokens, rollout.mask))
     np.testing.assert_allclose(rollout.scores, raw - expected, rtol=1e-4, atol=1e-5)
     assert metrics["objective/reference_scores"] == pytest.approx(np.mean(expected), rel=1e-4)
     # A run continues only with the reward model that it began with.
@@ -180,7 +182,8 @@ def test_references_that_are_missing(tmp_path, sft_run, rows, expected):
 
 def test_references_may_have_another_name_and_go_to_functions_too(tmp_path, sft_run):
     path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"Film {i}.", "summary": "x" * i, "kind": "k"} for i in range(1, 9)]
+    prompt = "As long as the prompts of other tests, film"  # so that programs are shared
+    rows = [{"prompt": f"{prompt} {i}.", "summary": "x" * i, "kind": "k"} for i in range(1, 9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     calls = []
 
@@ -206,7 +209,7 @@ def test_a_fused_step_refuses_references():
     model = GPT2(GPT2Config(10, 8, n_embd=8, n_layer=1, n_head=1))
     settings = ppo.Settings(subtract_reference_score=True)
     assert message(lambda: ppo.make_step(model, settings)).startswith(
-        "ppo.subtract_reference_score needs the reference responses, which a whole step does not"
+        "ppo.subtract_reference_score needs the reference responses, which a full step does not"
     )
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import builtin, train_tokenizer
-from rlhf_jax.data.datasets import Settings as DataSettings
 from rlhf_jax.data.encoding import encode, pad_left, pad_right
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model
-from rlhf_jax.runtime import loading
 from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.rewards.scorers import (
     FunctionScorer,
     ModelScorer,
