@@ -8,4 +8,4 @@ import sys
 from rlhf_jax.runtime.commands import pairs
 
 if __name__ == "__main__":
-    sys.exit(pairs.run(sys.argv[1:], "pair_by_label.py", "by-label"))
+    sys.exit(pairs.main(sys.argv[1:], "pair_by_label.py", "by-label"))

@@ -16,6 +16,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
+from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import PARTITION_RULES
@@ -23,10 +27,6 @@ from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.runtime import train_sft
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
-from rlhf_jax.runtime.stages.reward import RewardStage
-from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 from tests.parallel.meshes import make_configs, mesh_name
 

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.supervised import SupervisedStage
 
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.errors import InputError
@@ -24,8 +26,6 @@ from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.settings import CheckpointSettings
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.supervised import SupervisedStage
 from tests import small
 
 TRAIN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}

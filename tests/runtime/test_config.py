@@ -17,8 +17,8 @@ from rlhf_jax.runtime.config import (
     parse,
     resolve,
 )
-from rlhf_jax.runtime.run.folder import claim_run_dir
 from rlhf_jax.runtime.parsing import to_dict, to_yaml
+from rlhf_jax.runtime.run.folder import claim_run_dir
 
 KINDS = (SFTConfig, RewardConfig, PPOConfig, RLHFConfig, GenerateConfig, EvaluateConfig)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from rlhf_jax.runtime.stages.sft import prompt_of, text_of
 
 from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -20,10 +21,8 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.runtime.config import PPOConfig, SFTConfig
 from rlhf_jax.runtime.stages import ppo, sft
-from rlhf_jax.runtime.stages.sft import prompt_of, text_of
 
 
 def test_no_two_stages_share_a_key():

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rlhf_jax.training.ppo_scores import shape_scores
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import ppo
-from rlhf_jax.training.ppo_scores import shape_scores
 from rlhf_jax.training.state import make_optimizer
 from tests.models.gpt2_by_loop import hidden_by_loop
 from tests.training.ppo_by_loop import (

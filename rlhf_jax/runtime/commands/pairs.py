@@ -1,12 +1,13 @@
 """Preference pairs from other data: `rlhf pairs by-label` and `rlhf pairs by-prompt`."""
 
+import argparse
+import inspect
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from jsonargparse import auto_cli
 
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.formats import Example, Kind
@@ -96,7 +97,7 @@ def pair_by_prompt(source: str, output: str, *, split: str = "train", seed: int 
 COMMANDS: dict[str, Callable[..., int]] = {"by-label": pair_by_label, "by-prompt": pair_by_prompt}
 
 
-def run(argv: Sequence[str], prog: str = "rlhf pairs", name: str | None = None) -> int:
+def main(argv: Sequence[str], prog: str = "rlhf pairs", name: str | None = None) -> int:
     """Runs `rlhf pairs` and prints the number of pairs.
 
     Args:
@@ -107,13 +108,42 @@ def run(argv: Sequence[str], prog: str = "rlhf pairs", name: str | None = None) 
     Returns:
       The exit status: 0, or 2 after an `InputError`.
     """
+    arguments = vars(_parser(prog, name).parse_args(argv))
+    command = COMMANDS[arguments.pop("command", name)]
     try:
-        count = auto_cli(COMMANDS[name] if name else COMMANDS, args=list(argv), prog=prog)
+        count = command(**arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return INPUT_ERROR
     print(f"{count} pairs")
     return 0
+
+
+def _parser(prog: str, name: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    if name is not None:
+        _add_arguments(parser, COMMANDS[name])
+        return parser
+    commands = parser.add_subparsers(dest="command", required=True)
+    for key, function in COMMANDS.items():
+        summary = inspect.cleandoc(function.__doc__ or "").partition("\n")[0]
+        _add_arguments(commands.add_parser(key, help=summary), function)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser, function: Callable[..., int]) -> None:
+    """A positional argument for each parameter without a default, a flag for each other."""
+    doc = inspect.cleandoc(function.__doc__ or "")
+    parser.description = " ".join(doc.partition("\n\nArgs:")[0].split())
+    notes = dict(re.findall(r"^  (\w+): (.+)$", doc, re.M))
+    for key, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty:
+            parser.add_argument(key, help=notes[key])
+        else:
+            note = f"{notes[key].rstrip('.')} (default: {parameter.default})"
+            parser.add_argument(
+                f"--{key}", type=type(parameter.default), default=parameter.default, help=note
+            )
 
 
 def _load(source: str, split: str, kind: Kind) -> list[Example]:

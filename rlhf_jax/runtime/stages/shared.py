@@ -36,7 +36,9 @@ def batch_at(batches: Batches, step: int, sharding: NamedSharding) -> Any:
     """
     if not hosts.several():
         return batches.at(step)
-    return hosts.from_rows(functools.partial(batches.rows_at, step), batches.batch_size, sharding)
+    return hosts.spanning_batch(
+        functools.partial(batches.slice_at, step), batches.batch_size, sharding
+    )
 
 
 def saved_parts(state: Any) -> dict[str, Any]:

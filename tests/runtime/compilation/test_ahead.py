@@ -7,6 +7,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
@@ -16,9 +19,6 @@ from rlhf_jax.runtime.compilation import ahead, topologies
 from rlhf_jax.runtime.compilation import command as compile_for
 from rlhf_jax.runtime.compilation.measure import Cost, TooLarge, _too_large, _warnings, measure
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.reward import RewardStage
-from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))

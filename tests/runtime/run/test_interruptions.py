@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.sft import SFTStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime import train_ppo
@@ -18,8 +20,6 @@ from rlhf_jax.runtime.commands import terminal as cli
 from rlhf_jax.runtime.run import metrics
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.signals import EvaluationTerminated, Signals, Terminated
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.sft import SFTStage
 from tests import small
 from tests.runtime.run import counting
 from tests.runtime.run.counting import CountingStage, SamplingStage

@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
+from rlhf_jax.runtime.stages.reward import RewardStage
 from tests.runtime.test_resume import interrupt_in
 from transformers import AutoTokenizer
 
@@ -14,9 +17,6 @@ from rlhf_jax.models.huggingface import load_pretrained, load_reward_model, save
 from rlhf_jax.runtime import run_rlhf, train_ppo, train_reward
 from rlhf_jax.runtime.config import PPOConfig, resolve
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
-from rlhf_jax.runtime.stages.reward import RewardStage
 from tests import small
 
 

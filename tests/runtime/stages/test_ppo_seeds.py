@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from tests.runtime.test_resume import interrupt_in
 
 from rlhf_jax.errors import InputError
@@ -12,7 +13,6 @@ from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.runtime import train_ppo
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from tests import small
 
 SEEDS = (5, 6)

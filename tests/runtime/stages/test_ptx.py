@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
+from rlhf_jax.runtime.stages.ppo import PPOStage
+from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
-from rlhf_jax.runtime.run.utilization import multiplied_parameters
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 from tests import small
 
 TEXTS = {"builtin_rows": 32, "eval_rows": 8, "max_length": 48, "packing": False}
