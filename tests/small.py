@@ -171,3 +171,16 @@ def assert_same_run(first, second, step=STEPS):
     weights = [(Path(run) / "hf" / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]
     jax.tree.map(np.testing.assert_array_equal, checkpoint(first, step), checkpoint(second, step))
+
+
+def interrupt_in(monkeypatch, stage, method, at_call):
+    """Makes a method of a stage press Ctrl-C when it is called the nth time, from 1."""
+    original, calls = getattr(stage, method), []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == at_call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(stage, method, interrupted)

@@ -10,7 +10,7 @@ from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.runtime.compilation import ahead
 from rlhf_jax.runtime.config import SFTConfig, resolve
 from rlhf_jax.runtime.stages import supervised
-from rlhf_jax.runtime.stages.sft import SFTStage
+from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.training import reward
 from tests import small
 
@@ -52,7 +52,7 @@ def test_a_stage_and_its_programs_ahead_are_compiled_with_them(tmp_path, monkeyp
 
     for module in (supervised, ahead):
         monkeypatch.setattr(module, "compiler_options", unknown)
-    stage = SFTStage(resolve(SFTConfig, small.sft(tmp_path)))
+    stage = OfflineStage(resolve(SFTConfig, small.sft(tmp_path)))
     (program,) = ahead.programs(stage.config, stage.model, stage.mesh)
     shape = jax.eval_shape(stage._init, stage.params)
     given = (shape, stage.batches.at(0), jax.random.key(0))

@@ -14,7 +14,7 @@ import yaml
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config, run_evaluate, run_generate, run_rlhf
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages.reward import RewardStage
+from rlhf_jax.runtime.stages.offline import OfflineStage
 from tests import small
 
 STAGES = ("sft", "reward", "ppo")
@@ -87,15 +87,15 @@ def test_the_configuration_fed_back_and_an_interrupt_change_nothing(
 ):
     folder, _ = finished
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"run_dir": str(tmp_path)}
-    original = RewardStage.step
+    original = OfflineStage.step
 
     def interrupted(self, state, index):
-        if index == 1:
+        if self.name == "reward" and index == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, state, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RewardStage, "step", interrupted)
+        patch.setattr(OfflineStage, "step", interrupted)
         with pytest.raises(loop.Interrupted, match=r"Stopped after step 2 of 4; .*/reward\. Run"):
             run_rlhf(config)
     run_rlhf(config)
@@ -126,7 +126,7 @@ def test_what_the_readme_asks_of_the_demo_fits_its_models(finished, tmp_path, mo
     }
     monkeypatch.chdir(tmp_path)
     text = (root / "README.md").read_text().replace("\\\n", " ")
-    given = re.findall(r"^\S+ scripts/(\w+)\.py (.*runs/demo/.*)$", text, re.M)
+    given = re.findall(r"^\S*rlhf (\w+) (.*runs/demo/.*)$", text, re.M)
     assert {name for name, _ in given} == set(commands)
     for name, flags in given:
         commands[name](shlex.split(flags.replace("runs/demo", str(finished[0]))))

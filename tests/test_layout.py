@@ -29,12 +29,12 @@ ROOMS = (
 EVERYWHERE = {"backend", "errors", "lazy"}
 # The same inside of `runtime`, by the name after it; what is not named here stands above all.
 RUNTIME_ROOMS = (
-    "run",
     "parsing",
-    "config",
+    "run",
     "help",
-    "loading",
+    "config",
     "program",
+    "loading",
     "rewards",
     "evaluation",
     "report",

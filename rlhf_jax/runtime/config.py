@@ -18,6 +18,7 @@ from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime.evaluation.settings import CommandEvaluationSettings, EvaluationSettings
+from rlhf_jax.runtime.help import help_text
 from rlhf_jax.runtime.parsing import (
     Values,
     build,
@@ -225,12 +226,15 @@ class EvaluateConfig(CommandConfig):
 def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line: `--config FILE.yaml --section.key value ...`.
 
-    `--print_config` prints it as YAML and exits.
+    `--help` and `--print_config` print and exit.
 
     Raises:
       InputError: one sentence that names the key and what is allowed.
     """
     flags = split_flags(sys.argv[1:] if argv is None else list(argv))
+    if "help" in flags.switches:
+        sys.stdout.write(help_text(kind, "COMMAND"))
+        raise SystemExit(0)
     config = build(kind, read_values(kind, flags))
     if "print_config" in flags.switches:
         sys.stdout.write(to_yaml(config))

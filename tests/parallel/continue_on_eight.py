@@ -12,11 +12,11 @@ import jax  # noqa: E402
 
 from rlhf_jax.runtime import train_sft  # noqa: E402
 from rlhf_jax.runtime.run.signals import Interrupted  # noqa: E402
-from rlhf_jax.runtime.stages.sft import SFTStage  # noqa: E402
+from rlhf_jax.runtime.stages.offline import OfflineStage  # noqa: E402
 from tests.parallel.test_checkpoints import config  # noqa: E402
 
 
-class StoppingStage(SFTStage):
+class StoppingStage(OfflineStage):
     """Presses Ctrl-C in the second step, and looks how the state lies on the devices."""
 
     def resumed(self, state, saved):
@@ -33,9 +33,9 @@ class StoppingStage(SFTStage):
 
 
 if __name__ == "__main__":
-    from rlhf_jax.runtime.stages import sft
+    from rlhf_jax.runtime.commands import train
 
-    sft.SFTStage = StoppingStage
+    train.OfflineStage = StoppingStage
     try:
         train_sft(config(sys.argv[1], {"data": 2, "fsdp": 2, "tensor": 2}))
     except Interrupted as interrupted:

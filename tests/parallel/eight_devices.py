@@ -16,10 +16,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
-from rlhf_jax.runtime.stages.reward import RewardStage
-from rlhf_jax.runtime.stages.sft import SFTStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import PARTITION_RULES
@@ -27,25 +23,24 @@ from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.runtime import train_sft
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 from tests.parallel.meshes import make_configs, mesh_name
 
 KINDS = {
-    "sft": (SFTConfig, SFTStage),
-    "reward": (RewardConfig, RewardStage),
-    "ppo": (PPOConfig, PPOStage),
-    "frozen": (PPOConfig, PPOStage),
-    "seeds": (PPOConfig, SeedsStage),
+    "sft": (SFTConfig, OfflineStage),
+    "reward": (RewardConfig, OfflineStage),
+    "ppo": (PPOConfig, OnlineStage),
+    "frozen": (PPOConfig, OnlineStage),
 }
 
 
-def assert_in_place(mesh, state, seeds=()):
+def assert_in_place(mesh, state):
     """Each array is split as the rules say, and no device holds more than its part."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        has_seeds = bool(seeds) and not name.startswith("frozen")
-        spec = partition_spec(name, leaf.ndim - has_seeds, PARTITION_RULES)
-        spec = (*((None,) if has_seeds else ()), *spec)
+        spec = partition_spec(name, leaf.ndim, PARTITION_RULES)
         parts = [mesh.shape[axis] if axis else 1 for axis in spec]
         parts += [1] * (leaf.ndim - len(parts))
         part = tuple(size // n for size, n in zip(leaf.shape, parts, strict=True))
@@ -58,12 +53,12 @@ def checked(stage_class):
     class Checked(stage_class):
         def init_state(self):
             state = super().init_state()
-            assert_in_place(self.mesh, state, getattr(self, "seeds", ()))
+            assert_in_place(self.mesh, state)
             return state
 
         def step(self, state, index):
             state, metrics, output = super().step(state, index)
-            assert_in_place(self.mesh, state, getattr(self, "seeds", ()))
+            assert_in_place(self.mesh, state)
             return state, metrics, output
 
     return Checked

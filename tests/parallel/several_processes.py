@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from rlhf_jax.runtime.stages.ppo import PPOStage
 from rlhf_jax.runtime.stages.supervised import SupervisedStage
 
 from rlhf_jax.data.batching import Batches
@@ -26,6 +25,7 @@ from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.settings import CheckpointSettings
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 TRAIN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
@@ -130,7 +130,7 @@ def stop_stages(monkeypatch):
             raise Stopped
         return step(stage, state, index)
 
-    ppo_step = PPOStage.step
+    ppo_step = OnlineStage.step
 
     def killed(stage, state, index):
         if index == STOP_AT and not hosts.is_first():
@@ -144,7 +144,7 @@ def stop_stages(monkeypatch):
     # The state is not saved at the stop: what goes on takes a step once more.
     monkeypatch.setattr(loop._Loop, "_rescue", lambda *_: None)
     monkeypatch.setattr(SupervisedStage, "step", stopping)
-    monkeypatch.setattr(PPOStage, "step", killed)
+    monkeypatch.setattr(OnlineStage, "step", killed)
 
 
 def main(address, processes, place, base, task, kind):

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.runtime import train_sft
 from rlhf_jax.runtime.run.signals import Interrupted
-from rlhf_jax.runtime.stages.sft import SFTStage
+from rlhf_jax.runtime.stages.offline import OfflineStage
 from tests import small
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def stop_in_first(self, state, index):
     return STEP(self, state, index)
 
 
-STEP = SFTStage.step
+STEP = OfflineStage.step
 
 
 def test_from_one_device_to_eight_and_back(tmp_path, tmp_path_factory, monkeypatch):
@@ -41,7 +41,7 @@ def test_from_one_device_to_eight_and_back(tmp_path, tmp_path_factory, monkeypat
     one = {"data": 1}
     train_sft(config(tmp_path / "whole", one))
     with monkeypatch.context() as patch:
-        patch.setattr(SFTStage, "step", stop_in_first)
+        patch.setattr(OfflineStage, "step", stop_in_first)
         with pytest.raises(Interrupted, match="after step 1 of 4"):
             train_sft(config(tmp_path / "parts", one))
     done = subprocess.run(

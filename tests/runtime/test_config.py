@@ -41,7 +41,7 @@ def message(function, *arguments):
         function(*arguments)
     text = str(error.value)
     assert "\n" not in text
-    assert text.endswith((".", "argument"))
+    assert text.endswith(".")
     return text
 
 
@@ -100,10 +100,11 @@ def test_every_setting_has_a_line_of_help(kind, capsys):
     with pytest.raises(SystemExit):
         parse(kind, ["--help"])
     text = capsys.readouterr().out
-    assert "All settings of `" in text
+    assert text.startswith("usage: ")
+    assert max(map(len, text.splitlines())) <= 80
     for name, section in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(section) and not name.startswith(("data", "optimizer")):
-            assert all(f"--{name}.{field.name} " in text for field in dataclasses.fields(section))
+            assert all(f"--{name}.{field.name}\n" in text for field in dataclasses.fields(section))
 
 
 # --- wrong ones ----------------------------------------------------------------------------------
@@ -114,20 +115,20 @@ def test_every_setting_has_a_line_of_help(kind, capsys):
     [
         ("--ppo.kl_ceof 1", "Unknown key 'ppo.kl_ceof' (did you mean kl_coef?); the section 'ppo'"),
         ("--ppo.kl_coe 1", "Unknown key 'ppo.kl_coe' (did you mean kl_coef?)"),
-        ("--sead 1", "Unknown key 'sead' (did you mean seed?); there are model, tokenizer, data"),
+        ("--sead 1", "Unknown key 'sead' (did you mean seed?); there are model, tokenizer"),
         ("--pppo.kl_coef 1", "Unknown key 'pppo' (did you mean ppo?); there are model"),
         ("--data.sft.path x", "Unknown key 'data.sft'; the section 'data' has path, name, split"),
         ("--ppo.batch_size x", "ppo.batch_size must be int, but is 'x'."),
         ("--ppo.batch_size 1.5", "ppo.batch_size must be int, but is '1.5'."),
         ("--ppo.adaptive_kl maybe", "ppo.adaptive_kl must be bool, but is 'maybe'."),
-        ("--ppo.kl_estimator k9", "ppo.kl_estimator must be one of ['k1', 'k2', 'k3'], but is"),
+        ("--ppo.kl_estimator k9", "ppo.kl_estimator must be one of k1, k2, k3, but is 'k9'."),
         ("--seed a", "seed must be int, but is 'a'."),
         (
             "--model.attention cudnn --model.dtype float32",
             "The attention cudnn needs the dtype bfloat16 or float16, but it is float32;",
         ),
         ("--ppo.kl_coef null", "ppo.kl_coef must be float, but is null."),
-        ("--ppo.kl_coef", "argument --ppo.kl_coef: expected one argument"),
+        ("--ppo.kl_coef", "--ppo.kl_coef needs a value: --ppo.kl_coef VALUE."),
         ("train", "'train' is no option; settings are given as --section.key value."),
         ("--config no/such.yaml", "The configuration no/such.yaml cannot be read (No such file"),
         ("--config=/", "The configuration / cannot be read (Is a directory)"),
@@ -144,7 +145,7 @@ def test_wrong_flags_are_named_in_one_sentence(flags, said):
         ("sead: 1", "Unknown key 'sead' (did you mean seed?); there are"),
         ("data: {sft: {path: x}}", "Unknown key 'data.sft'; the section 'data' has"),
         ("ppo: {kl_coef: abc}", "ppo.kl_coef must be float, but is 'abc'."),
-        ("ppo: {batch_size: 1.5}", "ppo.batch_size must be int, but is '1.5'."),
+        ("ppo: {batch_size: 1.5}", "ppo.batch_size must be int, but is 1.5."),
         ("ppo: {kl_coef: null}", "ppo.kl_coef must be float, but is null."),
         ("ppo:", "The section 'ppo' holds no keys, but 'None'; write one `key: value` to a line."),
         ("ppo: hello", "The section 'ppo' holds no keys, but 'hello'; write"),

@@ -1,4 +1,4 @@
-"""What the stages are assembled from: keys, checksums, folders behind an address."""
+"""What the stages are loadingd from: keys, checksums, folders behind an address."""
 
 import itertools
 from pathlib import Path
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from rlhf_jax.runtime.stages.sft import prompt_of, text_of
 
 from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -20,9 +19,14 @@ from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
-from rlhf_jax.runtime import loading as assemble
+from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import PPOConfig, SFTConfig
-from rlhf_jax.runtime.stages import ppo, sft
+from rlhf_jax.runtime.run.checksums import fingerprint
+from rlhf_jax.runtime.stages import shared
+from rlhf_jax.runtime.stages.checks import check_run
+from rlhf_jax.runtime.stages.products import prompt_of
+from rlhf_jax.training.ppo_settings import Settings as PPOSettings
+from rlhf_jax.training.sft_settings import Settings as SFTSettings
 
 
 def test_no_two_stages_share_a_key():
@@ -30,7 +34,7 @@ def test_no_two_stages_share_a_key():
         tuple(np.asarray(jax.random.key_data(key)).tolist())
         for seed in (0, 1)
         for stage in ("sft", "reward", "ppo")
-        for key in assemble.stage_keys(seed, stage, 3)
+        for key in shared.stage_keys(seed, stage)
     ]
     assert len(set(keys)) == len(keys) == 18
 
@@ -45,7 +49,7 @@ def test_a_fingerprint_sees_each_bit_and_each_place():
         {**tree, "b": {"c": jnp.ones(4).at[3].set(2.0)}},
         {"a": tree["a"]},
     ]
-    prints = [int(assemble.fingerprint(each)) for each in (tree, same, *changed)]
+    prints = [int(fingerprint(each)) for each in (tree, same, *changed)]
     assert prints[0] == prints[1]
     assert all(a != b for a, b in itertools.combinations(prints[1:], 2))
 
@@ -54,15 +58,15 @@ def test_a_folder_behind_an_address_is_copied_and_a_local_one_is_not(tmp_path, m
     """A local folder stands in for the bucket."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    with assemble.local_folder(str(tmp_path)) as folder:
+    with loading.local_folder(str(tmp_path)) as folder:
         assert folder == str(tmp_path)
     path_of = epath.Path
     monkeypatch.setattr(
-        assemble.epath,
+        loading.epath,
         "Path",
         lambda path: path_of(str(path).replace("gs://bucket", str(tmp_path))),
     )
-    with assemble.local_folder("gs://bucket/hf") as folder:
+    with loading.local_folder("gs://bucket/hf") as folder:
         assert (Path(folder) / "config.json").read_text() == "{}"
         assert not folder.startswith(str(tmp_path))
     assert not Path(folder).exists()
@@ -71,48 +75,46 @@ def test_a_folder_behind_an_address_is_copied_and_a_local_one_is_not(tmp_path, m
 def test_a_chat_template_of_the_settings_stays_with_the_tokenizer(tmp_path):
     template = "{% for turn in messages %}[{{ turn['content'] }}]{% endfor %}"
     settings = TokenizerSettings(vocab_size=258, chat_template=template)
-    tokenizer = assemble.choose_tokenizer(settings, None, lambda: ["a", "b"])
+    tokenizer = loading.choose_tokenizer(settings, None, lambda: ["a", "b"])
     tokenizer.save_pretrained(tmp_path)
     messages = [{"role": "user", "content": "Hi."}]
     row = {"prompt": messages, "completion": [{"role": "assistant", "content": "Ho."}]}
     assert prompt_of(row, 1, load_tokenizer(tmp_path)) == "[Hi.]"
-    assert text_of(row) == "Hi.Ho."
-    assert text_of({"responses": ["a", messages]}) == "aHi."
+    assert shared.text_of(row) == "Hi.Ho."
+    assert shared.text_of({"responses": ["a", messages]}) == "aHi."
     # Another template takes the place of that in the folder.
     other = TokenizerSettings(path=str(tmp_path), chat_template="{{ messages[0]['content'] }}")
-    assert prompt_of(row, 1, assemble.choose_tokenizer(other, None, list)) == "Hi."
+    assert prompt_of(row, 1, loading.choose_tokenizer(other, None, list)) == "Hi."
 
 
-def test_models_are_born_in_their_places_with_the_settings(tmp_path, monkeypatch):
+def test_models_are_initialised_sharded_with_the_settings(tmp_path, monkeypatch):
     """Fresh ones, those of a folder, and reward models."""
-    tokenizer = assemble.choose_tokenizer(TokenizerSettings(vocab_size=258), None, lambda: ["ab"])
+    tokenizer = loading.choose_tokenizer(TokenizerSettings(vocab_size=258), None, lambda: ["ab"])
     mesh, key = make_mesh(MeshSettings()), jax.random.key(0)
     settings = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8, "remat": "full"}
-    model, params = assemble.load_model(ModelSettings(**settings), tokenizer, key, mesh)
+    model, params = loading.load_model(ModelSettings(**settings), tokenizer, key, mesh)
     scorer = {"model": params, "head": {"kernel": jnp.ones(8)}}
     save_reward_model(tmp_path, model, scorer, tokenizer)
     of_folder = ModelSettings(remat="dots", attention="cudnn", dtype="bfloat16")
     with pytest.raises(InputError, match="model.attention cudnn needs an NVIDIA GPU, but JAX runs"):
-        assemble.load_reward(str(tmp_path), of_folder)
-    monkeypatch.setattr(assemble, "check_device", lambda name: None)
-    scoring_model, scorer, _ = assemble.load_reward(str(tmp_path), of_folder, mesh=mesh)
+        loading.load_reward(str(tmp_path), of_folder)
+    monkeypatch.setattr(loading, "check_device", lambda name: None)
+    scoring_model, scorer, _ = loading.load_reward(str(tmp_path), of_folder, mesh=mesh)
     assert (model.remat, scoring_model.remat) == ("full", "dots")
     assert (model.attention, scoring_model.attention) == ("blocks", "cudnn")
     for tree in (params, scorer):
         assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(
             mesh, tree, model.partition_rules
         )
-    _, expected = assemble.load_model(ModelSettings(**settings), tokenizer, key)
+    _, expected = loading.load_model(ModelSettings(**settings), tokenizer, key)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     jax.tree.map(np.testing.assert_array_equal, scorer["model"], expected)
 
 
 def test_a_host_that_is_not_the_first_copies_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(assemble.hosts, "is_first", lambda: False)
+    monkeypatch.setattr(shared.hosts, "is_first", lambda: False)
     given = []
-    assemble.export(
-        "gs://bucket/run", lambda *arguments: given.append(arguments), "model", "params"
-    )
+    shared.export("gs://bucket/run", lambda *arguments: given.append(arguments), "model", "params")
     assert given == [("gs://bucket/run/hf", "model", "params")]
 
 
@@ -122,8 +124,8 @@ def test_dropout_that_cudnn_has_not_is_told_before_the_data_is_read():
     sizes = GPT2Config(n_positions=4096, n_embd=16, n_head=2, attn_pdrop=0.1)
     model = GPT2(sizes, "bfloat16", attention="cudnn")
     with pytest.raises(InputError, match=r"sft\.dropout false\), or set model.attention to blocks"):
-        sft.check_sizes(SFTConfig(), model, mesh)
-    sft.check_sizes(SFTConfig(sft=sft.sft.Settings(dropout=False)), model, mesh)
+        check_run(SFTConfig(), model, mesh)
+    check_run(SFTConfig(sft=SFTSettings(dropout=False)), model, mesh)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_dropout_that_cudnn_has_not_is_told_before_the_data_is_read():
 def test_parts_of_ppo_have_to_fit_the_mesh(values, message):
     mesh = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 1})
     model = GPT2(GPT2Config(n_positions=4096, n_embd=16, n_layer=2, n_head=2))
-    config = PPOConfig(ppo=ppo.ppo.Settings(num_mini_batches=2, **values))
+    config = PPOConfig(ppo=PPOSettings(num_mini_batches=2, **values))
     with pytest.raises(InputError) as error:
-        ppo.check_sizes(config, model, mesh)
+        check_run(config, model, mesh)
     assert str(error.value).startswith(message)

@@ -61,7 +61,7 @@ class PolicyProduct:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         held_out = examples.held_out
         shown = held_out[: config.logging.num_samples]
-        self.prompts = [_prompt_of(each, n, tokenizer) for n, each in enumerate(shown, 1)]
+        self.prompts = [prompt_of(each, n, tokenizer) for n, each in enumerate(shown, 1)]
         self.responder = Responder(
             model, tokenizer, config.section("generation"), config.data.prompt_suffix
         )
@@ -191,7 +191,7 @@ class RewardModelProduct:
         shared.export(self.config.run_dir, save_reward_model, self.model, params, self.tokenizer)
 
 
-def _prompt_of(example: Mapping[str, Any], number: int, tokenizer: Any) -> str:
+def prompt_of(example: Mapping[str, Any], number: int, tokenizer: Any) -> str:
     """The start of a sample: the prompt, or the first words of a text."""
     if "messages" in example:
         return example["messages"][0]["content"]

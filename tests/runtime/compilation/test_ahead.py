@@ -7,9 +7,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.reward import RewardStage
-from rlhf_jax.runtime.stages.sft import SFTStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
@@ -19,6 +16,8 @@ from rlhf_jax.runtime.compilation import ahead, topologies
 from rlhf_jax.runtime.compilation import command as compile_for
 from rlhf_jax.runtime.compilation.measure import Cost, TooLarge, _too_large, _warnings, measure
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
+from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -42,7 +41,7 @@ def lowered(programs):
 )
 def test_the_program_of_sft_is_that_of_the_stage(tmp_path, data, learned):
     section = {"batch_size": 8, "eval_batch_size": 8, "gradient_accumulation_steps": 2}
-    stage = SFTStage(resolve(SFTConfig, small.sft(tmp_path, sft=section, data=data)))
+    stage = OfflineStage(resolve(SFTConfig, small.sft(tmp_path, sft=section, data=data)))
     batch, shape = stage.batches.at(0), jax.eval_shape(stage._init, stage.params)
     assert (None if batch.target_positions is None else batch.target_positions.shape[1]) == learned
     text = stage._step.lower(shape, batch, KEY).as_text()
@@ -53,7 +52,7 @@ def test_the_program_of_sft_is_that_of_the_stage(tmp_path, data, learned):
 def test_the_program_of_the_reward_model_is_that_of_the_stage(tmp_path, sft_run, objective):
     section = {"batch_size": 8, "eval_batch_size": 8, "objective": objective}
     config = small.reward(tmp_path, sft_run[0], reward=section)
-    stage = RewardStage(resolve(RewardConfig, config))
+    stage = OfflineStage(resolve(RewardConfig, config))
     batch, shape = stage.batches.at(0), jax.eval_shape(stage._init, stage.params)
     text = stage._step.lower(shape, batch, KEY).as_text()
     count = batch.responses.shape[1] if objective == "ranking" else 4
@@ -65,7 +64,7 @@ def test_the_program_of_the_reward_model_is_that_of_the_stage(tmp_path, sft_run,
     "ppo", [{}, {"num_layers_unfrozen": 1, "value_model": "reward", "scale_reward": "running"}]
 )
 def test_the_program_of_ppo_is_that_of_the_stage(tmp_path, sft_run, reward_run, ppo):
-    stage = PPOStage(resolve(PPOConfig, small.ppo(tmp_path, sft_run[0], reward_run[0], ppo=ppo)))
+    stage = OnlineStage(resolve(PPOConfig, small.ppo(tmp_path, sft_run[0], reward_run[0], ppo=ppo)))
     given = (stage.params, stage.reward_params, stage.value_params)
     text = stage._step.lower(jax.eval_shape(stage._init, *given), stage._batch(0), KEY).as_text()
     assert lowered(ahead.programs(stage.config, stage.model, stage.mesh)) == [text]
@@ -73,7 +72,7 @@ def test_the_program_of_ppo_is_that_of_the_stage(tmp_path, sft_run, reward_run, 
 
 def test_the_halves_of_ppo_around_other_rewards_are_those_of_the_stage(tmp_path, sft_run):
     rewards = [{"function": "tests.small:short_response"}]
-    stage = PPOStage(resolve(PPOConfig, small.ppo(tmp_path, sft_run[0], rewards=rewards)))
+    stage = OnlineStage(resolve(PPOConfig, small.ppo(tmp_path, sft_run[0], rewards=rewards)))
     shape = jax.eval_shape(stage._init, stage.params, stage.reward_params, stage.value_params)
     programs = ahead.programs(stage.config, stage.model, stage.mesh)
     rollout, scores = programs[1].arguments[2:4]

@@ -11,8 +11,6 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.sft import SFTStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime import train_ppo
@@ -20,6 +18,8 @@ from rlhf_jax.runtime.commands import terminal as cli
 from rlhf_jax.runtime.run import metrics
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.signals import EvaluationTerminated, Signals, Terminated
+from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 from tests.runtime.run import counting
 from tests.runtime.run.counting import CountingStage, SamplingStage
@@ -118,7 +118,7 @@ def test_samples_of_a_steps_output_are_written_before_the_run_stops(
 def test_the_evaluation_of_ppo_is_repeated_too(tmp_path, monkeypatch, sft_run, reward_run, ppo_run):
     config = small.ppo(tmp_path, sft_run[0], reward_run[0])
     with monkeypatch.context() as patch:
-        send_signal_in(patch, PPOStage, "evaluate", 2)
+        send_signal_in(patch, OnlineStage, "evaluate", 2)
         with pytest.raises(Terminated, match="after step 4 of 4"):
             train_ppo(config)
     assert lines_of(tmp_path) == [*ALL[:3], (4, False)]
@@ -146,7 +146,7 @@ def test_the_command_exits_with_0_when_terminated_and_with_130_at_ctrl_c(
     monkeypatch.setattr(cli, "_set_up_logging", lambda: None)
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         with monkeypatch.context() as patch:
-            send_signal_in(patch, SFTStage, "step", number=number)
+            send_signal_in(patch, OfflineStage, "step", number=number)
             assert cli.main("train_sft", "SFTConfig") == status
         assert "everything is saved in" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr(cli, "run", lambda *args: os.kill(os.getpid(), signal.SIGTERM))

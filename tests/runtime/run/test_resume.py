@@ -12,31 +12,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.reward import RewardStage
-from rlhf_jax.runtime.stages.sft import SFTStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 from tests.runtime.run import counting
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def interrupt_in(monkeypatch, stage, method, at_call):
-    """Makes a method of a stage press Ctrl-C when it is called the nth time, from 1."""
-    original, calls = getattr(stage, method), []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == at_call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(stage, method, interrupted)
 
 
 @pytest.fixture
@@ -44,14 +30,14 @@ def stages(sft_run, reward_run, ppo_run, counting_run):
     """By name: the class, what trains a folder, and the folder of the uninterrupted run."""
     sft, rewarded = sft_run[0], reward_run[0]
     return {
-        "sft": (SFTStage, lambda folder: train_sft(small.sft(folder)), sft),
+        "sft": (OfflineStage, lambda folder: train_sft(small.sft(folder)), sft),
         "reward": (
-            RewardStage,
+            OfflineStage,
             lambda folder: train_reward(small.reward(folder, sft)),
             rewarded,
         ),
         "ppo": (
-            PPOStage,
+            OnlineStage,
             lambda folder: train_ppo(small.ppo(folder, sft, rewarded)),
             ppo_run[0],
         ),
@@ -73,7 +59,7 @@ def test_ctrl_c_saves_and_the_same_call_continues_bit_for_bit(
 ):
     stage, train, uninterrupted = stages[name]
     with monkeypatch.context() as patch:
-        interrupt_in(patch, stage, method, call)
+        small.interrupt_in(patch, stage, method, call)
         with pytest.raises(loop.Interrupted) as stopped:
             train(tmp_path)
     assert str(stopped.value) == (
@@ -112,7 +98,7 @@ def test_running_scores_the_penalty_and_texts_continue_bit_for_bit(
 
     train("full")
     with monkeypatch.context() as patch:
-        interrupt_in(patch, PPOStage, "step", 2)
+        small.interrupt_in(patch, OnlineStage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train("parts")
     train("parts")
@@ -144,10 +130,10 @@ def test_a_run_of_an_earlier_version_continues(tmp_path, monkeypatch, stages):
     earlier = ("step", "params", "opt_state", "kl_coef", "frozen")
     _, train, uninterrupted = stages["ppo"]
     with monkeypatch.context() as patch:
-        interrupt_in(patch, PPOStage, "step", 2)
+        small.interrupt_in(patch, OnlineStage, "step", 2)
         state = collections.namedtuple("PPOState", earlier)
-        saved = PPOStage.saved
-        patch.setattr(PPOStage, "saved", lambda *args: state(**saved(*args)))
+        saved = OnlineStage.saved
+        patch.setattr(OnlineStage, "saved", lambda *args: state(**saved(*args)))
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train(tmp_path)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -162,7 +148,7 @@ def test_a_run_of_an_earlier_version_continues(tmp_path, monkeypatch, stages):
 def test_the_handlers_of_signals_are_restored(tmp_path, monkeypatch):
     # Where tests are started in the background, SIGINT may be ignored.
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    interrupt_in(monkeypatch, counting.CountingStage, "step", 1)
+    small.interrupt_in(monkeypatch, counting.CountingStage, "step", 1)
     with pytest.raises(loop.Interrupted, match="after step 1 of 4"):
         counting.train(tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
@@ -196,7 +182,7 @@ def test_another_reference_than_before_is_refused(tmp_path, monkeypatch, sft_run
     shutil.copytree(sft_run[0] / "hf", policy / "hf")
     config = small.ppo(tmp_path / "run", policy, reward_run[0])
     with monkeypatch.context() as patch:
-        interrupt_in(patch, PPOStage, "step", 2)
+        small.interrupt_in(patch, OnlineStage, "step", 2)
         with pytest.raises(loop.Interrupted):
             train_ppo(config)
     model, params = load_pretrained(policy / "hf")

@@ -7,12 +7,11 @@ import json
 
 import jax
 
-from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.reward import RewardStage
-from rlhf_jax.runtime.stages.sft import SFTStage
+from rlhf_jax.runtime.stages import shared
+from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -27,14 +26,14 @@ class Diary:
         self._note(monkeypatch, stage, "step", lambda self, state, index: index)
         self._note(monkeypatch, stage, "finish", lambda self, state: None)
         self._note(monkeypatch, loop._Loop, "_log", lambda self, step, *rest: step)
-        batch_at = assemble.batch_at
+        batch_at = shared.batch_at
 
         def noted(batches, *place):
             batch = batch_at(batches, *place)
             self.entries.append(("shapes", tuple(array.shape for array in jax.tree.leaves(batch))))
             return batch
 
-        monkeypatch.setattr(assemble, "batch_at", noted)
+        monkeypatch.setattr(shared, "batch_at", noted)
 
     def _note(self, monkeypatch, owner, name, what):
         function = getattr(owner, name)
@@ -81,19 +80,19 @@ def assert_compiled_once(diary, buckets=1):
 
 
 def test_supervised_steps(tmp_path, monkeypatch, sft_run):
-    with Diary(monkeypatch, SFTStage) as diary:
+    with Diary(monkeypatch, OfflineStage) as diary:
         train_sft(small.sft(tmp_path, checkpoint=OFTEN))
     assert_compiled_once(diary)
 
 
 def test_reward_steps(tmp_path, monkeypatch, sft_run, reward_run):
-    with Diary(monkeypatch, RewardStage) as diary:
+    with Diary(monkeypatch, OfflineStage) as diary:
         train_reward(small.reward(tmp_path, sft_run[0], checkpoint=OFTEN))
     assert_compiled_once(diary)
 
 
 def test_ppo_iterations(tmp_path, monkeypatch, sft_run, reward_run, ppo_run):
-    with Diary(monkeypatch, PPOStage) as diary:
+    with Diary(monkeypatch, OnlineStage) as diary:
         train_ppo(small.ppo(tmp_path, sft_run[0], reward_run[0], checkpoint=OFTEN))
     assert_compiled_once(diary)
 
@@ -110,14 +109,14 @@ def test_ppo_iterations_of_two_buckets_and_with_rewards_in_python(tmp_path, monk
         evaluation={"batch_size": 2},
         checkpoint=OFTEN,
     )
-    with Diary(monkeypatch, PPOStage) as diary:
+    with Diary(monkeypatch, OnlineStage) as diary:
         train_ppo(config, small.short_response)
     assert_compiled_once(diary, buckets=2)
 
 
 def test_a_step_is_under_way_while_the_one_before_is_logged(tmp_path, monkeypatch):
     logging = {"eval_every": 0, "samples_every": 0}
-    with Diary(monkeypatch, SFTStage) as diary:
+    with Diary(monkeypatch, OfflineStage) as diary:
         train_sft(small.sft(tmp_path, logging=logging))
     order = [entry for entry in diary.entries if entry[0] in ("step", "_log")]
     assert order[1:5] == [("step", 1), ("_log", 1), ("step", 2), ("_log", 2)]

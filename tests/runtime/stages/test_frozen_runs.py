@@ -5,10 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
-from rlhf_jax.runtime.stages.reward import RewardStage
-from tests.runtime.test_resume import interrupt_in
 from transformers import AutoTokenizer
 
 from rlhf_jax.errors import InputError
@@ -17,6 +13,8 @@ from rlhf_jax.models.huggingface import load_pretrained, load_reward_model, save
 from rlhf_jax.runtime import run_rlhf, train_ppo, train_reward
 from rlhf_jax.runtime.config import PPOConfig, resolve
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 
@@ -36,7 +34,7 @@ def in_two_parts(monkeypatch, stage, train):
     """Runs `train("whole")`, and `train("parts")` with an interrupt after its second step."""
     train("whole")
     with monkeypatch.context() as patch:
-        interrupt_in(patch, stage, "step", 2)
+        small.interrupt_in(patch, stage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train("parts")
     train("parts")
@@ -57,7 +55,7 @@ def test_ppo_goes_on_and_exports_the_lower_layers_as_they_were(
     def train(name):
         train_ppo(small.ppo(tmp_path / name, policy, reward_run[0], ppo=options))
 
-    in_two_parts(monkeypatch, PPOStage, train)
+    in_two_parts(monkeypatch, OnlineStage, train)
     small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     model, before = load_pretrained(policy / "hf")
     _, after = load_pretrained(tmp_path / "whole" / "hf")
@@ -87,7 +85,7 @@ def test_a_reward_model_goes_on_and_exports_the_lower_layers_as_they_were(
         options = {"num_layers_unfrozen": 0, "normalize_before": True, "normalize_after": True}
         train_reward(small.reward(tmp_path / name, policy, reward=options))
 
-    in_two_parts(monkeypatch, RewardStage, train)
+    in_two_parts(monkeypatch, OfflineStage, train)
     small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
     _, before = load_pretrained(policy / "hf")
     model, after = load_reward_model(tmp_path / "whole" / "hf")
@@ -107,7 +105,7 @@ def test_flops_count_what_is_frozen_once(policy, reward_run, tmp_path):
 
     def flops(**options):
         config = small.ppo(tmp_path, policy, reward_run[0], ppo=options)
-        return PPOStage(resolve(PPOConfig, config)).flops_per_token
+        return OnlineStage(resolve(PPOConfig, config)).flops_per_token
 
     reward = layer + 32
     whole = 2 * layer + table
@@ -116,23 +114,6 @@ def test_flops_count_what_is_frozen_once(policy, reward_run, tmp_path):
     forwards = 2 * layer + 3 * above + reward + reward
     backwards = 2 * (6 * (layer + reward) + 4 * table)
     assert flops(num_layers_unfrozen=1, value_model="reward") == 2 * forwards + backwards
-
-
-def test_runs_of_several_seeds_share_the_frozen_layers(policy, reward_run, tmp_path):
-    options = {"num_layers_unfrozen": 1, "value_model": "reward"}
-
-    def stage_of(count):
-        config = small.ppo(tmp_path, policy, reward_run[0], ppo=options, num_seeds=count)
-        return (PPOStage if count == 1 else SeedsStage)(resolve(PPOConfig, config))
-
-    one, two = stage_of(1), stage_of(2)
-    state = jax.eval_shape(two._init, two.params, two.reward_params, two.value_params)
-    assert state.params["model"]["ln_f"]["scale"].shape == (2, 32)
-    assert state.frozen["base"]["layers"]["ln_1"]["scale"].shape == (1, 32)
-    after, metrics, _ = jax.eval_shape(two._step, state, two._batch(0), two._key(0))
-    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state)
-    assert metrics["loss/value_avg"].shape == (2,)
-    assert one.flops_per_token == two.flops_per_token
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,20 @@
 
 import numpy as np
 import pytest
-from rlhf_jax.runtime.stages.ppo import PPOStage
-from rlhf_jax.runtime.stages.ppo_seeds import SeedsStage
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import pipeline
 from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, resolve
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 TEXTS = {"builtin_rows": 32, "eval_rows": 8, "max_length": 48, "packing": False}
 
 
-def stage_of(folder, sft_run, *, kind=PPOStage, seed=0, num_seeds=1, **ptx):
+def stage_of(folder, sft_run, **ptx):
     sections = {"ppo": {"ptx_coef": 0.5, "ptx_batch_size": 4}, "ptx": {**TEXTS, **ptx}}
-    config = small.ppo(folder, sft_run[0], **sections, seed=seed, num_seeds=num_seeds)
-    return kind(resolve(PPOConfig, config), small.short_response)
+    config = small.ppo(folder, sft_run[0], **sections)
+    return OnlineStage(resolve(PPOConfig, config), small.short_response)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +30,6 @@ def test_texts_are_read_in_an_order_of_their_own(stage):
     assert sorted(seen) == list(range(32))
     assert seen.tolist() != np.concatenate([prompts.indices(step) for step in range(4)]).tolist()
     np.testing.assert_array_equal(texts.at(3).tokens, texts.examples.tokens[texts.indices(3)])
-
-
-def test_each_of_several_seeds_reads_the_texts_of_its_own(tmp_path, sft_run, stage):
-    seeds = stage_of(tmp_path, sft_run, kind=SeedsStage, num_seeds=2, length_buckets=2)
-    alone = (stage, stage_of(tmp_path, sft_run, seed=1))
-    together = seeds._batch(1).texts
-    for place, run in enumerate(alone):
-        np.testing.assert_array_equal(together.tokens[place], run._batch(1).texts.tokens)
-    assert (together.tokens[0] != together.tokens[1]).any()
 
 
 def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage):
@@ -57,7 +47,7 @@ def test_texts_longer_than_the_model_has_positions_are_refused(tmp_path, sft_run
 def test_of_all_three_stages_it_reads_the_texts_of_the_first_unless_others_are_given():
     values = small.rlhf("run", ppo={"ptx_coef": 0.5})
     config = resolve(RLHFConfig, values)
-    assert pipeline.ppo_config(config).ptx == config.data.sft
+    assert pipeline.ppo_config(config).section("ptx") == config.data.sft
     values["data"]["ptx"] = {"path": "texts.jsonl"}
     config = resolve(RLHFConfig, values)
-    assert pipeline.ppo_config(config).ptx == config.data.ptx != config.data.sft
+    assert pipeline.ppo_config(config).section("ptx") == config.data.ptx != config.data.sft
