@@ -27,7 +27,6 @@ def make_configs(folder, one_device, sizes):
 
     "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
     computes layers again;
-    "seeds" runs two seeds at once.
     """
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     logging = {"eval_every": 0, "samples_every": 1, "num_samples": 8, "progress": False}

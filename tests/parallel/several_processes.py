@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from rlhf_jax.runtime.stages.supervised import SupervisedStage
 
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.errors import InputError
@@ -25,6 +24,7 @@ from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.settings import CheckpointSettings
+from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
@@ -123,7 +123,7 @@ def check_errors(folder):
 
 def stop_stages(monkeypatch):
     """Stages stop behind their first checkpoint; the last process of a PPO run is killed there."""
-    step = SupervisedStage.step
+    step = OfflineStage.step
 
     def stopping(stage, state, index):
         if index == STOP_AT:
@@ -143,7 +143,7 @@ def stop_stages(monkeypatch):
 
     # The state is not saved at the stop: what goes on takes a step once more.
     monkeypatch.setattr(loop._Loop, "_rescue", lambda *_: None)
-    monkeypatch.setattr(SupervisedStage, "step", stopping)
+    monkeypatch.setattr(OfflineStage, "step", stopping)
     monkeypatch.setattr(OnlineStage, "step", killed)
 
 
