@@ -12,13 +12,7 @@ from etils import epath
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime import (
-    run_evaluate,
-    run_generate,
-    train_ppo,
-    train_reward,
-    train_sft,
-)
+from rlhf_jax.runtime import run_evaluate, run_generate, train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from tests import small
 from tests.runtime.run import counting
@@ -102,7 +96,12 @@ def test_another_seed_is_another_run(tmp_path, sft_run):
 def test_a_run_may_continue_with_another_logging_section(tmp_path, monkeypatch):
     """An error after two steps stopped it; afterwards it logs and saves less often."""
     with monkeypatch.context() as patch:
-        patch.setattr(counting.CountingStage, "observe", lambda self, output: 1 / 0)
+        step = counting.CountingStage.step
+        patch.setattr(
+            counting.CountingStage,
+            "step",
+            lambda self, state, index: step(self, state, index if index != 2 else 1 / 0),
+        )
         with pytest.raises(ZeroDivisionError):
             counting.train(tmp_path, checkpoint={"every": 1})
     watched = {"log_every": 4, "eval_every": 0, "samples_every": 0, "num_samples": 1}
