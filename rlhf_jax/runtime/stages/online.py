@@ -290,7 +290,9 @@ class OnlineStage:
         return compare(before, after, self.judge_fn, columns)
 
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
-        """Responses of the last iteration, with score, and KL in nats."""
+        """Responses of the last iteration, with score, and KL in nats; [] after a restart."""
+        if output is None:
+            return []
         rollout = hosts.to_host(output[0])
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])

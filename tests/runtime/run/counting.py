@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.parallel import make_mesh
-from rlhf_jax.parallel.mesh import Settings as MeshSettings
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.settings import CheckpointSettings, LoggingSettings
 from tests import small

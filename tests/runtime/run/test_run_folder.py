@@ -11,15 +11,10 @@ import yaml
 from etils import epath
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
-from rlhf_jax.runtime import loading as assemble
-from rlhf_jax.runtime import (
-    run_evaluate,
-    run_generate,
-    train_ppo,
-    train_reward,
-    train_sft,
-)
+from rlhf_jax.runtime import run_evaluate, run_generate, train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages import shared
+from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 from tests.runtime.run import counting
 
@@ -102,7 +97,12 @@ def test_another_seed_is_another_run(tmp_path, sft_run):
 def test_a_run_may_continue_with_another_logging_section(tmp_path, monkeypatch):
     """An error after two steps stopped it; afterwards it logs and saves less often."""
     with monkeypatch.context() as patch:
-        patch.setattr(counting.CountingStage, "observe", lambda self, output: 1 / 0)
+        step = counting.CountingStage.step
+        patch.setattr(
+            counting.CountingStage,
+            "step",
+            lambda self, state, index: step(self, state, index if index != 2 else 1 / 0),
+        )
         with pytest.raises(ZeroDivisionError):
             counting.train(tmp_path, checkpoint={"every": 1})
     watched = {"log_every": 4, "eval_every": 0, "samples_every": 0, "num_samples": 1}
@@ -110,6 +110,11 @@ def test_a_run_may_continue_with_another_logging_section(tmp_path, monkeypatch):
     assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["logging"]["log_every"] == 4
+
+
+def test_samples_of_responses_need_the_output_of_a_step():
+    """The loop asks for samples without one where a run continues with another `samples_every`."""
+    assert OnlineStage.samples(None, None, None, 2) == []
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
@@ -279,10 +284,11 @@ def test_an_export_to_an_address_is_made_here_and_copied_with_the_configuration_
     """A local folder stands in for the bucket."""
     path_of = epath.Path
     monkeypatch.setattr(
-        assemble.epath,
+        shared.epath,
         "Path",
         lambda path: path_of(str(path).replace("gs://bucket", str(tmp_path))),
     )
+    monkeypatch.setattr(shared, "is_remote", lambda path: True)
     copied = []
 
     def save(folder, text):
@@ -290,7 +296,7 @@ def test_an_export_to_an_address_is_made_here_and_copied_with_the_configuration_
             (Path(folder) / name).write_text(f"{text} {name}")
             copied.append(name)
 
-    assemble.export("gs://bucket/run", save, "the")
+    shared.export("gs://bucket/run", save, "the")
     written = {file.name: file.read_text() for file in (tmp_path / "run" / "hf").iterdir()}
     assert written == {name: f"the {name}" for name in copied}
     order = sorted((tmp_path / "run" / "hf").iterdir(), key=lambda file: file.stat().st_mtime_ns)
