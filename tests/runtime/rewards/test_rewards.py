@@ -14,10 +14,11 @@ from rlhf_jax.data.encoding import encode, pad_left, pad_right
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model
+from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.runtime import loading as assemble
 from rlhf_jax.runtime import run_evaluate, run_rlhf, train_ppo
 from rlhf_jax.runtime.commands import pipeline
-from rlhf_jax.runtime.config import ModelSettings, PPOConfig, RLHFConfig, parse, resolve, to_yaml
+from rlhf_jax.runtime.config import PPOConfig, RLHFConfig, parse, resolve, to_yaml
 from rlhf_jax.runtime.rewards import scorers as rewards
 from rlhf_jax.runtime.rewards.scorers import FunctionScores, ModelScores, Responses, Rewards
 from rlhf_jax.runtime.rewards.sources import RewardSource
