@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.batches import TextBatch
@@ -86,12 +85,13 @@ def check_second_family(folder):
     huggingface.FAMILIES = (*huggingface.FAMILIES, tiny_family.FAMILY)
     model = tiny_family.Tiny(tiny_family.TinyConfig())
     save_pretrained(folder / "tiny", model, model.init(jax.random.key(1)))
-    settings, key = sft.Settings(batch_size=8, dropout=False), jax.random.key(0)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 11, (8, 6)), jnp.int32)
+    settings = sft.Settings(batch_size=8, dropout=False)
+    tokens = np.random.default_rng(0).integers(1, 11, (8, 6)).astype(np.int32)
     batch = TextBatch(tokens, tokens // tokens, tokens > 0)
     prompts = (tokens, tokens > 0)
 
     def train(mesh, params):
+        key = jax.random.key(0)
         state = sft.init_state(model, params, settings, key)
         state = jax.device_put(state, tree_shardings(mesh, state, model.partition_rules))
         state, metrics = jax.jit(sft.make_step(model, settings))(state, batch, key)
