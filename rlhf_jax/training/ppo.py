@@ -126,7 +126,7 @@ def init_state(
         optimizer.init(trained),
         jnp.asarray(settings.kl_coef, jnp.float32),
         frozen,
-        score_stats=None if settings.scale_reward is None else init_score_stats(),
+        score_stats=init_score_stats(settings),
         penalty_coef=jnp.asarray(settings.penalty_coef, jnp.float32) if has_penalty else None,
     )
 

@@ -202,7 +202,9 @@ def test_training_puts_the_responses_in_order(reward_model, reward_params, setti
 
 
 def test_settings_that_do_not_go_together_are_refused():
-    with pytest.raises(InputError, match="reward.objective must be one of last_token, tokenwise,"):
+    with pytest.raises(
+        InputError, match="reward.objective must be last_token, tokenwise or ranking"
+    ):
         reward.Settings(objective="listwise")
     for objective in ("tokenwise", "ranking"):
         with pytest.raises(InputError, match=f"center_coef is 0.1, .* set it to 0 for {objective}"):
