@@ -31,9 +31,11 @@ from rlhf_jax.training.values import init_values, response_values, value_archite
 __all__ = [
     "PPOState",
     "Settings",
+    "Targets",
     "init_state",
     "make_rollout_step",
     "make_step",
+    "make_targets",
     "make_update_step",
     "policy_params",
     "reference_params",
