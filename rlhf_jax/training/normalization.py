@@ -61,7 +61,8 @@ def normalize_scores(
     transformers reads as they are. The hidden states move by mean / |w|, all alike and along w.
 
     Args:
-      params: {"model": ..., "head": {"kernel": f32[D]}}; of the model's, what `shift_final` moves.
+      params: {"model": ..., "head": {"kernel": f32[D]}}; of the model's, those that
+        `shift_final` changes.
       mean, deviation: f32[] of its scores; the kernel is not zero, or they would not differ.
 
     Ziegler et al., Fine-Tuning Language Models from Human Preferences, section 2.1
