@@ -147,9 +147,16 @@ def _shared_inputs(sequences):
     (batch, width), (_, count, length) = prompts.shape, tokens.shape
     before = prompt_mask.sum(axis=1, dtype=jnp.int32)[:, None]
     own_positions = positions_from(mask.reshape(-1, length)).reshape(batch, -1) + before
-    pairs = ((prompts, tokens), (prompt_mask, mask), (positions_from(prompt_mask), own_positions))
-    joined = (jnp.concatenate([prompt, rest.reshape(batch, -1)], axis=1) for prompt, rest in pairs)
-    return _Inputs(*joined, shared=SharedPrompt(width, count) if length else None)
+    joined_tokens, joined_mask, positions = (
+        jnp.concatenate([prompt, rest.reshape(batch, -1)], axis=1)
+        for prompt, rest in (
+            (prompts, tokens),
+            (prompt_mask, mask),
+            (positions_from(prompt_mask), own_positions),
+        )
+    )
+    shared = SharedPrompt(width, count) if length else None
+    return _Inputs(joined_tokens, joined_mask, positions, shared)
 
 
 def _apply_layers(model, params, x, inputs):

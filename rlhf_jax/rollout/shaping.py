@@ -93,7 +93,12 @@ def shape_scores(
     return scores
 
 
-def init_score_stats() -> ScoreStats:
+def init_score_stats(settings: ShapingSettings) -> ScoreStats | None:
+    """Statistics of no scores, for `scale_reward`; None without it."""
+    return None if settings.scale_reward is None else empty_score_stats()
+
+
+def empty_score_stats() -> ScoreStats:
     """Statistics of no scores."""
     return ScoreStats(*(jnp.zeros((), jnp.float32) for _ in ScoreStats._fields))
 

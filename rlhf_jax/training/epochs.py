@@ -38,7 +38,7 @@ def run_epochs(
     Args:
       loss: (params, (minibatch, texts), key, denominator) -> (loss, metrics): means, or sums over
         the denominator, which is None or `count` of a full minibatch. The key is None.
-      count: (minibatch, texts) -> what the loss is a mean over.
+      count: (minibatch, texts) -> the denominator of the loss, such as the number of tokens.
       experience: arrays [B, ...].
       texts: arrays [num_epochs * num_minibatches, ...]: a second batch for each update, or None.
       max_approxkl: ends the epochs before the first update whose minibatch has a larger metric

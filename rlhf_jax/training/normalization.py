@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores
-from rlhf_jax.rollout.shaping import ScoreStats, init_score_stats, update_score_stats
+from rlhf_jax.rollout.shaping import ScoreStats, empty_score_stats, update_score_stats
 from rlhf_jax.training.reward import Batch, sequences_of
 from rlhf_jax.training.trainable import Trainable, stacks
 
@@ -61,7 +61,8 @@ def normalize_scores(
     transformers reads as they are. The hidden states move by mean / |w|, all alike and along w.
 
     Args:
-      params: {"model": ..., "head": {"kernel": f32[D]}}; of the model's, what `shift_final` moves.
+      params: {"model": ..., "head": {"kernel": f32[D]}}; of the model's, those that
+        `shift_final` changes.
       mean, deviation: f32[] of its scores; the kernel is not zero, or they would not differ.
 
     Ziegler et al., Fine-Tuning Language Models from Human Preferences, section 2.1
@@ -92,7 +93,7 @@ def stats_of(
     batches: Iterable[Batch],
 ) -> ScoreStats:
     """Statistics of the scores of some batches; `step` is a compiled `make_stats_step`."""
-    stats = init_score_stats()
+    stats = empty_score_stats()
     for batch in batches:
         stats = step(params, stats, batch)
     return stats

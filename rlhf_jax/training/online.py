@@ -27,7 +27,13 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.generation import generate
 from rlhf_jax.rollout.score import end_scores, response_logits, response_logprobs
 from rlhf_jax.rollout.settings import SamplingSettings
-from rlhf_jax.rollout.shaping import ScoreStats, scale_scores, shape_scores, truncate_responses
+from rlhf_jax.rollout.shaping import (
+    ScoreStats,
+    check_stop_tokens,
+    scale_scores,
+    shape_scores,
+    truncate_responses,
+)
 from rlhf_jax.training import trainable
 from rlhf_jax.training.accumulate import map_microbatches
 from rlhf_jax.training.settings import OnlineSettings
@@ -237,6 +243,7 @@ def make_experience(
             f"the batch has {rollout.tokens.shape[0]} prompts, but {settings.section}.batch_size "
             f"is {settings.batch_size}."
         )
+    check_stop_tokens(settings, stop_token_ids)
     scores = shape_scores(settings, tuple(stop_token_ids), rollout, scores)
     valid = rollout.mask.any(axis=1)
     scores, score_stats, scaling = scale_scores(settings, score_stats, scores, valid)
@@ -245,8 +252,10 @@ def make_experience(
     states, entropy, exact_kl, per_token = map_microbatches(
         passes, sequences, settings.num_score_parts
     )
-    masked = jax.tree.map(lambda x: jnp.where(rollout.mask, x, 0.0), per_token)
-    scored = ScoredRollout(*sequences, *masked, scores)
+    logprobs, ref_logprobs, estimates = jax.tree.map(
+        lambda x: jnp.where(rollout.mask, x, 0.0), per_token
+    )
+    scored = ScoredRollout(*sequences, logprobs, ref_logprobs, estimates, scores)
     rewards, _ = functional.token_rewards(
         scores,
         scored.logprobs,
@@ -257,6 +266,26 @@ def make_experience(
     )
     metrics = objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
     return Experience(scored, rewards, states), score_stats, metrics | scaling
+
+
+def policy_logprobs(
+    model: Model, settings: SamplingSettings, params: Params, frozen: Params, experience: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(logprobs f32[B, T], entropy f32[B, T], hidden [B, T, D]) of the policy, for a loss.
+
+    Args:
+      params, frozen: `state.params`, by which a loss is differentiated, and `state.frozen`.
+      experience: a tuple with the fields `rollout` and `states` of `Experience`.
+    """
+    upper, lower = trainable.stacks(policy_parts(params, frozen))
+    return response_logprobs(
+        model,
+        upper,
+        sequences_of(experience.rollout),
+        temperature=settings.temperature,
+        frozen=lower,
+        states=experience.states,
+    )
 
 
 def objective_metrics(

@@ -18,9 +18,8 @@ from rlhf_jax import functional
 from rlhf_jax.batches import ScoredRollout
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.score import response_hidden, response_logits, response_logprobs
 from rlhf_jax.rollout.shaping import ScoreStats, check_stop_tokens, init_score_stats
-from rlhf_jax.training import flops, online, trainable
+from rlhf_jax.training import flops, online
 from rlhf_jax.training.accumulate import map_microbatches
 from rlhf_jax.training.epochs import run_epochs
 from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
@@ -32,11 +31,13 @@ from rlhf_jax.training.values import init_values, response_values, value_archite
 __all__ = [
     "PPOState",
     "Settings",
+    "Targets",
     "flops_per_text_token",
     "flops_per_token",
     "init_state",
     "make_rollout_step",
     "make_step",
+    "make_targets",
     "make_update_step",
     "policy_params",
     "reference_params",
@@ -128,7 +129,7 @@ def init_state(
         optimizer.init(trained),
         jnp.asarray(settings.kl_coef, jnp.float32),
         frozen,
-        score_stats=None if settings.scale_reward is None else init_score_stats(),
+        score_stats=init_score_stats(settings),
         penalty_coef=jnp.asarray(settings.penalty_coef, jnp.float32) if has_penalty else None,
     )
 
@@ -288,11 +289,9 @@ def _loss(model, value_model, settings, state, params, batch, key, denominators)
     del key
     (minibatch, texts), (count, text_count) = batch, denominators or (None, None)
     rollout, sequences = minibatch.rollout, online.sequences_of(minibatch.rollout)
-    policy = online.policy_parts(params, state.frozen)
-    upper, lower = trainable.stacks(policy)
-    hidden = response_hidden(model, upper, sequences, states=minibatch.states)
-    logits = response_logits(model, upper, hidden, temperature=settings.temperature, frozen=lower)
-    logprobs = functional.token_logprobs(logits, rollout.tokens)
+    logprobs, entropy, hidden = online.policy_logprobs(
+        model, settings, params, state.frozen, minibatch
+    )
     policy_loss, policy_metrics = _policy_loss(
         settings, logprobs, minibatch, state.penalty_coef, count
     )
@@ -313,10 +312,11 @@ def _loss(model, value_model, settings, state, params, batch, key, denominators)
         "val/clipfrac_avg": value["clipfrac"],
     }
     if settings.entropy_coef:
-        entropy_loss = -batch_mean(functional.token_entropy(logits), rollout.mask, count)
+        entropy_loss = -batch_mean(entropy, rollout.mask, count)
         loss += settings.entropy_coef * entropy_loss
         metrics["loss/entropy_avg"] = entropy_loss
     if texts is not None:
+        policy = online.policy_parts(params, state.frozen)
         ptx_loss = text_loss(model, policy, texts, denominator=text_count)
         loss += settings.ptx_coef * ptx_loss
         metrics["loss/ptx_avg"] = ptx_loss
@@ -363,21 +363,11 @@ def _adapt_penalty(model, settings, state, params, experience):
     coef, scored = state.penalty_coef, experience.rollout
     if settings.surrogate != "kl_penalty":
         return coef, {}
-    upper, lower = trainable.stacks(online.policy_parts(params, state.frozen))
 
-    def score(sequences_and_states):
-        sequences, states = sequences_and_states
-        return response_logprobs(
-            model,
-            upper,
-            sequences,
-            temperature=settings.temperature,
-            frozen=lower,
-            states=states,
-        )[0]
+    def score(part):
+        return online.policy_logprobs(model, settings, params, state.frozen, part)[0]
 
-    arrays = (online.sequences_of(scored), experience.states)
-    logprobs = map_microbatches(score, arrays, settings.num_score_parts)
+    logprobs = map_microbatches(score, experience, settings.num_score_parts)
     # k3 of the old policy to the new one: its tokens, and the r - 1 - log r of the loss.
     kl = functional.masked_mean(
         functional.kl_estimate(scored.logprobs, logprobs, "k3"), scored.mask

@@ -117,7 +117,7 @@ class Settings(OnlineSettings):
         return self.num_ppo_epochs * self.num_mini_batches
 
 
-def examples_kind(settings: Settings) -> Kind:
+def _examples_kind(settings: Settings) -> Kind:
     """The kind of examples: prompts, with reference completions where their score is subtracted."""
     return "references" if settings.subtract_reference_score else "prompts"
 
@@ -128,7 +128,7 @@ TRAINER = Trainer(
     label="PPO",
     summary="PPO against reward models, Python functions, or a sum of several",
     settings=Settings,
-    reads=examples_kind,
+    reads=_examples_kind,
     online=True,
     # Adam's epsilon is that of openai/lm-human-preferences.
     optimizer=OptimizerSettings(learning_rate=1e-5, eps=1e-5),

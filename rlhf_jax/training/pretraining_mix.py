@@ -17,7 +17,7 @@ _TEXTS = 2**31 - 1
 def text_minibatches(
     settings: Settings, texts: TextBatch | None, key: jax.Array
 ) -> TextBatch | None:
-    """The texts of each update of an iteration, TextBatch [epochs * minibatches, rows, L].
+    """The texts of each update of an iteration, arrays [epochs * minibatches, rows, L].
 
     Each epoch has its own permutation of them, as it has of the responses. None where `ptx_coef`
     is 0.
@@ -37,9 +37,9 @@ def text_minibatches(
             f"ppo.ptx_coef is {settings.ptx_coef}, but the batch has no texts: put a TextBatch "
             "into PromptBatch.texts, or set ppo.ptx_coef to 0."
         )
-    given = texts.tokens.shape[0]
-    if given != rows:
-        raise ValueError(f"the batch has {given} rows of texts, but ppo.ptx_batch_size is {rows}.")
+    actual = texts.tokens.shape[0]
+    if actual != rows:
+        raise ValueError(f"the batch has {actual} rows of texts, but ppo.ptx_batch_size is {rows}.")
     keys = jax.random.split(jax.random.fold_in(key, _TEXTS), epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys)
     order = order.reshape(epochs * settings.num_mini_batches, -1)

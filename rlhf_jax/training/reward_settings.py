@@ -58,7 +58,7 @@ class Settings(OfflineSettings):
             )
 
 
-def examples_kind(settings: Settings) -> Kind:
+def _examples_kind(settings: Settings) -> Kind:
     """The kind of examples of an objective: pairs, or rankings."""
     return "rankings" if settings.objective == "ranking" else "pairs"
 
@@ -69,7 +69,7 @@ TRAINER = Trainer(
     label="Reward",
     summary="a reward model from compared responses",
     settings=Settings,
-    reads=examples_kind,
+    reads=_examples_kind,
     trains="reward_model",
     headlines=(Headline("eval/accuracy", "accuracy"),),
     first_settings=("objective", "num_epochs", "batch_size", "num_layers_unfrozen"),

@@ -27,8 +27,8 @@ class Trainable(NamedTuple):
     """The parameters of a language model.
 
     Attributes:
-      trained: what the optimizer updates.
-      frozen: what no step changes; None where all parameters are trained.
+      trained: the parameters that the optimizer updates.
+      frozen: the parameters that no step changes; None where all parameters are trained.
     """
 
     trained: Params

@@ -1,5 +1,6 @@
 """One PPO iteration by loops in float64, and the smallest settings to compare them under."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -29,6 +30,7 @@ KEY = jax.random.key(7)
 SCORES = np.array([0.5, -2.0, 3.0, 1.0], np.float32)
 
 
+@functools.cache  # the programs that tests share are compiled once
 def update_with(model, settings):
     return jax.jit(ppo.make_update_step(model, settings, optimizer=SGD, stop_token_ids=(EOS,)))
 

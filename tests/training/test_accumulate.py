@@ -81,7 +81,7 @@ def test_every_part_has_its_own_dropout_and_is_run_alone(small, texts):
     params = busy_params(small, 2)
 
     def loss_fn(params, part, key, denominator):
-        return sft._loss(model, params, part, sft.Settings(), key, denominator)
+        return sft._loss(model, sft.Settings(), None, params, part, key, denominator)
 
     @jax.jit
     def accumulate(params, key):
@@ -126,5 +126,5 @@ def test_settings_that_do_not_divide_are_refused(stage, name):
 
 
 def test_a_batch_that_does_not_divide_is_an_error(texts):
-    with pytest.raises(ValueError, match="4 rows are not divisible by 3 accumulation steps"):
+    with pytest.raises(ValueError, match="4 examples are not divisible by 3 accumulation steps"):
         accumulated_gradients(lambda *_: None, sft._count, {}, texts, None, 3)

@@ -12,7 +12,8 @@ from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import ppo
-from rlhf_jax.training.ppo_ptx import text_loss
+from rlhf_jax.training.pretraining_mix import text_loss
+from rlhf_jax.training.trainable import Trainable
 from tests.training.ppo_by_loop import (
     EOS,
     KEY,
@@ -21,7 +22,7 @@ from tests.training.ppo_by_loop import (
     experience_by_loop,
 )
 from tests.training.scans import scans
-from tests.training.test_ppo_ptx import ROWS, text_batch
+from tests.training.test_pretraining_mix import ROWS, text_batch
 
 RATE = 0.05
 TWICE = dataclasses.replace(SETTINGS, num_ppo_epochs=2, num_mini_batches=2)
@@ -142,7 +143,7 @@ def test_20_the_reference_and_all_that_is_frozen_do_not_move_by_one_bit(
         np.testing.assert_array_equal(scored.ref_logprobs, seen[0].ref_logprobs)
         assert np.abs(scored.logprobs - seen[0].logprobs).max() > 1e-2
     lower, _ = model.split(ppo.policy_params(model, running), 1)
-    jax.tree.map(np.testing.assert_array_equal, lower, start.frozen["trunk"])
+    jax.tree.map(np.testing.assert_array_equal, lower, start.frozen["base"])
 
 
 def test_at_first_the_kl_is_exactly_zero_and_every_ratio_one(model, params, batch, rollout, update):
@@ -160,7 +161,7 @@ def test_what_is_frozen_stands_once_and_has_no_optimizer_state(model, params):
     adam = optax.adam(1e-3)
     start = ppo.init_state(model, params, settings, KEY, optimizer=adam)
     lower, upper = model.split(params, 1)
-    jax.tree.map(np.testing.assert_array_equal, start.frozen, {"ref": upper, "trunk": lower})
+    jax.tree.map(np.testing.assert_array_equal, start.frozen, {"ref": upper, "base": lower})
     jax.tree.map(np.testing.assert_array_equal, start.params["model"], upper)
     trained = {"model": upper, "value_head": start.params["value_head"]}
     shapes = jax.tree.map(lambda x: x.shape, (start.params, start.opt_state[0].mu))
@@ -205,8 +206,8 @@ def test_the_frozen_layers_run_once_for_all_epochs(value_model):
 def test_texts_mixed_in_have_the_gradient_of_the_whole_policy(model, params):
     texts, (lower, upper) = text_batch(ROWS), model.split(params, 1)
 
-    def loss(trained, trunk=None):
-        return text_loss(model, trained, texts, trunk=trunk)
+    def loss(trained, frozen=None):
+        return text_loss(model, Trainable(trained, frozen), texts)
 
     loss_and_gradient = jax.jit(jax.value_and_grad(loss))
     expected, whole = loss_and_gradient(params)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rlhf_jax.training.ppo_scores import shape_scores
 
-from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.batches import PromptBatch, Rollout, Sequences
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.training import ppo
+from rlhf_jax.rollout.score import end_scores
+from rlhf_jax.rollout.shaping import shape_scores
+from rlhf_jax.training import online, ppo
 from rlhf_jax.training.state import make_optimizer
 from tests.models.gpt2_by_loop import hidden_by_loop
 from tests.training.ppo_by_loop import (
@@ -156,9 +157,8 @@ def test_logprobs_are_those_of_sampling(done, model, state, batch):
 def test_two_halves_make_a_whole(done, model, reward_model, state, batch):
     sample_key, update_key = jax.random.split(KEY)
     sampled = Rollout(done[2].tokens, done[2].mask, done[2].logprobs)
-    scores = jax.jit(ppo.response_scores, static_argnums=0)(
-        reward_model, state.frozen["reward"], batch, sampled
-    )
+    sequences = Sequences(batch.prompts, batch.prompt_mask, sampled.tokens, sampled.mask)
+    scores = jax.jit(end_scores, static_argnums=0)(reward_model, state.frozen["reward"], sequences)
     halves = update_with(model, SETTINGS)(state, batch, sampled, scores, update_key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), halves, done)
 
@@ -278,9 +278,9 @@ class RecordingModel(GPT2):
 
     seen: list = dataclasses.field(default_factory=list, compare=False)
 
-    def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
+    def embed(self, params, tokens, positions, **options):
         jax.debug.callback(lambda x: self.seen.append(np.asarray(x)), tokens, ordered=True)
-        return super().embed(params, tokens, positions, decode=decode, dropout_key=dropout_key)
+        return super().embed(params, tokens, positions, **options)
 
 
 def test_each_epoch_visits_each_row_once_in_its_own_order(model):
@@ -315,7 +315,7 @@ def test_limits_are_drawn_for_each_response(model, params):
     settings = dataclasses.replace(SETTINGS, min_response_length=2, stop_at_eos=False)
     batch = PromptBatch(jnp.ones((64, 1), jnp.int32), jnp.ones((64, 1), bool), jnp.arange(64))
     sample = jax.jit(
-        functools.partial(ppo.sample_responses, model, settings=settings, stop_token_ids=(EOS,))
+        functools.partial(online.sample_responses, model, settings=settings, stop_token_ids=(EOS,))
     )
     rollout = sample(params, batch, KEY)
     lengths = np.asarray(rollout.mask).sum(axis=1)
@@ -381,10 +381,10 @@ def test_ppo_learns_what_is_rewarded():
 
 
 def test_without_an_optimizer_it_is_adam_with_the_published_epsilon(model, params):
-    assert ppo.OPTIMIZER.eps == 1e-5
+    assert ppo.TRAINER.optimizer.eps == 1e-5
     state = ppo.init_state(model, params, SETTINGS, KEY)
     grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-5), state.params)
-    ours = make_optimizer(ppo.OPTIMIZER)
+    ours = make_optimizer(ppo.TRAINER.optimizer)
     updates, _ = ours.update(grads, state.opt_state, state.params)
     # Below the clipping, g / (|g| + eps) is one half.
     chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.5e-5 * g / g, grads), rtol=1e-3)
@@ -414,7 +414,7 @@ def test_settings_out_of_range_say_what_is_allowed(change, message):
 
 def test_a_batch_of_another_size_is_refused(model, state, batch, rollout):
     settings = dataclasses.replace(SETTINGS, batch_size=8)
-    with pytest.raises(ValueError, match="4 rows, but ppo.batch_size is 8"):
+    with pytest.raises(ValueError, match="4 prompts, but ppo.batch_size is 8"):
         update_with(model, settings)(state, batch, rollout, SCORES, KEY)
 
 

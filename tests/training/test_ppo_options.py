@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.errors import InputError
-from rlhf_jax.training import ppo
+from rlhf_jax.training import online, ppo
 from tests.training.ppo_by_loop import (
     EOS,
     KEY,
@@ -121,9 +121,12 @@ def test_the_coefficient_follows_the_kl_after_the_last_update(model, state, batc
     assert moved > 1.5 * PENALISED.penalty_target
     assert float(after.penalty_coef) == 4.0
 
+    experience = online.Experience(scored, scored.logprobs, None)
+
     def adapted(target, coef):
         settings = dataclasses.replace(PENALISED, penalty_target=target)
-        return float(ppo._adapt_penalty(model, settings, after.params, scored, coef)[0])
+        start = state._replace(penalty_coef=coef)
+        return float(ppo._adapt_penalty(model, settings, start, after.params, experience)[0])
 
     assert [adapted(moved / share, 2.0) for share in (0.5, 1.0, 2.0)] == [1.0, 2.0, 4.0]
     # Halved for a hundred iterations more it would be 0, and never come back.

@@ -15,7 +15,7 @@ from tests.training.ppo_by_loop import KEY, SCORES, SETTINGS, SGD, update_with
 
 IN_PARTS = {"gradient_accumulation_steps": 2, "score_batch_size": 2}
 WITH_TEXTS = {"entropy_coef": 0.1, "ptx_coef": 0.5, "ptx_batch_size": 6, "max_approxkl": 10.0}
-ABOVE_A_TRUNK = {
+FROZEN_BASE = {
     "surrogate": "kl_penalty",
     "exact_kl": True,
     "num_layers_unfrozen": 1,
@@ -32,7 +32,7 @@ def texts():
     return TextBatch(*map(jnp.asarray, (tokens.astype(np.int32), real.astype(np.int32), real)))
 
 
-@pytest.mark.parametrize("options", [WITH_TEXTS, ABOVE_A_TRUNK], ids=["texts", "trunk"])
+@pytest.mark.parametrize("options", [WITH_TEXTS, FROZEN_BASE], ids=["texts", "frozen"])
 def test_parts_make_the_step_of_the_whole(model, params, batch, rollout, texts, options):
     settings = dataclasses.replace(SETTINGS, **options)
     state = ppo.init_state(model, params, settings, KEY, optimizer=SGD)
@@ -75,7 +75,7 @@ def test_rows_come_back_in_their_order():
     found = map_microbatches(lambda rows: (rows[0] + 1, None, rows[1].sum(axis=1)), rows, 3)
     np.testing.assert_array_equal(found[0], np.arange(6) + 1)
     np.testing.assert_array_equal(found[2], np.arange(12).reshape(6, 2).sum(axis=1))
-    with pytest.raises(ValueError, match="6 rows are not divisible by 4"):
+    with pytest.raises(ValueError, match="6 examples are not divisible by 4"):
         map_microbatches(lambda rows: rows, rows, 4)
 
 

@@ -29,8 +29,7 @@ def batch_for(objective):
     pairs = batch_of(PAIRS, 4)
     if objective != "ranking":
         return pairs
-    responses, masks = reward.responses_of(pairs)
-    return RankingBatch(pairs.prompts, pairs.prompt_mask, responses, masks)
+    return RankingBatch(*reward.sequences_of(pairs))
 
 
 def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
@@ -62,13 +61,12 @@ def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
 
 def test_end_scores_are_those_of_the_whole_model(model, scorer):
     """Also with nothing below the upper half but the embeddings, and with nothing in it."""
-    pairs = batch_of(PAIRS, 4)
-    rows = (pairs.prompts, pairs.prompt_mask, *reward.responses_of(pairs))
+    sequences = reward.sequences_of(batch_of(PAIRS, 4))
     scores = jax.jit(end_scores, static_argnums=0)
-    expected = scores(model, scorer, *rows)
+    expected = scores(model, scorer, sequences)
     for unfrozen in (0, 2):
         lower, upper = model.split(scorer["model"], unfrozen)
-        halves = scores(model, {**scorer, "model": upper}, *rows, frozen=lower)
+        halves = scores(model, {**scorer, "model": upper}, sequences, frozen=lower)
         np.testing.assert_allclose(halves, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -184,7 +184,7 @@ def test_parts_with_the_whole_count_add_up_to_the_whole(model, params, alone):
     count = float(alone.loss_mask.sum())
 
     def loss(params, batch):
-        return sft._loss(model, params, batch, SETTINGS, None, denominator=count)[0]
+        return sft._loss(model, SETTINGS, None, params, batch, None, count)[0]
 
     loss_and_gradient = jax.jit(jax.value_and_grad(loss))
     whole = loss_and_gradient(params, alone)

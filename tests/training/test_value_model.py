@@ -11,9 +11,8 @@ import pytest
 from rlhf_jax.batches import ScoredRollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2
-from rlhf_jax.training import ppo
-from rlhf_jax.training.ppo_passes import score_rollout
-from rlhf_jax.training.ppo_update import Experience, _loss
+from rlhf_jax.training import online, ppo
+from rlhf_jax.training.values import response_values
 from tests.training.ppo_by_loop import (
     EOS,
     KEY,
@@ -47,6 +46,17 @@ def made(model, reward_model, state, reward_params, batch, rollout):
         model, OF_REWARD, value_model=reward_model, optimizer=SGD, stop_token_ids=(EOS,)
     )
     return start, *jax.jit(update)(start, batch, rollout, SCORES, KEY)
+
+
+def scoring(model, settings, value_model):
+    """(state, batch, rollout, scores) -> ScoredRollout, with the values of a value model."""
+
+    def score(state, batch, rollout, scores):
+        values = functools.partial(response_values, settings, value_model, state.params)
+        arguments = (model, settings, state, batch, rollout, scores)
+        return online.make_experience(*arguments, kl_coef=0.0, values=values)[0].rollout
+
+    return score
 
 
 def own_values(value_model, start, scored):
@@ -139,10 +149,9 @@ def test_a_copy_of_the_policy_shares_its_frozen_layers_and_nothing_else(
     head = {"kernel": kernel, "bias": jnp.float32(0.2)}
     other = {"model": jax.tree.map(lambda x: 1.3 * x, upper), "head": head}
     start = start._replace(params={**start.params, "value_model": other})
-    score = functools.partial(score_rollout, model, model, SHARING)
-    scored = jax.jit(score)(start, batch, rollout, SCORES)[0]
+    scored = jax.jit(scoring(model, SHARING, model))(start, batch, rollout, SCORES)
     own = start.params["value_model"]
-    whole = {**own, "model": model.merge(start.frozen["trunk"], own["model"])}
+    whole = {**own, "model": model.merge(start.frozen["base"], own["model"])}
     assert_values(scored, own_values(model, start._replace(params={"value_model": whole}), scored))
 
 
@@ -153,8 +162,8 @@ def test_values_of_a_reward_model_are_its_own_beside_frozen_layers(
     start = ppo.init_state(model, params, settings, KEY, reward_params=reward_params)
     own = start.params["value_model"]["model"]
     jax.tree.map(np.testing.assert_array_equal, own, reward_params["model"])
-    score = functools.partial(score_rollout, model, reward_model, settings)
-    scored = jax.eval_shape(score, start, batch, rollout, SCORES)[0]  # of another width
+    score = scoring(model, settings, reward_model)
+    scored = jax.eval_shape(score, start, batch, rollout, SCORES)  # of another width
     assert scored.values.shape == (4, 5)
 
 
@@ -165,12 +174,10 @@ def test_the_value_loss_does_not_touch_the_policy(model, params, batch, rollout)
     parts = (batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
     zeros = jnp.zeros(rollout.tokens.shape)
     scored = ScoredRollout(*parts, zeros, zeros, zeros, jnp.zeros(4))
-    experience = Experience(scored, advantages=zeros, returns=zeros + 1.0)
-    loss = functools.partial(
-        _loss, model=model, settings=settings, value_model=model, trunk=None, penalty_coef=None
-    )
+    targets = ppo.Targets(scored, advantages=zeros, returns=zeros + 1.0, states=None)
+    loss = functools.partial(ppo._loss, model, model, settings, start)
     start.params["value_model"]["head"]["kernel"] += 1.0  # one of zero would hand nothing on
-    batch = (experience, None)
+    batch = (targets, None)
     grads = jax.jit(jax.grad(loss, has_aux=True))(start.params, batch, None, None)[0]
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["model"]))
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["value_model"]))

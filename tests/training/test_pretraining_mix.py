@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import ppo
-from rlhf_jax.training.ppo_ptx import text_minibatches
+from rlhf_jax.training.pretraining_mix import text_minibatches
 from tests.models.gpt2_by_loop import log_softmax, logits_by_loop
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SCORES, SETTINGS, update_with
 

@@ -8,7 +8,12 @@ import pytest
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import reward
-from rlhf_jax.training.normalize import make_stats_step, normalize_scores, score_moments, stats_of
+from rlhf_jax.training.normalization import (
+    make_stats_step,
+    normalize_scores,
+    score_moments,
+    stats_of,
+)
 from tests.models.gpt2_by_loop import hidden_by_loop
 from tests.training.test_reward import PAIRS, batch_of
 
@@ -63,8 +68,7 @@ def test_normalizing_twice_is_normalizing_once(reward_model, normalized, add):
 
 def test_of_rankings_the_best_response_counts(reward_params, add):
     pairs = batch_of(PAIRS, 4)
-    responses, mask = reward.responses_of(pairs)
-    rankings = RankingBatch(pairs.prompts, pairs.prompt_mask, responses, mask)
+    rankings = RankingBatch(*reward.sequences_of(pairs))
     expected = stats_of(add, reward_params, [pairs])
     for ours, theirs in zip(stats_of(add, reward_params, [rankings]), expected, strict=True):
         assert float(ours) == pytest.approx(float(theirs), rel=1e-5)

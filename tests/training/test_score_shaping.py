@@ -10,13 +10,13 @@ import pytest
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.errors import InputError
-from rlhf_jax.training import ppo
-from rlhf_jax.training.ppo_scores import (
-    init_score_stats,
+from rlhf_jax.rollout.shaping import (
+    empty_score_stats,
     scale_scores,
     shape_scores,
     truncate_responses,
 )
+from rlhf_jax.training import online, ppo
 from tests.training.ppo_by_loop import EOS, KEY, SCORES, SETTINGS, SGD, update_with
 
 STOP = 3
@@ -69,7 +69,7 @@ def test_samples_are_those_without_the_cut_up_to_it(model, params):
     settings = dataclasses.replace(PLAIN, truncate_token=STOP, truncate_after=1)
     batch = PromptBatch(jnp.ones((32, 1), jnp.int32), jnp.ones((32, 1), bool), jnp.arange(32))
     whole, cut = (
-        ppo.sample_responses(model, params, batch, KEY, which, stop_token_ids=(EOS,))
+        online.sample_responses(model, params, batch, KEY, which, stop_token_ids=(EOS,))
         for which in (PLAIN, settings)
     )
     lengths = [end_by_loop(whole, row, 1) for row in range(32)]
@@ -114,7 +114,7 @@ def test_a_response_without_an_end_gets_a_fixed_score(at_eos, token):
 
 def scored_in_turn(settings, batches):
     """The scaled scores of each batch, and the statistics after the last one."""
-    stats, scaled = init_score_stats(), []
+    stats, scaled = empty_score_stats(), []
     scale = jax.jit(functools.partial(scale_scores, settings))
     for scores, rows in batches:
         result, stats, metrics = scale(stats, scores, rows)
@@ -170,7 +170,7 @@ def test_scores_are_fixed_then_clipped_then_scaled(model, state, batch, rollout)
         PLAIN, missing_eos_score=-9.0, cliprange_reward=2.0, scale_reward="running"
     )
     update = update_with(model, settings)
-    running = state._replace(score_stats=init_score_stats())
+    running = state._replace(score_stats=empty_score_stats())
     seen = []
     for number, factor in enumerate((1.0, 0.25)):
         running, metrics, scored = update(running, batch, rollout, SCORES * factor, KEY)
@@ -193,7 +193,7 @@ def test_a_row_that_only_fills_up_the_batch_is_no_part_of_the_statistics(
     model, state, batch, rollout
 ):
     settings = dataclasses.replace(PLAIN, scale_reward="running")
-    running = state._replace(score_stats=init_score_stats())
+    running = state._replace(score_stats=empty_score_stats())
     short = rollout._replace(mask=rollout.mask & (np.arange(4) != 1)[:, None])
     after, metrics, _ = update_with(model, settings)(running, batch, short, SCORES, KEY)
     assert float(after.score_stats.num_scores) == 3
@@ -204,7 +204,7 @@ def test_a_row_that_only_fills_up_the_batch_is_no_part_of_the_statistics(
 def test_the_last_real_token_gets_the_scaled_score(model, state, batch, rollout):
     """The KL penalty is left out, so that rewards are scores, and returns those under lam = 1."""
     settings = dataclasses.replace(PLAIN, scale_reward="ref", gamma=1.0, lam=1.0)
-    silent = state._replace(kl_coef=jnp.float32(0.0), score_stats=init_score_stats())
+    silent = state._replace(kl_coef=jnp.float32(0.0), score_stats=empty_score_stats())
     _, metrics, _ = update_with(model, settings)(silent, batch, rollout, SCORES, KEY)
     mean = np.mean(SCORES / np.std(SCORES, ddof=1))
     assert float(metrics["objective/rlhf_reward"]) == pytest.approx(mean, rel=1e-5)
@@ -213,7 +213,7 @@ def test_the_last_real_token_gets_the_scaled_score(model, state, batch, rollout)
 
 def test_a_state_made_without_statistics_is_refused(model, state, batch, rollout):
     settings = dataclasses.replace(PLAIN, scale_reward="running")
-    with pytest.raises(ValueError, match="holds no score_stats: make it with the same settings"):
+    with pytest.raises(ValueError, match="holds no score_stats: create it with the same settings"):
         update_with(model, settings)(state, batch, rollout, SCORES, KEY)
     made = ppo.init_state(model, state.params["model"], settings, KEY, optimizer=SGD)
     assert [float(x) for x in made.score_stats] == [0.0, 0.0, 0.0]
