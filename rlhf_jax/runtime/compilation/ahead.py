@@ -1,45 +1,37 @@
-"""The compiled steps of a stage without its parameters, its data and its devices.
+"""The compiled steps of a trainer from shapes alone: no parameters, no data, no devices.
 
-The steps, shardings and donations are those of `runtime/supervised.py` and `runtime/ppo.py`, from
-shapes alone.
+They derive from the trainer's record, and are those of its stage (`runtime/stages`), by the same
+recipe (`runtime/program.py`).
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.backend import compiler_options
-from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
-from rlhf_jax.data.settings import DataSettings
-from rlhf_jax.data.sft import max_targets, target_width
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model
-from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
-from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf_jax.runtime.stages import ppo as ppo_stage
-from rlhf_jax.runtime.stages import reward as reward_stage
-from rlhf_jax.runtime.stages import sft as sft_stage
-from rlhf_jax.training import ppo, reward, sft
+from rlhf_jax.runtime.compilation.shapes import batch_shapes, rollout_shapes
+from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.program import Placement
+from rlhf_jax.runtime.rewards.sources import resolve_sources
+from rlhf_jax.runtime.stages.checks import check_run
+from rlhf_jax.training import online
 from rlhf_jax.training.state import make_optimizer
-
-StageConfig = SFTConfig | RewardConfig | PPOConfig
 
 
 class Program(NamedTuple):
-    """One compiled step of a stage, before it is compiled.
+    """One step of a stage, before it is compiled.
 
     Attributes:
-      name: "step"; or "rollout" and "update", the two halves of PPO around rewards that are not one
-        reward model.
+      name: "step"; or "rollout" and "update", the halves of an iteration around other rewards than
+        one reward model.
       function: jitted.
       arguments: shapes, `jax.ShapeDtypeStruct` each.
-      state_bytes: of the first of them, the state, on one device.
+      state_bytes: of the first argument, the state, on one device.
     """
 
     name: str
@@ -49,190 +41,107 @@ class Program(NamedTuple):
 
 
 def programs(
-    config: StageConfig,
+    config: RunConfig,
     model: Model,
     mesh: Mesh,
     *,
     num_responses: int = 4,
-    learned_tokens: int | None = None,
+    target_tokens: int | None = None,
 ) -> list[Program]:
-    """What a stage compiles for its steps. To be traced under `jax.set_mesh(mesh)`.
+    """The programs of a stage, to be traced under `jax.set_mesh(mesh)`.
 
-    Rows have the greatest lengths that the configuration allows. Reward models have the policy's
-    form. A schedule of the learning rate spans one step, which changes no more than a constant.
+    Examples have the greatest lengths that the configuration allows. Reward models have the
+    policy's architecture. A schedule of the learning rate differs in a constant.
 
     Args:
-      num_responses: K of rankings, which is otherwise that of the data.
-      learned_tokens: of a row of texts, at most, which is that of the data, too. By default that of
-        rows full of prompts and completions of the greatest lengths, `max_targets`.
+      num_responses: K of rankings, which otherwise the data determine.
+      target_tokens: the greatest number of target tokens in a sequence of texts, likewise; by
+        default that of prompts and completions of the greatest lengths, `max_targets`.
 
     Raises:
-      InputError: what the stage itself would raise of sizes, `num_seeds` above 1, or
-        `learned_tokens` below 1.
+      InputError: of sizes, as the stage raises it, or `target_tokens` is below 1.
     """
-    if learned_tokens is not None and learned_tokens < 1:
-        raise InputError(f"learned_tokens is {learned_tokens}: set it to 1 or more.")
-    key = jax.eval_shape(functools.partial(jax.random.key, 0))
-    if isinstance(config, SFTConfig):
-        sft_stage.check_sizes(config, model, mesh)
-        batch: Any = _texts(config.sft.batch_size, config.data, learned_tokens)
-        return [_supervised(config, sft, config.sft, model, mesh, batch, key)]
-    if isinstance(config, RewardConfig):
-        reward_stage.check_sizes(config, model, mesh)
-        batch = _compared(config, num_responses)
-        return [_supervised(config, reward, config.reward, model, mesh, batch, key)]
-    ppo_stage.check_sizes(config, model, mesh)
-    if config.num_seeds > 1:
-        raise InputError(
-            f"num_seeds is {config.num_seeds}, but one run is compiled ahead; give --num_seeds 1."
-        )
-    return _ppo(config, model, mesh, key, _prompts(config, learned_tokens))
-
-
-def _supervised(config, training, settings, model, mesh, batch, key) -> Program:
-    optimizer = make_optimizer(config.optimizer)
-    init = functools.partial(_init_supervised, training, model, settings, optimizer)
-    shape = jax.eval_shape(init, jax.eval_shape(model.init, key), key)
-    state, rows, whole = (
-        tree_shardings(mesh, shape, model.partition_rules),
-        batch_sharding(mesh),
-        replicated(mesh),
+    if target_tokens is not None and target_tokens < 1:
+        raise InputError(f"learned_tokens is {target_tokens}: set it to 1 or more.")
+    check_run(config, model, mesh)
+    kind, settings = config.trainer.reads(config.settings), config.settings
+    shapes = functools.partial(
+        batch_shapes, num_responses=num_responses, target_tokens=target_tokens
     )
-    step = jax.jit(
-        training.make_step(model, settings, optimizer=optimizer),
-        in_shardings=(state, rows, whole),
-        out_shardings=(state, whole),
-        donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
-    )
-    return Program("step", step, (shape, batch, key), _bytes_on_device(shape, state))
+    batch: Any = shapes(kind, settings.batch_size, config.data)
+    if not config.trainer.online:
+        return [_offline(config, model, mesh, batch)]
+    if config.trainer.mixes_texts and settings.ptx_coef:
+        texts = shapes("text", settings.num_texts, config.section("ptx"))
+        batch = batch._replace(texts=texts)
+    return _online(config, model, mesh, batch)
 
 
-def _init_supervised(training, model, settings, optimizer, params, key):
-    return training.init_state(model, params, settings, key, optimizer=optimizer)
+def _offline(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> Program:
+    steps, optimizer, key = config.trainer.steps, make_optimizer(config.optimizer), _key()
+    init = functools.partial(steps.init_state, model, settings=config.settings, optimizer=optimizer)
+    place = Placement(mesh, model.partition_rules)
+    state = jax.eval_shape(init, jax.eval_shape(model.init, key), key=key)
+    step = place.step(steps.make_step(model, config.settings, optimizer=optimizer), state)
+    return Program("step", step, (state, batch, key), _bytes_on_device(place, state))
 
 
-def _ppo(config: PPOConfig, model: Model, mesh: Mesh, key: Any, batch: Any) -> list[Program]:
-    settings = config.ppo
-    if isinstance(settings.truncate_token, str):  # which one it is makes no difference here
+def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Program]:
+    steps, key, settings = config.trainer.steps, _key(), config.settings
+    if isinstance(settings.truncate_token, str):  # its id makes no difference to the program
         settings = dataclasses.replace(settings, truncate_token=0)
-    optimizer = make_optimizer(config.optimizer, config.ppo.num_updates)
+    optimizer = make_optimizer(config.optimizer, settings.num_updates)
     eos = model.config.eos_token_id
     stops = (model.config.vocab_size - 1 if eos is None else eos,)
-    scorers, is_whole = _scorers(config)
-    shape = _ppo_state(config, settings, model, optimizer, key, scorers, is_whole)
-    state, rows, whole = (
-        tree_shardings(mesh, shape, model.partition_rules),
-        batch_sharding(mesh),
-        replicated(mesh),
-    )
-    value_model = model if settings.value_model == "reward" else None
-    made = {"optimizer": optimizer, "stop_token_ids": stops, "value_model": value_model}
-    size = _bytes_on_device(shape, state)
-    if is_whole:
-        step = jax.jit(
-            ppo.make_step(model, settings, reward_model=model, **made),
-            in_shardings=(state, rows, whole),
-            out_shardings=(state, whole, rows),
-            donate_argnums=0,
-            compiler_options=compiler_options(mesh.devices.flat[0].platform),
-        )
-        return [Program("step", step, (shape, batch, key), size)]
-    sample = jax.jit(
-        ppo.make_rollout_step(model, settings, stop_token_ids=stops),
-        in_shardings=(state, rows, whole),
-        out_shardings=rows,
-    )
-    update = jax.jit(
-        ppo.make_update_step(model, settings, **made),
-        in_shardings=(state, rows, rows, rows, whole),
-        out_shardings=(state, whole, rows),
-        donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
-    )
-    rollout = (settings.batch_size, settings.response_length)
-    responses = Rollout(*(_array(dtype, *rollout) for dtype in (jnp.int32, bool, float)))
-    scores = _array(float, settings.batch_size)
+    num_scorers, is_single = _reward_models(config)
+    params = jax.eval_shape(model.init, key)
+    head = {"kernel": jax.ShapeDtypeStruct((model.config.n_embd,), "float32")}
+    scorer = {"model": params, "head": head}
+    scorers: dict[str, Any] = {
+        "reward_params": scorer if is_single else (scorer,) * num_scorers or None
+    }
+    options: dict[str, Any] = {"optimizer": optimizer, "stop_token_ids": stops}
+    if config.trainer.has_value_model:
+        scorers["value_params"], options["value_model"] = scorer, model
+    init = functools.partial(steps.init_state, model, settings=settings, optimizer=optimizer)
+    state = jax.eval_shape(init, params, key=key, **scorers)
+    place = Placement(mesh, model.partition_rules)
+    size = _bytes_on_device(place, state)
+    if is_single:
+        step = steps.make_step(model, settings, reward_model=model, **options)
+        step = place.step(step, state, returns_batch=True)
+        return [Program("step", step, (state, batch, key), size)]
+    sample = online.make_rollout_step(model, settings, stop_token_ids=stops)
+    update = place.update(steps.make_update_step(model, settings, **options), state)
+    rollout, scores = rollout_shapes(settings.batch_size, settings.response_length)
     return [
-        Program("rollout", sample, (shape, batch, key), size),
-        Program("update", update, (shape, batch, responses, scores, key), size),
+        Program("rollout", place.rollout(sample, state), (state, batch, key), size),
+        Program("update", update, (state, batch, rollout, scores, key), size),
     ]
 
 
-def _scorers(config: PPOConfig) -> tuple[int, bool]:
-    """(reward models that the state holds, whether one of them is part of a whole step)."""
-    models = [source for source in config.rewards if source.function is None]
-    has_bare = any(source.is_bare for source in models)
-    count = len(models) + ((config.model.reward_path is not None) and not has_bare)
-    if not config.rewards:
-        count = 1
-    alone = count == 1 and len(config.rewards) <= 1
-    weights = [source.weight for source in config.rewards]
-    is_whole = alone and weights in ([], [1.0]) and not config.ppo.subtract_reference_score
-    return count, is_whole
+def _reward_models(config: RunConfig) -> tuple[int, bool]:
+    """(the number of reward models, whether one alone is part of a full step).
+
+    Without any source of rewards, one reward model is assumed.
+    """
+    given, path = config.section("rewards"), config.model.reward_path
+    if path is None and (not given or any(source.is_bare for source in given)):
+        path = "reward"
+    sources = resolve_sources(path, given)
+    count = sum(source.function is None for source in sources)
+    is_alone = len(sources) == count == 1 and sources[0].weight == 1.0
+    return count, is_alone and not config.settings.subtract_reference_score
 
 
-def _ppo_state(config, settings, model, optimizer, key, scorers, is_whole):
-    """Shapes of the state before the first iteration."""
-    params = jax.eval_shape(model.init, key)
-    scorer = {"model": params, "head": {"kernel": _array(float, model.config.n_embd)}}
-    rewards = scorer if is_whole else (scorer,) * scorers or None
-    value = scorer if settings.value_model == "reward" else None
-    init: Callable[..., Any] = functools.partial(_init_ppo, model, settings, optimizer)
-    return jax.eval_shape(init, params, rewards, value, key)
+def _key() -> Any:
+    return jax.eval_shape(functools.partial(jax.random.key, 0))
 
 
-def _init_ppo(model, settings, optimizer, params, rewards, value, key):
-    return ppo.init_state(
-        model,
-        params,
-        settings,
-        key,
-        optimizer=optimizer,
-        reward_params=rewards,
-        value_params=value,
-    )
+def _bytes_on_device(place: Placement, tree: Any) -> int:
+    """Bytes of a state on one device."""
 
-
-def _bytes_on_device(shape: Any, shardings: Any) -> int:
-    """What one device holds of arrays."""
-
-    def of(leaf, sharding):
+    def size(leaf, sharding):
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-    return sum(jax.tree.leaves(jax.tree.map(of, shape, shardings)))
-
-
-def _array(dtype: Any, *shape: int) -> Any:
-    """The shape of an array, which stands for the array itself."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32 if dtype is float else dtype)
-
-
-def _texts(rows: int, data: DataSettings, learned_tokens: int | None) -> TextBatch:
-    most = max_targets(data) if learned_tokens is None else learned_tokens
-    length = target_width([most], data.max_length)
-    learned = None if length is None else _array(jnp.int32, rows, length)
-    size = (rows, data.max_length)
-    tokens, segments = (_array(jnp.int32, *size) for _ in range(2))
-    return TextBatch(tokens, segments, _array(bool, *size), learned)
-
-
-def _compared(config: RewardConfig, num_responses: int) -> PairBatch | RankingBatch:
-    rows, data = config.reward.batch_size, config.data
-    prompts = (rows, data.max_prompt_length)
-    before = (_array(jnp.int32, *prompts), _array(bool, *prompts))
-    if config.reward.objective == "ranking":
-        size = (rows, num_responses, data.max_response_length)
-        return RankingBatch(*before, _array(jnp.int32, *size), _array(bool, *size))
-    length = data.max_response_length
-    response = (_array(jnp.int32, rows, length), _array(bool, rows, length))
-    return PairBatch(*before, *response, *response, _array(float, rows), _array(bool, rows))
-
-
-def _prompts(config: PPOConfig, learned_tokens: int | None) -> PromptBatch:
-    rows, texts = config.ppo.batch_size, None
-    if config.ppo.ptx_coef:
-        texts = _texts(config.ppo.num_texts, config.ptx, learned_tokens)
-    size = (rows, config.data.max_prompt_length)
-    tokens, mask = _array(jnp.int32, *size), _array(bool, *size)
-    return PromptBatch(tokens, mask, _array(jnp.int32, rows), texts)
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, place.shardings(tree))))

@@ -1,86 +1,43 @@
-"""What chips can do, by their makers' pages."""
+"""Published peaks of TPU chips, and the least time that they allow; nothing here imports jax."""
 
 from typing import NamedTuple
 
-from rlhf_jax.runtime.run.utilization import PEAK_FLOPS
+TOPOLOGIES = (
+    "v5e:4x4 or v6e:16x16 (chips of a slice in two dimensions), v5p:4x4x8 (in three), local (the "
+    "devices of this machine) or cpu:8 (this number of devices on its CPU)"
+)
 
 
 class Chip(NamedTuple):
     """Published peaks of one chip.
 
     Attributes:
-      name: as topologies name it.
       flops: dense bfloat16 FLOP/s.
       hbm: bytes of memory.
       hbm_bandwidth: bytes/s that are read or written.
       ici_bandwidth: bytes/s over all links to other chips, both directions together.
-      source: the page that says so.
     """
 
-    name: str
     flops: float
     hbm: float
     hbm_bandwidth: float
     ici_bandwidth: float
-    source: str
-
-    @property
-    def receives(self) -> float:
-        """Bytes/s that a chip receives at most: one direction of all its links."""
-        return self.ici_bandwidth / 2
 
 
-# The pages give the memory in GB where the chip has GiB, as libtpu says.
+# Of https://docs.cloud.google.com/tpu/docs/v5e, v5p and v6e; their GB of memory are GiB.
 CHIPS = {
-    "v5e": Chip(
-        "v5e",
-        PEAK_FLOPS["TPU v5e"],
-        16 * 2**30,
-        819e9,
-        400e9,
-        "https://docs.cloud.google.com/tpu/docs/v5e",
-    ),
-    "v5p": Chip(
-        "v5p",
-        PEAK_FLOPS["TPU v5p"],
-        95 * 2**30,
-        2765e9,
-        1200e9,
-        "https://docs.cloud.google.com/tpu/docs/v5p",
-    ),
-    "v6e": Chip(
-        "v6e",
-        PEAK_FLOPS["TPU v6e"],
-        32 * 2**30,
-        1600e9,
-        800e9,
-        "https://docs.cloud.google.com/tpu/docs/v6e",
-    ),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 400e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 1200e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1600e9, 800e9),
 }
 
 
-class Roofline(NamedTuple):
-    """The seconds that a program takes at least, by each of the peaks."""
+def least_seconds(chip: Chip, *, flops: float, moved: float, received: float) -> dict[str, float]:
+    """Lower bounds on the time of a program, of which the greatest holds.
 
-    compute: float
-    memory: float
-    network: float
+        flops / peak FLOP/s, moved / HBM bytes/s, received / (ICI bytes/s / 2)
 
-    @property
-    def seconds(self) -> float:
-        """What the program takes at least, all three overlapping perfectly."""
-        return max(self)
-
-    @property
-    def bound(self) -> str:
-        """Which of the three that is."""
-        return self._fields[self.index(self.seconds)]
-
-
-def roofline(chip: Chip, *, flops: float, moved: float, received: float) -> Roofline:
-    """Lower bounds on the time of a program.
-
-        max(flops / peak FLOP/s, moved / HBM bytes/s, received / (ICI bytes/s / 2))
+    A chip receives over one direction of its links.
 
     Args:
       flops: of one device.
@@ -89,7 +46,11 @@ def roofline(chip: Chip, *, flops: float, moved: float, received: float) -> Roof
 
     Williams et al. 2009, Roofline: an insightful visual performance model.
 
-    >>> roofline(CHIPS["v5e"], flops=197e12, moved=1e9, received=1e9).bound
-    'compute'
+    >>> least_seconds(CHIPS["v5e"], flops=197e12, moved=819e9, received=100e9)
+    {'compute': 1.0, 'memory': 1.0, 'network': 0.5}
     """
-    return Roofline(flops / chip.flops, moved / chip.hbm_bandwidth, received / chip.receives)
+    return {
+        "compute": flops / chip.flops,
+        "memory": moved / chip.hbm_bandwidth,
+        "network": received / (chip.ici_bandwidth / 2),
+    }

@@ -1,112 +1,154 @@
-"""What the devices of a compiled program send each other."""
+"""The collectives of a compiled program, read off its optimized HLO.
 
+No analysis of the compiler counts them, and the jaxpr has none: XLA's partitioner adds them.
+"""
+
+import math
 import re
 from typing import NamedTuple
 
-from rlhf_jax.runtime.compilation.hlo import Instruction, Module, array_bytes, called, executed
-
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)"
+)
 
 
 class Collective(NamedTuple):
-    """One collective of the text.
+    """One collective of the program.
 
     Attributes:
       kind: of `KINDS`.
       shape: of its result on one device, as printed, without layouts.
-      size: bytes of that result.
-      group: devices that take part together.
-      received: bytes that each device receives, each time it runs.
-      times: how often it runs in the program.
-      source: the operation that it comes from, as JAX names it.
+      group: the number of devices that take part together.
+      times: how often it runs.
+      total: bytes that each device receives in all these runs.
     """
 
     kind: str
     shape: str
-    size: int
     group: int
-    received: float
     times: int
-    source: str
-
-    @property
-    def total(self) -> float:
-        """Bytes received each time that the program runs."""
-        return self.received * self.times
+    total: float
 
 
-def collectives(module: Module, num_devices: int) -> list[Collective]:
-    """All collectives among more than one device, those that receive most first.
+def collectives(text: str, num_devices: int) -> list[Collective]:
+    """All collectives among more than one device, in decreasing order of the bytes received.
 
-    Received are, of a result of S bytes among n devices, S (n - 1) / n by an all-gather or
-    all-to-all, twice that by an all-reduce, S (n - 1) by a reduce-scatter, and S by a permute: what
-    the best algorithms need (Chan et al. 2007, Collective communication: theory, practice, and
-    experience, section 3).
+    Of a result of S bytes among n devices, an all-gather or all-to-all receives S (n - 1) / n, an
+    all-reduce twice that, a reduce-scatter S (n - 1), and a permute S: the lower bounds of Chan et
+    al. 2007, Collective communication: theory, practice, and experience, section 3.
+
+    Args:
+      text: of `compiled.as_text()`.
     """
+    computations, entry = _computations(text)
+    runs = dict.fromkeys(computations, 0)
+    _add_runs(computations, entry, 1, runs)
     found: dict[tuple[str, str], Collective] = {}
-    for instruction, computation, times in executed(module):
-        for part, scatters in _parts(module, instruction):
-            channel = re.search(r"channel_id=(\d+)", part.rest)
-            key = (computation, channel[1] if channel else part.name)
-            if "async_collective_fusion" in part.rest:
-                # One that a TPU overlaps with other work stands in every fusion that it passes,
-                # those of a loop too; it runs as often as the first of them.
-                key = ("", key[1])
+    for name, times in runs.items():
+        for line in computations[name] if times else ():
+            if (collective := _collective(line, name, num_devices, times)) is None:
+                continue
+            channel = re.search(r"channel_id=\d+", line)
+            # A TPU repeats one that overlaps with other work in every fusion that it passes, also
+            # inside a loop; it runs as often as where it runs least.
+            place = "" if "async_collective_fusion" in line else name
+            key = (place, channel[0] if channel else line)
             if key not in found or times < found[key].times:
-                found[key] = _collective(part, scatters, num_devices, times)
-    among_many = [each for each in found.values() if each.group > 1]
-    return sorted(among_many, key=lambda each: -each.total)
+                found[key] = collective
+    among_several = (each for each in found.values() if each.group > 1)
+    return sorted(among_several, key=lambda each: -each.total)
 
 
-def _parts(module: Module, instruction: Instruction) -> list[tuple[Instruction, bool]]:
-    """The collectives that an instruction is or holds, and whether a scatter follows in it."""
-    if instruction.opcode.removesuffix("-start") in KINDS:
-        return [(instruction, False)]
-    if instruction.opcode != "fusion":
-        return []
-    name = called(instruction, "calls")
-    inner = module.computations[name].instructions.values()
-    parts = [part for each in inner for part in _parts(module, each)]
-    return [(part, "all-reduce-scatter" in name or scatters) for part, scatters in parts]
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """(the lines of each computation, the name of the first that runs)."""
+    computations: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            computations[name].append(line)
+    return computations, entry
 
 
-def _collective(part: Instruction, scatters: bool, num_devices: int, times: int) -> Collective:
-    kind, shape = part.opcode.removesuffix("-start"), _result(part)
-    size, group = sum(array_bytes(shape)), _group_size(part, num_devices)
-    if scatters and kind == "all-reduce":
+def _add_runs(
+    computations: dict[str, list[str]], name: str, times: int, runs: dict[str, int]
+) -> None:
+    """Adds how often a computation, and each one that it calls, runs; all branches count."""
+    runs[name] += times
+    for line in computations[name]:
+        rounds = times * _trip_count(computations, line) if " while(" in line else times
+        for called in _called(line):
+            _add_runs(computations, called, rounds, runs)
+
+
+def _called(line: str) -> list[str]:
+    """The computations that an instruction names."""
+    names = (one or several for one, several in _CALLED.findall(line))
+    return [name.strip(" %") for part in names for name in part.split(",")]
+
+
+def _trip_count(computations: dict[str, list[str]], line: str) -> int:
+    """The number of rounds of a loop, at most.
+
+    A CPU's compiler prints that of a scan. Otherwise it is the greatest integer in the condition.
+    """
+    if known := re.search(r'known_trip_count":\s*\{"n":\s*"(\d+)"', line):
+        return int(known[1])
+    (condition,) = re.findall(r"condition=%?([\w.\-]+)", line)
+    lines = list(computations[condition])
+    lines += [x for each in lines for name in _called(each) for x in computations[name]]
+    bounds = re.findall(r"= s\d+\[\]\S* constant\((\d+)\)", "\n".join(lines))
+    return max(map(int, bounds), default=1)
+
+
+def _collective(line: str, computation: str, num_devices: int, times: int) -> Collective | None:
+    """The collective that an instruction is, if it is one."""
+    if (match := _COLLECTIVE.search(line)) is None:
+        return None
+    shape, kind, start = match.groups()
+    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)
+    if start and kind != "all-reduce":  # the operands stand before the results
+        arrays = [each for each in re.findall(r"\w+\[[\d,]*\]", shape) if each != "u32[]"]
+        shape = ", ".join(arrays[len(arrays) // 2 :])
+    size, group = _array_bytes(shape), _group_size(line, num_devices)
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind, size = "reduce-scatter", size // group
-    factors = {
-        "all-reduce": 2 * (group - 1) / group,
-        "reduce-scatter": group - 1,
-        "collective-permute": 1,
-    }
-    received = size * factors.get(kind, (group - 1) / group)
-    source = re.search(r'op_name="([^"]*)"', part.rest)
-    return Collective(kind, shape, size, group, received, times, source[1] if source else "")
+    share = (group - 1) / group
+    factors = {"all-reduce": 2 * share, "reduce-scatter": group - 1, "collective-permute": 1}
+    return Collective(kind, shape, group, times, times * size * factors.get(kind, share))
 
 
-def _result(part: Instruction) -> str:
-    """The shape of the result without layouts; what starts one names its operands before it."""
-    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", part.shape)
-    if not part.opcode.endswith("-start") or part.opcode == "all-reduce-start":
-        return shape
-    arrays = [each for each in re.findall(r"\w+\[[\d,]*\]", shape) if each != "u32[]"]
-    return ", ".join(arrays[len(arrays) // 2 :])
+def _array_bytes(shape: str) -> int:
+    """Bytes of all arrays of a shape.
+
+    >>> _array_bytes("(bf16[2,3], f32[], pred[5])")
+    21
+    """
+    total = 0
+    for dtype, axes in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape):
+        bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or ["0"])[0])
+        total += math.prod(int(size) for size in axes.split(",") if size) * bits // 8
+    return total
 
 
-def _group_size(part: Instruction, num_devices: int) -> int:
-    """How many devices take part together, in any of the forms that XLA prints."""
-    if part.opcode.startswith("collective-permute"):
-        pairs = re.findall(r"\{(\d+),(\d+)\}", part.rest)
+def _group_size(line: str, num_devices: int) -> int:
+    """The number of devices that take part together, in any notation of XLA."""
+    if "collective-permute" in line:
+        pairs = re.findall(r"\{(\d+),(\d+)\}", line.partition("source_target_pairs=")[2])
         return 2 if any(source != target for source, target in pairs) else 1
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", part.rest):
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
-        size = 1
-        for name, part_size in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2]):
-            size *= int(part_size or sizes[name])
-        return size
-    if counts := re.search(r"replica_groups=\[(\d+),(\d+)\]", part.rest):
-        return int(counts[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", part.rest):
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(size or sizes[name]) for name, size in parts)
+    if counts := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(counts[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed[1].split(","))
     return num_devices

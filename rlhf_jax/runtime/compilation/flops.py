@@ -1,21 +1,27 @@
-"""FLOPs of the products of a traced function, loops counted in full."""
+"""FLOPs and bytes of the products of a traced function, loops counted in full.
+
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here a scan counts
+as often as it runs, a `while` as the bound that its condition compares with (decoding may end
+before), a `cond` as its most expensive branch, and recomputation by a rematerialization again.
+Arguments are jaxprs, open or closed, such as `jax.jit(f).trace(*args).jaxpr`; all devices count
+together.
+"""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.models.cudnn_attention import BACKWARD, FORWARD
 
+# Products of cuDNN's attention: forwards the logits and the weighted values; backwards the logits
+# again, and four gradients.
+_FUSED = {FORWARD: 2, BACKWARD: 5}
+
 
 def count_flops(jaxpr: Any) -> int:
-    """FLOPs of all `dot_general` of a jaxpr: 2 for each product of two numbers that is added up.
+    """FLOPs of all products: 2 for each multiplication and addition.
 
-    Scans count as often as they run. A `while` counts as the bound that its condition compares with
-    (decoding may end before), a `cond` as its dearest branch. All devices together; what a
-    rematerialisation computes again counts again. cuDNN's attention counts as its products, of
-    which a causal mask leaves half.
-
-    Args:
-      jaxpr: open or closed, such as `jax.jit(f).trace(*args).jaxpr`.
+    cuDNN's attention counts as its products, of which a causal mask leaves half.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((4, 4))
@@ -24,36 +30,51 @@ def count_flops(jaxpr: Any) -> int:
     >>> count_flops(jax.make_jaxpr(f)(x)) == 3 * 2 * 4**3
     True
     """
-    return sum(_of_equation(equation) for equation in _open(jaxpr).eqns)
+    return _count(jaxpr, _flops)
 
 
-# Forwards the logits and what is attended; backwards the logits again, and four gradients.
-_FUSED = {FORWARD: 2, BACKWARD: 5}
+def count_bytes(jaxpr: Any) -> int:
+    """Bytes of the operands and results of all products."""
+    return _count(jaxpr, _bytes)
+
+
+def _count(jaxpr: Any, measure: Callable[[Any], int]) -> int:
+    """The sum of a measure over the products."""
+    total = 0
+    for equation in _open(jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general" or name in _FUSED:
+            total += measure(equation)
+        elif name == "scan":
+            total += params["length"] * _count(params["jaxpr"], measure)
+        elif name == "while":
+            total += _bound(params["cond_jaxpr"]) * _count(params["body_jaxpr"], measure)
+        elif name == "cond":
+            total += max(_count(branch, measure) for branch in params["branches"])
+        else:
+            total += sum(_count(inner, measure) for inner in _inner(params))
+    return total
+
+
+def _flops(equation: Any) -> int:
+    params, shape = equation.params, equation.invars[0].aval.shape
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    batch, queries, heads, width = shape
+    pairs = queries * equation.invars[1].aval.shape[1]
+    if params["mask_type"].name == "CAUSAL":
+        pairs = queries * (queries + 1) // 2
+    return _FUSED[equation.primitive.name] * 2 * batch * heads * pairs * width
+
+
+def _bytes(equation: Any) -> int:
+    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _open(jaxpr: Any) -> Any:
     return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
-
-
-def _of_equation(equation: Any) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-    if name in _FUSED:
-        (rows, queries, heads, width), keys = equation.invars[0].aval.shape, equation.invars[1].aval
-        pairs = queries * keys.shape[1]
-        if params["mask_type"].name == "CAUSAL":
-            pairs = queries * (queries + 1) // 2
-        return _FUSED[name] * 2 * rows * heads * pairs * width
-    if name == "scan":
-        return params["length"] * count_flops(params["jaxpr"])
-    if name == "while":
-        return _most_rounds(params["cond_jaxpr"]) * count_flops(params["body_jaxpr"])
-    if name == "cond":
-        return max(count_flops(branch) for branch in params["branches"])
-    return sum(count_flops(inner) for inner in _inner(params))
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
@@ -62,7 +83,7 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     return [value for value in values if hasattr(_open(value), "eqns")]
 
 
-def _most_rounds(condition: Any) -> int:
+def _bound(condition: Any) -> int:
     """The number that the counter of a loop has to stay below; 1 where there is none."""
     for equation in _open(condition).eqns:
         if equation.primitive.name == "lt" and hasattr(equation.invars[1], "val"):

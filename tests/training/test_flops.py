@@ -1,0 +1,62 @@
+"""FLOPs for each token against counts by hand: D = 32, 12 D^2 in a layer, V = 300 padded to 384."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.training import ppo, reward, sft
+
+MODEL = GPT2(GPT2Config(vocab_size=300, n_positions=8, n_embd=32, n_layer=2, n_head=2))
+LAYER, TABLE, HEAD = 2 * 12 * 32 * 32, 2 * 384 * 32, 2 * 32
+
+
+def shapes_of(trainer, settings, scorers=()):
+    def init(key):
+        params = MODEL.init(key)
+        scorer = {"model": MODEL.init(key), "head": {"kernel": jnp.zeros(32)}}
+        named = dict.fromkeys(scorers, scorer)
+        return trainer.init_state(MODEL, params, settings, key, **named)
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def test_a_trained_parameter_counts_three_times_and_a_frozen_one_once():
+    settings = sft.Settings()
+    found = sft.flops_per_token(MODEL, shapes_of(sft, settings), settings)
+    assert found == 3 * (2 * LAYER + TABLE)
+    settings = reward.Settings(num_layers_unfrozen=1)
+    found = reward.flops_per_token(MODEL, shapes_of(reward, settings), settings)
+    assert found == LAYER + 3 * (LAYER + HEAD)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 3 * (2 * LAYER + TABLE) + 2 * LAYER + HEAD + 4 * 3 * (2 * LAYER + TABLE)),
+        (
+            {"num_ppo_epochs": 1, "surrogate": "kl_penalty"},
+            4 * (2 * LAYER + TABLE) + 2 * LAYER + HEAD + 3 * (2 * LAYER + TABLE),
+        ),
+        # The frozen layer twice, its table three times; values of two layers of their own.
+        (
+            {"num_ppo_epochs": 2, "num_layers_unfrozen": 1, "value_model": "reward"},
+            2 * LAYER
+            + 3 * (LAYER + TABLE)
+            + 2 * (2 * LAYER + HEAD)
+            + 2 * (3 * (3 * LAYER + HEAD) + 2 * TABLE),
+        ),
+    ],
+)
+def test_an_iteration_of_ppo_samples_scores_and_updates(options, expected):
+    settings = ppo.Settings(**options)
+    state = shapes_of(ppo, settings, scorers=("reward_params", "value_params"))
+    found = ppo.flops_per_token(MODEL, state, settings, reward_models=(MODEL,))
+    assert found == expected
+
+
+def test_texts_count_in_the_epochs_alone():
+    settings = ppo.Settings(num_ppo_epochs=2, num_layers_unfrozen=1)
+    state = shapes_of(ppo, settings)
+    found = ppo.flops_per_text_token(MODEL, state, settings)
+    assert found == 2 * (LAYER + 2 * TABLE + 3 * LAYER)
