@@ -7,9 +7,8 @@ import pytest
 from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PairBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.runtime.compilation import ahead
+from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import SFTConfig, resolve
-from rlhf_jax.runtime.stages import supervised
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.training import reward
 from tests import small
@@ -43,20 +42,17 @@ def test_a_step_needs_less_memory():
     assert temporaries(compiler_options("cpu")) < 0.9 * temporaries(None)
 
 
-def test_a_stage_and_its_programs_ahead_are_compiled_with_them(tmp_path, monkeypatch):
-    asked = []
+def test_a_stage_is_compiled_with_them(tmp_path, monkeypatch):
+    platforms = []
 
     def unknown(platform):
-        asked.append(platform)
+        platforms.append(platform)
         return {"no_such_option": "1"}
 
-    for module in (supervised, ahead):
-        monkeypatch.setattr(module, "compiler_options", unknown)
+    monkeypatch.setattr(program, "compiler_options", unknown)
     stage = OfflineStage(resolve(SFTConfig, small.sft(tmp_path)))
-    (program,) = ahead.programs(stage.config, stage.model, stage.mesh)
     shape = jax.eval_shape(stage._init, stage.params)
-    given = (shape, stage.batches.at(0), jax.random.key(0))
-    for lowered in (stage._step.lower(*given), program.function.lower(*program.arguments)):
-        with pytest.raises(Exception, match="no_such_option"):
-            lowered.compile()
-    assert asked == ["cpu", "cpu"]
+    lowered = stage._step.lower(shape, stage.batches.at(0), jax.random.key(0))
+    with pytest.raises(Exception, match="no_such_option"):
+        lowered.compile()
+    assert platforms == ["cpu"]

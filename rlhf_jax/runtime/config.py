@@ -134,9 +134,10 @@ def trainer_named(name: str) -> Trainer:
     return trainer
 
 
-SFTConfig = config_of(trainer_named("sft"))
-RewardConfig = config_of(trainer_named("reward"))
-PPOConfig = config_of(trainer_named("ppo"))
+# Their fields follow from the records, which type checkers do not see.
+SFTConfig: Any = config_of(trainer_named("sft"))
+RewardConfig: Any = config_of(trainer_named("reward"))
+PPOConfig: Any = config_of(trainer_named("ppo"))
 
 
 @dataclasses.dataclass(frozen=True)

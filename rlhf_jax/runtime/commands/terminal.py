@@ -40,7 +40,7 @@ def run_command(
     def configured():
         from rlhf_jax.runtime import config
 
-        settings = config.parse(kind, argv)
+        settings: Any = config.parse(kind, argv)
         from rlhf_jax.runtime.commands.compilation_cache import keep_compiled
 
         keep_compiled()

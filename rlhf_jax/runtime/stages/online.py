@@ -149,7 +149,7 @@ class OnlineStage:
         place = self._place = program.Placement(self.mesh, rules)
         self.batch_sharding = place.batch
         shapes = jax.eval_shape(self._init, self.params, self.reward_params, self.value_params)
-        scorers = {"reward_models": self.rewards.models}
+        scorers: dict[str, Any] = {"reward_models": self.rewards.models}
         if self.trainer.has_value_model:
             scorers["value_model"] = self.value_model
         self.flops_per_token = self.steps.flops_per_token(
@@ -281,12 +281,13 @@ class OnlineStage:
         """Policy against reference; the responses of the reference are sampled once a run."""
         policy = self.steps.policy_params(self.model, state)
         ref = self.steps.reference_params(self.model, state)
-        reward_params = state.frozen.get("reward")
-        judged = (self.held_out, self.held_out_examples, ref, reward_params, self.eval_key)
+        reward_params, prompts = state.frozen.get("reward"), self.held_out
+        assert prompts is not None
+        shared_arguments = (prompts, self.held_out_examples, ref, reward_params, self.eval_key)
         if self._before is None:
-            self._before = self.evaluator(ref, *judged)
-        before, after = self._before, self.evaluator(policy, *judged)
-        columns = columns_of(self.held_out_examples, self.held_out.indices)
+            self._before = self.evaluator(ref, *shared_arguments)
+        before, after = self._before, self.evaluator(policy, *shared_arguments)
+        columns = columns_of(self.held_out_examples, prompts.indices)
         return compare(before, after, self.judge_fn, columns)
 
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
