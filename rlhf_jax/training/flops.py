@@ -8,40 +8,37 @@ is trained, and 2 where only a gradient passes through it. Attention and recompu
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.interface import Model
+from rlhf_jax.training.settings import OnlineSettings
+from rlhf_jax.training.state import TrainState
 
 
-def supervised_flops(model: Model, params: Params, frozen: Params, *, unembeds: bool) -> float:
-    """A forward and a backward pass for one token.
+def offline_flops(model: Model, state: TrainState, *, unembeds: bool) -> float:
+    """A step of an offline trainer, for one token: a forward and a backward pass.
 
     Args:
-      params: the trained part.
-      frozen: the frozen part, through which no gradient passes; None without one.
       unembeds: whether the loss reads logits.
     """
-    trained = model.flops_per_token(params, unembeds=unembeds)
-    return model.flops_per_token(frozen, unembeds=False) + 3.0 * trained
+    trained = model.flops_per_token(state.params, unembeds=unembeds)
+    return model.flops_per_token(state.frozen, unembeds=False) + 3.0 * trained
 
 
 def online_flops(
     model: Model,
     state: Any,
+    settings: OnlineSettings,
     *,
-    epochs: int,
-    passes: int = 3,
     reward_models: Sequence[Model] = (),
     value_model: Model | None = None,
 ) -> float:
-    """An iteration, for one token of prompts and responses.
+    """An iteration of an online trainer, for one token of prompts and responses.
 
     Sampling and scoring are forward passes, the epochs forward and backward passes. Frozen layers
     run twice: to sample, and for everything that follows. Prompt tokens count like those of
     responses, though their logits are never computed.
 
     Args:
-      state: of an online trainer, see `training/online.py`.
-      epochs: of updates on the responses.
-      passes: of the trained layers, forwards: sampling, policy, reference.
+      state: see `training/online.py`.
       reward_models: in the order of their parameters in the state.
       value_model: of `state.params["value_model"]`, by default as the policy.
     """
@@ -52,15 +49,16 @@ def online_flops(
         scorer.flops_per_token(tree, unembeds=False)
         for scorer, tree in zip(reward_models, trees, strict=False)
     )
+    passes = settings.num_forward_passes
     scoring = passes * (forward.policy + forward.table) + 2.0 * forward.base + forward.value
     update = 3.0 * (forward.policy + forward.value) + 2.0 * forward.table
-    return scoring + reward + epochs * update
+    return scoring + reward + settings.num_epochs * update
 
 
-def mixed_text_flops(model: Model, state: Any, *, epochs: int) -> float:
+def mixed_text_flops(model: Model, state: Any, settings: OnlineSettings) -> float:
     """The epochs, for one token of texts that are mixed into the updates."""
     forward = _forward(model, state, None)
-    return epochs * (forward.base + 2.0 * forward.table + 3.0 * forward.policy)
+    return settings.num_epochs * (forward.base + 2.0 * forward.table + 3.0 * forward.policy)
 
 
 class _Forward(NamedTuple):

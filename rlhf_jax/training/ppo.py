@@ -19,7 +19,7 @@ from rlhf_jax.batches import ScoredRollout
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.shaping import ScoreStats, check_stop_tokens, init_score_stats
-from rlhf_jax.training import flops, online
+from rlhf_jax.training import online
 from rlhf_jax.training.accumulate import map_microbatches
 from rlhf_jax.training.epochs import run_epochs
 from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
@@ -32,8 +32,6 @@ __all__ = [
     "PPOState",
     "Settings",
     "Targets",
-    "flops_per_text_token",
-    "flops_per_token",
     "init_state",
     "make_rollout_step",
     "make_step",
@@ -235,33 +233,6 @@ def make_update_step(
         return new_state, {**metrics, **update_metrics, **penalty}, experience.rollout
 
     return update_step
-
-
-def flops_per_token(
-    model: Model,
-    state: PPOState,
-    settings: Settings,
-    *,
-    reward_models: Sequence[Model] = (),
-    value_model: Model | None = None,
-) -> float:
-    """FLOPs of an iteration for each token of prompts and responses, as `flops.online_flops`.
-
-    The penalty on the KL to the old policy takes one more pass.
-    """
-    return flops.online_flops(
-        model,
-        state,
-        epochs=settings.num_ppo_epochs,
-        passes=3 + (settings.surrogate == "kl_penalty"),
-        reward_models=reward_models,
-        value_model=value_model,
-    )
-
-
-def flops_per_text_token(model: Model, state: PPOState, settings: Settings) -> float:
-    """FLOPs of an iteration for each token of the texts of PPO-ptx."""
-    return flops.mixed_text_flops(model, state, epochs=settings.num_ppo_epochs)
 
 
 def make_targets(settings: Settings, experience: online.Experience) -> Targets:

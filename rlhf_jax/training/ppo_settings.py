@@ -116,6 +116,11 @@ class Settings(OnlineSettings):
         """Optimizer steps on the responses of one iteration."""
         return self.num_ppo_epochs * self.num_mini_batches
 
+    @property
+    def num_forward_passes(self) -> int:
+        """Forward passes of the trained layers: the penalised surrogate scores once more."""
+        return 3 + (self.surrogate == "kl_penalty")
+
 
 def _examples_kind(settings: Settings) -> Kind:
     """The kind of examples: prompts, with reference completions where their score is subtracted."""

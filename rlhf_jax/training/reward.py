@@ -12,7 +12,7 @@ from rlhf_jax.functional import pairwise_loss, ranking_loss, tokenwise_pairwise_
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores, token_scores
-from rlhf_jax.training import flops, trainable
+from rlhf_jax.training import trainable
 from rlhf_jax.training.accumulate import accumulated_gradients
 from rlhf_jax.training.reward_settings import TRAINER, Objective, Settings
 from rlhf_jax.training.state import TrainState, apply_gradients, init_train_state, make_optimizer
@@ -22,7 +22,6 @@ __all__ = [
     "Batch",
     "Objective",
     "Settings",
-    "flops_per_token",
     "full_params",
     "init_params",
     "init_state",
@@ -72,12 +71,6 @@ def full_params(model: Model, state: TrainState) -> Params:
     """{"model": ..., "head": ...} of a state, frozen layers included."""
     parts = Trainable(state.params["model"], state.frozen)
     return {**state.params, "model": trainable.full_params(model, parts)}
-
-
-def flops_per_token(model: Model, state: TrainState, settings: Settings) -> float:
-    """FLOPs of a step for each real token; shapes of the state suffice."""
-    del settings
-    return flops.supervised_flops(model, state.params["model"], state.frozen, unembeds=False)
 
 
 def make_step(

@@ -144,6 +144,16 @@ class OnlineSettings(ShapingSettings):
         return 1
 
     @property
+    def num_epochs(self) -> int:
+        """Passes of the updates over the responses of one iteration."""
+        return self.updates_per_iteration * self.minibatch_size // self.batch_size
+
+    @property
+    def num_forward_passes(self) -> int:
+        """Forward passes of the trained layers in one iteration: sampling, policy, reference."""
+        return 3
+
+    @property
     def num_updates(self) -> int:
         """Optimizer steps in the whole run."""
         return self.num_iterations * self.updates_per_iteration

@@ -10,7 +10,7 @@ import optax
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.training import flops, trainable
+from rlhf_jax.training import trainable
 from rlhf_jax.training.accumulate import accumulated_gradients
 from rlhf_jax.training.sft_settings import TRAINER, Settings
 from rlhf_jax.training.state import (
@@ -23,7 +23,6 @@ from rlhf_jax.training.trainable import Trainable
 
 __all__ = [
     "Settings",
-    "flops_per_token",
     "full_params",
     "init_state",
     "make_eval_step",
@@ -61,12 +60,6 @@ def init_state(
 def full_params(model: Model, state: TrainState) -> Params:
     """The model's full parameters."""
     return trainable.full_params(model, Trainable(state.params, state.frozen))
-
-
-def flops_per_token(model: Model, state: TrainState, settings: Settings) -> float:
-    """FLOPs of a step for each real token; shapes of the state suffice."""
-    del settings
-    return flops.supervised_flops(model, state.params, state.frozen, unembeds=True)
 
 
 def make_step(

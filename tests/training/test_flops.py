@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import ppo, reward, sft
+from rlhf_jax.training.flops import mixed_text_flops, offline_flops, online_flops
 
 MODEL = GPT2(GPT2Config(vocab_size=300, n_positions=8, n_embd=32, n_layer=2, n_head=2))
 LAYER, TABLE, HEAD = 2 * 12 * 32 * 32, 2 * 384 * 32, 2 * 32
@@ -23,10 +24,10 @@ def shapes_of(trainer, settings, scorers=()):
 
 def test_a_trained_parameter_counts_three_times_and_a_frozen_one_once():
     settings = sft.Settings()
-    found = sft.flops_per_token(MODEL, shapes_of(sft, settings), settings)
+    found = offline_flops(MODEL, shapes_of(sft, settings), unembeds=True)
     assert found == 3 * (2 * LAYER + TABLE)
     settings = reward.Settings(num_layers_unfrozen=1)
-    found = reward.flops_per_token(MODEL, shapes_of(reward, settings), settings)
+    found = offline_flops(MODEL, shapes_of(reward, settings), unembeds=False)
     assert found == LAYER + 3 * (LAYER + HEAD)
 
 
@@ -51,12 +52,12 @@ def test_a_trained_parameter_counts_three_times_and_a_frozen_one_once():
 def test_an_iteration_of_ppo_samples_scores_and_updates(options, expected):
     settings = ppo.Settings(**options)
     state = shapes_of(ppo, settings, scorers=("reward_params", "value_params"))
-    found = ppo.flops_per_token(MODEL, state, settings, reward_models=(MODEL,))
+    found = online_flops(MODEL, state, settings, reward_models=(MODEL,))
     assert found == expected
 
 
 def test_texts_count_in_the_epochs_alone():
     settings = ppo.Settings(num_ppo_epochs=2, num_layers_unfrozen=1)
     state = shapes_of(ppo, settings)
-    found = ppo.flops_per_text_token(MODEL, state, settings)
+    found = mixed_text_flops(MODEL, state, settings)
     assert found == 2 * (LAYER + 2 * TABLE + 3 * LAYER)

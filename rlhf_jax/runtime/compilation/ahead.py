@@ -107,12 +107,13 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     state = jax.eval_shape(init, params, key=key, **scorers)
     place = Placement(mesh, model.partition_rules)
     size = _bytes_on_device(place, state)
+    update = steps.make_update_step(model, settings, **options)
     if is_single:
-        step = steps.make_step(model, settings, reward_model=model, **options)
+        step = online.make_step(model, settings, update, stop_token_ids=stops)
         step = place.step(step, state, returns_batch=True)
         return [Program("step", step, (state, batch, key), size)]
     sample = online.make_rollout_step(model, settings, stop_token_ids=stops)
-    update = place.update(steps.make_update_step(model, settings, **options), state)
+    update = place.update(update, state)
     rollout, scores = rollout_shapes(settings.batch_size, settings.response_length)
     return [
         Program("rollout", place.rollout(sample, state), (state, batch, key), size),

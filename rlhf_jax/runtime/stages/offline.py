@@ -18,6 +18,7 @@ from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_run
 from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct, StageExamples
+from rlhf_jax.training.flops import offline_flops
 from rlhf_jax.training.state import make_optimizer
 
 
@@ -63,7 +64,8 @@ class OfflineStage:
         self._step = place.step(step, shapes)
         full = jax.eval_shape(self.full_params, shapes)
         self._evaluate = place.evaluation(steps.make_eval_step(self.model), full)
-        self.flops_per_token = steps.flops_per_token(self.model, shapes, settings)
+        unembeds = self.trainer.trains == "policy"
+        self.flops_per_token = offline_flops(self.model, shapes, unembeds=unembeds)
         self.flops_per_step = 0.0
 
     def full_params(self, state: Any) -> Any:

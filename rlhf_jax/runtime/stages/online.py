@@ -40,6 +40,7 @@ from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_run, check_scorer
 from rlhf_jax.runtime.stages.values import load_value_model
 from rlhf_jax.training import online
+from rlhf_jax.training.flops import mixed_text_flops, online_flops
 from rlhf_jax.training.state import make_optimizer
 
 RewardFunction = Callable[..., list[float]]
@@ -149,24 +150,30 @@ class OnlineStage:
         place = self._place = program.Placement(self.mesh, rules)
         self.batch_sharding = place.batch
         shapes = jax.eval_shape(self._init, self.params, self.reward_params, self.value_params)
-        scorers: dict[str, Any] = {"reward_models": self.rewards.models}
-        if self.trainer.has_value_model:
-            scorers["value_model"] = self.value_model
-        self.flops_per_token = self.steps.flops_per_token(
-            self.model, shapes, self.settings, **scorers
+        self.flops_per_token = online_flops(
+            self.model,
+            shapes,
+            self.settings,
+            reward_models=self.rewards.models,
+            value_model=self.value_model,
         )
         self.flops_per_step = self._flops_of_texts(shapes)
         options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
         if self.trainer.has_value_model:
             options["value_model"] = self.value_model
+        update = self.steps.make_update_step(self.model, self.settings, **options)
         if self.reward_model is not None:
-            options["reward_model"] = self.reward_model
-            step = self.steps.make_step(self.model, self.settings, **options)
+            step = online.make_step(
+                self.model,
+                self.settings,
+                update,
+                reward_model=self.reward_model,
+                stop_token_ids=stops,
+            )
             self._step = place.step(step, shapes, returns_batch=True)
         else:
             sample = online.make_rollout_step(self.model, self.settings, stop_token_ids=stops)
             self._sample = place.rollout(sample, shapes)
-            update = self.steps.make_update_step(self.model, self.settings, **options)
             self._update = place.update(update, shapes)
         self.evaluator = PolicyEvaluator(
             self.model,
@@ -185,7 +192,7 @@ class OnlineStage:
         if self.texts is None:
             return 0.0
         tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.texts.batch_size
-        return self.steps.flops_per_text_token(self.model, shapes, self.settings) * float(tokens)
+        return mixed_text_flops(self.model, shapes, self.settings) * float(tokens)
 
     def _sample_for_evaluation(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         stops = (self.tokenizer.eos_token_id,)
@@ -279,8 +286,8 @@ class OnlineStage:
 
     def _compare_responses(self, state: Any) -> Comparison:
         """Policy against reference; the responses of the reference are sampled once a run."""
-        policy = self.steps.policy_params(self.model, state)
-        ref = self.steps.reference_params(self.model, state)
+        policy = online.policy_params(self.model, state)
+        ref = online.reference_params(self.model, state)
         reward_params, prompts = state.frozen.get("reward"), self.held_out
         assert prompts is not None
         shared_arguments = (prompts, self.held_out_examples, ref, reward_params, self.eval_key)
@@ -315,7 +322,7 @@ class OnlineStage:
 
     def finish(self, state: Any) -> epath.Path:
         """Writes `hf/`, `evaluation.json` where there are held-out prompts, and the report."""
-        policy = self.steps.policy_params(self.model, state)
+        policy = online.policy_params(self.model, state)
         shared.export(self.config.run_dir, save_pretrained, self.model, policy, self.tokenizer)
         if self.held_out is not None:
             count = self.config.section("evaluation").num_samples
