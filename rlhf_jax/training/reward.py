@@ -77,7 +77,7 @@ def full_params(model: Model, state: TrainState) -> Params:
 def flops_per_token(model: Model, state: TrainState, settings: Settings) -> float:
     """FLOPs of a step for each real token; shapes of the state suffice."""
     del settings
-    return flops.supervised_flops(model, state.params["model"], state.frozen, unembeds=False)
+    return flops.supervised_flops(model, state.params, state.frozen, unembeds=False)
 
 
 def make_step(

@@ -41,9 +41,10 @@ def stage_cost(
     mesh = make_mesh(config.mesh, topology.devices)
     model = _find_model(model_name, config, _dtype(config, topology))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    options = {"num_responses": num_responses, "target_tokens": target_tokens}
     with jax.set_mesh(mesh):
-        steps = programs(config, model, mesh, **options)
+        steps = programs(
+            config, model, mesh, num_responses=num_responses, target_tokens=target_tokens
+        )
         costs = [program_cost(program, topology) for program in steps]
     return {
         "stage": config.trainer.name,
