@@ -2,9 +2,9 @@
 
     python tools/growth.py
 
-Small GPT-2s on whatever device there is. The points of a curve are taken in rounds, each once and
-then each again, so that a machine that slows down bends no curve; a point is the median of its
-rounds. Writes growth.json and an SVG file for each figure. Takes about four minutes on two cores.
+Small GPT-2s on the default device. All points of a curve are measured once in each round, so that
+a machine that slows down changes all of them; a point is the median over the rounds. Writes
+growth.json and an SVG file for each figure. Takes about four minutes on two cores.
 """
 
 import argparse
@@ -36,7 +36,7 @@ VOCABULARY, POSITIONS, PROMPT = 8192, 1024, 32
 
 
 class Size(NamedTuple):
-    """Of a model and its batch; `length` is that of a text, or of a response."""
+    """Sizes of a model and its batch; `length` is that of a text, or of a response."""
 
     layers: int = 4
     width: int = 256
@@ -57,13 +57,13 @@ class Curve(NamedTuple):
     """One measured thing against one size.
 
     Attributes:
-      what: measures a point, given its size; see `prepared`.
+      measure: takes a size and returns a function without arguments that measures the point.
       axis: the size that grows, a field of `Size`.
       sizes: its values.
       base: the other sizes.
     """
 
-    what: Callable
+    measure: Callable
     axis: str
     sizes: tuple[int, ...]
     base: Size = Size()
@@ -81,7 +81,7 @@ class Figure(NamedTuple):
 class Step:
     """A compiled step of supervised fine-tuning, run once by each call; returns seconds."""
 
-    most_rounds = None
+    max_rounds = None
 
     def __init__(self, size):
         self.compiled = lowered_step(size).compile()
@@ -100,24 +100,24 @@ class Step:
 class Generation:
     """Compiled generation, run once by each call, no response ending early; returns seconds."""
 
-    most_rounds = None
+    max_rounds = None
 
     def __init__(self, size):
         self.compiled = lowered_generation(size).compile()
         shape = (size.batch, PROMPT)
         prompts = jax.random.randint(KEY, shape, 0, VOCABULARY)
-        self.given = jax.jit(size.model.init)(KEY), prompts, jnp.ones(shape, bool), KEY
+        self.arguments = jax.jit(size.model.init)(KEY), prompts, jnp.ones(shape, bool), KEY
 
     def __call__(self):
         start = time.perf_counter()
-        jax.block_until_ready(self.compiled(*self.given))
+        jax.block_until_ready(self.compiled(*self.arguments))
         return time.perf_counter() - start
 
 
 class Compilation:
     """Tracing, lowering and compiling, from the beginning in each call; returns seconds."""
 
-    most_rounds = 3
+    max_rounds = 3
 
     def __init__(self, lowered, size):
         self.lowered, self.size = lowered, size
@@ -130,9 +130,9 @@ class Compilation:
 
 
 class Memory:
-    """MiB of temporary arrays of a compiled step, which the compiler tells alike each time."""
+    """MiB of temporary arrays of a compiled step, by the compiler."""
 
-    most_rounds = 1
+    max_rounds = 1
 
     def __init__(self, size):
         analysis = lowered_step(size).compile().memory_analysis()
@@ -149,7 +149,7 @@ def initial_state(size):
 
 
 def lowered_step(size):
-    """A step of supervised fine-tuning, to be compiled; it consumes its state."""
+    """A lowered step of supervised fine-tuning, which donates its state."""
     state = jax.eval_shape(lambda: initial_state(size))
     tokens = jax.ShapeDtypeStruct((size.batch, size.length), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
@@ -160,7 +160,7 @@ def lowered_step(size):
 
 
 def lowered_generation(size):
-    """Responses of `length` tokens to prompts of 32, to be compiled."""
+    """Lowered generation of `length` tokens after prompts of 32."""
     model = size.model
 
     def sample(params, prompts, mask, key):
@@ -172,7 +172,7 @@ def lowered_generation(size):
 
 
 def compilation_of(lowered):
-    """What measures the compile time of a program."""
+    """A measure of the compile time of a program."""
     return lambda size: Compilation(lowered, size)
 
 
@@ -237,12 +237,13 @@ FIGURES = {
 
 
 def measured(curve, rounds):
-    """[{the size, the median, and all values}] of the points of a curve."""
-    points = [curve.what(curve.base._replace(**{curve.axis: size})) for size in curve.sizes]
-    most = points[0].most_rounds
-    # The first round does what is done once, as to load a program.
-    rows = [[point() for point in points] for _ in range(min(rounds, most) if most else 1 + rounds)]
-    columns = zip(*(rows if most else rows[1:]))
+    """For each point of a curve, {the size, "median", "values"}."""
+    points = [curve.measure(curve.base._replace(**{curve.axis: size})) for size in curve.sizes]
+    limit = points[0].max_rounds
+    # Without a limit the first round warms up, and is left out.
+    count = min(rounds, limit) if limit else 1 + rounds
+    values = [[point() for point in points] for _ in range(count)]
+    columns = zip(*(values if limit else values[1:]))
     return [
         {curve.axis: size, "median": statistics.median(column), "values": list(column)}
         for size, column in zip(curve.sizes, columns, strict=True)
@@ -250,7 +251,7 @@ def measured(curve, rounds):
 
 
 def plotted(figure, results):
-    """The text of an SVG file; dashed is the power of the size that meets the last point."""
+    """The text of an SVG file; the dashed line is the power of the size through the last point."""
     lines, axis = [], next(iter(figure.curves.values())).axis
     for colour, (label, points) in enumerate(results.items()):
         xs, ys = [point[axis] for point in points], [point["median"] for point in points]

@@ -1,10 +1,10 @@
-"""Makes the table of docs/scaling.md: compiles what tools/scaling_rows.yaml lists, row by row.
+"""Makes the table of docs/scaling.md: compiles the lines that tools/scaling_rows.yaml lists.
 
 python tools/scaling_table.py [--folder build/scaling] [--only TEXT] [--again]
 
-Each row is one call of scripts/compile_for.py, whose numbers are kept in the folder: what is there
-already is not compiled again, so that the tool may be stopped and started. The table goes between
-the two marks of docs/scaling.md, made of all rows that are there.
+Each line is one call of scripts/compile_for.py, whose numbers are kept in the folder and not
+compiled again, so that the tool may be interrupted. The table of all lines in the folder is written
+between the two marks of docs/scaling.md.
 """
 
 import argparse
@@ -29,11 +29,11 @@ HEADER = (
 
 
 def main() -> None:
-    """Compiles the rows that are missing, and writes the table."""
+    """Compiles the lines that are missing, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "scaling")
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--again", action="store_true", help="compiles rows that are there, too")
+    parser.add_argument("--only", default="", help="lines whose name contains this text")
+    parser.add_argument("--again", action="store_true", help="compiles all lines again")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     listed = yaml.safe_load((ROOT / "tools" / "scaling_rows.yaml").read_text())
@@ -48,12 +48,12 @@ def main() -> None:
 
 
 def name_of(row: list[str]) -> str:
-    """A file's name of a row."""
+    """The name of the file of a line."""
     return re.sub(r"[^\w.]+", "-", " ".join(row)).strip("-")
 
 
 def flags_of(row: list[str], common: dict[str, str]) -> list[str]:
-    """The flags of scripts/compile_for.py that a row stands for."""
+    """The flags of scripts/compile_for.py for a line."""
     model, stage, topology, mesh, settings = row
     sizes = zip(("data", "fsdp", "tensor"), mesh.split("x"), strict=True)
     return [
@@ -65,7 +65,7 @@ def flags_of(row: list[str], common: dict[str, str]) -> list[str]:
 
 
 def compile_row(row: list[str], common: dict[str, str], file: Path) -> None:
-    """Calls the command for a row; what it says of a wrong one is printed, and it is left out."""
+    """Calls the command for a line; an error is printed, and the line left out."""
     command = [sys.executable, str(ROOT / "scripts" / "compile_for.py"), *flags_of(row, common)]
     print(" ".join(row), file=sys.stderr, flush=True)
     done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True)
@@ -73,38 +73,40 @@ def compile_row(row: list[str], common: dict[str, str], file: Path) -> None:
         print(f"left out: {done.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
 
 
-def line_of(row: list[str], found: dict[str, Any]) -> str:
-    """One line of the table: of several programs the sums, and the most that one of them holds."""
-    programs = found["programs"]
-    whole = [program for program in programs if "needed" not in program]
+def line_of(row: list[str], numbers: dict[str, Any]) -> str:
+    """One line of the table: sums over the programs, and the most memory that one of them holds."""
+    programs = numbers["programs"]
     flops = sum(program["flops"] for program in programs)
-    compiled = len(whole) == len(programs)
-    state, held, received, seconds, bound, remark = "", "", "", "", "", ""
-    if compiled:
-        state = gib(max(p["arguments"] + p["unread"] for p in whole))
-        held = gib(max(p["peak"] + p["unread"] for p in whole))
-        received = f"{sum(p['received'] for p in whole) / 1e9:.3g} GB"
-        seconds = f"{sum(p['roofline']['seconds'] for p in whole):.3g} s"
-        bound = max(whole, key=lambda p: p["roofline"]["seconds"])["roofline"]["bound"]
-        remark = largest(whole)
+    refused = [program for program in programs if "needed" in program]
+    if refused:
+        remark = f"needs {refused[0]['needed']} of {refused[0]['available']}"
+        numbers_cells = ["", "", "no", f"{flops:.3g}", "", "", "", remark]
     else:
-        first = next(program for program in programs if "needed" in program)
-        remark = f"needs {first['needed']} of {first['available']}"
-    fits = "yes" if compiled and all(program["fits"] for program in programs) else "no"
+        slowest = max((program["seconds"] for program in programs), key=lambda s: max(s.values()))
+        seconds = sum(max(program["seconds"].values()) for program in programs)
+        numbers_cells = [
+            gib(max(program["arguments"] + program["unread"] for program in programs)),
+            gib(max(program["peak"] + program["unread"] for program in programs)),
+            "yes" if all(program["fits"] for program in programs) else "no",
+            f"{flops:.3g}",
+            f"{sum(program['received'] for program in programs) / 1e9:.3g} GB",
+            f"{seconds:.3g} s",
+            max(slowest, key=slowest.__getitem__),
+            largest(programs),
+        ]
     settings = f"`{row[4]}`" if row[4] else ""
-    cells = [row[0], row[1], row[2], row[3].replace("x", " x "), settings, state, held, fits]
-    cells += [f"{flops:.3g}", received, seconds, bound, remark]
+    cells = [*row[:3], row[3].replace("x", " x "), settings, *numbers_cells]
     return f"| {' | '.join(cells)} |"
 
 
 def largest(programs: list[dict[str, Any]]) -> str:
-    """The collective that receives most."""
-    found = [each for program in programs for each in program["collectives"]]
-    if not found:
+    """The collective that receives the most bytes."""
+    collectives = [each for program in programs for each in program["collectives"]]
+    if not collectives:
         return ""
-    most = max(found, key=lambda each: each["total"])
-    shape = most["shape"] if len(most["shape"]) < 40 else f"{most['shape'][:30]}..."
-    return f"{most['kind']} {shape}, {most['times']} times: {most['total'] / 1e9:.3g} GB"
+    each = max(collectives, key=lambda each: each["total"])
+    shape = each["shape"] if len(each["shape"]) < 40 else f"{each['shape'][:30]}..."
+    return f"{each['kind']} {shape}, {each['times']} times: {each['total'] / 1e9:.3g} GB"
 
 
 def gib(size: float) -> str:

@@ -13,7 +13,7 @@ TINY = {"layers": 1, "width": 8, "batch": 1, "length": 4}
 
 @pytest.fixture(scope="module")
 def growth():
-    """tools/growth.py as a module; what it puts before others on the path is taken off."""
+    """tools/growth.py as a module; its entries of sys.path are removed."""
     before = list(sys.path)
     spec = importlib.util.spec_from_file_location("growth", ROOT / "tools" / "growth.py")
     module = importlib.util.module_from_spec(spec)
@@ -26,7 +26,7 @@ def growth():
 class Counted:
     """A point whose value is its number of calls, a hundred times its batch added."""
 
-    most_rounds = None
+    max_rounds = None
 
     def __init__(self, size):
         self.calls, self.start = 0, 100 * size.batch
@@ -37,7 +37,7 @@ class Counted:
 
 
 class CountedOnce(Counted):
-    most_rounds = 1
+    max_rounds = 1
 
 
 def test_a_point_is_the_median_of_rounds_after_the_first(growth):

@@ -25,7 +25,7 @@ PROGRAM = {
     "flops": 1e12,
     "received": 2.5e9,
     "collectives": [COLLECTIVE],
-    "roofline": {"seconds": 0.25, "bound": "memory"},
+    "seconds": {"compute": 0.1, "memory": 0.25, "network": 0.2},
 }
 
 

@@ -97,15 +97,17 @@ def _called(line: str) -> list[str]:
 def _trip_count(computations: dict[str, list[str]], line: str) -> int:
     """The number of rounds of a loop, at most.
 
-    A CPU's compiler prints that of a scan. Otherwise it is the greatest integer in the condition.
+    A CPU's compiler prints that of a scan. Otherwise it is the greatest integer in the condition;
+    the loops that a TPU's compiler makes of products have an unsigned counter, and steps of two.
     """
     if known := re.search(r'known_trip_count":\s*\{"n":\s*"(\d+)"', line):
         return int(known[1])
     (condition,) = re.findall(r"condition=%?([\w.\-]+)", line)
-    lines = list(computations[condition])
-    lines += [x for each in lines for name in _called(each) for x in computations[name]]
-    bounds = re.findall(r"= s\d+\[\]\S* constant\((\d+)\)", "\n".join(lines))
-    return max(map(int, bounds), default=1)
+    own = computations[condition]
+    called = [x for each in own for name in _called(each) for x in computations[name]]
+    signed = re.findall(r"= s\d+\[\]\S* constant\((\d+)\)", "\n".join([*own, *called]))
+    unsigned = re.findall(r"= u\d+\[\]\S* constant\((\d+)\)", "\n".join(own))
+    return max([1, *map(int, signed), *(int(bound) // 2 for bound in unsigned)])
 
 
 def _collective(line: str, computation: str, num_devices: int, times: int) -> Collective | None:

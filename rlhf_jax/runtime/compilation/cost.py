@@ -12,7 +12,7 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime.compilation.ahead import Program, programs
 from rlhf_jax.runtime.compilation.chips import least_seconds
 from rlhf_jax.runtime.compilation.collectives import collectives
-from rlhf_jax.runtime.compilation.flops import count_bytes, count_flops
+from rlhf_jax.runtime.compilation.flops import count_flops, count_stacked_bytes
 from rlhf_jax.runtime.compilation.topologies import Topology, captured_stderr
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.loading import compute_dtype
@@ -41,9 +41,10 @@ def stage_cost(
     mesh = make_mesh(config.mesh, topology.devices)
     model = _find_model(model_name, config, _dtype(config, topology))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    options = {"num_responses": num_responses, "target_tokens": target_tokens}
     with jax.set_mesh(mesh):
-        steps = programs(config, model, mesh, **options)
+        steps = programs(
+            config, model, mesh, num_responses=num_responses, target_tokens=target_tokens
+        )
         costs = [program_cost(program, topology) for program in steps]
     return {
         "stage": config.trainer.name,
@@ -89,8 +90,8 @@ def program_cost(program: Program, topology: Topology) -> dict[str, Any]:
         results, of all other arrays, and the most that is held at one time, arguments included.
       unread: bytes of the state that the program does not read, and that are held beside.
       flops: of products, an equal share of all devices'.
-      moved: bytes read or written in memory, at least: an equal share of the operands and results
-        of all products, or, if that is more, arguments and outputs.
+      moved: bytes read or written in memory, at least: arguments, outputs, and an equal share of
+        `count_stacked_bytes`.
       received: bytes received from other devices.
       collectives: `Collective` as dicts.
       warnings: of the compiler, about arrays that it replicates first.
@@ -98,7 +99,7 @@ def program_cost(program: Program, topology: Topology) -> dict[str, Any]:
     """
     traced = program.function.trace(*program.arguments)
     count = len(topology.devices)
-    flops, moved = count_flops(traced.jaxpr) / count, count_bytes(traced.jaxpr) / count
+    flops, stacked = (f(traced.jaxpr) / count for f in (count_flops, count_stacked_bytes))
     cost: dict[str, Any] = {"name": program.name, "fits": False, "flops": flops}
     try:
         with captured_stderr() as lines:
@@ -116,7 +117,7 @@ def program_cost(program: Program, topology: Topology) -> dict[str, Any]:
         "temporaries": memory.temp_size_in_bytes,
         "peak": peak if topology.chip is None else memory.peak_memory_in_bytes,
         "unread": max(0, program.state_bytes - arguments),
-        "moved": max(moved, float(arguments + outputs)),
+        "moved": arguments + outputs + stacked,
         "received": sum(each.total for each in found),
         "collectives": [each._asdict() for each in found],
         "warnings": _warnings(lines),

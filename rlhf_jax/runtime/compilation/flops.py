@@ -1,4 +1,4 @@
-"""FLOPs and bytes of the products of a traced function, loops counted in full.
+"""FLOPs and memory traffic of a traced function, loops counted in full.
 
 XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here a scan counts
 as often as it runs, a `while` as the bound that its condition compares with (decoding may end
@@ -33,44 +33,53 @@ def count_flops(jaxpr: Any) -> int:
     return _count(jaxpr, _flops)
 
 
-def count_bytes(jaxpr: Any) -> int:
-    """Bytes of the operands and results of all products."""
-    return _count(jaxpr, _bytes)
+def count_stacked_bytes(jaxpr: Any) -> int:
+    """Bytes of the stacked arrays that scans read and write slice by slice.
+
+    Those of scans over layers: their parameters, and what the forward pass keeps for the backward
+    pass.
+    """
+    return _count(jaxpr, _stacked_bytes)
 
 
 def _count(jaxpr: Any, measure: Callable[[Any], int]) -> int:
-    """The sum of a measure over the products."""
+    """The sum of a measure over the equations."""
     total = 0
     for equation in _open(jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
-        if name == "dot_general" or name in _FUSED:
-            total += measure(equation)
-        elif name == "scan":
-            total += params["length"] * _count(params["jaxpr"], measure)
-        elif name == "while":
-            total += _bound(params["cond_jaxpr"]) * _count(params["body_jaxpr"], measure)
+        inner = [_count(each, measure) for each in _inner(params)]
+        if name == "while":
+            inner = [_bound(params["cond_jaxpr"]) * _count(params["body_jaxpr"], measure)]
         elif name == "cond":
-            total += max(_count(branch, measure) for branch in params["branches"])
-        else:
-            total += sum(_count(inner, measure) for inner in _inner(params))
+            inner = [max(inner)]
+        rounds = params["length"] if name == "scan" else 1
+        total += measure(equation) + rounds * sum(inner)
     return total
 
 
 def _flops(equation: Any) -> int:
-    params, shape = equation.params, equation.invars[0].aval.shape
-    if equation.primitive.name == "dot_general":
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
         return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-    batch, queries, heads, width = shape
-    pairs = queries * equation.invars[1].aval.shape[1]
+    if name not in _FUSED:
+        return 0
+    (batch, queries, heads, width), keys = equation.invars[0].aval.shape, equation.invars[1].aval
+    pairs = queries * keys.shape[1]
     if params["mask_type"].name == "CAUSAL":
         pairs = queries * (queries + 1) // 2
-    return _FUSED[equation.primitive.name] * 2 * batch * heads * pairs * width
+    return _FUSED[name] * 2 * batch * heads * pairs * width
 
 
-def _bytes(equation: Any) -> int:
-    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-    return sum(array.size * array.dtype.itemsize for array in arrays)
+def _stacked_bytes(equation: Any) -> int:
+    if equation.primitive.name != "scan":
+        return 0
+    body = _open(equation.params["jaxpr"])
+    outside = (*equation.invars, *equation.outvars)
+    pairs = zip(outside, (*body.invars, *body.outvars), strict=True)
+    stacked = [each.aval for each, inner in pairs if each.aval.ndim > inner.aval.ndim]
+    return sum(array.size * array.dtype.itemsize for array in stacked)
 
 
 def _open(jaxpr: Any) -> Any:
