@@ -37,10 +37,13 @@ add_module_names = False
 # Every link has to lead somewhere; types of other packages have no pages here.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:class", r"rlhf_jax\.(data\.batching\.Rows|runtime\.config\.Config)"),  # type variables
+    (
+        r"py:class",  # type variables
+        r"rlhf_jax\.(data\.batching\.Batch|models\.family\.Config|runtime\.config\.Config)",
+    ),
     (
         r"py:.*",
-        r"(jax|jaxlib|numpy|np|optax|flax|nn|transformers|collections|contextlib|typing|os|pathlib)\..*",
+        r"(jax|jaxlib|numpy|np|optax|flax|nn|transformers|collections|contextlib|typing|types|os|pathlib)\..*",
     ),
 ]
 

@@ -115,7 +115,7 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
     summary = trainer.summary[:1].upper() + trainer.summary[1:]
     attributes = "".join(f"\n  {note}" for note in notes)
     made = dataclasses.make_dataclass(
-        f"{trainer.name.title().replace('_', '')}Config",
+        f"{trainer.label.replace(' ', '')}Config",
         fields,
         bases=(_TextMixing, RunConfig) if trainer.mixes_texts else (RunConfig,),
         frozen=True,
