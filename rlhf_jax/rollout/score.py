@@ -84,8 +84,9 @@ def response_hidden(
     if sequences.tokens.ndim == 2:
         return model.final(params, x[:, start:])
     batch, count, length = sequences.tokens.shape
-    first = jnp.broadcast_to(x[:, None, start : start + 1], (batch, count, 1, x.shape[-1]))
-    rest = x[:, start + 1 :].reshape(batch, count, length - 1, -1)
+    width = x.shape[-1]
+    first = jnp.broadcast_to(x[:, None, start : start + 1], (batch, count, 1, width))
+    rest = x[:, start + 1 :].reshape(batch, count, length - 1, width)
     return model.final(params, jnp.concatenate([first, rest], axis=2))
 
 
@@ -146,9 +147,10 @@ def _shared_inputs(sequences):
     prompts, prompt_mask, tokens, mask = sequences
     (batch, width), (_, count, length) = prompts.shape, tokens.shape
     before = prompt_mask.sum(axis=1, dtype=jnp.int32)[:, None]
-    own_positions = positions_from(mask.reshape(-1, length)).reshape(batch, -1) + before
+    own_positions = positions_from(mask.reshape(batch * count, length))
+    own_positions = own_positions.reshape(batch, count * length) + before
     joined_tokens, joined_mask, positions = (
-        jnp.concatenate([prompt, rest.reshape(batch, -1)], axis=1)
+        jnp.concatenate([prompt, rest.reshape(batch, count * length)], axis=1)
         for prompt, rest in (
             (prompts, tokens),
             (prompt_mask, mask),

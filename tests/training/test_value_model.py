@@ -54,7 +54,10 @@ def scoring(model, settings, value_model):
     def score(state, batch, rollout, scores):
         values = functools.partial(response_values, settings, value_model, state.params)
         arguments = (model, settings, state, batch, rollout, scores)
-        return online.make_experience(*arguments, kl_coef=0.0, values=values)[0].rollout
+        experience, _, _ = online.make_experience(
+            *arguments, kl_coef=0.0, stop_token_ids=(EOS,), values=values
+        )
+        return experience.rollout
 
     return score
 
