@@ -1,4 +1,4 @@
-"""Every function on eight CPU devices, with both kinds of mesh axes; prints what differs from one.
+"""Every function on eight CPU devices, with both kinds of mesh axes, compared to one device.
 
 Started by test_sharding.py in a process of its own: the number of devices is fixed at start.
 """
@@ -23,7 +23,7 @@ LOGITS = ("logits", "ref_logits")
 
 
 def spec_of(name, x):
-    """Rows split over four devices, and the vocabulary over two."""
+    """The batch sharded over four devices, and the vocabulary over two."""
     if name in SHARED:
         return PartitionSpec("tensor")
     if x.ndim == 0:
@@ -51,24 +51,39 @@ def outputs(name, case, arrays):
         return first.sum(), output
 
     if not case.differentiable:
-        return jax.jit(lambda: total({})[1])()
+        return total({})[1]
     differentiable = {key: arrays[key] for key in case.differentiable}
-    return jax.jit(jax.value_and_grad(total, has_aux=True))(differentiable)
+    return jax.value_and_grad(total, has_aux=True)(differentiable)
+
+
+def outputs_of_all(cases, arrays):
+    """The outputs of all cases, by name: one program, which compiles faster than one for each."""
+    return jax.jit(
+        lambda arrays: {name: outputs(name, cases[name], arrays[name]) for name in cases}
+    )(arrays)
 
 
 def main():
+    cases = make_cases(0)
+    arrays = {
+        name: {key: with_even_vocabulary(key, x) for key, x in case.arrays.items()}
+        for name, case in cases.items()
+    }
+    expected = outputs_of_all(cases, arrays)
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(axis_type,) * 2)
-        for name, case in make_cases(0).items():
-            arrays = {key: with_even_vocabulary(key, x) for key, x in case.arrays.items()}
-            expected = outputs(name, case, arrays)
-            with jax.set_mesh(mesh):
-                split = {
+        with jax.set_mesh(mesh):
+            sharded = {
+                name: {
                     key: jax.device_put(x, NamedSharding(mesh, spec_of(key, x)))
-                    for key, x in arrays.items()
+                    for key, x in each.items()
                 }
-                actual = outputs(name, case, split)
-            for one, eight in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+                for name, each in arrays.items()
+            }
+            actual = outputs_of_all(cases, sharded)
+        for name in cases:
+            pairs = zip(*map(jax.tree.leaves, (expected[name], actual[name])), strict=True)
+            for one, eight in pairs:
                 np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-6, err_msg=name)
         sys.stdout.write(f"{axis_type.name} equal\n")
     linear_logprobs_by_hand()

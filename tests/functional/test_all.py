@@ -19,8 +19,8 @@ LOSSES = [name for name in CASES if function_name(name).endswith("_loss")]
 MASKED = [name for name, case in CASES.items() if case.masks]
 TRACED = [(name, coefficient) for name, case in CASES.items() for coefficient in case.coefficients]
 
-# Metrics that are no scalars, but one number per row.
-PER_ROW = {"chosen_end_scores", "rejected_end_scores"}
+# Metrics that are not scalars, but one number per pair.
+PER_EXAMPLE = {"chosen_end_scores", "rejected_end_scores"}
 
 
 def function_of(name, module=functional):
@@ -78,48 +78,51 @@ def test_the_docstring_has_an_example_that_the_compiled_function_fulfils(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_equals_plain(name):
-    case = CASES[name]
-    plain = call(function_of(name), case, case.arrays)
-    jitted = call(function_of(name, rlhf_jax), case, case.arrays)
-    chex.assert_trees_all_close(jitted, plain, rtol=1e-5, atol=1e-6)
+def test_compiled_equals_plain_with_one_trace_whatever_the_coefficients(name):
+    compiled, counts = function_of(name, rlhf_jax), []
+    for seed, scale in ((0, 1.0), (1, 0.5)):
+        case = make_cases(seed)[name]
+        coefficients = {key: scale * value for key, value in case.coefficients.items()}
+        jitted = call(compiled, case, case.arrays, **coefficients)
+        counts.append(compiled._cache_size())
+        plain = call(function_of(name), case, case.arrays, **coefficients)
+        chex.assert_trees_all_close(jitted, plain, rtol=1e-5, atol=1e-6)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_vmap_equals_a_loop(name):
-    batches = [make_cases(seed)[name].arrays for seed in (0, 1)]
-    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
-    mapped = jax.vmap(compiled(name))(stacked)
-    looped = jax.tree.map(lambda *x: np.stack(x), *[compiled(name)(arrays) for arrays in batches])
+def test_vmap_over_arrays_and_coefficients_equals_a_loop(name):
+    arrays = [make_cases(seed)[name].arrays for seed in (0, 1)]
+    scaled = [
+        {key: np.float32(scale * value) for key, value in CASES[name].coefficients.items()}
+        for scale in (0.5, 1.5)
+    ]
+    stacked, coefficients = (
+        jax.tree.map(lambda *x: np.stack(x), *each) for each in (arrays, scaled)
+    )
+    mapped = jax.vmap(lambda arrays, scaled: compiled(name)(arrays, **scaled))(
+        stacked, coefficients
+    )
+    looped = [compiled(name)(*each[:1], **each[1]) for each in zip(arrays, scaled, strict=True)]
+    looped = jax.tree.map(lambda *x: np.stack(x), *looped)
     chex.assert_trees_all_close(mapped, looped, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "coefficient"), TRACED)
-def test_vmap_over_a_coefficient_equals_a_loop(name, coefficient):
+def test_vmap_over_a_coefficient_alone(name, coefficient):
+    """Its values are those of the test above; here one batched number meets unbatched arrays."""
     case = CASES[name]
     values = np.float32([0.5, 1.0, 1.5]) * case.coefficients[coefficient]
 
     def outputs(value):
         return compiled(name)(case.arrays, **{coefficient: value})
 
-    looped = jax.tree.map(lambda *x: np.stack(x), *[outputs(value) for value in values])
-    chex.assert_trees_all_close(jax.vmap(outputs)(values), looped, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_one_trace_per_shape_whatever_the_coefficients(name):
-    traces = []
-
-    def counted(**keywords):
-        traces.append(name)
-        return function_of(name)(**keywords)
-
-    compiled = jax.jit(counted, static_argnames=tuple(CASES[name].options))
-    for seed, scale in ((0, 1.0), (1, 0.5)):
-        case = make_cases(seed)[name]
-        coefficients = {key: scale * value for key, value in case.coefficients.items()}
-        compiled(**case.arrays, **case.options, **coefficients)
-    assert len(traces) == 1
+    mapped = jax.eval_shape(jax.vmap(outputs), values)
+    single = jax.eval_shape(outputs, values[0])
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), single)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), mapped) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if float_arrays(CASES[name])])
@@ -189,7 +192,7 @@ def test_identical_inputs_have_finite_gradients(name, value):
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_an_empty_row_has_finite_gradients(name):
+def test_an_empty_response_has_finite_gradients(name):
     case = CASES[name]
     emptied = {key: case.arrays[key].copy() for key in set(case.masks.values())}
     for mask in emptied.values():
@@ -212,12 +215,21 @@ def test_responses_of_no_length_are_no_error(name):
     assert {x.dtype for x in jax.tree.leaves(output)} <= {np.dtype("float32"), np.dtype("bool")}
 
 
+def first_half(arrays):
+    """The first two examples of a batch."""
+    return {key: x[:2] if x.ndim else x for key, x in arrays.items()}
+
+
+def second_half(arrays):
+    return {key: x[2:] if x.ndim else x for key, x in arrays.items()}
+
+
 @pytest.mark.parametrize("name", [name for name in LOSSES if CASES[name].count])
 def test_nothing_out_of_nothing_is_zero(name):
     case = CASES[name]
-    masks = set(case.masks.values())
-    nothing = {key: np.zeros_like(case.arrays[key]) for key in masks}
-    (loss, _), gradients = compiled(name)({**case.arrays, **nothing}, denominator=0.0)
+    arrays = first_half(case.arrays)
+    nothing = {key: np.zeros_like(arrays[key]) for key in set(case.masks.values())}
+    (loss, _), gradients = compiled(name)({**arrays, **nothing}, denominator=0.0)
     assert loss == 0
     assert not any(np.any(x) for x in gradients.values())
 
@@ -235,8 +247,8 @@ def test_a_number_that_is_an_array_is_named(name, argument):
 def test_a_wrong_dtype_is_named_at_trace_time(name):
     other = {"float32": np.int32, "int32": np.float32, "bool": np.float32}
     case = CASES[name]
-    of_rows = {key: x for key, x in case.arrays.items() if x.ndim}
-    for key, x in of_rows.items():
+    batched = {key: x for key, x in case.arrays.items() if x.ndim}
+    for key, x in batched.items():
         changed = {**case.arrays, key: np.zeros(x.shape, other[str(x.dtype)])}
         with pytest.raises(ValueError, match=rf"^{key} must be (float|int|bool)\["):
             jax.eval_shape(functools.partial(call, function_of(name), case), changed)
@@ -245,8 +257,8 @@ def test_a_wrong_dtype_is_named_at_trace_time(name):
 @pytest.mark.parametrize("name", CASES)
 def test_unequal_shapes_are_named_at_trace_time(name):
     case = CASES[name]
-    of_rows = {key: x for key, x in case.arrays.items() if x.ndim and key not in SHARED}
-    for key, x in of_rows.items() if len(of_rows) > 1 else ():
+    batched = {key: x for key, x in case.arrays.items() if x.ndim and key not in SHARED}
+    for key, x in batched.items() if len(batched) > 1 else ():
         with pytest.raises(ValueError, match=r"^(\w+) must be .* with .*, but is "):
             jax.eval_shape(
                 functools.partial(call, function_of(name), case),
@@ -257,7 +269,7 @@ def test_unequal_shapes_are_named_at_trace_time(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_a_float32_scalar_with_flat_float32_metrics(name):
     (loss, metrics), _ = compiled(name)(CASES[name].arrays)
-    for x in (loss, *(x for key, x in metrics.items() if key not in PER_ROW)):
+    for x in (loss, *(x for key, x in metrics.items() if key not in PER_EXAMPLE)):
         assert (x.shape, x.dtype) == ((), jnp.float32)
 
 
@@ -265,20 +277,17 @@ def test_a_loss_is_a_float32_scalar_with_flat_float32_metrics(name):
 def test_micro_batches_with_the_large_denominator_add_up(name):
     case = CASES[name]
     parts = [
-        compiled(name)(
-            {key: x[rows] if x.ndim else x for key, x in case.arrays.items()},
-            denominator=case.count,
-        )
-        for rows in (slice(0, 1), slice(1, None))
+        compiled(name)(half(case.arrays), denominator=case.count)
+        for half in (first_half, second_half)
     ]
     (outputs, gradients) = zip(*parts, strict=True)
-    whole = compiled(name)(case.arrays)
-    summed = jax.tree.map(lambda *x: sum(x), *map(without_rows, outputs))
+    full = compiled(name)(case.arrays)
+    summed = jax.tree.map(lambda *x: sum(x), *map(scalars_of, outputs))
     joined = jax.tree.map(lambda *x: np.concatenate(x), *gradients)
-    chex.assert_trees_all_close(summed, without_rows(whole[0]), rtol=1e-5)
-    chex.assert_trees_all_close(joined, whole[1], rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(summed, scalars_of(full[0]), rtol=1e-5)
+    chex.assert_trees_all_close(joined, full[1], rtol=1e-5, atol=1e-7)
 
 
-def without_rows(output):
+def scalars_of(output):
     loss, metrics = output
-    return loss, {key: x for key, x in metrics.items() if key not in PER_ROW}
+    return loss, {key: x for key, x in metrics.items() if key not in PER_EXAMPLE}
