@@ -1,4 +1,7 @@
-"""What is known, while a program is traced, of the devices that it is to run on."""
+"""The platform: the devices that a program is traced for, compiler options, and memory."""
+
+import ctypes
+import sys
 
 import jax
 
@@ -29,3 +32,14 @@ def is_on_one_cpu() -> bool:
     """The same, of a single one."""
     mesh = jax.sharding.get_abstract_mesh()
     return is_on_cpu() and (mesh.empty or mesh.size == 1)
+
+
+def trim_heap() -> bool:
+    """Returns freed memory to the operating system; False if the C library cannot.
+
+    A compilation leaves hundreds of megabytes that glibc keeps, and that training does not need.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))

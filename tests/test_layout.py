@@ -26,7 +26,7 @@ ROOMS = (
     "runtime",
     "scripts",
 )
-EVERYWHERE = {"backend", "errors", "lazy"}
+EVERYWHERE = {"backend", "checks", "errors", "lazy"}
 # The same inside of `runtime`, by the name after it; what is not named here stands above all.
 RUNTIME_ROOMS = (
     "parsing",
@@ -49,6 +49,7 @@ THIRD_PARTY = {
     "__init__": {"jax", "chex"},
     "errors": set(),
     "backend": {"jax"},
+    "checks": set(),
     "lazy": set(),
     "functional": {"jax", "chex"},
     "batches": {"jax"},  # for types alone

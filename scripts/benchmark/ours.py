@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.runtime.run.heap import trim_heap
+from rlhf_jax.backend import trim_heap
 from scripts.benchmark.peak_memory import peak_bytes, reset_peak
 from scripts.benchmark.programs import Program, make_program
 from scripts.benchmark.workloads import read_request

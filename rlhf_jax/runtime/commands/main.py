@@ -3,6 +3,7 @@
 Nothing here imports jax before a sub-command begins its work, so that help is quick.
 """
 
+import importlib.metadata
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -37,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name == "--version":
-        from rlhf_jax import __version__
-
-        print(__version__)
+        print(importlib.metadata.version("rlhf-jax"))
         return 0
     if name not in commands:
         names = ", ".join(commands)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import jax
 from etils import epath
 
+from rlhf_jax.backend import trim_heap
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.parsing import to_dict
@@ -22,7 +23,6 @@ from rlhf_jax.runtime.run.folder import (
     last_metrics,
     read_progress,
 )
-from rlhf_jax.runtime.run.heap import trim_heap
 from rlhf_jax.runtime.run.metrics import make_writer
 from rlhf_jax.runtime.run.progress import Progress, Throughput
 from rlhf_jax.runtime.run.signals import EvaluationTerminated, Interrupted, Signals, Terminated

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.runtime.compilation import collectives as hlo
 from rlhf_jax.runtime.compilation.chips import CHIPS, least_seconds
-from rlhf_jax.runtime.run.utilization import PEAK_FLOPS
+from rlhf_jax.runtime.run.progress import PEAK_FLOPS
 
 # As a compiler for TPUs writes it: a loop whose count is not printed; a gather that starts before
 # the loop and is awaited inside it; and a scatter after a sum.

@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from rlhf_jax.runtime.run.utilization import utilization
+from rlhf_jax.runtime.run.progress import utilization
 
 
 @pytest.mark.parametrize(
