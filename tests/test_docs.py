@@ -171,9 +171,9 @@ def test_the_facts_are_counted_through_and_their_tests_are_on_the_page():
             assert f"::{test}`" in dict(facts())[str(int(number))], f"facts.md lacks {test}"
 
 
-def test_metric_names_of_the_commands_page_are_those_of_the_code():
+def test_metric_names_of_the_page_on_runs_are_those_of_the_code():
     sources = "".join(path.read_text() for path in (DOCS.parent / "rlhf_jax").glob("**/*.py"))
-    text = (DOCS / "commands.md").read_text()
+    text = (DOCS / "runs.md").read_text()
     named = set(re.findall(r"`((?:train|objective|policy|val|loss|eval|perf)/\w+)`", text))
     assert len(named) > 20
     # `train/...` and `eval/...` are put together from a stage's own names.

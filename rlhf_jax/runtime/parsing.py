@@ -158,7 +158,7 @@ def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str
     hints = get_type_hints(kind)
     for name in values:
         if name not in _field_names(kind):
-            raise InputError(_unknown(kind, prefix.rstrip("."), name))
+            raise InputError(_unknown(kind, prefix.removesuffix("."), name))
     made = {
         name: _convert(hints[name], value, f"{prefix}{name}", _default_of(kind, default, name))
         for name, value in values.items()
@@ -247,8 +247,8 @@ def _element(kind: Any, value: Any, key: str) -> Any:
         return value
     if not isinstance(value, Mapping) or not value:
         raise InputError(
-            f"{key}: each element has at least one key of {', '.join(_field_names(kind))}, such "
-            f"as {{{_field_names(kind)[0]}: ...}}, but one is {value!r}."
+            f"{key}: each element has at least one key, such as {{path: folder}}, or "
+            f"{{weight: 1.0}} for the reward model of model.reward_path, but one is {value!r}."
         )
     return build(kind, value, None, f"{key}: ")
 
@@ -302,8 +302,8 @@ def _unknown(kind: Any, section: str, name: str) -> str:
     near = difflib.get_close_matches(name, _field_names(kind), n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     names = ", ".join(_field_names(kind))
-    if section.endswith(":"):  # an element of a list
-        return f"Unknown key {name!r}{hint} in {section[:-1]}; each has {names}."
+    if section.endswith(": "):  # an element of a list
+        return f"Unknown key {name!r}{hint} in {section[:-2]}; each has {names}."
     key = f"{section}.{name}" if section else name
     where = f"the section {section!r} has" if section else "there are"
     return f"Unknown key {key!r}{hint}; {where} {names}."

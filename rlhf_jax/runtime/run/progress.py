@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
+import jax
 from tqdm import tqdm
 
 
