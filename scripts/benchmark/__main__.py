@@ -1,37 +1,29 @@
-"""Measures our steps side by side with those of TRL: times, memory, and the way to the floor.
-
-python scripts/benchmark.py --workloads '[sft_mid, generate_mid]' --rounds 5 --json FILE
-"""
+"""The command `scripts/benchmark.py`, prepared so that a signal ends it cleanly."""
 
 import os
 import signal
 import sys
 from types import FrameType
 
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands import terminal
 
 
 def main() -> None:
-    """The command. Processes that share a GPU take the memory they need, and not most of it."""
+    """Runs the benchmark with the flags of the command line."""
+    # Processes that share a GPU take the memory they need, instead of three quarters of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        measure()
+        _run()
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(
-            "Interrupted; the same command measures all again, and a file given by --json holds "
-            "the workloads that were done."
+            "Interrupted; the same command measures everything again, and a file given by --json "
+            "holds the workloads that were finished."
         ) from interrupt
 
 
-def terminate(number: int, frame: FrameType | None) -> None:
-    """Ends the command so that it still ends the sides and deletes their files."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
-def measure() -> None:
-    """The benchmark by the flags of the command line."""
+def _run() -> None:
+    # Imports JAX, which reads the environment set above.
     from scripts.benchmark.command import run_benchmark
     from scripts.benchmark.settings import BenchmarkError
 
@@ -41,5 +33,11 @@ def measure() -> None:
         sys.exit(f"error: {error}.")
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Raises SystemExit, so that the measured processes end and their files are deleted."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(terminal.run(main))
