@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.models import huggingface, reading
@@ -86,15 +87,18 @@ def check_second_family(folder):
     model = tiny_family.Tiny(tiny_family.TinyConfig())
     save_pretrained(folder / "tiny", model, model.init(jax.random.key(1)))
     settings = sft.Settings(batch_size=8, dropout=False)
+    optimizer = optax.sgd(0.1)  # Adam would scale up the rounding of gradients that are zero
     tokens = np.random.default_rng(0).integers(1, 11, (8, 6)).astype(np.int32)
     batch = TextBatch(tokens, tokens // tokens, tokens > 0)
     prompts = (tokens, tokens > 0)
 
     def train(mesh, params):
         key = jax.random.key(0)
-        state = sft.init_state(model, params, settings, key)
+        state = sft.init_state(model, params, settings, key, optimizer=optimizer)
         state = jax.device_put(state, tree_shardings(mesh, state, model.partition_rules))
-        state, metrics = jax.jit(sft.make_step(model, settings))(state, batch, key)
+        state, metrics = jax.jit(sft.make_step(model, settings, optimizer=optimizer))(
+            state, batch, key
+        )
         sample = functools.partial(generate, model, max_new_tokens=4)
         return state.params, metrics["train/loss"], jax.jit(sample)(state.params, *prompts, key)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rlhf_jax.batches import TextBatch
+from rlhf_jax.batches import Sequences, TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import (
     huggingface,
@@ -99,7 +99,8 @@ def test_decoding_of_grouped_heads_equals_the_full_forward_pass():
 def test_responses_that_share_a_prompt_share_its_grouped_heads():
     prompts, responses = jnp.array([[3, 4, 5]]), jnp.array([[[6, 7], [8, 9]]])
     tree = {"model": PARAMS, "head": {"kernel": jnp.arange(16.0)}}
-    scores = end_scores(MODEL, tree, prompts, prompts > 0, responses, responses > 0)
+    sequences = Sequences(prompts, prompts > 0, responses, responses > 0)
+    scores = end_scores(MODEL, tree, sequences)
     for response, score in zip(responses[0], scores[0], strict=True):
         text = jnp.concatenate([prompts, response[None]], axis=1)
         expected = MODEL.hidden(PARAMS, text)[0, -1] @ tree["head"]["kernel"]
