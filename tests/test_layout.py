@@ -221,9 +221,17 @@ def test_the_import_test_sees_every_form_of_import(tmp_path, monkeypatch):
 
 
 IMPORT = """
+import sys
+import {modules}
+tops = {{name.partition(".")[0] for name in sys.modules}}
+print(*sorted(tops - sys.stdlib_module_names - {{"__main__", "rlhf_jax"}}))
+"""
+
+USE = """
 import sys, jax
 modules, settings = set(sys.modules), dict(jax.config.values)
 import rlhf_jax
+rlhf_jax.gae
 tops = [{name.partition(".")[0] for name in each} for each in (sys.modules, modules)]
 print(*sorted(tops[0] - tops[1] - sys.stdlib_module_names))
 print(*sorted(name for name in sys.modules if name.startswith("rlhf_jax.")))
@@ -231,11 +239,26 @@ print(*sorted(name for name, value in jax.config.values.items() if settings[name
 """
 
 
-def test_import_rlhf_jax_is_light_and_changes_no_setting_of_jax():
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    others, ours, settings = done.stdout.splitlines()
+def printed_lines(code):
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("modules", "light"),
+    [
+        ("rlhf_jax, rlhf_jax.batches, rlhf_jax.data, rlhf_jax.data.settings", set()),
+        ("rlhf_jax.data.kinds, rlhf_jax.data.batching, rlhf_jax.data.tokenizers", {"numpy"}),
+    ],
+)
+def test_what_needs_no_jax_does_not_import_it(modules, light):
+    (others,) = printed_lines(IMPORT.format(modules=modules))
+    assert set(others.split()) <= light
+
+
+def test_functions_of_rlhf_jax_import_light_packages_and_change_no_setting_of_jax():
+    others, ours, settings = printed_lines(USE)
     assert set(others.split()) <= {"absl", "chex", "rlhf_jax", "toolz", "typing_extensions"}
     light = ("rlhf_jax.functional", "rlhf_jax.backend")
     assert all(name.startswith(light) for name in ours.split())

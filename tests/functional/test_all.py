@@ -66,7 +66,15 @@ def test_the_compiled_function_has_the_signature_and_docstring_of_the_plain_one(
     assert hasattr(compiled, "lower"), "not compiled"
     assert inspect.signature(compiled) == inspect.signature(plain)
     assert compiled.__doc__ == plain.__doc__
-    assert name in rlhf_jax.__all__
+    assert getattr(rlhf_jax, name) is compiled
+
+
+def test_the_names_of_rlhf_jax_are_those_of_functional():
+    assert set(rlhf_jax.__all__) == {"__version__", "functional", *functional.__all__}
+    assert set(rlhf_jax.__all__) <= set(dir(rlhf_jax))
+    assert rlhf_jax.functional is functional
+    with pytest.raises(AttributeError, match="module 'rlhf_jax' has no attribute 'gea'"):
+        rlhf_jax.gea  # noqa: B018
 
 
 @pytest.mark.parametrize("name", functional.__all__)
