@@ -69,7 +69,9 @@ def test_samples_are_those_without_the_cut_up_to_it(model, params):
     settings = dataclasses.replace(PLAIN, truncate_token=STOP, truncate_after=1)
     batch = PromptBatch(jnp.ones((32, 1), jnp.int32), jnp.ones((32, 1), bool), jnp.arange(32))
     whole, cut = (
-        online.sample_responses(model, params, batch, KEY, which, stop_token_ids=(EOS,))
+        jax.jit(
+            functools.partial(online.sample_responses, model, settings=which, stop_token_ids=(EOS,))
+        )(params, batch, KEY)
         for which in (PLAIN, settings)
     )
     lengths = [end_by_loop(whole, row, 1) for row in range(32)]
@@ -222,7 +224,7 @@ def test_a_state_made_without_statistics_is_refused(model, state, batch, rollout
 def test_a_token_by_its_text_is_for_who_has_a_tokenizer(model, state, batch):
     settings = dataclasses.replace(PLAIN, truncate_token=".")
     with pytest.raises(InputError, match=r"is the text '\.', but a step knows no tokenizer"):
-        ppo.make_rollout_step(model, settings)(state, batch, KEY)
+        jax.eval_shape(ppo.make_rollout_step(model, settings), state, batch, KEY)
 
 
 def test_a_price_of_no_end_needs_something_that_ends(model):

@@ -141,13 +141,20 @@ def test_padding_is_never_read(step, state, alone):
     jax.tree.map(np.testing.assert_array_equal, step(state, poisoned, KEY), expected)
 
 
-def test_the_loss_falls(step, state, alone):
+def test_the_loss_falls_and_a_donated_state_is_used_without_a_warning(model, params, alone):
+    optimizer = optax.adam(0.01)
+    fresh = jax.tree.map(jnp.copy, params)
+    state = sft.init_state(model, fresh, SETTINGS, KEY, optimizer=optimizer)
+    step = jax.jit(sft.make_step(model, SETTINGS, optimizer=optimizer), donate_argnums=0)
     losses = []
-    for _ in range(80):
-        state, metrics = step(state, alone, KEY)
-        losses.append(float(metrics["train/loss"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of a donated buffer that it cannot use
+        for _ in range(30):
+            before, (state, metrics) = state, step(state, alone, KEY)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+            losses.append(float(metrics["train/loss"]))
     assert losses[-1] < 0.5 * losses[0]
-    assert int(state.step) == 80
+    assert int(state.step) == 30
     assert step._cache_size() == 1
 
 
@@ -166,7 +173,7 @@ def test_dropout_needs_the_setting_and_follows_the_key(model, step, state, alone
 def test_sums_of_an_evaluation_do_not_depend_on_the_batches(model, params, alone):
     evaluate = jax.jit(sft.make_eval_step(model))
     expected = loss_by_loop(params, model.config, TEXTS)
-    for size in (1, 3, 4):
+    for size in (3, 4):
         sums = dict.fromkeys(("loss", "accuracy", "count"), 0.0)
         for start in range(0, 4, size):
             part = jax.tree.map(lambda x, s=start, n=size: x[s : s + n], alone)
@@ -192,18 +199,6 @@ def test_parts_with_the_whole_count_add_up_to_the_whole(model, params, alone):
     parts = [alone._replace(loss_mask=alone.loss_mask & (rows == row)) for row in range(4)]
     parts = [loss_and_gradient(params, part) for part in parts]
     assert_trees_close(jax.tree.map(lambda *x: sum(x), *parts), whole)
-
-
-def test_a_donated_state_is_used_without_a_warning(model, params, alone):
-    fresh = jax.tree.map(jnp.copy, params)
-    optimizer = optax.adam(0.01)
-    state = sft.init_state(model, fresh, SETTINGS, KEY, optimizer=optimizer)
-    step = jax.jit(sft.make_step(model, SETTINGS, optimizer=optimizer), donate_argnums=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # JAX warns of a donated buffer that it cannot use
-        after, _ = step(state, alone, KEY)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert np.isfinite(jax.tree.leaves(after.params)[0]).all()
 
 
 def test_bfloat16_trains_close_to_float32(model, params, state, alone, step):

@@ -1,5 +1,6 @@
 """The optimizer: schedules, what decays, and clipping."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,12 +47,13 @@ def test_a_warmup_of_one_update_or_longer_than_the_run_stays_in_range():
 
 def test_only_matrices_and_embeddings_decay(model):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    trunk = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    params = {"model": trunk, "head": {"kernel": jnp.ones(16)}, "value": {"bias": jnp.ones(())}}
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+    params = {"model": ones, "head": {"kernel": jnp.ones(16)}, "value": {"bias": jnp.ones(())}}
     settings = OptimizerSettings(learning_rate=0.5, weight_decay=0.1)
     optimizer = make_optimizer(settings)
     grads = jax.tree.map(jnp.zeros_like, params)
-    after, _, _ = apply_gradients(optimizer, params, optimizer.init(params), grads)
+    apply = jax.jit(functools.partial(apply_gradients, optimizer))
+    after, _, _ = apply(params, optimizer.init(params), grads)
     for path, leaf in jax.tree_util.tree_leaves_with_path(after):
         name = jax.tree_util.keystr(path)
         is_matrix = ("kernel" in name and "layers" in name) or "embedding" in name
