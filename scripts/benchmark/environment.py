@@ -35,8 +35,8 @@ def check_cuda(python: str | os.PathLike[str]) -> None:
     )
     raise InputError(
         f"JAX computes on a GPU, but the PyTorch of {python} {problem}; install one for this "
-        "driver from pytorch.org into an environment of your own, give that to --peer.venv, or measure "
-        "without TRL by --peer none."
+        "driver from pytorch.org into an environment of your own, give that to --peer.venv, or "
+        "measure without TRL by --peer none."
     )
 
 

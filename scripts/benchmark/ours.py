@@ -77,7 +77,7 @@ class Worker:
         }
 
     def step(self) -> dict[str, Any]:
-        """Runs a step: {"seconds", "loss"}, from a batch on the host until its results are ready."""
+        """Runs a step: {"seconds", "loss"}, from the batch on the host to results on the device."""
         started = time.perf_counter()
         key = jax.random.fold_in(self.key, self.steps)
         output = jax.block_until_ready(self.compiled(self.state, self.program.batch, key))
