@@ -9,8 +9,7 @@ from pathlib import Path
 # The modules are scripts.benchmark.*, also when this file is run from another folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rlhf_jax.runtime.commands import terminal  # noqa: E402
 from scripts.benchmark.__main__ import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(main(sys.argv[1:]))

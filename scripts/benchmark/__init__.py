@@ -1,1 +1,1 @@
-"""Our steps beside those of TRL: how long, how much memory, and how far from the floor."""
+"""Steps of this library and of TRL, measured in turn: time, memory, share of the peak."""

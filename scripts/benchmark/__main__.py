@@ -1,36 +1,43 @@
-"""The command `scripts/benchmark.py`, prepared so that a signal ends it cleanly."""
+"""The command `scripts/benchmark.py`: its flags, and its end by a signal."""
 
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
 from rlhf_jax.runtime.commands import terminal
+from scripts.benchmark.settings import BenchmarkConfig, BenchmarkError, expand_peer_flag
+
+# What the help lists first.
+FIRST = ("workloads", "rounds", "peer.name", "peer.python", "dtype", "json")
 
 
-def main() -> None:
-    """Runs the benchmark with the flags of the command line."""
-    # Processes that share a GPU take the memory they need, instead of three quarters of it.
+def main(argv: Sequence[str]) -> int:
+    """Runs the benchmark; returns the exit status."""
+    # Processes that share a GPU allocate memory as they need it, instead of three quarters of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     signal.signal(signal.SIGTERM, _terminate)
+    flags = expand_peer_flag(argv)
+    return terminal.run_command(
+        "scripts/benchmark.py", BenchmarkConfig, measure, flags, first=FIRST
+    )
+
+
+def measure(config: BenchmarkConfig) -> None:
+    """Runs the benchmark with settings that were parsed."""
     try:
-        _run()
+        # Imports JAX, which reads the environment set above.
+        from scripts.benchmark.command import run_benchmark
+
+        run_benchmark(config)
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}.")
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(
             "Interrupted; the same command measures everything again, and a file given by --json "
             "holds the workloads that were finished."
         ) from interrupt
-
-
-def _run() -> None:
-    # Imports JAX, which reads the environment set above.
-    from scripts.benchmark.command import run_benchmark
-    from scripts.benchmark.settings import BenchmarkError
-
-    try:
-        run_benchmark()
-    except BenchmarkError as error:
-        sys.exit(f"error: {error}.")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -40,4 +47,4 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(main(sys.argv[1:]))

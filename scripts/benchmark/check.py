@@ -1,7 +1,7 @@
-"""Our numbers against the plain path, before any time is measured.
+"""Checks the measured steps against the plain path.
 
-A step is run with an optimizer that adds up its gradients, on a small model with the workload's
-settings, and the same is computed by `plain.py`.
+A step runs with an optimizer that sums its gradients, on a small model with the settings of the
+workload; `plain.py` computes the same loss and gradients.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from scripts.benchmark.workloads import Workload, make_arrays
 
 LIMIT = 1e-4
 LEARNING_RATE = 0.1
-# Prompt and response, in tokens. Attention takes queries in blocks, of which there are several in
-# rows as long as these; of pairs in the prompt and in each response. Generation has no blocks.
+# Lengths of prompt and response, in tokens, such that attention computes several blocks of queries,
+# of pairs in the prompt and in each response. Generation has no blocks.
 LENGTHS = {
     "sft": (BLOCK + 7, 5),
     "reward": (BLOCK + 7, BLOCK + 5),
     "ppo": (BLOCK + 7, 5),
     "generate": (7, 5),
 }
-# The plain path is compiled quickly; ours is compiled as it is measured.
+# Compiles the plain path with few optimizations; the measured steps are compiled as in a run.
 _quick = functools.partial(
     jax.jit,
     compiler_options={
@@ -43,12 +43,12 @@ _quick = functools.partial(
 
 
 class Difference(NamedTuple):
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-      check: the form that was checked, say "reward, 1 of 2 layers unfrozen".
-      loss: the largest relative difference of losses, or of a generation's log-probabilities.
-      gradients: likewise of all gradients; of a generation, the share of greedy tokens that differ.
+      check: its name, such as "reward, lower layers frozen".
+      loss: the largest relative difference of losses, or of the log-probabilities of a generation.
+      gradients: the same of all gradients; of a generation, the share of greedy tokens that differ.
     """
 
     check: str
@@ -57,22 +57,21 @@ class Difference(NamedTuple):
 
 
 def check_all(workloads: Sequence[Workload]) -> list[Difference]:
-    """What the steps of the workloads differ by, each form once.
+    """Differences from the plain path, once for each distinct small workload.
 
     Raises:
-      BenchmarkError: by more than 1e-4.
+      BenchmarkError: a difference above 1e-4.
     """
-    forms = dict.fromkeys(small_form(workload) for workload in workloads)
-    found = []
+    results = []
     with jax.default_matmul_precision("highest"):
-        for form in forms:
-            found.append(difference(form))
-            _judge(found[-1])
-    return found
+        for small in dict.fromkeys(small_workload(workload) for workload in workloads):
+            results.append(difference(small))
+            _assert_close(results[-1])
+    return results
 
 
-def small_form(workload: Workload, lengths: tuple[int, int] | None = None) -> Workload:
-    """A small model with the settings of a workload: what its step computes, in a second.
+def small_workload(workload: Workload, lengths: tuple[int, int] | None = None) -> Workload:
+    """The same settings with a model and a batch so small that a step takes a second.
 
     Args:
       lengths: of prompt and response; by default those of `LENGTHS`.
@@ -91,7 +90,7 @@ def small_form(workload: Workload, lengths: tuple[int, int] | None = None) -> Wo
         response_length=response_length,
         num_layers_unfrozen=1 if frozen else None,
         num_ppo_epochs=2,
-        # One, whose order is that of the rows: the plain path does not know the permutation.
+        # With one minibatch the random order of the responses does not matter.
         num_mini_batches=1,
         vocab_size=211,
         n_positions=prompt_length + response_length,
@@ -114,24 +113,23 @@ def _title(workload: Workload) -> str:
     return ", ".join(parts)
 
 
-def difference(form: Workload) -> Difference:
-    """What the step of a small form differs by from the plain path."""
+def difference(small: Workload) -> Difference:
+    """The difference between the step of a small workload and the plain path."""
     checks = {"sft": _sft, "reward": _reward, "generate": _generate, "ppo": _ppo}
-    return Difference(form.name, *checks[form.kind](form))
+    return Difference(small.name, *checks[small.kind](small))
 
 
-def _judge(found: Difference) -> None:
-    worst = max(found.loss, found.gradients)
-    if not worst <= LIMIT:  # nor NaN
+def _assert_close(result: Difference) -> None:
+    if not max(result.loss, result.gradients) <= LIMIT:  # also for NaN
         raise BenchmarkError(
-            f"the check of {found.check} failed: loss and gradients differ from the plain path by "
-            f"{found.loss:.1e} and {found.gradients:.1e}, and may by {LIMIT:.0e}; nothing was "
+            f"the check of {result.check} failed: loss and gradients differ from the plain path by "
+            f"{result.loss:.1e} and {result.gradients:.1e}, the limit is {LIMIT:.0e}; nothing was "
             "measured"
         )
 
 
-def recording(learning_rate: float) -> optax.GradientTransformation:
-    """Gradient descent whose state is the sum of all gradients until now."""
+def summing_sgd(learning_rate: float) -> optax.GradientTransformation:
+    """Gradient descent whose state is the sum of all gradients."""
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
@@ -145,10 +143,11 @@ def recording(learning_rate: float) -> optax.GradientTransformation:
 
 
 def relative(ours: Any, theirs: Any) -> float:
-    """The largest difference of two trees, each leaf's over the largest number of that leaf.
+    """The largest difference of two trees, relative to the largest number of each leaf of `theirs`.
 
-    Of a leaf that is all but zero, over a thousandth of the largest number anywhere: what is left
-    there is rounding.
+        max over leaves of max|a - b| / max(max|b|, 1e-3 * the largest |b| of all leaves)
+
+    The second term of the scale keeps rounding errors of leaves near 0 out.
     """
     pairs = [
         (np.asarray(a, np.float64), np.asarray(b, np.float64))
@@ -162,22 +161,22 @@ def relative(ours: Any, theirs: Any) -> float:
     return float(np.max(differences))  # NaN stays NaN
 
 
-def _sizes(form: Workload) -> plain.Sizes:
-    return plain.Sizes(form.n_head, form.vocab_size)
+def _sizes(small: Workload) -> plain.Sizes:
+    return plain.Sizes(small.n_head, small.vocab_size)
 
 
-def _stepped(form):
-    """(program, state before, output of one step, arrays)."""
-    arrays = make_arrays(form)
-    program = make_program(form, arrays, optimizer=recording(LEARNING_RATE), dropout=False)
+def _run_step(small):
+    """(program, initial state, output of one step, arrays)."""
+    arrays = make_arrays(small)
+    program = make_program(small, arrays, optimizer=summing_sgd(LEARNING_RATE), dropout=False)
     key = jax.random.key(0)
     state = _quick(program.init)(key)
-    state = _disturbed(state) if form.kind == "ppo" else state
+    state = _perturbed(state) if small.kind == "ppo" else state
     return program, state, jax.jit(program.step)(state, program.batch, key), arrays
 
 
-def _disturbed(state):
-    """A reference that is not the policy, and values that are not 0, so that both show."""
+def _perturbed(state):
+    """A state whose reference differs from the policy, and whose values are not 0."""
     frozen = {**state.frozen, "ref": jax.tree.map(lambda x: 1.2 * x, state.frozen["ref"])}
     params = jax.tree.map(jnp.copy, state.params)
     if "value_head" in params:
@@ -186,60 +185,60 @@ def _disturbed(state):
     return state._replace(frozen=frozen, params=params)
 
 
-def _sft(form):
-    program, state, (after, metrics), arrays = _stepped(form)
+def _sft(small):
+    program, state, (after, metrics), arrays = _run_step(small)
     gradient = _quick(jax.value_and_grad(plain.sft_loss, argnums=1), static_argnums=0)
-    loss, grads = gradient(_sizes(form), state.params, arrays["tokens"], arrays["loss_mask"])
+    loss, grads = gradient(_sizes(small), state.params, arrays["tokens"], arrays["loss_mask"])
     return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
 
 
-def _reward(form):
-    program, state, (after, metrics), arrays = _stepped(form)
-    whole = {**state.params, "model": _whole(program, state.frozen, state.params["model"])}
-    rows = (arrays[name] for name in ("prompts", "chosen", "rejected"))
+def _reward(small):
+    program, state, (after, metrics), arrays = _run_step(small)
+    full = {**state.params, "model": _full_params(program, state.frozen, state.params["model"])}
+    tokens = (arrays[name] for name in ("prompts", "chosen", "rejected"))
     gradient = _quick(jax.value_and_grad(plain.reward_loss, argnums=1), static_argnums=0)
-    loss, grads = gradient(_sizes(form), whole, *rows)
-    grads = {**grads, "model": _trained(program, form, grads["model"])}
+    loss, grads = gradient(_sizes(small), full, *tokens)
+    grads = {**grads, "model": _trained(program, small, grads["model"])}
     return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
 
 
-def _generate(form):
-    program, _, rollout, arrays = _stepped(form)
-    # The same numbers, as a checkpoint would hold them.
+def _generate(small):
+    program, _, rollout, arrays = _run_step(small)
+    # The same parameters in the layout of a checkpoint.
     params = _quick(program.model.init)(jax.random.key(0))
-    rows = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
-    length = form.response_length
-    logprobs = _quick(plain.token_logprobs, static_argnums=0)(_sizes(form), params, rows)
+    sequences = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
+    length = small.response_length
+    logprobs = _quick(plain.token_logprobs, static_argnums=0)(_sizes(small), params, sequences)
     logprobs = logprobs[:, -length:]
     sample = functools.partial(generate, program.model, max_new_tokens=length, temperature=0.0)
-    likeliest = jax.jit(sample)(params, *program.batch, jax.random.key(0))
+    sampled = jax.jit(sample)(params, *program.batch, jax.random.key(0))
     greedy = _quick(plain.greedy, static_argnums=(0, 3))
-    tokens = greedy(_sizes(form), params, arrays["prompts"], length)
-    return relative(rollout.logprobs, logprobs), float(jnp.mean(tokens != likeliest.tokens))
+    tokens = greedy(_sizes(small), params, arrays["prompts"], length)
+    return relative(rollout.logprobs, logprobs), float(jnp.mean(tokens != sampled.tokens))
 
 
-def _ppo(form):
-    program, state, (after, metrics, rollout), arrays = _stepped(form)
-    settings, sizes, trunk = ppo_settings(form), _sizes(form), state.frozen.get("base")
+def _ppo(small):
+    program, state, (after, metrics, rollout), arrays = _run_step(small)
+    settings, sizes, base = ppo_settings(small), _sizes(small), state.frozen.get("base")
     model = program.model
     trained = {**state.params, "model": ppo.policy_params(model, state)}
     tokens = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
     ref, scorer = ppo.reference_params(model, state), state.frozen["reward"]
     experience = _quick(plain.ppo_experience, static_argnums=(0, 1, 6))(
-        sizes, settings, trained, ref, scorer, tokens, form.response_length
+        sizes, settings, trained, ref, scorer, tokens, small.response_length
     )
     gradient = _quick(jax.value_and_grad(plain.ppo_loss, has_aux=True), static_argnums=(1, 2))
     total, losses = None, []
     for _ in range(settings.num_ppo_epochs):
         (_, loss), grads = gradient(trained, sizes, settings, experience)
         losses.append(loss)
-        grads = {**grads, "model": _trained(program, form, grads["model"])}
+        grads = {**grads, "model": _trained(program, small, grads["model"])}
         total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        upper = {**trained, "model": _trained(program, form, trained["model"])}
+        upper = {**trained, "model": _trained(program, small, trained["model"])}
         upper = jax.tree.map(lambda x, g: x - LEARNING_RATE * g, upper, grads)
-        trained = {**upper, "model": _whole(program, trunk, upper["model"])}
-    # The policy's loss begins near 0, where a relative difference says nothing: whitened
-    # advantages are of size 1.
+        trained = {**upper, "model": _full_params(program, base, upper["model"])}
+    # The policy loss is near 0 at first, while whitened advantages are of size 1: this difference
+    # is absolute.
     mean = float(jnp.mean(jnp.stack(losses)))
     loss = abs(float(metrics[program.loss]) - mean) / max(abs(mean), 1.0)
     parts = [(rollout.values, experience.values), (rollout.logprobs, experience.logprobs)]
@@ -247,12 +246,12 @@ def _ppo(form):
     return loss, relative(after.opt_state, total)
 
 
-def _whole(program, frozen, trained):
+def _full_params(program, frozen, trained):
     return trained if frozen is None else program.model.merge(frozen, trained)
 
 
-def _trained(program, form, params):
-    """The half of a whole tree that is trained: gradients of the other are dropped."""
-    if form.num_layers_unfrozen is None:
+def _trained(program, small, params):
+    """The trained half of a full tree of parameters or gradients."""
+    if small.num_layers_unfrozen is None:
         return params
-    return program.model.split(params, form.num_layers_unfrozen)[1]
+    return program.model.split(params, small.num_layers_unfrozen)[1]

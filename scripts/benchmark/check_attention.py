@@ -1,4 +1,4 @@
-"""cuDNN's attention against our own, on the device, before any time is measured with it."""
+"""Checks cuDNN's attention against that of this library, on the device."""
 
 from typing import Any, Literal
 
@@ -12,47 +12,48 @@ from rlhf_jax.models.cudnn_attention import attend_by_cudnn
 from scripts.benchmark.check import Difference, relative
 from scripts.benchmark.settings import BenchmarkError
 
-# What rounding to bfloat16 in another order makes of numbers is a hundredth; what a wrong mask or
-# scale makes of them, more than a tenth.
+# Rounding to bfloat16 in another order changes numbers by a hundredth; a wrong mask or scale does so
+# by more than a tenth.
 LIMIT = 0.05
-GROUPS, ROWS, HEADS, PAST, WIDTH = 3, 2, 2, 33, 64
+# Prompts G, responses to each K, heads H, positions of the past C, width of a head d.
+PROMPTS, RESPONSES, HEADS, PAST, WIDTH = 3, 2, 2, 33, 64
 
 
 def check_attention(implementation: Literal["cudnn", "xla"] = "cudnn") -> Difference:
-    """What both differ by: rows that are padded and packed, of several blocks, and behind a past.
+    """The difference on padded and packed sequences of several blocks, and after a shared prompt.
 
     Args:
-      implementation: as of `attend_by_cudnn`.
+      implementation: an argument of `attend_by_cudnn`.
 
     Raises:
-      BenchmarkError: by more than 5e-2 of the largest number.
+      BenchmarkError: a difference above 5e-2 of the largest number.
     """
-    found = [_difference(length, implementation) for length in (BLOCK + 7, 5)]
+    results = [_difference(length, implementation) for length in (BLOCK + 7, 5)]
     worst = Difference(
         f"attention {implementation}",
-        max(values for values, _ in found),
-        max(gradients for _, gradients in found),
+        max(values for values, _ in results),
+        max(gradients for _, gradients in results),
     )
-    if not max(worst.loss, worst.gradients) <= LIMIT:  # nor NaN
+    if not max(worst.loss, worst.gradients) <= LIMIT:  # also for NaN
         raise BenchmarkError(
-            f"the check of {worst.check} failed: it and its gradients differ from ours by "
-            f"{worst.loss:.1e} and {worst.gradients:.1e}, and may by {LIMIT:.0e}; nothing was "
-            "measured"
+            f"the check of {worst.check} failed: it and its gradients differ from this "
+            f"library's by {worst.loss:.1e} and {worst.gradients:.1e}, the limit is {LIMIT:.0e}; "
+            "nothing was measured"
         )
     return worst
 
 
 def _difference(length: int, implementation: Any) -> tuple[float, float]:
-    """(of what is attended, of the gradients), the long rows by themselves and short behind a past.
+    """(difference of the outputs, of the gradients) for sequences of a length.
 
-    Short ones are what responses to a shared prompt are.
+    Sequences of at most one block attend to a past too, as responses to a shared prompt do.
     """
-    random, shape = np.random.default_rng(0), (GROUPS, ROWS, HEADS, length, WIDTH)
+    random, shape = np.random.default_rng(0), (PROMPTS, RESPONSES, HEADS, length, WIDTH)
     q, k, v, weights = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for _ in range(4))
     q *= jnp.asarray(WIDTH**-0.5, q.dtype)
     visible, memory = _visible(length), None
     if length <= BLOCK:
-        memory = jnp.asarray(random.normal(size=(2, GROUPS, HEADS, PAST, WIDTH)), jnp.bfloat16)
+        memory = jnp.asarray(random.normal(size=(2, PROMPTS, HEADS, PAST, WIDTH)), jnp.bfloat16)
     mask = jnp.arange(PAST) >= jnp.array([[0], [20], [PAST]])
 
     def run(attention, **others):
@@ -71,7 +72,7 @@ def _difference(length: int, implementation: Any) -> tuple[float, float]:
 
 
 def _visible(length: int) -> jax.Array:
-    """bool[G, K, T, T] of whole rows, rows padded left and right, two texts in one, and padding."""
+    """bool[G, K, T, T]: no padding, padding left and right, two packed texts, and padding alone."""
     index = np.arange(length)
     segments = np.stack(
         [
@@ -82,6 +83,6 @@ def _visible(length: int) -> jax.Array:
             np.zeros(length, int),
             index >= 0,
         ]
-    ).reshape(GROUPS, ROWS, length)
+    ).reshape(PROMPTS, RESPONSES, length)
     same = (segments[..., :, None] == segments[..., None, :]) & (segments[..., None, :] > 0)
     return jnp.asarray(same & np.tri(length, dtype=bool))

@@ -1,9 +1,8 @@
-"""The command `benchmark.py`: both sides of each workload, a table, and all numbers as JSON."""
+"""The benchmark: checks, measures each workload on both sides, prints a table, writes JSON."""
 
 import dataclasses
 import datetime
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,12 @@ import numpy as np
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.config import parse, resolve
+from rlhf_jax.runtime.config import resolve
 from rlhf_jax.runtime.run.folder import replace_file
 from scripts.benchmark import check, environment
-from scripts.benchmark.apart import apart
 from scripts.benchmark.check_attention import check_attention
 from scripts.benchmark.floor import Phase, phases_of
+from scripts.benchmark.isolation import isolated
 from scripts.benchmark.machine import best_of, busy_cores, hardware, measure_machine
 from scripts.benchmark.results import Sides, summarize
 from scripts.benchmark.settings import BenchmarkConfig
@@ -36,58 +35,43 @@ from scripts.benchmark.table import as_text
 from scripts.benchmark.workloads import Workload, in_float32
 
 
-def run_benchmark(config: BenchmarkConfig | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Checks, measures and prints, and returns the numbers.
+def run_benchmark(config: BenchmarkConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Checks, measures and prints.
 
     Args:
-      config: or a nested dict of the same form; by default that of the command line.
+      config: the settings, or a nested dict of the same structure.
+
+    Returns:
+      All numbers, as the JSON file holds them.
 
     Raises:
       InputError: wrong settings, or TRL cannot be installed.
-      BenchmarkError: a check failed, or a side ended before it was told to.
+      BenchmarkError: a check failed, or a measured process ended early.
     """
-    if config is None:
-        config = parse(BenchmarkConfig, _whole_flags(sys.argv[1:]))
     config = resolve(BenchmarkConfig, config)
     _check_file(config.json)  # now, and not after an hour
     chosen = config.chosen(jax.default_backend())
     commands = _commands(config)
     busy = [busy_cores()]
-    described = _described(config) | _checked(config, chosen)
-    _say("measuring what the machine can do")
-    machine = apart(measure_machine)
+    description = _description(config) | _checks(config, chosen)
+    _log("measuring the peak rates of the machine")
+    machine = isolated(measure_machine)
     phases = {each: _phases(each, commands_for(commands, each)) for each in chosen}
     sides: dict[Workload, Sides] = {}
     for each in chosen:
         sides[each] = measure(each, commands, config)
-        # A side that fails later takes nothing of this with it.
-        _write(config.json, described | _found(sides, phases, machine, busy))
-    machine = best_of(machine, apart(measure_machine))
+        # A later failure does not lose this workload.
+        _write(config.json, description | _measurements(sides, phases, machine, busy))
+    machine = best_of(machine, isolated(measure_machine))
     busy.append(busy_cores())
-    result = described | _found(sides, phases, machine, busy)
+    result = description | _measurements(sides, phases, machine, busy)
     print(as_text(result))
     _write(config.json, result)
     return result
 
 
-def _whole_flags(argv: list[str]) -> list[str]:
-    """`--peer none` as short for `--peer.name none`; a file of that section is left as it is.
-
-    >>> _whole_flags(["--peer", "none", "--peer=trl"])
-    ['--peer.name', 'none', '--peer.name=trl']
-    """
-    whole = []
-    for flag, following in zip(argv, [*argv[1:], "--"], strict=True):
-        name, _, value = flag.partition("=")
-        value = value or following
-        is_short = name == "--peer" and not value.startswith(("-", "{"))
-        is_short = is_short and not os.path.isfile(value)
-        whole.append(flag.replace("--peer", "--peer.name", 1) if is_short else flag)
-    return whole
-
-
-def _found(sides, phases, machine, busy):
-    """What was measured until now, ready for JSON."""
+def _measurements(sides, phases, machine, busy):
+    """The measurements of all finished workloads, ready for JSON."""
     workloads = [summarize(each, sides[each], phases[each], machine) for each in sides]
     return {
         "versions": _versions() | _peer_versions(workloads),
@@ -98,8 +82,8 @@ def _found(sides, phases, machine, busy):
 
 
 def measure(workload: Workload, commands: Sequence[SideCommand], config: BenchmarkConfig) -> Sides:
-    """One workload on all sides, as `take_turns` gives it; the medians on standard error."""
-    _say(f"measuring {workload.name}")
+    """One workload on all sides, as from `take_turns`; logs the medians on standard error."""
+    _log(f"measuring {workload.name}")
     sides = take_turns(
         commands_for(commands, workload),
         workload,
@@ -108,12 +92,12 @@ def measure(workload: Workload, commands: Sequence[SideCommand], config: Benchma
         alternate=_alternates(),
     )
     medians = (f"{name} {np.median(side['seconds']):.3f} s" for name, side in sides.items())
-    _say(f"  {', '.join(medians)}")
+    _log(f"  {', '.join(medians)}")
     return sides
 
 
 def _alternates() -> bool:
-    """Whether sides take turns: on a GPU neither is to hold memory while the other runs."""
+    """Whether the sides run alternately: on a GPU each needs the memory for itself."""
     return jax.default_backend() == "cpu"
 
 
@@ -122,22 +106,22 @@ def _phases(workload: Workload, commands: Sequence[SideCommand]) -> dict[str, li
     return {dtype: phases_of(workload, dtype) for dtype in dtypes}
 
 
-def _checked(config: BenchmarkConfig, workloads: Sequence[Workload]) -> dict[str, Any]:
-    """What checks found; each is None where there was none."""
-    found: dict[str, Any] = {"checks": None, "attention": None}
+def _checks(config: BenchmarkConfig, workloads: Sequence[Workload]) -> dict[str, Any]:
+    """The results of the checks, {"checks", "attention"}; None for a check that did not run."""
+    results: dict[str, Any] = {"checks": None, "attention": None}
     if not config.check:
-        return found
-    _say("checking losses, gradients and samples against the plain path")
+        return results
+    _log("checking losses, gradients and samples against the plain path")
     plain = [in_float32(each) for each in workloads]
-    found["checks"] = [each._asdict() for each in apart(check.check_all, plain)]
+    results["checks"] = [each._asdict() for each in isolated(check.check_all, plain)]
     if any(each.ours.attention == "cudnn" for each in workloads):
-        _say("checking cuDNN's attention against ours")
-        found["attention"] = apart(check_attention)._asdict()
-    return found
+        _log("checking cuDNN's attention against that of this library")
+        results["attention"] = isolated(check_attention)._asdict()
+    return results
 
 
 def _commands(config: BenchmarkConfig) -> list[SideCommand]:
-    """Ours first, then TRL, then ours in bfloat16."""
+    """This library, then TRL, then this library in bfloat16."""
     commands, platform = [our_command("float32")], jax.default_backend()
     if config.peer.name == "trl":
         python = environment.peer_python(config.peer)
@@ -149,8 +133,8 @@ def _commands(config: BenchmarkConfig) -> list[SideCommand]:
     return commands
 
 
-def _described(config):
-    """What has to be said of figures, whatever they are."""
+def _description(config):
+    """The date, the machine and the settings."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(sys.argv),
@@ -169,10 +153,10 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _peer_versions(found: list[dict[str, Any]]) -> dict[str, str]:
-    """What TRL ran with."""
-    ready = (each["sides"].get("trl", {}).get("ready", {}) for each in found)
-    versions: dict[str, str] = next((said["versions"] for said in ready if "versions" in said), {})
+def _peer_versions(workloads: list[dict[str, Any]]) -> dict[str, str]:
+    """The versions of the packages in the process of TRL."""
+    ready = (each["sides"].get("trl", {}).get("ready", {}) for each in workloads)
+    versions: dict[str, str] = next((each["versions"] for each in ready if "versions" in each), {})
     shared = ("python", "numpy")
     return {f"TRL's {name}" if name in shared else name: text for name, text in versions.items()}
 
@@ -185,7 +169,7 @@ def _check_file(path: str | None) -> None:
     if file.is_dir() or not file.parent.is_dir():
         raise InputError(
             f"json is {path}, which is a folder or in none; give --json a file in a folder that "
-            "is there."
+            "exists."
         )
 
 
@@ -198,5 +182,5 @@ def _write(path: str | None, result: dict[str, Any]) -> None:
         raise InputError(f"cannot write to {path}: {error.strerror or error}.") from error
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

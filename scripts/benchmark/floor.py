@@ -1,4 +1,4 @@
-"""What a step cannot beat: its FLOPs at the machine's peak, its bytes at its bandwidth."""
+"""The roofline bound of a step: its FLOPs at the peak rate, its bytes at the bandwidth."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from scripts.benchmark.workloads import Workload, make_arrays
 
 
 class Phase(NamedTuple):
-    """One part of a step, which ends before the next begins.
+    """A part of a step that ends before the next begins.
 
     Attributes:
-      flops: of products.
-      moved: bytes that are read or written at least.
+      flops: of matrix products.
+      moved: the least number of bytes read and written.
     """
 
     flops: float
@@ -26,20 +26,20 @@ class Phase(NamedTuple):
 
 
 def floor_seconds(phases: Sequence[Phase], peak: float, bandwidth: float) -> float:
-    """The least seconds of a step.
+    """A lower bound of the time of a step, in seconds.
 
         sum over phases of max(flops / peak, moved / bandwidth)
 
-    FLOPs are those of the products of our step, without what a rematerialization computes again
-    but for the weights of attention, of which one product in seven is a second one.
-    Bytes are those that no cache of a processor can save, activations left out:
+    FLOPs are those of the matrix products of a step without rematerialization, except for the
+    attention weights, which are recomputed: one product in seven of attention.
+    Bytes are those that no processor cache can save, without activations:
 
-    - a generation reads, for each of its tokens, all parameters, and the keys and values of all
-      positions before it, in the compute dtype;
-    - an update reads and writes each trained parameter and both of Adam's moments, and writes and
-      reads the gradient: 8 float32 numbers a parameter; what is frozen is read once a step.
+    - a generation reads all parameters for each token, and the keys and values of all previous
+      positions, in the compute dtype;
+    - an update reads and writes each trained parameter and both moments of Adam, and writes and
+      reads the gradient: 8 float32 numbers per parameter. Frozen parameters are read once per step.
 
-    PPO is a generation, and then all else.
+    PPO has two phases, the generation and the rest.
 
     Args:
       phases: of the step.
@@ -55,7 +55,7 @@ def floor_seconds(phases: Sequence[Phase], peak: float, bandwidth: float) -> flo
 
 
 def phases_of(workload: Workload, dtype: str) -> list[Phase]:
-    """The phases of a workload's step, from shapes alone."""
+    """The phases of the step of a workload, from abstract evaluation."""
     workload = without_remat(workload)
     program = _program(workload, dtype)
     shapes = abstract(program)
@@ -83,7 +83,7 @@ def _flops(program: Program, shapes: Any) -> int:
 
 
 def _generation_bytes(workload: Workload, params: Any, dtype: str) -> float:
-    """Of all steps of a generation: the prompts' first, then one for each token but the last."""
+    """Bytes of a generation: one pass for the prompts, then one for each token but the last."""
     sizes, length = sum(leaf.size for leaf in jax.tree.leaves(params)), workload.response_length
     position = 2 * workload.n_layer * workload.n_embd * workload.batch_size
     positions = np.sum(workload.prompt_length + np.arange(1, length))

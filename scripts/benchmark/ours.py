@@ -1,10 +1,10 @@
-"""One workload in this library: a process of its own, so that its peak of memory is its own.
+"""One workload in this library, as a process, so that its peak memory is that of the workload.
 
     python -m scripts.benchmark.ours REQUEST.json ARRAYS.npz
 
-It answers `{"ready": true, ...}` when the step is compiled, then speaks as `trl_worker.py` does: a
-line "step" on standard input is answered by {"seconds": ..., "loss": ...}, "reset" forgets the peak
-of memory until then, and "stop" ends it, with {"peak_bytes": ..., ...}.
+It writes `{"ready": true, ...}` when the step is compiled, and then follows the protocol of
+`trl_worker.py`: the line "step" on standard input runs a step and writes {"seconds": ..., "loss":
+...}, "reset" resets the peak memory, and "stop" ends the process with {"peak_bytes": ..., ...}.
 """
 
 import json
@@ -25,10 +25,10 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def main() -> None:
-    """Compiles the workload and answers on standard output until it is told to stop."""
+    """Compiles the workload, and answers on standard output until the line "stop"."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # What another process compiled would take no time here.
+    # A cached program would make the compile time 0.
     jax.config.update("jax_enable_compilation_cache", False)
     with open(sys.argv[1]) as file:
         workload, dtype = read_request(json.load(file))
@@ -36,7 +36,7 @@ def main() -> None:
     print(json.dumps({"ready": True, **worker.compile()}), file=answers)
     while (line := sys.stdin.readline().strip()) in ("step", "reset"):
         if line == "reset":
-            trim_heap()  # as the commands do after their first step
+            trim_heap()  # as in the commands after the first step
             worker.was_reset = reset_peak()
         else:
             print(json.dumps(worker.step()), file=answers)
@@ -47,20 +47,20 @@ class Worker:
     """A program with its state.
 
     Args:
-      program: is given its state here.
+      program: the workload; its state is initialised here.
     """
 
     def __init__(self, program: Program) -> None:
         self.program, self.key = program, jax.random.key(0)
         self.state = jax.block_until_ready(jax.jit(program.init)(self.key))
-        jax.clear_caches()  # a run begins with a checkpoint, and not with this program
+        jax.clear_caches()  # a run restores a checkpoint instead of running this program
         self.compiled: Any = None
         self.steps = self.compilations = 0
         self.was_reset = False
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
     def _count(self, event: str, duration_secs: float, **others: Any) -> None:
-        # What a first step needs is compiled in it, or before.
+        # Compilations before the end of the first step are expected.
         self.compilations += event == COMPILED and self.steps > 0
 
     def compile(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Worker:
         }
 
     def step(self) -> dict[str, Any]:
-        """A step, from the batch on the host to the last of its results on the device."""
+        """Runs a step: {"seconds", "loss"}, from the batch on the host to results on the device."""
         started = time.perf_counter()
         key = jax.random.fold_in(self.key, self.steps)
         output = jax.block_until_ready(self.compiled(self.state, self.program.batch, key))
@@ -89,7 +89,7 @@ class Worker:
         return {"seconds": seconds, "loss": loss}
 
     def stop(self) -> dict[str, Any]:
-        """The peak of memory, and how many programs were compiled after the first step."""
+        """The peak memory, and the number of programs compiled after the first step."""
         return {**peak_bytes(self.was_reset), "compilations_after_first_step": self.compilations}
 
 

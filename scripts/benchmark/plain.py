@@ -1,9 +1,9 @@
-"""The same numbers by the plain path: whole rows through every layer, all logits, no cache.
+"""The plain path: the same losses from full sequences, all logits, and no cache.
 
-Written anew from the formulas, with nothing of the library but its parameters: GPT-2 as a Python
-loop over layers, log-probabilities from logits [B, L, V], pairs as two whole rows each, and PPO
-with whole forward passes in each epoch. Rows have no padding. It is what the benchmark's checks
-compare with, and slow.
+Written from the formulas, with nothing of the library but its parameters: GPT-2 as a Python loop
+over layers, log-probabilities from logits [B, L, V], a pair as two full sequences, and PPO with
+full forward passes in each epoch. Sequences have no padding. It is slow, and is what the checks of
+the benchmark compare with.
 """
 
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ Params = Any
 
 
 class Sizes(NamedTuple):
-    """What the parameters do not say.
+    """Sizes that the shapes of the parameters do not show.
 
     Attributes:
-      n_head: heads of attention.
-      vocab_size: rows of the embedding that are tokens.
+      n_head: attention heads.
+      vocab_size: tokens of the embedding, without its padding.
     """
 
     n_head: int
@@ -71,26 +71,26 @@ def next_logprobs(sizes: Sizes, params: Params, states: jax.Array) -> jax.Array:
 
 
 def token_logprobs(sizes: Sizes, params: Params, tokens: jax.Array) -> jax.Array:
-    """f32[B, L - 1] of the tokens from the second on."""
+    """f32[B, L - 1]: log-probabilities of the tokens from the second on."""
     logprobs = next_logprobs(sizes, params, hidden(sizes, params, tokens))[:, :-1]
     return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def sft_loss(sizes: Sizes, params: Params, tokens: jax.Array, loss_mask: jax.Array) -> jax.Array:
     """Mean cross entropy of the tokens in the mask, in nats."""
-    learned = loss_mask[:, 1:]
-    return -jnp.sum(token_logprobs(sizes, params, tokens) * learned) / jnp.sum(learned)
+    mask = loss_mask[:, 1:]
+    return -jnp.sum(token_logprobs(sizes, params, tokens) * mask) / jnp.sum(mask)
 
 
 def end_scores(sizes: Sizes, params: Params, tokens: jax.Array) -> jax.Array:
-    """f32[B]: scores of {"model", "head"} at the last token of whole rows."""
+    """f32[B]: scores of a reward model {"model", "head"} at the last token."""
     return hidden(sizes, params["model"], tokens)[:, -1] @ params["head"]["kernel"]
 
 
 def reward_loss(
     sizes: Sizes, params: Params, prompts: jax.Array, chosen: jax.Array, rejected: jax.Array
 ) -> jax.Array:
-    """-log sigmoid(chosen's score - rejected's), a mean over pairs."""
+    """-log sigmoid(score of chosen - score of rejected), a mean over pairs."""
     better, worse = (
         end_scores(sizes, params, jnp.concatenate([prompts, responses], axis=1))
         for responses in (chosen, rejected)
@@ -99,7 +99,7 @@ def reward_loss(
 
 
 def greedy(sizes: Sizes, params: Params, prompts: jax.Array, length: int) -> jax.Array:
-    """i32[B, length]: the likeliest tokens, each by a pass over all before it."""
+    """i32[B, length]: the most likely tokens, each by a pass over all previous tokens."""
     tokens = prompts
     for _ in range(length):
         logprobs = next_logprobs(sizes, params, hidden(sizes, params, tokens))[:, -1]
@@ -109,7 +109,7 @@ def greedy(sizes: Sizes, params: Params, prompts: jax.Array, length: int) -> jax
 
 
 class Experience(NamedTuple):
-    """What PPO's epochs read of responses, f32[B, T] each but `tokens` i32[B, P + T]."""
+    """The data of the PPO epochs: f32[B, T] each, except `tokens` i32[B, P + T]."""
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -119,11 +119,11 @@ class Experience(NamedTuple):
 
 
 def ppo_values(sizes: Sizes, trained: Params, tokens: jax.Array, length: int) -> jax.Array:
-    """f32[B, T] of the states in which the last T tokens are chosen.
+    """f32[B, T]: values of the states in which the last T tokens are chosen.
 
     Args:
       trained: {"model": the policy, "value_head"} or {"model", "value_model": {"model", "head"}},
-        whole models.
+        with full parameters.
     """
     own = trained.get("value_model")
     head = trained["value_head"] if own is None else own["head"]
@@ -134,7 +134,7 @@ def ppo_values(sizes: Sizes, trained: Params, tokens: jax.Array, length: int) ->
 def ppo_experience(
     sizes: Sizes, settings: Any, trained: Params, ref: Params, scorer: Params, tokens, length: int
 ) -> Experience:
-    """Rewards, advantages and returns of whole rows whose last T tokens were sampled."""
+    """Log-probabilities, values, advantages and returns of the last T tokens of each sequence."""
     logprobs, ref_logprobs = (
         token_logprobs(sizes, params, tokens)[:, -length:] for params in (trained["model"], ref)
     )
@@ -156,12 +156,13 @@ def ppo_experience(
 def ppo_loss(
     trained: Params, sizes: Sizes, settings: Any, experience: Experience
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss, the policy's part): both clipped losses, means over tokens."""
+    """(loss, policy loss): the sum of both clipped losses, means over tokens."""
     length = experience.values.shape[1]
     logprobs = token_logprobs(sizes, trained["model"], experience.tokens)[:, -length:]
     ratio = jnp.exp(logprobs - experience.logprobs)
-    near = jnp.clip(ratio, 1 - settings.cliprange, 1 + settings.cliprange)
-    policy = -jnp.mean(jnp.minimum(experience.advantages * ratio, experience.advantages * near))
+    clipped_ratio = jnp.clip(ratio, 1 - settings.cliprange, 1 + settings.cliprange)
+    advantages = experience.advantages
+    policy = -jnp.mean(jnp.minimum(advantages * ratio, advantages * clipped_ratio))
     values, old = ppo_values(sizes, trained, experience.tokens, length), experience.values
     clipped = jnp.clip(values, old - settings.cliprange_value, old + settings.cliprange_value)
     squares = ((x - experience.returns) ** 2 for x in (values, clipped))

@@ -1,4 +1,4 @@
-"""Our side of a workload: a public step of the library, its state and its batch."""
+"""A workload in this library: a public step, its state and its batch."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ from scripts.benchmark.workloads import LEARNING_RATE, Workload
 
 
 class Program(NamedTuple):
-    """A workload, ready to be compiled.
+    """A workload before compilation.
 
     Attributes:
-      model: whose parameters `init` makes.
-      init: a pure key -> state.
-      step: a pure (state, batch, key) -> output; of all but generation the first element of the
-        output is the next state.
-      batch: of NumPy arrays, as a command feeds it.
-      loss: what the loss is called among the metrics, the second element; None of generation.
+      model: the language model.
+      init: a pure function key -> state.
+      step: a pure function (state, batch, key) -> output. The output is (next state, metrics, ...),
+        or of a generation a `Rollout`.
+      batch: NumPy arrays, as in a command.
+      loss: the key of the loss in the metrics; None for generation.
     """
 
     model: GPT2
@@ -38,7 +38,7 @@ class Program(NamedTuple):
 
     @property
     def jitted(self) -> Any:
-        """The step compiled as the commands do it: it takes over the memory of its state."""
+        """The step with the compiler options of the commands; it donates its state."""
         return jax.jit(
             self.step,
             donate_argnums=() if self.loss is None else 0,
@@ -54,13 +54,13 @@ def make_program(
     optimizer: optax.GradientTransformation | None = None,
     dropout: bool = True,
 ) -> Program:
-    """Our side of a workload.
+    """A workload in this library.
 
     Args:
       arrays: as from `make_arrays`.
       dtype: `model.dtype`.
-      optimizer: by default AdamW with gradients clipped to a norm of 1, as TRL has it.
-      dropout: whether supervised fine-tuning has that of the workload.
+      optimizer: by default AdamW with gradients clipped to a norm of 1, as in TRL.
+      dropout: whether supervised fine-tuning has the dropout of the workload.
     """
     model = _model(workload, dtype)
     optimizer = optimizer or make_optimizer(OptimizerSettings(learning_rate=LEARNING_RATE))
@@ -74,14 +74,14 @@ def make_program(
 
 
 def abstract(program: Program) -> tuple[Any, Any, Any]:
-    """Shapes of (state, batch, key), without making any."""
+    """Shapes and dtypes of (state, batch, key)."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.batch)
     return jax.eval_shape(program.init, key), batch, key
 
 
 def without_remat(workload: Workload) -> Workload:
-    """The same work, of which nothing is done twice, on any device."""
+    """The same workload without rematerialization, for any device."""
     ours = dataclasses.replace(workload.ours, remat="none", attention="blocks")
     return dataclasses.replace(workload, ours=ours)
 
@@ -104,9 +104,9 @@ def _sft(workload, arrays, model, optimizer, dropout):
         dropout=dropout and workload.dropout > 0,
     )
     tokens, loss_mask = arrays["tokens"], arrays["loss_mask"]
-    # All rows learn as many tokens, so that no place is left over.
-    learned = np.nonzero(loss_mask)[1].reshape(len(tokens), -1).astype(np.int32)
-    batch = TextBatch(tokens, np.ones_like(tokens), loss_mask, learned)
+    # All sequences have the same number of targets.
+    target_positions = np.nonzero(loss_mask)[1].reshape(len(tokens), -1).astype(np.int32)
+    batch = TextBatch(tokens, np.ones_like(tokens), loss_mask, target_positions)
 
     def init(key):
         return sft.init_state(model, model.init(key), settings, key, optimizer=optimizer)
@@ -126,13 +126,13 @@ def _reward(workload, arrays, model, optimizer):
     margin: Any = np.zeros(len(prompts), np.float32)
     batch = PairBatch(
         prompts,
-        _real(prompts),
+        _full_mask(prompts),
         chosen,
-        _real(chosen),
+        _full_mask(chosen),
         rejected,
-        _real(rejected),
+        _full_mask(rejected),
         margin,
-        _real(margin),
+        _full_mask(margin),
     )
 
     def init(key):
@@ -150,14 +150,13 @@ def _generate(workload, arrays, model):
         return generate(model, params, prompts, mask, key, max_new_tokens=workload.response_length)
 
     def init(key):
-        # Nothing else reads these parameters.
         return model.for_decoding(model.init(key))
 
-    return Program(model, init, step, (prompts, _real(prompts)), None)
+    return Program(model, init, step, (prompts, _full_mask(prompts)), None)
 
 
 def ppo_settings(workload: Workload) -> ppo.Settings:
-    """The section `ppo` of a workload."""
+    """The section `ppo` of a configuration with the settings of a workload."""
     return ppo.Settings(
         batch_size=workload.batch_size,
         num_ppo_epochs=workload.num_ppo_epochs,
@@ -173,7 +172,7 @@ def ppo_settings(workload: Workload) -> ppo.Settings:
 def _ppo(workload, arrays, model, optimizer):
     settings, prompts = ppo_settings(workload), arrays["prompts"]
     indices: Any = np.arange(len(prompts), dtype=np.int32)
-    batch = PromptBatch(prompts, _real(prompts), indices)
+    batch = PromptBatch(prompts, _full_mask(prompts), indices)
 
     def init(key):
         policy_key, reward_key, head_key = jax.random.split(key, 3)
@@ -187,5 +186,5 @@ def _ppo(workload, arrays, model, optimizer):
     return Program(model, init, step, batch, "loss/policy_avg")
 
 
-def _real(tokens):
+def _full_mask(tokens):
     return np.ones(tokens.shape, bool)

@@ -1,4 +1,4 @@
-"""From single times to what the table shows."""
+"""The numbers of the table from the measured times."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ def summarize(
     """All numbers of a workload, ready for JSON.
 
     Args:
-      sides: what `take_turns` gives.
+      sides: as from `take_turns`.
       phases: of the step by dtype, as from `phases_of`.
-      machine: its measured peaks.
+      machine: its measured peak rates.
 
     Returns:
-      "workload", "sides" as given and "summary": by side of ours "seconds" (the median),
-      "tokens_per_second", "peak_bytes", "flops", "share_of_peak", "floor_seconds",
-      "share_of_floor", "compile_seconds", "compilations_after_first_step", and beside TRL
-      "times_faster" (the median of the ratios pair by pair), its "least" and "most", and
-      "share_of_memory"; of bfloat16 also "times_faster_than_float32" and, where both learn from the
-      same tokens, "loss_difference".
+      "workload", its targets, "tokens", "sides" unchanged, and "summary": for each side of this
+      library "seconds" (the median), "tokens_per_second", "peak_bytes", "flops", "share_of_peak",
+      "floor_seconds", "share_of_floor", "compile_seconds" and "compilations_after_first_step";
+      beside TRL also "times_faster" (the median of the ratios of the turns), its "least" and
+      "most", and "share_of_memory"; in bfloat16 also "times_faster_than_float32" and, for sft and
+      reward, "loss_difference".
     """
     summary: dict[str, dict[str, Any]] = {}
     if "trl" in sides:
@@ -36,10 +36,10 @@ def summarize(
         summary["trl"] = {"seconds": median, "peak_bytes": trl["peak_bytes"]}
     for name, dtype in (("ours", workload.fixed_dtype or "float32"), ("ours_bfloat16", "bfloat16")):
         if name in sides:
-            found = _ours(workload, sides[name], phases[dtype], machine, dtype)
-            summary[name] = found | _beside(sides[name], sides.get("trl"))
+            alone = _summary(workload, sides[name], phases[dtype], machine, dtype)
+            summary[name] = alone | _ratios_to_trl(sides[name], sides.get("trl"))
     if "ours_bfloat16" in sides:
-        summary["ours_bfloat16"] |= _beside_float32(workload, sides)
+        summary["ours_bfloat16"] |= _comparison_with_float32(workload, sides)
     return {
         "workload": workload.name,
         "fixed_dtype": workload.fixed_dtype,
@@ -53,8 +53,8 @@ def summarize(
     }
 
 
-def _ours(workload, side, phases, machine, dtype):
-    """Of our side alone."""
+def _summary(workload, side, phases, machine, dtype):
+    """The numbers of one side of this library."""
     seconds = float(np.median(side["seconds"]))
     flops = sum(phase.flops for phase in phases)
     floor = floor_seconds(phases, machine.flops[dtype], machine.bandwidth)
@@ -71,8 +71,8 @@ def _ours(workload, side, phases, machine, dtype):
     }
 
 
-def _beside(ours, trl):
-    """How we stand to TRL, turn by turn."""
+def _ratios_to_trl(ours, trl):
+    """Time and memory relative to TRL; empty without TRL."""
     if trl is None:
         return {}
     ratios = _ratios(trl, ours)
@@ -84,14 +84,14 @@ def _beside(ours, trl):
     }
 
 
-def _beside_float32(workload, sides):
-    """What bfloat16 brings, and what it costs: of PPO no loss, whose tokens are other ones."""
+def _comparison_with_float32(workload, sides):
+    """Speed and loss of bfloat16 beside float32; no loss of PPO, which samples other tokens."""
     float32, bfloat16 = sides["ours"], sides["ours_bfloat16"]
-    found = {"times_faster_than_float32": float(np.median(_ratios(float32, bfloat16)))}
+    comparison = {"times_faster_than_float32": float(np.median(_ratios(float32, bfloat16)))}
     if workload.kind in ("sft", "reward"):
         pairs = zip(float32["losses"], bfloat16["losses"], strict=True)
-        found["loss_difference"] = max(abs(a - b) for a, b in pairs)
-    return found
+        comparison["loss_difference"] = max(abs(a - b) for a, b in pairs)
+    return comparison
 
 
 def _ratios(slow, fast):

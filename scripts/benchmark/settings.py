@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import os
+from collections.abc import Sequence
 from typing import Literal
 
 from rlhf_jax.errors import InputError
@@ -11,19 +13,19 @@ NAMES = tuple(workload.name for workload in (*WORKLOADS, *GPU_WORKLOADS))
 
 
 class BenchmarkError(RuntimeError):
-    """What ends the command without a table: a wrong number, or a side that did not answer."""
+    """Ends the command without a table: a check failed, or a measured process did not answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PeerSettings:
-    """The section `peer`: what is measured beside us.
+    """The section `peer`: the library that is measured beside this one.
 
     Attributes:
-      name: "trl", or "none" to measure us alone, for which `--peer none` is short.
-      python: the interpreter to make the virtual environment with; null takes the running one.
-      venv: the folder of that environment, which is made if it is missing; `--peer none` needs
-        none.
-      dtype: what the peer computes in; "bfloat16" is its mixed precision (`bf16`).
+      name: "trl", or "none" to measure this library alone; `--peer none` is short for it.
+      python: the interpreter that makes the virtual environment; null takes the running one.
+      venv: the folder of that environment, which is made if it is missing; not used with
+        `--peer none`.
+      dtype: the compute dtype of the peer; "bfloat16" is its mixed precision (`bf16`).
     """
 
     name: Literal["trl", "none"] = "trl"
@@ -34,14 +36,14 @@ class PeerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """All settings of `benchmark.py`.
+    """Steps of this library beside those of TRL.
 
     Attributes:
-      workloads: names of those to measure; empty measures all, those for a GPU on one alone.
-      rounds: how often each side takes its turn, after the warm-up.
-      warmup: steps of each side that do not count; ours compiles in the first.
-      dtype: "bfloat16" measures us in bfloat16 too, beside float32.
-      check: compares our losses, gradients and samples with the plain path first, on small models.
+      workloads: names of the workloads; empty measures all, those for a GPU only on a GPU.
+      rounds: measured steps of each side, after the warm-up.
+      warmup: steps of each side before the measured ones; this library compiles before the first.
+      dtype: "bfloat16" measures this library in bfloat16 too, beside float32.
+      check: first compares losses, gradients and samples with the plain path, on small models.
       json: a file for all numbers, written after each workload; null writes none.
     """
 
@@ -64,19 +66,32 @@ class BenchmarkConfig:
                 raise InputError(f"Unknown workload {name!r}{hint}; there are {', '.join(NAMES)}.")
 
     def chosen(self, platform: str) -> tuple[Workload, ...]:
-        """The workloads to be measured on "cpu", "gpu" or "tpu", in the order of the table.
+        """The workloads to measure on "cpu", "gpu" or "tpu", in the order of the table.
 
         Raises:
-          InputError: one that needs a GPU is named elsewhere.
+          InputError: a workload that needs a GPU is named on another platform.
         """
-        if platform == "gpu":
-            known = (*WORKLOADS, *GPU_WORKLOADS)
-        else:
-            known = WORKLOADS
-            for_gpu = [each.name for each in GPU_WORKLOADS if each.name in self.workloads]
-            if for_gpu:
+        available = (*WORKLOADS, *GPU_WORKLOADS) if platform == "gpu" else WORKLOADS
+        for each in GPU_WORKLOADS:
+            if each.name in self.workloads and each not in available:
                 raise InputError(
-                    f"The workload {for_gpu[0]} needs an NVIDIA GPU, but JAX runs on {platform}; "
+                    f"The workload {each.name} needs an NVIDIA GPU, but JAX runs on {platform}; "
                     "install jax for CUDA, or leave it out."
                 )
-        return tuple(each for each in known if each.name in (self.workloads or NAMES))
+        return tuple(each for each in available if each.name in (self.workloads or NAMES))
+
+
+def expand_peer_flag(argv: Sequence[str]) -> list[str]:
+    """Replaces `--peer NAME` by `--peer.name NAME`; a file or a mapping of the section is kept.
+
+    >>> expand_peer_flag(["--peer", "none", "--peer=trl"])
+    ['--peer.name', 'none', '--peer.name=trl']
+    """
+    expanded = []
+    for flag, following in zip(argv, [*argv[1:], "--"], strict=True):
+        name, _, value = flag.partition("=")
+        value = value or following
+        is_short = name == "--peer" and not value.startswith(("-", "{"))
+        is_short = is_short and not os.path.isfile(value)
+        expanded.append(flag.replace("--peer", "--peer.name", 1) if is_short else flag)
+    return expanded

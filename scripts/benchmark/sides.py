@@ -1,4 +1,4 @@
-"""Both sides of a workload as processes that take turns."""
+"""The sides of a workload: processes of this library and of TRL that run their steps in turn."""
 
 import contextlib
 import json
@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class SideCommand(NamedTuple):
-    """A program that does a workload.
+    """The command of a side.
 
     Attributes:
       name: "ours", "ours_bfloat16" or "trl".
-      argv: to which the files of the request and of the arrays are appended.
-      dtype: what it computes in.
-      environment: what it is given of variables.
+      argv: the arguments, before the files of the request and of the arrays.
+      dtype: the compute dtype.
+      environment: all environment variables of the process.
     """
 
     name: str
@@ -35,32 +35,32 @@ class SideCommand(NamedTuple):
 
 
 def our_command(dtype: str) -> SideCommand:
-    """Our side: this Python, and this very rlhf_jax, on one device."""
+    """This library, with the running Python and the rlhf_jax of this clone, on one device."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     name = "ours" if dtype == "float32" else f"ours_{dtype}"
     argv = [sys.executable, "-m", "scripts.benchmark.ours"]
-    # Of a GPU's memory it takes what it needs, so that its peak is its own.
+    # GPU memory is allocated as needed, so that the peak is that of the workload.
     variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONPATH": path}
     return SideCommand(name, argv, dtype, variables)
 
 
 def trl_command(python: str | os.PathLike[str], dtype: str, platform: str = "cpu") -> SideCommand:
-    """TRL, by the Python of its virtual environment, which sees no package of ours.
+    """TRL, with the Python of its virtual environment and no package of this one.
 
     Args:
-      platform: what JAX computes on: of "cpu" PyTorch sees no GPU, of "gpu" the first alone.
+      platform: that of JAX. On "cpu" GPUs are hidden from PyTorch, on "gpu" all but the first.
     """
-    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    removed = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    kept = {name: value for name, value in os.environ.items() if name not in removed}
     kept["CUDA_VISIBLE_DEVICES"] = _first_gpu() if platform == "gpu" else ""
-    # Nothing of the hub is needed: weights and texts are random.
+    # Weights and texts are random, and nothing is read from the hub.
     kept |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     argv = [os.fspath(python), str(Path(__file__).with_name("trl_worker.py"))]
     return SideCommand("trl", argv, dtype, kept)
 
 
 def commands_for(commands: Sequence[SideCommand], workload: Workload) -> list[SideCommand]:
-    """Those of a workload: in its own dtype each side once, without TRL where it has no peer."""
+    """The commands for a workload, without TRL if it has no peer; a fixed dtype replaces theirs."""
     chosen = [each for each in commands if workload.has_peer or each.name != "trl"]
     if workload.fixed_dtype is None:
         return chosen
@@ -69,20 +69,19 @@ def commands_for(commands: Sequence[SideCommand], workload: Workload) -> list[Si
 
 
 def _first_gpu() -> str:
-    """The one that JAX computes on by default; the trainers of transformers would take all."""
+    """The default device of JAX; the trainers of transformers would use all GPUs."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 class Side:
-    """A running side. It works only between a question and its answer.
+    """A running side, idle between an answer and the next request.
 
     Args:
-      command: what runs.
-      workload: what it is to do.
+      command: its command.
+      workload: the workload that it runs.
       folder: for its files.
 
-    Raises:
-      BenchmarkError: of each method: it ended, or said something else than was asked for.
+    Every method raises a BenchmarkError if the process ended or its answer is not valid.
     """
 
     def __init__(self, command: SideCommand, workload: Workload, folder: Path) -> None:
@@ -98,39 +97,39 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                # What its libraries leave there goes with the folder.
+                # Temporary files of its libraries are deleted with the folder.
                 env={**command.environment, "TMPDIR": str(folder)},
             )
 
     def wait(self) -> None:
-        """Waits until the first step may begin; `ready` is what the side then says of itself."""
+        """Waits until the side is ready for its first step, and sets `ready` to its description."""
         self.ready = self._answer("ready")
 
     def step(self) -> dict[str, Any]:
-        """One step: {"seconds", ...}."""
-        return self._ask("step", "seconds")
+        """Runs one step: {"seconds", ...}."""
+        return self._request("step", "seconds")
 
     def reset(self) -> None:
-        """Forgets the peak of memory until now."""
+        """Resets the peak memory."""
         self._write("reset")
 
     def stop(self) -> dict[str, Any]:
-        """Ends it: {"peak_bytes", ...}."""
-        return self._ask("stop", "peak_bytes")
+        """Ends the process: {"peak_bytes", ...}."""
+        return self._request("stop", "peak_bytes")
 
     def close(self) -> None:
-        """Ends it whatever it does."""
+        """Kills the process."""
         self.process.kill()
         self.process.communicate()
 
-    def _ask(self, question: str, key: str) -> dict[str, Any]:
-        self._write(question)
+    def _request(self, line: str, key: str) -> dict[str, Any]:
+        self._write(line)
         return self._answer(key)
 
-    def _write(self, question: str) -> None:
+    def _write(self, line: str) -> None:
         assert self.process.stdin is not None  # a pipe
-        with contextlib.suppress(BrokenPipeError):  # told of where the answer is missing
-            self.process.stdin.write(question + "\n")
+        with contextlib.suppress(BrokenPipeError):  # reported by `_answer`
+            self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
     def _answer(self, key: str) -> dict[str, Any]:
@@ -140,14 +139,14 @@ class Side:
             answer = json.loads(line)
             if isinstance(answer, dict) and key in answer:
                 return answer
-        said = self.log.read_text().strip().splitlines()[-1:] or ["nothing"]
-        reason = f"answered {line.strip()[:60]!r}" if line else f"ended, and said: {said[0][:300]}"
-        raise BenchmarkError(f"{self.name} could not do {self.workload.name}: it {reason}")
+        last = self.log.read_text().strip().splitlines()[-1:] or ["nothing on standard error"]
+        reason = f"answered {line.strip()[:60]!r}" if line else f"ended with: {last[0][:300]}"
+        raise BenchmarkError(f"{self.name} could not run {self.workload.name}: it {reason}")
 
 
 @contextlib.contextmanager
 def running(commands: Sequence[SideCommand], workload: Workload) -> Iterator[list[Side]]:
-    """The sides of a workload, each ready for its first step; ended with the block."""
+    """The sides of a workload, ready for their first steps; killed at the end of the block."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         sides = []
         for command in commands:
@@ -155,7 +154,7 @@ def running(commands: Sequence[SideCommand], workload: Workload) -> Iterator[lis
             place.mkdir()
             side = Side(command, workload, place)
             stack.callback(side.close)
-            side.wait()  # the next one is not to disturb what this one compiles
+            side.wait()  # one compiles at a time
             sides.append(side)
         yield sides
 
@@ -172,20 +171,20 @@ def take_turns(
 
     Args:
       commands: the sides.
-      workload: what they do.
-      rounds: steps that count.
-      warmup: steps before them.
-      alternate: False has one side end before the next begins, so that it holds no memory then.
+      workload: the workload.
+      rounds: measured steps.
+      warmup: steps before the measured ones.
+      alternate: if False, one side ends before the next starts, and so holds no memory.
 
     Returns:
-      By the side's name: {"ready": what it said of itself, "warmup_seconds": [...], "seconds":
-      [...], "losses": [...], and what it said at its end}.
+      By the name of the side: {"ready": its description, "warmup_seconds": [...], "seconds": [...],
+      "losses": [...], and its answer to "stop"}.
     """
     if not alternate:
         turns = (
             take_turns([command], workload, rounds=rounds, warmup=warmup) for command in commands
         )
-        return {name: found for side in turns for name, found in side.items()}
+        return {name: result for side in turns for name, result in side.items()}
     with running(commands, workload) as sides:
         steps: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
         for turn in range(warmup + rounds):

@@ -1,10 +1,10 @@
-"""What the command prints: Markdown tables, and what one has to know to read them."""
+"""The output of the command: Markdown tables, and notes on the measurement."""
 
 from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 _MIB = 2**20
-_OF_THE_PEER = {
+_PEER_COLUMNS = {
     "TRL, s",
     "times faster",
     "to reach",
@@ -16,9 +16,9 @@ _OF_THE_PEER = {
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The tables and their foot, of what `benchmark.json` holds."""
+    """The tables and notes of the numbers in the JSON file."""
     workloads = result["workloads"]
-    without = set() if _has_peer(result) else _OF_THE_PEER
+    without = set() if _has_peer(result) else _PEER_COLUMNS
     parts = [_table((_float32_columns(each) for each in workloads), without)]
     if any("ours_bfloat16" in each["summary"] for each in workloads):
         columns = (_bfloat16_columns(each) for each in workloads)
@@ -26,7 +26,7 @@ def as_text(result: dict[str, Any]) -> str:
     targets = [each for each in workloads if _has_target(each)]
     if targets:
         columns = (_target_columns(each) for each in targets)
-        parts.append("How near to what the device can do:\n\n" + _table(columns, set()))
+        parts.append("Beside the limits of the device:\n\n" + _table(columns, set()))
     parts.append("\n".join(_foot(result)))
     return "\n\n".join(parts)
 
@@ -35,26 +35,26 @@ def _has_peer(result: dict[str, Any]) -> bool:
     return result["peer"]["name"] != "none"
 
 
-def _float32_columns(found: dict[str, Any]) -> dict[str, str]:
-    summary = found["summary"]
+def _float32_columns(workload: dict[str, Any]) -> dict[str, str]:
+    summary = workload["summary"]
     ours, trl = summary["ours"], summary.get("trl", {})
     return {
-        "workload": found["workload"],
+        "workload": workload["workload"],
         "TRL, s": _number(trl.get("seconds"), ".3f"),
         "ours, s": _number(ours["seconds"], ".3f"),
         "times faster": _ratio(ours),
-        "to reach": _number(found["to_reach"], "g"),
-        "towards": _number(found["towards"], "g"),
+        "to reach": _number(workload["to_reach"], "g"),
+        "towards": _number(workload["towards"], "g"),
         "tokens/s": _number(ours["tokens_per_second"], ",.0f"),
         "TRL, MiB": _mib(trl),
         **_costs(ours),
     }
 
 
-def _bfloat16_columns(found: dict[str, Any]) -> dict[str, str]:
-    ours = found["summary"]["ours_bfloat16"]
+def _bfloat16_columns(workload: dict[str, Any]) -> dict[str, str]:
+    ours = workload["summary"]["ours_bfloat16"]
     return {
-        "workload": found["workload"],
+        "workload": workload["workload"],
         "ours, s": _number(ours["seconds"], ".3f"),
         "faster than float32": _number(ours["times_faster_than_float32"], ".2f"),
         "faster than TRL": _ratio(ours),
@@ -65,7 +65,7 @@ def _bfloat16_columns(found: dict[str, Any]) -> dict[str, str]:
 
 
 def _costs(ours: dict[str, Any]) -> dict[str, str]:
-    """What a step of ours takes but for its time, in both tables."""
+    """The columns that follow the times in both tables."""
     return {
         "ours, MiB": _mib(ours),
         "of TRL's memory": _number(ours.get("share_of_memory"), ".0%"),
@@ -76,23 +76,23 @@ def _costs(ours: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _has_target(found: dict[str, Any]) -> bool:
-    return found["peak_to_reach"] is not None or found["floor_to_reach"] is not None
+def _has_target(workload: dict[str, Any]) -> bool:
+    return workload["peak_to_reach"] is not None or workload["floor_to_reach"] is not None
 
 
-def _target_columns(found: dict[str, Any]) -> dict[str, str]:
-    ours = found["summary"]["ours"]
+def _target_columns(workload: dict[str, Any]) -> dict[str, str]:
+    ours = workload["summary"]["ours"]
     return {
-        "workload": found["workload"],
+        "workload": workload["workload"],
         "of the peak": _number(ours["share_of_peak"], ".0%"),
-        "peak to reach": _number(found["peak_to_reach"], ".0%"),
+        "peak to reach": _number(workload["peak_to_reach"], ".0%"),
         "of the floor": _number(ours["share_of_floor"], ".0%"),
-        "floor to reach": _number(found["floor_to_reach"], ".0%"),
+        "floor to reach": _number(workload["floor_to_reach"], ".0%"),
     }
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _ratio(ours: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def _mib(side: dict[str, Any]) -> str:
 
 
 def _table(columns: Iterable[dict[str, str]], without: Set[str]) -> str:
-    """Rows of the same keys as an aligned table: the first column to the left."""
+    """An aligned Markdown table of rows with the same keys, without some columns."""
     rows = [{key: row[key] for key in row if key not in without} for row in columns]
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -128,7 +128,7 @@ def _foot(result: dict[str, Any]) -> list[str]:
         f"{dtype} {value / 1e9:,.0f} GFLOP/s" for dtype, value in machine["flops"].items()
     )
     lines = [
-        f"{result['date']}, {hardware['device']}, {hardware['cores']} cores. {versions}.",
+        f"{result['date']}, {_machine(hardware)}. {versions}.",
         f"Measured here: products in {flops}; memory {machine['read'] / 1e9:,.1f} GB/s read, "
         f"{machine['copy'] / 1e9:,.1f} GB/s read and written.",
         _turns(result),
@@ -137,19 +137,27 @@ def _foot(result: dict[str, Any]) -> list[str]:
     ]
     if result["attention"] is not None:
         worst = max(result["attention"]["loss"], result["attention"]["gradients"])
-        lines.append(f"cuDNN's attention differs from ours in bfloat16 by {worst:.1e} at most.")
-    in_half = [each["workload"] for each in result["workloads"] if each["fixed_dtype"]]
-    if in_half:
-        lines.insert(2, f"In bfloat16 on all sides: {', '.join(in_half)}.")
+        lines.append(f"cuDNN's attention differs from ours in bfloat16 by at most {worst:.1e}.")
+    in_bfloat16 = [each["workload"] for each in result["workloads"] if each["fixed_dtype"]]
+    if in_bfloat16:
+        lines.insert(2, f"In bfloat16 on all sides: {', '.join(in_bfloat16)}.")
     if None not in result["busy_cores"]:
         before, after = result["busy_cores"]
-        others = f"Others kept {before:.1f} cores busy before and {after:.1f} after"
-        why = ": with more than none, PyTorch's threads lose far more than ours"
-        lines.append(f"{others}{why if _has_peer(result) else ''}.")
+        load = f"Other processes kept {before:.1f} cores busy before and {after:.1f} after"
+        effect = ", which slows PyTorch's threads down more than ours"
+        lines.append(f"{load}{effect if _has_peer(result) else ''}.")
     if _has_peer(result):
-        others = " elsewhere" if in_half else ""
-        lines.insert(3, f"TRL computes in {result['peer']['dtype']}{others}.")
+        scope = " elsewhere" if in_bfloat16 else ""
+        lines.insert(3, f"TRL computes in {result['peer']['dtype']}{scope}.")
     return lines
+
+
+def _machine(hardware: dict[str, Any]) -> str:
+    """The GPU or TPU if there is one, and the processor with its vector instructions."""
+    processor = (
+        f"{hardware['processor']} ({hardware['vector_instructions']}), {hardware['cores']} cores"
+    )
+    return processor if hardware["platform"] == "cpu" else f"{hardware['device']}; {processor}"
 
 
 def _turns(result: dict[str, Any]) -> str:
@@ -162,8 +170,8 @@ def _turns(result: dict[str, Any]) -> str:
 
 
 _PEAKS = {
-    "steps": "of the process during the turns, its libraries included",
-    "process": "of the process since its start, since this system forgets no peak",
+    "steps": "of the process during the turns, with its libraries",
+    "process": "of the process since its start, since this system cannot reset it",
     "device": "of the device's memory; ours since the start",
 }
 
@@ -178,8 +186,8 @@ def _checks(checks: list[dict[str, Any]] | None) -> str:
     if checks is None:
         return "Not checked against the plain path."
     worst = max(max(each["loss"], each["gradients"]) for each in checks)
-    forms = "one form" if len(checks) == 1 else f"{len(checks)} forms"
+    count = "one step" if len(checks) == 1 else f"{len(checks)} steps"
     return (
-        f"Checked against the plain path: losses, gradients and samples of {forms} differ by "
-        f"{worst:.1e} at most."
+        f"Checked against the plain path: losses, gradients and samples of {count} differ by at "
+        f"most {worst:.1e}."
     )

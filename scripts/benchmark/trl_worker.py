@@ -2,15 +2,14 @@
 
     python scripts/benchmark/trl_worker.py REQUEST.json ARRAYS.npz
 
-It says {"ready": true, ...} when the model is built and the trainer waits for its first step. Then
-it reads a line from standard input before each step, and answers with one JSON object when the step
-is done, {"seconds": ...}; the line "reset" forgets the peak of memory until then, and "stop" ends
-it, with {"peak_bytes": ..., ...}.
+It writes {"ready": true, ...} when the model is built and the trainer waits for its first step. A
+line "step" on standard input runs a step and writes {"seconds": ...}; the line "reset" resets
+the peak memory, and "stop" ends the process with {"peak_bytes": ..., ...}.
 
-A step is all that the trainer does from one of its `on_step_end` to the next: the batch from its
-loader, the step and what it writes down. The peak is that of the GPU's memory as PyTorch allocates
-it, or on the CPU of this process, resident, the code of its libraries included. It imports nothing
-of rlhf_jax, whose JAX would count as memory of TRL.
+A step is everything between two calls of the trainer's `on_step_end`: loading the batch, the step
+and its logging. The peak is that of the GPU memory that PyTorch allocates, or on the CPU of the
+resident memory of this process, including the code of libraries. The program imports nothing of
+rlhf_jax, since JAX would count as memory of TRL.
 """
 
 import json
@@ -32,9 +31,9 @@ EOS = "<|endoftext|>"
 
 
 def main():
-    """Builds the workload and answers on standard output until it is told to stop."""
+    """Builds the workload, and answers on standard output until the line "stop"."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the trainers print is no answer
+    os.dup2(2, 1)  # the output of the trainers goes to standard error
     with open(sys.argv[1]) as file:
         request = json.load(file)
     arrays = dict(np.load(sys.argv[2]))
@@ -43,19 +42,19 @@ def main():
         torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies by default
     transformers.utils.logging.set_verbosity_error()
     steps = {"sft": sft, "reward": reward, "generate": generate, "ppo": ppo}[request["kind"]]
-    steps(request, arrays, Conversation(answers))
+    steps(request, arrays, Connection(answers))
 
 
-class Conversation:
-    """The other end of standard input: tells when a step may begin, and how long it took."""
+class Connection:
+    """The protocol with the benchmark: waits for requests, and answers with the time of a step."""
 
     def __init__(self, answers):
         self.answers, self.started, self.was_reset = answers, 0.0, False
 
     def wait(self):
-        """Until the next step is asked for; the process ends where none is."""
+        """Waits for the line "step"; ends the process at any other line but "reset"."""
         if not self.started:
-            self._tell(
+            self._send(
                 {
                     "ready": True,
                     "versions": versions(),
@@ -66,34 +65,34 @@ class Conversation:
         while (line := sys.stdin.readline().strip()) == "reset":
             self.was_reset = reset_peak()
         if line != "step":
-            self._tell(peak_bytes(self.was_reset))
+            self._send(peak_bytes(self.was_reset))
             self.answers.close()
-            os._exit(0)  # from within the loop of a trainer, which has no door
+            os._exit(0)  # inside the loop of a trainer, which cannot be left otherwise
         self.started = time.perf_counter()
 
     def done(self):
-        """Answers the step that has ended."""
+        """Sends the time of the step that has ended."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._tell({"seconds": time.perf_counter() - self.started})
+        self._send({"seconds": time.perf_counter() - self.started})
 
-    def _tell(self, answer):
+    def _send(self, answer):
         self.answers.write(json.dumps(answer) + "\n")
 
 
 def versions():
-    """Of what the step runs on."""
+    """The versions of the packages."""
     names = ("trl", "transformers", "torch", "accelerate", "datasets", "numpy")
     return {name: metadata.version(name) for name in names} | {"python": sys.version.split()[0]}
 
 
 def device():
-    """What PyTorch computes on."""
+    """The device of PyTorch."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def peak_bytes(was_reset):
-    """The most memory that was held since the last reset: of the GPU, or of this process."""
+    """The peak memory since the last reset, of the GPU or of this process."""
     if torch.cuda.is_available():
         return {"peak_bytes": torch.cuda.max_memory_allocated(), "peak_of": "device"}
     try:
@@ -107,7 +106,7 @@ def peak_bytes(was_reset):
 
 
 def reset_peak():
-    """Forgets the peak until now; False where the system cannot."""
+    """Resets the peak memory; False if the system cannot."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -120,23 +119,23 @@ def reset_peak():
 
 
 class Steps(transformers.TrainerCallback):
-    """Makes each step of a trainer wait for its turn."""
+    """Makes each step of a trainer wait for a request."""
 
-    def __init__(self, conversation):
-        self.conversation = conversation
+    def __init__(self, connection):
+        self.connection = connection
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Before the first step."""
-        self.conversation.wait()
+        self.connection.wait()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Between two steps."""
-        self.conversation.done()
-        self.conversation.wait()
+        self.connection.done()
+        self.connection.wait()
 
 
 def config_of(request):
-    """GPT-2 in the sizes and with the dropout asked for; that of the checkpoints is 0.1."""
+    """The configuration of GPT-2 with the sizes and the dropout of a request."""
     names = ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head")
     sizes = {name: request[name] for name in names}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), request["dropout"])
@@ -156,7 +155,7 @@ def scorer_of(request):
 
 
 def tokenizer_of(request):
-    """A tokenizer that knows the end and the padding of texts, which is all that trainers ask."""
+    """A tokenizer with an end-of-text and a padding token, which is all that trainers need."""
     vocabulary = {f"<{i}>": i for i in range(request["vocab_size"])}
     vocabulary.pop(f"<{request['eos_token_id']}>")
     vocabulary[EOS] = request["eos_token_id"]
@@ -169,7 +168,7 @@ def tokenizer_of(request):
 
 
 def training_arguments(request):
-    """What all trainers share: nothing but the steps, in the dtype asked for."""
+    """The arguments of all trainers: steps alone, in the dtype of the request."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "report_to": "none",
@@ -186,12 +185,12 @@ def training_arguments(request):
     }
 
 
-def sft(request, arrays, conversation):
-    """`SFTTrainer` on completions alone."""
+def sft(request, arrays, connection):
+    """`SFTTrainer` with the loss on completions."""
     from trl import SFTConfig, SFTTrainer
 
-    tokens, learned = arrays["tokens"].tolist(), arrays["loss_mask"].astype(int).tolist()
-    rows = Dataset.from_dict({"input_ids": tokens, "completion_mask": learned})
+    tokens, mask = arrays["tokens"].tolist(), arrays["loss_mask"].astype(int).tolist()
+    examples = Dataset.from_dict({"input_ids": tokens, "completion_mask": mask})
     arguments = SFTConfig(
         **training_arguments(request),
         per_device_train_batch_size=request["batch_size"],
@@ -199,14 +198,14 @@ def sft(request, arrays, conversation):
         completion_only_loss=True,
         max_length=None,
     )
-    train(SFTTrainer, policy_of(request), arguments, rows, request, conversation)
+    train(SFTTrainer, policy_of(request), arguments, examples, request, connection)
 
 
-def reward(request, arrays, conversation):
-    """`RewardTrainer`, with lower layers and embeddings frozen where that is asked for."""
+def reward(request, arrays, connection):
+    """`RewardTrainer`, with lower layers and embeddings frozen if the request has it."""
     from trl import RewardConfig, RewardTrainer
 
-    whole = {
+    examples = {
         f"{name}_ids": np.concatenate([arrays["prompts"], arrays[name]], axis=1).tolist()
         for name in ("chosen", "rejected")
     }
@@ -220,28 +219,28 @@ def reward(request, arrays, conversation):
     model = scorer_of(request)
     if request["num_layers_unfrozen"] is not None:
         freeze(model.transformer, request["n_layer"] - request["num_layers_unfrozen"])
-    train(RewardTrainer, model, arguments, Dataset.from_dict(whole), request, conversation)
+    train(RewardTrainer, model, arguments, Dataset.from_dict(examples), request, connection)
 
 
 def freeze(trunk, layers):
-    """Freezes the embeddings and so many lower layers."""
+    """Freezes the embeddings and a number of lower layers."""
     for module in (trunk.wte, trunk.wpe, *trunk.h[:layers]):
         module.requires_grad_(requires_grad=False)
 
 
-def train(trainer, model, arguments, rows, request, conversation):
-    """Runs a trainer whose steps wait for their turns."""
+def train(trainer, model, arguments, examples, request, connection):
+    """Runs a trainer whose steps wait for requests."""
     trainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=examples,
         processing_class=tokenizer_of(request),
-        callbacks=[Steps(conversation)],
+        callbacks=[Steps(connection)],
     ).train()
 
 
-def generate(request, arrays, conversation):
-    """`generate` of transformers, which TRL samples with; no token ends a response."""
+def generate(request, arrays, connection):
+    """`generate` of transformers, as TRL samples; no token ends a response."""
     model = policy_of(request).eval()
     if torch.cuda.is_available():
         model = model.cuda()
@@ -259,14 +258,14 @@ def generate(request, arrays, conversation):
         eos_token_id=None,
     )
     while True:
-        conversation.wait()
+        connection.wait()
         with torch.no_grad():
             mask = torch.ones_like(prompts)
             model.generate(prompts, attention_mask=mask, generation_config=settings)
-        conversation.done()
+        connection.done()
 
 
-def ppo(request, arrays, conversation):
+def ppo(request, arrays, connection):
     """`PPOTrainer` with its four models; no token ends a response."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -298,7 +297,7 @@ def ppo(request, arrays, conversation):
         reward_model=scorer,
         value_model=critic,
         train_dataset=Dataset.from_dict({"input_ids": arrays["prompts"].tolist()}),
-        callbacks=[Steps(conversation)],
+        callbacks=[Steps(connection)],
     ).train()
 
 

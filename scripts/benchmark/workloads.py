@@ -1,4 +1,4 @@
-"""What is measured: sizes, lengths and rows of each workload, and our settings for it."""
+"""The workloads: model and batch sizes, lengths, and the settings of this library."""
 
 import dataclasses
 from typing import Any, Literal
@@ -12,7 +12,7 @@ Kind = Literal["sft", "reward", "generate", "ppo"]
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """What we set for a workload, and any user can in a configuration.
+    """The settings of this library for a workload, all of them settings of a configuration.
 
     Attributes:
       remat: `model.remat`.
@@ -32,23 +32,24 @@ class Workload:
     """One line of the table.
 
     Attributes:
-      name: as `--workloads` has it.
+      name: its name in `--workloads`.
       kind: of the step.
       n_layer, n_embd, n_head, vocab_size, n_positions: of a GPT-2 with random weights.
-      batch_size: rows, pairs, or prompts of a step.
-      prompt_length, response_length: in tokens; no row is padded, and no token ends a response.
-      num_layers_unfrozen: of `reward` in both libraries, of `ppo` in ours alone: TRL's PPO trains
-        whole models.
-      value_model: `ppo.value_model`; TRL's is a model of its own that starts as the reward model.
-      num_ppo_epochs, num_mini_batches: of PPO in both.
-      fixed_dtype: what both sides compute in; None where the command's settings choose.
-      dropout: in supervised fine-tuning by both libraries, everywhere in the model; 0.1 is what
-        both have by default. Elsewhere is none.
+      batch_size: texts, pairs, or prompts of a step.
+      prompt_length, response_length: in tokens, without padding; no token ends a response.
+      num_layers_unfrozen: of `reward` in both libraries, of `ppo` in this one; TRL's PPO trains all
+        layers.
+      value_model: `ppo.value_model`; that of TRL is a separate model that starts as the reward
+        model.
+      num_ppo_epochs, num_mini_batches: of PPO in both libraries.
+      fixed_dtype: the compute dtype of both sides; None if the settings of the command choose it.
+      dropout: of supervised fine-tuning in both libraries, whose default is 0.1; other steps have
+        none.
       has_peer: whether TRL is measured too.
-      to_reach, towards: how many times faster than TRL the step is to be, and then is to become.
-      peak_to_reach: which share of the measured peak its products are to reach.
-      floor_to_reach: which share of its time the floor is to be.
-      ours: our settings.
+      to_reach, towards: target ratios of TRL's time to that of this library, a first and a later.
+      peak_to_reach: target share of the measured peak rate.
+      floor_to_reach: target share of the roofline bound in the time of a step.
+      ours: the settings of this library.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step: new ones of `generate`, otherwise all, a pair's prompt once."""
+        """Tokens of a step: new tokens of `generate`, otherwise all, the prompt of a pair once."""
         prompt = 0 if self.kind == "generate" else self.prompt_length
         responses = (2 if self.kind == "reward" else 1) * self.response_length
         return self.batch_size * (prompt + responses)
@@ -86,10 +87,10 @@ _MID = {"n_layer": 6, "n_embd": 512, "n_head": 8}
 _SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12}
 
 
-def _of(name: str, sizes: dict[str, int], rows: tuple[int, int, int], **others: Any) -> Workload:
-    """A workload; `rows` are their number, the prompt's length and the response's."""
+def _of(name: str, sizes: dict[str, int], batch: tuple[int, int, int], **others: Any) -> Workload:
+    """A workload; `batch` is (batch size, prompt length, response length)."""
     kind: Any = name.partition("_")[0]
-    batch_size, prompt_length, response_length = rows
+    batch_size, prompt_length, response_length = batch
     return Workload(
         name,
         kind,
@@ -101,7 +102,6 @@ def _of(name: str, sizes: dict[str, int], rows: tuple[int, int, int], **others: 
     )
 
 
-# Our settings stand at the end of each line.
 WORKLOADS: tuple[Workload, ...] = (
     _of("sft_mid", _MID, (4, 192, 32), to_reach=1.8, towards=2.2, ours=Ours()),
     _of("sft_small", _SMALL, (2, 448, 48), to_reach=1.5, towards=1.9, ours=Ours()),
@@ -119,7 +119,7 @@ WORKLOADS: tuple[Workload, ...] = (
     ),
     _of("generate_mid", _MID, (16, 32, 32), to_reach=2.3, towards=3.0, ours=Ours()),
     _of("generate_small", _SMALL, (16, 32, 48), to_reach=1.9, towards=2.4, ours=Ours()),
-    # Four models, as TRL has: policy, reference, reward model and a value model of its own.
+    # Four models as in TRL: policy, reference, reward model and a separate value model.
     _of(
         "ppo_mid",
         _MID,
@@ -129,7 +129,7 @@ WORKLOADS: tuple[Workload, ...] = (
         towards=1.7,
         ours=Ours(score_batch_size=8),
     ),
-    # The same task with what we have: one trunk for policy, reference and values.
+    # The same task with frozen lower layers shared by policy, reference and values.
     _of(
         "ppo_shared_mid",
         _MID,
@@ -151,20 +151,19 @@ WORKLOADS: tuple[Workload, ...] = (
 )
 
 _XL = {"n_layer": 48, "n_embd": 1600, "n_head": 25}
-# cuDNN drops no weights of attention, and so both libraries drop nothing anywhere.
+# cuDNN's attention has no dropout, and so neither library has any.
 _FAST: dict[str, Any] = {"fixed_dtype": "bfloat16", "dropout": 0.0, "ours": Ours(attention="cudnn")}
 
-# Sizes that keep a GPU busy, and of which either side is reckoned to fit into 80 GB by itself. None
-# was measured yet.
+# Sizes that use a GPU fully; each side alone is estimated to fit into 80 GB.
 GPU_WORKLOADS: tuple[Workload, ...] = (
-    # All 1024 positions, of which all but the first are learned.
+    # All 1024 positions, all but the first of them targets.
     _of("sft_gpu_small", _SMALL, (32, 1, 1023), peak_to_reach=0.5, **_FAST),
-    # The state takes 25 GB, and activations of TRL's would take more than 50: ours alone.
+    # The state takes 25 GB, and the activations of TRL would take more than 50.
     _of("sft_gpu_xl", _XL, (8, 1, 1023), peak_to_reach=0.6, has_peer=False, **_FAST),
     _of("generate_gpu_small", _SMALL, (256, 64, 128), floor_to_reach=0.5, **_FAST),
-    # Four models, as TRL has.
+    # Four models as in TRL.
     _of("ppo_gpu_small", _SMALL, (128, 64, 64), value_model="reward", to_reach=10.0, **_FAST),
-    # The same task with one trunk.
+    # The same task with shared frozen layers.
     _of(
         "ppo_gpu_shared_small",
         _SMALL,
@@ -177,7 +176,7 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
 
 
 def in_float32(workload: Workload) -> Workload:
-    """The same work in float32 on any device, without its targets: what is checked."""
+    """The same workload in float32 for any device, without targets, for the checks."""
     return dataclasses.replace(
         workload,
         fixed_dtype=None,
@@ -190,13 +189,13 @@ def in_float32(workload: Workload) -> Workload:
 
 
 def make_arrays(workload: Workload) -> dict[str, np.ndarray]:
-    """Random tokens, without the last two ids, which are TRL's padding and end of text.
+    """Random tokens below the last two ids, which are the padding and the end of text of TRL.
 
     Returns:
       prompts i32[B, P], chosen and rejected i32[B, T], tokens i32[B, P + T] and loss_mask
       bool[B, P + T], which is True on the last T.
     """
-    random, rows = np.random.default_rng(0), workload.batch_size
+    random, batch_size = np.random.default_rng(0), workload.batch_size
     lengths = {
         "prompts": workload.prompt_length,
         "chosen": workload.response_length,
@@ -204,18 +203,18 @@ def make_arrays(workload: Workload) -> dict[str, np.ndarray]:
         "tokens": workload.prompt_length + workload.response_length,
     }
     arrays = {
-        name: random.integers(0, workload.vocab_size - 2, (rows, length)).astype(np.int32)
+        name: random.integers(0, workload.vocab_size - 2, (batch_size, length)).astype(np.int32)
         for name, length in lengths.items()
     }
-    learned = np.arange(lengths["tokens"]) >= workload.prompt_length
-    return arrays | {"loss_mask": np.broadcast_to(learned, (rows, lengths["tokens"]))}
+    mask = np.arange(lengths["tokens"]) >= workload.prompt_length
+    return arrays | {"loss_mask": np.broadcast_to(mask, (batch_size, lengths["tokens"]))}
 
 
 LEARNING_RATE = 1e-5
 
 
 def make_request(workload: Workload, dtype: str) -> dict[str, Any]:
-    """What both sides are asked for, ready for JSON."""
+    """The request to a side, ready for JSON."""
     return dataclasses.asdict(workload) | {
         "dtype": dtype,
         "learning_rate": LEARNING_RATE,
@@ -225,7 +224,7 @@ def make_request(workload: Workload, dtype: str) -> dict[str, Any]:
 
 
 def read_request(request: dict[str, Any]) -> tuple[Workload, str]:
-    """(workload, dtype) of what `make_request` made."""
+    """(workload, dtype) of a request."""
     names = [field.name for field in dataclasses.fields(Workload)]
     values = {name: request[name] for name in names}
     return Workload(**values | {"ours": Ours(**request["ours"])}), request["dtype"]

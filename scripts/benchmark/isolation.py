@@ -1,4 +1,4 @@
-"""Work in a process of its own, which leaves no memory of a device behind."""
+"""Functions called in a subprocess, whose device memory is freed when it ends."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -11,24 +11,24 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def apart(
+def isolated(
     function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """function(*args, **kwargs), on an accelerator by a process that ends with it.
+    """function(*args, **kwargs), called in a subprocess unless JAX runs on a CPU.
 
-    What JAX has once taken of a GPU's memory it gives back to no other process while it lives. On
-    the CPU it does, and the function is just called.
+    JAX returns GPU memory to other processes only when its own process ends. On a CPU it frees
+    memory at once, and the function is called here.
 
     Args:
-      function: that another process can import by its name.
+      function: importable by its name in another process.
     """
     if jax.default_backend() == "cpu":
         return function(*args, **kwargs)
-    return in_process(function, *args, **kwargs)
+    return in_subprocess(function, *args, **kwargs)
 
 
-def in_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The same on any device; the process ends as well where this one is interrupted."""
+def in_subprocess(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """function(*args, **kwargs) in a subprocess, which is killed if this process is interrupted."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()
