@@ -5,7 +5,7 @@
 # them wait for one another. Each file goes to one worker, which makes what its tests share once.
 workers ?= 2
 pytest = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(2)" \
-    $(1)/bin/python -m pytest -q -n $(workers) --dist loadfile
+    $(1)/bin/python -m pytest -q -n $(workers) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-oldest lint docs format clean
 

@@ -1,6 +1,5 @@
 """The smallest runs that do everything, for the tests of the commands; and how two are compared."""
 
-import contextlib
 import json
 import os
 import signal
@@ -14,7 +13,6 @@ TOKENIZER = {"vocab_size": 300}
 # Something is evaluated, sampled and saved on the way, and again at the end, after four steps.
 LOGGING = {"tensorboard": False, "eval_every": 2, "samples_every": 2, "num_samples": 2}
 STEPS = 4
-FEW = "jax_disable_most_optimizations"
 
 
 def use_cache(folder):
@@ -22,33 +20,6 @@ def use_cache(folder):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@contextlib.contextmanager
-def few_optimizations():
-    """What is compiled meanwhile runs a few times: most of XLA's optimizations would not pay."""
-    before = jax.config.values[FEW]
-    jax.config.update(FEW, True)
-    try:
-        yield
-    finally:
-        jax.config.update(FEW, before)
-
-
-def cache_folder(tmp_path_factory):
-    """One folder for all workers of a test session."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-
-
-def cache_environment(folder):
-    """The same for a process of its own."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.values[FEW])),
-    }
 
 
 def sft(run_dir, **sections):

@@ -23,7 +23,6 @@ STAGES = ("sft", "reward", "ppo")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of all stages, as (folder, result)."""
-    small.use_cache(small.cache_folder(tmp_path_factory))
     folder = tmp_path_factory.mktemp("rlhf")
     gold = {"gold_fn": "rlhf_jax.data.builtin:gold_scores"}
     return folder, run_rlhf(small.rlhf(folder, evaluation=gold))

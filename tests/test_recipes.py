@@ -143,12 +143,11 @@ def tiny(path, folder):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    """Compiled programs are shared, and what the library of data sets caches stays in here."""
+def cached_datasets(tmp_path_factory):
+    """What the library of data sets caches stays in here."""
     import datasets
 
-    small.use_cache(small.cache_folder(tmp_path_factory))
-    with pytest.MonkeyPatch.context() as patch, small.few_optimizations():
+    with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("datasets")
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         yield

@@ -9,7 +9,6 @@ from rlhf_jax.training import sft
 from scripts.benchmark import check
 from scripts.benchmark.settings import BenchmarkError
 from scripts.benchmark.workloads import WORKLOADS
-from tests import small
 
 BLOCK = attention.BLOCK
 FORMS = {workload.name: check.small_form(workload, (7, 5)) for workload in WORKLOADS}
@@ -19,12 +18,6 @@ FORMS = {workload.name: check.small_form(workload, (7, 5)) for workload in WORKL
 def several_blocks(monkeypatch):
     """Rows as short as these have several blocks of queries, too."""
     monkeypatch.setattr(attention, "BLOCK", 4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    with small.few_optimizations():
-        yield
 
 
 def test_mid_and_small_are_checked_once_and_with_rows_of_several_blocks():

@@ -66,7 +66,6 @@ def checked(stage_class):
 
 def main(base, plan):
     """Runs what the plan says, a JSON list of [mesh, stages], beside the runs on one device."""
-    small.use_cache(Path(base) / "compiled-eight")
     for sizes, stages in json.loads(plan):
         folder = Path(base) / mesh_name(sizes)
         configs = make_configs(folder, Path(base) / mesh_name((1, 1, 1)), sizes)

@@ -35,8 +35,8 @@ def start(processes, base, task, kind):
         **os.environ,
         "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
         "JAX_PLATFORMS": "cpu",
-        # How fast they run is of no matter here, and they compile much.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        # Each compiles for itself, at the same time as the others: nothing would be shared.
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     arguments = [sys.executable, "-m", "tests.parallel.several_processes", address, str(processes)]
     started = []
@@ -77,7 +77,6 @@ def logs(base, task):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of runs: `one/` without a stop, `alone/` and `four/` behind two processes."""
-    small.use_cache(small.cache_folder(tmp_path_factory))
     base = tmp_path_factory.mktemp("processes")
     train_and_continue(base)
     return base

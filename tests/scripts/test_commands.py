@@ -27,13 +27,15 @@ COMMANDS = ("train_sft", "train_reward", "train_ppo", "run_rlhf", "generate", "e
 def environment(tmp_path_factory):
     """Without a network, and with a folder of its own for what commands keep of the user."""
     ours = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    return {**os.environ, **ours, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    ours["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    # Commands keep what they compile themselves, as they do for a user.
+    theirs = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    return {**theirs, **ours}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a trained model."""
-    small.use_cache(small.cache_folder(tmp_path_factory))
     folder = tmp_path_factory.mktemp("sft")
     train_sft(small.sft(folder))
     return f"{folder}/hf"
