@@ -17,7 +17,7 @@ def words(text):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_rows_are_a_function_of_seed_and_split(make):
+def test_examples_are_a_function_of_seed_and_split(make):
     rows = make(0, 50)
     assert make(0, 50) == rows
     assert make(1, 50) != rows
@@ -51,7 +51,7 @@ def test_prompts_are_many_short_and_neutral():
         assert "{" not in row["prompt"]
 
 
-def test_responses_are_short_whole_sentences_of_known_words():
+def test_responses_are_short_complete_sentences_of_known_words():
     for row in builtin.texts(0, 1000):
         text = row["completion"]
         assert text.startswith(" ")

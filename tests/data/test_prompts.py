@@ -55,7 +55,7 @@ def test_without_bos_an_empty_prompt_becomes_eos(tokenizer):
     assert real(encode_prompts([{"prompt": ""}], other, DataSettings())) == [tokenizer.eos_token_id]
 
 
-def test_beginnings_depend_on_seed_and_row_alone(tokenizer, caplog):
+def test_beginnings_depend_only_on_seed_and_index(tokenizer, caplog):
     rows = [{"text": row["prompt"]} for row in builtin.prompts(0, 200)]
     settings = DataSettings(prompt_tokens=(2, 5), seed=4)
     batch = encode_prompts(rows, tokenizer, settings)
@@ -71,7 +71,7 @@ def test_beginnings_depend_on_seed_and_row_alone(tokenizer, caplog):
     assert not caplog.records
 
 
-def test_beginnings_are_for_texts_only_and_short_texts_stay_whole(tokenizer):
+def test_beginnings_are_for_texts_only_and_short_texts_are_unchanged(tokenizer):
     settings = DataSettings(prompt_tokens=(2, 2))
     batch = encode_prompts([{"prompt": "I saw it."}, {"prompt": "We"}], tokenizer, settings)
     assert real(batch) == ids(tokenizer, "I saw it.")

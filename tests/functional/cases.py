@@ -6,7 +6,7 @@ import numpy as np
 
 B, T, V, D, K = 4, 6, 7, 5, 5
 
-# Arrays that all rows share.
+# Arrays without a batch axis.
 SHARED = {"unembedding"}
 
 
@@ -21,7 +21,7 @@ class Case(NamedTuple):
       differentiable: names of the arrays that gradients are asked for.
       masks: by the name of an array the name of the mask whose False entries make it padding.
       count: of a loss, what its `denominator` is for this batch; None if a part of a batch needs
-        more than its rows, so that a test of its own takes it apart.
+        more than its examples; such a loss has a test of its own.
     """
 
     arrays: dict
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     """Random arrays that several cases take, under the names of the arguments."""
 
     mask: np.ndarray
-    rows: np.ndarray
+    valid: np.ndarray
     tokens: np.ndarray
     targets: np.ndarray
     logits: np.ndarray
@@ -67,12 +67,12 @@ def make_batch(rng):
     lengths = np.concatenate([[T], rng.integers(1, T, size=B - 1)])
     mask = np.arange(T) < lengths[:, None]
     # One row in the middle only fills up the batch.
-    rows = np.arange(B) != 2
+    valid = np.arange(B) != 2
     tokens = rng.integers(0, V, size=(B, T)).astype(np.int32)
     targets = rng.integers(0, V - 1, size=(B, T)).astype(np.int32)
     logits = floats(rng, B, T, V)
     logits[..., -1] = -np.inf
-    return Batch(mask, rows, tokens, targets, logits, *-np.exp(floats(rng, 3, B, T)))
+    return Batch(mask, valid, tokens, targets, logits, *-np.exp(floats(rng, 3, B, T)))
 
 
 def make_cases(seed):
@@ -86,7 +86,7 @@ def make_cases(seed):
         | policy_cases(rng, batch)
         | reward_cases(rng, batch)
         | tokenwise_cases(rng, batch)
-        | preference_cases(rng, batch.rows)
+        | preference_cases(rng, batch.valid)
     )
 
 
@@ -191,8 +191,11 @@ def policy_cases(rng, batch):
         ),
     }
     # One row in the middle has no real token.
-    mask, of_tokens = batch.mask & batch.rows[:, None], ("logprobs", "old_logprobs", "ref_logprobs")
-    counts = {"sequence": batch.rows.sum(), "token": mask.sum(), "constant": mask.size}
+    mask, of_tokens = (
+        batch.mask & batch.valid[:, None],
+        ("logprobs", "old_logprobs", "ref_logprobs"),
+    )
+    counts = {"sequence": batch.valid.sum(), "token": mask.sum(), "constant": mask.size}
     for reduction, count in counts.items():
         cases[f"grpo_loss/{reduction}"] = Case(
             {**batch.of(*of_tokens), "advantages": floats(rng, B), "mask": mask},
@@ -211,12 +214,12 @@ def reward_cases(rng, batch):
     responses = np.arange(K) < np.array([K, 2, 1, 3])[:, None]
     return {
         "pairwise_loss": Case(
-            {"chosen": floats(rng, B), "rejected": floats(rng, B), "mask": batch.rows},
+            {"chosen": floats(rng, B), "rejected": floats(rng, B), "mask": batch.valid},
             {},
             {"margin": 0.5, "center_coef": 0.1},
             ("chosen", "rejected"),
             under("mask", "chosen", "rejected"),
-            float(batch.rows.sum()),
+            float(batch.valid.sum()),
         ),
         "ranking_loss": Case(
             {"scores": floats(rng, B, K), "mask": responses},
@@ -241,7 +244,7 @@ def tokenwise_cases(rng, batch):
         "rejected_tokens": rejected,
         "chosen_mask": batch.mask,
         "rejected_mask": rejected_mask,
-        "mask": batch.rows,
+        "mask": batch.valid,
     }
     cases = {}
     # What is published reads the scores on padding too.
@@ -254,57 +257,57 @@ def tokenwise_cases(rng, batch):
             {},
             ("chosen_scores", "rejected_scores"),
             masks,
-            float(batch.rows.sum()),
+            float(batch.valid.sum()),
         )
     return cases
 
 
-def preference_cases(rng, rows):
-    """Losses of log-probabilities of whole responses; `rows` is the mask of pairs."""
+def preference_cases(rng, valid):
+    """Losses of log-probabilities of full responses; `valid` is the mask of pairs."""
 
     def logprobs(size):
         return -np.exp(rng.normal(size=size)).astype(np.float32)
 
     names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
     pairs = {name: logprobs(B) for name in names}
-    rows_real = float(rows.sum())
+    num_valid = float(valid.sum())
     cases = {}
     for kind in ("sigmoid", "hinge", "ipo", "robust"):
         smoothing = {"label_smoothing": 0.2} if kind in ("sigmoid", "robust") else {}
         cases[f"dpo_loss/{kind}"] = Case(
-            {**pairs, "mask": rows},
+            {**pairs, "mask": valid},
             {"kind": kind},
             {"beta": 0.3, **smoothing},
             tuple(pairs),
             under("mask", *pairs),
-            rows_real,
+            num_valid,
         )
     policy = {name: pairs[name] for name in ("policy_chosen", "policy_rejected")}
     cases["simpo_loss"] = Case(
-        {**policy, "mask": rows},
+        {**policy, "mask": valid},
         {},
         {"beta": 1.5, "gamma": 0.7},
         tuple(policy),
         under("mask", *policy),
-        rows_real,
+        num_valid,
     )
     # nll is 0, so that an empty mask leaves nothing, and parts of a batch do not count it twice.
     cases["orpo_loss"] = Case(
-        {**policy, "nll": np.zeros((), np.float32), "mask": rows},
+        {**policy, "nll": np.zeros((), np.float32), "mask": valid},
         {},
         {"beta": 0.8},
         tuple(policy),
         under("mask", *policy),
-        rows_real,
+        num_valid,
     )
-    # Three real responses of each sort, the undesirable ones among more rows.
+    # Three real responses of each group, the undesirable ones with more padding.
     undesirable = {name: logprobs(2 * B) for name in ("policy_rejected", "ref_rejected")}
     cases["kto_loss"] = Case(
         {
             **pairs,
             **undesirable,
             "kl": np.float32(0.4 + rng.random()),
-            "chosen_mask": rows,
+            "chosen_mask": valid,
             "rejected_mask": np.arange(2 * B) % 3 == 0,
         },
         {},
@@ -312,6 +315,6 @@ def preference_cases(rng, rows):
         tuple(pairs),
         under("chosen_mask", "policy_chosen", "ref_chosen")
         | under("rejected_mask", "policy_rejected", "ref_rejected"),
-        2 * rows_real,
+        2 * num_valid,
     )
     return cases

@@ -48,7 +48,7 @@ def test_the_score_lands_once_even_if_the_mask_has_a_hole():
     np.testing.assert_array_equal(rewards, [[0, 0, 2.5, 0]])
 
 
-def test_the_score_of_a_row_without_tokens_is_inert():
+def test_the_score_of_an_empty_response_has_no_effect():
     zeros, mask = np.zeros((1, 3), np.float32), np.zeros((1, 3), bool)
     rewards, _ = rlhf.token_rewards(np.float32([np.nan]), zeros, zeros, mask, kl_coef=0.1)
     np.testing.assert_array_equal(rewards, zeros)

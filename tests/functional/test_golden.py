@@ -181,7 +181,7 @@ def test_trls_grpo(golden, index):
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_trls_grpo_with_an_empty_row(golden, index):
+def test_trls_grpo_with_an_empty_response(golden, index):
     """Under "grpo" TRL counts a row without a token as one of the rows, with a loss of 0; ours is
     a mean over the rows with a token, so that rows that only fill up a batch change nothing, and is
     TRL's with the number of all rows as the denominator.

@@ -92,7 +92,7 @@ def test_at_equal_policies_the_mean_ratio_is_one_whatever_the_padding(rng, reduc
     np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-6)
 
 
-def test_rows_without_a_token_count_only_in_the_constant(batch):
+def test_empty_responses_count_only_in_the_constant(batch):
     logprobs, old, _, advantages, mask = batch
     real = mask.any(axis=1)
     assert not real.all()
@@ -148,7 +148,7 @@ def test_wrong_keywords_are_named(batch, name, value, message):
         rlhf.grpo_loss(logprobs, old, advantages, mask, **{name: value})
 
 
-def test_advantages_are_one_per_row(batch):
+def test_advantages_are_one_per_response(batch):
     logprobs, old, _, _, mask = batch
     with pytest.raises(ValueError, match=r"^advantages must be float\[B\] with B = 5, but is "):
         rlhf.grpo_loss(logprobs, old, logprobs, mask)
@@ -165,7 +165,7 @@ def test_a_traced_penalty_without_a_reference_is_not_silent(batch):
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
-def test_the_advantage_of_an_empty_row_is_inert(batch, reduction):
+def test_the_advantage_of_an_empty_response_has_no_effect(batch, reduction):
     logprobs, old, _, advantages, mask = batch
     empty = ~mask.any(axis=1)
     assert empty.any()

@@ -64,7 +64,7 @@ def test_the_values_are_those_of_a_loop(inputs, chunk_size):
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_rows_from_vocab_size_on_count_for_nothing(inputs, chunk_size, garbage):
+def test_padding_of_the_vocabulary_has_no_effect(inputs, chunk_size, garbage):
     (hidden, unembedding, temperature), tokens, cotangents = inputs
     padding = np.full((5, D), garbage, np.float32)
     padded = ((hidden, np.concatenate([unembedding, padding]), temperature), tokens, cotangents)
@@ -177,7 +177,7 @@ def test_the_logits_of_gpt2_take_an_eighth_of_the_memory_by_default():
     assert temporary_bytes(rlhf.linear_token_logprobs, shape) <= plain / 8
 
 
-def test_logits_are_made_once_where_they_fit_and_twice_where_not(monkeypatch):
+def test_logits_are_saved_if_they_fit_and_recomputed_if_not(monkeypatch):
     # Products take 2 * B * T * V * D operations each: three of them, or four.
     shape = {"hidden": (2, 64, 32), "unembedding": (512, 32)}
     product = 2 * 2 * 64 * 512 * 32

@@ -44,7 +44,7 @@ def test_equal_a_loop(size, scale):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("offset", [LEAST, -2e30, -1e5, 1e5, 3e38])
-def test_rows_of_one_number_are_uniform(size, offset):
+def test_equal_logits_are_uniform(size, offset):
     logits = np.full((2, size), offset, np.float32)
     np.testing.assert_allclose(normalizer(logits)[1], np.log(size), rtol=1e-6)
     np.testing.assert_allclose(rlhf.token_entropy(logits), np.log(size), rtol=1e-6)
@@ -54,7 +54,7 @@ def test_rows_of_one_number_are_uniform(size, offset):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, "all -inf"])
-def test_no_distribution_is_nan_with_a_gradient_of_zero_and_harms_no_other_row(size, garbage):
+def test_no_distribution_is_nan_with_a_gradient_of_zero_and_changes_no_other(size, garbage):
     logits = rows(size)
     logits[3] = -np.inf if garbage == "all -inf" else logits[3]
     logits[3, -1] = -np.inf if garbage == "all -inf" else garbage

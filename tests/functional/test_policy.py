@@ -90,7 +90,7 @@ def test_the_kl_of_almost_equal_policies_is_not_lost_to_rounding(log_ratio):
 
 
 @pytest.mark.parametrize(("log_ratio", "grows"), [(39.0, True), (41.0, False)])
-def test_a_ratio_stops_growing_at_e_to_the_40(log_ratio, grows):
+def test_the_ratio_is_limited_to_e_to_the_40(log_ratio, grows):
     old, mask = np.zeros((1, 1), np.float32), np.ones((1, 1), bool)
     advantages, logprobs = -np.ones((1, 1), np.float32), np.full((1, 1), log_ratio, np.float32)
     loss, gradient = jax.value_and_grad(

@@ -536,7 +536,7 @@ def test_equal_responses_are_no_success(rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_off_the_mask_are_as_if_cut_out(rng, kind):
+def test_padding_entries_are_as_if_removed(rng, kind):
     logprobs, lengths = draw(rng, 4, 5), rng.integers(1, 9, size=(2, 5))
     mask = np.array([True, True, False, True, False])
     expected = rlhf.dpo_loss(*logprobs[:, mask], kind=kind, lengths=tuple(lengths[:, mask]))

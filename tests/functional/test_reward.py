@@ -47,7 +47,7 @@ def test_pairwise_loss_is_trls(golden, index):
         np.testing.assert_allclose(output, case[f"out/{name}"], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_rows_off_the_mask_are_inert(rng):
+def test_padding_entries_have_no_effect(rng):
     chosen, rejected, margin = rng.normal(size=(3, 5)).astype(np.float32)
     mask = np.array([True, True, False, True, False])
     real = (chosen[mask], rejected[mask])
@@ -245,7 +245,7 @@ def test_what_counts_of_the_padding_is_only_what_is_published(rng, garbage):
 
 
 @pytest.mark.parametrize("past_end", ["last", "published"])
-def test_rows_without_a_pair_leave_the_tokenwise_loss_as_it_is(rng, past_end):
+def test_entries_without_a_pair_do_not_change_the_tokenwise_loss(rng, past_end):
     arrays, lengths = make_pairs(rng)
     rows = np.array([True, True, False, True, False, True])
     masks = masks_of(lengths, 9)
