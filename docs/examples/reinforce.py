@@ -56,7 +56,6 @@ TRAINER = Trainer(
     optimizer=OptimizerSettings(learning_rate=1e-5),
     headlines=(Headline("objective/scores", "score"), Headline("objective/kl", "KL", False)),
     losses=("loss/policy_avg", "train/grad_norm"),
-    needs_reference=True,
     module=__name__,  # not needed for a file in rlhf_jax/training
 )
 

@@ -7,6 +7,7 @@ used.
 
 from typing import TYPE_CHECKING, Any
 
+from rlhf_jax import training
 from rlhf_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     train_ppo: Callable[..., StageResult]
 
 _COMMANDS = "rlhf_jax.runtime.commands"
-_get, __dir__, __all__ = lazy_names(
+_get, _, __all__ = lazy_names(
     __name__,
     {
         "run_evaluate": f"{_COMMANDS}.evaluate",
@@ -33,13 +34,18 @@ _get, __dir__, __all__ = lazy_names(
     },
 )
 
+__all__ = [*__all__, *(f"train_{trainer.name}" for trainer in training.TRAINERS)]
+
 
 def __getattr__(name: str) -> Any:
     if name.startswith("train_"):
         from rlhf_jax.runtime.commands.train import train_function
-        from rlhf_jax.training import TRAINERS
 
-        for trainer in TRAINERS:
+        for trainer in training.TRAINERS:
             if name == f"train_{trainer.name}":
                 return train_function(trainer)
     return _get(name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -87,6 +87,22 @@ def read_yaml(path: str) -> Any:
         raise InputError(f"{path} is not valid YAML: {reason}.") from None
 
 
+# Settings of earlier versions, which may stand in a `config.yaml` with this value.
+REMOVED = {"num_seeds": 1}
+
+
+def without_removed(content: Mapping[str, Any]) -> Values:
+    """The content without settings that are gone, where they have the value of today's behaviour.
+
+    Raises:
+      InputError: one has another value.
+    """
+    for name, value in REMOVED.items():
+        if content.get(name, value) != value:
+            raise InputError(f"{name} was removed; leave it out, and start one run for each seed.")
+    return {name: value for name, value in content.items() if name not in REMOVED}
+
+
 def read_values(kind: type, flags: Flags) -> Values:
     """The nested values of the files, with those of the flags laid over them.
 
@@ -97,7 +113,7 @@ def read_values(kind: type, flags: Flags) -> Values:
     for file in flags.files:
         content = read_yaml(file)
         check_sections(kind, content, file)
-        values = merge(values, content)
+        values = merge(values, without_removed(content))
     for key, text in flags.settings:
         *sections, name = key.split(".")
         value: Any = Text(text)
@@ -126,9 +142,8 @@ def _nest(sections: Sequence[str], values: Values) -> Values:
 def check_sections(kind: Any, content: Any, name: str) -> None:
     """Raises an InputError unless the content, and each section in it, holds keys and values."""
     if not isinstance(content, Mapping):
-        raise InputError(
-            f"{name} holds no keys, but {str(content)[:40]!r}; write one `key: value` to a line."
-        )
+        found = "is empty" if content is None else f"holds {str(content)[:40]!r}"
+        raise InputError(f"{name} {found}; write one `key: value` to a line.")
     for key, annotation in get_type_hints(kind).items():
         if key in content and dataclasses.is_dataclass(annotation):
             check_sections(annotation, content[key], f"The section {key!r}")
@@ -142,10 +157,14 @@ def field_type(kind: Any, key: str) -> Any:
     """
     parts = key.split(".")
     for place, part in enumerate(parts):
-        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        section = ".".join(parts[:place])
+        if get_origin(kind) is dict and place == len(parts) - 1:
+            return str
+        if not _is_class(kind):
+            raise InputError(f"--{section} is a setting and no section; --{key} is unknown.")
         if part not in _field_names(kind):
-            raise InputError(_unknown(kind, ".".join(parts[:place]), part))
-        kind = hints[part]
+            raise InputError(_unknown(kind, section, part))
+        kind = get_type_hints(kind)[part]
     return kind
 
 
@@ -157,6 +176,8 @@ def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str
     """
     hints = get_type_hints(kind)
     for name in values:
+        if not isinstance(name, str):
+            raise InputError(f"{prefix}{name!r} is no key; keys are the names of settings.")
         if name not in _field_names(kind):
             raise InputError(_unknown(kind, prefix.removesuffix("."), name))
     made = {
@@ -180,7 +201,10 @@ def _convert(annotation: Any, value: Any, key: str, default: Any) -> Any:
         check_sections(annotation, value, f"The section {key!r}")
         section = default if dataclasses.is_dataclass(default) else None
         return build(annotation, value, section, f"{key}.")
-    for kind in _alternatives(annotation):
+    kinds = _alternatives(annotation)
+    if isinstance(value, Text) and str in kinds and value.strip() not in ("null", "~"):
+        kinds = tuple(kind for kind in kinds if kind is not type(None))  # empty text, or a comment
+    for kind in kinds:
         fits, converted = _fit(kind, value, key)
         if fits:
             return converted

@@ -144,7 +144,6 @@ TRAINER = Trainer(
         Headline("objective/kl", "KL", shows_start=False),
     ),
     losses=("loss/policy_avg", "loss/value_avg", "train/grad_norm"),
-    needs_reference=True,
     has_value_model=True,
     mixes_texts=True,
 )

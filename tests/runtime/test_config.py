@@ -72,6 +72,14 @@ def test_a_file_a_dict_and_flags_say_the_same(written, tmp_path):
     assert resolve(SFTConfig, from_file) is from_file
 
 
+@pytest.mark.parametrize("text", ["", " ", "\n", "# Title", "12", "true", "[1]", "null text"])
+def test_a_text_of_the_command_line_stays_as_it_is(text):
+    assert parse(GenerateConfig, ["--prompt", text]).prompt == text
+    assert parse(GenerateConfig, ["--prompt", "null"]).prompt is None
+    config = parse(SFTConfig, ["--data.split_at", text, "--data.columns.prompt", "question"])
+    assert (config.data.split_at, config.data.columns) == (text, {"prompt": "question"})
+
+
 def test_null_and_numbers_arrive_as_their_types(written):
     config = parse(PPOConfig, written("model: {path: null}\nppo: {kl_coef: 1}\nrun_dir: '5'\n"))
     assert config.model.path is None
@@ -129,6 +137,10 @@ def test_every_setting_has_a_line_of_help(kind, capsys):
         ),
         ("--ppo.kl_coef null", "ppo.kl_coef must be float, but is null."),
         ("--ppo.kl_coef", "--ppo.kl_coef needs a value: --ppo.kl_coef VALUE."),
+        (
+            "--model.path.x 1",
+            "--model.path is a setting and no section; --model.path.x is unknown.",
+        ),
         ("train", "'train' is no option; settings are given as --section.key value."),
         ("--config no/such.yaml", "The configuration no/such.yaml cannot be read (No such file"),
         ("--config=/", "The configuration / cannot be read (Is a directory)"),
@@ -147,11 +159,12 @@ def test_wrong_flags_are_named_in_one_sentence(flags, said):
         ("ppo: {kl_coef: abc}", "ppo.kl_coef must be float, but is 'abc'."),
         ("ppo: {batch_size: 1.5}", "ppo.batch_size must be int, but is 1.5."),
         ("ppo: {kl_coef: null}", "ppo.kl_coef must be float, but is null."),
-        ("ppo:", "The section 'ppo' holds no keys, but 'None'; write one `key: value` to a line."),
-        ("ppo: hello", "The section 'ppo' holds no keys, but 'hello'; write"),
-        ("ppo: [1]", "The section 'ppo' holds no keys, but '[1]'; write"),
-        ("", "FILE holds no keys, but 'None'; write"),
-        ("- a", "FILE holds no keys, but \"['a']\"; write"),
+        ("ppo:", "The section 'ppo' is empty; write one `key: value` to a line."),
+        ("ppo: hello", "The section 'ppo' holds 'hello'; write"),
+        ("ppo: [1]", "The section 'ppo' holds '[1]'; write"),
+        ("", "FILE is empty; write"),
+        ("1: 2", "1 is no key; keys are the names of settings."),
+        ("- a", "FILE holds \"['a']\"; write"),
         ("ppo: {a: [", "FILE is not valid YAML: while parsing a flow node"),
         ("ppo:\n\tkl_coef: 1", "FILE is not valid YAML: while scanning for the next token"),
         ("ppo: {num_mini_batches: 3}", "ppo.batch_size = 128 is not divisible by ppo.num_mini_bat"),
@@ -175,7 +188,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     [
         ({"ppo": {"kl_ceof": 1}}, "Unknown key 'ppo.kl_ceof' (did you mean kl_coef?)"),
         ({"seed": "x"}, "seed must be int, but is 'x'."),
-        ({"ppo": None}, "The section 'ppo' holds no keys, but 'None'"),
+        ({"ppo": None}, "The section 'ppo' is empty"),
         ({"data": {"sft": {"pth": 1}}}, "Unknown key 'data.sft.pth' (did you mean path?)"),
         ({"optimizer": {"lr": 1}}, "Unknown key 'optimizer.lr'; the section 'optimizer' has sft,"),
     ],

@@ -166,7 +166,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`rlhf COMMAND --help` lists the settings of a command.",
+            "`rlhf COMMAND --help` lists the settings of a command, `rlhf --version` the version.",
         ]
     )
 

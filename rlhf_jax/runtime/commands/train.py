@@ -1,6 +1,8 @@
 """Training: one Python call for every trainer in `TRAINERS`."""
 
+import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,10 +51,17 @@ def train(
 def train_function(trainer: Trainer) -> Callable[..., StageResult]:
     """`train` of one trainer, as `runtime.train_NAME`."""
 
-    def call(config, reward_fn=None):
+    def offline(config):
+        return train(trainer, config)
+
+    def online(config, reward_fn=None):
         return train(trainer, config, reward_fn)
 
+    call: Callable[..., StageResult] = online if trainer.online else offline
     call.__name__ = call.__qualname__ = f"train_{trainer.name}"
-    arguments = (train.__doc__ or "").partition("name.\n")[2]
-    call.__doc__ = f"{trainer.summary[:1].upper()}{trainer.summary[1:]}.\n\n    Args:\n{arguments}"
+    summary = f"{trainer.summary[:1].upper()}{trainer.summary[1:]}."
+    rest = inspect.cleandoc(train.__doc__ or "").partition("or its name.\n")[2]
+    if not trainer.online:
+        rest = re.sub(r"  reward_fn: (.|\n)*?\n\n", "\n", rest)
+    call.__doc__ = f"{summary}\n\nArgs:\n{rest}"
     return call

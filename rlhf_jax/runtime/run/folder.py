@@ -14,7 +14,7 @@ import yaml
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.parsing import to_dict, to_yaml
+from rlhf_jax.runtime.parsing import to_dict, to_yaml, without_removed
 from rlhf_jax.runtime.run.records import config_in
 
 # --- errors of the disk ---------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def check_same_config(config: Any, saved: Mapping[str, Any]) -> None:
     Args:
       saved: as from `to_dict`; keys that an earlier version did not have count as the defaults.
     """
-    old = _flat(to_dict(type(config)())) | _flat(saved)
+    old = _flat(to_dict(type(config)())) | _flat(without_removed(saved))
     new = _flat(to_dict(config))
     for key in sorted({*old, *new}):
         if key.startswith(_FREE_TO_CHANGE) or old.get(key) == new.get(key):
