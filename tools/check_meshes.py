@@ -1,10 +1,11 @@
-"""Trains all stages on eight CPU devices, in every factorisation of data x fsdp x tensor, and
-compares them with one device: losses and all other metrics over ten steps, and the sampled tokens.
+"""Compares training on meshes of eight CPU devices with training on one device.
 
     python tools/check_meshes.py [FOLDER]
 
-It prints the largest difference of each, as a share of what is tolerated (1e-5, absolute and
-relative), and exits with 1 where one is above 1. The tests do the same for four of the ten.
+All stages are trained with every factorisation data x fsdp x tensor of eight. All metrics of ten
+steps and the sampled tokens are compared. It prints the largest difference of each run, relative to
+the tolerance (1e-5, absolute and relative), and exits with 1 if one is above 1. The tests do the
+same for four of the ten factorisations.
 """
 
 import argparse
@@ -44,19 +45,19 @@ def main(folder: str) -> int:
     for sizes in FACTORISATIONS:
         for stage in STAGES:
             one, several = base / mesh_name(ONE) / stage, base / mesh_name(sizes) / stage
-            found = differences(one, several)
-            name = max(found, key=lambda metric: found[metric])
+            ratios = differences(one, several)
+            name = max(ratios, key=lambda metric: ratios[metric])
             same = stage in ("sft", "reward") or sampled(one) == sampled(several)
-            worst = max(worst, found[name] if same else float("inf"))
+            worst = max(worst, ratios[name] if same else float("inf"))
             tokens = "" if same else ", OTHER TOKENS"
-            print(f"{mesh_name(sizes)} {stage:8} {found[name]:.3f} ({name}){tokens}", flush=True)
-    print(f"{len(FACTORISATIONS)} factorisations, largest share of what is tolerated: {worst:.3f}")
+            print(f"{mesh_name(sizes)} {stage:8} {ratios[name]:.3f} ({name}){tokens}", flush=True)
+    print(f"{len(FACTORISATIONS)} factorisations, largest ratio to the tolerance: {worst:.3f}")
     return int(worst > 1)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", help="where the runs are kept; a temporary one")
-    given = parser.parse_args().folder
+    parser.add_argument("folder", nargs="?", help="folder of the runs; a temporary one by default")
+    folder = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(main(given or temporary))
+        sys.exit(main(folder or temporary))

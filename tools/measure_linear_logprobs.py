@@ -1,10 +1,10 @@
-"""Memory and time of `linear_token_logprobs`, forwards and backwards, beside the plain way.
+"""Memory and time of `linear_token_logprobs` with gradients, beside a plain computation.
 
     python tools/measure_linear_logprobs.py
 
-The plain way makes an array of all logits. Memory is what the compiler sets aside for temporary
-arrays at 8 x 1024 tokens of GPT-2's vocabulary, beside arguments and results; nothing of that size
-runs. Times are of a smaller batch, the ways in turn, and their ratio is the median over rounds.
+The plain computation has an array of all logits. Memory is that of the temporary arrays of the
+compiled program at 8 x 1024 tokens with the vocabulary of GPT-2, without arguments and results; the
+program does not run. Times are of a smaller batch, alternating; ratios are medians over rounds.
 """
 
 import argparse
@@ -20,7 +20,7 @@ VOCABULARY, WIDTH = 50257, 768
 
 
 def plain(hidden, unembedding, tokens):
-    """The same by way of all logits."""
+    """The same values from an array of all logits."""
     logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
     return functional.token_logprobs(logits, tokens), functional.token_entropy(logits)
 
@@ -58,35 +58,41 @@ def seconds(functions, entropy_weight, batch, length, rounds):
     steps = [step(function, entropy_weight) for function in functions]
     times = []
     for _ in range(rounds + 1):
-        row = []
+        round_times = []
         for each in steps:
             start = time.perf_counter()
             jax.block_until_ready(each(hidden, unembedding, tokens))
-            row.append(time.perf_counter() - start)
-        times.append(row)
+            round_times.append(time.perf_counter() - start)
+        times.append(round_times)
     return times[1:]
 
 
 def main():
-    """Prints a line for each way and for each loss."""
+    """Prints a line for each loss and each function."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     chunk = arguments.length // 2
-    ways = {"plain": plain, "linear, by default": linear(), "linear, two chunks": linear(chunk)}
+    functions = {
+        "plain": plain,
+        "linear, by default": linear(),
+        "linear, two chunks": linear(chunk),
+    }
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, float32")
     print(f"times at {arguments.batch} x {arguments.length} tokens, memory at 8 x 1024")
     for name, weight in (("log-probabilities", 0.0), ("log-probabilities and entropy", 0.01)):
-        times = seconds(ways.values(), weight, arguments.batch, arguments.length, arguments.rounds)
+        times = seconds(
+            functions.values(), weight, arguments.batch, arguments.length, arguments.rounds
+        )
         full = memory(plain, weight)
-        for index, way in enumerate(ways):
-            ratio = statistics.median(row[index] / row[0] for row in times)
-            median = statistics.median(row[index] for row in times)
-            line = f"{name}: {way}: {median:.2f} s, {ratio:.2f} of plain"
-            if way != "linear, two chunks":
-                mib = memory(ways[way], weight)
+        for index, (label, function) in enumerate(functions.items()):
+            ratio = statistics.median(each[index] / each[0] for each in times)
+            median = statistics.median(each[index] for each in times)
+            line = f"{name}: {label}: {median:.2f} s, {ratio:.2f} of plain"
+            if label != "linear, two chunks":
+                mib = memory(function, weight)
                 line += f"; {mib:.0f} MiB, 1/{full / mib:.1f} of plain"
             print(line)
 

@@ -40,6 +40,12 @@ _quick = functools.partial(
         "xla_llvm_disable_expensive_passes": True,
     },
 )
+_sft_gradient = _quick(jax.value_and_grad(plain.sft_loss, argnums=1), static_argnums=0)
+_reward_gradient = _quick(jax.value_and_grad(plain.reward_loss, argnums=1), static_argnums=0)
+_ppo_experience = _quick(plain.ppo_experience, static_argnums=(0, 1, 6))
+_ppo_gradient = _quick(jax.value_and_grad(plain.ppo_loss, has_aux=True), static_argnums=(1, 2))
+_token_logprobs = _quick(plain.token_logprobs, static_argnums=0)
+_greedy = _quick(plain.greedy, static_argnums=(0, 3))
 
 
 class Difference(NamedTuple):
@@ -187,8 +193,7 @@ def _perturbed(state):
 
 def _sft(small):
     program, state, (after, metrics), arrays = _run_step(small)
-    gradient = _quick(jax.value_and_grad(plain.sft_loss, argnums=1), static_argnums=0)
-    loss, grads = gradient(_sizes(small), state.params, arrays["tokens"], arrays["loss_mask"])
+    loss, grads = _sft_gradient(_sizes(small), state.params, arrays["tokens"], arrays["loss_mask"])
     return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
 
 
@@ -196,8 +201,7 @@ def _reward(small):
     program, state, (after, metrics), arrays = _run_step(small)
     full = {**state.params, "model": _full_params(program, state.frozen, state.params["model"])}
     tokens = (arrays[name] for name in ("prompts", "chosen", "rejected"))
-    gradient = _quick(jax.value_and_grad(plain.reward_loss, argnums=1), static_argnums=0)
-    loss, grads = gradient(_sizes(small), full, *tokens)
+    loss, grads = _reward_gradient(_sizes(small), full, *tokens)
     grads = {**grads, "model": _trained(program, small, grads["model"])}
     return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
 
@@ -208,12 +212,10 @@ def _generate(small):
     params = _quick(program.model.init)(jax.random.key(0))
     sequences = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
     length = small.response_length
-    logprobs = _quick(plain.token_logprobs, static_argnums=0)(_sizes(small), params, sequences)
-    logprobs = logprobs[:, -length:]
+    logprobs = _token_logprobs(_sizes(small), params, sequences)[:, -length:]
     sample = functools.partial(generate, program.model, max_new_tokens=length, temperature=0.0)
     sampled = jax.jit(sample)(params, *program.batch, jax.random.key(0))
-    greedy = _quick(plain.greedy, static_argnums=(0, 3))
-    tokens = greedy(_sizes(small), params, arrays["prompts"], length)
+    tokens = _greedy(_sizes(small), params, arrays["prompts"], length)
     return relative(rollout.logprobs, logprobs), float(jnp.mean(tokens != sampled.tokens))
 
 
@@ -224,22 +226,22 @@ def _ppo(small):
     trained = {**state.params, "model": ppo.policy_params(model, state)}
     tokens = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
     ref, scorer = ppo.reference_params(model, state), state.frozen["reward"]
-    experience = _quick(plain.ppo_experience, static_argnums=(0, 1, 6))(
+    experience = _ppo_experience(
         sizes, settings, trained, ref, scorer, tokens, small.response_length
     )
-    gradient = _quick(jax.value_and_grad(plain.ppo_loss, has_aux=True), static_argnums=(1, 2))
     total, losses = None, []
     for _ in range(settings.num_ppo_epochs):
-        (_, loss), grads = gradient(trained, sizes, settings, experience)
+        (_, loss), grads = jax.device_get(_ppo_gradient(trained, sizes, settings, experience))
         losses.append(loss)
         grads = {**grads, "model": _trained(program, small, grads["model"])}
-        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+        total = grads if total is None else jax.tree.map(np.add, total, grads)
         upper = {**trained, "model": _trained(program, small, trained["model"])}
+        upper = jax.device_get(upper)
         upper = jax.tree.map(lambda x, g: x - LEARNING_RATE * g, upper, grads)
         trained = {**upper, "model": _full_params(program, base, upper["model"])}
     # The policy loss is near 0 at first, while whitened advantages are of size 1: this difference
     # is absolute.
-    mean = float(jnp.mean(jnp.stack(losses)))
+    mean = float(np.mean(losses))
     loss = abs(float(metrics[program.loss]) - mean) / max(abs(mean), 1.0)
     parts = [(rollout.values, experience.values), (rollout.logprobs, experience.logprobs)]
     loss = max(loss, *(relative(*pair) for pair in parts))

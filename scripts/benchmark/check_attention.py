@@ -12,8 +12,8 @@ from rlhf_jax.models.cudnn_attention import attend_by_cudnn
 from scripts.benchmark.check import Difference, relative
 from scripts.benchmark.settings import BenchmarkError
 
-# Rounding to bfloat16 in another order changes numbers by a hundredth; a wrong mask or scale by
-# more than a tenth.
+# Rounding to bfloat16 in another order changes numbers by a hundredth; a wrong mask or
+# scale by more than a tenth.
 LIMIT = 0.05
 # Prompts G, responses to each K, heads H, positions of the past C, width of a head d.
 PROMPTS, RESPONSES, HEADS, PAST, WIDTH = 3, 2, 2, 33, 64

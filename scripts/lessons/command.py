@@ -1,4 +1,4 @@
-"""How each lesson reads its command line, and says in one line what a user can mend."""
+"""The command line of the lessons, with errors in one line."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from rlhf_jax.runtime.commands.terminal import INPUT_ERROR
 
 
 def run(main: Callable, description: str) -> None:
-    """Calls `main(seed, output)` with what the command line says, and ends the program."""
+    """Calls `main(seed, output)` with the flags of the command line."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,7 +29,7 @@ def run(main: Callable, description: str) -> None:
 
 
 def check(seed: int, output: Path) -> None:
-    """Raises `InputError` for what would fail only after the training."""
+    """Raises an InputError for flags that would fail only after the training."""
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed is {seed}; give a whole number from 0 to 4294967295.")
     try:

@@ -1,17 +1,17 @@
-"""A cat looks for meat on a grid: from REINFORCE to PPO, one change at a time, exactly measured.
+"""A grid world: from REINFORCE to PPO, one change at a time, with exact values.
 
     C . . b .      C  the cat's start
     . b . T .      .  an empty cell:  0
     . b . b .      b  a broom:       -1
-    . T . . .      T  a bathtub:    -10, the episode is over, and the cat is back at its start
-    . . . b M      M  meat:        +100, and the episode is over
+    . T . . .      T  a bathtub:    -10, the episode ends
+    . . . b M      M  meat:        +100, the episode ends
 
-There are four moves; one off the grid stays where it is. With probability SLIP the cat slips and
-moves anywhere. The policy is a table of logits, so its value can be computed from the probabilities
-of all moves: no score below is a sample. Value iteration gives the best value of any policy.
+There are four moves; a move off the grid stays in its cell. With probability SLIP the move is
+uniformly random. The policy is a table of logits, and its value is computed exactly from the
+probabilities of all moves: no score below is a sample. Value iteration gives the optimal value.
 
-In a language model a cell is a prompt with the tokens so far, a move is a token, and an episode is
-a response. Advantages and losses are the same functions.
+In a language model the cell is the prompt with the previous tokens, a move is a token, and an
+episode is a response. Advantages and losses are the same functions.
 
     python scripts/lessons/grid_world.py [--seed N] [--output DIR]
 
@@ -42,12 +42,12 @@ CELLS = SIDE * SIDE
 REWARDS = {"C": 0.0, ".": 0.0, "b": -1.0, "T": -10.0, "M": 100.0}
 MOVES = ((-1, 0, "↑"), (1, 0, "↓"), (0, -1, "←"), (0, 1, "→"))
 SLIP, GAMMA, LAM = 0.1, 0.95, 0.95
-EPISODES, LENGTH = 8, 40  # of one iteration, and the moves after which an episode is cut off
+EPISODES, LENGTH = 8, 40  # of one iteration, and the maximum number of moves
 RUNS, ITERATIONS = 16, 100  # runs of each method on each layout
-EPOCHS = 10  # updates on the same episodes, for PPO; one for the others
+EPOCHS = 10  # updates of PPO on the same episodes; the other methods make one
 RATE = 0.05  # of Adam, for all six methods
 RATES = (0.05, 0.1, 0.2)  # for the table of surrogates
-UNIT = 100.0  # what is learned counts in units of the meat, so that its numbers are near 1
+UNIT = 100.0  # rewards are divided by the reward of the meat, so that values are near 1
 
 METHODS = ("REINFORCE", "rewards to go", "baseline", "actor-critic", "GAE", "PPO")
 optimizer = optax.scale_by_adam()
@@ -62,7 +62,7 @@ class Grid(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """What the cat has seen, [EPISODES, LENGTH] each; the mask is True until the episode ends."""
+    """Episodes, [EPISODES, LENGTH] each; the mask is True until the episode ends."""
 
     cells: jax.Array
     actions: jax.Array
@@ -71,12 +71,12 @@ class Episodes(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """A row of the table: clipping to `clip_range`, or, where `penalized`, a KL penalty."""
+    """A surrogate objective: clipping to `clip_range`, or a KL penalty if `penalized`."""
 
     clip_range: float = jnp.inf
     penalized: bool = False
     kl_coef: float = 1.0
-    kl_target: float = jnp.inf  # none: the coefficient stays
+    kl_target: float = jnp.inf  # inf: the coefficient is fixed
 
 
 SURROGATES = {
@@ -95,18 +95,18 @@ SURROGATES = {
 }
 
 
-# The world.
+# The environment.
 
 
-def read_grid(rows):
-    symbols = "".join(rows)
+def read_grid(layout):
+    symbols = "".join(layout)
     rewards = jnp.array([REWARDS[symbol] for symbol in symbols])
     ends = jnp.array([symbol in "TM" for symbol in symbols])
     return Grid(rewards, ends, jnp.int32(symbols.index("C")))
 
 
 def next_cells():
-    """Where each move leads from each cell, i32[CELLS, 4]; one off the grid stays."""
+    """The next cell of each move from each cell, i32[CELLS, 4], without slipping."""
     row, column = np.divmod(np.arange(CELLS)[:, None], SIDE)
     down, right = np.array([move[:2] for move in MOVES]).T
     new_row, new_column = row + down, column + right
@@ -125,28 +125,28 @@ def sample(key, logits, grid):
         choice_key, slip_key, any_key = jax.random.split(key, 3)
         action = jax.random.categorical(choice_key, logits[cell])
         slips = jax.random.bernoulli(slip_key, SLIP, cell.shape)
-        anywhere = jax.random.randint(any_key, cell.shape, 0, 4)
-        entered = NEXT[cell, jnp.where(slips, anywhere, action)]
-        seen = Episodes(cell, action, grid.rewards[entered], running)
-        return (entered, running & ~grid.ends[entered]), seen
+        random_move = jax.random.randint(any_key, cell.shape, 0, 4)
+        entered = NEXT[cell, jnp.where(slips, random_move, action)]
+        move = Episodes(cell, action, grid.rewards[entered], running)
+        return (entered, running & ~grid.ends[entered]), move
 
     start = jnp.full(EPISODES, grid.start), jnp.ones(EPISODES, bool)
     episodes = jax.lax.scan(step, start, jax.random.split(key, LENGTH))[1]
     return jax.tree.map(jnp.transpose, episodes)
 
 
-# What is true: the model of the world, and values computed from it.
+# Exact values, from the transition probabilities.
 
 
 def action_values(values, grid):
-    """Q(s, a) f32[CELLS, 4] of a move that is followed by what `values` f32[CELLS] says."""
+    """Q(s, a) f32[CELLS, 4], given the values f32[CELLS] of the next cells."""
     entered = grid.rewards + GAMMA * jnp.where(grid.ends, 0.0, values)
     chosen = entered[NEXT]
     return (1 - SLIP) * chosen + SLIP * jnp.mean(chosen, axis=1, keepdims=True)
 
 
 def optimal_values(grid):
-    """The best value of each cell, by value iteration: V <- max_a Q(s, a)."""
+    """The optimal value of each cell, by value iteration: V <- max_a Q(s, a)."""
 
     def step(values, _):
         return jnp.max(action_values(values, grid), axis=1), None
@@ -167,11 +167,11 @@ def score(logits, grid):
     return policy_values(jax.nn.softmax(logits), grid)[grid.start]
 
 
-# Learning.
+# Training.
 
 
 class State(NamedTuple):
-    """What one iteration hands to the next."""
+    """The carry of the scan over iterations."""
 
     params: dict  # the policy's logits f32[CELLS, 4], and the critic's values f32[CELLS]
     opt_state: optax.OptState
@@ -184,18 +184,18 @@ def init_state(surrogate):
 
 
 def advantages_and_returns(method, episodes, values):
-    """By how much each move was better than expected, and what the critic should have said.
+    """(advantages, returns), the targets of the policy and of the critic.
 
-    An episode that is cut off counts as over; LENGTH is long enough for that to matter little.
+    An episode that is truncated counts as ended; LENGTH is long enough for that to matter little.
     """
     rewards, mask = episodes.rewards / UNIT, episodes.mask
     returns = functional.rewards_to_go(rewards, mask, gamma=GAMMA)
-    if method == "REINFORCE":  # each move answers for the whole episode, even for what was before
+    if method == "REINFORCE":  # the return of the full episode, past rewards included
         return jnp.broadcast_to(returns[:, :1], returns.shape), returns
-    if method == "rewards to go":  # each move answers for what came after it
+    if method == "rewards to go":  # the rewards after each move
         return returns, returns
-    # Less what the critic expected. With lam 1 that is all there is to it; with 0 the critic also
-    # says what will come after the next move; GAE lies between, and PPO takes GAE.
+    # With lam 1 these are the rewards to go less the value of the critic, with lam 0 the one-step
+    # temporal-difference error; GAE interpolates, and PPO uses GAE.
     lam = {"baseline": 1.0, "actor-critic": 0.0}.get(method, LAM)
     advantages, returns = functional.gae(rewards, values, mask, gamma=GAMMA, lam=lam)
     if method == "PPO":
@@ -203,28 +203,28 @@ def advantages_and_returns(method, episodes, values):
     return advantages, returns
 
 
-def look_up(params, episodes):
-    """Log-probabilities of the moves taken, and the critic's values, f32[EPISODES, LENGTH]."""
+def logprobs_and_values(params, episodes):
+    """(log-probabilities of the moves, values), f32[EPISODES, LENGTH] each."""
     logprobs = jax.nn.log_softmax(params["logits"])[episodes.cells, episodes.actions]
     return logprobs, params["values"][episodes.cells]
 
 
 def surrogate_loss(surrogate, kl_coef, *batch):
-    """PPO's loss of the policy in either form, and the KL from the policy of the episodes."""
+    """(policy loss of PPO, KL from the policy that sampled the episodes)."""
     clipped, _ = functional.ppo_policy_loss(*batch, clip_range=surrogate.clip_range)
     penalized, metrics = functional.kl_penalty_policy_loss(*batch, kl_coef=kl_coef)
     return jnp.where(surrogate.penalized, penalized, clipped), metrics["kl"]
 
 
 def iterate(state, key, method, grid, surrogate, rate):
-    """Some episodes, advantages, and one update, or several for PPO; the exact score after it."""
+    """Samples episodes and updates once, or EPOCHS times for PPO: (state, exact score)."""
     episodes = sample(key, state.params["logits"], grid)
     mask = episodes.mask
-    old_logprobs, old_values = look_up(state.params, episodes)
+    old_logprobs, old_values = logprobs_and_values(state.params, episodes)
     advantages, returns = advantages_and_returns(method, episodes, old_values)
 
     def loss_fn(params):
-        logprobs, values = look_up(params, episodes)
+        logprobs, values = logprobs_and_values(params, episodes)
         if method == "PPO":
             batch = logprobs, old_logprobs, advantages, mask
             policy_loss, kl = surrogate_loss(surrogate, state.kl_coef, *batch)
@@ -250,7 +250,7 @@ def iterate(state, key, method, grid, surrogate, rate):
 
 
 def train(key, method, grid, surrogate, rate):
-    """One run: the last logits f32[CELLS, 4], and the exact score after each iteration."""
+    """One run: (last logits f32[CELLS, 4], exact score after each iteration)."""
 
     def step(state, key):
         return iterate(state, key, method, grid, surrogate, rate)
@@ -294,7 +294,7 @@ def normalized(scores, random_scores):
     return (scores - random_scores[:, None]) / (best - random_scores)[:, None]
 
 
-# What is shown.
+# Output.
 
 
 def stack(trees):
@@ -302,7 +302,7 @@ def stack(trees):
 
 
 def draw_curves(curves, optimum, random, output):
-    """Scores of all methods, means over layouts, between the random and the optimal policy."""
+    """A plot of the scores of all methods, means over layouts."""
     steps = np.arange(1, ITERATIONS + 1) * EPISODES
     lines = [
         Line(name, steps, curve.mean(axis=(0, 1)), colour=index)
@@ -315,10 +315,10 @@ def draw_curves(curves, optimum, random, output):
     save(output, "methods", plot)
 
 
-def policy_map(rows, probabilities, values):
-    """Cells with the likeliest move and their value, darker where they are worth more."""
+def policy_map(layout, probabilities, values):
+    """Cells with the most likely move and their value; a higher value is darker."""
     cells = []
-    for cell, symbol in enumerate("".join(rows)):
+    for cell, symbol in enumerate("".join(layout)):
         if symbol in "TM":
             cells.append(Cell(symbol, f"{REWARDS[symbol]:+g}", 0.0))
             continue
@@ -330,20 +330,20 @@ def policy_map(rows, probabilities, values):
 
 
 def draw_maps(logits, scores, name, output):
-    """The optimal policy of a layout, and the best and the worst that runs have learned."""
+    """The optimal policy of a layout, and those of the best and the worst run."""
     grid = read_grid(LAYOUTS[name])
     best = optimal_values(grid)
     maps = [("Optimal policy", policy_map(LAYOUTS[name], action_values(best, grid), best))]
-    for title, which in (("PPO, best run", np.argmax), ("PPO, worst run", np.argmin)):
-        learned = jax.nn.softmax(logits[which(scores)])
-        values = policy_values(learned, grid)
-        maps.append((title, policy_map(LAYOUTS[name], learned, values)))
-    note = "Likeliest move, and value of the cell. C start, b broom, T bathtub, M meat."
+    for title, choose in (("PPO, best run", np.argmax), ("PPO, worst run", np.argmin)):
+        policy = jax.nn.softmax(logits[choose(scores)])
+        values = policy_values(policy, grid)
+        maps.append((title, policy_map(LAYOUTS[name], policy, values)))
+    note = "Most likely move, and value of the cell. C start, b broom, T bathtub, M meat."
     save(output, "policies", map_plot(maps, note=note))
 
 
 def draw_surrogates(table, output):
-    """The table of surrogates as bars, beside the paper's values."""
+    """A bar plot of the table of surrogates, beside the values of the paper."""
     series = [(f"learning rate {rate:g}", table[:, i]) for i, rate in enumerate(RATES)]
     series.append(("the paper, on MuJoCo", [value for _, value in SURROGATES.values()]))
     title = "Normalised score: random policy 0, best run of each layout 1"
@@ -357,7 +357,7 @@ def main(seed=0, output="runs/lessons/grid_world"):
     A dict with `curves` {method: f32[layouts, RUNS, ITERATIONS]}, `optimum` and `random`
     f32[layouts], and `table` f32[surrogates, rates, layouts, RUNS], normalised.
     """
-    grids = stack([read_grid(rows) for rows in LAYOUTS.values()])
+    grids = stack([read_grid(layout) for layout in LAYOUTS.values()])
     optimum = np.asarray(jax.vmap(lambda grid: optimal_values(grid)[grid.start])(grids))
     random = np.asarray(jax.vmap(score, in_axes=(None, 0))(jnp.zeros((CELLS, 4)), grids))
     method_key, table_key = jax.random.split(jax.random.key(seed))
@@ -372,7 +372,7 @@ def main(seed=0, output="runs/lessons/grid_world"):
         means = (curves[method][..., step - 1].mean() for step in shown)
         print(f"{method:14} " + "".join(f"{mean:8.1f}" for mean in means))
     draw_curves(curves, optimum.mean(), random.mean(), Path(output))
-    # `logits` are those of the last method, PPO.
+    # `logits` of the last method, PPO.
     draw_maps(logits[0], curves["PPO"][0, :, -1], next(iter(LAYOUTS)), Path(output))
 
     surrogates = stack([surrogate for surrogate, _ in SURROGATES.values()])

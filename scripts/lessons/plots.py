@@ -1,6 +1,6 @@
-"""Plots of the lessons as SVG files, which every browser opens: numbers in, text of a file out.
+"""Plots of the lessons as text of SVG files, without a plotting package.
 
-They are written as text, so that the lessons need no plotting package.
+Each function returns the text of a file, which any browser opens.
 """
 
 import math
@@ -31,15 +31,15 @@ Numbers = Sequence[float] | np.ndarray
 
 
 class Line(NamedTuple):
-    """A curve: its name, its points, and perhaps a band around it.
+    """A curve with an optional band.
 
     Attributes:
-      label: the name in the legend; "" keeps the line out of it.
+      label: the name in the legend; "" has no entry.
       xs, ys: the points.
       low, high: edges of a band at the same xs, or None.
       colour: number of the colour.
-      dashed: whether the line is dashed, as a known value is that nobody has learned.
-      dots: whether the points are left apart.
+      dashed: whether the line is dashed, for known values.
+      dots: whether to draw points without a line.
     """
 
     label: str
@@ -53,7 +53,7 @@ class Line(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A square of a map: what stands large and small in it, and how dark it is, from 0 to 1."""
+    """A cell of a map: its large and its small text, and its darkness from 0 to 1."""
 
     large: str
     small: str
@@ -71,23 +71,23 @@ def line_plot(
     """The text of an SVG file with curves.
 
     Args:
-      title: what is shown.
-      lines: the curves, later ones over earlier ones.
+      title: above the plot.
+      lines: the curves; later ones are drawn over earlier ones.
       labels: names of the horizontal and of the vertical axis.
-      y_range: ends of the vertical axis; what the lines need, if None.
+      y_range: limits of the vertical axis; None fits the lines.
       log: whether the vertical axis is logarithmic.
     """
     legend, top = _legend([(x.label, x.colour, x.dashed) for x in lines if x.label])
     scale: Callable[[float], float] = math.log10 if log else float
     lines = [_scaled(line, scale) for line in lines]
-    x_ends = _ends([x for line in lines for x in line.xs])
+    x_limits = _limits([x for line in lines for x in line.xs])
     if y_range is None:
-        rows = [row for line in lines for row in (line.ys, line.low, line.high) if row is not None]
-        low, high = _ends([y for row in rows for y in row])
+        drawn = [ys for line in lines for ys in (line.ys, line.low, line.high) if ys is not None]
+        low, high = _limits([y for ys in drawn for y in ys])
         y_range = low - 0.04 * (high - low), high + 0.04 * (high - low)
     else:
         y_range = scale(y_range[0]), scale(y_range[1])
-    frame = _Frame(x_ends, y_range, top)
+    frame = _Frame(x_limits, y_range, top)
     parts = [_text(LEFT, 22, title, "title"), legend]
     parts += _axes(frame, labels, log)
     area = f'x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - BOTTOM - top}"'
@@ -100,15 +100,15 @@ def line_plot(
 def bar_plot(
     title: str, labels: Sequence[str], series: Sequence[tuple[str, Numbers]], *, note: str
 ) -> str:
-    """The text of an SVG file with lying bars: for each label one of each series."""
+    """The text of an SVG file with horizontal bars, one per label and series."""
     legend, top = _legend([(name, index, False) for index, (name, _) in enumerate(series)])
     thick, gap = 13, 12
-    row = thick * len(series) + gap
-    height = top + row * len(labels) + 46
+    group = thick * len(series) + gap
+    height = top + group * len(labels) + 46
     left = 24 + round(LETTER * max(len(label) for label in labels))
-    low, high = _ends([0.0, *(value for _, values in series for value in values)])
-    room = 0.12 * (high - low)  # for the numbers at the ends of the bars
-    low, high = (low - room if low < 0 else low), high + room
+    low, high = _limits([0.0, *(value for _, values in series for value in values)])
+    margin = 0.12 * (high - low)  # for the numbers beside the bars
+    low, high = (low - margin if low < 0 else low), high + margin
 
     def place(value: float) -> float:
         return left + (value - low) / (high - low) * (WIDTH - RIGHT - left)
@@ -119,23 +119,23 @@ def bar_plot(
         parts.append(_segment((x, top), (x, height - 46), kind))
         parts.append(_text(x, height - 30, f"{tick:g}", anchor="middle"))
     for i, label in enumerate(labels):
-        y = top + gap / 2 + i * row
+        y = top + gap / 2 + i * group
         middle = y + thick * len(series) / 2 + 4
         parts.append(_text(left - 10, middle, label, "strong", anchor="end"))
         for j, (_, values) in enumerate(series):
-            ends = sorted((place(0.0), place(values[i])))
+            start, end = sorted((place(0.0), place(values[i])))
             parts.append(
-                f'<rect x="{ends[0]:.1f}" y="{y + j * thick:.1f}" width="{ends[1] - ends[0]:.1f}" '
+                f'<rect x="{start:.1f}" y="{y + j * thick:.1f}" width="{end - start:.1f}" '
                 f'height="{thick - 2}" fill="{COLOURS[j]}"/>'
             )
-            x, anchor = (ends[1] + 5, "start") if values[i] >= 0 else (ends[0] - 5, "end")
+            x, anchor = (end + 5, "start") if values[i] >= 0 else (start - 5, "end")
             parts.append(_text(x, y + j * thick + 10, f"{values[i]:.2f}", anchor=anchor))
     parts.append(_text(WIDTH - RIGHT, height - 10, note, anchor="end"))
     return _file(parts, height)
 
 
 def map_plot(maps: Sequence[tuple[str, Sequence[Sequence[Cell]]]], *, note: str) -> str:
-    """The text of an SVG file with maps of square cells side by side, each under its title."""
+    """The text of an SVG file with maps of square cells side by side, each with its title."""
     columns = max(len(row) for _, cells in maps for row in cells)
     rows = max(len(cells) for _, cells in maps)
     across = (WIDTH - 2 * RIGHT - 24 * (len(maps) - 1)) / len(maps)
@@ -152,7 +152,7 @@ def map_plot(maps: Sequence[tuple[str, Sequence[Sequence[Cell]]]], *, note: str)
 
 
 def save(folder: Path, name: str, text: str) -> Path:
-    """Writes the text of an SVG file into the folder, which it makes, and returns its path."""
+    """Writes the text of an SVG file into a folder, which is created, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.svg"
     path.write_text(text, encoding="utf-8")
@@ -160,31 +160,31 @@ def save(folder: Path, name: str, text: str) -> Path:
 
 
 class _Frame(NamedTuple):
-    """Where numbers stand in pixels."""
+    """The mapping from numbers to pixels."""
 
-    x_ends: tuple[float, float]
-    y_ends: tuple[float, float]
+    x_limits: tuple[float, float]
+    y_limits: tuple[float, float]
     top: float
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x_ends[0]) / (self.x_ends[1] - self.x_ends[0])
-        up = (y - self.y_ends[0]) / (self.y_ends[1] - self.y_ends[0])
+        across = (x - self.x_limits[0]) / (self.x_limits[1] - self.x_limits[0])
+        up = (y - self.y_limits[0]) / (self.y_limits[1] - self.y_limits[0])
         low, high = HEIGHT - BOTTOM, self.top
         return LEFT + across * (WIDTH - LEFT - RIGHT), low + up * (high - low)
 
 
 def _axes(frame: _Frame, labels: tuple[str, str], log: bool) -> list[str]:
     parts = []
-    y_ticks = nice_ticks(*frame.y_ends, 5)
+    y_ticks = nice_ticks(*frame.y_limits, 5)
     if log:
         y_ticks = [tick for tick in y_ticks if tick == int(tick)]
     for tick in y_ticks:
-        x, y = frame.place(frame.x_ends[0], tick)
+        x, y = frame.place(frame.x_limits[0], tick)
         parts.append(_segment((x, y), (WIDTH - RIGHT, y), "zero" if tick == 0 else "grid"))
         text = f"{10**tick:g}" if log and tick > -4 else f"1e{tick:g}" if log else f"{tick:g}"
         parts.append(_text(x - 8, y + 4, text, anchor="end"))
-    for tick in nice_ticks(*frame.x_ends, 7):
-        x, y = frame.place(tick, frame.y_ends[0])
+    for tick in nice_ticks(*frame.x_limits, 7):
+        x, y = frame.place(tick, frame.y_limits[0])
         parts.append(_text(x, y + 18, f"{tick:g}", anchor="middle"))
     middle = (frame.top + HEIGHT - BOTTOM) / 2
     turned = f'transform="rotate(-90 16 {middle:.1f})" text-anchor="middle"'
@@ -194,7 +194,7 @@ def _axes(frame: _Frame, labels: tuple[str, str], log: bool) -> list[str]:
 
 
 def _legend(entries: Sequence[tuple[str, int, bool]]) -> tuple[str, float]:
-    """The legend in as many rows as it needs, and where the plot below it begins."""
+    """(legend, top of the plot below it); a long legend has several lines."""
     parts, x, y = [], float(LEFT), 44.0
     for label, colour, dashed in entries:
         width = 30 + LETTER * len(label)
@@ -219,7 +219,7 @@ def _band(frame: _Frame, line: Line) -> str:
 
 def _curve(frame: _Frame, line: Line) -> str:
     points = (frame.place(x, y) for x, y in zip(line.xs, line.ys))
-    if line.dots:  # lines of no length show as their round ends
+    if line.dots:  # a line of length 0 is drawn as its round cap
         path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
         return f'<path class="dots" d="{path}" stroke="{COLOURS[line.colour]}"/>'
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
@@ -240,11 +240,11 @@ def _cell(x: float, y: float, side: float, cell: Cell) -> list[str]:
 
 
 def _scaled(line: Line, scale: Callable[[float], float]) -> Line:
-    low, high = (None if row is None else [scale(y) for y in row] for row in (line.low, line.high))
+    low, high = (None if ys is None else [scale(y) for y in ys] for ys in (line.low, line.high))
     return line._replace(ys=[scale(y) for y in line.ys], low=low, high=high)
 
 
-def _ends(values: Numbers) -> tuple[float, float]:
+def _limits(values: Numbers) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 1.0, high + 1.0)
 

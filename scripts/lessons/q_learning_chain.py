@@ -1,16 +1,16 @@
-"""Tabular Q-learning on a line, against the values that can be written down exactly.
+"""Tabular Q-learning on a line, compared with the exact values.
 
     start  .  .  .  .  .  .  goal
 
-Two actions, left and right, and one reward: 1 for the step that reaches the right end, where the
-episode is over. Left of the first cell is a wall. Q(s, a) is what the future brings, discounted, if
-action a is taken in cell s and the best ones after it. Q-learning estimates it from single steps:
+There are two actions, left and right, and one reward: 1 for the step that reaches the goal, where
+the episode ends. Left of the first cell is a wall. Q(s, a) is the discounted return of action a in
+cell s followed by optimal actions. Q-learning estimates it from single steps:
 
     Q(s, a) += alpha * (r + gamma * max_b Q(s', b) - Q(s, a))
 
-The best way is straight to the right, so the exact values are powers of gamma. What is learned is
-independent of how the steps were chosen, as long as each action is tried again and again: the
-lesson walks with three shares of chance moves, and the same values come out, more or less quickly.
+The optimal policy always moves right, so the exact values are powers of gamma. The limit does not
+depend on the policy that chose the steps, as long as it tries each action again and again: the
+lesson uses three values of epsilon, and all converge to the same table, at different rates.
 
     python scripts/lessons/q_learning_chain.py [--seed N] [--output DIR]
 
@@ -29,48 +29,48 @@ from plots import Line, line_plot, save
 CELLS = 8  # 0 to 7; the goal is right of them
 LEFT, RIGHT = 0, 1
 GAMMA, ALPHA = 0.9, 0.2
-EPSILONS = (0.05, 0.2, 1.0)  # shares of moves by chance; 1 is a walk without any aim
+EPSILONS = (0.05, 0.2, 1.0)  # probabilities of a random move; 1 is a random walk
 RUNS, STEPS = 20, 30_000
 
 
 class State(NamedTuple):
-    """What one step hands to the next."""
+    """The carry of the scan over steps."""
 
     q: jax.Array  # f32[CELLS, 2]
     cell: jax.Array  # i32[]
 
 
 def exact_values():
-    """Q*(s, a), f32[CELLS, 2]: the reward comes with the step CELLS - s, discounted once per step.
+    """Q*(s, a), f64[CELLS, 2].
 
-    A step to the left costs itself and the way back, but for the first cell, where it only waits.
+    Q*(s, right) = gamma^(CELLS - 1 - s),   Q*(s, left) = gamma * Q*(max(s - 1, 0), right)
     """
     straight = GAMMA ** np.arange(CELLS - 1, -1, -1.0)
     return np.stack([GAMMA * straight[np.maximum(np.arange(CELLS) - 1, 0)], straight], axis=1)
 
 
 def move(cell, action):
-    """The next cell, the reward, and whether the episode is over."""
+    """(next cell, reward, whether the episode ends)."""
     next_cell = jnp.maximum(jnp.where(action == RIGHT, cell + 1, cell - 1), 0)
     done = next_cell == CELLS
     return next_cell, done.astype(jnp.float32), done
 
 
 def choose(key, q, epsilon):
-    """By chance with probability epsilon, else the better action; between equals, by chance."""
+    """An epsilon-greedy action; ties are broken at random."""
     chance_key, any_key = jax.random.split(key)
     any_action = jax.random.randint(any_key, (), 0, 2)
-    # Without the equals a table of zeros would say "left" for ever.
-    by_chance = (q[LEFT] == q[RIGHT]) | jax.random.bernoulli(chance_key, epsilon)
-    return jnp.where(by_chance, any_action, jnp.argmax(q))
+    # Without this argmax would always choose "left" from a table of zeros.
+    is_random = (q[LEFT] == q[RIGHT]) | jax.random.bernoulli(chance_key, epsilon)
+    return jnp.where(is_random, any_action, jnp.argmax(q))
 
 
 def step(state, key, epsilon):
-    """One move and one update; after the goal the next episode begins in cell 0."""
+    """One move and one update; after the goal the next episode starts in cell 0."""
     q, cell = state
     action = choose(key, q[cell], epsilon)
     next_cell, reward, done = move(cell, action)
-    # After the end there is no future; the table has no row for the goal.
+    # The value of the goal is 0; the table has no entry for it.
     future = jnp.where(done, 0.0, jnp.max(q[jnp.minimum(next_cell, CELLS - 1)]))
     error = reward + GAMMA * future - q[cell, action]
     q = q.at[cell, action].add(ALPHA * error)
@@ -84,12 +84,12 @@ def train(key, epsilon):
     return jax.lax.scan(lambda state, key: step(state, key, epsilon), start, keys)[1]
 
 
-# All runs with all shares of chance, as one program: f32[len(EPSILONS), RUNS, STEPS, CELLS, 2].
+# All runs with all values of epsilon, as one program: f32[len(EPSILONS), RUNS, STEPS, CELLS, 2].
 train_all = jax.jit(jax.vmap(jax.vmap(train, in_axes=(0, None)), in_axes=(None, 0)))
 
 
 def draw(tables, exact, output):
-    """Two plots: how the reward travels back from the goal, and the error for each epsilon."""
+    """Two plots: the values of each cell over the first steps, and the error for each epsilon."""
     early = slice(0, 1001, 5)
     steps = np.arange(1, STEPS + 1)
     lines = []
@@ -116,7 +116,7 @@ def draw(tables, exact, output):
 
 
 def main(seed=0, output="runs/lessons/q_learning_chain"):
-    """Learns, prints, plots; returns the last tables f32[len(EPSILONS), RUNS, CELLS, 2] and Q*."""
+    """Trains, prints, plots; returns the last tables f32[len(EPSILONS), RUNS, CELLS, 2] and Q*."""
     keys = jax.random.split(jax.random.key(seed), RUNS)
     tables = np.asarray(train_all(keys, jnp.array(EPSILONS)))
     exact = exact_values()

@@ -1,10 +1,9 @@
-"""A network learns from scores alone which words are wanted: the policy gradient at its smallest.
+"""A contextual bandit of six words: the policy gradient (REINFORCE) with a baseline.
 
-Six words, three of which score +1 and three -1. In comes a random word, out goes a word that the
-network chooses, and its score is all that the network is told. Nobody says which word would have
-been right, so this is no classification: what scored above average becomes more probable, what
-scored below becomes less probable. That is REINFORCE, and PPO on a language model is the same idea
-with longer answers, so it is worth seeing at a size where every number can be printed.
+Three words score +1 and three -1. The input is a random word, the output a word that the network
+samples, and the score of the output is the only signal. The right word is never shown, so this is
+not classification: words that score above the baseline become more probable, words that score below
+it less probable. PPO on a language model is the same idea with longer responses.
 
     python scripts/lessons/word_bandit.py [--seed N] [--output DIR]
 
@@ -26,22 +25,22 @@ from rlhf_jax import functional
 WORDS = ("happy", "joyful", "pleasant", "sad", "angry", "unpleasant")
 SCORES = jnp.array([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
 WIDTH = 128
-EPSILON = 0.01  # how often a word is chosen by chance, whatever the network thinks
-BASELINE_RATE = 0.1  # weight of the newest score in the running average
+EPSILON = 0.01  # probability of a uniformly random word
+BASELINE_RATE = 0.1  # weight of the newest score in the moving average
 RUNS, ITERATIONS = 20, 1000
 
 optimizer = optax.adam(3e-4)
 
 
 class State(NamedTuple):
-    """What one iteration hands to the next."""
+    """The carry of the scan over iterations."""
 
     params: dict
     opt_state: optax.OptState
-    baseline: jax.Array  # running average of the scores: what to expect of a word
+    baseline: jax.Array  # moving average of the scores
 
 
-# The policy: two layers over a one-hot word; out come the logits of the six words.
+# The policy: two layers from a one-hot word to the logits of the six words.
 
 
 def init_params(key):
@@ -61,21 +60,21 @@ def logits_of(params, words):
 
 
 def choose(key, logits, greedy):
-    """A word: by chance with probability EPSILON, else the likeliest one or a sample."""
+    """A random word with probability EPSILON, else the most likely one or a sample."""
     chance_key, any_key, sample_key = jax.random.split(key, 3)
     sampled = jax.random.categorical(sample_key, logits)
     chosen = jnp.where(greedy, jnp.argmax(logits), sampled)
-    by_chance = jax.random.bernoulli(chance_key, EPSILON)
-    return jnp.where(by_chance, jax.random.randint(any_key, (), 0, len(WORDS)), chosen)
+    is_random = jax.random.bernoulli(chance_key, EPSILON)
+    return jnp.where(is_random, jax.random.randint(any_key, (), 0, len(WORDS)), chosen)
 
 
 def positive_probability(params):
-    """How probable a positive word is under the network, mean over the words that come in."""
+    """The probability of a positive word under the network, a mean over the input words."""
     probabilities = jax.nn.softmax(logits_of(params, jnp.arange(len(WORDS))))
     return jnp.mean(jnp.sum(jnp.where(SCORES > 0, probabilities, 0.0), axis=1))
 
 
-# Learning: one word in, one word out, one score, one step.
+# Training: one input, one output, one score, one step.
 
 
 def iterate(state, key, greedy):
@@ -86,7 +85,7 @@ def iterate(state, key, greedy):
     advantage = score - state.baseline
 
     def loss_fn(params):
-        # The losses take whole batches of responses, [B, T]; this one is a single word.
+        # The losses take batches of responses, [B, T]; this is one word, [1, 1].
         logprobs = functional.token_logprobs(logits_of(params, word), choice)
         mask = jnp.ones((1, 1), bool)
         return functional.reinforce_loss(logprobs[None, None], advantage[None, None], mask)[0]
@@ -94,14 +93,14 @@ def iterate(state, key, greedy):
     loss, gradient = jax.value_and_grad(loss_fn)(state.params)
     updates, opt_state = optimizer.update(gradient, state.opt_state)
     params = optax.apply_updates(state.params, updates)
-    # Only now: the average that a score is compared with must not contain the score itself.
+    # After the update: the baseline of a score must not contain that score.
     baseline = state.baseline + BASELINE_RATE * advantage
     curves = {"loss": loss, "score": score, "positive": positive_probability(params)}
     return State(params, opt_state, baseline), curves
 
 
 def train(key, greedy):
-    """One run from fresh parameters on: curves f32[ITERATIONS]."""
+    """One run from random parameters: curves f32[ITERATIONS]."""
     init_key, key = jax.random.split(key)
     params = init_params(init_key)
     state = State(params, optimizer.init(params), jnp.float32(0.0))
@@ -109,25 +108,25 @@ def train(key, greedy):
     return jax.lax.scan(lambda state, key: iterate(state, key, greedy), state, keys)[1]
 
 
-# All runs of both ways to choose, as one program: curves f32[2, RUNS, ITERATIONS].
+# All runs, sampling and argmax, as one program: curves f32[2, RUNS, ITERATIONS].
 train_all = jax.jit(jax.vmap(jax.vmap(train, in_axes=(0, None)), in_axes=(None, 0)))
 
 
 def median_filtered(values, width=31):
-    """The median of each value's neighbourhood, which single large values do not move."""
+    """The moving median, which single large values do not change."""
     padded = np.pad(values, width // 2, mode="reflect")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=-1)
 
 
 def running_frequency(scores, width=50):
-    """Share of positive words among the last `width` of each run; of fewer at its beginning."""
+    """The share of positive words among the last `width` of each run, or fewer at its start."""
     total = np.cumsum(scores > 0, axis=-1)
     before = np.concatenate([np.zeros_like(total[..., :width]), total[..., :-width]], axis=-1)
     return (total - before) / np.minimum(np.arange(total.shape[-1]) + 1, width)
 
 
 def draw(curves, output):
-    """Three plots: the loss of one run that samples, the same filtered, and what is learned."""
+    """Three plots: the loss of one run that samples, its moving median, and the share of words."""
     steps, loss = np.arange(1, ITERATIONS + 1), curves["loss"][0, 0]
     labels = "iteration", "loss, -log p * advantage"
     line = Line("", steps, loss, dots=True)
@@ -153,8 +152,11 @@ def main(seed=0, output="runs/lessons/word_bandit"):
     print("            positive words among the last 50     their probability in the network")
     print("iteration          sampling           argmax          sampling             argmax")
     for step in (50, 100, 200, 400, 600, 800, ITERATIONS):
-        said, thought = (x[:, :, step - 1].mean(axis=1) for x in (frequency, network))
-        print(f"{step:9} {said[0]:17.3f} {said[1]:16.3f} {thought[0]:17.3f} {thought[1]:18.3f}")
+        frequencies, probabilities = (x[:, :, step - 1].mean(axis=1) for x in (frequency, network))
+        columns = (*frequencies, *probabilities)
+        widths = (17, 16, 17, 18)
+        cells = (f"{value:{width}.3f}" for value, width in zip(columns, widths))
+        print(f"{step:9} " + " ".join(cells))
     draw(curves, Path(output))
     return curves
 

@@ -1,4 +1,4 @@
-"""A workload that takes no time, and a peer that does none."""
+"""A tiny workload, and a peer that answers at once."""
 
 import sys
 
@@ -7,22 +7,22 @@ import pytest
 from scripts.benchmark.sides import SideCommand
 from scripts.benchmark.workloads import Workload
 
-# Answers as trl_worker.py does; notes each line that it read, and its name.
+# Follows the protocol of trl_worker.py; logs its name and each line that it reads.
 PEER = """
 import json, sys
 request = json.load(open(sys.argv[3]))
 log = open(sys.argv[2], "a", buffering=1)
-def tell(**answer): print(json.dumps(answer), flush=True)
+def send(**answer): print(json.dumps(answer), flush=True)
 print("warming up", file=sys.stderr)
 if request["dtype"] == "bfloat16":
     sys.exit("RuntimeError: this peer has no bfloat16")
-tell(ready=True, versions={"trl": "0.0", "numpy": "0.1"})
+send(ready=True, versions={"trl": "0.0", "numpy": "0.1"})
 for line in sys.stdin:
     log.write(f"{sys.argv[1]} {line}")
     if line == "step\\n":
-        tell(seconds=2.0)
+        send(seconds=2.0)
     if line == "stop\\n":
-        tell(peak_bytes=2**30, peak_of="steps")
+        send(peak_bytes=2**30, peak_of="steps")
         break
 """
 
@@ -35,7 +35,7 @@ def tiny():
 
 @pytest.fixture
 def peer(tmp_path):
-    """A peer by name and dtype; what all of them read is in `tmp_path / "log"`."""
+    """The command of a peer, by name and dtype; all requests are in `tmp_path / "log"`."""
     program = tmp_path / "peer.py"
     program.write_text(PEER)
 

@@ -11,64 +11,63 @@ from scripts.benchmark.settings import BenchmarkError
 from scripts.benchmark.workloads import WORKLOADS
 
 BLOCK = attention.BLOCK
-FORMS = {workload.name: check.small_form(workload, (7, 5)) for workload in WORKLOADS}
+SMALL = {workload.name: check.small_workload(workload, (7, 5)) for workload in WORKLOADS}
 
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    """Rows as short as these have several blocks of queries, too."""
+    """Attention computes several blocks of queries of short sequences too."""
     monkeypatch.setattr(attention, "BLOCK", 4)
 
 
-def test_mid_and_small_are_checked_once_and_with_rows_of_several_blocks():
-    forms = {check.small_form(workload) for workload in WORKLOADS}
-    assert len(forms) == len(set(FORMS.values())) == 6
-    for form in forms:
-        assert form.prompt_length > BLOCK or form.kind == "generate"
-        assert form.response_length > BLOCK or form.kind != "reward"
+def test_workloads_with_the_same_settings_are_checked_once_with_several_blocks():
+    distinct = {check.small_workload(workload) for workload in WORKLOADS}
+    assert len(distinct) == len(set(SMALL.values())) == 6
+    for small_workload in distinct:
+        assert small_workload.prompt_length > BLOCK or small_workload.kind == "generate"
+        assert small_workload.response_length > BLOCK or small_workload.kind != "reward"
 
 
-# The frozen half, a shared trunk, sampled tokens, and two epochs, of which the second clips.
+# Frozen layers, a shared base, sampled tokens, and two epochs; the second one clips.
 @pytest.mark.parametrize("name", ["reward_frozen_small", "ppo_shared_mid"])
-def test_steps_give_what_the_plain_path_gives(name):
-    found = check.difference(FORMS[name])
-    assert found.loss < 1e-5
-    assert found.gradients < 1e-4
+def test_steps_equal_the_plain_path(name):
+    result = check.difference(SMALL[name])
+    assert result.loss < 1e-5
+    assert result.gradients < 1e-4
 
 
-def test_greedy_tokens_and_logprobs_are_those_of_whole_passes():
-    form = replace(FORMS["generate_mid"], n_layer=1, response_length=3)
-    found = check.difference(form)
-    assert found.loss < 1e-5
-    assert found.gradients == 0.0
+def test_greedy_tokens_and_logprobs_are_those_of_full_passes():
+    result = check.difference(replace(SMALL["generate_mid"], n_layer=1, response_length=3))
+    assert result.loss < 1e-5
+    assert result.gradients == 0.0
 
 
 def wrong_loss(logits, targets, mask, **others):
     return cross_entropy_loss(logits * 1.001, targets, mask, **others)
 
 
-def wrong_blocks(given, k, v, rows, *others, plain=attention._block_backward):
-    """Of all queries but those of the first block."""
-    for_q, for_k, for_v = plain(given, k, v, rows, *others)
-    return for_q, for_k, for_v * (1.001 if rows.start else 1.0)
+def wrong_blocks(queries, k, v, block, *others, right=attention._block_backward):
+    """Gradients that are wrong in all blocks but the first."""
+    for_q, for_k, for_v = right(queries, k, v, block, *others)
+    return for_q, for_k, for_v * (1.001 if block.start else 1.0)
 
 
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [(sft, "cross_entropy_loss", wrong_loss), (attention, "_block_backward", wrong_blocks)],
 )
-def test_what_is_broken_ends_the_command(monkeypatch, module, name, wrong):
+def test_a_wrong_loss_or_gradient_ends_the_command(monkeypatch, module, name, wrong):
     monkeypatch.setattr(module, name, wrong)
-    form = replace(FORMS["sft_mid"], n_layer=1)
-    monkeypatch.setattr(check, "small_form", lambda workload: form)
+    one_layer = replace(SMALL["sft_mid"], n_layer=1)
+    monkeypatch.setattr(check, "small_workload", lambda workload: one_layer)
     with pytest.raises(BenchmarkError, match="the check of sft failed: loss and gradients differ"):
         check.check_all(WORKLOADS[:1])
 
 
 def test_differences_are_relative_to_each_leaf():
     assert check.relative([[1.0, 100.0], [2.0]], [[1.0, 100.0], [1.0]]) == pytest.approx(1.0)
-    # What is all but zero beside the others is rounding.
+    # A leaf that is nearly 0 beside the others differs by rounding.
     assert check.relative([1000.0, 1e-6], [1000.0, 0.0]) == pytest.approx(1e-6)
     assert np.isnan(check.relative([np.nan], [1.0]))
     with pytest.raises(BenchmarkError):
-        check._judge(check.Difference("x", float("nan"), 0.0))
+        check._assert_close(check.Difference("x", float("nan"), 0.0))

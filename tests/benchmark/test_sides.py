@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from scripts.benchmark import apart, command, settings, sides
+from scripts.benchmark import command, isolation, settings, sides
 from scripts.benchmark.machine import Machine
 from scripts.benchmark.settings import BenchmarkError
 from scripts.benchmark.workloads import make_arrays, make_request, read_request
 
 
-def test_sides_take_turns_and_forget_their_peaks_after_the_warm_up(peer, tiny, tmp_path):
+def test_sides_take_turns_and_reset_their_peaks_after_the_warm_up(peer, tiny, tmp_path):
     commands = [peer("one"), peer("two")]
     found = sides.take_turns(commands, tiny, rounds=2, warmup=1)
     turn = ["one step", "two step"]
@@ -50,24 +50,24 @@ def test_a_workload_in_bfloat16_has_each_side_in_it_once(tiny, monkeypatch):
     ours, trl = (each.environment for each in half)
     assert (ours["CUDA_VISIBLE_DEVICES"], trl["CUDA_VISIBLE_DEVICES"]) == ("2,3", "2")
     assert ours["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    # Beside a JAX on the CPU, PyTorch sees no GPU either.
+    # GPUs are hidden from PyTorch if JAX runs on the CPU.
     assert sides.trl_command("python", "float32").environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_what_runs_apart_is_another_process_and_its_errors_come_back(monkeypatch):
-    assert apart.apart(os.getpid) == os.getpid()
+def test_an_isolated_function_runs_in_a_subprocess_and_raises_its_errors(monkeypatch):
+    assert isolation.isolated(os.getpid) == os.getpid()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert apart.apart(os.getpid) != os.getpid()
+    assert isolation.isolated(os.getpid) != os.getpid()
     with pytest.raises(ZeroDivisionError):
-        apart.apart(divmod, 1, 0)
+        isolation.isolated(divmod, 1, 0)
 
 
-def test_a_side_that_ends_is_told_with_its_last_words(peer, tiny):
-    with pytest.raises(BenchmarkError, match=r"trl could not do sft_tiny: it ended, and said: Run"):
+def test_a_side_that_ends_early_is_an_error_with_its_last_output(peer, tiny):
+    with pytest.raises(BenchmarkError, match=r"trl could not run sft_tiny: it ended with: Run"):
         sides.take_turns([peer(dtype="bfloat16")], tiny, rounds=1, warmup=1)
 
 
-def test_a_request_is_read_as_it_was_made(tiny):
+def test_a_request_is_read_as_it_was_written(tiny):
     request = json.loads(json.dumps(make_request(tiny, "bfloat16")))
     assert read_request(request) == (tiny, "bfloat16")
     assert request["pad_token_id"] == 14
@@ -77,10 +77,10 @@ def test_a_request_is_read_as_it_was_made(tiny):
     assert arrays["loss_mask"].tolist() == [[False, False, False, True, True]] * 2
 
 
-def test_a_workload_that_fails_takes_none_of_those_before(
+def test_a_workload_that_fails_does_not_lose_the_ones_before(
     peer, tiny, machine, tmp_path, monkeypatch
 ):
-    """With two peers in place of our side, one of which ends in the second workload."""
+    """A peer in place of this library; it fails in the second workload."""
     workloads = (tiny, dataclasses.replace(tiny, name="sft_other"))
     monkeypatch.setattr(settings, "WORKLOADS", workloads)
     monkeypatch.setattr(settings, "NAMES", tuple(workload.name for workload in workloads))
@@ -108,8 +108,10 @@ def machine():
     return Machine({"float32": 1e9, "bfloat16": 2e9}, 1e9, 2e9)
 
 
-def test_the_command_measures_us_beside_a_peer(peer, tiny, machine, tmp_path, monkeypatch, capsys):
-    """All of it: our process, the peer's, the table, and the file."""
+def test_the_command_measures_this_library_beside_a_peer(
+    peer, tiny, machine, tmp_path, monkeypatch, capsys
+):
+    """Both processes, the table, and the file."""
     monkeypatch.setattr(settings, "WORKLOADS", (tiny,))
     monkeypatch.setattr(settings, "NAMES", (tiny.name,))
     monkeypatch.setattr(command, "measure_machine", lambda: machine)
@@ -121,7 +123,7 @@ def test_the_command_measures_us_beside_a_peer(peer, tiny, machine, tmp_path, mo
     (found,) = result["workloads"]
     ours = found["sides"]["ours"]
     assert len(ours["seconds"]) == 2
-    assert ours["losses"][0] == pytest.approx(2.77, abs=0.1)  # log 16: nothing is learned yet
+    assert ours["losses"][0] == pytest.approx(2.77, abs=0.1)  # log 16, before any training
     assert ours["ready"]["compile_seconds"] > 0
     assert ours["ready"]["temporary_bytes"] > 0
     assert ours["peak_bytes"] > 2**20
