@@ -2,7 +2,8 @@
 # installs what it needs there; the second time that takes no time.
 
 # pytest's workers keep the cores busy; a second thread for each of XLA's operations would only have
-# them wait for one another. Each file goes to one worker, which makes what its tests share once.
+# them wait for one another. Each file goes to one worker, which makes what its tests share once, in
+# the order of tests/conftest.py: long files first.
 workers ?= 2
 pytest = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(2)" \
     $(1)/bin/python -m pytest -q -n $(workers) --dist loadfile --no-loadscope-reorder
@@ -21,9 +22,10 @@ test:  ## set up, then run all tests
 	@tools/setup train,dev
 	$(call pytest,.venv)
 
-# Most of the time of the tests goes into compiling programs that run once. On the newest end many
-# are compiled as users do; this one leaves most of XLA's optimizations out, and XLA's newer way to
-# make a kernel of a fusion, which in this version takes twice as long as the older one.
+# Most of the time of the tests goes into compiling programs that run once. On the newest end the
+# files that tests/conftest.py lists are compiled as users do; this one leaves most of XLA's
+# optimizations out everywhere, and XLA's newer way to make a kernel of a fusion, which in this
+# version takes twice as long as the older one.
 test-oldest:  ## the same with Python 3.11 and the oldest versions that are supported
 	@tools/setup --oldest train,test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(call pytest,.venv-oldest,--xla_cpu_use_fusion_emitters=false)

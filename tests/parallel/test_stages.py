@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = (1, 1, 1)
-# tools/check_meshes.py does all factorisations with all stages, two seeds at once among them.
-# Every stage where all axes are split, and an axis alone with one of them.
+# tools/check_meshes.py trains all stages on all factorisations.
+# Here each stage where all axes are split, and each axis alone with one stage.
 STAGES = ("sft", "reward", "ppo", "frozen")
 PLAN = {(8, 1, 1): ("ppo",), (1, 8, 1): ("sft",), (1, 2, 4): ("reward",), (2, 2, 2): STAGES}
 RUNS = [(sizes, stage) for sizes, stages in PLAN.items() for stage in stages]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from rlhf_jax.runtime.commands import compilation_cache
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands import compilation_cache, terminal
 from rlhf_jax.runtime.commands.compilation_cache import SETTINGS, keep_compiled
+from rlhf_jax.runtime.commands.main import main
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 UNTOLD = {
@@ -94,14 +94,12 @@ def umask():
 
 
 def test_a_command_makes_the_folder_once_its_settings_are_known(home, monkeypatch):
-    monkeypatch.setattr(cli, "_set_up_logging", lambda: None)  # caplog would hear nothing then
+    monkeypatch.setattr(terminal, "_set_up_logging", lambda: None)  # caplog would hear nothing then
     monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.setattr("sys.argv", ["train_sft.py", "--sft.batch_size", "none"])
-    assert cli.main("train_sft", "SFTConfig") == 2
+    assert main(["sft", "--sft.batch_size", "none"]) == 2
     assert not list(home.iterdir())
-    monkeypatch.setattr("rlhf_jax.runtime.train_sft", lambda config: None)
-    monkeypatch.setattr("sys.argv", ["train_sft.py"])
-    assert cli.main("train_sft", "SFTConfig") == 0
+    monkeypatch.setattr("rlhf_jax.runtime.train", lambda trainer, config: None)
+    assert main(["sft"]) == 0
     assert kept(home / ".cache" / "rlhf-jax") == []
     assert (home / ".cache" / "rlhf-jax" / "xla").is_dir()
 
