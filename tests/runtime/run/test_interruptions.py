@@ -14,7 +14,8 @@ import yaml
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime import train_ppo
-from rlhf_jax.runtime.commands import terminal as cli
+from rlhf_jax.runtime.commands import terminal
+from rlhf_jax.runtime.commands.main import main
 from rlhf_jax.runtime.run import metrics
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.signals import EvaluationTerminated, Signals, Terminated
@@ -142,16 +143,17 @@ def test_the_command_exits_with_0_when_terminated_and_with_130_at_ctrl_c(
     tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(small.sft(tmp_path / "run")))
-    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--config", str(tmp_path / "config.yaml")])
-    monkeypatch.setattr(cli, "_set_up_logging", lambda: None)
+    monkeypatch.setattr(terminal, "_set_up_logging", lambda: None)
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         with monkeypatch.context() as patch:
             send_signal_in(patch, OfflineStage, "step", number=number)
-            assert cli.main("train_sft", "SFTConfig") == status
+            assert main(["sft", "--config", str(tmp_path / "config.yaml")]) == status
         assert "everything is saved in" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setattr(cli, "run", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "rlhf_jax.runtime.run_rlhf", lambda config: os.kill(os.getpid(), signal.SIGTERM)
+    )
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.main("run_rlhf", "RLHFConfig") == 0  # between two stages
+    assert main(["run"]) == 0  # between two stages
     assert signal.getsignal(signal.SIGTERM) == before
 
 
