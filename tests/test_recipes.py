@@ -90,9 +90,9 @@ def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = config.resolve(KINDS[command_of(path)], path)
     assert made.run_dir.startswith("runs/")
-    settings = made.optimizer
-    of_all = isinstance(settings, config.StageOptimizers)
-    for each in [getattr(settings, stage) for stage in STAGES] if of_all else [settings]:
+    optimizers = made.optimizer
+    is_pipeline = isinstance(made, config.RLHFConfig)
+    for each in [getattr(optimizers, s) for s in STAGES] if is_pipeline else [optimizers]:
         make_optimizer(each, 10)
 
 
