@@ -76,8 +76,8 @@ def test_a_file_a_dict_and_flags_say_the_same(written, tmp_path):
 def test_a_text_of_the_command_line_stays_as_it_is(text):
     assert parse(GenerateConfig, ["--prompt", text]).prompt == text
     assert parse(GenerateConfig, ["--prompt", "null"]).prompt is None
-    config = parse(SFTConfig, ["--data.split_at", text, "--data.columns.prompt", "question"])
-    assert (config.data.split_at, config.data.columns) == (text, {"prompt": "question"})
+    config = parse(SFTConfig, ["--data.columns.prompt", "question", "--data.split_at", f"# {text}"])
+    assert (config.data.split_at, config.data.columns) == (f"# {text}", {"prompt": "question"})
 
 
 def test_null_and_numbers_arrive_as_their_types(written):

@@ -4,9 +4,9 @@ import contextlib
 import io
 import types
 
+import jax
 import pytest
 
-from rlhf_jax.runtime.run import utilization
 from rlhf_jax.runtime.run.progress import Progress, Throughput
 
 
@@ -89,7 +89,7 @@ def test_throughput_leaves_out_compilation_and_pauses():
 def test_throughput_has_the_utilization_of_devices_of_known_peak(monkeypatch):
     clock = Clock()
     devices = [types.SimpleNamespace(device_kind="NVIDIA H100")] * 2
-    monkeypatch.setattr(utilization.jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
     throughput = Throughput(6e9, 2e11, clock=clock)
     throughput.add(0)
     clock.now += 2
