@@ -255,7 +255,7 @@ def test_all_functions_are_tried_with_the_columns_before_the_first_step(tmp_path
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"rewards": [{}]}, "rewards: a source has at least one key; {weight: 1.0} stands for"),
+        ({"rewards": [{}]}, "rewards: each element has at least one key, such as {path: folder}"),
         ({"ppo": {"ptx_coef": 1.0}, "data": {"path": "x.jsonl"}}, "there are no texts to mix in"),
     ],
 )
