@@ -123,6 +123,7 @@ def load_pretrained(
       InputError: the folder cannot be found, read, or represented, or the mesh does not divide
         the model.
 
+    >>> import tempfile
     >>> settings = ModelSettings(n_positions=8, n_embd=8, n_layer=2, n_head=2)
     >>> model = fresh_model(settings, vocab_size=10)
     >>> params = model.init(jax.random.key(0))

@@ -201,7 +201,7 @@ def test_the_stage_logs_the_rouge_of_the_command(models, tmp_path):
         (
             {},
             {"evaluation": {"best_of": 4}},
-            "evaluation.best_of must be a list such as [1, 2, 4], but is '4'.",
+            "evaluation.best_of must be a list such as [1, 2, 4], but is 4.",
         ),
         (
             {},
