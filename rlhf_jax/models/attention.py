@@ -8,6 +8,8 @@ are processed in blocks, each with the keys up to its last position: most produc
 mask hides are not computed.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -32,6 +34,7 @@ def self_attention(
     past: Memory | None = None,
     *,
     implementation: str = "blocks",
+    softcap: float | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
     """Attention of P tokens of a prompt and K responses of T tokens, S = P + K * T.
@@ -42,6 +45,7 @@ def self_attention(
       mask: of `attention_mask`.
       past: keys and values [B, Hk, P, d] of a prefix, where `mask.past` is of one.
       implementation: "blocks", here, or "cudnn", as in `models/cudnn_attention.py`.
+      softcap: as in `attend`.
       dropout: of the weights, for plain texts only.
 
     Returns:
@@ -53,22 +57,23 @@ def self_attention(
         past = k[:, :, :length], v[:, :, :length]
         prompt_q = q[:, None, :, :length]
         prompt_k, prompt_v = (x[:, None] for x in past)
-        prompt_visible = mask.prompt[:, None]
-        parts.append(_attend_by(implementation, prompt_q, prompt_k, prompt_v, prompt_visible))
+        prompt = prompt_q, prompt_k, prompt_v, mask.prompt[:, None]
+        parts.append(_attend_by(implementation, softcap, *prompt))
     seen = None
     if mask.past is not None:
         assert past is not None  # of the prompt above, or of a prefix
         seen = Past(past[0], past[1], mask.past)
     count = mask.own.shape[1]
     own_q, own_k, own_v = (_split_responses(x[:, :, length:], count) for x in (q, k, v))
-    parts.append(_attend_by(implementation, own_q, own_k, own_v, mask.own, seen, dropout))
+    own = own_q, own_k, own_v, mask.own, seen, dropout
+    parts.append(_attend_by(implementation, softcap, *own))
     return jnp.concatenate([_join_responses(part) for part in parts], axis=2)
 
 
-def _attend_by(implementation, q, k, v, visible, past=None, dropout=None):
+def _attend_by(implementation, softcap, q, k, v, visible, past=None, dropout=None):
     if implementation == "cudnn":
         return attend_by_cudnn(q, k, v, visible, past)
-    return attend(q, k, v, visible, past, dropout)
+    return attend(q, k, v, visible, past, dropout, softcap=softcap)
 
 
 def _split_responses(x, count):
@@ -90,6 +95,8 @@ def attend(
     visible: jax.Array,
     past: Past | None = None,
     dropout: Dropout | None = None,
+    *,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Attention of K responses of T tokens in each of G groups, to themselves and to a past.
 
@@ -99,6 +106,8 @@ def attend(
       visible: bool[G, K, T, T], whether token t sees token m of its response, m <= t.
       past: of each group, seen by all its responses.
       dropout: of the weights [G, K, H, T, T], without a past only.
+      softcap: c, with which c * tanh(q . k / c) takes the place of q . k (Gemma Team 2024, Gemma 2,
+        section 2; arXiv:2408.00118).
 
     Returns:
       [G, K, H, T, d] in the dtype of q; 0 where a token sees nothing.
@@ -110,7 +119,7 @@ def attend(
     if past is not None:
         keys, values = _repeat_heads(past.keys, heads, 1), _repeat_heads(past.values, heads, 1)
         past = Past(keys, values, past.mask)
-    return _attend(q, k, v, visible, past, dropout)
+    return _attend(softcap, q, k, v, visible, past, dropout)
 
 
 def _repeat_heads(x, heads, axis):
@@ -119,7 +128,12 @@ def _repeat_heads(x, heads, axis):
 
 
 def attend_to_cache(
-    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array,
+    *,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Attention of new tokens to a cache.
 
@@ -136,20 +150,20 @@ def attend_to_cache(
     if groups > 1:
         q = q.reshape(shape[0], keys.shape[1], groups * shape[2], shape[3])
         visible = jnp.tile(visible, (1, groups, 1))
-    logits = _product("bhld,bhcd->bhlc", q, keys)
+    logits = _capped(softcap, _product("bhld,bhcd->bhlc", q, keys))
     logits = jnp.where(visible[:, None], logits, _MIN)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     return jnp.einsum("bhlc,bhcd->bhld", weights, values).reshape(shape)
 
 
-@jax.custom_vjp
-def _attend(q, k, v, visible, past, dropout):
-    return _forward(q, k, v, visible, past, dropout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(softcap, q, k, v, visible, past, dropout):
+    return _forward(softcap, q, k, v, visible, past, dropout)[0]
 
 
-def _forward(q, k, v, visible, past, dropout):
+def _forward(softcap, q, k, v, visible, past, dropout):
     blocks = [
-        _block_forward(q[..., block, :], k, v, block, visible, past, dropout)
+        _block_forward(softcap, q[..., block, :], k, v, block, visible, past, dropout)
         for block in _blocks(q.shape[-2])
     ]
     out, log_total = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks, strict=True))
@@ -158,15 +172,17 @@ def _forward(q, k, v, visible, past, dropout):
     return out, (q, k, v, visible, past, dropout, out, log_total)
 
 
-def _block_forward(q, k, v, block, visible, past, dropout):
+def _block_forward(softcap, q, k, v, block, visible, past, dropout):
     """(out [G, K, H, t, d], log_total f32[G, K, H, t, 1]) of a block of t queries."""
     k, v = k[..., : block.stop, :], v[..., : block.stop, :]
     own_visible = visible[:, :, None, block, : block.stop]
-    own = jnp.where(own_visible, _product("gkhtd,gkhmd->gkhtm", q, k), _MIN)
+    own = _capped(softcap, _product("gkhtd,gkhmd->gkhtm", q, k))
+    own = jnp.where(own_visible, own, _MIN)
     top = jnp.max(own, axis=-1, keepdims=True)
     if past is not None:
-        seen, count = past.mask[:, None, None], q.shape[1]
-        before = jnp.where(seen, _product("ghtd,ghmd->ghtm", _grouped(q), past.keys), _MIN)
+        seen, count = _seen(past.mask, block, q.shape), q.shape[1]
+        before = _capped(softcap, _product("ghtd,ghmd->ghtm", _grouped(q), past.keys))
+        before = jnp.where(seen, before, _MIN)
         top = jnp.maximum(top, _apart(jnp.max(before, axis=-1, keepdims=True), count))
     weights = jnp.where(own_visible, jnp.exp(own - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -182,7 +198,7 @@ def _block_forward(q, k, v, block, visible, past, dropout):
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
 
-def _backward(saved, gradient):
+def _backward(softcap, saved, gradient):
     q, k, v, visible, past, dropout, out, log_total = saved
     # sum_m w_tm dw_tm, which the gradient of the softmax subtracts for each t.
     mean = jnp.sum(_wide(gradient) * _wide(out), axis=-1, keepdims=True)
@@ -190,30 +206,31 @@ def _backward(saved, gradient):
     for_k, for_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     for block in _blocks(q.shape[-2]):
         queries = tuple(x[..., block, :] for x in (q, gradient, mean, log_total))
-        block_q, block_k, block_v = _block_backward(queries, k, v, block, visible, dropout)
+        block_q, block_k, block_v = _block_backward(softcap, queries, k, v, block, visible, dropout)
         missing = [(0, 0)] * 3 + [(0, k.shape[-2] - block.stop), (0, 0)]
         for_k, for_v = for_k + jnp.pad(block_k, missing), for_v + jnp.pad(block_v, missing)
         parts.append(block_q)
     for_q = jnp.concatenate(parts, axis=3)
     if past is not None:
-        before_q, for_past = _past_backward(q, gradient, mean, log_total, past)
+        before_q, for_past = _past_backward(softcap, q, gradient, mean, log_total, past)
         for_q += before_q
     dtype = q.dtype
     return for_q.astype(dtype), for_k.astype(dtype), for_v.astype(dtype), None, for_past, None
 
 
-def _block_backward(queries, k, v, block, visible, dropout):
+def _block_backward(softcap, queries, k, v, block, visible, dropout):
     """Gradients for q, k and v, in float32, from a block of queries."""
     q, gradient, mean, log_total = queries
     k, v = k[..., : block.stop, :], v[..., : block.stop, :]
     own_visible = visible[:, :, None, block, : block.stop]
-    logits = _product("gkhtd,gkhmd->gkhtm", q, k)
+    logits = _capped(softcap, _product("gkhtd,gkhmd->gkhtm", q, k))
     weights = jnp.where(own_visible, jnp.exp(logits - log_total), 0.0)
     for_weights, read = _product("gkhtd,gkhmd->gkhtm", gradient, v), weights
     if dropout is not None:
         for_weights = _dropped(dropout, for_weights, block)
         read = _dropped(dropout, weights, block)
-    for_logits = (weights * (for_weights - mean)).astype(q.dtype)
+    for_logits = weights * (for_weights - mean) * _slope(softcap, logits)
+    for_logits = for_logits.astype(q.dtype)
     return (
         _product("gkhtm,gkhmd->gkhtd", for_logits, k),
         _product("gkhtm,gkhtd->gkhmd", for_logits, q),
@@ -221,14 +238,15 @@ def _block_backward(queries, k, v, block, visible, dropout):
     )
 
 
-def _past_backward(q, gradient, mean, log_total, past):
+def _past_backward(softcap, q, gradient, mean, log_total, past):
     """(gradient for q, gradients for the past), summed over the responses of each group."""
-    count = q.shape[1]
+    count, seen = q.shape[1], _seen(past.mask, slice(None), q.shape)
     q, gradient, mean, log_total = (_grouped(x) for x in (q, gradient, mean, log_total))
-    logits = _product("ghtd,ghmd->ghtm", q, past.keys)
-    weights = jnp.where(past.mask[:, None, None], jnp.exp(logits - log_total), 0.0)
+    logits = _capped(softcap, _product("ghtd,ghmd->ghtm", q, past.keys))
+    weights = jnp.where(seen, jnp.exp(logits - log_total), 0.0)
     for_weights = _product("ghtd,ghmd->ghtm", gradient, past.values)
-    for_logits = (weights * (for_weights - mean)).astype(q.dtype)
+    for_logits = weights * (for_weights - mean) * _slope(softcap, logits)
+    for_logits = for_logits.astype(q.dtype)
     for_keys = _product("ghtm,ghtd->ghmd", for_logits, q).astype(q.dtype)
     for_values = _product("ghtm,ghtd->ghmd", weights.astype(q.dtype), gradient).astype(q.dtype)
     for_q = _product("ghtm,ghmd->ghtd", for_logits, past.keys)
@@ -237,6 +255,23 @@ def _past_backward(q, gradient, mean, log_total, past):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _capped(softcap, logits):
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _slope(softcap, capped):
+    """The derivative of `_capped`, from its result."""
+    return 1.0 if softcap is None else 1.0 - jnp.square(capped / softcap)
+
+
+def _seen(mask, block, shape):
+    """bool[G, 1, K * T or 1, P] of `Past.mask`, for a block of the queries [G, K, H, t, d]."""
+    if mask.shape[1:3] == (1, 1):
+        return mask
+    mask = mask[:, :, None, block]
+    return _grouped(jnp.broadcast_to(mask, (*shape[:2], *mask.shape[2:])))
 
 
 def _dropped(dropout, weights, block):

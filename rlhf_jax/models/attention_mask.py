@@ -1,4 +1,7 @@
-"""Which tokens see which: texts, packed texts, and prompts with several responses."""
+"""Which tokens see which: texts, packed texts, and prompts with several responses.
+
+With a window w, a token sees w positions, its own included.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models.cache import Cache
-from rlhf_jax.models.interface import SharedPrompt
+from rlhf_jax.models.interface import SharedPrompt, positions_from
 
 
 class Past(NamedTuple):
@@ -14,7 +17,7 @@ class Past(NamedTuple):
 
     Attributes:
       keys, values: [G, Hk, P, d], Hk key/value heads.
-      mask: bool[G, P], True on real tokens.
+      mask: bool[G, K or 1, T or 1, P], whether token t of response k sees position p.
     """
 
     keys: jax.Array
@@ -28,8 +31,9 @@ class AttentionMask(NamedTuple):
     Attributes:
       own: bool[B, K, T, T], tokens of each response among themselves.
       prompt: bool[B, P, P], tokens of the prompt among themselves; None where P is 0.
-      past: bool[B, P], the tokens that all responses see: those of the prompt, or of a prefix whose
-        keys and values are an argument; None where nothing is before them.
+      past: bool[B, K or 1, T or 1, P], the tokens before the responses that each one sees: those of
+        the prompt, or of a prefix whose keys and values are an argument; None where nothing is
+        before them.
     """
 
     own: jax.Array
@@ -37,30 +41,52 @@ class AttentionMask(NamedTuple):
     past: jax.Array | None = None
 
 
-def causal_mask(mask: jax.Array) -> jax.Array:
+def causal_mask(mask: jax.Array, window: int | None = None) -> jax.Array:
     """bool[..., L, L]: whether token l sees token m: a real one of its segment, not after it.
 
     Args:
-      mask: bool[..., L], or i32[..., L] segments, 0 on padding.
+      mask: bool[..., L], or i32[..., L] segments, 0 on padding; real tokens of one segment are
+        contiguous.
+      window: None for all positions before.
     """
     segments = mask.astype(jnp.int32)
     same = (segments[..., :, None] == segments[..., None, :]) & (segments[..., None, :] > 0)
     index = jnp.arange(mask.shape[-1])
-    return same & (index[:, None] >= index[None, :])
+    distance = index[:, None] - index[None, :]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return same & near
 
 
 def attention_mask(
-    mask: jax.Array, prefix: Cache | None = None, shared: SharedPrompt | None = None
+    mask: jax.Array,
+    positions: jax.Array,
+    prefix: Cache | None = None,
+    shared: SharedPrompt | None = None,
+    window: int | None = None,
 ) -> AttentionMask:
     """The attention mask of texts with a mask [B, S], or [G * K, T] behind a prefix of G prompts.
 
     The arguments are those of `Model.layers`.
     """
     if prefix is not None:
-        own = mask.reshape(prefix.mask.shape[0], -1, mask.shape[1])
-        return AttentionMask(causal_mask(own), past=prefix.mask)
+        own_mask = mask.reshape(prefix.mask.shape[0], -1, mask.shape[1])
+        before = prefix.mask, positions_from(prefix.mask)
+        past = _past_mask(*before, positions.reshape(own_mask.shape), window)
+        return AttentionMask(causal_mask(own_mask, window), past=past)
     if shared is None:
-        return AttentionMask(causal_mask(mask)[:, None])
-    prompt, own = mask[:, : shared.length], mask[:, shared.length :]
-    own = causal_mask(own.reshape(mask.shape[0], shared.responses, -1))
-    return AttentionMask(own, causal_mask(prompt), prompt) if shared.length else AttentionMask(own)
+        return AttentionMask(causal_mask(mask, window)[:, None])
+    length, shape = shared.length, (mask.shape[0], shared.responses, -1)
+    own = causal_mask(mask[:, length:].reshape(shape), window)
+    if not length:
+        return AttentionMask(own)
+    prompt, before = mask[:, :length], positions[:, :length]
+    past = _past_mask(prompt, before, positions[:, length:].reshape(shape), window)
+    return AttentionMask(own, causal_mask(prompt, window), past)
+
+
+def _past_mask(mask, before, positions, window):
+    """`AttentionMask.past` of responses at [B, K, T] behind tokens [B, P] at positions `before`."""
+    seen = mask.astype(bool)[:, None, None]
+    if window is None:
+        return seen
+    return seen & (positions[..., None] - before[:, None, None] < window)

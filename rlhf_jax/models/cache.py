@@ -65,3 +65,10 @@ def visible_in_cache(cache: Cache, new: jax.Array, mask: jax.Array) -> tuple[jax
     visible = jax.lax.dynamic_update_slice(before, new, (0, 0, cache.length))
     new_mask = jax.lax.dynamic_update_slice(cache.mask, mask.astype(bool), (0, cache.length))
     return visible, new_mask
+
+
+def within_window(cache: Cache, visible: jax.Array, window: int) -> jax.Array:
+    """The visible positions bool[B, L, C] of L new tokens that are less than a window away."""
+    index = jnp.arange(visible.shape[2])
+    new = cache.length + jnp.arange(visible.shape[1])
+    return visible & (new[:, None] - index < window)

@@ -57,8 +57,7 @@ def attend_by_cudnn(
     length, has_past = q.shape[3], past is not None
     if past is not None:
         k, v = (_behind(before, own) for before, own in zip(past[:2], (k, v), strict=True))
-        seen = past.mask.astype(bool)[:, None, None]  # segments are nonzero on real tokens
-        seen = jnp.broadcast_to(seen, (*visible.shape[:3], seen.shape[-1]))
+        seen = jnp.broadcast_to(past.mask, (*visible.shape[:3], past.mask.shape[-1]))
         visible = jnp.concatenate([seen, visible], axis=-1)
     sees = jnp.any(visible, axis=-1)
     # A softmax over nothing is NaN: tokens that see nothing attend to all, and become 0 below.

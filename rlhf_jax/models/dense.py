@@ -22,18 +22,22 @@ class Dense(nn.Module):
       features: the axes of the result that take the place of D.
       dtype: what is multiplied and added in; parameters are float32.
       kernel_init: of f32[D, prod(features)]. The bias starts from 0.
+      use_bias: whether there is a bias.
     """
 
     features: tuple[int, ...]
     dtype: str
     kernel_init: Callable[..., jax.Array]
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self._init_kernel, x.shape[-1])
-        bias = self.param("bias", nn.initializers.zeros_init(), self.features, jnp.float32)
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        return (_affine if _is_by_rows() else _plain)(x, kernel, bias)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), self.features, jnp.float32)
+        arrays = jax.tree.map(lambda array: array.astype(self.dtype), (x, kernel, bias))
+        return (_affine if _is_by_rows() else _plain)(*arrays)
 
     def _init_kernel(self, key, width):
         flat = self.kernel_init(key, (width, math.prod(self.features)), jnp.float32)
@@ -47,14 +51,14 @@ def _is_by_rows():
 
 def _plain(x, kernel, bias):
     product = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-    return product + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+    return product if bias is None else product + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
 
 
 _affine = jax.custom_vjp(_plain)
 
 
 def _forward(x, kernel, bias):
-    return _plain(x, kernel, bias), (x, kernel)
+    return _plain(x, kernel, bias), (x, kernel, bias)
 
 
 def _backward(saved, gradient):
@@ -63,17 +67,16 @@ def _backward(saved, gradient):
     By itself JAX multiplies gradient.T with x and transposes that, of which XLA makes a product
     that goes through both by columns: on a CPU it takes twice as long, and in bfloat16 three times.
     """
-    x, kernel = saved
+    x, kernel, bias = saved
     matrix = kernel.reshape(x.shape[-1], -1)
     rows, gradients = x.reshape(-1, matrix.shape[0]), gradient.reshape(-1, matrix.shape[1])
     for_x = lax.dot_general(gradients, matrix, (((1,), (1,)), ((), ())))
     for_kernel = _dot(_columns(rows), gradients)
-    for_bias = _dot(jnp.ones((1, len(gradients)), x.dtype), gradients)
-    return (
-        for_x.reshape(x.shape),
-        for_kernel.reshape(kernel.shape).astype(x.dtype),
-        for_bias.reshape(kernel.shape[1:]).astype(x.dtype),
-    )
+    for_bias = None
+    if bias is not None:
+        for_bias = _dot(jnp.ones((1, len(gradients)), x.dtype), gradients)
+        for_bias = for_bias.reshape(bias.shape).astype(x.dtype)
+    return for_x.reshape(x.shape), for_kernel.reshape(kernel.shape).astype(x.dtype), for_bias
 
 
 _affine.defvjp(_forward, _backward)

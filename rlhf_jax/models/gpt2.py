@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 PARTITION_RULES: Rules = (
-    (r"wte/embedding", P("tensor", "fsdp")),
+    (r"(wte|lm_head)/embedding", P("tensor", "fsdp")),
     (r"wpe/embedding", P(None, "fsdp")),
     (r"c_attn/kernel", P(None, "fsdp", None, "tensor")),
     (r"c_attn/bias", P(None, None, "tensor")),
@@ -68,6 +68,7 @@ class GPT2Config:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -131,7 +132,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         mask: AttentionMask,
-        positions: jax.Array,
+        rotation: None = None,
         past: Memory | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Memory]:
@@ -139,7 +140,7 @@ class Block(nn.Module):
         attended, memory = self.attn(self._place(self.ln_1(x)), mask, past, deterministic)
         return self._rest(x, attended, deterministic), memory
 
-    def heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(self, x: jax.Array, rotation: None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scaled queries, keys and values [B, H, S, d] of [B, S, D]."""
         return self.attn.heads(self._place(self.ln_1(x)))
 
@@ -275,10 +276,9 @@ class GPT2(StackedModel):
         normal = nn.initializers.normal(config.initializer_range)
         wte = normal(wte_key, (config.padded_vocab_size, config.n_embd))
         is_token = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
-        x, positions = jnp.zeros((1, 1, config.n_embd)), jnp.zeros((1, 1), jnp.int32)
-        mask = AttentionMask(jnp.ones((1, 1, 1, 1), bool))
+        x, mask = jnp.zeros((1, 1, config.n_embd)), AttentionMask(jnp.ones((1, 1, 1, 1), bool))
         block = Block(config, self.dtype)  # its parameters are the same for any attention
-        init = lambda key: block.init(key, x, mask, positions)["params"]  # noqa: E731
+        init = lambda key: block.init(key, x, mask)["params"]  # noqa: E731
         layers, width = jax.vmap(init)(jnp.stack(keys)), (config.n_embd,)
         return {
             "wte": {"embedding": jnp.where(is_token, wte, 0.0)},

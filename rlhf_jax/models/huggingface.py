@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import gpt2
+from rlhf_jax.models import decoder_families, gpt2
 from rlhf_jax.models.family import SCORE, Family, Slot, param_shapes
 from rlhf_jax.models.folders import find_folder, write_folder
 from rlhf_jax.models.interface import Model, Params
@@ -35,7 +35,7 @@ from rlhf_jax.models.writing import (
 )
 from rlhf_jax.parallel.partition import tree_shardings
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY,)
+FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, *decoder_families.FAMILIES)
 
 
 def fresh_model(
@@ -324,9 +324,10 @@ def _family_of_type(model_type: Any) -> Family:
 
 
 def _family_of(model: Model) -> Family:
-    """The family of a model, by the class of its configuration."""
+    """The family of a model, by the class of its configuration and its model_type."""
     for family in FAMILIES:
-        if type(model.config) is family.config:
+        model_type = getattr(model.config, "model_type", family.model_type)
+        if type(model.config) is family.config and model_type == family.model_type:
             return family
     raise ValueError(f"no family in FAMILIES has the configuration {type(model.config).__name__}.")
 

@@ -132,6 +132,7 @@ class Model(Protocol):
         shared: SharedPrompt | None = None,
         *,
         dropout_key: jax.Array | None = None,
+        first_layer: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs a stack of layers of any length over [B, L, D].
 
@@ -147,6 +148,8 @@ class Model(Protocol):
           shared: how the L positions are divided where each sequence is a prompt with several
             responses that all see it; None for one text, or several packed ones.
           dropout_key: trains with dropout; None runs without.
+          first_layer: the index of the lowest layer of the stack; None for a stack that reaches the
+            last layer of the model.
 
         Returns:
           [B, L, D] before the final layer norm, and the extended cache (None without a cache).

@@ -218,7 +218,7 @@ def find_tensors(
             "model that its config.json describes; save or download it again."
         )
     for name, other in family.tied.items():
-        tied = tensors.pop(name, None)
+        tied = None if name in slots else tensors.pop(name, None)
         if tied is not None and not _are_equal(tied, tensors[other]):
             raise InputError(
                 f"{folder}: the tensor {name!r} differs from {other!r}, "
@@ -250,7 +250,8 @@ def _open(
             short = name.removeprefix(family.prefix)
             if short.endswith(family.ignored):
                 continue
-            data, slot = tensors.get_slice(name), slots.get(family.tied.get(short, short))
+            data = tensors.get_slice(name)
+            slot = slots.get(short, slots.get(family.tied.get(short, short)))
             shape = tuple(data.get_shape())
             if short == SCORE and label is not None and slot is not None:
                 shape = _shape_of_label(file, name, shape, label)

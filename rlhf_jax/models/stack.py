@@ -22,6 +22,8 @@ class UnstackedLayers(NamedTuple):
 
 def depth(stack: Any) -> int:
     """The number of layers of a stack."""
+    if isinstance(stack, UnstackedLayers):
+        return len(stack.layers)
     return jax.tree.leaves(stack)[0].shape[0]
 
 

@@ -13,7 +13,7 @@ from rlhf_jax.models import embedding
 from rlhf_jax.models.cache import Cache, empty_cache
 from rlhf_jax.models.cudnn_attention import check_head_width
 from rlhf_jax.models.interface import Params, SharedPrompt, positions_from
-from rlhf_jax.models.layers import Block, apply_layers
+from rlhf_jax.models.layers import Block, Context, apply_layers
 from rlhf_jax.models.settings import (
     Attention,
     Remat,
@@ -23,6 +23,7 @@ from rlhf_jax.models.settings import (
 )
 from rlhf_jax.models.stack import (
     cast,
+    depth,
     merge_stack,
     multiplied_parameters,
     split_stack,
@@ -39,15 +40,15 @@ class StackedModel(abc.ABC):
     `block`; the methods here are described in `interface.Model`.
 
     Args:
-      config: sizes, as in `interface.ModelConfig`, and `n_head`, `num_key_value_heads` and
-        `head_width`.
+      config: sizes, as in `interface.ModelConfig`, and `n_head`, `num_key_value_heads`,
+        `head_width` and `tie_word_embeddings`.
       dtype: the compute dtype of products; parameters stay float32, logits come out in float32.
       remat: the values that the backward pass computes again, as in `models/remat.py`.
       attention: "blocks", as in `models/attention.py`, or "cudnn", as in
         `models/cudnn_attention.py`; decoding attends as by the first either way.
 
     Attributes of the class:
-      table: the name of the token embedding among the parameters, also the unembedding.
+      table: the name of the token embedding among the parameters.
       final_norm: the name of the final norm.
       norms: a part of the paths of norms, which decoding leaves in float32.
     """
@@ -79,6 +80,15 @@ class StackedModel(abc.ABC):
     def block(self) -> Block:
         """The module of one layer."""
 
+    def context(self, positions: jax.Array, layers: slice) -> Context:
+        """Inputs that these layers share at i32[B, L] positions; here none."""
+        return Context()
+
+    @property
+    def output(self) -> str:
+        """The name of the unembedding among the parameters: the token embedding if it is tied."""
+        return self.table if self.config.tie_word_embeddings else "lm_head"
+
     @abc.abstractmethod
     def embed(
         self,
@@ -107,8 +117,8 @@ class StackedModel(abc.ABC):
                 )
 
     def flops_per_token(self, params: Params, *, unembeds: bool) -> float:
-        """Twice the parameters in kernels, and in the tied embedding if it unembeds."""
-        pattern = rf"kernel|{self.table}/\w+" if unembeds else "kernel"
+        """Twice the parameters in kernels, and in the unembedding if it unembeds."""
+        pattern = rf"kernel|{self.output}/\w+" if unembeds else "kernel"
         return 2.0 * multiplied_parameters(params, pattern)
 
     def layers(
@@ -122,8 +132,11 @@ class StackedModel(abc.ABC):
         shared: SharedPrompt | None = None,
         *,
         dropout_key: jax.Array | None = None,
+        first_layer: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs a stack of blocks."""
+        count = depth(stack)
+        first = self.config.n_layer - count if first_layer is None else first_layer
         return apply_layers(
             self.block,
             stack,
@@ -134,23 +147,24 @@ class StackedModel(abc.ABC):
             prefix,
             shared,
             dropout_key,
+            self.context(positions, slice(first, first + count)),
             dtype=self.dtype,
             rules=self.partition_rules,
             remat=self.remat,
         )
 
     def for_decoding(self, params: Params) -> Params:
-        """In the compute dtype but for norms; on one CPU unstacked, the embedding in columns."""
-        if embedding.is_for_decoding(params[self.table]):
+        """In the compute dtype but for norms; on one CPU unstacked, the unembedding in columns."""
+        if embedding.is_for_decoding(params[self.output]):
             return params
         params = cast(params, self.dtype, is_kept=lambda path: self.norms in path)
-        table = embedding.table_for_decoding(params[self.table])
-        return {**params, self.table: table, "layers": unstack_for_decoding(params["layers"])}
+        table = embedding.table_for_decoding(params[self.output])
+        return {**params, self.output: table, "layers": unstack_for_decoding(params["layers"])}
 
     def unembedding(self, params: Params) -> jax.Array:
-        """[Vp, D], the token embedding."""
-        embedding.check_trainable(params[self.table])
-        return params[self.table]["embedding"]
+        """[Vp, D], the token embedding if it is tied."""
+        embedding.check_trainable(params[self.output])
+        return params[self.output]["embedding"]
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
         """f32[..., V] logits of [..., D] hidden states."""
@@ -164,8 +178,8 @@ class StackedModel(abc.ABC):
         return embedding.mask_padding(logits, self.config.vocab_size)
 
     def _products(self, params, hidden, decode):
-        table, rules = params[self.table], self.partition_rules
-        return embedding.unembed(self.table, table, hidden, self.dtype, rules, decode=decode)
+        table, rules = params[self.output], self.partition_rules
+        return embedding.unembed(self.output, table, hidden, self.dtype, rules, decode=decode)
 
     def hidden(
         self,
@@ -195,7 +209,7 @@ class StackedModel(abc.ABC):
                 f"{tokens.shape[1]} tokens exceed the model's n_positions = "
                 f"{self.config.n_positions}; shorten the sequences."
             )
-        embedding.check_trainable(params[self.table])
+        embedding.check_trainable(params[self.output])
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         positions = positions_from(mask)
         embed_key, layers_key = (

@@ -1,0 +1,484 @@
+"""Decoders such as Llama, Mistral, Qwen, Gemma, SmolLM, OLMo, Phi and Granite: one network.
+
+Blocks of RMSNorm, grouped-query attention with rotary positions, and a gated MLP. Families differ
+in the switches of `DecoderConfig`; the network branches on nothing else. `decoder_families.py` reads
+the switches from config.json.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.attention import Memory, attend_to_cache, self_attention
+from rlhf_jax.models.attention_mask import AttentionMask
+from rlhf_jax.models.cudnn_attention import check_dropout
+from rlhf_jax.models.dense import Dense
+from rlhf_jax.models.dropout import start_dropout
+from rlhf_jax.models.embedding import lookup, padded_vocab_size
+from rlhf_jax.models.interface import Params
+from rlhf_jax.models.layers import Context, LayerKinds, Rotation
+from rlhf_jax.models.rope import Rope, rotate, rotations
+from rlhf_jax.models.stacked import StackedModel
+from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
+from rlhf_jax.parallel.partition import Rules
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+}
+
+# The names in Hugging Face of the norms before and after attention, and before and after the MLP.
+NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+PARTITION_RULES: Rules = (
+    (r"(embed_tokens|lm_head)/embedding", P("tensor", "fsdp")),
+    (r"(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj)/kernel", P(None, "fsdp", "tensor")),
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", P(None, "tensor")),
+    (r"(o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
+    # Small, and read in full by every device.
+    (r"\w*norm/scale|(o_proj|down_proj)/bias", P()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes and switches of a decoder, under the names of Llama's config.json where it has any.
+
+    Attributes:
+      model_type: the family in config.json; the network does not read it.
+      head_dim: d, the width of a head; queries have `num_attention_heads` of them, keys and values
+        `num_key_value_heads`.
+      norm_position: norms "before" attention and MLP, "after" them, or "both".
+      norm_offset: RMSNorm multiplies by scale + offset.
+      norm_casts_last: whether the scale multiplies in float32, and not in the compute dtype.
+      qk_norm: RMSNorm of queries and keys: "none", of each "head", or of the full "projection".
+      qkv_bias, o_bias, mlp_bias: whether the projections have biases.
+      fused_projections: one kernel for queries, keys and values, and one for gate and up.
+      layer_types: "full_attention" or "sliding_attention" of each layer.
+      sliding_window: w, the positions that a token of a sliding layer sees, its own included.
+      rope, sliding_rope: of full and of sliding layers.
+      no_rope_layers: for each layer 1 if it has rotary positions, and 0 if it has none; empty where
+        all have.
+      attention_scale: of q . k.
+      attention_softcap, logit_softcap: c in c * tanh(x / c) for q . k and for logits.
+      embedding_scale, residual_scale: multiply the embedding, and what a block adds.
+      logit_divisor: divides the logits.
+      source: the config.json that this was read from, as JSON text, whose further keys are written
+        again; configurations are equal whatever it is.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    model_type: str = "llama"
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    attention_dropout: float = 0.0
+    norm_position: str = "before"
+    norm_offset: float = 0.0
+    norm_casts_last: bool = False
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    fused_projections: bool = False
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    rope: Rope = Rope()
+    sliding_rope: Rope | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    source: str = dataclasses.field(default="{}", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        for name in (*sizes, *heads):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, but "
+                f"{self.num_attention_heads} is none of {self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even for rotary positions, but is {self.head_dim}.")
+        if not self.rms_norm_eps > 0:
+            raise InputError(f"rms_norm_eps must be above 0, but is {self.rms_norm_eps}.")
+        if not 0 <= self.attention_dropout < 1:
+            raise InputError(
+                f"attention_dropout must be at least 0 and below 1, but is {self.attention_dropout}."
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(
+                f"The activation {self.hidden_act!r} is unknown; known are "
+                f"{', '.join(sorted(ACTIVATIONS))}."
+            )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        for name, allowed in (
+            ("layer_types", ("full_attention", "sliding_attention")),
+            ("no_rope_layers", (0, 1)),
+        ):
+            values = getattr(self, name)
+            if values and (len(values) != self.num_hidden_layers or set(values) - set(allowed)):
+                raise InputError(
+                    f"{name} must hold {' or '.join(map(str, allowed))} for each of the "
+                    f"{self.num_hidden_layers} layers, but is {list(values)}."
+                )
+        if any(self.is_sliding) and not (self.sliding_window or 0) > 0:
+            raise InputError(
+                f"sliding_window must be at least 1 where layers are sliding, but is "
+                f"{self.sliding_window}."
+            )
+
+    @property
+    def n_embd(self) -> int:
+        """D."""
+        return self.hidden_size
+
+    @property
+    def n_layer(self) -> int:
+        """The number of layers."""
+        return self.num_hidden_layers
+
+    @property
+    def n_positions(self) -> int:
+        """The maximum length of a sequence."""
+        return self.max_position_embeddings
+
+    @property
+    def n_head(self) -> int:
+        """The number of heads of queries."""
+        return self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """d."""
+        return self.head_dim
+
+    @property
+    def is_sliding(self) -> tuple[bool, ...]:
+        """Whether each layer attends within the window."""
+        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
+        return tuple(kind == "sliding_attention" for kind in types)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Length of the vocabulary axis of the embedding; see `models/embedding.py`."""
+        return padded_vocab_size(self.vocab_size)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis, the quotient in float32.
+
+    Zhang and Sennrich 2019, Root Mean Square Layer Normalization (arXiv:1910.07467).
+    """
+
+    config: DecoderConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        start = nn.initializers.constant(1.0 - self.config.norm_offset)
+        scale = self.param("scale", start, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        scale = scale.astype(jnp.float32) + self.config.norm_offset
+        if self.config.norm_casts_last:
+            return (x * scale).astype(self.dtype)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Block(nn.Module):
+    """One block; decoding as in `models/gpt2.py`."""
+
+    config: DecoderConfig
+    dtype: str
+    attention: str = "blocks"
+    decode: bool = False
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        names = NORMS[config.norm_position]
+        norms = (None if name is None else RMSNorm(config, dtype, name=name) for name in names)
+        self.before, self.after, self.before_mlp, self.after_mlp = norms
+        self.self_attn = _Attention(config, dtype, self.attention, self.decode)
+        self.mlp = _MLP(config, dtype, self.decode)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: AttentionMask,
+        rotation: Rotation,
+        past: Memory | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, Memory]:
+        """([B, S, D], (keys, values) [B, Hk, S, d]) of [B, S, D] and the keys of a prefix."""
+        h = self._place(_optional(self.before, x))
+        attended, memory = self.self_attn(h, mask, rotation, past, deterministic)
+        return self._rest(x, attended), memory
+
+    def heads(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scaled queries [B, H, S, d], and keys and values [B, Hk, S, d], of [B, S, D]."""
+        return self.self_attn.heads(self._place(_optional(self.before, x)), rotation)
+
+    def attend(self, x, q, keys, values, visible):
+        """The rest of the block, of queries on a cache [B, Hk, C, d] visible as bool[B, S, C]."""
+        out = attend_to_cache(q, keys, values, visible, softcap=self.config.attention_softcap)
+        return self._rest(x, self.self_attn.merge(out))
+
+    def _rest(self, x, attended):
+        x = self._add(x, _optional(self.after, attended))
+        h = self.mlp(self._place(_optional(self.before_mlp, x)))
+        return self._add(x, _optional(self.after_mlp, h))
+
+    def _add(self, x, branch):
+        scale = self.config.residual_scale
+        branch = branch if scale == 1 else branch * np.asarray(scale, branch.dtype)
+        return self._place(x + branch)
+
+    def _place(self, x):
+        return constrain_batch_over_data(x, last="fsdp") if self.decode else constrain_batch(x)
+
+
+def _optional(norm, x):
+    return x if norm is None else norm(x)
+
+
+class _Attention(nn.Module):
+    config: DecoderConfig
+    dtype: str
+    attention: str
+    decode: bool
+
+    def setup(self):
+        config = self.config
+        self.widths = [
+            heads * config.head_dim
+            for heads in (config.num_attention_heads, *(config.num_key_value_heads,) * 2)
+        ]
+        dense = functools.partial(_dense, config, self.dtype, use_bias=config.qkv_bias)
+        if config.fused_projections:
+            self.qkv_proj = dense(sum(self.widths))
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (dense(width) for width in self.widths)
+        if config.qk_norm != "none":
+            self.q_norm, self.k_norm = (RMSNorm(config, self.dtype) for _ in range(2))
+        self.o_proj = _dense(config, self.dtype, config.hidden_size, use_bias=config.o_bias)
+
+    def __call__(self, x, mask, rotation, past, deterministic):
+        q, k, v = self.heads(x, rotation)
+        dropout, rate = None, self.config.attention_dropout
+        if not deterministic and rate:
+            check_dropout(self.attention, rate)
+            dropout = start_dropout(self.make_rng("dropout"), rate)
+        out = self_attention(
+            q,
+            k,
+            v,
+            mask,
+            past,
+            implementation=self.attention,
+            softcap=self.config.attention_softcap,
+            dropout=dropout,
+        )
+        return self.merge(out), (k, v)
+
+    def heads(self, x, rotation):
+        """Scaled queries [B, H, S, d], and keys and values [B, Hk, S, d]."""
+        config = self.config
+        if config.fused_projections:
+            bounds = np.cumsum(self.widths)[:2].tolist()
+            parts = jnp.split(self.qkv_proj(x), bounds, axis=-1)
+        else:
+            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        if config.qk_norm == "projection":
+            parts = [self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]]
+        q, k, v = (self._heads_of(part) for part in parts)
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        scale = config.attention_scale or config.head_dim**-0.5
+        return q * np.asarray(scale, q.dtype), k, v
+
+    def _heads_of(self, x):
+        """[B, H, S, d] of [B, S, H * d]."""
+        x = constrain_batch_over_data(x, last="tensor") if self.decode else x
+        x = constrain_batch(x, last="tensor")
+        return jnp.swapaxes(x.reshape(*x.shape[:2], -1, self.config.head_dim), 1, 2)
+
+    def merge(self, out):
+        """[B, S, D] of [B, H, S, d]."""
+        out = jnp.swapaxes(out, 1, 2)
+        out = constrain_batch(out.reshape(*out.shape[:2], -1), last="tensor")
+        out = constrain_batch_over_data(out, last="tensor") if self.decode else out
+        return self.o_proj(out)
+
+
+class _MLP(nn.Module):
+    config: DecoderConfig
+    dtype: str
+    decode: bool
+
+    def setup(self):
+        config = self.config
+        dense = functools.partial(_dense, config, self.dtype, use_bias=config.mlp_bias)
+        if config.fused_projections:
+            self.gate_up_proj = dense(2 * config.intermediate_size)
+        else:
+            self.gate_proj, self.up_proj = (dense(config.intermediate_size) for _ in range(2))
+        self.down_proj = dense(config.hidden_size)
+
+    def __call__(self, x):
+        if self.config.fused_projections:
+            parts = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            parts = [self.gate_proj(x), self.up_proj(x)]
+        place = constrain_batch_over_data if self.decode else constrain_batch
+        gate, up = (place(part, last="tensor") for part in parts)
+        return self.down_proj(ACTIVATIONS[self.config.hidden_act](gate) * up)
+
+
+def _dense(config, dtype, features, *, use_bias):
+    kernel_init = nn.initializers.normal(config.initializer_range)
+    return Dense((features,), dtype, kernel_init, use_bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder(StackedModel):
+    """A decoder as pure functions over a pytree of parameters; methods as in `interface.Model`.
+
+    Args:
+      config: sizes and switches.
+      dtype, remat, attention: as in `models/stacked.py`.
+
+    The parameters are `{"embed_tokens": {"embedding": [Vp, D]}, "layers": blocks stacked on axis 0,
+    "norm": {"scale": [D]}}`, and `"lm_head": {"embedding": [Vp, D]}` where it is not tied.
+
+    >>> config = DecoderConfig(10, 8, 16, 2, 2, 1, 4, 8)
+    >>> model = Decoder(config)
+    >>> params = model.init(jax.random.key(0))
+    >>> hidden = model.hidden(params, jnp.array([[1, 2, 3]]))
+    >>> model.logits(params, hidden).shape
+    (1, 3, 10)
+    """
+
+    config: DecoderConfig
+
+    table, final_norm, norms = "embed_tokens", "norm", "norm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention == "cudnn" and self.config.attention_softcap is not None:
+            raise InputError(
+                "The attention cudnn has no softcap, which this model needs; set model.attention "
+                "to blocks."
+            )
+
+    @property
+    def partition_rules(self) -> Rules:
+        """The rules of the parameters."""
+        return PARTITION_RULES
+
+    @property
+    def block(self) -> Block:
+        """The module of one layer."""
+        return Block(self.config, self.dtype, self.attention)
+
+    def context(self, positions: jax.Array, layers: slice) -> Context:
+        """Rotations and kinds of the layers."""
+        config = self.config
+        ropes = (config.rope, config.sliding_rope or config.rope, None)
+        sliding = np.array(config.is_sliding)
+        has_rope = np.array(config.no_rope_layers or [1] * config.num_hidden_layers)
+        kinds = LayerKinds(sliding, np.where(has_rope == 0, 2, sliding).astype(np.int32))
+        kinds = LayerKinds(*(kind[layers] for kind in kinds))
+        window = config.sliding_window if any(config.is_sliding) else None
+        if window is None and not config.no_rope_layers:
+            return Context(rotations(ropes[:1], positions, config.head_dim))
+        return Context(rotations(ropes, positions, config.head_dim), kinds, window)
+
+    def check_dropout(self) -> None:
+        """Raises an InputError if the attention cannot drop weights."""
+        check_dropout(self.attention, self.config.attention_dropout)
+
+    def init(self, key: jax.Array) -> Params:
+        """Float32 parameters: matrices from N(0, initializer_range), norms as the identity."""
+        config, size = self.config, (self.config.padded_vocab_size, self.config.hidden_size)
+        embed_key, output_key, *keys = jax.random.split(key, 2 + config.num_hidden_layers)
+        normal = nn.initializers.normal(config.initializer_range)
+        is_token = jnp.arange(size[0])[:, None] < config.vocab_size
+        x, mask = jnp.zeros((1, 1, size[1])), AttentionMask(jnp.ones((1, 1, 1, 1), bool))
+        angle = jnp.zeros((1, 1, config.head_dim // 2))
+        block = Block(config, self.dtype)  # its parameters are the same for any attention
+        init = lambda key: block.init(key, x, mask, (angle, angle))["params"]  # noqa: E731
+        params = {
+            "embed_tokens": {"embedding": jnp.where(is_token, normal(embed_key, size), 0.0)},
+            "layers": jax.vmap(init)(jnp.stack(keys)),
+            "norm": {"scale": jnp.full(size[1:], 1.0 - config.norm_offset)},
+        }
+        if not config.tie_word_embeddings:
+            params["lm_head"] = {"embedding": jnp.where(is_token, normal(output_key, size), 0.0)}
+        return params
+
+    def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
+        """Token embedding, [B, L, D] in the compute dtype; there is no dropout of it."""
+        tables = {self.table: params[self.table]}
+        tables = tables if decode else all_gather(tables, self.dtype, PARTITION_RULES)
+        x = lookup(tables[self.table], tokens).astype(self.dtype)
+        if self.config.embedding_scale != 1:
+            x *= np.asarray(self.config.embedding_scale, x.dtype)
+        return constrain_batch_over_data(x, last="fsdp") if decode else constrain_batch(x)
+
+    def final(self, params, x):
+        """The final norm, in the compute dtype."""
+        return RMSNorm(self.config, self.dtype).apply({"params": params["norm"]}, x)
+
+    def shift_final(self, params: Params, shift: jax.Array) -> Any:
+        """Raises an InputError: the final norm has no bias."""
+        raise InputError(
+            f"The final norm of {self.config.model_type} has no bias that could shift its result."
+        )
+
+    def _products(self, params, hidden, decode):
+        logits = super()._products(params, hidden, decode)
+        if self.config.logit_divisor != 1:
+            logits /= self.config.logit_divisor
+        if (cap := self.config.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits

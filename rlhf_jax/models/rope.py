@@ -1,0 +1,163 @@
+"""Rotary position embeddings and the ways to scale them for longer contexts."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.errors import InputError
+
+_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings (Su et al. 2021, RoFormer; arXiv:2104.09864), scaled or not.
+
+        angle_{t,i} = t * f_i,     f_i = theta^(-2i / d),     0 <= i < d / 2
+
+    and the pair of dimensions (i, i + d / 2) turns by it.
+
+    Attributes:
+      rope_theta: theta.
+      rope_type: "default"; "linear", f / factor (Chen et al. 2023, arXiv:2306.15595); "llama3", long
+        wavelengths divided by the factor, short ones kept, those between interpolated (Llama Team
+        2024, arXiv:2407.21783, and the reference code of Llama 3.1); "yarn" (Peng et al. 2023,
+        arXiv:2309.00071).
+      factor: how much longer the context is than in pretraining.
+      original_max_position_embeddings: the length of that context.
+      low_freq_factor, high_freq_factor: of "llama3".
+      beta_slow, beta_fast, truncate, attention_factor: of "yarn"; the last one multiplies cosines
+        and sines.
+    """
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    def frequencies(self, width: int) -> np.ndarray:
+        """f32[d / 2] of heads of width d."""
+        exponents = np.arange(0, width, 2, dtype=np.float64) / width
+        frequencies = self.rope_theta**-exponents
+        if self.rope_type == "linear":
+            frequencies /= self.factor
+        elif self.rope_type == "llama3":
+            turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            frequencies = self._interpolated(frequencies, np.clip(kept, 0, 1))
+        elif self.rope_type == "yarn":
+            low, high = (self._dimension(width, turns) for turns in (self.beta_fast, self.beta_slow))
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, width - 1)
+            ramp = (np.arange(width // 2) - low) / ((high - low) or 0.001)
+            frequencies = self._interpolated(frequencies, 1 - np.clip(ramp, 0, 1))
+        return frequencies.astype(np.float32)
+
+    def _interpolated(self, frequencies, kept):
+        """Frequencies of which a share is kept and the rest divided by the factor."""
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+    def _dimension(self, width, turns):
+        """The dimension that turns so often within the original context."""
+        length = self.original_max_position_embeddings / (turns * 2 * math.pi)
+        return width * math.log(length) / (2 * math.log(self.rope_theta))
+
+
+def rotations(ropes: tuple[Rope | None, ...], positions: jax.Array, width: int):
+    """(cosines, sines), f32[R, B, L, d / 2] each, of R embeddings at i32[B, L] positions.
+
+    None turns nothing. Angles are float32 whatever the compute dtype.
+    """
+    still = np.zeros(width // 2, np.float32)
+    frequencies = np.stack([still if rope is None else rope.frequencies(width) for rope in ropes])
+    factors = [1.0 if rope is None else rope.attention_factor for rope in ropes]
+    scale = np.array(factors, np.float32)[:, None, None, None]
+    angles = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """[B, H, L, d] turned by (cosines, sines) [B, L, d / 2], in float32, in the dtype of x."""
+    cos, sin = (part[:, None] for part in rotation)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def read_rope(data: Mapping[str, Any], default_theta: float, layer_type: str | None = None) -> Rope:
+    """The rotary embedding of a config.json.
+
+    Args:
+      data: with `rope_parameters`, perhaps by layer type (transformers 5), or with `rope_theta` and
+        `rope_scaling` (transformers 4).
+      default_theta: where config.json has none.
+      layer_type: the key of `rope_parameters`, where these are by layer type.
+
+    Raises:
+      InputError: of a type that is not supported, or a value that is no number in range.
+    """
+    theta = data.get("rope_theta")
+    values = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(values, Mapping):
+        raise InputError(f"rope_parameters must be an object, but is {values!r}.")
+    if layer_type is not None and isinstance(values.get(layer_type), Mapping):
+        values = values[layer_type]
+    kind = values.get("rope_type", values.get("type")) or "default"
+    if kind not in _TYPES:
+        raise InputError(
+            f"rope_type is {kind!r}, but only {', '.join(_TYPES)} are supported; choose another "
+            "model."
+        )
+    if values.get("partial_rotary_factor", data.get("partial_rotary_factor")) not in (None, 1):
+        raise InputError("partial_rotary_factor is not 1, which is not supported.")
+    theta = values.get("rope_theta", default_theta if theta is None else theta)
+    if kind == "default":
+        return Rope(_positive("rope_theta", theta))
+    original = values.get("original_max_position_embeddings") or data.get("max_position_embeddings")
+    known = {
+        name: _positive(name, values[name])
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast")
+        if values.get(name) is not None
+    }
+    if "factor" not in known:
+        raise InputError(f"rope_type {kind!r} needs a factor, but config.json has none.")
+    rope = Rope(
+        _positive("rope_theta", theta),
+        kind,
+        original_max_position_embeddings=int(_positive("max_position_embeddings", original)),
+        truncate=bool(values.get("truncate", True)),
+        **known,
+    )
+    return dataclasses.replace(rope, attention_factor=_attention_factor(rope, values))
+
+
+def _attention_factor(rope: Rope, values: Mapping[str, Any]) -> float:
+    if rope.rope_type != "yarn":
+        return 1.0
+    if values.get("attention_factor") is not None:
+        return _positive("attention_factor", values["attention_factor"])
+
+    def at(scale: Any) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * float(scale) * math.log(rope.factor) + 1.0
+
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        return at(values["mscale"]) / at(values["mscale_all_dim"])
+    return at(1.0)
+
+
+def _positive(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise InputError(f"{name} must be a number above 0, but is {value!r}.")
+    return float(value)
