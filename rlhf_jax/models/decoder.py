@@ -1,13 +1,12 @@
 """Decoders such as Llama, Mistral, Qwen, Gemma, SmolLM, OLMo, Phi and Granite: one network.
 
 Blocks of RMSNorm, grouped-query attention with rotary positions, and a gated MLP. Families differ
-in the switches of `DecoderConfig`; the network branches on nothing else. `decoder_families.py` reads
-the switches from config.json.
+in the switches of `DecoderConfig`, which `decoder_families.py` reads from config.json; the network
+branches on nothing else.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,21 +19,16 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import Memory, attend_to_cache, self_attention
 from rlhf_jax.models.attention_mask import AttentionMask
 from rlhf_jax.models.cudnn_attention import check_dropout
+from rlhf_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import start_dropout
-from rlhf_jax.models.embedding import lookup, padded_vocab_size
+from rlhf_jax.models.embedding import lookup
 from rlhf_jax.models.interface import Params
 from rlhf_jax.models.layers import Context, LayerKinds, Rotation
-from rlhf_jax.models.rope import Rope, rotate, rotations
+from rlhf_jax.models.rope import rotate, rotations
 from rlhf_jax.models.stacked import StackedModel
 from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-}
 
 # The names in Hugging Face of the norms before and after attention, and before and after the MLP.
 NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
@@ -50,157 +44,15 @@ NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
 
 PARTITION_RULES: Rules = (
     (r"(embed_tokens|lm_head)/embedding", P("tensor", "fsdp")),
-    (r"(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj)/kernel", P(None, "fsdp", "tensor")),
+    (
+        r"(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj)/kernel",
+        P(None, "fsdp", "tensor"),
+    ),
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", P(None, "tensor")),
     (r"(o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
     # Small, and read in full by every device.
     (r"\w*norm/scale|(o_proj|down_proj)/bias", P()),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The sizes and switches of a decoder, under the names of Llama's config.json where it has any.
-
-    Attributes:
-      model_type: the family in config.json; the network does not read it.
-      head_dim: d, the width of a head; queries have `num_attention_heads` of them, keys and values
-        `num_key_value_heads`.
-      norm_position: norms "before" attention and MLP, "after" them, or "both".
-      norm_offset: RMSNorm multiplies by scale + offset.
-      norm_casts_last: whether the scale multiplies in float32, and not in the compute dtype.
-      qk_norm: RMSNorm of queries and keys: "none", of each "head", or of the full "projection".
-      qkv_bias, o_bias, mlp_bias: whether the projections have biases.
-      fused_projections: one kernel for queries, keys and values, and one for gate and up.
-      layer_types: "full_attention" or "sliding_attention" of each layer.
-      sliding_window: w, the positions that a token of a sliding layer sees, its own included.
-      rope, sliding_rope: of full and of sliding layers.
-      no_rope_layers: for each layer 1 if it has rotary positions, and 0 if it has none; empty where
-        all have.
-      attention_scale: of q . k.
-      attention_softcap, logit_softcap: c in c * tanh(x / c) for q . k and for logits.
-      embedding_scale, residual_scale: multiply the embedding, and what a block adds.
-      logit_divisor: divides the logits.
-      source: the config.json that this was read from, as JSON text, whose further keys are written
-        again; configurations are equal whatever it is.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    model_type: str = "llama"
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    attention_dropout: float = 0.0
-    norm_position: str = "before"
-    norm_offset: float = 0.0
-    norm_casts_last: bool = False
-    qk_norm: str = "none"
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    fused_projections: bool = False
-    layer_types: tuple[str, ...] = ()
-    sliding_window: int | None = None
-    rope: Rope = Rope()
-    sliding_rope: Rope | None = None
-    no_rope_layers: tuple[int, ...] = ()
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_divisor: float = 1.0
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    source: str = dataclasses.field(default="{}", compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-        heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        for name in (*sizes, *heads):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_attention_heads must be a multiple of num_key_value_heads, but "
-                f"{self.num_attention_heads} is none of {self.num_key_value_heads}."
-            )
-        if self.head_dim % 2:
-            raise InputError(f"head_dim must be even for rotary positions, but is {self.head_dim}.")
-        if not self.rms_norm_eps > 0:
-            raise InputError(f"rms_norm_eps must be above 0, but is {self.rms_norm_eps}.")
-        if not 0 <= self.attention_dropout < 1:
-            raise InputError(
-                f"attention_dropout must be at least 0 and below 1, but is {self.attention_dropout}."
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"The activation {self.hidden_act!r} is unknown; known are "
-                f"{', '.join(sorted(ACTIVATIONS))}."
-            )
-        self._check_layers()
-
-    def _check_layers(self) -> None:
-        for name, allowed in (
-            ("layer_types", ("full_attention", "sliding_attention")),
-            ("no_rope_layers", (0, 1)),
-        ):
-            values = getattr(self, name)
-            if values and (len(values) != self.num_hidden_layers or set(values) - set(allowed)):
-                raise InputError(
-                    f"{name} must hold {' or '.join(map(str, allowed))} for each of the "
-                    f"{self.num_hidden_layers} layers, but is {list(values)}."
-                )
-        if any(self.is_sliding) and not (self.sliding_window or 0) > 0:
-            raise InputError(
-                f"sliding_window must be at least 1 where layers are sliding, but is "
-                f"{self.sliding_window}."
-            )
-
-    @property
-    def n_embd(self) -> int:
-        """D."""
-        return self.hidden_size
-
-    @property
-    def n_layer(self) -> int:
-        """The number of layers."""
-        return self.num_hidden_layers
-
-    @property
-    def n_positions(self) -> int:
-        """The maximum length of a sequence."""
-        return self.max_position_embeddings
-
-    @property
-    def n_head(self) -> int:
-        """The number of heads of queries."""
-        return self.num_attention_heads
-
-    @property
-    def head_width(self) -> int:
-        """d."""
-        return self.head_dim
-
-    @property
-    def is_sliding(self) -> tuple[bool, ...]:
-        """Whether each layer attends within the window."""
-        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
-        return tuple(kind == "sliding_attention" for kind in types)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Length of the vocabulary axis of the embedding; see `models/embedding.py`."""
-        return padded_vocab_size(self.vocab_size)
 
 
 class RMSNorm(nn.Module):

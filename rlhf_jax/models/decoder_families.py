@@ -4,7 +4,6 @@ What a family computes was read from the configurations and models of transforme
 setting that would change the numbers and is not computed here raises an InputError that names it.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import jax
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.decoder import Decoder, DecoderConfig
+from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.decoder_config import DecoderConfig
 from rlhf_jax.models.family import Family, Slot, check_fixed, param_shapes
 from rlhf_jax.models.rope import read_rope
 from rlhf_jax.models.settings import ModelSettings

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): the network, its partition rules, and its Hugging Face format.
 
-Pre-layer-norm blocks with a tanh-approximated GELU, learned positions, and an unembedding tied to
-the token embedding.
+Pre-layer-norm blocks with a tanh-approximated GELU, learned positions, and an unembedding that is
+tied to the token embedding, or not.
 """
 
 import dataclasses
@@ -242,7 +242,8 @@ class GPT2(StackedModel):
       dtype, remat, attention: as in `models/stacked.py`.
 
     The parameters are `{"wte": {"embedding": [Vp, D]}, "wpe": {"embedding": [n_positions, D]},
-    "layers": blocks stacked on axis 0, "ln_f": {"scale": [D], "bias": [D]}}`.
+    "layers": blocks stacked on axis 0, "ln_f": {"scale": [D], "bias": [D]}}`, and `"lm_head":
+    {"embedding": [Vp, D]}` where the unembedding is not tied to the token embedding.
 
     >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=2, n_head=2))
     >>> params = model.init(jax.random.key(0))
@@ -280,12 +281,16 @@ class GPT2(StackedModel):
         block = Block(config, self.dtype)  # its parameters are the same for any attention
         init = lambda key: block.init(key, x, mask)["params"]  # noqa: E731
         layers, width = jax.vmap(init)(jnp.stack(keys)), (config.n_embd,)
-        return {
+        params = {
             "wte": {"embedding": jnp.where(is_token, wte, 0.0)},
             "wpe": {"embedding": normal(wpe_key, (config.n_positions, config.n_embd))},
             "layers": layers,
             "ln_f": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
         }
+        if not config.tie_word_embeddings:
+            output = normal(jax.random.fold_in(wte_key, 1), wte.shape)
+            params["lm_head"] = {"embedding": jnp.where(is_token, output, 0.0)}
+        return params
 
     def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
         """Token plus position embedding, [B, L, D] in the compute dtype."""
@@ -316,7 +321,6 @@ _FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
 _EOS = 50256  # BOS and EOS in transformers where a GPT-2 configuration has none
 
@@ -335,6 +339,8 @@ def _slots(model: GPT2) -> dict[str, Slot]:
     slots = {name: Slot(path, None, leaf_at(params, path).shape) for name, path in _TOP.items()}
     vocabulary = (config.vocab_size, config.n_embd)
     slots["wte.weight"] = slots["wte.weight"]._replace(shape=vocabulary)
+    if not config.tie_word_embeddings:
+        slots["lm_head.weight"] = Slot(("lm_head", "embedding"), None, vocabulary)
     for layer in range(config.n_layer):
         for module in _LAYER:
             weight = "scale" if module.startswith("ln_") else "kernel"

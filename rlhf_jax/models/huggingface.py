@@ -98,6 +98,12 @@ def described_model(
     return family.model(config, dtype, remat)
 
 
+def language_model_slots(model: Model) -> dict[str, Slot]:
+    """Every tensor of the folder of a language model, by its full name."""
+    family = _family_of(model)
+    return {family.full_name(name): slot for name, slot in family.slots(model).items()}
+
+
 def load_pretrained(
     folder_or_hub_name: str | pathlib.Path,
     *,

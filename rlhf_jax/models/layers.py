@@ -14,7 +14,6 @@ from rlhf_jax.models.stack import UnstackedLayers, depth, run_layers
 from rlhf_jax.parallel.constraints import all_gather, constrain_cache
 from rlhf_jax.parallel.partition import Rules
 
-
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines f32[B, L, d / 2]
 
 
@@ -69,7 +68,9 @@ class Block(Protocol):
         """([B, S, D], (keys, values) [B, Hk, S, d]) of [B, S, D] and the keys of a prefix."""
         ...
 
-    def heads(self, x: jax.Array, rotation: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(
+        self, x: jax.Array, rotation: Rotation | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scaled queries [B, H, L, d], and keys and values [B, Hk, L, d], of [B, L, D]."""
         ...
 

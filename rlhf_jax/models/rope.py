@@ -24,8 +24,8 @@ class Rope:
 
     Attributes:
       rope_theta: theta.
-      rope_type: "default"; "linear", f / factor (Chen et al. 2023, arXiv:2306.15595); "llama3", long
-        wavelengths divided by the factor, short ones kept, those between interpolated (Llama Team
+      rope_type: "default"; "linear", f / factor (Chen et al. 2023, arXiv:2306.15595); "llama3",
+        long wavelengths divided by the factor, short ones kept, others interpolated (Llama Team
         2024, arXiv:2407.21783, and the reference code of Llama 3.1); "yarn" (Peng et al. 2023,
         arXiv:2309.00071).
       factor: how much longer the context is than in pretraining.
@@ -57,7 +57,9 @@ class Rope:
             kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             frequencies = self._interpolated(frequencies, np.clip(kept, 0, 1))
         elif self.rope_type == "yarn":
-            low, high = (self._dimension(width, turns) for turns in (self.beta_fast, self.beta_slow))
+            low, high = (
+                self._dimension(width, turns) for turns in (self.beta_fast, self.beta_slow)
+            )
             if self.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, width - 1)

@@ -1,0 +1,82 @@
+"""Decoders against PyTorch's: numbers of tests/golden/make_decoders.py."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rlhf_jax.models import load_pretrained, save_pretrained
+from rlhf_jax.models.huggingface import described_model, language_model_slots
+from rlhf_jax.rollout import generate
+from tests.golden.decoder_weights import direction, weights
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "decoders.npz")
+CASES = sorted({name.split("/")[0] for name in GOLDEN.files if "/" in name})
+
+
+def write_folder(folder, case):
+    """A folder as transformers would write it."""
+    config = json.loads(str(GOLDEN[f"{case}/config"]))
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, slot in language_model_slots(described_model(folder)).items():
+        tensors[name] = weights(name, slot.shape)
+        if "norm" in name:
+            tensors[name] += np.float32(not config["model_type"].startswith("gemma"))
+    save_file(tensors, folder / "model.safetensors")
+    return config, tensors
+
+
+def slope(grads, name, slot):
+    """The gradient of a tensor along the direction of its golden number."""
+    leaf = grads
+    for key in slot.path:
+        leaf = leaf[key]
+    leaf = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+    leaf = (leaf.T if slot.transposed else leaf)[: slot.shape[0]]
+    return np.sum(leaf * direction(name, slot.shape))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decoders_equal_those_of_pytorch(case, tmp_path):
+    config, tensors = write_folder(tmp_path, case)
+    model, params = load_pretrained(tmp_path)
+    tokens, slopes = GOLDEN["tokens"], json.loads(str(GOLDEN[f"{case}/slopes"]))
+    assert slopes.keys() == tensors.keys()
+
+    @jax.jit
+    def logits(params, mask):
+        return model.logits(params, model.hidden(params, tokens, mask))
+
+    for side in ("left", "right"):
+        mask = GOLDEN[side]
+        error = np.abs(logits(params, mask) - GOLDEN[f"{case}/{side}"])[mask]
+        assert error.max() < 2e-5
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        logprobs = jax.nn.log_softmax(logits(params, GOLDEN["right"])[:, :-1])
+        picked = jnp.take_along_axis(logprobs, tokens[:, 1:, None], -1)[..., 0]
+        return -jnp.mean(picked, where=GOLDEN["right"][:, 1:])
+
+    value, grads = loss(params)
+    np.testing.assert_allclose(value, GOLDEN[f"{case}/loss"], atol=1e-5)
+    for name, slot in language_model_slots(model).items():
+        np.testing.assert_allclose(slope(grads, name, slot), slopes[name], atol=2e-5)
+    rollout = generate(
+        model, params, tokens, GOLDEN["left"], jax.random.key(0), max_new_tokens=8, temperature=0
+    )
+    np.testing.assert_array_equal(rollout.tokens, GOLDEN[f"{case}/greedy"])
+
+    save_pretrained(tmp_path / "saved", model, params)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    ours = ("architectures", "dtype", "torch_dtype")
+    assert [key for key in config if key not in ours and saved[key] != config[key]] == []
+    again, same = load_pretrained(tmp_path / "saved")
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, params, same)
