@@ -100,7 +100,8 @@ class DecoderConfig:
             raise InputError(f"rms_norm_eps must be above 0, but is {self.rms_norm_eps}.")
         if not 0 <= self.attention_dropout < 1:
             raise InputError(
-                f"attention_dropout must be at least 0 and below 1, but is {self.attention_dropout}."
+                f"attention_dropout must be at least 0 and below 1, but is "
+                f"{self.attention_dropout}."
             )
         if self.hidden_act not in ACTIVATIONS:
             raise InputError(
