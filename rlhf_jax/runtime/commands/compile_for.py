@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_jax import training
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import terminal
-from rlhf_jax.runtime.compilation.chips import TOPOLOGIES
+from rlhf_jax.runtime.compilation import TOPOLOGIES
 from rlhf_jax.runtime.config import RLHFConfig, RunConfig, config_of, parse, trainer_named
 from rlhf_jax.runtime.parsing import read_yaml, split_flags
 
@@ -38,14 +38,12 @@ def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     config = read_config(rest, flags.stage)
     from etils import epath  # here, so that --help does without these
 
-    from rlhf_jax.runtime.compilation.cost import stage_cost
-    from rlhf_jax.runtime.compilation.table import as_text
-    from rlhf_jax.runtime.compilation.topologies import find_topology
+    from rlhf_jax.runtime.compilation.cost import as_text, stage_cost
     from rlhf_jax.runtime.run.folder import disk_errors
 
     numbers = stage_cost(
         config,
-        find_topology(flags.topology),
+        flags.topology,
         model_name=flags.model,
         num_responses=flags.num_responses,
         target_tokens=flags.learned_tokens,
@@ -64,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="rlhf compile-for --topology NAME [--config FILE.yaml] [--section.key VALUE ...]",
         description="Compiles the steps of a stage for devices that need not exist, and prints "
-        "their memory, FLOPs, collectives and least time. All other settings are those of the "
-        "stage's own command.",
+        "their memory and FLOPs. All other settings are those of the stage's own command.",
     )
     add = parser.add_argument
     add("--topology", help=TOPOLOGIES)

@@ -10,11 +10,16 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
+from rlhf_jax.data.formats import Kind
+from rlhf_jax.data.kinds import AnyBatch
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.sft import max_targets, target_width
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model
-from rlhf_jax.runtime.compilation.shapes import batch_shapes, rollout_shapes
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.rewards.sources import resolve_sources
@@ -31,7 +36,7 @@ class Program(NamedTuple):
         one reward model.
       function: jitted.
       arguments: shapes, `jax.ShapeDtypeStruct` each.
-      state_bytes: of the first argument, the state, on one device.
+      state_bytes: of the state, its first argument, on one device.
     """
 
     name: str
@@ -65,15 +70,11 @@ def programs(
         raise InputError(f"learned_tokens is {target_tokens}: set it to 1 or more.")
     check_run(config, model, mesh)
     kind, settings = config.trainer.reads(config.settings), config.settings
-    shapes = functools.partial(
-        batch_shapes, num_responses=num_responses, target_tokens=target_tokens
-    )
-    batch: Any = shapes(kind, settings.batch_size, config.data)
+    batch: Any = _batch(kind, settings.batch_size, config.data, num_responses, target_tokens)
     if not config.trainer.online:
         return [_offline(config, model, mesh, batch)]
     if config.trainer.mixes_texts and settings.ptx_coef:
-        texts = shapes("text", settings.num_texts, config.section("ptx"))
-        batch = batch._replace(texts=texts)
+        batch = batch._replace(texts=_texts(settings.num_texts, config.section("ptx"), target_tokens))
     return _online(config, model, mesh, batch)
 
 
@@ -95,7 +96,7 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     stops = (model.config.vocab_size - 1 if eos is None else eos,)
     num_scorers, is_single = _reward_models(config)
     params = jax.eval_shape(model.init, key)
-    head = {"kernel": jax.ShapeDtypeStruct((model.config.n_embd,), "float32")}
+    head = {"kernel": _floats(model.config.n_embd)}
     scorer = {"model": params, "head": head}
     scorers: dict[str, Any] = {
         "reward_params": scorer if is_single else (scorer,) * num_scorers or None
@@ -114,7 +115,8 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
         return [Program("step", step, (state, batch, key), size)]
     sample = online.make_rollout_step(model, settings, stop_token_ids=stops)
     update = place.update(update, state)
-    rollout, scores = rollout_shapes(settings.batch_size, settings.response_length)
+    shape = (settings.batch_size, settings.response_length)
+    rollout, scores = Rollout(*_sequences(*shape), _floats(*shape)), _floats(shape[0])
     return [
         Program("rollout", place.rollout(sample, state), (state, batch, key), size),
         Program("update", update, (state, batch, rollout, scores, key), size),
@@ -146,3 +148,37 @@ def _bytes_on_device(place: Placement, tree: Any) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(size, tree, place.shardings(tree))))
+
+
+def _batch(
+    kind: Kind, batch_size: int, data: DataSettings, num_responses: int, target_tokens: int | None
+) -> AnyBatch:
+    """A batch as its encoder returns it."""
+    if kind == "text":
+        return _texts(batch_size, data, target_tokens)
+    prompts = _sequences(batch_size, data.max_prompt_length)
+    if kind in ("prompts", "references"):
+        return PromptBatch(*prompts, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+    if kind == "rankings":
+        responses = _sequences(batch_size, num_responses, data.max_response_length)
+        return RankingBatch(*prompts, *responses)
+    responses = _sequences(batch_size, data.max_response_length)
+    valid = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
+    return PairBatch(*prompts, *responses, *responses, _floats(batch_size), valid)
+
+
+def _texts(batch_size: int, data: DataSettings, target_tokens: int | None) -> TextBatch:
+    count = max_targets(data) if target_tokens is None else target_tokens
+    width = target_width([count], data.max_length)
+    targets = None if width is None else jax.ShapeDtypeStruct((batch_size, width), jnp.int32)
+    tokens, mask = _sequences(batch_size, data.max_length)
+    return TextBatch(tokens, tokens, mask, targets)
+
+
+def _sequences(*shape: int) -> tuple[Any, Any]:
+    """(tokens, mask)."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

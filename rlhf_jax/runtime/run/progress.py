@@ -217,8 +217,13 @@ def utilization(
     True
     """
     devices = jax.devices() if devices is None else devices
-    kind = devices[0].device_kind
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    peak = peak_flops(devices[0])
     if peak is None:
         return None
     return flops_per_token * tokens_per_second / (peak * len(devices))
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The published bfloat16 FLOP/s of a device; None of an unknown kind."""
+    kind = device.device_kind
+    return next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)

@@ -51,7 +51,7 @@ def test_a_further_trainer_is_compiled_from_its_record(folder, monkeypatch):
     ("flags", "message"),
     [
         ([], "--topology is missing"),
-        (["--topology", "v9:2x2"], "--topology 'v9:2x2' is not known; give v5e:4x4"),
+        (["--topology", "h100:2x2"], "--topology 'h100:2x2' is not known; give v5e:4x4"),
         (["--topology", "cpu:4096"], "needs 4096 devices"),
         (["--topology", "local", "--model", "gpt9"], "There is no model 'gpt9' here"),
         (["--topology", "local", "--stage", "dpo"], "--stage must be one of sft, reward, ppo"),
