@@ -1,4 +1,4 @@
-"""The command `compile-for`: the cost of a stage on devices that need not exist."""
+"""The command `compile-for`: memory and FLOPs of a stage on devices that need not exist."""
 
 import argparse
 import dataclasses
@@ -25,10 +25,6 @@ def main(argv: Sequence[str]) -> int:
 def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     """Prints the cost of a stage, and returns the numbers.
 
-    Args:
-      argv: `--topology NAME [--model NAME] [--stage NAME] [--num_responses K]
-        [--learned_tokens K] [--json FILE] --config FILE.yaml --section.key value ...`.
-
     Raises:
       InputError: one sentence about what is wrong with the flags, the configuration or the mesh.
     """
@@ -42,11 +38,7 @@ def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     from rlhf_jax.runtime.run.folder import disk_errors
 
     numbers = stage_cost(
-        config,
-        flags.topology,
-        model_name=flags.model,
-        num_responses=flags.num_responses,
-        target_tokens=flags.learned_tokens,
+        config, flags.topology, model_name=flags.model, num_responses=flags.num_responses
     )
     print(as_text(numbers))
     if flags.json is not None:
@@ -73,12 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--stage", help=f"{', '.join(_names())}; by default the one that the configuration has")
     add("--num_responses", type=int, default=4, help="responses to a prompt, in rankings")
-    add(
-        "--learned_tokens",
-        type=int,
-        help="the greatest number of target tokens in a sequence of texts; by default that of "
-        "prompts and completions of the greatest lengths",
-    )
     add("--json", help="a file for the numbers")
     return parser
 
@@ -88,14 +74,14 @@ def _names() -> list[str]:
 
 
 def read_config(argv: Sequence[str], stage: str | None) -> RunConfig:
-    """The configuration of the stage in `--config FILE.yaml --section.key value ...`.
+    """The configuration of the stage, also in a configuration of `rlhf run`.
 
     Args:
-      stage: the name of its trainer; None takes the only one that has a section. A configuration of
-        `rlhf run` has several, of which it names one.
+      argv: `--config FILE.yaml --section.key value ...`.
+      stage: the name of its trainer; None for the only one that has a section.
 
     Raises:
-      InputError: the stage is not known or not given, or as `config.parse` raises.
+      InputError: the stage is unknown or ambiguous, or as `config.parse` raises.
     """
     names = _names()
     listed = f"{', '.join(names[:-1])} or {names[-1]}"

@@ -18,7 +18,6 @@ from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import AnyBatch
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import max_targets, target_width
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.program import Placement
@@ -46,35 +45,27 @@ class Program(NamedTuple):
 
 
 def programs(
-    config: RunConfig,
-    model: Model,
-    mesh: Mesh,
-    *,
-    num_responses: int = 4,
-    target_tokens: int | None = None,
+    config: RunConfig, model: Model, mesh: Mesh, *, num_responses: int = 4
 ) -> list[Program]:
     """The programs of a stage, to be traced under `jax.set_mesh(mesh)`.
 
-    Examples have the greatest lengths that the configuration allows. Reward models have the
-    policy's architecture. A schedule of the learning rate differs in a constant.
+    Examples have the greatest lengths that the configuration allows, and texts `max_targets` target
+    tokens. Reward models have the policy's architecture. A schedule of the learning rate differs in
+    a constant.
 
     Args:
       num_responses: K of rankings, which otherwise the data determine.
-      target_tokens: the greatest number of target tokens in a sequence of texts, likewise; by
-        default that of prompts and completions of the greatest lengths, `max_targets`.
 
     Raises:
-      InputError: of sizes, as the stage raises it, or `target_tokens` is below 1.
+      InputError: of sizes, as the stage raises it.
     """
-    if target_tokens is not None and target_tokens < 1:
-        raise InputError(f"learned_tokens is {target_tokens}: set it to 1 or more.")
     check_run(config, model, mesh)
     kind, settings = config.trainer.reads(config.settings), config.settings
-    batch: Any = _batch(kind, settings.batch_size, config.data, num_responses, target_tokens)
+    batch: Any = _batch(kind, settings.batch_size, config.data, num_responses)
     if not config.trainer.online:
         return [_offline(config, model, mesh, batch)]
     if config.trainer.mixes_texts and settings.ptx_coef:
-        batch = batch._replace(texts=_texts(settings.num_texts, config.section("ptx"), target_tokens))
+        batch = batch._replace(texts=_texts(settings.num_texts, config.section("ptx")))
     return _online(config, model, mesh, batch)
 
 
@@ -128,10 +119,10 @@ def _reward_models(config: RunConfig) -> tuple[int, bool]:
 
     Without any source of rewards, one reward model is assumed.
     """
-    given, path = config.section("rewards"), config.model.reward_path
-    if path is None and (not given or any(source.is_bare for source in given)):
+    listed, path = config.section("rewards"), config.model.reward_path
+    if path is None and (not listed or any(source.is_bare for source in listed)):
         path = "reward"
-    sources = resolve_sources(path, given)
+    sources = resolve_sources(path, listed)
     count = sum(source.function is None for source in sources)
     is_alone = len(sources) == count == 1 and sources[0].weight == 1.0
     return count, is_alone and not config.settings.subtract_reference_score
@@ -150,12 +141,10 @@ def _bytes_on_device(place: Placement, tree: Any) -> int:
     return sum(jax.tree.leaves(jax.tree.map(size, tree, place.shardings(tree))))
 
 
-def _batch(
-    kind: Kind, batch_size: int, data: DataSettings, num_responses: int, target_tokens: int | None
-) -> AnyBatch:
+def _batch(kind: Kind, batch_size: int, data: DataSettings, num_responses: int) -> AnyBatch:
     """A batch as its encoder returns it."""
     if kind == "text":
-        return _texts(batch_size, data, target_tokens)
+        return _texts(batch_size, data)
     prompts = _sequences(batch_size, data.max_prompt_length)
     if kind in ("prompts", "references"):
         return PromptBatch(*prompts, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
@@ -167,9 +156,8 @@ def _batch(
     return PairBatch(*prompts, *responses, *responses, _floats(batch_size), valid)
 
 
-def _texts(batch_size: int, data: DataSettings, target_tokens: int | None) -> TextBatch:
-    count = max_targets(data) if target_tokens is None else target_tokens
-    width = target_width([count], data.max_length)
+def _texts(batch_size: int, data: DataSettings) -> TextBatch:
+    width = target_width([max_targets(data)], data.max_length)
     targets = None if width is None else jax.ShapeDtypeStruct((batch_size, width), jnp.int32)
     tokens, mask = _sequences(batch_size, data.max_length)
     return TextBatch(tokens, tokens, mask, targets)

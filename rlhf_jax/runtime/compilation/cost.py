@@ -23,7 +23,6 @@ def stage_cost(
     *,
     model_name: str | None = None,
     num_responses: int = 4,
-    target_tokens: int | None = None,
 ) -> dict[str, Any]:
     """The cost of each program of a stage, for JSON: `program_cost` of each in "programs".
 
@@ -31,7 +30,7 @@ def stage_cost(
       topology: as for `find_devices`.
       model_name: one of `named_sizes`, a folder with a config.json, or such a file; by default
         `model.path`, and if that is null too, a fresh model of the settings.
-      num_responses, target_tokens: as for `programs`.
+      num_responses: as for `programs`.
 
     Raises:
       InputError: there is no such topology or model, or the mesh or a batch does not fit it.
@@ -42,9 +41,7 @@ def stage_cost(
     model = _find_model(model_name, config, dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     with jax.set_mesh(mesh):
-        steps = programs(
-            config, model, mesh, num_responses=num_responses, target_tokens=target_tokens
-        )
+        steps = programs(config, model, mesh, num_responses=num_responses)
         costs = [program_cost(program, devices) for program in steps]
     return {
         "stage": config.trainer.name,
@@ -114,14 +111,14 @@ def program_cost(program: Program, devices: list[jax.Device]) -> dict[str, Any]:
 
 
 def _memory_sizes(error: Exception) -> dict[str, str]:
-    """What XLA says it needs and has if memory is exhausted; raises any other error."""
+    """The memory that XLA needs and has if it is exhausted; raises any other error."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message:
         raise error
     pattern = r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)|"
     pattern += r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?)"
-    found = re.search(pattern, message)
-    needed, available = filter(None, found.groups()) if found else ("more", "there is")
+    match = re.search(pattern, message)
+    needed, available = filter(None, match.groups()) if match else ("more", "there is")
     return {"needed": needed, "available": available}
 
 

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.compilation import TOPOLOGIES
 
-# Otherwise libtpu asks the cloud for the slice, for minutes, and then prints that there is none; and
+# Otherwise libtpu queries the cloud for the slice, for minutes, and prints that there is none; and
 # only one process may use it.
 _WITHOUT_CLOUD = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -101,7 +101,7 @@ class Progress:
         return ([f"{short_number(speed)} tokens/s"] if speed is not None else []) + texts[:4]
 
     def _update_plain(self, step: int) -> None:
-        if self._printed_step is None:  # the first step compiles: it says nothing of later ones
+        if self._printed_step is None:  # it compiles, unlike later ones
             self._first_time, self._first_step = self._clock(), step
         waited = self._clock() - self._printed_time
         if self._printed_step is None or step >= self._total or waited >= self.PLAIN_SECONDS:

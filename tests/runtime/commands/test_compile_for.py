@@ -59,7 +59,6 @@ def test_a_further_trainer_is_compiled_from_its_record(folder, monkeypatch):
         (["--topology", "local", "--model.attention", "cudnn"], "is of NVIDIA GPUs, which no topo"),
         (["--topology", "local", "--sft.batch", "3"], "Unknown key 'sft.batch'"),
         (["--topology", "local", "--ppo.lam", "1"], "give --stage sft, reward or ppo."),
-        (["--topology", "local", "--learned_tokens", "0"], "learned_tokens is 0: set it to 1"),
     ],
 )
 def test_an_error_is_one_sentence(flags, message):

@@ -30,11 +30,11 @@ def sft_config(**sections):
 
 def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
     config = sft_config(model={"remat": "none"})
-    found = cost.stage_cost(config, "local", model_name=folder)
-    (step,) = found["programs"]
+    costs = cost.stage_cost(config, "local", model_name=folder)
+    (step,) = costs["programs"]
     layer = 12 * WIDTH**2 + 13 * WIDTH
     parameters = layer + (VOCABULARY + LENGTH) * WIDTH + 2 * WIDTH
-    assert found["parameters"] == parameters
+    assert costs["parameters"] == parameters
     batch = 16 * LENGTH * (4 + 4 + 1)
     state = 3 * 4 * parameters  # and the two moments of Adam
     assert step["arguments"] == pytest.approx(state + batch, rel=1e-3)
@@ -45,7 +45,7 @@ def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
     biases = 2 * tokens * 9 * WIDTH  # their gradients, on one CPU products with ones
     attention = 7 * 2 * tokens * LENGTH * WIDTH
     assert step["flops"] == products + biases + attention
-    assert (step["fits"], found["dtype"]) == (True, "float32")
+    assert (step["fits"], costs["dtype"]) == (True, "float32")
     assert "seconds" not in step
 
 
@@ -55,8 +55,8 @@ def test_what_is_computed_again_counts_again():
     for remat in ("none", "full"):
         sizes = {"n_layer": 4, "n_head": 2, "n_embd": 64, "n_positions": 16, "remat": remat}
         config = sft_config(model=sizes, tokenizer={"vocab_size": 258}, data={"max_length": 16})
-        found = cost.stage_cost(config, "local")
-        flops[remat] = found["programs"][0]["flops"]
+        costs = cost.stage_cost(config, "local")
+        flops[remat] = costs["programs"][0]["flops"]
     assert 1.2 < flops["full"] / flops["none"] < 1.34
 
 
@@ -90,14 +90,14 @@ def test_a_slice_needs_libtpu(monkeypatch):
 @pytest.mark.parametrize("sizes", [(1, 16, 1), (2, 4, 2)])
 def test_steps_are_compiled_for_sixteen_chips(folder, sizes):
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    found = cost.stage_cost(sft_config(mesh=mesh), "v5e:4x4", model_name=folder)
-    (step,) = found["programs"]
-    state = 3 * 4 * found["parameters"] / (sizes[1] * sizes[2])
+    costs = cost.stage_cost(sft_config(mesh=mesh), "v5e:4x4", model_name=folder)
+    (step,) = costs["programs"]
+    state = 3 * 4 * costs["parameters"] / (sizes[1] * sizes[2])
     assert state < step["arguments"] < 2 * state + 2**16  # vectors are replicated, chips pad
     assert step["seconds"] == pytest.approx(step["flops"] / 197e12)
     assert step["fits"]
     assert step["peak"] < 2**26
-    assert "at least" in cost.as_text(found)
+    assert "at least" in cost.as_text(costs)
     with pytest.raises(InputError, match="v5e:3x5 is no slice of TPUs"):
         topologies.find_devices("v5e:3x5")
 

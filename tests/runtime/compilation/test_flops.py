@@ -30,13 +30,13 @@ def test_flops_of_training_are_three_times_those_of_a_forward_pass():
     state = jax.eval_shape(lambda: sft.init_state(MODEL, MODEL.init(key), settings, key))
     tokens = jnp.zeros((4, 16), jnp.int32)
     batch = TextBatch(tokens, tokens, tokens > 0)
-    found = count_flops(jax.make_jaxpr(sft.make_step(MODEL, settings))(state, batch, key))
+    flops = count_flops(jax.make_jaxpr(sft.make_step(MODEL, settings))(state, batch, key))
     batch_size, length, width = 4, 16, 8
     layer = 2 * batch_size * length * 12 * width**2
     attention = 2 * batch_size * length**2 * width  # one of two products forwards, five backwards
     logits = 2 * batch_size * (length - 1) * 128 * width  # the vocabulary is padded
     biases = 2 * batch_size * length * 9 * width  # their gradients on one CPU: products with ones
-    assert found == 3 * (3 * layer + logits + biases) + 3 * 7 * attention
+    assert flops == 3 * (3 * layer + logits + biases) + 3 * 7 * attention
 
 
 def test_flops_of_decoding_count_every_step():
@@ -46,9 +46,9 @@ def test_flops_of_decoding_count_every_step():
         mask = prompts > 0
         return generate(MODEL, params, prompts, mask, jax.random.key(0), max_new_tokens=8)
 
-    found = count_flops(jax.make_jaxpr(f)(jax.eval_shape(MODEL.init, jax.random.key(0))))
+    flops = count_flops(jax.make_jaxpr(f)(jax.eval_shape(MODEL.init, jax.random.key(0))))
     per_token = 2 * 2 * (3 * 12 * 8**2)
     logits = 2 * 2 * 128 * 8
     # Attention: of the prompt, and of each decoded token to the 11 positions of the cache.
     attention = 3 * 2 * 2 * (8 * 2 * 8 * 11 + 2 * 4 * 4 * 8)
-    assert found == (4 + 8) * per_token + (1 + 8) * logits + attention
+    assert flops == (4 + 8) * per_token + (1 + 8) * logits + attention
