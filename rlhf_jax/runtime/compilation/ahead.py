@@ -87,7 +87,7 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     stops = (model.config.vocab_size - 1 if eos is None else eos,)
     num_scorers, is_single = _reward_models(config)
     params = jax.eval_shape(model.init, key)
-    head = {"kernel": _floats(model.config.n_embd)}
+    head = {"kernel": _array(jnp.float32, model.config.n_embd)}
     scorer = {"model": params, "head": head}
     scorers: dict[str, Any] = {
         "reward_params": scorer if is_single else (scorer,) * num_scorers or None
@@ -107,7 +107,8 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     sample = online.make_rollout_step(model, settings, stop_token_ids=stops)
     update = place.update(update, state)
     shape = (settings.batch_size, settings.response_length)
-    rollout, scores = Rollout(*_sequences(*shape), _floats(*shape)), _floats(shape[0])
+    rollout = Rollout(*_sequences(*shape), _array(jnp.float32, *shape))
+    scores = _array(jnp.float32, settings.batch_size)
     return [
         Program("rollout", place.rollout(sample, state), (state, batch, key), size),
         Program("update", update, (state, batch, rollout, scores, key), size),
@@ -147,26 +148,26 @@ def _batch(kind: Kind, batch_size: int, data: DataSettings, num_responses: int) 
         return _texts(batch_size, data)
     prompts = _sequences(batch_size, data.max_prompt_length)
     if kind in ("prompts", "references"):
-        return PromptBatch(*prompts, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+        return PromptBatch(*prompts, _array(jnp.int32, batch_size))
     if kind == "rankings":
         responses = _sequences(batch_size, num_responses, data.max_response_length)
         return RankingBatch(*prompts, *responses)
     responses = _sequences(batch_size, data.max_response_length)
-    valid = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
-    return PairBatch(*prompts, *responses, *responses, _floats(batch_size), valid)
+    valid = _array(jnp.bool_, batch_size)
+    return PairBatch(*prompts, *responses, *responses, _array(jnp.float32, batch_size), valid)
 
 
 def _texts(batch_size: int, data: DataSettings) -> TextBatch:
     width = target_width([max_targets(data)], data.max_length)
-    targets = None if width is None else jax.ShapeDtypeStruct((batch_size, width), jnp.int32)
+    targets = None if width is None else _array(jnp.int32, batch_size, width)
     tokens, mask = _sequences(batch_size, data.max_length)
     return TextBatch(tokens, tokens, mask, targets)
 
 
 def _sequences(*shape: int) -> tuple[Any, Any]:
     """(tokens, mask)."""
-    return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    return _array(jnp.int32, *shape), _array(jnp.bool_, *shape)
 
 
-def _floats(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _array(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
