@@ -66,8 +66,8 @@ def pair_evaluation(pairs: ScoredPairs) -> dict[str, Any]:
     curve = diagnostics.calibration(pairs.differences)
     lengths = diagnostics.accuracy_by_length(pairs.differences, pairs.length_differences)
     values = {_NAMES.get(key, key): value for key, value in metrics.items()}
-    for b in curve:
-        values[f"right, confidence {b.low:.2f} to {b.high:.2f} ({b.num_pairs} pairs)"] = b.correct
+    for c in curve:
+        values[f"right, confidence {c.low:.2f} to {c.high:.2f} ({c.num_pairs} pairs)"] = c.correct
     for b in lengths:
         values[f"accuracy, preferred one {_range(b)} ({b.num_pairs} pairs)"] = b.accuracy
     return {
