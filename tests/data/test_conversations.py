@@ -3,8 +3,8 @@
 import pytest
 
 from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_texts, load_examples
+from rlhf_jax.data.encoding import tokenize_prompts
 from rlhf_jax.data.settings import DataSettings
-from rlhf_jax.data.truncation import tokenize_prompts
 from rlhf_jax.errors import InputError
 from tests.data.test_sft import ids
 
@@ -78,7 +78,7 @@ def test_prompts_of_comparisons_and_of_texts(write):
 def test_examples_that_cannot_be_split_are_one_sentence(write):
     path = write("a.jsonl", [UNMARKED])
     with pytest.raises(
-        InputError, match="No row of .* can be split: none has data.split_at .* all"
+        InputError, match="No example of .* can be split: none has data.split_at .* all"
     ):
         load(path, "pairs", split_at=MARK)
     with pytest.raises(
@@ -142,11 +142,11 @@ def test_every_kind_of_examples_is_truncated_alike(tokenizer, caplog):
 
 
 def test_the_suffix_is_complete_or_an_error(tokenizer):
-    prompts = tokenize_prompts(tokenizer, ["a TL;DR: ", "b"], "TL;DR:", 99)
+    prompts = tokenize_prompts(tokenizer, ["a TL;DR: ", "b"], DataSettings(**TLDR))
     assert prompts[0].ending == ids(tokenizer, " TL;DR: ")
     assert prompts[1].ending == []
     with pytest.raises(InputError, match=r"data.prompt_suffix 'TL;DR:' has \d+ tokens, more than"):
-        tokenize_prompts(tokenizer, ["a TL;DR:"], "TL;DR:", 2)
+        tokenize_prompts(tokenizer, ["a TL;DR:"], DataSettings(**TLDR, max_prompt_length=2))
 
 
 @pytest.mark.parametrize(

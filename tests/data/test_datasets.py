@@ -178,12 +178,14 @@ def test_missing_column_names_those_that_are_there(write):
     with pytest.raises(InputError) as caught:
         load(path, "text")
     assert str(caught.value) == (
-        f"{path} has the columns question, label, but text rows need `prompt` and `completion`, or "
-        "`messages`, or `text`: name the right ones in data.columns."
+        f"{path} has the columns question, label, but text examples need `prompt` and "
+        "`completion`, or `messages`, or `text`: name the right ones in data.columns."
     )
-    with pytest.raises(InputError, match="pairs rows need `chosen` and `rejected`, or `responses`"):
+    with pytest.raises(
+        InputError, match="pairs examples need `chosen` and `rejected`, or `responses`"
+    ):
         load(path, "pairs")
-    with pytest.raises(InputError, match="prompts rows need `prompt`, or `text`"):
+    with pytest.raises(InputError, match="prompts examples need `prompt`, or `text`"):
         load(path, "prompts")
     with pytest.raises(InputError, match="maps 'text' to 'body', but .* has the columns question"):
         load(path, "text", columns={"text": "body"})
@@ -325,7 +327,9 @@ def test_a_single_file_is_the_split_train(write):
 
 def test_holding_out_everything(write):
     path = write("a.jsonl", TEXTS)
-    with pytest.raises(InputError, match="data.eval_rows holds out 20 of the 20 rows of .* lower"):
+    with pytest.raises(
+        InputError, match="data.eval_rows holds out 20 of the 20 examples of .* lower"
+    ):
         load_examples(DataSettings(path=path, eval_rows=20), "text")
 
 

@@ -105,7 +105,9 @@ def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
 
 @pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"prompt": "p", "completion": ""}]])
 def test_nothing_left_is_an_error(tokenizer, rows):
-    with pytest.raises(InputError, match="No text is left to train on: all [01] rows are empty"):
+    with pytest.raises(
+        InputError, match="No text is left to train on: all [01] examples are empty"
+    ):
         encode_texts(rows, tokenizer, DataSettings())
 
 
