@@ -1,4 +1,4 @@
-"""What the stages are loadingd from: keys, checksums, folders behind an address."""
+"""What the stages load: keys, checksums, folders behind an address."""
 
 import itertools
 from pathlib import Path

@@ -38,9 +38,7 @@ class DivergedError(FloatingPointError):
 def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
     """Trains a stage to its end, from its newest checkpoint if there is one.
 
-    Args:
-      make_stage: reads the data and the models; not called when the run is complete.
-      config: the configuration of the stage.
+    `make_stage` reads the data and the models; a run that is complete does not call it.
 
     Raises:
       InputError: the folder cannot be written, holds a run with another configuration, or has

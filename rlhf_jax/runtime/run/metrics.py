@@ -115,11 +115,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-            return
         # A full disk raises here a second time; the first error is the one to report.
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(InputError) if kind else contextlib.nullcontext():
             self.close()
 
 

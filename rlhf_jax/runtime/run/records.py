@@ -133,20 +133,18 @@ def array_specs(tree: Any) -> dict[str, list]:
 
 
 def check_same_arrays(saved: Mapping[str, list], expected: Mapping[str, list], name: str) -> None:
-    """Raises an InputError that names the first array in which a checkpoint is another run's.
+    """Raises an InputError that names the first difference of two `array_specs`.
 
     Args:
-      saved, expected: as from `array_specs`.
       name: of the checkpoint, for the message.
     """
     for path in [*expected, *saved]:
-        there, here = (_spec_text(specs.get(path)) for specs in (saved, expected))
+        there, here = (
+            f"{specs[path][1]}{specs[path][0]}" if path in specs else "missing"
+            for specs in (saved, expected)
+        )
         if there != here:
             raise InputError(
                 f"{name} is of another model or another version: {path} is {there} there and "
                 f"{here} here; put back what the run began with, or choose another --run_dir."
             )
-
-
-def _spec_text(spec: list | None) -> str:
-    return "missing" if spec is None else f"{spec[1]}{list(spec[0])}"

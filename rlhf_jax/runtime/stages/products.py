@@ -92,7 +92,7 @@ class PolicyProduct(Product):
         if not have_completions(held_out, self.config.data):
             raise InputError(
                 f"{self.config.trainer.name}.rouge_rows compares with completions, which the "
-                "held-out rows do not have: give rows of prompt and completion, or set it to 0."
+                "held-out examples do not have: give prompts and completions, or set it to 0."
             )
         return TeacherForcedRouge(
             self.model,
@@ -137,7 +137,7 @@ class RewardModelProduct(Product):
         )
         self._score = jax.jit(end_scores, static_argnums=0)
         if settings.objective != "last_token":
-            unused = f"rows have a margin, which reward.objective {settings.objective} ignores."
+            unused = f"examples have a margin, which reward.objective {settings.objective} ignores."
             with_margin = sum(each["margin"] != 0 for each in examples.train)
             warn(with_margin, len(examples.train), unused)
 

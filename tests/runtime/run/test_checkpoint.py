@@ -89,14 +89,14 @@ def test_a_checkpoint_gives_back_every_bit_and_what_was_said_beside(two):
 )
 def test_a_checksum_is_that_of_a_loop_and_sees_every_element(array):
     array = jnp.asarray(array)
-    whole = np.asarray(array)
-    bits = (whole if whole.dtype == bool else whole.view(f"u{whole.itemsize}")).reshape(-1)
+    full = np.asarray(array)
+    bits = (full if full.dtype == bool else full.view(f"u{full.itemsize}")).reshape(-1)
     expected = sum((2 * i + 1) * int(x) for i, x in enumerate(bits)) % 2**32
     assert int(jax.jit(checksum)(array)) == expected
     for place in range(array.size):
-        changed = whole.copy().reshape(-1)
-        changed[place] = not changed[place] if whole.dtype == bool else changed[place] + 1
-        assert int(checksum(jnp.asarray(changed.reshape(whole.shape)))) != expected
+        changed = full.copy().reshape(-1)
+        changed[place] = not changed[place] if full.dtype == bool else changed[place] + 1
+        assert int(checksum(jnp.asarray(changed.reshape(full.shape)))) != expected
 
 
 # --- damage --------------------------------------------------------------------------------------
