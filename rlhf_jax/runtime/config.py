@@ -76,17 +76,14 @@ class RunConfig(CommandConfig):
         return self.section(self.trainer.name)
 
 
-class _TextMixing:
-    """The check that there are texts where they are to be mixed in."""
-
-    def __post_init__(self) -> None:
-        run = cast(RunConfig, self)
-        name, texts = run.trainer.name, run.section("ptx")
-        if run.settings.ptx_coef and texts == DataSettings() and run.data.path != texts.path:
-            raise InputError(
-                f"{name}.ptx_coef is {run.settings.ptx_coef}, but there are no texts to mix in: "
-                f"give --ptx.path a data set of texts, or set {name}.ptx_coef to 0."
-            )
+def _check_texts(config: RunConfig) -> None:
+    """Raises an InputError where texts are to be mixed in, but there are none."""
+    name, texts, coef = config.trainer.name, config.section("ptx"), config.settings.ptx_coef
+    if coef and texts == DataSettings() and config.data.path != texts.path:
+        raise InputError(
+            f"{name}.ptx_coef is {coef}, but there are no texts to mix in: give --ptx.path a data "
+            f"set of texts, or set {name}.ptx_coef to 0."
+        )
 
 
 @functools.cache
@@ -107,16 +104,15 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
     fields += [("run_dir", str, f"runs/{trainer.name}")]
     summary = trainer.summary[:1].upper() + trainer.summary[1:]
     attributes = "".join(f"\n  {note}" for note in notes)
+    namespace = {"__doc__": f"{summary}.\n\nAttributes:{attributes}\n", "trainer": trainer}
+    if trainer.mixes_texts:
+        namespace["__post_init__"] = _check_texts
     kind = dataclasses.make_dataclass(
         f"{trainer.label.replace(' ', '')}Config",
         fields,
-        bases=(_TextMixing, RunConfig) if trainer.mixes_texts else (RunConfig,),
+        bases=(RunConfig,),
         frozen=True,
-        namespace={
-            "__doc__": f"{summary}.\n\nAttributes:{attributes}\n",
-            "__module__": __name__,
-            "trainer": trainer,
-        },
+        namespace={**namespace, "__module__": __name__},
     )
     return cast(type[RunConfig], kind)
 
