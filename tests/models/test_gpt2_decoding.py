@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import stack
+from rlhf_jax.models import stacked
 from rlhf_jax.models.interface import SharedPrompt, positions_from
-from rlhf_jax.models.stack import UnstackedLayers
+from rlhf_jax.models.stacked import UnstackedLayers
 from tests.models.tiny_gpt2 import CONFIG, MODEL, VOCABULARY, hidden, pad
 
 
@@ -57,7 +57,7 @@ def test_what_is_ready_for_decoding_stays_as_it_is(params):
 
 
 def test_deep_models_keep_their_stack(params, monkeypatch):
-    monkeypatch.setattr(stack, "MAX_UNSTACKED_LAYERS", 1)
+    monkeypatch.setattr(stacked, "MAX_UNSTACKED_LAYERS", 1)
     ready = MODEL.for_decoding(params)
     assert ready["layers"].keys() == params["layers"].keys()
     assert set(ready["wte"]) == {"columns"}
