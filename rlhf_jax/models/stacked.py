@@ -138,7 +138,7 @@ class StackedModel(abc.ABC):
     def layers(
         self, stack, x, mask, positions, cache=None, prefix=None, shared=None, *, dropout_key=None
     ) -> tuple[jax.Array, Cache | None]:
-        others = sum(other is not None for other in (cache, prefix, shared))
+        others = sum(each is not None for each in (cache, prefix, shared))
         if others > 1 or (others and dropout_key is not None):
             raise ValueError(
                 "layers takes a cache, a prefix or a shared prompt, one of the three, and no "
@@ -178,7 +178,7 @@ class StackedModel(abc.ABC):
         """In the compute dtype but for norms; on one CPU unstacked, the embedding in columns.
 
         A CPU copies each layer out of a stack before it multiplies with it, which for a small batch
-        takes as long as the product.
+        costs as much as the product.
         """
         if embedding.is_for_decoding(params[self.table]):
             return params
@@ -197,17 +197,14 @@ class StackedModel(abc.ABC):
         return params[self.table]["embedding"]
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
-        return self._products(params, hidden, decode)[..., : self.config.vocab_size]
+        return self.padded_logits(params, hidden, decode=decode)[..., : self.config.vocab_size]
 
     def padded_logits(
         self, params: Params, hidden: jax.Array, *, decode: bool = False
     ) -> jax.Array:
-        logits = self._products(params, hidden, decode)
+        name, rules = self.table, self.partition_rules
+        logits = embedding.unembed(name, params[name], hidden, self.dtype, rules, decode=decode)
         return embedding.mask_padding(logits, self.config.vocab_size)
-
-    def _products(self, params, hidden, decode):
-        table, rules = params[self.table], self.partition_rules
-        return embedding.unembed(self.table, table, hidden, self.dtype, rules, decode=decode)
 
     def hidden(
         self,
@@ -255,11 +252,8 @@ class StackedModel(abc.ABC):
 
     def merge(self, frozen: Params, trained: Params) -> Params:
         halves = frozen["layers"], trained["layers"]
-        return {
-            **frozen,
-            **trained,
-            "layers": jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *halves),
-        }
+        stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *halves)
+        return {**frozen, **trained, "layers": stack}
 
 
 def _depth(stack: Any) -> int:
