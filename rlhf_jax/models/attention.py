@@ -51,19 +51,20 @@ def self_attention(
     if mask.prompt is not None:
         length = mask.prompt.shape[-1]
         past = k[:, :, :length], v[:, :, :length]
-        prompt = (x[:, None, :, :length] for x in (q, k, v))
-        parts.append(_attend_by(implementation, *prompt, mask.prompt[:, None]))
+        own = tuple(x[:, None, :, :length] for x in (q, k, v))
+        parts.append(_attend_by(implementation, own, mask.prompt[:, None]))
     seen = None
     if mask.past is not None:
         assert past is not None  # of the prompt above, or of a prefix
-        seen = Past(*past, mask.past)
+        seen = Past(past[0], past[1], mask.past)
     count = mask.own.shape[1]
-    own = (_split(x[:, :, length:], count) for x in (q, k, v))
-    parts.append(_attend_by(implementation, *own, mask.own, seen, dropout))
+    own = tuple(_split(x[:, :, length:], count) for x in (q, k, v))
+    parts.append(_attend_by(implementation, own, mask.own, seen, dropout))
     return jnp.concatenate([_joined(part) for part in parts], axis=2)
 
 
-def _attend_by(implementation, q, k, v, visible, past=None, dropout=None):
+def _attend_by(implementation, qkv, visible, past=None, dropout=None):
+    q, k, v = qkv
     if implementation == "cudnn":
         return attend_by_cudnn(q, k, v, visible, past)
     return attend(q, k, v, visible, past, dropout)
@@ -94,7 +95,8 @@ def attend(
     heads = q.shape[2]
     k, v = _repeat_heads(k, heads, 2), _repeat_heads(v, heads, 2)
     if past is not None:
-        past = Past(*(_repeat_heads(x, heads, 1) for x in past[:2]), past.mask)
+        keys, values = (_repeat_heads(x, heads, 1) for x in past[:2])
+        past = Past(keys, values, past.mask)
     return _attend(q, k, v, visible, past, dropout)
 
 

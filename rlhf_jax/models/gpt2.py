@@ -341,8 +341,8 @@ def _write_config(config: GPT2Config) -> dict[str, Any]:
 
 def _fresh_config(settings: ModelSettings, vocab_size: int) -> GPT2Config:
     sizes = (settings.n_positions, settings.n_embd, settings.n_layer, settings.n_head)
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
-    return GPT2Config(vocab_size, *sizes, **rates)
+    rate = settings.dropout
+    return GPT2Config(vocab_size, *sizes, resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate)
 
 
 FAMILY = Family(

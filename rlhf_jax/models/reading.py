@@ -104,8 +104,11 @@ def make_array(
     if count >= shape[0] or local[0] < shape[0]:
         return jax.block_until_ready(_placed(shape, sharding, read))
     array = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, jnp.float32)
-    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    update = jax.jit(update, donate_argnums=0, out_shardings=sharding)
+    update = jax.jit(
+        functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
     for start in range(0, shape[0], count):
         part_shape = (min(count, shape[0] - start), *shape[1:])
         part = _placed(part_shape, sharding, functools.partial(_read_behind, read, start))
@@ -187,10 +190,20 @@ def find_tensors(
     """
     tensors: dict[str, TensorFile] = {}
     for file in weight_files(folder):
-        for name, tensor in _open(file, family, slots, label, files):
-            if name in tensors:
-                raise InputError(f"{folder} holds the tensor {name!r} twice; save it again.")
-            tensors[name] = tensor
+        try:
+            opened = files.enter_context(safe_open(file, framework="numpy"))
+            for name in opened.keys():  # noqa: SIM118, the file is no mapping
+                short = name.removeprefix(family.prefix)
+                if short.endswith(family.ignored):
+                    continue
+                if short in tensors:
+                    raise InputError(f"{folder} holds the tensor {short!r} twice; save it again.")
+                slot = slots.get(family.tied.get(short, short))
+                data = opened.get_slice(name)
+                _check_fits(family, f"{file}: the tensor {name!r}", short, data, slot, label)
+                tensors[short] = TensorFile(file, data, slot is not None and slot.transposed)
+        except SafetensorError as error:
+            raise _unreadable(file, error) from error
     missing = slots.keys() - tensors.keys()
     if SCORE in missing:
         raise InputError(
@@ -220,60 +233,35 @@ def _are_equal(one: TensorFile, other: TensorFile) -> bool:
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
-def _open(
-    file: pathlib.Path,
-    family: Family,
-    slots: dict[str, Slot],
-    label: int | None,
-    files: contextlib.ExitStack,
-) -> list[tuple[str, TensorFile]]:
-    """(name without the prefix, tensor) of all parameters in a file, checked."""
-    pairs = []
-    try:
-        tensors = files.enter_context(safe_open(file, framework="numpy"))
-        for name in tensors.keys():  # noqa: SIM118, the file is no mapping
-            short = name.removeprefix(family.prefix)
-            if short.endswith(family.ignored):
-                continue
-            data, slot = tensors.get_slice(name), slots.get(family.tied.get(short, short))
-            problem = _problem(family, name, data, slot, label if short == SCORE else None)
-            if problem is not None:
-                raise InputError(f"{file}: the tensor {name!r} {problem}")
-            pairs.append((short, TensorFile(file, data, slot is not None and slot.transposed)))
-    except SafetensorError as error:
-        raise _unreadable(file, error) from error
-    return pairs
-
-
 def _unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
     return InputError(f"{file} cannot be read ({error}); save or download it again.")
 
 
-def _problem(family, name, data, slot, label) -> str | None:
-    """Why a tensor has no slot or does not fit in it; None if it fits."""
+def _check_fits(family, tensor, name, data, slot, label) -> None:
     shape, dtype = list(data.get_shape()), data.get_dtype()
     if slot is None and name == SCORE:
-        return "is the head of a reward model: load it with load_reward_model."
+        raise InputError(f"{tensor} is the head of a reward model: load it with load_reward_model.")
     if slot is None:
-        return (
-            f"{shape} is no part of the {family.name} that config.json describes; check its number "
-            "of layers, or choose another model."
+        raise InputError(
+            f"{tensor} {shape} is no part of the {family.name} that config.json describes; check "
+            "its number of layers, or choose another model."
         )
     expected = list(slot.shape)
-    if label is not None:
+    if name == SCORE and label is not None:
         if label >= (shape or [0])[0]:
-            return f"has shape {shape}, so there is no label {label}; the first one is 0."
+            raise InputError(
+                f"{tensor} has shape {shape}, so there is no label {label}; the first one is 0."
+            )
         shape[0] = 1
-    elif name == SCORE and shape[:1] != [1]:
-        return (
-            f"has shape {shape}, but a reward model has one label, {expected}; of a classifier "
-            "choose the label that is the score (`label` of a source in `rewards`)."
+    if name == SCORE and shape[:1] != [1]:
+        raise InputError(
+            f"{tensor} has shape {shape}, but a reward model has one label, {expected}; of a "
+            "classifier choose the label that is the score (`label` of a source in `rewards`)."
         )
     if shape != expected:
-        return f"has shape {shape}, but config.json asks for {expected}."
+        raise InputError(f"{tensor} has shape {shape}, but config.json asks for {expected}.")
     if dtype not in _FLOATS:
-        return (
-            f"is stored as {dtype}, but only {', '.join(_FLOATS)} can be read; save the model "
-            "unquantized."
+        raise InputError(
+            f"{tensor} is stored as {dtype}, but only {', '.join(_FLOATS)} can be read; save the "
+            "model unquantized."
         )
-    return None

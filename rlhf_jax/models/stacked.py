@@ -43,8 +43,9 @@ class UnstackedLayers(NamedTuple):
 class Block(Protocol):
     """A layer as a Linen module; in decoding, with `decode` True, by `heads` and then `attend`."""
 
-    apply: Any  # as of `flax.linen.Module`, like `clone`
-    clone: Any
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    def clone(self, *, decode: bool) -> Any: ...
 
     def __call__(
         self,
