@@ -59,19 +59,20 @@ def causal_mask(mask: jax.Array, window: int | None = None) -> jax.Array:
 
 def attention_mask(
     mask: jax.Array,
-    positions: jax.Array,
     prefix: Cache | None = None,
     shared: SharedPrompt | None = None,
+    *,
     window: int | None = None,
+    positions: jax.Array | None = None,
 ) -> AttentionMask:
     """The attention mask of texts with a mask [B, S], or [G * K, T] behind a prefix of G prompts.
 
-    The arguments are those of `Model.layers`.
+    The arguments are those of `Model.layers`; positions are read with a window only.
     """
     if prefix is not None:
         own_mask = mask.reshape(prefix.mask.shape[0], -1, mask.shape[1])
-        before = prefix.mask, positions_from(prefix.mask)
-        past = _past_mask(*before, positions.reshape(own_mask.shape), window)
+        before = positions_from(prefix.mask)
+        past = _past_mask(prefix.mask, before, positions, own_mask.shape, window)
         return AttentionMask(causal_mask(own_mask, window), past=past)
     if shared is None:
         return AttentionMask(causal_mask(mask, window)[:, None])
@@ -79,14 +80,16 @@ def attention_mask(
     own = causal_mask(mask[:, length:].reshape(shape), window)
     if not length:
         return AttentionMask(own)
-    prompt, before = mask[:, :length], positions[:, :length]
-    past = _past_mask(prompt, before, positions[:, length:].reshape(shape), window)
+    prompt, before, after = mask[:, :length], None, None
+    if positions is not None:
+        before, after = positions[:, :length], positions[:, length:]
+    past = _past_mask(prompt, before, after, shape, window)
     return AttentionMask(own, causal_mask(prompt, window), past)
 
 
-def _past_mask(mask, before, positions, window):
-    """`AttentionMask.past` of responses at [B, K, T] behind tokens [B, P] at positions `before`."""
+def _past_mask(mask, before, positions, shape, window):
+    """`AttentionMask.past` of responses of a shape [B, K, T] behind a mask [B, P]."""
     seen = mask.astype(bool)[:, None, None]
     if window is None:
         return seen
-    return seen & (positions[..., None] - before[:, None, None] < window)
+    return seen & (positions.reshape(shape)[..., None] - before[:, None, None] < window)

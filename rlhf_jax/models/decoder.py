@@ -24,9 +24,8 @@ from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import start_dropout
 from rlhf_jax.models.embedding import lookup
 from rlhf_jax.models.interface import Params
-from rlhf_jax.models.layers import Context, LayerKinds, Rotation
 from rlhf_jax.models.rope import rotate, rotations
-from rlhf_jax.models.stacked import StackedModel
+from rlhf_jax.models.stacked import Context, LayerKinds, Rotation, StackedModel
 from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
 
@@ -327,8 +326,8 @@ class Decoder(StackedModel):
             f"The final norm of {self.config.model_type} has no bias that could shift its result."
         )
 
-    def _products(self, params, hidden, decode):
-        logits = super()._products(params, hidden, decode)
+    def scaled_logits(self, logits: jax.Array) -> jax.Array:
+        """Logits divided and then soft-capped."""
         if self.config.logit_divisor != 1:
             logits /= self.config.logit_divisor
         if (cap := self.config.logit_softcap) is not None:

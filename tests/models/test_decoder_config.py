@@ -31,7 +31,9 @@ def read(folder, data) -> DecoderConfig:
 
 @pytest.mark.parametrize("case", CASES)
 def test_configurations_of_both_versions_of_transformers_are_read_alike(case, tmp_path):
-    config = read(tmp_path, json.loads(str(GOLDEN[f"{case}/config"])))  # as transformers 4 writes it
+    config = read(
+        tmp_path, json.loads(str(GOLDEN[f"{case}/config"]))
+    )  # as transformers 4 writes it
     installed = transformers.AutoConfig.from_pretrained(tmp_path)
     installed.save_pretrained(tmp_path)
     assert described_model(tmp_path).config == config
@@ -83,7 +85,9 @@ def test_layers_of_two_kinds(tmp_path):
 
 
 def test_the_first_of_several_end_tokens_is_that_of_the_model(tmp_path):
-    assert read(tmp_path, {"model_type": "llama", **SIZES, "eos_token_id": [5, 7]}).eos_token_id == 5
+    assert (
+        read(tmp_path, {"model_type": "llama", **SIZES, "eos_token_id": [5, 7]}).eos_token_id == 5
+    )
 
 
 def test_frequencies_of_llama_3_keep_short_wavelengths_and_divide_long_ones():

@@ -38,6 +38,7 @@ class TinyConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
 
     @property
     def head_width(self):
@@ -59,12 +60,12 @@ class Block(nn.Module):
             setattr(self, name, Dense((size,), self.dtype, nn.initializers.normal(0.1)))
         self.norm_1, self.norm_2 = nn.RMSNorm(), nn.RMSNorm()
 
-    def __call__(self, x, mask, positions, past=None, deterministic=True):
-        q, k, v = self.heads(x, positions)
+    def __call__(self, x, mask, rotation, past=None, deterministic=True):
+        q, k, v = self.heads(x, rotation)
         out = self_attention(q, k, v, mask, past, implementation=self.attention)
         return self._rest(x, out), (k, v)
 
-    def heads(self, x, positions):
+    def heads(self, x, rotation):
         h = self._place(self.norm_1(x))
         parts = [constrain_batch(dense(h), last="tensor") for dense in (self.q, self.k, self.v)]
         width = self.config.head_width
@@ -103,12 +104,10 @@ class Tiny(StackedModel):
     def init(self, key):
         config = self.config
         key, *keys = jax.random.split(key, 1 + config.n_layer)
-        x, positions = jnp.zeros((1, 1, config.n_embd)), jnp.zeros((1, 1), jnp.int32)
+        x = jnp.zeros((1, 1, config.n_embd))
         mask = AttentionMask(jnp.ones((1, 1, 1, 1), bool))
         block = Block(config, self.dtype)
-        layers = jax.vmap(lambda key: block.init(key, x, mask, positions)["params"])(
-            jnp.stack(keys)
-        )
+        layers = jax.vmap(lambda key: block.init(key, x, mask, None)["params"])(jnp.stack(keys))
         shape = (padded_vocab_size(config.vocab_size), config.n_embd)
         is_token = jnp.arange(shape[0])[:, None] < config.vocab_size
         table = jnp.where(is_token, jax.random.normal(key, shape), 0.0)
