@@ -10,8 +10,9 @@ rlhf_jax.errors.InputError: sft.batch_size must be above 0, but is 0.
 """
 
 import math
+import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rlhf_jax.errors import InputError
 
@@ -51,10 +52,23 @@ def below_one(section: str, **values: float | None) -> None:
             raise InputError(f"{section}.{name} must be at least 0 and below 1, but is {value}.")
 
 
-def finite(section: str, **values: Any) -> None:
-    """Raises an InputError for a float that is infinite or NaN."""
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
+def fields(section: str, settings: Any) -> None:
+    """Raises an InputError for a field of a dataclass that its annotation excludes.
+
+    That is null without a None in the annotation, a float that is infinite or NaN, and a value that
+    is not among those of a `Literal`.
+    """
+    for name, annotation in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        is_union = get_origin(annotation) in (Union, types.UnionType)
+        kinds = get_args(annotation) if is_union else (annotation,)
+        nulls = [None] if type(None) in kinds else []
+        choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+        if choices:
+            one_of(choices + nulls, section, **{name: value})
+        elif value is None and not nulls:
+            raise InputError(f"{section}.{name} must have a value, but is null.")
+        elif isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{section}.{name} must be a finite number, but is {value}.")
 
 

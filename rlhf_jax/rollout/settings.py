@@ -27,17 +27,19 @@ class GenerationSettings:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise InputError(
-                "generation.max_new_tokens and generation.batch_size must be at least 1, but are "
-                f"{self.max_new_tokens} and {self.batch_size}."
-            )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                "generation.temperature and generation.top_k must not be negative and "
-                "generation.top_p must be above 0 and at most 1, but are "
-                f"{self.temperature}, {self.top_k} and {self.top_p}."
-            )
+        section = "generation"
+        checks.fields(section, self)
+        checks.at_least(
+            1, section, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+        )
+        checks.not_negative(
+            section,
+            min_new_tokens=self.min_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+        )
+        checks.positive(section, top_p=self.top_p)
+        checks.fraction(section, top_p=self.top_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         section, longest = self.section, self.response_length
-        checks.finite(section, **vars(self))
+        checks.fields(section, self)
         checks.positive(section, response_length=longest, temperature=self.temperature)
         shortest = self.min_response_length
         if shortest is not None and not 0 < shortest <= longest:
@@ -110,7 +112,6 @@ class ShapingSettings(SamplingSettings):
         super().__post_init__()
         section = self.section
         checks.positive(section, cliprange_reward=self.cliprange_reward)
-        checks.one_of(("running", "ref", None), section, scale_reward=self.scale_reward)
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError(
                 f"{section}.missing_eos_penalty and {section}.missing_eos_score exclude each "

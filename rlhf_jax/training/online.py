@@ -1,16 +1,14 @@
 """The part of an iteration that all online methods share: sample, score, experience.
 
-A method adds its state, `init_state` and an update step
-(state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout), in which
-`make_experience` turns the scores into token rewards. `make_step` composes the full iteration from
-it. The functions here read two fields of the state:
+A method adds a state, `init_state` and an `UpdateStep`, in which `make_experience` turns scores
+into token rewards; `make_step` composes the full iteration. Two fields of the state are read here:
 
     state.params["model"]   the trained part of the policy
     state.frozen            {"ref": the trained part of the reference, "base": the frozen part that
                             policy and reference share, "reward": a reward model}, the last two
                             where they exist
 
-`split_policy` returns both for a new state. Parts are those of `training.trainable`.
+`split_policy` returns both for a new state.
 """
 
 import functools
@@ -40,11 +38,15 @@ from rlhf_jax.training.settings import OnlineSettings
 from rlhf_jax.training.trainable import Trainable
 
 Metrics = dict[str, jax.Array]
+# (state, batch, key) -> rollout
 RolloutStep = Callable[[Any, PromptBatch, jax.Array], Rollout]
+# (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)
 UpdateStep = Callable[
     [Any, PromptBatch, Rollout, jax.Array, jax.Array], tuple[Any, Metrics, ScoredRollout]
 ]
+# (state, batch, key) -> (state, metrics, rollout)
 Step = Callable[[Any, PromptBatch, jax.Array], tuple[Any, Metrics, ScoredRollout]]
+# (sequences, hidden [B, T, D] of the policy, frozen states) -> values f32[B, T]
 Values = Callable[[Sequences, jax.Array, jax.Array | None], jax.Array]
 
 
@@ -228,12 +230,10 @@ def make_experience(
     shape. The passes run `settings.score_batch_size` responses at a time.
 
     Args:
-      state: see the module.
       scores: f32[B], of the reward models or functions.
       kl_coef: weight of the KL penalty in the rewards.
       score_stats: of the scores of earlier iterations, for `scale_reward`.
-      values: (sequences, hidden [B, T, D] of the policy, frozen states) -> f32[B, T]; None without
-        a value model.
+      values: None without a value model.
 
     Raises:
       ValueError: the batch has not `settings.batch_size` prompts.
@@ -264,7 +264,7 @@ def make_experience(
         kl_coef=kl_coef,
         kl_kind=settings.kl_estimator,
     )
-    metrics = objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
+    metrics = _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
     return Experience(scored, rewards, states), score_stats, metrics | scaling
 
 
@@ -288,47 +288,32 @@ def policy_logprobs(
     )
 
 
-def objective_metrics(
-    kl_coef: jax.Array | float,
-    scored: ScoredRollout,
-    rewards: jax.Array,
-    entropy: jax.Array,
-    exact_kl: jax.Array | None,
-) -> Metrics:
-    """Means over responses of scores and of sums over tokens; padding of the batch is left out.
-
-    Args:
-      kl_coef: f32[], of the rewards.
-      rewards: f32[B, T] of the tokens, 0 off the mask.
-      entropy: f32[B, T] of the distributions that the tokens were sampled from.
-      exact_kl: f32[B, T] of those distributions to the reference's, or None.
-    """
+def _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl):
+    """Means over responses of scores and of sums over tokens; padding of the batch is left out."""
     mask, scores = scored.mask, scored.scores
     valid = mask.any(axis=1)
-    score_mean = functional.masked_mean(scores, valid)
+
+    def mean(x):
+        return functional.masked_mean(x if x.ndim == 1 else jnp.sum(x, axis=1), valid)
+
     # token_rewards puts the score on the last real token; the rest is the penalty.
-    total = functional.masked_mean(jnp.sum(rewards, axis=1), valid)
-    differences = jnp.sum(scored.logprobs - scored.ref_logprobs, axis=1)
-    tokens = jnp.sum(mask, dtype=jnp.float32)
-    exact = {}
-    if exact_kl is not None:
-        sums = jnp.sum(jnp.where(mask, exact_kl, 0.0), axis=1)
-        exact["objective/kl_exact"] = functional.masked_mean(sums, valid)
-    return {
+    score_mean, total = mean(scores), mean(rewards)
+    metrics = {
         "objective/scores": score_mean,
         "objective/scores_std": jnp.sqrt(functional.masked_var(scores, valid, unbiased=False)),
-        "objective/kl": functional.masked_mean(differences, valid),
+        "objective/kl": mean(scored.logprobs - scored.ref_logprobs),
         "objective/rlhf_reward": total,
         "objective/non_score_reward": total - score_mean,
-        "objective/entropy": functional.masked_mean(jnp.sum(-scored.logprobs, axis=1), valid),
+        "objective/entropy": mean(-scored.logprobs),
         "objective/kl_coef": jnp.asarray(kl_coef, jnp.float32),
-        "objective/response_length": functional.masked_mean(
-            jnp.sum(mask, axis=1, dtype=jnp.float32), valid
-        ),
+        "objective/response_length": mean(mask.astype(jnp.float32)),
         "policy/entropy_avg": functional.masked_mean(entropy, mask),
-        "perf/tokens": tokens + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
-        **exact,
+        "perf/tokens": jnp.sum(mask, dtype=jnp.float32)
+        + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
     }
+    if exact_kl is not None:
+        metrics["objective/kl_exact"] = mean(jnp.where(mask, exact_kl, 0.0))
+    return metrics
 
 
 def _reference_parts(state):

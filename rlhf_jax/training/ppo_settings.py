@@ -30,8 +30,8 @@ class Settings(OnlineSettings):
       max_approxkl: an iteration ends before the first update whose minibatch has moved further
         than this, by `policy/approxkl_avg`; the learning rate's schedule counts updates taken.
       entropy_coef: weight of the entropy of the next token, in nats, which is maximized.
-      ptx_coef: weight of the cross entropy of texts in every update (PPO-ptx of InstructGPT), in
-        nats per token; 0 reads no texts.
+      ptx_coef: weight of the cross entropy of texts in every update (PPO-ptx: Ouyang et al.,
+        InstructGPT, eq. 2), in nats per token; 0 reads no texts.
       ptx_batch_size: rows of texts in one iteration (a packed row holds several), split over its
         minibatches anew in each epoch; null takes `batch_size`.
       value_model: "shared", a head on the policy's layers; "policy", a model of its own that starts
@@ -63,10 +63,10 @@ class Settings(OnlineSettings):
     value_model: Literal["shared", "policy", "reward"] = "shared"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         section = self.section
         checks.positive(
             section,
-            batch_size=self.batch_size,
             num_ppo_epochs=self.num_ppo_epochs,
             num_mini_batches=self.num_mini_batches,
             target=self.target,
@@ -76,8 +76,6 @@ class Settings(OnlineSettings):
             max_approxkl=self.max_approxkl,
             ptx_batch_size=self.ptx_batch_size,
         )
-        self._check_minibatches()
-        super().__post_init__()
         checks.fraction(section, gamma=self.gamma, lam=self.lam)
         checks.not_negative(
             section,
@@ -87,19 +85,11 @@ class Settings(OnlineSettings):
             cliprange=self.cliprange,
             cliprange_value=self.cliprange_value,
         )
-        checks.one_of(("clip", "kl_penalty"), section, surrogate=self.surrogate)
-        checks.one_of(("shared", "policy", "reward"), section, value_model=self.value_model)
-
-    def _check_minibatches(self) -> None:
-        minibatches = self.num_mini_batches
+        minibatches, steps = self.num_mini_batches, self.gradient_accumulation_steps
         for name, size in (("batch_size", self.batch_size), ("ptx_batch_size", self.num_texts)):
-            checks.divides(self.section, name, size, "num_mini_batches", minibatches)
-            check_accumulation(
-                self.section,
-                size // minibatches,
-                self.gradient_accumulation_steps,
-                name=f"{name} / ppo.num_mini_batches",
-            )
+            checks.divides(section, name, size, "num_mini_batches", minibatches)
+            per_minibatch = f"{name} / {section}.num_mini_batches"
+            check_accumulation(section, size // minibatches, steps, name=per_minibatch)
 
     @property
     def num_texts(self) -> int:

@@ -1,7 +1,7 @@
 """The section `reward` of a configuration, and the record of the reward model's training."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from rlhf_jax import checks
 from rlhf_jax.data.formats import Kind
@@ -47,7 +47,6 @@ class Settings(OfflineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.one_of(get_args(Objective), self.section, objective=self.objective)
         checks.at_least(2, self.section, normalize_rows=self.normalize_rows)
         checks.not_negative(self.section, center_coef=self.center_coef)
         check_num_layers_unfrozen(self.section, self.num_layers_unfrozen)

@@ -34,6 +34,7 @@ class OptimizerSettings:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        checks.fields("optimizer", self)
         checks.not_negative(
             "optimizer",
             learning_rate=self.learning_rate,
@@ -42,7 +43,6 @@ class OptimizerSettings:
         )
         checks.positive("optimizer", eps=self.eps, max_grad_norm=self.max_grad_norm)
         checks.below_one("optimizer", b1=self.b1, b2=self.b2)
-        checks.one_of(("constant", "linear", "cosine"), "optimizer", schedule=self.schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class OfflineSettings:
     eval_batch_size: int = 16
 
     def __post_init__(self) -> None:
+        checks.fields(self.section, self)
         checks.positive(
             self.section,
             batch_size=self.batch_size,
@@ -117,7 +118,6 @@ class OnlineSettings(ShapingSettings):
             score_batch_size=self.score_batch_size,
         )
         checks.not_negative(section, kl_coef=self.kl_coef)
-        checks.one_of(("k1", "k2", "k3"), section, kl_estimator=self.kl_estimator)
         check_num_layers_unfrozen(section, self.num_layers_unfrozen)
         check_accumulation(section, self.batch_size, self.gradient_accumulation_steps)
         at_once = self.score_batch_size or self.batch_size

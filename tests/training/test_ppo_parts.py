@@ -84,8 +84,13 @@ def test_rows_come_back_in_their_order():
     [
         (
             {"gradient_accumulation_steps": 3},
+            "ppo.batch_size = 8 is not divisible by ppo.gradient_accumulation_steps = 3; change "
+            "one of them.",
+        ),
+        (
+            {"gradient_accumulation_steps": 8},
             "ppo.batch_size / ppo.num_mini_batches = 4 is not divisible by "
-            "ppo.gradient_accumulation_steps = 3; change one of them.",
+            "ppo.gradient_accumulation_steps = 8; change one of them.",
         ),
         (
             {"gradient_accumulation_steps": 2, "ptx_batch_size": 6},

@@ -10,7 +10,6 @@ import pytest
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import ppo
-from rlhf_jax.training.pretraining_mix import text_minibatches
 from tests.models.gpt2_by_loop import log_softmax, logits_by_loop
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SCORES, SETTINGS, update_with
 
@@ -125,13 +124,13 @@ def test_each_epoch_splits_the_texts_anew():
     settings = dataclasses.replace(MIXED, num_ppo_epochs=3, num_mini_batches=4, ptx_batch_size=8)
     numbers = jnp.arange(8)[:, None]
     texts = TextBatch(numbers, numbers, numbers > 0)
-    parts = text_minibatches(settings, texts, KEY)
+    parts = ppo._text_minibatches(settings, texts, KEY)
     assert parts.tokens.shape == (12, 2, 1)
     np.testing.assert_array_equal(parts.tokens, parts.segments)
     epochs = np.asarray(parts.tokens).reshape(3, 8)
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
-    other = text_minibatches(settings, texts, jax.random.key(8)).tokens
+    other = ppo._text_minibatches(settings, texts, jax.random.key(8)).tokens
     assert (np.asarray(other) != np.asarray(parts.tokens)).any()
     # Not the order of the responses, whose keys are split off the same one.
     keys = jax.random.split(KEY, 3)
