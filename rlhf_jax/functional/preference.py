@@ -311,7 +311,7 @@ def _expect_lengths(policy_chosen, lengths):
 
 
 def _masked(mask, axis="B", mask_name="mask", /, **logprobs):
-    """(mask, *logprobs) after checks: the mask is True everywhere by default, the others 0 off it."""
+    """(mask, *logprobs) after checks; the mask is True by default, the others are 0 off it."""
     expected = {name: (x, axis, float) for name, x in logprobs.items()}
     expect(**expected)
     if mask is None:

@@ -29,9 +29,7 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         section = "generation"
         checks.fields(section, self)
-        checks.at_least(
-            1, section, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-        )
+        checks.at_least(1, section, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         checks.not_negative(
             section,
             min_new_tokens=self.min_new_tokens,

@@ -93,9 +93,9 @@ def test_the_trained_half_alone_can_be_normalized(reward_model, reward_params, n
     """The frozen half of `split` is not needed, and the embeddings do not move."""
     frozen, trained = reward_model.split(reward_params["model"], 1)
     half = normalize_scores(reward_model, {**reward_params, "model": trained}, 0.5, 2.0)
-    whole = normalize_scores(reward_model, reward_params, 0.5, 2.0)
+    full = normalize_scores(reward_model, reward_params, 0.5, 2.0)
     merged = reward_model.merge(frozen, half["model"])
-    jax.tree.map(np.testing.assert_array_equal, merged, whole["model"])
+    jax.tree.map(np.testing.assert_array_equal, merged, full["model"])
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), normalized, reward_params)
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/")
