@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax import checks
+from rlhf_jax.checks import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_divides
 from rlhf_jax.data.formats import Kind
-from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings, check_accumulation
+from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
 
@@ -42,54 +42,34 @@ class Settings(OnlineSettings):
 
     section = "ppo"  # of the configuration; without an annotation it is no field
 
-    num_ppo_epochs: int = 4
-    num_mini_batches: int = 4
+    num_ppo_epochs: PositiveInt = 4
+    num_mini_batches: PositiveInt = 4
     adaptive_kl: bool = False
-    target: float = 6.0
-    horizon: float = 10000.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
+    target: PositiveFloat = 6.0
+    horizon: PositiveFloat = 10000.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: NonNegativeFloat = 0.2
+    cliprange_value: NonNegativeFloat = 0.2
+    vf_coef: NonNegativeFloat = 0.1
     whiten_rewards: bool = False
     surrogate: Literal["clip", "kl_penalty"] = "clip"
-    penalty_coef: float = 1.0
-    penalty_target: float = 0.01
-    max_approxkl: float | None = None
-    entropy_coef: float = 0.0
-    ptx_coef: float = 0.0
-    ptx_batch_size: int | None = None
+    penalty_coef: PositiveFloat = 1.0
+    penalty_target: PositiveFloat = 0.01
+    max_approxkl: PositiveFloat | None = None
+    entropy_coef: NonNegativeFloat = 0.0
+    ptx_coef: NonNegativeFloat = 0.0
+    ptx_batch_size: PositiveInt | None = None
     value_model: Literal["shared", "policy", "reward"] = "shared"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        section = self.section
-        checks.positive(
-            section,
-            num_ppo_epochs=self.num_ppo_epochs,
-            num_mini_batches=self.num_mini_batches,
-            target=self.target,
-            horizon=self.horizon,
-            penalty_coef=self.penalty_coef,
-            penalty_target=self.penalty_target,
-            max_approxkl=self.max_approxkl,
-            ptx_batch_size=self.ptx_batch_size,
-        )
-        checks.fraction(section, gamma=self.gamma, lam=self.lam)
-        checks.not_negative(
-            section,
-            vf_coef=self.vf_coef,
-            entropy_coef=self.entropy_coef,
-            ptx_coef=self.ptx_coef,
-            cliprange=self.cliprange,
-            cliprange_value=self.cliprange_value,
-        )
-        minibatches, steps = self.num_mini_batches, self.gradient_accumulation_steps
+        section, minibatches = self.section, self.num_mini_batches
+        steps = self.gradient_accumulation_steps
         for name, size in (("batch_size", self.batch_size), ("ptx_batch_size", self.num_texts)):
-            checks.divides(section, name, size, "num_mini_batches", minibatches)
-            per_minibatch = f"{name} / {section}.num_mini_batches"
-            check_accumulation(section, size // minibatches, steps, name=per_minibatch)
+            check_divides(section, name, size, "num_mini_batches", minibatches)
+            part = f"{name} / {section}.num_mini_batches"
+            check_divides(section, part, size // minibatches, "gradient_accumulation_steps", steps)
 
     @property
     def num_texts(self) -> int:

@@ -85,11 +85,11 @@ def test_every_part_has_its_own_dropout_and_is_run_alone(small, texts):
 
     @jax.jit
     def accumulate(params, key):
-        return accumulated_gradients(loss_fn, sft._count, params, texts, key, 2)
+        return accumulated_gradients(loss_fn, sft.count_targets, params, texts, key, 2)
 
     @jax.jit
     def alone(params, part, key):
-        return jax.grad(loss_fn, has_aux=True)(params, part, key, sft._count(texts))
+        return jax.grad(loss_fn, has_aux=True)(params, part, key, sft.count_targets(texts))
 
     keys = jax.random.split(KEY, 2)
     parts = [jax.tree.map(lambda x, i=i: x[i::2], texts) for i in range(2)]
@@ -127,4 +127,4 @@ def test_settings_that_do_not_divide_are_refused(stage, name):
 
 def test_a_batch_that_does_not_divide_is_an_error(texts):
     with pytest.raises(ValueError, match="4 examples are not divisible by 3 accumulation steps"):
-        accumulated_gradients(lambda *_: None, sft._count, {}, texts, None, 3)
+        accumulated_gradients(lambda *_: None, sft.count_targets, {}, texts, None, 3)

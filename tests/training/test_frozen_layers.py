@@ -237,7 +237,7 @@ def test_a_reference_shares_the_frozen_layers_or_is_refused(model, params, ref_p
 @pytest.mark.parametrize("unfrozen", [-1, 3])
 def test_more_layers_than_there_are_or_less_than_none_are_refused(unfrozen, model, params):
     expected = {
-        -1: "ppo.num_layers_unfrozen must not be negative, but is -1; null trains all layers.",
+        -1: "ppo.num_layers_unfrozen must not be negative, but is -1.",
         3: "ppo.num_layers_unfrozen must be from 0 to the model's n_layer = 2, but is 3",
     }[unfrozen]
 
