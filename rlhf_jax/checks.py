@@ -63,9 +63,16 @@ def _check_field(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
             raise InputError(f"{key} must {limit.text}, but is {value!r}.")
 
 
-def check_divides(section: str, name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Raises an InputError unless the value is a multiple of the divisor, both positive."""
-    if value % divisor:
+def check_divides(settings: Any, name: str, divisor_name: str, value: int | None = None) -> None:
+    """Raises an InputError unless the value is a multiple of the divisor, a field or None.
+
+    Args:
+      settings: with the name of its `section`.
+      name: of the value, by default a field too.
+    """
+    divisor, section = getattr(settings, divisor_name), settings.section
+    value = getattr(settings, name) if value is None else value
+    if divisor is not None and value % divisor:
         raise InputError(
             f"{section}.{name} = {value} is not divisible by {section}.{divisor_name} = {divisor}; "
             "change one of them."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from typing import Literal
 
 import pytest
@@ -52,6 +53,11 @@ def test_values_that_an_annotation_excludes_are_named(values, message):
 
 
 def test_a_divisor_is_named():
-    checks.check_divides("s", "x", 6, "y", 3)
-    with pytest.raises(InputError, match="s.x = 6 is not divisible by s.y = 4; change one of"):
-        checks.check_divides("s", "x", 6, "y", 4)
+    settings = types.SimpleNamespace(section="s", x=6, y=3, z=4, unset=None)
+    checks.check_divides(settings, "x", "y")
+    checks.check_divides(settings, "x", "unset")
+    checks.check_divides(settings, "x / 2", "y", 3)
+    with pytest.raises(InputError, match="s.x = 6 is not divisible by s.z = 4; change one of"):
+        checks.check_divides(settings, "x", "z")
+    with pytest.raises(InputError, match="s.x / 2 = 2 is not divisible by s.y = 3; change one of"):
+        checks.check_divides(settings, "x / 2", "y", 2)

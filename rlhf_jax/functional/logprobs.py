@@ -232,7 +232,10 @@ def _chunked(hidden, unembedding, tokens, temperature, chunks, vocab_size):
 
 
 def _forward(hidden, unembedding, tokens, temperature, chunks, vocab_size):
-    arrays = tuple(x.value for x in (hidden, unembedding, tokens, temperature))
+    hidden, unembedding, tokens, temperature = (
+        x.value for x in (hidden, unembedding, tokens, temperature)
+    )
+    arrays = (hidden, unembedding, tokens, temperature)
     outputs, *saved = _results(*arrays, chunks, vocab_size)
     return outputs, (*arrays, *saved)
 

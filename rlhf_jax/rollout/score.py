@@ -141,8 +141,10 @@ def _shared_inputs(sequences):
     own_positions = own_positions.reshape(mask.shape)
     own_positions += prompt_mask.sum(axis=1, dtype=jnp.int32)[:, None, None]
     pairs = (prompts, tokens), (prompt_mask, mask), (positions_from(prompt_mask), own_positions)
-    joined = (jnp.concatenate([x, y.reshape(batch, count * length)], axis=1) for x, y in pairs)
-    return _Inputs(*joined, SharedPrompt(width, count) if length else None)
+    tokens, mask, positions = (
+        jnp.concatenate([x, y.reshape(batch, count * length)], axis=1) for x, y in pairs
+    )
+    return _Inputs(tokens, mask, positions, SharedPrompt(width, count) if length else None)
 
 
 def _apply_layers(model, params, x, inputs):

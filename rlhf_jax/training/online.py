@@ -169,11 +169,10 @@ def make_rollout_step(
     model: Model, settings: SamplingSettings, *, stop_token_ids: Sequence[int] = ()
 ) -> RolloutStep:
     """A pure (state, batch, key) -> Rollout: one sampled response to each prompt."""
+    sample = functools.partial(sample_responses, model, stop_token_ids=stop_token_ids)
 
     def rollout_step(state, batch, key):
-        return sample_responses(
-            model, policy_params(model, state), batch, key, settings, stop_token_ids=stop_token_ids
-        )
+        return sample(policy_params(model, state), batch, key, settings)
 
     return rollout_step
 
@@ -244,7 +243,7 @@ def make_experience(
             f"is {settings.batch_size}."
         )
     check_stop_tokens(settings, stop_token_ids)
-    scores = shape_scores(settings, tuple(stop_token_ids), rollout, scores)
+    scores = shape_scores(settings, stop_token_ids, rollout, scores)
     valid = rollout.mask.any(axis=1)
     scores, score_stats, scaling = scale_scores(settings, score_stats, scores, valid)
     sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
@@ -256,14 +255,8 @@ def make_experience(
         lambda x: jnp.where(rollout.mask, x, 0.0), per_token
     )
     scored = ScoredRollout(*sequences, logprobs, ref_logprobs, estimates, scores)
-    rewards, _ = functional.token_rewards(
-        scores,
-        scored.logprobs,
-        scored.ref_logprobs,
-        scored.mask,
-        kl_coef=kl_coef,
-        kl_kind=settings.kl_estimator,
-    )
+    arrays = (scores, logprobs, ref_logprobs, rollout.mask)
+    rewards, _ = functional.token_rewards(*arrays, kl_coef=kl_coef, kl_kind=settings.kl_estimator)
     metrics = _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
     return Experience(scored, rewards, states), score_stats, metrics | scaling
 
@@ -278,14 +271,8 @@ def policy_logprobs(
       experience: a tuple with the fields `rollout` and `states` of `Experience`.
     """
     upper, lower = trainable.stacks(policy_parts(params, frozen))
-    return response_logprobs(
-        model,
-        upper,
-        sequences_of(experience.rollout),
-        temperature=settings.temperature,
-        frozen=lower,
-        states=experience.states,
-    )
+    shared = {"temperature": settings.temperature, "frozen": lower, "states": experience.states}
+    return response_logprobs(model, upper, sequences_of(experience.rollout), **shared)
 
 
 def _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl):

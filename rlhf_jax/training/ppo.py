@@ -136,16 +136,12 @@ def make_step(
     """A pure step (state, batch, key) -> (state, metrics, rollout): a full PPO iteration.
 
     Args:
-      model: the policy; the reference has the same architecture.
-      reward_model: the language model under the reward head whose parameters are in
-        `state.frozen["reward"]`; by default of the policy's architecture.
+      reward_model: as in `online.make_step`.
       value_model: the architecture of a value model "reward"; by default that of `reward_model`.
       stop_token_ids: tokens that end a response.
 
-    Returns:
-      The step. Scores in its rollout are final: penalised, clipped and scaled. It raises a
-      ValueError while tracing if the state holds no reward model, or the batch no texts while
-      `ptx_coef` is above 0.
+    Scores in the rollout are final: penalised, clipped and scaled. The step raises a ValueError
+    while tracing if the state holds no reward model, or the batch no texts with a `ptx_coef`.
 
     >>> from rlhf_jax.batches import PromptBatch
     >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
@@ -274,13 +270,9 @@ def _loss(model, value_model, settings, state, params, batch, key, denominators)
     coef = state.penalty_coef
     policy_loss, policy_metrics = _policy_loss(settings, logprobs, minibatch, coef, count)
     values = response_values(settings, value_model, params, sequences, hidden, minibatch.states)
+    arrays = (values, rollout.values, minibatch.returns, rollout.mask)
     value_loss, value = functional.ppo_value_loss(
-        values,
-        rollout.values,
-        minibatch.returns,
-        rollout.mask,
-        clip_range=settings.cliprange_value,
-        denominator=count,
+        *arrays, clip_range=settings.cliprange_value, denominator=count
     )
     loss = policy_loss + settings.vf_coef * value_loss
     metrics = {

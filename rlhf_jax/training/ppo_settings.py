@@ -64,12 +64,11 @@ class Settings(OnlineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        section, minibatches = self.section, self.num_mini_batches
-        steps = self.gradient_accumulation_steps
         for name, size in (("batch_size", self.batch_size), ("ptx_batch_size", self.num_texts)):
-            check_divides(section, name, size, "num_mini_batches", minibatches)
-            part = f"{name} / {section}.num_mini_batches"
-            check_divides(section, part, size // minibatches, "gradient_accumulation_steps", steps)
+            check_divides(self, name, "num_mini_batches", size)
+            part = f"{name} / {self.section}.num_mini_batches"
+            per_update = size // self.num_mini_batches
+            check_divides(self, part, "gradient_accumulation_steps", per_update)
 
     @property
     def num_texts(self) -> int:

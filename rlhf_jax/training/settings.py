@@ -65,10 +65,7 @@ class OfflineSettings:
 
     def __post_init__(self) -> None:
         check_fields(self.section, self)
-        steps = self.gradient_accumulation_steps
-        check_divides(
-            self.section, "batch_size", self.batch_size, "gradient_accumulation_steps", steps
-        )
+        check_divides(self, "batch_size", "gradient_accumulation_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +103,8 @@ class OnlineSettings(ShapingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps = self.gradient_accumulation_steps
-        check_divides(
-            self.section, "batch_size", self.batch_size, "gradient_accumulation_steps", steps
-        )
-        at_once = self.score_batch_size or self.batch_size
-        check_divides(self.section, "batch_size", self.batch_size, "score_batch_size", at_once)
+        check_divides(self, "batch_size", "gradient_accumulation_steps")
+        check_divides(self, "batch_size", "score_batch_size")
 
     @property
     def num_score_parts(self) -> int:
