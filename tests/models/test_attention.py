@@ -22,7 +22,7 @@ def by_loop(q, k, v, visible, past=None, keep=None, scale=1.0):
     for g, i, h, t in np.ndindex(*q.shape[:4]):
         seen = [(k[g, i, h, m], v[g, i, h, m], m) for m in range(q.shape[3]) if visible[g, i, t, m]]
         if past is not None:
-            places = np.nonzero(past.mask[g])[0]
+            places = np.nonzero(past.mask[g, 0, 0])[0]
             seen += [(past.keys[g, h, m], past.values[g, h, m], None) for m in places]
         if not seen:
             continue
@@ -40,7 +40,7 @@ def arrays(seed=0, length=T, count=K):
     mask = rng.random((G, count, length)) < 0.7
     mask[0, 0] = False  # a sequence of padding, whose tokens see nothing
     visible = mask[..., None, :] & np.tri(length, dtype=bool)
-    past = Past(*rng.normal(size=(2, G, H, P, D)).astype(np.float32), rng.random((G, P)) < 0.6)
+    past = Past(*rng.normal(size=(2, G, H, P, D)).astype(np.float32), rng.random((G, 1, 1, P)) < 0.6)
     return q, k, v, visible, past
 
 
@@ -90,7 +90,7 @@ def plain(q, k, v, visible, past=None, dropout=None):
     logits = jnp.where(visible[:, :, None], jnp.einsum("gkhtd,gkhmd->gkhtm", q, k), -1e9)
     if past is not None:
         before = jnp.einsum("gkhtd,ghmd->gkhtm", q, past.keys)
-        before = jnp.where(past.mask[:, None, None, None], before, -1e9)
+        before = jnp.where(past.mask[:, None], before, -1e9)
         logits = jnp.concatenate([logits, before], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1)
     own = weights[..., : k.shape[3]]
@@ -99,7 +99,7 @@ def plain(q, k, v, visible, past=None, dropout=None):
     out = jnp.einsum("gkhtm,gkhmd->gkhtd", own, v)
     if past is not None:
         out += jnp.einsum("gkhtm,ghmd->gkhtd", weights[..., k.shape[3] :], past.values)
-        sees = visible.any(-1) | past.mask.any(-1)[:, None, None]
+        sees = visible.any(-1) | past.mask.any(-1)
     else:
         sees = visible.any(-1)
     return jnp.where(sees[:, :, None, :, None], out, 0.0)
