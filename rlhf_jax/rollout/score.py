@@ -88,7 +88,7 @@ def frozen_states(model: Model, frozen: Params, sequences: Sequences) -> jax.Arr
     """
     inputs = _prediction_inputs(sequences)
     x = model.embed(frozen, inputs.tokens, inputs.positions)
-    return _apply_layers(model, frozen, x, inputs)
+    return _apply_layers(model, frozen, x, inputs, first_layer=0)
 
 
 def end_scores(
@@ -147,8 +147,15 @@ def _shared_inputs(sequences):
     return _Inputs(tokens, mask, positions, SharedPrompt(width, count) if length else None)
 
 
-def _apply_layers(model, params, x, inputs):
-    x, _ = model.layers(params["layers"], x, inputs.mask, inputs.positions, shared=inputs.shared)
+def _apply_layers(model, params, x, inputs, first_layer=None):
+    x, _ = model.layers(
+        params["layers"],
+        x,
+        inputs.mask,
+        inputs.positions,
+        shared=inputs.shared,
+        first_layer=first_layer,
+    )
     return x
 
 
@@ -164,9 +171,9 @@ def _scored_hidden(model, params, sequences, frozen):
     inputs = _shared_inputs(sequences)
     x = model.embed(params if frozen is None else frozen, inputs.tokens, inputs.positions)
     # The frozen layers are a stack of their own, so that the backward pass ends above them.
-    for stack in (frozen, params):
-        if stack is not None:
-            x = _apply_layers(model, stack, x, inputs)
+    if frozen is not None:
+        x = _apply_layers(model, frozen, x, inputs, first_layer=0)
+    x = _apply_layers(model, params, x, inputs)
     batch, count, length = sequences.tokens.shape
     x = x[:, sequences.prompts.shape[1] :].reshape(batch * count, length, -1)
     return x, sequences.mask.reshape(-1, length)

@@ -91,6 +91,8 @@ def text_hidden(
     keys = (None,) * 3 if dropout_key is None else tuple(jax.random.split(dropout_key, 3))
     positions = positions_from(segments)
     x = model.embed(lower, tokens, positions, dropout_key=keys[0])
-    for stack, key in ((lower, keys[1]), (upper, keys[2])):
-        x, _ = model.layers(stack["layers"], x, segments, positions, dropout_key=key)
+    for stack, first, key in ((lower, 0, keys[1]), (upper, None, keys[2])):
+        x, _ = model.layers(
+            stack["layers"], x, segments, positions, dropout_key=key, first_layer=first
+        )
     return model.final(upper, x)
