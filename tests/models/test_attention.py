@@ -40,7 +40,9 @@ def arrays(seed=0, length=T, count=K):
     mask = rng.random((G, count, length)) < 0.7
     mask[0, 0] = False  # a sequence of padding, whose tokens see nothing
     visible = mask[..., None, :] & np.tri(length, dtype=bool)
-    past = Past(*rng.normal(size=(2, G, H, P, D)).astype(np.float32), rng.random((G, 1, 1, P)) < 0.6)
+    past = Past(
+        *rng.normal(size=(2, G, H, P, D)).astype(np.float32), rng.random((G, 1, 1, P)) < 0.6
+    )
     return q, k, v, visible, past
 
 
