@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -99,6 +100,13 @@ def check_fixed(data: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             )
 
 
+def check_integer(name: str, value: int | None, low: int, high: int) -> None:
+    """Raises an InputError unless a value of config.json is None or from `low` to `high`."""
+    if value is not None and not low <= value <= high:
+        allowed = f"at least {low}" if value < low else f"at most {high}"
+        raise InputError(f"{name} must be {allowed}, but is {value}.")
+
+
 def known_fields(config: type[Config], data: Mapping[str, Any]) -> dict[str, Any]:
     """The values of config.json that have a field of the same name, by that name.
 
@@ -114,7 +122,7 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
     if value is None and field.default is None:
         return None
     if kind is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 2**63 else math.inf
     if type(value) is not kind:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         allowed = names[kind] + (" or null" if field.default is None else "")

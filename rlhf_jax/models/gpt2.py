@@ -6,6 +6,7 @@ the token embedding.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,15 @@ from rlhf_jax.models.cudnn_attention import check_dropout
 from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import drop, start_dropout
 from rlhf_jax.models.embedding import lookup, padded_vocab_size
-from rlhf_jax.models.family import Family, Slot, check_fixed, known_fields, leaf_at, param_shapes
+from rlhf_jax.models.family import (
+    Family,
+    Slot,
+    check_fixed,
+    check_integer,
+    known_fields,
+    leaf_at,
+    param_shapes,
+)
 from rlhf_jax.models.interface import Params
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.stacked import StackedModel
@@ -70,9 +79,8 @@ class GPT2Config:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if (size := getattr(self, name)) < 1:
-                raise InputError(f"{name} must be at least 1, but is {size}.")
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            check_integer(name, getattr(self, name), 1, 2**31 - 1)
         if self.n_embd % self.n_head:
             raise InputError(
                 f"n_embd must be a multiple of n_head, but {self.n_embd} is none of {self.n_head}."
@@ -80,6 +88,13 @@ class GPT2Config:
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= (rate := getattr(self, name)) < 1:
                 raise InputError(f"{name} must be at least 0 and below 1, but is {rate}.")
+        if not 0 < self.layer_norm_epsilon < math.inf or not 0 <= self.initializer_range < math.inf:
+            raise InputError(
+                "layer_norm_epsilon must be positive, initializer_range at least 0, and both finite, but "
+                f"they are {self.layer_norm_epsilon} and {self.initializer_range}."
+            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            check_integer(name, getattr(self, name), 0, self.vocab_size - 1)
         if self.activation_function not in ACTIVATIONS:
             raise InputError(
                 f"activation_function {self.activation_function!r} is unknown; "

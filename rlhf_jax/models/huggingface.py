@@ -22,7 +22,7 @@ from rlhf_jax.models import gpt2
 from rlhf_jax.models.family import SCORE, Family, Slot, param_shapes
 from rlhf_jax.models.folders import find_folder, read_json
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.models.reading import find_tensors, read_params
+from rlhf_jax.models.reading import check_sizes, find_tensors, read_params
 from rlhf_jax.models.settings import Attention, ModelSettings, Remat
 from rlhf_jax.models.writing import check_params, save_model
 from rlhf_jax.parallel.partition import tree_shardings
@@ -257,6 +257,7 @@ def _open(name, dtype, remat, attention) -> _Opened:
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = find_folder(name)
     family, config = _read_config(folder / "config.json")
+    check_sizes(folder, config)
     return _Opened(folder, family, family.model(config, dtype, remat, attention))
 
 

@@ -337,6 +337,21 @@ def test_silent_configurations_have_the_end_of_text_of_gpt2(tmp_path, vocab_size
             r"'transformer.h.1.attn.c_attn.bias' \[24\] is no part of the GPT-2 .* check its num",
         ),
         ({"n_layer": 3}, r"lacks the tensor 'h.2.attn.c_attn.bias' \(12 missing in all\)"),
+        # Before anything of these sizes is computed.
+        ({"n_layer": 10**9}, "has n_layer 1000000000, but the number of tensors .* is 28"),
+        ({"n_embd": 10**9}, "has n_embd 1000000000, but the longest axis of a tensor .* is 24"),
+        ({"vocab_size": 10**9}, "has vocab_size 1000000000, but the longest axis .* is 24"),
+        ({"n_positions": 10**9}, r"'transformer.wpe.weight' has .* asks for \[1000000000, 8\]"),
+        ({"n_positions": 10**99}, "n_positions must be at most 2147483647, but is 1000"),
+        ({"n_inner": 0}, "n_inner must be at least 1, but is 0"),
+        ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon must be positive, .* are -1e-05 and"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon must be positive"),
+        ({"layer_norm_epsilon": np.nan}, "and both finite, but they are nan and 0.02"),
+        ({"initializer_range": np.inf}, "and both finite, but they are 0.0001 and inf"),
+        ({"initializer_range": 10**400}, "and both finite, but they are 0.0001 and inf"),
+        ({"resid_pdrop": np.nan}, "resid_pdrop must be at least 0 and below 1, but is nan"),
+        ({"eos_token_id": -1}, "eos_token_id must be at least 0, but is -1"),
+        ({"pad_token_id": 11}, "pad_token_id must be at most 10, but is 11"),
     ],
 )
 def test_configurations_that_cannot_be_represented(folder, changes, message):
@@ -373,6 +388,29 @@ def test_tensors_that_do_not_fit(folder, change, message):
         load_pretrained(folder)
     assert str(folder) in str(error.value)
     assert_one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(np.nan, np.float32), (-np.inf, np.float32), (np.inf, np.float16), (1e300, np.float64)],
+)
+def test_weights_that_are_not_finite(folder, reward_folder, value, dtype):
+    def broken(tensors):
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        name = "score.weight" if "score.weight" in tensors else "transformer.h.1.mlp.c_fc.weight"
+        tensors[name].flat[-1] = value
+        return tensors
+
+    for path, load, name in (
+        (folder, load_pretrained, "transformer.h.1.mlp.c_fc.weight"),
+        (reward_folder, load_reward_model, "score.weight"),
+    ):
+        edit_tensors(path, broken)
+        with pytest.raises(
+            InputError, match=f"the tensor '{name}' holds values .* not finite"
+        ) as e:
+            load(path)
+        assert_one_sentence(e)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +452,15 @@ def lost_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def index_of(name):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        index = {"weight_map": {"wte.weight": name.replace("FOLDER", str(folder.parent))}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -426,6 +473,10 @@ def lost_shard(folder):
         (only_pytorch, r"pytorch_model.bin only.* convert it .*save_pretrained\(folder\)"),
         (broken_index, "has no weight_map"),
         (lost_shard, "lacks model-00001-of-00002.safetensors, which its .*index.json names"),
+        (index_of("../outside.safetensors"), "names '.*outside.safetensors', but weights are"),
+        (index_of("FOLDER/outside.safetensors"), "names '.*outside.safetensors', but weights are"),
+        (index_of("config.json"), "names '.*config.json', but weights are safetensors files in"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), r"config.json is not JSON \("),
     ],
 )
 def test_damaged_folders(folder, damage, message):
