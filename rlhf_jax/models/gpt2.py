@@ -90,8 +90,8 @@ class GPT2Config:
                 raise InputError(f"{name} must be at least 0 and below 1, but is {rate}.")
         if not 0 < self.layer_norm_epsilon < math.inf or not 0 <= self.initializer_range < math.inf:
             raise InputError(
-                "layer_norm_epsilon must be positive, initializer_range at least 0, and both finite, but "
-                f"they are {self.layer_norm_epsilon} and {self.initializer_range}."
+                "layer_norm_epsilon must be positive, initializer_range not negative, both finite, "
+                f"but they are {self.layer_norm_epsilon} and {self.initializer_range}."
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             check_integer(name, getattr(self, name), 0, self.vocab_size - 1)
