@@ -47,7 +47,8 @@ class Family:
       model_type: in config.json, such as "gpt2".
       language_model, classifier: the two architectures in config.json, such as "GPT2LMHeadModel".
       config: the class of the configuration.
-      model: the class of the model, model(config, dtype, remat, attention).
+      model: the class of the model, model(config, dtype, remat, attention,
+        generation_config).
       read_config: from the object in config.json to the configuration; raises an InputError.
       write_config: from the configuration to the object in config.json, without `model_type`,
         `architectures` and dtypes.

@@ -35,7 +35,7 @@ def _download(name: str) -> pathlib.Path:
             f"There is no folder {name}, and fetching it from the hub needs huggingface_hub: "
             "pip install huggingface_hub, or give a local folder."
         ) from error
-    files = ["config.json", "model*.safetensors", INDEX]
+    files = ["config.json", "generation_config.json", "model*.safetensors", INDEX]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:  # no network, no such model, no access

@@ -69,6 +69,11 @@ class Model(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: EOS, and perhaps further ones."""
+        ...
+
+    @property
     def partition_rules(self) -> Rules:
         """Of the parameters, for `parallel.tree_shardings`; arrays of one axis need none."""
         ...

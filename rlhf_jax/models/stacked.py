@@ -7,6 +7,7 @@ import abc
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -83,6 +84,8 @@ class StackedModel(abc.ABC):
       remat: the values that the backward pass computes again, as in `rematerialized`.
       attention: "blocks", as in `models/attention.py`, or "cudnn", as in
         `models/cudnn_attention.py`; decoding attends as by the first either way.
+      generation_config: the object in `generation_config.json`, for exports; its eos_token_id may
+        be a list. Models that differ in it alone are equal.
 
     Attributes of the class:
       table: the name of the token embedding among the parameters, also the unembedding.
@@ -94,6 +97,9 @@ class StackedModel(abc.ABC):
     dtype: str = "float32"
     remat: Remat = "dots"
     attention: Attention = "blocks"
+    generation_config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     table: ClassVar[str]
     final_norm: ClassVar[str]
@@ -106,6 +112,12 @@ class StackedModel(abc.ABC):
         if self.attention == "cudnn":
             check_cudnn_dtype(self.dtype)
             check_head_width(self.config.head_width)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        ids = self.generation_config.get("eos_token_id", self.config.eos_token_id)
+        ids = [ids] if isinstance(ids, int) else ids or []
+        return tuple(ids)
 
     @property
     @abc.abstractmethod
