@@ -3,6 +3,7 @@
 An NNX, Equinox or hand-written network fits if it has these methods over a pytree of parameters.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -67,6 +68,11 @@ class Model(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The object in `generation_config.json`, for exports; {} without the file."""
+        ...
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

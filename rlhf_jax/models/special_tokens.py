@@ -4,18 +4,14 @@ import copy
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.folders import read_json
-from rlhf_jax.models.interface import ModelConfig
-from rlhf_jax.models.stacked import StackedModel
+from rlhf_jax.models.interface import Model, ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-Stacked = TypeVar("Stacked", bound=StackedModel)
 
 logger = logging.getLogger("rlhf_jax.models")
 
@@ -47,7 +43,7 @@ def ids_of(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def generation_config(model: StackedModel) -> dict[str, Any]:
+def generation_config(model: Model) -> dict[str, Any]:
     """The object to write: that of the model, else one of its ids, perhaps {}."""
     if model.generation_config:
         return dict(model.generation_config)
@@ -56,7 +52,7 @@ def generation_config(model: StackedModel) -> dict[str, Any]:
     return {"_from_model_config": True, **ids} if ids else {}
 
 
-def with_special_tokens(model: Stacked, tokenizer: Any, name: str) -> Stacked:
+def with_special_tokens(model: Model, tokenizer: Any, name: str) -> Model:
     """The model with the special tokens of its tokenizer; a difference is logged as a warning.
 
     Generation ends with the tokenizer's EOS, and with those in the model's
@@ -86,10 +82,11 @@ def with_special_tokens(model: Stacked, tokenizer: Any, name: str) -> Stacked:
             name,
             ", ".join(differences),
         )
-    config = dataclasses.replace(model.config, **ids)
-    generation: Mapping[str, Any] = {**model.generation_config, **ids, "eos_token_id": eos}
+    config: Any = dataclasses.replace(model.config, **ids)  # type: ignore[type-var]
+    generation = {**model.generation_config, **ids, "eos_token_id": eos}
     generation = generation if model.generation_config else {}
-    return dataclasses.replace(model, config=config, generation_config=generation)
+    changes = {"config": config, "generation_config": generation}
+    return dataclasses.replace(model, **changes)  # type: ignore[type-var]
 
 
 def with_pad_token(config: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -94,7 +94,7 @@ class PolicyEvaluator:
         gold_fn: ScoreFunction | None = None,
         batch_sharding: NamedSharding | None = None,
     ) -> None:
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.batch_sharding, self.gold_fn = batch_sharding, gold_fn
         self.rewards = None if reward_model is not None else rewards
 
@@ -143,6 +143,7 @@ class PolicyEvaluator:
             [(rollout.tokens, rollout.mask)],
             columns_of(examples, prompts.indices),
             prompts.indices,
+            self.model.stop_token_ids,
         )
         if self.rewards is not None:
             scores, _ = self.rewards(reward_params or (), responses, self.batch_size)

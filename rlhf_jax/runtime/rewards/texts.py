@@ -40,6 +40,7 @@ class Responses:
       candidates: the policy's responses, optionally followed by the reference responses; K in all.
       columns: the other columns of the data set, N values each.
       indices: int[N], the example of the data set that each prompt comes from.
+      stop_token_ids: that end a response; by default the tokenizer's EOS.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -48,6 +49,7 @@ class Responses:
     candidates: Sequence[Tokens]
     columns: dict[str, list[Any]]
     indices: Any
+    stop_token_ids: tuple[int, ...] = ()
 
     @functools.cached_property
     def prompt_texts(self) -> list[str]:
@@ -61,11 +63,11 @@ class Responses:
 
     @functools.cached_property
     def ended(self) -> list[np.ndarray]:
-        """K arrays bool[N]: whether EOS is the last token of each response."""
-        eos, all_ended = self.tokenizer.eos_token_id, []
+        """K arrays bool[N]: whether a stop token is the last one of each response."""
+        stops, all_ended = self.stop_token_ids or (self.tokenizer.eos_token_id,), []
         for tokens, mask in ((np.asarray(x), np.asarray(y)) for x, y in self.candidates):
             is_last = mask & (np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True))
-            all_ended.append(((tokens == eos) & is_last).any(axis=1))
+            all_ended.append((np.isin(tokens, stops) & is_last).any(axis=1))
         return all_ended
 
 

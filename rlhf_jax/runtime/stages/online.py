@@ -92,7 +92,6 @@ class OnlineStage(shared.BaseStage):
         kind = self.trainer.reads(settings)
         self.examples, self.held_out_examples = load_examples(data, kind)
         self.load_policy(list)
-        self.stops = (self.tokenizer.eos_token_id,)
         self.settings = step_settings(config, self.tokenizer)
         for function in (*(each.function for each in self.sources), self.gold_fn):
             if function is not None:
@@ -133,7 +132,7 @@ class OnlineStage(shared.BaseStage):
         self.reward_params = params[0] if self.reward_model is not None else params or None
 
     def _compile(self) -> None:
-        config, stops = self.config, self.stops
+        config, stops = self.config, self.model.stop_token_ids
         self.optimizer = make_optimizer(config.optimizer, config.settings.num_updates)
         models = [self.model, *self.rewards.models, *filter(None, [self.value_model])]
         rules = sum((model.partition_rules for model in dict.fromkeys(models)), ())
@@ -177,7 +176,7 @@ class OnlineStage(shared.BaseStage):
 
     def _sample_for_evaluation(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         return online.sample_responses(
-            self.model, params, batch, key, self.settings, stop_token_ids=self.stops
+            self.model, params, batch, key, self.settings, stop_token_ids=self.model.stop_token_ids
         )
 
     def _init(self, params: Any, reward_params: Any, value_params: Any) -> Any:
@@ -236,6 +235,7 @@ class OnlineStage(shared.BaseStage):
             candidates,
             columns_of(self.examples, batch.indices),
             batch.indices,
+            self.model.stop_token_ids,
         )
         size = self.config.settings.score_batch_size or self.config.settings.batch_size
         return self.rewards(state.frozen.get("reward", ()), scored, size)
