@@ -154,7 +154,12 @@ def _source(name: str) -> dict[str, Any]:
     """The settings in the `tokenizer_config.json` of a folder or hub name; {} without the file."""
     from transformers.utils import cached_file
 
-    file = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    file = cached_file(
+        name,
+        "tokenizer_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     if file is None:
         return {}
     settings = json.loads(Path(file).read_text(encoding="utf-8"))

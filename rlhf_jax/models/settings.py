@@ -22,10 +22,10 @@ class ModelSettings:
       n_layer, n_head, n_embd, n_positions: of a fresh model.
       dropout: of a fresh model, in supervised fine-tuning alone.
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
-      remat: what the backward pass of training computes again instead of keeping it, to save
-        memory: "dots", norms and activations; "full", all of each layer but its input; "none".
-      attention: what computes it but for single tokens of decoding: "blocks", this library on any
-        device, or "cudnn" on an NVIDIA GPU, in bfloat16 and without dropout of its weights.
+      remat: values that the backward pass of training computes again instead of keeping them, to
+        save memory: "dots", norms and activations; "full", all of each layer but its input; "none".
+      attention: its implementation, except for single tokens in decoding: "blocks", on any device,
+        or "cudnn" on an NVIDIA GPU, in bfloat16 and without dropout of its weights.
     """
 
     path: str | None = None

@@ -59,7 +59,7 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
     ],
     ids=str,
 )
-def test_a_wrong_configuration_says_what_is_allowed(change, message):
+def test_a_wrong_configuration_names_the_allowed_values(change, message):
     with pytest.raises(InputError, match=message):
         GPT2Config(**change)
 

@@ -114,7 +114,7 @@ def assert_one_sentence(error):
 # Round trips
 
 
-def test_what_was_saved_is_loaded(folder):
+def test_a_saved_model_is_loaded(folder):
     model, params = load_pretrained(folder)
     assert model == MODEL
     assert_equal(params, PARAMS)
@@ -498,7 +498,7 @@ def test_a_truncated_file_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "a/b/c", "two words"])
-def test_what_is_neither_a_folder_nor_a_hub_name(name):
+def test_names_of_neither_a_folder_nor_a_hub_model(name):
     with pytest.raises(InputError, match=f"There is no folder {re.escape(name)}; give one"):
         load_pretrained(name)
 

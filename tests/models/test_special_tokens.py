@@ -90,7 +90,7 @@ def test_ids_are_those_of_the_tokenizer(folder, tmp_path, caplog):
     assert (written["eos_token_id"], written["pad_token_id"]) == (1, 10)
 
 
-def test_what_agrees_or_is_silent_warns_of_nothing(folder, caplog):
+def test_equal_or_missing_ids_are_no_warning(folder, caplog):
     model, _ = load_pretrained(folder)
     assert model.stop_token_ids == (1,)
     for each in (model, GPT2(dataclasses.replace(CONFIG, eos_token_id=None))):

@@ -90,7 +90,7 @@ def test_one_process_on_a_machine_has_all_its_gpus(environment, calls, monkeypat
     assert ("jax_cuda_visible_devices", "all") in changed
 
 
-def test_open_mpi_is_found_by_what_its_version_has(environment, calls, monkeypatch):
+def test_open_mpi_is_detected_in_both_versions(environment, calls, monkeypatch):
     environment(MPI)
     join(DistributedSettings())
     monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")
