@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,6 +16,7 @@ from rlhf_jax.models.settings import ModelSettings
 
 Config = TypeVar("Config")
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SCORE = "score.weight"  # the head of a classifier
 _WITHOUT_PREFIX = (SCORE, "lm_head.weight")
 
@@ -101,11 +102,13 @@ def check_fixed(data: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             )
 
 
-def check_integer(name: str, value: int | None, low: int, high: int) -> None:
-    """Raises an InputError unless a value of config.json is None or from `low` to `high`."""
-    if value is not None and not low <= value <= high:
-        allowed = f"at least {low}" if value < low else f"at most {high}"
-        raise InputError(f"{name} must be {allowed}, but is {value}.")
+def check_highest(config: Any, highest: int, names: Sequence[str]) -> None:
+    """Raises an InputError if one of these values of a configuration is above the highest."""
+    for name in names:
+        if (getattr(config, name) or 0) > highest:
+            raise InputError(
+                f"config.{name} must be at most {highest}, but is {getattr(config, name)}."
+            )
 
 
 def known_fields(config: type[Config], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the token embedding.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.checks import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+)
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import Memory, attend_to_cache, self_attention
 from rlhf_jax.models.attention_mask import AttentionMask
@@ -24,10 +31,11 @@ from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import drop, start_dropout
 from rlhf_jax.models.embedding import lookup, padded_vocab_size
 from rlhf_jax.models.family import (
+    TOKEN_IDS,
     Family,
     Slot,
     check_fixed,
-    check_integer,
+    check_highest,
     known_fields,
     leaf_at,
     param_shapes,
@@ -62,39 +70,31 @@ PARTITION_RULES: Rules = (
 class GPT2Config:
     """Sizes and constants of a GPT-2, under Hugging Face's names. The default is GPT-2 small."""
 
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
+    vocab_size: PositiveInt = 50257
+    n_positions: PositiveInt = 1024
+    n_embd: PositiveInt = 768
+    n_layer: PositiveInt = 12
+    n_head: PositiveInt = 12
+    n_inner: PositiveInt | None = None
     activation_function: str = "gelu_new"
-    resid_pdrop: float = 0.1
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
+    resid_pdrop: FractionBelowOne = 0.1
+    embd_pdrop: FractionBelowOne = 0.1
+    attn_pdrop: FractionBelowOne = 0.1
+    layer_norm_epsilon: PositiveFloat = 1e-5
+    initializer_range: NonNegativeFloat = 0.02
+    bos_token_id: NonNegativeInt | None = None
+    eos_token_id: NonNegativeInt | None = None
+    pad_token_id: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            check_integer(name, getattr(self, name), 1, 2**31 - 1)
+        check_fields("config", self)
+        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_inner")
+        check_highest(self, 2**31 - 1, sizes)
+        check_highest(self, self.vocab_size - 1, TOKEN_IDS)
         if self.n_embd % self.n_head:
             raise InputError(
                 f"n_embd must be a multiple of n_head, but {self.n_embd} is none of {self.n_head}."
             )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0 <= (rate := getattr(self, name)) < 1:
-                raise InputError(f"{name} must be at least 0 and below 1, but is {rate}.")
-        if not 0 < self.layer_norm_epsilon < math.inf or not 0 <= self.initializer_range < math.inf:
-            raise InputError(
-                "layer_norm_epsilon must be positive, initializer_range not negative, both finite, "
-                f"but they are {self.layer_norm_epsilon} and {self.initializer_range}."
-            )
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            check_integer(name, getattr(self, name), 0, self.vocab_size - 1)
         if self.activation_function not in ACTIVATIONS:
             raise InputError(
                 f"activation_function {self.activation_function!r} is unknown; "

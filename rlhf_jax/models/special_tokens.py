@@ -7,11 +7,11 @@ import pathlib
 from typing import Any
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.family import TOKEN_IDS
 from rlhf_jax.models.folders import read_json
 from rlhf_jax.models.interface import Model, ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
-NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 logger = logging.getLogger("rlhf_jax.models")
 
@@ -26,7 +26,7 @@ def read_generation_config(folder: pathlib.Path, config: ModelConfig) -> dict[st
     if not file.exists():
         return {}
     data = read_json(file)
-    for name in NAMES:
+    for name in TOKEN_IDS:
         for index in ids_of(data.get(name)):
             if type(index) is not int or not 0 <= index < config.vocab_size:
                 raise InputError(
@@ -47,7 +47,7 @@ def generation_config(model: Model) -> dict[str, Any]:
     """The object to write: that of the model, else one of its ids, perhaps {}."""
     if model.generation_config:
         return dict(model.generation_config)
-    ids = {name: getattr(model.config, name) for name in NAMES}
+    ids = {name: getattr(model.config, name) for name in TOKEN_IDS}
     ids = {name: index for name, index in ids.items() if index is not None}
     return {"_from_model_config": True, **ids} if ids else {}
 
@@ -62,7 +62,7 @@ def with_special_tokens(model: Model, tokenizer: Any, name: str) -> Model:
       tokenizer: of transformers.
       name: of the model, for the warning.
     """
-    ids = {key: getattr(tokenizer, key) for key in NAMES}
+    ids = {key: getattr(tokenizer, key) for key in TOKEN_IDS}
     ids = {key: index for key, index in ids.items() if index is not None}
     added = tokenizer.added_tokens_decoder
     listed = ids_of(model.generation_config.get("eos_token_id"))

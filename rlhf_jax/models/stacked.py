@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.backend import is_on_one_cpu
+from rlhf_jax.checks import check_fields
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import embedding
 from rlhf_jax.models.attention import ATTENDED
@@ -22,13 +23,7 @@ from rlhf_jax.models.attention_mask import AttentionMask, attention_mask, causal
 from rlhf_jax.models.cache import Cache, empty_cache, fill, is_empty, visible_in_cache
 from rlhf_jax.models.cudnn_attention import FORWARD, check_head_width
 from rlhf_jax.models.interface import Params, positions_from
-from rlhf_jax.models.settings import (
-    Attention,
-    Remat,
-    check_attention,
-    check_cudnn_dtype,
-    check_remat,
-)
+from rlhf_jax.models.settings import Attention, Remat, check_cudnn_dtype
 from rlhf_jax.parallel.constraints import all_gather, constrain_cache, remat_all_gather
 from rlhf_jax.parallel.partition import Rules, path_name
 
@@ -107,8 +102,7 @@ class StackedModel(abc.ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        check_remat("remat", self.remat)
-        check_attention("attention", self.attention)
+        check_fields("model", self)
         if self.attention == "cudnn":
             check_cudnn_dtype(self.dtype)
             check_head_width(self.config.head_width)
