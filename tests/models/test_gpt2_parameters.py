@@ -55,7 +55,7 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
         ({"n_layer": 0}, "n_layer must be above 0, but is 0"),
         ({"vocab_size": -1}, "vocab_size must be above 0, but is -1"),
         ({"n_embd": 10, "n_head": 4}, "n_embd must be a multiple of n_head, but 10"),
-        ({"activation_function": "swish"}, "'swish' is unknown; known are gelu, gelu_new"),
+        ({"activation_function": "swish"}, "or relu, but is 'swish'"),
     ],
     ids=str,
 )
