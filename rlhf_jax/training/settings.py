@@ -49,7 +49,7 @@ class OfflineSettings:
     """Settings that training on a data set shares, whatever its loss.
 
     Attributes:
-      batch_size: examples a step; a packed row of several texts is one.
+      batch_size: examples a step; several packed texts are one.
       gradient_accumulation_steps: microbatches that a batch is split into, one after another, to
         save memory; the step is that of the full batch, but each has its own dropout.
       num_epochs: passes over the data; may be a fraction.
@@ -73,7 +73,7 @@ class OnlineSettings(ShapingSettings):
     """Settings that training on sampled responses shares, whatever its loss.
 
     Attributes:
-      total_episodes: responses sampled in the whole run; the last iteration is a full one.
+      total_episodes: responses sampled in the run; the last iteration is a full one.
       batch_size: responses sampled in one iteration.
       gradient_accumulation_steps: microbatches that the responses of each optimizer step are split
         into, one after another, to save memory; the step is that of all of them.
@@ -82,7 +82,7 @@ class OnlineSettings(ShapingSettings):
         Null scores all at once.
       kl_coef: weight of the KL penalty in the rewards.
       kl_estimator: "k1", "k2" or "k3", of the penalty.
-      exact_kl: adds the metric `objective/kl_exact`, the KL over the whole vocabulary; it holds the
+      exact_kl: adds the metric `objective/kl_exact`, the KL over the full vocabulary; it holds the
         logits of policy and reference at once, 8 bytes for each token of a response and entry of
         the vocabulary.
       num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm
@@ -138,5 +138,5 @@ class OnlineSettings(ShapingSettings):
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps in the whole run."""
+        """Optimizer steps in the run."""
         return self.num_iterations * self.updates_per_iteration
