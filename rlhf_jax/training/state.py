@@ -30,7 +30,12 @@ class TrainState(NamedTuple):
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:
-    """Learning rate by update: a linear warm-up, then constant or decaying to 0."""
+    """Learning rate by update, from 0 on: a linear warm-up, then constant or decaying to 0.
+
+        peak * update / warmup_steps          before update `warmup_steps`, which has the peak
+
+    as in optax and transformers; the first update of a warm-up has a rate of 0.
+    """
     peak, rest = settings.learning_rate, max(total_updates - settings.warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -39,10 +44,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> o
     }[settings.schedule]
     if not settings.warmup_steps:
         return after
-    # Starts at peak / warmup_steps: an update with a learning rate of 0 would be lost.
-    warmup = optax.linear_schedule(
-        peak / settings.warmup_steps, peak, max(settings.warmup_steps - 1, 1)
-    )
+    warmup = optax.linear_schedule(0.0, peak, settings.warmup_steps)
     return optax.join_schedules([warmup, after], [settings.warmup_steps])
 
 

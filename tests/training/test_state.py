@@ -1,6 +1,7 @@
 """The optimizer: schedules, what decays, and clipping."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,15 +18,18 @@ from rlhf_jax.training.state import apply_gradients, init_train_state, learning_
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]),
-        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.853553, 0.5, 0.146447, 0.0]),
+        ("constant", [0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [0, 0.25, 0.5, 0.75, 1.0, 0.853553, 0.5, 0.146447, 0.0]),
     ],
 )
 def test_a_warmup_rises_and_a_decay_ends_at_zero(schedule, expected):
     settings = OptimizerSettings(learning_rate=2.0, schedule=schedule, warmup_steps=4)
     rates = [float(learning_rate_schedule(settings, 8)(update)) for update in range(9)]
     np.testing.assert_allclose(rates, 2.0 * np.array(expected), rtol=1e-5, atol=1e-6)
+    if schedule == "cosine":
+        published = optax.warmup_cosine_decay_schedule(0.0, 2.0, 4, 8)
+        np.testing.assert_allclose(rates, [published(update) for update in range(9)], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("constant", 3.0), ("linear", 0.0), ("cosine", 0.0)])
@@ -39,10 +43,10 @@ def test_without_a_warmup_the_first_update_has_the_whole_rate(schedule, end):
 
 def test_a_warmup_of_one_update_or_longer_than_the_run_stays_in_range():
     one = learning_rate_schedule(OptimizerSettings(learning_rate=1.0, warmup_steps=1), 4)
-    assert [float(one(update)) for update in range(3)] == [1.0, 1.0, 1.0]
+    assert [float(one(update)) for update in range(3)] == [0.0, 1.0, 1.0]
     settings = OptimizerSettings(learning_rate=1.0, schedule="linear", warmup_steps=10)
     rates = [float(learning_rate_schedule(settings, 4)(update)) for update in range(4)]
-    np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4], rtol=1e-5)
+    np.testing.assert_allclose(rates, [0.0, 0.1, 0.2, 0.3], rtol=1e-5)
 
 
 def test_only_matrices_and_embeddings_decay(model):
@@ -122,6 +126,11 @@ def test_a_state_starts_at_step_zero():
     ("change", "message"),
     [
         ({"learning_rate": -1.0}, "learning_rate must not be negative, but is -1.0"),
+        (
+            {"learning_rate": math.nan},
+            "optimizer.learning_rate must be a finite number, but is nan",
+        ),
+        ({"eps": None}, "optimizer.eps must have a value, but is null"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
         ({"b1": 1.0}, "b1 must be at least 0 and below 1, but is 1.0"),
         ({"schedule": "step"}, "constant, linear or cosine, but is 'step'"),
