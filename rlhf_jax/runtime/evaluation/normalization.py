@@ -43,13 +43,9 @@ class Normalizer:
           InputError: all scores are equal.
         """
         sharding = batch_sharding(self._mesh)
-        batches = (
-            hosts.put(batch, sharding) for batch in eval_batches(self._examples, self._batch_size)
-        )
         stats = empty_score_stats()
-        for batch in batches:
-            stats = self._add(params, stats, batch, frozen)
+        for batch in eval_batches(self._examples, self._batch_size):
+            stats = self._add(params, stats, hosts.put(batch, sharding), frozen)
         normalized = reward.normalize_scores(self._model, params, *reward.score_moments(stats))
-        return jax.device_put(
-            normalized, tree_shardings(self._mesh, normalized, self._model.partition_rules)
-        )
+        shardings = tree_shardings(self._mesh, normalized, self._model.partition_rules)
+        return jax.device_put(normalized, shardings)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from rlhf_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
 from rlhf_jax.errors import InputError
 
 
@@ -22,21 +23,15 @@ class CheckpointSettings:
       export_best: write the model of the best step to `hf/` instead of that of the last step.
     """
 
-    every: int = 0
-    minutes: float = 10.0
-    keep: int = 2
+    every: NonNegativeInt = 0
+    minutes: NonNegativeFloat = 10.0
+    keep: PositiveInt = 2
     best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
     export_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.minutes < 0 or self.keep < 1:
-            raise InputError(
-                "checkpoint.every and checkpoint.minutes must be at least 0 and checkpoint.keep at "
-                f"least 1, but are {self.every}, {self.minutes} and {self.keep}."
-            )
-        if self.best_mode not in ("min", "max"):
-            raise InputError(f"checkpoint.best_mode must be min or max, but is {self.best_mode!r}.")
+        check_fields("checkpoint", self)
         if self.export_best and self.best_metric is None:
             raise InputError(
                 "checkpoint.export_best needs a metric to judge by; give --checkpoint.best_metric "
@@ -61,27 +56,17 @@ class LoggingSettings:
       wandb_project: the project that the run appears in.
     """
 
-    log_every: int = 1
-    eval_every: int = 0
-    samples_every: int = 0
-    num_samples: int = 8
+    log_every: PositiveInt = 1
+    eval_every: NonNegativeInt = 0
+    samples_every: NonNegativeInt = 0
+    num_samples: NonNegativeInt = 8
     progress: bool = True
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "rlhf_jax"
 
     def __post_init__(self) -> None:
-        for name, value, minimum in (
-            ("log_every", self.log_every, 1),
-            ("eval_every", self.eval_every, 0),
-            ("samples_every", self.samples_every, 0),
-            ("num_samples", self.num_samples, 0),
-        ):
-            if value < minimum:
-                raise InputError(
-                    f"logging.{name} is {value}, but must be {minimum} or more; "
-                    f"set --logging.{name}"
-                )
+        check_fields("logging", self)
         if self.wandb and not self.wandb_project:
             raise InputError(
                 "logging.wandb_project is empty, but logging.wandb needs the name of a project; "
