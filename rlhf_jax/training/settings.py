@@ -27,7 +27,7 @@ class OptimizerSettings:
       schedule: "constant", or a "linear" or "cosine" decay to 0 at the end of the run.
       warmup_steps: updates over which the learning rate rises linearly from 0, which the first one
         has, as in transformers and optax.
-      weight_decay: of matrices and embeddings; biases and layer norms do not decay.
+      weight_decay: of all parameters but those that a model excludes: biases and norms.
       b1, b2, eps: Adam's. openai/lm-human-preferences uses eps = 1e-5.
       max_grad_norm: gradients with a larger global norm are scaled down to it; null leaves them.
     """

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel.partition import path_name
 from rlhf_jax.training import OptimizerSettings, make_optimizer
 from rlhf_jax.training.state import apply_gradients, init_train_state, learning_rate_schedule
 
@@ -49,19 +51,46 @@ def test_a_warmup_of_one_update_or_longer_than_the_run_stays_in_range():
     np.testing.assert_allclose(rates, [0.0, 0.1, 0.2, 0.3], rtol=1e-5)
 
 
-def test_only_matrices_and_embeddings_decay(model):
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    params = {"model": ones, "head": {"kernel": jnp.ones(16)}, "value": {"bias": jnp.ones(())}}
+def decayed(params, models=()):
+    """Paths of the parameters that an update without gradients changes, all by the decay."""
     settings = OptimizerSettings(learning_rate=0.5, weight_decay=0.1)
-    optimizer = make_optimizer(settings)
+    optimizer = make_optimizer(settings, models=models)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
     grads = jax.tree.map(jnp.zeros_like, params)
     apply = jax.jit(functools.partial(apply_gradients, optimizer))
     after, _, _ = apply(params, optimizer.init(params), grads)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
-        name = jax.tree_util.keystr(path)
-        is_matrix = ("kernel" in name and "layers" in name) or "embedding" in name
-        np.testing.assert_allclose(leaf, 0.95 if is_matrix else 1.0, err_msg=name)
+    leaves = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(after)}
+    paths = {path for path, x in leaves.items() if np.all(x < 1)}
+    for path in paths:
+        np.testing.assert_allclose(leaves[path], 0.95, err_msg=path)
+    return leaves.keys(), paths
+
+
+def test_all_but_biases_and_norms_decay(model):
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    head = {"kernel": jnp.ones(16), "bias": jnp.ones(())}
+    params = {"model": shapes, "head": head, "value_head": head}
+    leaves, paths = decayed(params, [model])
+    assert paths == {path for path in leaves if path.endswith(("kernel", "embedding"))}
+    assert {"head/kernel", "value_head/kernel", "model/wte/embedding"} < paths
+
+
+def test_of_a_model_that_does_not_say_arrays_of_one_axis_do_not_decay(model):
+    """Whatever their names; the axis of stacked layers is not counted, one layer has none."""
+    params = {
+        "tokens": jnp.ones((5, 3)),
+        "gain": jnp.ones(3),
+        "layers": {"w": jnp.ones((2, 3, 3)), "norm": {"w": jnp.ones((2, 3))}},
+        "tower": {"layers": [{"w": jnp.ones((3, 3)), "b": jnp.ones(3)}]},
+        "head": {"kernel": jnp.ones(3)},
+    }
+    expected = {"tokens", "layers/w", "tower/layers/0/w", "head/kernel"}
+    other = types.SimpleNamespace()
+    for models in ((), [other], [other, model]):
+        assert decayed(params, models)[1] == expected
+    says = types.SimpleNamespace(no_weight_decay=("norm/w", "tokens"))
+    changed = decayed(params, [says])[1]
+    assert changed == set(decayed(params)[0]) - {"tokens", "layers/norm/w"}
 
 
 class Dense(NamedTuple):
@@ -76,7 +105,7 @@ def test_parameters_may_be_any_pytree():
     after, _, _ = apply_gradients(optimizer, params, optimizer.init(params), grads)
     np.testing.assert_allclose(after[0].kernel, 0.95)
     np.testing.assert_allclose(after[0].bias, 1.0)
-    np.testing.assert_allclose(after[1][0], 1.0)
+    np.testing.assert_allclose(after[1][0], 0.95)
 
 
 def adam_by_loop(gradients, settings):
