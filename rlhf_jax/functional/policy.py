@@ -295,7 +295,8 @@ def grpo_loss(
         kl = jnp.zeros_like(losses)
         losses *= jnp.where(kl_coef == 0, 1.0, jnp.nan)
     else:
-        kl = kl_estimate(logprobs, *zero_off_mask(mask, ref_logprobs), kl_kind)
+        (ref_logprobs,) = zero_off_mask(mask, ref_logprobs)
+        kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
         kl = kl * ratio if kl_bias_correction else kl
         losses += kl_coef * kl
     loss_weights, metric_weights = _weights(mask, reduction, denominator)
