@@ -62,7 +62,11 @@ class ModelConfig(Protocol):
 
 
 class Model(Protocol):
-    """A causal language model over a pytree of parameters. Hashable: a static argument of jit."""
+    """A causal language model over a pytree of parameters. Hashable: a static argument of jit.
+
+    It may have an attribute `no_weight_decay`, a tuple of regular expressions over the end of a
+    parameter's path, as in `partition_rules`: those do not decay (`training.make_optimizer`).
+    """
 
     def __hash__(self) -> int: ...
 

@@ -41,7 +41,7 @@ class OfflineStage(shared.BaseStage):
 
     def _compile(self) -> None:
         steps, settings = self.steps, self.config.settings
-        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps, models=[self.model])
 
         def init(params):
             return steps.init_state(self.model, params, settings, self.key, optimizer=optimizer)

@@ -133,8 +133,10 @@ class OnlineStage(shared.BaseStage):
 
     def _compile(self) -> None:
         config, stops = self.config, self.model.stop_token_ids
-        self.optimizer = make_optimizer(config.optimizer, config.settings.num_updates)
-        models = [self.model, *self.rewards.models, *filter(None, [self.value_model])]
+        trained = [self.model, *filter(None, [self.value_model])]
+        updates = config.settings.num_updates
+        self.optimizer = make_optimizer(config.optimizer, updates, models=trained)
+        models = [*trained, *self.rewards.models]
         rules = sum((model.partition_rules for model in dict.fromkeys(models)), ())
         place = self._place = program.Placement(self.mesh, rules)
         self.batch_sharding = place.batch
