@@ -23,6 +23,7 @@ from rlhf_jax.data.encoding import (
     width,
     with_eos,
 )
+from rlhf_jax.data.examples import with_columns
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
@@ -73,7 +74,7 @@ def encode_pairs(
     Raises:
       InputError: if no pair is left, or messages cannot be rendered.
     """
-    rankings = [{**each, "responses": [each["chosen"], each["rejected"]]} for each in examples]
+    rankings = [with_columns(e, responses=[e["chosen"], e["rejected"]]) for e in examples]
     pairs = list(_tokenize(rankings, tokenizer, settings))
     kept = [pair for pair in pairs if len(pair.responses) == 2]
     different = sum(pair.num_responses == 0 for pair in pairs)
@@ -152,8 +153,7 @@ def _tokenize(
     eos, limit = tokenizer.eos_token_id, settings.max_response_length
     # Without a common prompt there is no comparison.
     parts = [
-        response_texts(example.get("prompt", ""), example["responses"], number, tokenizer)
-        or ("", [])
+        response_texts(example, example["responses"], number, tokenizer) or ("", [])
         for number, example in enumerate(examples, 1)
     ]
     prompts = tokenize_prompts(tokenizer, [prompt for prompt, _ in parts], settings)

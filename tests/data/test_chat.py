@@ -106,14 +106,14 @@ def test_comparisons_of_messages_are_texts_too(chat, write):
 
 def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
     row = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
-    with pytest.raises(InputError, match="prompt of row 1 ends with a turn of 'assistant'"):
+    with pytest.raises(InputError, match="prompt of example 1 ends with a turn of 'assistant'"):
         encode_prompts([{"prompt": PROMPT + GOOD}], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", "{{ raise_exception('roles must alternate.') }}")
-    with pytest.raises(InputError, match="render the messages of row 1: roles must alternate"):
+    with pytest.raises(InputError, match="render the messages of example 1: roles must alternate"):
         encode_pairs([row], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
     with pytest.raises(
-        InputError, match=r"row 1 differently .* use another tokenizer.chat_template"
+        InputError, match=r"example 1 differently .* use another tokenizer.chat_template"
     ):
         encode_pairs([row], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", None)
@@ -134,7 +134,7 @@ def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
 )
 def test_lists_that_are_no_messages(write, value, said):
     path = write("a.jsonl", [{"prompt": "p", "completion": value}])
-    with pytest.raises(InputError, match=f"Row 1 of .*column 'completion' holds {said}"):
+    with pytest.raises(InputError, match=f"Line 1 of .*column 'completion' holds {said}"):
         load_examples(DataSettings(path=path, eval_rows=0), "text")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.data.chat import completion_texts
+from rlhf_jax.data.chat import text_parts
 from rlhf_jax.data.encoding import encode, pad_right, warn_of_long_responses, width, with_eos
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.parallel import hosts
@@ -79,10 +79,7 @@ def reference_tokens(
     Each keeps its first `max_response_length` tokens, as the responses of pairs do.
     """
     limit, eos = settings.max_response_length, tokenizer.eos_token_id
-    texts = [
-        completion_texts(example["prompt"], example["completion"], number, tokenizer)[1]
-        for number, example in enumerate(examples, 1)
-    ]
+    texts = [text_parts(each, n, tokenizer, True)[1] for n, each in enumerate(examples, 1)]
     responses = [with_eos(ids, eos) for ids in encode(tokenizer, texts)]
     warn_of_long_responses(responses, limit, "reference responses")
     return pad_right([ids[:limit] for ids in responses], width(list(map(len, responses)), limit))
