@@ -12,6 +12,7 @@ from rlhf_jax.batches import PairBatch, RankingBatch
 from rlhf_jax.data.chat import response_texts
 from rlhf_jax.data.encoding import (
     Prompt,
+    check_joints,
     encode,
     is_empty,
     pad_prompts,
@@ -156,6 +157,7 @@ def _tokenize(
         response_texts(example, example["responses"], number, tokenizer) or ("", [])
         for number, example in enumerate(examples, 1)
     ]
+    check_joints(tokenizer, examples, [(p, texts[0] if texts else "") for p, texts in parts])
     prompts = tokenize_prompts(tokenizer, [prompt for prompt, _ in parts], settings)
     min_words = settings.min_response_words
     long_enough = [[r for r in texts if not 0 < len(r.split()) < min_words] for _, texts in parts]
