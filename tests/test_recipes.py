@@ -260,5 +260,7 @@ def test_pairs_by_prompt_prefer_the_own_completion(tmp_path, monkeypatch):
     for side in ("chosen", "rejected"):
         assert sorted(pair[side] for pair in pairs) == [f"c{n}" for n in range(5)]
     write_lines("texts.jsonl", [{"text": "one"}, {"text": "two"}])
-    with pytest.raises(InputError, match=r"texts\.jsonl has no two rows with the columns `prompt`"):
+    with pytest.raises(
+        InputError, match=r"texts\.jsonl has no two examples with the columns `prompt`"
+    ):
         pair_by_prompt("texts.jsonl", "pairs.jsonl")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_jax.data.encoding import warn
@@ -11,13 +11,13 @@ from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
-Example = Mapping[str, Any]
-Examples = list[Example]
+Columns = dict[str, Any]
+Examples = list[Columns]
 RESPONSES = ("completion", "chosen", "rejected")
 
 
 def split_conversations(
-    examples: Sequence[Example],
+    examples: Sequence[Columns],
     kind: Kind,
     settings: DataSettings,
     path: str,
@@ -48,7 +48,7 @@ def split_conversations(
 
 
 def _split_all(
-    examples: Sequence[Example], kind: Kind, mark: str, path: str, quiet: bool
+    examples: Sequence[Columns], kind: Kind, mark: str, path: str, quiet: bool
 ) -> Examples:
     """The examples that can be split at the mark; one warning for the others."""
     parts = [_split(each, place_of(each, n), kind, mark) for n, each in enumerate(examples, 1)]
@@ -70,7 +70,7 @@ def _split_all(
     return split
 
 
-def _split(example: Example, place: str, kind: Kind, mark: str) -> Example | None:
+def _split(example: Columns, place: str, kind: Kind, mark: str) -> Columns | None:
     """The example with a prompt of its own; None if it cannot be split.
 
     The columns of a file of conversations then have the same meaning as those of a file with
@@ -113,7 +113,7 @@ def _split_text(text: Any, place: str, mark: str) -> tuple[str, str]:
     return head + separator, tail
 
 
-def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
+def _with_suffix_in_prompt(example: Columns, suffix: str) -> Columns:
     """The example with a prompt that ends with the suffix, if it is between prompt and responses.
 
     White space after the suffix is moved to the responses, and a suffix at the beginning of the
@@ -134,7 +134,7 @@ def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
     return example
 
 
-def _map_responses(example: Example, function: Callable[[str], str]) -> Example:
+def _map_responses(example: Columns, function: Callable[[str], str]) -> Columns:
     """The example with the function applied to all responses that are texts."""
     ranked = example.get("responses", ())
     names = [name for name in RESPONSES if isinstance(example.get(name), str)]

@@ -31,12 +31,14 @@ KEEP_COLUMNS = ("prompts", "references")  # the kinds whose other columns functi
 NO_LIST = "is no list of two or more texts, best first"
 
 
-def examples_of(table: Table, indices: Sequence[int], kind: Kind, path: str) -> list[Example]:
+def examples_of(
+    table: Table, indices: Sequence[int], kind: Kind, path: str
+) -> list[dict[str, Any]]:
     """The examples at `indices` of a table, checked."""
     columns = _format(table.columns, kind, path)
     optional = ("prompt", "margin", "tools") if kind in ("pairs", "rankings") else ("tools",)
     columns += tuple(c for c in optional if c in table.columns)
-    examples = []
+    examples: list[dict[str, Any]] = []
     for example in table.read(indices):
         if kind not in KEEP_COLUMNS:
             example = Example({column: example[column] for column in columns}, example.place)
