@@ -19,12 +19,10 @@ class Progress:
     most one every ten seconds between them.
 
     Args:
-      total_steps: the step at which the run ends.
       initial_step: the step that the run starts or continues from.
       description: the first word of the line, such as "ppo".
       enabled: if False nothing is printed.
       file: the output; standard error if None.
-      clock: seconds, for tests.
     """
 
     SHOWN: Mapping[str, str] = {
@@ -73,8 +71,7 @@ class Progress:
         if self._plain:
             self._update_plain(step)
         elif not self._bar.disable:
-            text = "  ".join(self._fields())
-            self._bar.postfix = text or None
+            self._bar.postfix = "  ".join(self._fields()) or None
             self._bar.update(step - self._bar.n)
         self._step = step
 
@@ -101,7 +98,7 @@ class Progress:
         return ([f"{short_number(speed)} tokens/s"] if speed is not None else []) + texts[:4]
 
     def _update_plain(self, step: int) -> None:
-        if self._printed_step is None:  # the first step compiles: it says nothing of later ones
+        if self._printed_step is None:  # it compiles, unlike later ones
             self._first_time, self._first_step = self._clock(), step
         waited = self._clock() - self._printed_time
         if self._printed_step is None or step >= self._total or waited >= self.PLAIN_SECONDS:
@@ -122,10 +119,7 @@ class Throughput:
     """Speed of training since the last log, without compilation, evaluations and checkpoints.
 
     The first step of a process compiles: the clock starts at its end, and its tokens do not count.
-
-    Args:
-      flops_per_token, flops_per_step: as in `Stage`, for the model FLOPs utilization.
-      clock: seconds, for tests.
+    The FLOPs are those of `Stage`.
     """
 
     def __init__(
@@ -217,8 +211,13 @@ def utilization(
     True
     """
     devices = jax.devices() if devices is None else devices
-    kind = devices[0].device_kind
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    peak = peak_flops(devices[0])
     if peak is None:
         return None
     return flops_per_token * tokens_per_second / (peak * len(devices))
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The published bfloat16 FLOP/s of a device; None of an unknown kind."""
+    kind = device.device_kind
+    return next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
