@@ -5,7 +5,7 @@ import inspect
 import itertools
 import math
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -78,40 +78,70 @@ def call_scores(
 def _call_scores(
     function: ScoreFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
 ) -> list[float]:
-    name, count = getattr(function, "__name__", "the score function"), len(completions)
-    copies = {key: list(values) for key, values in columns.items()}
-    try:
-        result = function(list(prompts), list(completions), **copies)
-        # Of a set nobody knows which score belongs to which completion.
-        is_list = isinstance(result, Iterable) and not isinstance(
-            result, (str, bytes, Mapping, Set)
-        )
-        values = list(itertools.islice(result, count + 1)) if is_list else []
-    except SystemExit as error:
-        raise InputError(f"{name} ends the program by sys.exit({error.code!r}).") from error
-    except Exception as error:
-        error.add_note(f"This was raised by {name}, which was to score {count} texts.")
-        raise
-    if not is_list:
-        raise InputError(
-            f"{name} gave {_shown(result)}; it has to give a list of numbers, one for each "
-            "completion."
-        )
-    if len(values) != count:
-        number = f"more than {count}" if len(values) > count else len(values)
-        raise InputError(
-            f"{name} gave {number} scores for {count} completions; it has to give one for each."
-        )
+    name = getattr(function, "__name__", "the score function")
+    values = call_function(
+        function,
+        name,
+        (prompts, completions),
+        columns,
+        call="f(prompts, completions, **columns)",
+        nouns=("scores", "completions"),
+        expected="a list of numbers, one for each completion",
+    )
     return [
         _finite_number(name, index, value, completion)
         for index, (value, completion) in enumerate(zip(values, completions, strict=True))
     ]
 
 
-def _shown(value: Any) -> str:
+def call_function(
+    function: Callable[..., Any],
+    name: str,
+    texts: Sequence[Sequence[str]],
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    call: str,
+    nouns: tuple[str, str],
+    expected: str,
+) -> list[Any]:
+    """function(*texts, **columns), a value for each text; the function has lists of its own.
+
+    Args:
+      name: of the function, in messages.
+      call: a description of the call.
+      nouns: the names of values and of texts.
+      expected: the description of a valid result.
+
+    Raises:
+      InputError: the result is not a list of that length, or the function ends the program.
+    """
+    count, copies = len(texts[0]), {key: list(values) for key, values in columns.items()}
+    try:
+        result = function(*(list(each) for each in texts), **copies)
+        # Of a set nobody knows which value belongs to which text.
+        is_list = isinstance(result, Iterable) and not isinstance(
+            result, str | bytes | Mapping | Set
+        )
+        values = list(itertools.islice(result, count + 1)) if is_list else []
+    except SystemExit as error:
+        raise InputError(f"{name} ends the program by sys.exit({error.code!r}).") from error
+    except Exception as error:
+        error.add_note(f"{name} raised this; it is called as {call}.")
+        raise
+    if not is_list:
+        raise InputError(f"{name} gave {shown(result)}; it has to give {expected}.")
+    if len(values) != count:
+        number = f"more than {count}" if len(values) > count else len(values)
+        raise InputError(
+            f"{name} gave {number} {nouns[0]} for {count} {nouns[1]}; it has to give {expected}."
+        )
+    return values
+
+
+def shown(value: Any) -> str:
     """A value in a message; an integer of more than 4,300 digits has no `repr`."""
     try:
-        return repr(value)[:80]
+        return " ".join(repr(value).split())[:80]
     except ValueError:
         return "a number beyond all bounds"
 
@@ -123,14 +153,14 @@ def _finite_number(name: str, index: int, value: Any, completion: str) -> float:
         score = float(value)
     except (TypeError, ValueError):
         raise InputError(
-            f"{name} gave {_shown(value)} at index {index}; it has to give a number for each "
+            f"{name} gave {shown(value)} at index {index}; it has to give a number for each "
             "completion."
         ) from None
     except OverflowError:
         score = math.inf
     if not math.isfinite(score):
         raise InputError(
-            f"{name} gave the score {_shown(value)} for the completion {completion[:80]!r} at "
+            f"{name} gave the score {shown(value)} for the completion {completion[:80]!r} at "
             f"index {index}; it has to give a finite number."
         )
     return score

@@ -34,13 +34,16 @@ def test_numbers_of_any_kind_are_scores(result):
         ("12", "judge gave '12'; it has to give a list of numbers, one for each completion."),
         ({}, "judge gave {}; it has to give a list of numbers, one for each completion."),
         ({1.0, 2.0}, "judge gave {1.0, 2.0}; it has to give a list of numbers, one for each compl"),
-        (itertools.repeat(1.0), "judge gave more than 2 scores for 2 completions; it has to give"),
+        (
+            itertools.repeat(1.0),
+            "judge gave more than 2 scores for 2 completions; it has to give a",
+        ),
         (
             [1.0, 10**400],
             f"judge gave the score 1{'0' * 79} for the completion 'b' at index 1; it has to",
         ),
         ([10**5000] * 2, "judge gave the score a number beyond all bounds for the completion 'a'"),
-        ([1.0], "judge gave 1 scores for 2 completions; it has to give one for each."),
+        ([1.0], "judge gave 1 scores for 2 completions; it has to give a list"),
         ([1.0, "2.0"], "judge gave '2.0' at index 1; it has to give a number for each completion."),
         ([None, 1.0], "judge gave None at index 0; it has to give a number for each completion."),
         ([1.0, [2.0]], "judge gave [2.0] at index 1; it has to give a number for each completion."),
