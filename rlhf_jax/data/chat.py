@@ -250,7 +250,8 @@ class _Chat(NamedTuple):
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raises a TimeoutError after these seconds, where signals allow it: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not hasattr(signal, "setitimer"):
         yield
         return
 

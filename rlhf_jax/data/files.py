@@ -51,7 +51,7 @@ def read_table(path: str, name: str | None, split: str, columns: set[str] | None
       InputError: it cannot be read; with the file, and its line if known.
     """
     local = Path(os.path.expanduser(path))
-    if not local.exists():
+    if not os.path.exists(local):
         if path.startswith((".", "/", "~")) or path.count("/") > 1 or _extension(path):
             raise InputError(
                 f"There is no file or folder {path}: give one that exists, the name of a data set "
@@ -166,15 +166,19 @@ def _read_json_lines(file: Path) -> Iterator[Example]:
         if line.strip():
             place = f"line {number} of {file}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except (ValueError, RecursionError) as error:
-                raise fault_at(place, f" is no JSON: {error}.") from error
+                reason = getattr(error, "msg", error)
+                column = f" at column {error.colno}" if hasattr(error, "colno") else ""
+                shown = repr(line.strip()[:60])
+                raise fault_at(place, f" is no JSON ({reason}{column}): {shown}.") from error
             yield _json_object(row, place)
 
 
 def _json_object(value: Any, place: str) -> Example:
     if not isinstance(value, dict):
-        raise fault_at(place, ' is no JSON object: write {"column": value, ...}.')
+        shown = repr(value)[:60]
+        raise fault_at(place, f' is no JSON object such as {{"column": value, ...}}: {shown}.')
     return Example(value, place)
 
 
@@ -193,7 +197,10 @@ def _read_json(file: Path) -> Iterator[Example]:
 
 
 def _read_csv(file: Path) -> Iterator[Example]:
-    """The records below the header; all cells are texts. Blank lines are skipped."""
+    """The records below the header; all cells are texts. Blank lines are skipped.
+
+    Further columns of one name are called NAME.1, NAME.2, ...
+    """
     limit = csv.field_size_limit(sys.maxsize)  # by default 131,072 characters
     records = csv.reader((line for _, line in _lines(file)), strict=True)
     header: list[str] = []
@@ -209,7 +216,10 @@ def _read_csv(file: Path) -> Iterator[Example]:
                 )
             if header and cells:
                 yield Example(zip(header, cells, strict=True), place)
-            header = header or cells
+            header = header or [
+                name if name not in cells[:n] else f"{name}.{cells[:n].count(name)}"
+                for n, name in enumerate(cells)
+            ]
     except csv.Error as error:
         raise InputError(f"Line {number} of {file} is no CSV: {error}.") from error
     finally:

@@ -44,7 +44,7 @@ def examples_of(
             example = Example({column: example[column] for column in columns}, example.place)
         fault = next(filter(None, (_fault(example[column], column) for column in columns)), None)
         if kind == "pairs" and not fault and len(example.get("responses", ("", ""))) < 2:
-            fault = f"column 'responses' {NO_LIST}"
+            fault = f"column 'responses' {NO_LIST}: {example['responses']}"
         if kind == "references" and not fault and not contents(example["completion"]).strip():
             fault = "column 'completion' is an empty text"
         broken = next((column for column in example if not _is_unicode(example[column])), None)
@@ -58,11 +58,13 @@ def examples_of(
 
 def _is_unicode(value: Any) -> bool:
     """Whether all texts in a value can be written in UTF-8, unlike "\\ud83d" alone."""
-    if isinstance(value, str):
-        return value.isascii() or value.encode("utf-8", "ignore").decode() == value
-    if isinstance(value, Mapping):
-        return all(map(_is_unicode, value.values()))
-    return not isinstance(value, list) or all(map(_is_unicode, value))
+    values = [value]
+    for each in values:  # which grows, so that depth is no matter
+        if isinstance(each, Mapping | list):
+            values.extend(each.values() if isinstance(each, Mapping) else each)
+        elif isinstance(each, str) and each.encode("utf-8", "ignore").decode() != each:
+            return False
+    return True
 
 
 def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
@@ -138,9 +140,9 @@ def _fault(value: Any, column: str) -> str | None:
     """Why a value cannot be one of its column; None if it can."""
     if column in ("margin", "tools"):  # tools are read where messages are rendered
         is_number = column == "tools" or math.isfinite(_margin(value))
-        return None if is_number else f"column 'margin' holds {repr(value)[:40]}, no finite number"
+        return None if is_number else f"column 'margin' holds {_shown(value)}, no finite number"
     if column == "responses" and not isinstance(value, list):
-        return f"column 'responses' {NO_LIST}"
+        return f"column 'responses' {NO_LIST}: {_shown(value)}"
     for text in value if column == "responses" else [value]:
         is_text = isinstance(text, str) and column != "messages"
         if not is_text and (column == "text" or not are_messages(text)):
@@ -153,13 +155,19 @@ def _not_text(value: Any, column: str) -> str:
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
     for content in (turn.get("content") for turn in turns if column != "text"):
         if content is None:
-            return "holds a message without content: each has a role and a content"
+            return f"holds a message without content: {_shown(turns)}"
         for part in content if isinstance(content, list) else []:
             if not isinstance(part, dict) or part.get("type") != "text":
-                return f"holds a part {str(part)[:40]} of a message: only text can be read"
+                return f"holds a part {_shown(part)} of a message: only text can be read"
     if column == "messages":
-        return 'is no list of turns such as {"role": "user", "content": "text"}'
+        turn = '{"role": "user", "content": "text"}'
+        return f"is no list of turns such as {turn}: {_shown(value)}"
     if value is None:
         return "holds nothing: give it a text"
     names = {int: "a number", float: "a number", bool: "a truth value", list: "a list"}
-    return f"holds {names.get(type(value), 'an object')} ({str(value)[:40]}), not text"
+    return f"holds {names.get(type(value), 'an object')} ({_shown(value)}), not text"
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, in a message."""
+    return " ".join(repr(value).split())[:60]

@@ -136,7 +136,7 @@ def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ([{"role": "user"}], "a message without content: each has a role and a content"),
+        ([{"role": "user"}], "a message without content: .*user"),
         ([{"content": "a"}], "a list "),
         ([3], "a list "),
         ([["a"]], "a list "),

@@ -51,7 +51,7 @@ def test_json_lines_may_be_in_a_json_file_and_one_object_is_one_example(write):
         {"text": "b"},
     ]
     assert load(write("b.json", '{"text": "a"}'), "text") == [{"text": "a"}]
-    with pytest.raises(InputError, match=r"^Line 2 of .*c\.json is no JSON: "):
+    with pytest.raises(InputError, match=r"^Line 2 of .*c\.json is no JSON \("):
         load(write("c.json", '{"text": "a"}\n{"text"\n'), "text")
     with pytest.raises(InputError, match=r"^Row 2 of .*d\.json is no JSON object"):
         load(write("d.json", '[{"text": "a"}, 3]'), "text")
@@ -60,6 +60,8 @@ def test_json_lines_may_be_in_a_json_file_and_one_object_is_one_example(write):
 def test_a_csv_file_may_have_long_cells_and_line_breaks(write, tmp_path):
     examples = [{"text": 'a "b",\nc' + "x" * 200_000, "id": "1"}, {"text": "", "id": "2"}]
     assert load(write("a.csv", examples), "prompts") == examples
+    path = write("c.csv.gz", "a,text,a,a\n1,2,3,4\n")
+    assert load(path, "prompts") == [{"a": "1", "text": "2", "a.1": "3", "a.2": "4"}]
     (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbftext\r\none\r\n\r\ntwo\r\n")
     assert load(str(tmp_path / "b.csv"), "text") == [{"text": "one"}, {"text": "two"}]
 
@@ -166,12 +168,14 @@ def test_a_file_without_rows(write, tmp_path, name, content):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_wrong_json_names_the_line(write, name):
     path = write(name, '{"text": "a"}\n\n{"text": "b"\n')
-    with pytest.raises(InputError, match=rf"^Line 3 of .*{name} is no JSON: "):
+    with pytest.raises(
+        InputError, match=rf"^Line 3 of .*{name} is no JSON \(Expecting .* at column 13\): '"
+    ):
         load(path, "text")
 
 
 def test_lines_that_are_no_objects(write):
-    with pytest.raises(InputError, match="Line 1 of .* is no JSON object: write"):
+    with pytest.raises(InputError, match=r"Line 1 of .* is no JSON object such as .*: \['text'\]"):
         load(write("a.jsonl", '["text"]\n"more"\n'), "text")
 
 
@@ -209,3 +213,15 @@ def test_folders_that_do_not_fit(write, tmp_path):
     folder = write("set/b.csv", TEXTS).rsplit("/", 1)[0]
     with pytest.raises(InputError, match=r"mixes formats \(a\.jsonl, b\.csv\)"):
         load(folder, "text")
+
+
+@pytest.mark.parametrize("depth", [900, 200_000])
+def test_deeply_nested_json_is_read_or_refused_by_its_line(write, depth):
+    """How deep it may be depends on the version of Python."""
+    path = write("a.jsonl", '{"text": "a", "deep": ' + "[" * depth + "]" * depth + "}")
+    try:
+        assert load(path, "prompts")[0]["text"] == "a"
+    except InputError as error:
+        message = str(error)
+        if not message.startswith("Line 1 of") or len(message) > 500:
+            raise

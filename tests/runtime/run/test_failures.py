@@ -158,7 +158,7 @@ def without_evaluation(folder, sft_run):
         (lambda scores: [float("nan"), *scores[1:]], "my_reward gave the score nan for the compl"),
         (
             lambda scores: scores[1:],
-            "my_reward gave 7 scores for 8 completions; it has to give one",
+            "my_reward gave 7 scores for 8 completions; it has to give a",
         ),
     ],
 )
