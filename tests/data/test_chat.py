@@ -271,6 +271,8 @@ def test_templates_that_are_none(tokenizer, tmp_path):
         TokenizerSettings(chat_template="chat.jinja")
     with pytest.raises(InputError, match=r"tokenizer\.chat_template is no Jinja template: "):
         use_chat_template(tokenizer, "{% for %}")
+    with pytest.raises(InputError, match=r"tokenizer\.chat_template is no Jinja template: maximum"):
+        use_chat_template(tokenizer, "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}")
     (tmp_path / "binary").write_bytes(b"\xff\xfe{")
     with pytest.raises(InputError, match="binary cannot be read: "):
         use_chat_template(tokenizer, str(tmp_path / "binary"))
