@@ -198,7 +198,7 @@ class _Chat(NamedTuple):
     ) -> tuple[str, str]:
         """The rendered prompt, and the text that the template adds for the turns that answer it.
 
-        Turns that begin with those of the prompt are taken without them.
+        Turns that begin with those of the prompt lose them.
         """
         if len(after) > len(before) and _same(after[: len(before)], before):
             after = after[len(before) :]
@@ -218,10 +218,7 @@ class _Chat(NamedTuple):
         return stripped if stripped.endswith(self.tokenizer.eos_token) else text
 
     def rendered(self, messages: list[Message], **options: bool) -> str:
-        """The text of the messages.
-
-        A template is a program of a stranger: it may raise anything, and may not stop.
-        """
+        """The text of the messages; a template may raise any error, and may be endless."""
         template = str(self.tokenizer.chat_template)
         uses_calls = any(message.get("tool_calls") for message in messages)
         for name, is_used in (("tools", self.tools is not None), ("tool_calls", uses_calls)):
@@ -259,9 +256,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"it takes longer than {seconds:.0f} seconds")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *timer)

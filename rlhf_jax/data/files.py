@@ -87,7 +87,8 @@ def _slice(table: Table, split: str, base: str) -> Table:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({base: table.size})
     except (ValueError, AssertionError) as error:
         raise InputError(
-            f"The split {split!r} is no slice such as train[:80%]: {error}."
+            f"The split {split!r} does not fit {table.size} examples ({_reason(error)}): give one "
+            "such as train[:80%]."
         ) from error
     kept = [index for part in parts for index in range(part.from_ or 0, part.to)]
     return table._replace(size=len(kept), read=lambda ids: table.read([kept[i] for i in ids]))
@@ -281,7 +282,7 @@ def _read_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
 
     try:
         return datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its type depends on the fault
         cache = str(datasets.config.HF_DATASETS_CACHE)
         try:
             os.makedirs(cache, exist_ok=True)
@@ -291,6 +292,8 @@ def _read_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
                 f"The data set {path} cannot be stored in {cache} ({fault.strerror}): set HF_HOME "
                 "to a folder that can be written."
             ) from error
+        if not isinstance(error, OSError | ValueError):
+            raise InputError(f"The data set {path} cannot be read: {_reason(error)}.") from error
         raise InputError(
             f"The data set {path} (split {split!r}) is neither a local file nor available on the "
             f"hub: check its name and split, and if this machine is offline give a local file "
@@ -299,5 +302,7 @@ def _read_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message."""
+    """The first line of the message of an error, or of the one that caused it."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -1,6 +1,7 @@
 """Messages for prompts, completions and judged responses, through the chat template."""
 
 import json
+import signal
 
 import pytest
 
@@ -158,17 +159,28 @@ def test_lists_that_are_no_messages(write, value, said):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
         ('{{ "a" | round }}', "str"),
         ('{{ [1, "a"] | max }}', "'>' not supported"),
-        ("{% for i in range(9**5) %}" * 3 + "{% endfor %}" * 3, "it takes longer than 0 seconds"),
     ],
 )
 def test_templates_that_fail_in_any_way_name_the_line(chat, write, monkeypatch, template, said):
-    monkeypatch.setattr("rlhf_jax.data.chat.MAX_SECONDS", 0.1)
     monkeypatch.setattr(chat, "chat_template", template)
     path = write("a.jsonl", [{"messages": PROMPT + GOOD}])
     examples, _ = load_examples(DataSettings(path=path, eval_rows=0), "text")
     with pytest.raises(InputError, match=f"render the messages of line 1 of .*: .*{said}") as error:
         encode_texts(examples, chat, DataSettings())
     assert "\n" not in str(error.value)
+
+
+def test_an_endless_template_is_stopped_and_earlier_alarms_are_kept(chat, monkeypatch):
+    monkeypatch.setattr("rlhf_jax.data.chat.MAX_SECONDS", 0.1)
+    loop = "{% for i in range(9**5) %}"
+    monkeypatch.setattr(chat, "chat_template", loop * 3 + "{% endfor %}" * 3)
+    signal.setitimer(signal.ITIMER_REAL, 600.0)
+    try:
+        with pytest.raises(InputError, match="messages of example 1: it takes longer than 0 sec"):
+            encode_texts([{"messages": PROMPT + GOOD}], chat, DataSettings())
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 500
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["text", "pairs", "rankings", "prompts"])

@@ -143,6 +143,9 @@ def test_a_folder_without_split_names_and_slices(write):
     assert load(folder, "text", split="train[:2]") == TEXTS[:2]
     settings = DataSettings(path=folder, split="train[:80%]", eval_split="train[80%:]")
     assert load_examples(settings, "text") == (TEXTS[:4], TEXTS[4:5])
+    assert load(folder, "text", split="train[:1]+train[4:]") == [TEXTS[0], TEXTS[4]]
+    with pytest.raises(InputError, match=r"The split 'train\[x\]' does not fit 5 examples \("):
+        load(folder, "text", split="train[x]")
 
 
 def test_the_hub_is_asked_by_name(monkeypatch):
@@ -158,6 +161,18 @@ def test_the_hub_is_asked_by_name(monkeypatch):
     settings = DataSettings(path="some/set", name="plain", eval_split="test", eval_rows=3)
     assert load_examples(settings, "text") == (TEXTS, TEXTS[:3])
     assert calls == [("some/set", "plain", "train"), ("some/set", "plain", "test")]
+
+
+def test_a_data_set_of_the_hub_that_the_library_cannot_build(monkeypatch):
+    import datasets
+
+    def refuse(path, name, split):
+        cause = TypeError("Couldn't cast array of type string to null")
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from cause
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match=r"^The data set some/set cannot be read: Couldn't cast"):
+        load("some/set", "text")
 
 
 def test_an_unreachable_hub_name(monkeypatch):

@@ -1,12 +1,15 @@
 """Score functions in Python: which results they may return, and how they are called."""
 
 import itertools
+import json
 import sys
 
 import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.data import DataSettings, load_examples
+from rlhf_jax.runtime.evaluation.policies import columns_of
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
 from tests.runtime.messages import message
 
@@ -120,3 +123,23 @@ def test_names_of_no_function_are_one_sentence(tmp_path, monkeypatch, name, expe
     error = message(load_function, name)
     assert error.startswith(expected)
     assert "\n" not in error
+
+
+def test_functions_receive_the_columns_of_the_data_alone(tmp_path):
+    """As they are in the file, also where the prompt is a part of one."""
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    for columns in (
+        {"text": "Q: a A: b", "id": 7},
+        {"chosen": "Q: a A: b", "rejected": "Q: a A: c", "id": 7},
+        {"prompt": "Q: a A:", "id": 7},
+    ):
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps(columns) + "\n")
+        settings = DataSettings(path=str(path), eval_rows=0, split_at="A:", prompt_suffix="A:")
+        examples = load_examples(settings, "prompts")[0]
+        assert examples[0]["prompt"] == "Q: a A:"
+        expected = {name: [value] for name, value in columns.items() if name != "prompt"}
+        assert columns_of(examples, [0]) == expected
+    path.write_text(json.dumps({"messages": turns, "id": 7}) + "\n")
+    examples = load_examples(DataSettings(path=str(path), eval_rows=0), "prompts")[0]
+    assert columns_of(examples, [0]) == {"messages": [turns], "id": [7]}
