@@ -118,7 +118,7 @@ def call_function(
     count, copies = len(texts[0]), {key: list(values) for key, values in columns.items()}
     try:
         result = function(*(list(each) for each in texts), **copies)
-        # Of a set nobody knows which value belongs to which text.
+        # The order of a set is undefined.
         is_list = isinstance(result, Iterable) and not isinstance(
             result, str | bytes | Mapping | Set
         )
