@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_jax.data.chat import are_messages, contents
 from rlhf_jax.data.examples import Example, fault_at, with_columns
-from rlhf_jax.data.files import Table
 from rlhf_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from rlhf_jax.data.files import Table
 
 Kind = Literal["text", "pairs", "rankings", "prompts", "references"]
 
