@@ -42,7 +42,7 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None
         # The extension of transformers, {% generation %}, marks text and adds none.
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
         jinja2.Environment(extensions=[loopcontrols]).parse(plain)
-    except jinja2.TemplateSyntaxError as error:
+    except (jinja2.TemplateSyntaxError, RecursionError) as error:
         raise InputError(f"{name} is no Jinja template: {error}.") from error
     tokenizer.chat_template = text
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import PromptBatch, Rollout, Sequences
 from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.data.examples import source_of
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.score import end_scores, response_logprobs
@@ -154,8 +155,8 @@ class PolicyEvaluator:
 
 
 def columns_of(examples: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:
-    """The columns of these examples other than the prompt, as lists."""
-    chosen = [examples[index] for index in np.asarray(indices).tolist()]
+    """The columns of the data other than the prompt, as lists."""
+    chosen = [source_of(examples[index]) for index in np.asarray(indices).tolist()]
     names = [name for name in chosen[0] if name != "prompt"]
     return {name: [example.get(name) for example in chosen] for name in names}
 

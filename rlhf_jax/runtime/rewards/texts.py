@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.data.chat import completion_texts
-from rlhf_jax.data.encoding import encode, pad_right, warn_of_long_responses, width, with_eos
+from rlhf_jax.data.chat import text_parts
+from rlhf_jax.data.encoding import (
+    check_joints,
+    encode,
+    pad_right,
+    warn_of_long_responses,
+    width,
+    with_eos,
+)
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.parallel import hosts
 
@@ -81,10 +88,9 @@ def reference_tokens(
     Each keeps its first `max_response_length` tokens, as the responses of pairs do.
     """
     limit, eos = settings.max_response_length, tokenizer.eos_token_id
-    texts = [
-        completion_texts(example["prompt"], example["completion"], number, tokenizer)[1]
-        for number, example in enumerate(examples, 1)
-    ]
+    parts = [text_parts(each, n, tokenizer, True) for n, each in enumerate(examples, 1)]
+    check_joints(tokenizer, examples, [(prompt or "", text) for prompt, text in parts])
+    texts = [text for _, text in parts]
     responses = [with_eos(ids, eos) for ids in encode(tokenizer, texts)]
     warn_of_long_responses(responses, limit, "reference responses")
     return pad_right([ids[:limit] for ids in responses], width(list(map(len, responses)), limit))

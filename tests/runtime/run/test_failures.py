@@ -158,7 +158,7 @@ def without_evaluation(folder, sft_run):
         (lambda scores: [float("nan"), *scores[1:]], "my_reward gave the score nan for the compl"),
         (
             lambda scores: scores[1:],
-            "my_reward gave 7 scores for 8 completions; it has to give one",
+            "my_reward gave 7 scores for 8 completions; it has to give a",
         ),
     ],
 )
@@ -179,7 +179,8 @@ def test_an_error_in_a_reward_function_keeps_its_traceback_and_the_run_goes_on(t
     with pytest.raises(ZeroDivisionError) as raised:
         train_ppo(without_evaluation(tmp_path / "parts", sft_run), failing_at(4, divide))
     assert raised.traceback[-1].path == raised.traceback[-2].path  # our file, not the library's
-    assert raised.value.__notes__ == ["This was raised by my_reward, which was to score 8 texts."]
+    note = "my_reward raised this; it is called as f(prompts, completions, **columns)."
+    assert raised.value.__notes__ == [note]
     assert saved_steps(tmp_path / "parts") == [3]
     train_ppo(without_evaluation(tmp_path / "parts", sft_run), small.short_response)
     train_ppo(without_evaluation(tmp_path / "full", sft_run), small.short_response)
