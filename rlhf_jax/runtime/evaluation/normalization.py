@@ -42,13 +42,13 @@ class Normalizer:
         Raises:
           InputError: all scores are equal.
         """
-        sharding = batch_sharding(self._mesh)
-        batches = (
-            hosts.put(batch, sharding) for batch in eval_batches(self._examples, self._batch_size)
+        sharding, batches = (
+            batch_sharding(self._mesh),
+            eval_batches(self._examples, self._batch_size),
         )
+        placed = (hosts.put(batch, sharding) for batch in batches)
         add = functools.partial(self._add, frozen=frozen)
-        moments = normalization.score_moments(normalization.stats_of(add, params, batches))
+        moments = normalization.score_moments(normalization.stats_of(add, params, placed))
         normalized = normalization.normalize_scores(self._model, params, *moments)
-        return jax.device_put(
-            normalized, tree_shardings(self._mesh, normalized, self._model.partition_rules)
-        )
+        shardings = tree_shardings(self._mesh, normalized, self._model.partition_rules)
+        return jax.device_put(normalized, shardings)
