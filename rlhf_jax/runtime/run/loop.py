@@ -25,7 +25,13 @@ from rlhf_jax.runtime.run.folder import (
 )
 from rlhf_jax.runtime.run.metrics import make_writer
 from rlhf_jax.runtime.run.progress import Progress, Throughput
-from rlhf_jax.runtime.run.signals import EvaluationTerminated, Interrupted, Signals, Terminated
+from rlhf_jax.runtime.run.signals import (
+    EvaluationTerminated,
+    Interrupted,
+    Signals,
+    Terminated,
+    exit_error,
+)
 from rlhf_jax.runtime.run.stage import Metrics, Samples, Stage, StageResult
 
 
@@ -50,9 +56,12 @@ def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
         hosts.from_first(claim_run_dir, config)
         _check_shared(config.run_dir)
         if not hosts.from_first(is_finished, config.run_dir):
-            stage = make_stage()
-            with jax.set_mesh(stage.mesh):
-                _train(stage, config, signals)
+            try:
+                stage = make_stage()
+                with jax.set_mesh(stage.mesh):
+                    _train(stage, config, signals)
+            except SystemExit as exit:  # of a user's function
+                raise exit_error(exit) from exit
         elif hosts.is_first():
             print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
@@ -149,7 +158,7 @@ class _Loop:
                 if len(self.unlogged) > 1:
                     self._log()  # the previous step, while this one runs on the device
                 self._pause()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._rescue(error)
             raise
         with disk_errors(self.config.run_dir):
@@ -272,7 +281,7 @@ class _Loop:
         stopped.raised_on_all_hosts = True  # all hosts have agreed to stop
         raise stopped
 
-    def _rescue(self, error: Exception) -> None:
+    def _rescue(self, error: BaseException) -> None:
         """Logs and saves the last step after an error, such as one in a reward function."""
         if isinstance(error, DivergedError) or isinstance(error.__cause__, OSError):
             return  # no step can follow; or the disk is full, and the lines of this step are lost
