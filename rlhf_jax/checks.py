@@ -9,6 +9,7 @@ Traceback (most recent call last):
 rlhf_jax.errors.InputError: sft.batch_size must be above 0, but is 0.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,21 +18,24 @@ from rlhf_jax.errors import InputError
 
 
 def positive(section: str, **values: float | None) -> None:
-    """Raises an InputError for a value that is not above 0."""
+    """Raises an InputError for a value that is not above 0, or not finite."""
+    finite(section, **values)
     for name, value in values.items():
         if value is not None and value <= 0:
             raise InputError(f"{section}.{name} must be above 0, but is {value}.")
 
 
 def not_negative(section: str, **values: float | None) -> None:
-    """Raises an InputError for a value below 0."""
+    """Raises an InputError for a value below 0, or not finite."""
+    finite(section, **values)
     for name, value in values.items():
         if value is not None and value < 0:
             raise InputError(f"{section}.{name} must not be negative, but is {value}.")
 
 
 def at_least(minimum: float, section: str, **values: float | None) -> None:
-    """Raises an InputError for a value below the minimum."""
+    """Raises an InputError for a value below the minimum, or not finite."""
+    finite(section, **values)
     for name, value in values.items():
         if value is not None and value < minimum:
             raise InputError(f"{section}.{name} must be at least {minimum}, but is {value}.")
@@ -56,6 +60,16 @@ def finite(section: str, **values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{section}.{name} must be a finite number, but is {value}.")
+
+
+def all_finite(settings: Any, prefix: str = "") -> None:
+    """Raises an InputError for a float in a configuration, at any depth, that is not finite."""
+    for name, value in vars(settings).items():
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise InputError(f"{prefix}{name} must be a finite number, but is {each}.")
+            if dataclasses.is_dataclass(each):
+                all_finite(each, f"{prefix}{name}.")
 
 
 def one_of(allowed: Sequence[Any], section: str, **values: Any) -> None:

@@ -26,6 +26,15 @@ def test_values_out_of_range_are_named(check, allowed, refused, message):
             check("s", x=value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_limit_passes_what_is_not_finite(value):
+    for check in (checks.positive, checks.not_negative, checks.fraction, checks.below_one):
+        with pytest.raises(InputError, match=r"^s\.x must be "):
+            check("s", x=value)
+    with pytest.raises(InputError, match=r"^s\.x must be a finite number"):
+        checks.at_least(2, "s", x=value)
+
+
 def test_a_minimum_a_list_and_a_divisor_are_named():
     checks.at_least(2, "s", x=2)
     with pytest.raises(InputError, match="s.x must be at least 2, but is 1"):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from rlhf_jax import training
+from rlhf_jax import checks, training
 from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.settings import ModelSettings
@@ -36,7 +36,7 @@ class CommandConfig:
     """Settings that every command has.
 
     Attributes:
-      seed: of all random numbers.
+      seed: of all random numbers, from 0 to 2^32 - 1.
     """
 
     model: ModelSettings = ModelSettings()
@@ -44,6 +44,11 @@ class CommandConfig:
     data: DataSettings = DataSettings()
     mesh: MeshSettings = MeshSettings()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # JAX's keys of other seeds are those of seed modulo 2^32
+            raise InputError(f"seed must be from 0 to 2^32 - 1, but is {self.seed}.")
+        checks.all_finite(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,8 @@ class RunConfig(CommandConfig):
 
 
 def _check_texts(config: RunConfig) -> None:
-    """Raises an InputError where texts are to be mixed in, but there are none."""
+    """The `__post_init__` of trainers that may mix in texts: an InputError if there are none."""
+    CommandConfig.__post_init__(config)
     name, texts, coef = config.trainer.name, config.section("ptx"), config.settings.ptx_coef
     if coef and texts == DataSettings() and config.data.path != texts.path:
         raise InputError(
