@@ -382,6 +382,30 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         claim(tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize("run_dir", ["", "http://x/y", "a\0b"])
+def test_a_folder_of_a_configuration_built_in_python_is_checked_too(run_dir):
+    assert message(claim_run_dir, SFTConfig(run_dir=run_dir)).startswith("run_dir is ")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xec\x00\xff", "'utf-8' codec can't decode byte 0xec in position 0"),
+        (b"a:\n\tb", "while scanning for the next token found character"),
+        (b"- 1", "it holds '[1]'; write one `key: value` to a line."),
+        (b"", "it is empty; write one `key: value` to a line."),
+    ],
+)
+def test_a_damaged_configuration_without_any_checkpoint_is_named(tmp_path, content, reason):
+    (tmp_path / "config.yaml").write_bytes(content)
+    (tmp_path / "metrics.jsonl").touch()
+    said = message(lambda: claim(tmp_path))
+    assert said.startswith(f"{tmp_path}/config.yaml is damaged ({reason}")
+    assert said.endswith("put it back from a copy, or choose another --run_dir.")
+    (tmp_path / "metrics.jsonl").unlink()
+    assert claim(tmp_path)["seed"] == 0
+
+
 def test_the_sections_of_the_contract_are_there():
     shared = {"model", "tokenizer", "data", "optimizer", "mesh", "logging", "checkpoint"}
     for kind, own in ((SFTConfig, "sft"), (RewardConfig, "reward"), (PPOConfig, "ppo")):

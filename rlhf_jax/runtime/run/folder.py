@@ -4,18 +4,27 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.parsing import to_dict, to_yaml, without_removed
+from rlhf_jax.runtime.parsing import (
+    checked_path,
+    checked_section,
+    parsed_yaml,
+    to_dict,
+    to_yaml,
+    without_removed,
+)
 from rlhf_jax.runtime.run.records import config_in
+
+logger = logging.getLogger("rlhf_jax.runtime.run")
 
 # --- errors of the disk ---------------------------------------------------------------------------
 
@@ -128,7 +137,7 @@ def _parse(data: bytes, path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if isinstance(entry, dict):
             entries.append(entry)
@@ -187,6 +196,8 @@ def claim_run_dir(config: Any) -> None:
 
     Raises an InputError if the folder cannot be written, or holds a run with another configuration.
     """
+    if not checked_path("run_dir", config.run_dir):
+        raise InputError("run_dir is empty; give --run_dir the folder that the run is to write.")
     try:
         folder = epath.Path(config.run_dir)
         folder.exists()
@@ -197,14 +208,31 @@ def claim_run_dir(config: Any) -> None:
         ) from error
     # The processes are no part of a run: a repetition may have others.
     config = dataclasses.replace(config, distributed=type(config.distributed)())
-    file = folder / "config.yaml"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        saved = yaml.safe_load(file.read_text()) if file.exists() else None
-        saved = config_in(folder / "checkpoints") if saved is None else saved
-        if saved is not None and _has_results(folder):
+        if _has_results(folder) and (saved := _saved_config(folder)) is not None:
             check_same_config(config, saved)
-        replace_file(file, to_yaml(config).encode())
+        replace_file(folder / "config.yaml", to_yaml(config).encode())
+
+
+def _saved_config(folder: epath.Path) -> Mapping[str, Any] | None:
+    """The configuration in `config.yaml`; that of the newest checkpoint, if the file is damaged."""
+    file = folder / "config.yaml"
+    reason = None
+    if file.exists():
+        try:
+            return checked_section(parsed_yaml(file.read_text()), "it")
+        except ValueError as error:
+            reason = error
+    saved = config_in(folder / "checkpoints")
+    if reason is not None and saved is None:
+        raise InputError(
+            f"{file} is damaged ({reason}), and no checkpoint holds the configuration: put it back "
+            "from a copy, or choose another --run_dir."
+        )
+    if reason is not None:
+        logger.warning("%s is damaged (%s); that of the newest checkpoint is used.", file, reason)
+    return saved
 
 
 def _has_results(folder: epath.Path) -> bool:

@@ -279,8 +279,12 @@ def test_a_run_continues_from_before_a_damaged_checkpoint(stopped, counting_run,
     assert steps_of(stopped) == ["2", "4", "bad-3"]
 
 
-def test_another_configuration_is_named_without_config_yaml_too(stopped):
-    (stopped / "config.yaml").unlink()
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_configuration_is_named_without_config_yaml_too(stopped, caplog, damaged):
+    if damaged:
+        (stopped / "config.yaml").write_text("a:\n\tb")
+    else:
+        (stopped / "config.yaml").unlink()
     with pytest.raises(InputError) as raised:
         counting.train(stopped, rate=0.25)
     assert str(raised.value).startswith(
@@ -288,6 +292,7 @@ def test_another_configuration_is_named_without_config_yaml_too(stopped):
         "here; choose another --run_dir, or"
     )
     assert steps_of(stopped) == ["2", "3"]
+    assert ("config.yaml is damaged (while scanning" in caplog.text) == damaged
 
 
 # --- the best ------------------------------------------------------------------------------------
