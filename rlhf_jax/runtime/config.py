@@ -70,6 +70,8 @@ class RunConfig(CommandConfig):
     run_dir: str = "runs/run"
 
     trainer: ClassVar[Trainer]
+    # Settings of the number of steps, which may change when a run continues.
+    length_settings: ClassVar[tuple[str, ...]] = ()
 
     def section(self, name: str) -> Any:
         """The settings of a section that not every run has."""
@@ -110,7 +112,12 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
     fields += [("run_dir", str, f"runs/{trainer.name}")]
     summary = trainer.summary[:1].upper() + trainer.summary[1:]
     attributes = "".join(f"\n  {note}" for note in notes)
-    namespace = {"__doc__": f"{summary}.\n\nAttributes:{attributes}\n", "trainer": trainer}
+    namespace: dict[str, Any] = {
+        "__doc__": f"{summary}.\n\nAttributes:{attributes}\n",
+        "trainer": trainer,
+    }
+    length = "total_episodes" if trainer.online else "num_epochs"
+    namespace["length_settings"] = (f"{trainer.name}.{length}",)
     if trainer.mixes_texts:
         namespace["__post_init__"] = _check_texts
     kind = dataclasses.make_dataclass(
@@ -182,6 +189,8 @@ class RLHFConfig(RunConfig):
     generation: GenerationSettings = GenerationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     run_dir: str = "runs/rlhf"
+
+    length_settings: ClassVar[tuple[str, ...]] = ("ppo.total_episodes",)
 
 
 @dataclasses.dataclass(frozen=True)
