@@ -149,3 +149,10 @@ def _set_up_logging() -> None:
     # Orbax also logs the traceback of each exception that it raises.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(raised: Any) -> None:
+    """Without the writes that Orbax gives up at the first error, of a full disk say."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)

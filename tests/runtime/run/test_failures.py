@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
@@ -311,6 +312,14 @@ def test_a_full_disk_under_a_checkpoint(small_disk, counting_run):
     resize("30m")
     counting.train(folder / "run")
     small.assert_same_run(counting_run, folder / "run")
+
+
+def test_writes_that_were_given_up_print_nothing(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    for text in ("Event loop is closed", "another one"):
+        terminal._unraisable(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(raised.exc_value) for raised in printed] == ["another one"]
 
 
 def test_a_disk_that_fills_under_a_later_checkpoint_leaves_the_one_before(small_disk, counting_run):
