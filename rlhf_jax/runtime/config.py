@@ -48,7 +48,7 @@ class CommandConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # JAX's keys of other seeds are those of seed modulo 2^32
             raise InputError(f"seed must be from 0 to 2^32 - 1, but is {self.seed}.")
-        checks.all_finite(self)
+        checks.check_finite(self)
 
 
 @dataclasses.dataclass(frozen=True)
