@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -164,7 +164,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
 def checked_section(content: Any, name: str) -> Mapping[Any, Any]:
     """The content, if it holds keys and values; else an InputError."""
     if not isinstance(content, Mapping):
-        held = "is empty" if content is None else f"holds {str(content)[:40]!r}"
+        held = "is empty" if content is None else f"holds {_shown(content, str)[:40]!r}"
         raise InputError(f"{name} {held}; write one `key: value` to a line.")
     return content
 
@@ -232,7 +232,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     """(whether a value is of a type, the value converted)."""
     if kind is str:
-        return isinstance(value, str), checked_path(key, str(value))
+        return isinstance(value, str), checked_path(key, value)
     if isinstance(value, Text) and get_origin(kind) is not Literal:
         value = _from_yaml(value)
     if kind is type(None):
@@ -270,8 +270,9 @@ def _fit_float(value: Any, key: str) -> tuple[bool, Any]:
     return True, number
 
 
-def checked_path(key: str, text: str) -> str:
-    """A text, which as the value of a path is checked: an InputError for other addresses."""
+def checked_path(key: str, value: Any) -> str:
+    """A text, or "" for another value; an InputError for a path that cannot be opened."""
+    text = str(value) if isinstance(value, str) else ""
     if key.rpartition(".")[2].endswith(("path", "dir", "output", "config")):
         scheme, separator, _ = text.partition("://")
         if "\0" in text:
@@ -282,9 +283,12 @@ def checked_path(key: str, text: str) -> str:
     return text
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, text_of: Callable[[Any], str] = repr) -> str:
     """A value in a message: its beginning, where it is long."""
-    text = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
+    try:
+        text = text_of(value)
+    except (ValueError, RecursionError):  # an int of more than 4300 digits, or deep nesting
+        text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -247,6 +247,16 @@ def test_floats_of_a_configuration_built_in_python_are_finite_too():
         PPOConfig(seed=-1)
 
 
+def test_values_too_large_to_show_are_named():
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    said = "data.path must be str, but is a dict that is too large to show."
+    assert message(resolve, SFTConfig, {"data": {"path": deep}}) == said
+    said = "seed must be an int of 64 bits, but is a int that is too large to show."
+    assert message(resolve, SFTConfig, {"seed": 10**5000}) == said
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**30])
 def test_a_seed_has_a_key_of_its_own(seed):
     assert message(parse, SFTConfig, ["--seed", str(seed)]).startswith("seed must be ")
