@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -25,6 +25,9 @@ from rlhf_jax.runtime.parsing import (
 from rlhf_jax.runtime.run.records import newest_record
 
 logger = logging.getLogger("rlhf_jax.runtime.run")
+
+# Values, such as a number or a checksum, of data and tokenizer by their names in words.
+Fingerprints = Mapping[str, Mapping[str, Any]]
 
 # --- errors of the disk ---------------------------------------------------------------------------
 
@@ -265,14 +268,16 @@ def check_same_config(config: Any, saved: Mapping[str, Any]) -> None:
             )
 
 
-def changed_length(config: Any, saved: Mapping[str, Any] | None) -> str:
+def changed_length(config: Any, saved: Mapping[str, Any] | None, schedule: str = "constant") -> str:
     """The settings of the length of a run that differ from the saved ones, in words; "" if none."""
     differences = {} if saved is None else _differences(config, saved)
-    return "".join(
-        f"; {key} is {new} now and was {old}"
-        for key, (old, new) in differences.items()
-        if key in config.length_settings
-    )
+    changed = [key for key in differences if key in config.length_settings]
+    notes = [
+        f"; {key} is {differences[key][1]} now and was {differences[key][0]}" for key in changed
+    ]
+    if changed and schedule != "constant":
+        notes.append(f"; from here on the {schedule} schedule is that of the new length")
+    return "".join(notes)
 
 
 def _differences(config: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -283,9 +288,18 @@ def _differences(config: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, 
     return {key: (old.get(key), new.get(key)) for key in keys}
 
 
-def check_same_data(
-    run_dir: str, saved: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mapping[str, Any]]
-) -> None:
+def finished_note(run_dir: str, fingerprints: Callable[[], Fingerprints]) -> str:
+    """The sentence on a complete run; an InputError if its data changed."""
+    saved, note = newest_record(epath.Path(run_dir)).get("fingerprints", {}), ""
+    try:
+        ours = fingerprints() if saved else {}
+    except InputError as error:
+        ours, note = {}, f" Its data were not compared: {error}"
+    check_same_data(run_dir, saved, ours)
+    return f"{run_dir} is complete; nothing is left to do.{note}"
+
+
+def check_same_data(run_dir: str, saved: Fingerprints, ours: Fingerprints) -> None:
     """Raises an InputError that names the first difference of two fingerprints of data."""
     for name, here in ours.items():
         for part, value in here.items():

@@ -16,11 +16,13 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.parsing import to_dict
 from rlhf_jax.runtime.run.checkpoint import Checkpoints, freed
 from rlhf_jax.runtime.run.folder import (
+    Fingerprints,
     changed_length,
     check_same_config,
     check_same_data,
     claim_run_dir,
     disk_errors,
+    finished_note,
     is_finished,
     last_metrics,
     read_progress,
@@ -28,7 +30,6 @@ from rlhf_jax.runtime.run.folder import (
 from rlhf_jax.runtime.run.lock import Lock, locked
 from rlhf_jax.runtime.run.metrics import make_writer
 from rlhf_jax.runtime.run.progress import Progress, Throughput
-from rlhf_jax.runtime.run.records import newest_record
 from rlhf_jax.runtime.run.signals import (
     EvaluationTerminated,
     Interrupted,
@@ -48,7 +49,7 @@ class DivergedError(FloatingPointError):
 def run(
     make_stage: Callable[[], Stage],
     config: Any,
-    data_fingerprints: Callable[[], dict[str, dict[str, Any]]] = dict,
+    data_fingerprints: Callable[[], Fingerprints] = dict,
 ) -> StageResult:
     """Trains a stage to its end, from its newest checkpoint if there is one.
 
@@ -75,20 +76,8 @@ def run(
             except SystemExit as exit:  # of a user's function
                 raise exit_error(exit) from exit
         elif hosts.is_first():
-            note = _check_finished(config.run_dir, data_fingerprints)
-            print(f"{config.run_dir} is complete; nothing is left to do.{note}", file=sys.stderr)
+            print(finished_note(config.run_dir, data_fingerprints), file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
-
-
-def _check_finished(run_dir: str, fingerprints: Callable[[], dict[str, dict[str, Any]]]) -> str:
-    """Raises an InputError if the data of a complete run changed; a note if they are not there."""
-    saved = newest_record(epath.Path(run_dir)).get("fingerprints", {})
-    try:
-        ours = fingerprints() if saved else {}
-    except InputError as error:
-        return f" Its data were not compared: {error}"
-    check_same_data(run_dir, saved, ours)
-    return ""
 
 
 def _check_shared(run_dir: str) -> None:
@@ -154,11 +143,9 @@ def _restore(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, 
     restored = checkpoints.restore(target, check)
     assert restored is not None  # there is a checkpoint: it is used, or an error is raised
     if hosts.is_first():
-        notes = changed_length(config, restored.record["config"])
-        if notes and stage.schedule != "constant":
-            notes += f"; from here on the {stage.schedule} schedule is that of the new length"
         step = f"step {restored.step} of {stage.total_steps}"
-        print(f"{stage.name}: continuing from {step}{notes}", file=sys.stderr)
+        note = changed_length(config, restored.record["config"], stage.schedule)
+        print(f"{stage.name}: continuing from {step}{note}", file=sys.stderr)
     return stage.resumed(state, restored.state), restored.step
 
 
@@ -253,8 +240,7 @@ class _Loop:
             sampling = sampling and output is None
             evaluation, more, stopping = self._evaluate(evaluating, sampling)
             samples += more
-        self._log(evaluation)
-        self.writer.samples(self.step, samples)
+        self._log(evaluation, samples)
         # Last, so that a checkpoint is of a step whose lines are written.
         if saving or stopping or evaluation.get("best/step") == self.step:
             with self.throughput.pause():
@@ -345,9 +331,7 @@ class _Loop:
         self.rescuing = True
         with contextlib.suppress(Exception):  # the first error is the one to report
             while self.unlogged:
-                step, samples = self.unlogged[0][0], self._output_samples()
-                self._log()
-                self.writer.samples(step, samples)
+                self._log(samples=self._output_samples())
             self._save()
             self.checkpoints.wait()
             if hosts.is_first():
@@ -358,19 +342,21 @@ class _Loop:
 
     # --- metrics ----------------------------------------------------------------------------------
 
-    def _log(self, evaluation: Metrics | None = None) -> None:
+    def _log(self, evaluation: Metrics | None = None, samples: Samples | None = None) -> None:
         """Logs the oldest step that is not logged yet."""
+        self.lock.check()
         step, metrics, output = self.unlogged[0]
         values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
         self._check(step, values)
         self.throughput.add(int(values.pop("perf/tokens", 0.0)))
         logging = self.config.logging
         if self._is_due(logging.eval_every, step) or self._is_due(logging.log_every, step):
-            self.lock.check()
             values |= self._observe(output) | (evaluation or {}) | self.throughput.metrics()
             self.writer.write(step, values)
+        self.writer.samples(step, samples or [])
         del self.unlogged[0]
-        self.progress.update(step, values)
+        if not self.rescuing:  # perhaps from a closed output
+            self.progress.update(step, values)
 
     def _observe(self, output: Any) -> Metrics:
         """The metrics of a step's output; {} where that fails in a rescue."""
