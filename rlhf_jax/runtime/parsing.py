@@ -8,15 +8,15 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml, read_yaml, shown
 
 Values = dict[str, Any]
-ADDRESSES = ("gs", "s3", "az", "hf")  # of object stores, as epath opens them
 
 
 class Text(str):
@@ -57,75 +57,6 @@ def split_flags(argv: Sequence[str]) -> Flags:
     return flags
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, deep nesting, and aliases that unfold to very many values."""
-
-    MAX_DEPTH, MAX_SIZE = 50, 100_000
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._depth = 0
-        self._sizes: dict[int, int] = {}  # of nodes with all that is in them
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        line, is_alias = self.peek_event().start_mark.line + 1, self.check_event(yaml.AliasEvent)
-        self._depth += 1
-        if self._depth > self.MAX_DEPTH:
-            raise yaml.YAMLError(f"line {line} is nested more than {self.MAX_DEPTH} deep")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        if not is_alias:
-            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in _parts(node))
-        elif id(node) not in self._sizes:
-            raise yaml.YAMLError(f"line {line} has an alias of the value that it is part of")
-        if self._sizes[id(node)] > self.MAX_SIZE:
-            raise yaml.YAMLError(f"line {line} unfolds to more than {self.MAX_SIZE} values")
-        return node
-
-
-def _parts(node: Any) -> list[Any]:
-    """The nodes in a node; of a mapping, keys and values, after a check that no key is repeated."""
-    if not isinstance(node, yaml.MappingNode):
-        return node.value if isinstance(node, yaml.SequenceNode) else []
-    keys: dict[tuple[str, str], Any] = {}
-    for key, _ in node.value:
-        first = keys.setdefault((key.tag, str(key.value)), key)
-        if first is not key:
-            lines = [each.start_mark.line + 1 for each in (first, key)]
-            raise yaml.YAMLError(
-                f"the key {key.value!r} of line {lines[0]} is in line {lines[1]} too"
-            )
-    return [part for pair in node.value for part in pair]
-
-
-def parsed_yaml(text: str) -> Any:
-    """The content of a YAML document; a ValueError with the reason where it is none."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except ValueError as error:  # a number or a date that cannot be
-        raise ValueError(str(error).partition(";")[0]) from None
-
-
-def read_yaml(path: str) -> Any:
-    """The content of a YAML file; an InputError if it cannot be read, or is no YAML."""
-    from etils import epath  # here, so that --help does without it
-
-    checked_path("--config", path)
-    try:
-        text = epath.Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"The configuration {path} cannot be read ({reason}); give --config a YAML file."
-        ) from None
-    try:
-        return parsed_yaml(text)
-    except ValueError as error:
-        raise InputError(f"{path} is not valid YAML: {error}.") from None
-
-
 # Settings of earlier versions, which may stand in a `config.yaml` with this value.
 REMOVED = {"num_seeds": 1}
 
@@ -164,7 +95,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
 def checked_section(content: Any, name: str) -> Mapping[Any, Any]:
     """The content, if it holds keys and values; else an InputError."""
     if not isinstance(content, Mapping):
-        held = "is empty" if content is None else f"holds {_shown(content, str)[:40]!r}"
+        held = "is empty" if content is None else f"holds {shown(content, str)[:40]!r}"
         raise InputError(f"{name} {held}; write one `key: value` to a line.")
     return content
 
@@ -192,7 +123,7 @@ def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str
     hints = get_type_hints(kind)
     for name in values:
         if not isinstance(name, str):
-            raise InputError(f"{prefix}{_shown(name)} is no key; keys are the names of settings.")
+            raise InputError(f"{prefix}{shown(name)} is no key; keys are the names of settings.")
         if name not in _field_names(kind):
             raise InputError(_unknown(kind, prefix.removesuffix("."), name))
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
@@ -217,8 +148,8 @@ def _convert(annotation: Any, value: Any, key: str, default: Any) -> Any:
         fits, converted = _fit(kind, value, key)
         if fits:
             return converted
-    shown = "null" if value is None or value == "null" else _shown(value)
-    raise InputError(f"{key} must be {type_name(annotation, key)}, but is {shown}.")
+    text = "null" if value is None or value == "null" else shown(value)
+    raise InputError(f"{key} must be {type_name(annotation, key)}, but is {text}.")
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -242,7 +173,7 @@ def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     if kind is int:
         fits = isinstance(value, int) and not isinstance(value, bool)
         if fits and abs(value) >= 2**63:
-            raise InputError(f"{key} must be an int of 64 bits, but is {_shown(value)}.")
+            raise InputError(f"{key} must be an int of 64 bits, but is {shown(value)}.")
         return fits, value
     if kind is float:
         return _fit_float(value, key)
@@ -266,30 +197,8 @@ def _fit_float(value: Any, key: str) -> tuple[bool, Any]:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise InputError(f"{key} must be a finite number, but is {_shown(value)}.")
+        raise InputError(f"{key} must be a finite number, but is {shown(value)}.")
     return True, number
-
-
-def checked_path(key: str, value: Any) -> str:
-    """A text, or "" for another value; an InputError for a path that cannot be opened."""
-    text = str(value) if isinstance(value, str) else ""
-    if key.rpartition(".")[2].endswith(("path", "dir", "output", "config")):
-        scheme, separator, _ = text.partition("://")
-        if "\0" in text:
-            raise InputError(f"{key} is {_shown(text)}, but a path has no NUL characters.")
-        if separator and scheme not in ADDRESSES:
-            names = ", ".join(f"{each}://" for each in ADDRESSES)
-            raise InputError(f"{key} is {text}: give a local path, or an address of {names}.")
-    return text
-
-
-def _shown(value: Any, text_of: Callable[[Any], str] = repr) -> str:
-    """A value in a message: its beginning, where it is long."""
-    try:
-        text = text_of(value)
-    except (ValueError, RecursionError):  # an int of more than 4300 digits, or deep nesting
-        text = f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _fit_tuple(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
@@ -312,7 +221,7 @@ def _element(kind: Any, value: Any, key: str) -> Any:
         raise InputError(
             f"{key}: each element has at least one key, such as {{path: folder}}, or "
             f"{{weight: 1.0}} for the reward model of model.reward_path, but one is "
-            f"{_shown(value)}."
+            f"{shown(value)}."
         )
     return build(kind, value, None, f"{key}: ")
 

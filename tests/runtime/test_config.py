@@ -19,9 +19,10 @@ from rlhf_jax.runtime.config import (
     parse,
     resolve,
 )
-from rlhf_jax.runtime.parsing import parsed_yaml, to_dict, to_yaml
+from rlhf_jax.runtime.parsing import to_dict, to_yaml
 from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.run.folder import claim_run_dir
+from rlhf_jax.runtime.yaml_files import parsed_yaml
 
 KINDS = (SFTConfig, RewardConfig, PPOConfig, RLHFConfig, GenerateConfig, EvaluateConfig)
 

@@ -14,15 +14,9 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.parsing import (
-    checked_path,
-    checked_section,
-    parsed_yaml,
-    to_dict,
-    to_yaml,
-    without_removed,
-)
+from rlhf_jax.runtime.parsing import checked_section, to_dict, to_yaml, without_removed
 from rlhf_jax.runtime.run.records import newest_record
+from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml
 
 logger = logging.getLogger("rlhf_jax.runtime.run")
 
