@@ -29,6 +29,7 @@ ROOMS = (
 EVERYWHERE = {"backend", "checks", "errors", "lazy"}
 # The same inside of `runtime`, by the name after it; what is not named here stands above all.
 RUNTIME_ROOMS = (
+    "yaml_files",
     "parsing",
     "run",
     "help",

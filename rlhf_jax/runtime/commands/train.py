@@ -1,5 +1,6 @@
 """Training as a Python call, for every trainer in `TRAINERS`."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.stage import StageResult
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
+from rlhf_jax.runtime.stages.shared import data_fingerprints
 from rlhf_jax.training.trainer import Trainer
 
 RewardFunction = Callable[..., list[float]]
@@ -41,9 +43,10 @@ def train(
     if reward_fn is not None and not trainer.online:
         raise InputError(f"{trainer.name} reads no rewards; call it without reward_fn.")
     join(settings.distributed)
+    fingerprints = functools.partial(data_fingerprints, settings)
     if trainer.online:
-        return loop.run(lambda: OnlineStage(settings, reward_fn), settings)
-    return loop.run(lambda: OfflineStage(settings), settings)
+        return loop.run(lambda: OnlineStage(settings, reward_fn), settings, fingerprints)
+    return loop.run(lambda: OfflineStage(settings), settings, fingerprints)
 
 
 def train_function(trainer: Trainer) -> Callable[..., StageResult]:

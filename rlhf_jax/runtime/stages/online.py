@@ -14,7 +14,6 @@ from etils import epath
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import Batches
-from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.data.settings import DataSettings
@@ -90,7 +89,7 @@ class OnlineStage(shared.BaseStage):
             None if name is None else load_function(name) for name in names
         )
         kind = self.trainer.reads(settings)
-        self.examples, self.held_out_examples = load_examples(data, kind)
+        self.examples, self.held_out_examples = self.load_examples(data, kind)
         self.load_policy(list)
         self.settings = step_settings(config, self.tokenizer)
         for function in (*(each.function for each in self.sources), self.gold_fn):
@@ -101,7 +100,7 @@ class OnlineStage(shared.BaseStage):
         self.batches = self._batches(kind, self.examples, data, settings.batch_size, config.seed)
         self.texts = None
         if self.trainer.mixes_texts and settings.ptx_coef:
-            texts = load_examples(config.section("ptx"), "text")[0]
+            texts, _ = self.load_examples(config.section("ptx"), "text")
             # Another seed than that of the prompts, which may be as many.
             self.texts = self._batches(
                 "text", texts, config.section("ptx"), settings.num_texts, config.seed + 1
