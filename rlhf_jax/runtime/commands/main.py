@@ -102,14 +102,16 @@ def _command(
 
 
 def _training_command(trainer: Trainer) -> Command:
-    models = _MODELS if trainer.online else _MODELS[:1]
+    inputs = (
+        (*_MODELS, "data.path") if trainer.online else ("model.path", "data.path", "data.eval_path")
+    )
     own = tuple(f"{trainer.name}.{name}" for name in trainer.first_settings)
     return _command(
         trainer.command,
         trainer.summary,
         config.config_of(trainer),
         lambda settings: runtime.train(trainer, settings),
-        first=(*models, "data.path", *own, "optimizer.learning_rate", "seed", "run_dir"),
+        first=(*inputs, *own, "optimizer.learning_rate", "seed", "run_dir"),
         trains=True,
     )
 
