@@ -110,10 +110,17 @@ def _training_command(trainer: Trainer) -> Command:
         trainer.command,
         trainer.summary,
         config.config_of(trainer),
-        lambda settings: runtime.train(trainer, settings),
+        lambda settings: _train(trainer, settings),
         first=(*inputs, *own, "optimizer.learning_rate", "seed", "run_dir"),
         trains=True,
     )
+
+
+def _train(trainer: Trainer, settings: Any) -> None:
+    result = runtime.train(trainer, settings)
+    from rlhf_jax.runtime.commands.train import print_result
+
+    print_result(trainer, result)
 
 
 def overview() -> str:

@@ -24,7 +24,7 @@ from rlhf_jax.runtime.run.folder import (
     read_progress,
 )
 from rlhf_jax.runtime.run.metrics import make_writer
-from rlhf_jax.runtime.run.progress import Progress, Throughput
+from rlhf_jax.runtime.run.progress import Progress, Throughput, show_phase
 from rlhf_jax.runtime.run.signals import EvaluationTerminated, Interrupted, Signals, Terminated
 from rlhf_jax.runtime.run.stage import Metrics, Samples, Stage, StageResult
 
@@ -83,6 +83,8 @@ def _train(stage: Stage, config: Any, signals: Signals) -> None:
             Progress(stage.total_steps, start, stage.name, shown) as progress,
         ):
             state = _Loop(stage, config, checkpoints, writer, progress, signals).run(state, start)
+        if shown:
+            show_phase(stage.name, "writing the model and the report")
         with disk_errors(folder), signals.phase("interruptible"):
             report = stage.finish(_exported(stage, state, checkpoints, config))
         if hosts.is_first():
@@ -137,6 +139,8 @@ class _Loop:
         self._complete(state, start)
         pending: tuple[int, Any, Any] | None = None
         for index in range(start, self.stage.total_steps):
+            if index == start:
+                self.progress.phase("compiling")
             try:
                 state, metrics, output = self.stage.step(state, index)
             except Exception:
@@ -239,6 +243,7 @@ class _Loop:
         samples: Samples = []
         if not (evaluating or sampling):
             return evaluation, samples, False
+        self.progress.phase("evaluating" if evaluating else "sampling")
         try:
             with self.throughput.pause(), self.signals.phase("evaluation"):
                 if evaluating:
