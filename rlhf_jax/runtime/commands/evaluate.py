@@ -13,8 +13,8 @@ from etils import epath
 
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.chat import are_messages, contents
+from rlhf_jax.data.comparisons import encode_pairs
 from rlhf_jax.data.datasets import load_examples
-from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.prompts import encode_prompts
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -25,28 +25,12 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
+from rlhf_jax.runtime.evaluation import policies, teacher_forced
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
 from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
-from rlhf_jax.runtime.evaluation.policies import (
-    EvaluatedResponses,
-    PolicyEvaluator,
-    Sampler,
-    columns_of,
-    compare,
-    evaluation_of,
-    evaluation_of_one,
-    save_evaluation,
-)
+from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
 from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
-from rlhf_jax.runtime.evaluation.teacher_forced import (
-    TeacherForcedRouge,
-    encode_completions,
-    have_completions,
-    perplexity,
-    published_metrics,
-    sum_metrics,
-)
 from rlhf_jax.runtime.parsing import to_yaml
 from rlhf_jax.runtime.report.content import format_table, holds_config_of_a_run
 from rlhf_jax.runtime.report.page import write_report
@@ -78,7 +62,7 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
     with jax.set_mesh(mesh):
         evaluation = kinds[config.kind](config)
     _save_config(config)
-    save_evaluation(config.run_dir, evaluation)
+    policies.save_evaluation(config.run_dir, evaluation)
     print(format_table(evaluation["table"]))
     print(f"evaluation: the report is in {write_report(config.run_dir)}", file=sys.stderr)
     return evaluation
@@ -94,23 +78,28 @@ def _save_config(config: EvaluateConfig) -> None:
 
 
 def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
-    tokenizer, model, params = _load(config, config.model.path, "model.path")
+    tokenizer, model, params = _load_policy(config)
     loading.check_positions(model, config.data.max_length, "data.max_length")
-    held_out = _held_out(config, "text")
+    held_out, batch_size = _held_out(config, "text"), config.evaluation.batch_size
     texts = encode_texts(held_out, tokenizer, config.data)
     step = jax.jit(sft.make_eval_step(model))
-    batches = eval_batches(texts, config.evaluation.batch_size)
-    sums = sum_metrics(step(params, batch) for batch in batches)
-    loss = sums["loss"] / sums["count"]
-    metrics = {
-        "loss": loss,
-        "accuracy": sums["accuracy"] / sums["count"],
-        "perplexity": perplexity(loss),
-        "num_tokens": sums["count"],
-    }
+    batches = eval_batches(texts, batch_size)
+    sums = teacher_forced.sum_metrics(step(params, batch) for batch in batches)
+    count = sums["count"]
+    metrics = {name: sums[name] / count for name in ("loss", "accuracy")}
+    metrics |= {"perplexity": teacher_forced.perplexity(metrics["loss"]), "num_tokens": count}
     examples = held_out[: config.evaluation.rouge_rows]
-    if examples and have_completions(examples, config.data):
-        metrics |= _teacher_forced(config, examples, tokenizer, model, params)
+    if examples and teacher_forced.have_completions(examples, config.data):
+        texts = teacher_forced.encode_completions(examples, tokenizer, config.data)
+        rouge = teacher_forced.TeacherForcedRouge(model, tokenizer, texts, batch_size=batch_size)
+        metrics |= rouge(params) | teacher_forced.published_metrics(
+            model,
+            params,
+            tokenizer,
+            texts,
+            max_length=config.data.max_length,
+            batch_size=batch_size,
+        )
     table = [{"metric": _NAMES.get(name, name), "after": value} for name, value in metrics.items()]
     return {"metrics": metrics, "table": table, "samples": []}
 
@@ -124,27 +113,9 @@ _NAMES = {
 }
 
 
-def _teacher_forced(
-    config: EvaluateConfig,
-    examples: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerFast,
-    model: Model,
-    params: Params,
-) -> dict[str, float]:
-    """ROUGE on the completions, and loss and ROUGE by the published definition."""
-    texts = encode_completions(examples, tokenizer, config.data)
-    batch_size, max_length = config.evaluation.batch_size, config.data.max_length
-    rouge = TeacherForcedRouge(model, tokenizer, texts, batch_size=batch_size)
-    published = published_metrics(
-        model, params, tokenizer, texts, max_length=max_length, batch_size=batch_size
-    )
-    return rouge(params) | published
-
-
 def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
-    path = _required(config.model.reward_path, "model.reward_path")
+    path, mesh = _required(config.model.reward_path, "model.reward_path"), make_mesh(config.mesh)
     tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
-    mesh = make_mesh(config.mesh)
     model, params = loading.load_scorer(path, config.model, tokenizer, mesh)
     model.check_mesh(mesh)
     loading.check_positions(
@@ -153,50 +124,51 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
         "data.max_prompt_length + data.max_response_length",
     )
     pairs = encode_pairs(_held_out(config, "pairs"), tokenizer, config.data)
-    step = jax.jit(reward.make_score_step(model))
-    batches = eval_batches(pairs, config.evaluation.batch_size)
-    return pair_evaluation(score_pairs(lambda batch: step(params, batch), batches))
+    step = functools.partial(jax.jit(reward.make_score_step(model)), params)
+    return pair_evaluation(score_pairs(step, eval_batches(pairs, config.evaluation.batch_size)))
 
 
 def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     gold_fn, judge_fn = _check_policy(config)
-    tokenizer, model, params = _load(config, config.model.path, "model.path")
-    reference_model, ref_params = model, params
-    if config.model.reference_path is not None:
-        reference_model, ref_params = _load_reference(
-            config.model.reference_path, config, tokenizer
-        )
+    tokenizer, model, params = _load_policy(config)
+    reference_model, ref_params = _load_reference(config, tokenizer) or (model, params)
     rewards = reward_model = reward_params = None
     if sources := find_sources(config.model.reward_path, config.rewards):
-        rewards, reward_params = load_rewards(
-            sources, config.model, tokenizer, make_mesh(config.mesh)
-        )
+        mesh = make_mesh(config.mesh)
+        rewards, reward_params = load_rewards(sources, config.model, tokenizer, mesh)
         reward_model = rewards.single
         reward_params = reward_params if reward_model is None else reward_params[0]
-    shared = {
-        "temperature": config.generation.temperature or 1.0,
-        "batch_size": config.evaluation.batch_size,
-        "reference_model": reference_model,
-        "reward_model": reward_model,
-        "rewards": rewards,
-        "gold_fn": gold_fn,
-    }
+
+    def evaluator(sampled: Model) -> policies.PolicyEvaluator:
+        needed = config.data.max_prompt_length + config.generation.max_new_tokens
+        key = "data.max_prompt_length + generation.max_new_tokens"
+        loading.check_positions(sampled, needed, key)
+        return policies.PolicyEvaluator(
+            sampled,
+            tokenizer,
+            sampler(sampled, tokenizer, config.generation),
+            temperature=config.generation.temperature or 1.0,
+            batch_size=config.evaluation.batch_size,
+            reference_model=reference_model,
+            reward_model=reward_model,
+            rewards=rewards,
+            gold_fn=gold_fn,
+        )
+
     examples, num_samples = _held_out(config, "prompts"), config.evaluation.num_samples
     prompts, key = encode_prompts(examples, tokenizer, config.data), jax.random.key(config.seed)
     others = (prompts, examples, ref_params, reward_params)
-    policy = PolicyEvaluator(model, tokenizer, _sampler(model, tokenizer, config), **shared)
-    respond = functools.partial(policy, params, *others)
+    respond = functools.partial(evaluator(model), params, *others)
     after = _with_rouge(respond(key), examples)
     if config.model.reference_path is None:
-        evaluation = evaluation_of_one(after, num_samples)
+        evaluation = policies.evaluation_of_one(after, num_samples)
     else:
-        sample = _sampler(reference_model, tokenizer, config)
-        reference = PolicyEvaluator(reference_model, tokenizer, sample, **shared)
-        before = _with_rouge(reference(ref_params, *others, key), examples)
-        columns = columns_of(examples, prompts.indices)
-        evaluation = evaluation_of(compare(before, after, judge_fn, columns), num_samples)
-    curve = _best_of(respond, after, key, config.evaluation.best_of)
-    if curve:
+        before = _with_rouge(evaluator(reference_model)(ref_params, *others, key), examples)
+        columns = policies.columns_of(examples, prompts.indices)
+        comparison = policies.compare(before, after, judge_fn, columns)
+        evaluation = policies.evaluation_of(comparison, num_samples)
+    if config.evaluation.best_of:
+        curve = _best_of(respond, after, key, config.evaluation.best_of)
         evaluation["table"] += best_of_table(curve)
         evaluation["best_of"] = curve
     return evaluation
@@ -249,45 +221,37 @@ def _best_of(
     sizes: Sequence[int],
 ) -> list[dict[str, Any]]:
     """The curve of the best of n responses to each prompt, `first` among them."""
-    if not sizes:
-        return []
-    responses = [first]
-    for number in range(1, max(sizes)):
-        # Numbers from the top of the range: the first ones are those of the batches of `first`.
-        responses.append(respond(jax.random.fold_in(key, 2**31 - number)))
+    # Numbers from the top of the range: the first ones are those of the batches of `first`.
+    keys = [jax.random.fold_in(key, 2**31 - number) for number in range(1, max(sizes))]
+    responses = [first, *map(respond, keys)]
     scores = np.stack([each.scores for each in responses if each.scores is not None], axis=1)
     gold = [each.gold for each in responses if each.gold is not None]
     return best_of_curve(scores, np.stack(gold, axis=1) if gold else None, sizes)
 
 
-def _sampler(model: Model, tokenizer: PreTrainedTokenizerFast, config: EvaluateConfig) -> Sampler:
-    needed = config.data.max_prompt_length + config.generation.max_new_tokens
-    loading.check_positions(model, needed, "data.max_prompt_length + generation.max_new_tokens")
-    return sampler(model, tokenizer, config.generation)
-
-
-def _load(config: EvaluateConfig, path: str | None, name: str):
-    path = _required(path, name)
+def _load_policy(config: EvaluateConfig) -> tuple[PreTrainedTokenizerFast, Model, Params]:
+    path, mesh = _required(config.model.path, "model.path"), make_mesh(config.mesh)
     tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
-    key, mesh = jax.random.key(config.seed), make_mesh(config.mesh)
-    model, params = loading.load_model(config.model, tokenizer, key, mesh)
+    model, params = loading.load_model(config.model, tokenizer, jax.random.key(config.seed), mesh)
     model.check_mesh(mesh)
     return tokenizer, model, params
 
 
 def _load_reference(
-    path: str, config: EvaluateConfig, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Model, Params]:
-    """The policy to compare with, which must have the same tokenizer."""
+    config: EvaluateConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Model, Params] | None:
+    """The policy to compare with, which must have the same tokenizer; None without one."""
+    path, mesh = config.model.reference_path, make_mesh(config.mesh)
+    if path is None:
+        return None
     with loading.local_folder(path) as folder:
-        other = load_tokenizer(folder)
-        shares_tokens = loading.shares_tokens
-        if not (shares_tokens(tokenizer, other) and shares_tokens(other, tokenizer)):
+        both, shares_tokens = (tokenizer, load_tokenizer(folder)), loading.shares_tokens
+        if not (shares_tokens(*both) and shares_tokens(*both[::-1])):
             raise InputError(
                 f"model.reference_path {path} has another tokenizer than the policy, whose tokens "
                 "it would misread; give a model that has the same one."
             )
-        dtype, mesh = loading.compute_dtype(config.model.dtype), make_mesh(config.mesh)
+        dtype = loading.compute_dtype(config.model.dtype)
         model, params = load_pretrained(folder, dtype=dtype, mesh=mesh)
     model.check_mesh(mesh)
     loading.check_vocabulary(model, tokenizer, path)

@@ -36,22 +36,15 @@ def best_of_means(proxy: np.ndarray, scores: np.ndarray, sizes: Sequence[int]) -
     [3.0, 3.3333, 2.0]
     """
     proxy, scores = np.asarray(proxy, np.float64), np.asarray(scores, np.float64)
-    ordered = np.sort(proxy, axis=1)
-    pairs = list(zip(ordered, proxy, strict=True))
-    up_to = np.stack([np.searchsorted(row, values, side="right") for row, values in pairs])
-    below = np.stack([np.searchsorted(row, values, side="left") for row, values in pairs])
-    means = []
+    compared = proxy[:, :, None], proxy[:, None, :]
+    up_to, below = np.sum(compared[0] >= compared[1], 2), np.sum(compared[0] > compared[1], 2)
+    count, means = proxy.shape[1], []
     for size in sizes:
-        share = _shares_of_subsets(proxy.shape[1], size)
+        # The share of the subsets of this size that lie within the first c responses.
+        share = np.array([math.comb(c, size) / math.comb(count, size) for c in range(count + 1)])
         weights = (share[up_to] - share[below]) / (up_to - below)
-        means.append(float(np.mean(np.sum(weights * scores, axis=1))))
+        means.append(np.mean(np.sum(weights * scores, axis=1)))
     return np.asarray(means)
-
-
-def _shares_of_subsets(count: int, size: int) -> np.ndarray:
-    """float64[count + 1]: the share of subsets of this size that lie within the first c."""
-    total = math.comb(count, size)
-    return np.array([math.comb(c, size) / total for c in range(count + 1)])
 
 
 def best_of_kl(n: int) -> float:
@@ -80,13 +73,12 @@ def best_of_curve(
       sizes: each n from 1 to K.
     """
     ordered = sorted(set(sizes))
-    columns = {"scores": best_of_means(scores, scores, ordered)}
-    if gold is not None:
-        columns["gold"] = best_of_means(scores, gold, ordered)
-    return [
-        {"n": n, "kl": best_of_kl(n), **{name: float(x[i]) for name, x in columns.items()}}
-        for i, n in enumerate(ordered)
-    ]
+    curve = [{"n": n, "kl": best_of_kl(n)} for n in ordered]
+    for name, values in {"scores": scores, "gold": gold}.items():
+        if values is not None:
+            for point, mean in zip(curve, best_of_means(scores, values, ordered), strict=True):
+                point[name] = float(mean)
+    return curve
 
 
 SCORE_NAMES = {"scores": "score", "gold": "gold score"}

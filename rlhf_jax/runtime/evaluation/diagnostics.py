@@ -45,25 +45,14 @@ class LengthBin(NamedTuple):
     accuracy: float
 
 
-def confidences(differences: np.ndarray) -> np.ndarray:
-    """float64[N], the probability by the model that the response with the higher score is better.
-
-        sigmoid(|difference|),     from 1/2 to 1
-
-    This is Bradley and Terry's model, whose likelihood the losses of reward models maximize.
-
-    >>> print(confidences(np.array([0.0, np.log(3.0), -np.log(3.0)])))
-    [0.5  0.75 0.75]
-    """
-    return 1.0 / (1.0 + np.exp(-np.abs(np.asarray(differences, np.float64))))
-
-
 def calibration(differences: np.ndarray, bins: int = 10) -> list[CalibrationBin]:
     """The reliability curve: the share of correct pairs by confidence.
 
-    The bins divide the confidence, from 1/2 to 1, evenly; empty ones are left out. Neither
-    confidence nor correctness depends on the order of the two responses. A tie, of confidence 1/2,
-    counts half.
+        confidence = sigmoid(|difference|),     from 1/2 to 1
+
+    This is the probability by Bradley and Terry's model, whose likelihood the losses of reward
+    models maximize, that the response with the higher score is better. The bins divide its range
+    evenly; empty ones are left out. A tie counts half.
 
     Guo et al., On Calibration of Modern Neural Networks, section 2 (arXiv:1706.04599).
 
@@ -71,7 +60,7 @@ def calibration(differences: np.ndarray, bins: int = 10) -> list[CalibrationBin]
     0.6666666666666666
     """
     differences = np.asarray(differences, np.float64)
-    confidence, correct = confidences(differences), _share_won(differences)
+    confidence, correct = 1.0 / (1.0 + np.exp(-np.abs(differences))), _share_won(differences)
     edges = np.linspace(0.5, 1.0, bins + 1)
     places = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, bins - 1)
     curve = []
@@ -111,79 +100,14 @@ def accuracy_by_length(
     ...  for b in accuracy_by_length(np.array([1.0, -1.0, 1.0]), np.array([-2, 0, 5]), 2)]
     [(-2, -1, 1.0), (0, 0, 0.0), (3, 5, 1.0)]
     """
-    lengths = np.asarray(length_differences)
-    right = np.asarray(differences) > 0
+    lengths, correct = np.asarray(length_differences), np.asarray(differences) > 0
     bins = []
     for low, high in _length_ranges(np.abs(lengths[lengths != 0]), bins_a_side):
         inside = (low <= lengths) & (lengths <= high)
         if inside.any():
-            means = float(lengths[inside].mean()), float(right[inside].mean())
+            means = float(lengths[inside].mean()), float(correct[inside].mean())
             bins.append(LengthBin(low, high, int(inside.sum()), *means))
     return bins
-
-
-def longer_wins(length_differences: np.ndarray) -> float:
-    """Accuracy of the rule that the longer response is preferred; equal lengths count half.
-
-    >>> longer_wins(np.array([4, 2, -1, 0]))
-    0.625
-    """
-    return float(_share_won(np.asarray(length_differences)).mean())
-
-
-def prefers_longer(differences: np.ndarray, length_differences: np.ndarray) -> float | None:
-    """The share of pairs in which the model scores the longer response higher.
-
-    The model has a length bias if this is far above `longer_wins`, the share of pairs in which the
-    longer response is the preferred one. Pairs of equal length are not counted; None if all are.
-
-    >>> prefers_longer(np.array([1.0, -1.0, 1.0, 2.0]), np.array([4, -2, -1, 0]))
-    0.6666666666666666
-    """
-    lengths = np.asarray(length_differences)
-    unequal = lengths != 0
-    if not unequal.any():
-        return None
-    towards_longer = np.asarray(differences)[unequal] * np.sign(lengths[unequal])
-    return float(_share_won(towards_longer).mean())
-
-
-def pair_metrics(
-    differences: np.ndarray, length_differences: np.ndarray, margins: np.ndarray | float = 0.0
-) -> dict[str, float]:
-    """The scalar metrics of N pairs, N at least 1.
-
-    Returns:
-      `loss` (the mean of -log sigmoid(difference - margin), in nats), `accuracy`, `margin` (the
-      mean difference), `calibration_error`, `longer_wins`, and if lengths differ
-      `prefers_longer`; `accuracy_where_longer` and `accuracy_where_shorter` over the pairs whose
-      preferred response is the longer or the shorter one, if there are such pairs.
-
-    >>> print(pair_metrics(np.array([1.0, -1.0]), np.array([0, 0]))["accuracy"])
-    0.5
-    """
-    differences = np.asarray(differences, np.float64)
-    lengths = np.asarray(length_differences)
-    right = differences > 0
-    metrics = {
-        "loss": float(np.logaddexp(0.0, margins - differences).mean()),
-        "accuracy": float(right.mean()),
-        "margin": float(differences.mean()),
-        "calibration_error": expected_calibration_error(calibration(differences)),
-        "longer_wins": longer_wins(lengths),
-    }
-    preference = prefers_longer(differences, lengths)
-    if preference is not None:
-        metrics["prefers_longer"] = preference
-    for name, inside in (("longer", lengths > 0), ("shorter", lengths < 0)):
-        if inside.any():
-            metrics[f"accuracy_where_{name}"] = float(right[inside].mean())
-    return metrics
-
-
-def _share_won(values: np.ndarray) -> np.ndarray:
-    """float64[N]: 1 above 0, 0 below, and 1/2 for a tie."""
-    return (values > 0) + 0.5 * (values == 0)
 
 
 def _length_ranges(magnitudes: np.ndarray, bins: int) -> list[tuple[int, int]]:
@@ -196,3 +120,44 @@ def _length_ranges(magnitudes: np.ndarray, bins: int) -> list[tuple[int, int]]:
     lows = [1, *(high + 1 for high in highs[:-1])]
     longer = list(zip(lows, highs, strict=False))
     return [*((-high, -low) for low, high in reversed(longer)), (0, 0), *longer]
+
+
+def pair_metrics(
+    differences: np.ndarray, length_differences: np.ndarray, margins: np.ndarray | float = 0.0
+) -> dict[str, float]:
+    """The scalar metrics of N pairs, N at least 1.
+
+    A model has a length bias if `prefers_longer` is far above `longer_wins`.
+
+    Returns:
+      `loss` (the mean of -log sigmoid(difference - margin), in nats), `accuracy`, `margin` (the
+      mean difference), `calibration_error`, `longer_wins` (the accuracy of the rule that the longer
+      response is preferred). If lengths differ, `prefers_longer`: the share of pairs of unequal
+      length in which the model scores the longer response higher. `accuracy_where_longer` and
+      `accuracy_where_shorter`, over the pairs whose preferred response is the longer or the shorter
+      one, if there are such pairs.
+
+    >>> print(pair_metrics(np.array([1.0, -1.0]), np.array([0, 0]))["accuracy"])
+    0.5
+    """
+    differences = np.asarray(differences, np.float64)
+    lengths = np.asarray(length_differences)
+    correct, unequal = differences > 0, lengths != 0
+    metrics = {
+        "loss": np.logaddexp(0.0, margins - differences).mean(),
+        "accuracy": correct.mean(),
+        "margin": differences.mean(),
+        "calibration_error": expected_calibration_error(calibration(differences)),
+        "longer_wins": _share_won(lengths).mean(),
+    }
+    if unequal.any():
+        metrics["prefers_longer"] = _share_won((differences * np.sign(lengths))[unequal]).mean()
+    for name, inside in (("longer", lengths > 0), ("shorter", lengths < 0)):
+        if inside.any():
+            metrics[f"accuracy_where_{name}"] = correct[inside].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _share_won(values: np.ndarray) -> np.ndarray:
+    """float64[N]: 1 above 0, 0 below, and 1/2 for a tie."""
+    return (values > 0) + 0.5 * (values == 0)

@@ -60,33 +60,19 @@ def _pairs_of(batch: reward.Batch, scores: np.ndarray) -> ScoredPairs:
 
 
 def pair_evaluation(pairs: ScoredPairs) -> dict[str, Any]:
-    """The content of `evaluation.json`: `metrics`, `table`, and under `pairs` two curves.
-
-    These are the reliability curve (`calibration`) and the accuracy by length difference
-    (`lengths`).
-    """
+    """The content of `evaluation.json`: `metrics`, `table`, and two curves under `pairs`."""
     metrics = diagnostics.pair_metrics(*pairs)
     metrics["num_pairs"] = float(len(pairs.differences))
     curve = diagnostics.calibration(pairs.differences)
     lengths = diagnostics.accuracy_by_length(pairs.differences, pairs.length_differences)
-    table = [{"metric": _NAMES.get(key, key), "after": value} for key, value in metrics.items()]
-    table += [
-        {
-            "metric": f"right, confidence {b.low:.2f} to {b.high:.2f} ({b.num_pairs} pairs)",
-            "after": b.correct,
-        }
-        for b in curve
-    ]
-    table += [
-        {
-            "metric": f"accuracy, preferred one {_range(b)} ({b.num_pairs} pairs)",
-            "after": b.accuracy,
-        }
-        for b in lengths
-    ]
+    values = {_NAMES.get(key, key): value for key, value in metrics.items()}
+    for c in curve:
+        values[f"right, confidence {c.low:.2f} to {c.high:.2f} ({c.num_pairs} pairs)"] = c.correct
+    for b in lengths:
+        values[f"accuracy, preferred one {_range(b)} ({b.num_pairs} pairs)"] = b.accuracy
     return {
         "metrics": metrics,
-        "table": table,
+        "table": [{"metric": name, "after": value} for name, value in values.items()],
         "samples": [],
         "pairs": {
             "calibration": [b._asdict() for b in curve],

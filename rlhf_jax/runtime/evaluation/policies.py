@@ -97,14 +97,13 @@ class PolicyEvaluator:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.batch_sharding, self.gold_fn = batch_sharding, gold_fn
         self.rewards = None if reward_model is not None else rewards
-        reference_model = reference_model or model
 
         def evaluate(params, ref_params, reward_params, batch, key):
             rollout = sample(params, batch, key)
             sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-            logprobs, _, _ = response_logprobs(model, params, sequences, temperature=temperature)
-            ref_logprobs, _, _ = response_logprobs(
-                reference_model, ref_params, sequences, temperature=temperature
+            (logprobs, _, _), (ref_logprobs, _, _) = (
+                response_logprobs(*policy, sequences, temperature=temperature)
+                for policy in ((model, params), (reference_model or model, ref_params))
             )
             kl = jnp.sum(jnp.where(rollout.mask, logprobs - ref_logprobs, 0.0), axis=1)
             scores = None
@@ -127,7 +126,7 @@ class PolicyEvaluator:
 
         Args:
           prompts: NumPy arrays, of these examples.
-          reward_params: of the reward model, or the tuple of parameters that the rewards take.
+          reward_params: of the reward model, or the tuple of parameters of the rewards.
         """
         parts = []
         for index, batch in enumerate(eval_batches(prompts, self.batch_size)):
@@ -145,13 +144,12 @@ class PolicyEvaluator:
             columns_of(examples, prompts.indices),
             prompts.indices,
         )
-        prompt_texts, texts = responses.prompt_texts, responses.texts[0]
         if self.rewards is not None:
             scores, _ = self.rewards(reward_params or (), responses, self.batch_size)
-        gold = None
+        texts, gold = (responses.prompt_texts, responses.texts[0]), None
         if self.gold_fn is not None:
-            gold = np.asarray(call_scores(self.gold_fn, prompt_texts, texts, responses.columns))
-        return EvaluatedResponses(prompt_texts, texts, kl, rollout.mask.sum(axis=1), scores, gold)
+            gold = np.asarray(call_scores(self.gold_fn, *texts, responses.columns))
+        return EvaluatedResponses(*texts, kl, rollout.mask.sum(axis=1), scores, gold)
 
 
 def columns_of(examples: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:
@@ -169,9 +167,7 @@ def compare(
 ) -> Comparison:
     """The second policy's means, and its win rates over the first.
 
-    Args:
-      judge: a judge in Python, which compares the responses of both.
-      columns: the other columns of the data set, for the judge.
+    The judge, if any, gets the other columns of the data set by name.
     """
     rates: dict[str, float] = {}
     for name, old, new in (
@@ -190,13 +186,9 @@ def compare(
 
 def means(responses: EvaluatedResponses) -> dict[str, float]:
     """The mean metrics of one set of responses, by name."""
-    columns = {
-        "scores": responses.scores,
-        "gold": responses.gold,
-        "kl": responses.kl,
-        "response_length": responses.lengths,
-    }
-    metrics = {name: float(np.mean(x)) for name, x in columns.items() if x is not None}
+    names = ("scores", "gold", "kl", "response_length")
+    columns = (responses.scores, responses.gold, responses.kl, responses.lengths)
+    metrics = {n: float(np.mean(x)) for n, x in zip(names, columns, strict=True) if x is not None}
     return metrics | dict(responses.rouge or {})
 
 
@@ -211,19 +203,10 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of a mean over prompts.
 
-    N of the N values are drawn with replacement, `num_resamples` times; the interval reaches from
-    the (1 - level) / 2 to the (1 + level) / 2 quantile of their means. It covers the choice of the
-    prompts, not the sampling of the responses. With few prompts it is too narrow, and of equal
-    values it has no width.
-
-    Args:
-      values: float[N], one for each prompt, N at least 1.
-      level: the nominal coverage of the interval.
-      num_resamples: number of means.
-      seed: of the draws.
-
-    Returns:
-      (low, high).
+    N of the float[N] values are drawn with replacement, `num_resamples` times; (low, high) are the
+    (1 - level) / 2 and the (1 + level) / 2 quantile of their means. The interval covers the choice
+    of the prompts, not the sampling of the responses. With few prompts it is too narrow, and of
+    equal values it has no width.
 
     Efron, Bootstrap Methods: Another Look at the Jackknife (1979).
 
@@ -271,47 +254,51 @@ def table_of(comparison: Comparison) -> list[dict[str, Any]]:
 def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
     """The content of `evaluation.json`: metrics, the table, and samples of both side by side."""
     before, after = comparison.before, comparison.after
-    samples = [
-        {
-            "prompt": before.prompts[i],
-            "before": before.responses[i],
-            "after": after.responses[i],
-            "before_gold": _number(before.gold, i),
-            "after_gold": _number(after.gold, i),
-            "before_score": _number(before.scores, i),
-            "after_score": _number(after.scores, i),
-            "kl": _number(after.kl, i),
-        }
-        for i in range(min(num_samples, len(before.prompts)))
-    ]
+    samples = {
+        "prompt": before.prompts,
+        "before": before.responses,
+        "after": after.responses,
+        "before_gold": before.gold,
+        "after_gold": after.gold,
+        "before_score": before.scores,
+        "after_score": after.scores,
+        "kl": after.kl,
+    }
     return {
         "metrics": {**comparison.metrics, "num_prompts": len(before.prompts)},
         "table": table_of(comparison),
-        "samples": samples,
+        "samples": _entries(samples, num_samples),
     }
 
 
 def evaluation_of_one(responses: EvaluatedResponses, num_samples: int) -> dict[str, Any]:
     """The content of `evaluation.json` of one policy, without a KL."""
-    metrics = {name: value for name, value in means(responses).items() if name != "kl"}
-    metrics["num_prompts"] = len(responses.prompts)
-    samples = [
+    metrics = means(responses) | {"num_prompts": len(responses.prompts)}
+    del metrics["kl"]
+    samples = {
+        "prompt": responses.prompts,
+        "response": responses.responses,
+        "gold": responses.gold,
+        "score": responses.scores,
+    }
+    return {
+        "metrics": metrics,
+        "table": [
+            {"metric": _NAMES.get(name, "prompts"), "after": x} for name, x in metrics.items()
+        ],
+        "samples": _entries(samples, num_samples),
+    }
+
+
+def _entries(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The first `count` entries of columns of texts and numbers, null where a column is None."""
+    return [
         {
-            "prompt": responses.prompts[i],
-            "response": responses.responses[i],
-            "gold": _number(responses.gold, i),
-            "score": _number(responses.scores, i),
+            name: None if x is None else x[i] if isinstance(x[i], str) else float(x[i])
+            for name, x in columns.items()
         }
-        for i in range(min(num_samples, len(responses.prompts)))
+        for i in range(min(count, len(columns["prompt"])))
     ]
-    table = [
-        {"metric": _NAMES.get(name, "prompts"), "after": value} for name, value in metrics.items()
-    ]
-    return {"metrics": metrics, "table": table, "samples": samples}
-
-
-def _number(values: np.ndarray | None, index: int) -> float | None:
-    return None if values is None else float(values[index])
 
 
 def save_evaluation(run_dir: str, evaluation: dict[str, Any]) -> None:

@@ -74,32 +74,28 @@ def call_judge(
     Raises:
       InputError: the result is not one number from 0 to 1 for each prompt.
     """
-    return hosts.from_first(_call_judge, judge, prompts, responses_a, responses_b, columns)
+    texts = list(prompts), list(responses_a), list(responses_b)
+    return hosts.from_first(_call_judge, judge, texts, columns)
 
 
 def _call_judge(
-    judge: JudgeFunction,
-    prompts: Sequence[str],
-    responses_a: Sequence[str],
-    responses_b: Sequence[str],
-    columns: dict[str, list[Any]],
+    judge: JudgeFunction, texts: tuple[list[str], ...], columns: dict[str, list[Any]]
 ) -> np.ndarray:
-    name = getattr(judge, "__name__", "the judge")
+    name, prompts = getattr(judge, "__name__", "the judge"), texts[0]
+    expected = "one number from 0 (a is better) to 1 (b is better) for each prompt"
     try:
-        result = judge(list(prompts), list(responses_a), list(responses_b), **columns)
+        result = judge(*texts, **columns)
     except Exception as error:
         error.add_note(
             f"This was raised by the judge {name}, which is called as f(prompts, responses_a, "
             "responses_b, **columns)."
         )
         raise
-    expected = "one number from 0 (a is better) to 1 (b is better) for each prompt"
     try:
         answers = [_number(answer) for answer in result]
     except (TypeError, ValueError):
-        raise InputError(
-            f"The judge {name} gave {_line(result)}; it has to give {expected}."
-        ) from None
+        line = " ".join(str(result).split())[:80]
+        raise InputError(f"The judge {name} gave {line}; it has to give {expected}.") from None
     if len(answers) != len(prompts):
         raise InputError(
             f"The judge {name} gave {len(answers)} answers for {len(prompts)} prompts; it has to "
@@ -112,11 +108,6 @@ def _call_judge(
                 f"{expected}."
             )
     return np.asarray(answers, np.float64)
-
-
-def _line(value: Any) -> str:
-    """The beginning of the value as text, without line breaks."""
-    return " ".join(str(value).split())[:80]
 
 
 def _number(answer: Any) -> float:

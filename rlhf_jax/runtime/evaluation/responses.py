@@ -48,10 +48,7 @@ def sampler(
 class Responder:
     """Responses of a model to texts; one compiled program for all batches of a call.
 
-    Args:
-      model, tokenizer: which must belong together.
-      settings: the section `generation`.
-      prompt_suffix: of the section `data`: prompts that are too long are cut before it.
+    Prompts that are too long are cut before the `prompt_suffix` of the section `data`.
 
     Raises:
       InputError: the response alone would fill all positions of the model.

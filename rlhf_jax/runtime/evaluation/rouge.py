@@ -30,7 +30,7 @@ def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[
     >>> print(round(scores["rouge1"], 4), round(scores["rouge2"], 4))
     0.5714 0.4
     """
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes a while
+    from rouge_score.rouge_scorer import RougeScorer  # here, since it imports nltk, which is slow
 
     scorer = RougeScorer(ROUGE)
     sums = dict.fromkeys(ROUGE, 0.0)

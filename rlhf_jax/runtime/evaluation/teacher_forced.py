@@ -45,8 +45,7 @@ def sum_metrics(parts: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
 
 def have_completions(examples: Sequence[Mapping[str, Any]], settings: DataSettings) -> bool:
     """Whether the examples have completions, against which ROUGE is computed."""
-    messages = "messages" in examples[0] and settings.completion_only
-    return "completion" in examples[0] or messages
+    return "completion" in examples[0] or ("messages" in examples[0] and settings.completion_only)
 
 
 def encode_completions(
@@ -112,31 +111,26 @@ def published_metrics(
     max_length: int,
     batch_size: int,
 ) -> dict[str, float]:
-    """Loss and ROUGE by the definition of the published TL;DR results.
+    """Loss and ROUGE by the definition of the published TL;DR results, of `encode_completions`.
 
     There the labels are all `max_length` ids of a text, including its prompt and its padding, which
     is EOS on the right: the loss is a mean over all positions but the first, and ROUGE compares the
     text of all predictions with that of all labels, without special tokens.
 
-    Args:
-      texts: as from `encode_completions`.
-
     Returns:
-      `loss_published` in nats per position, and `rouge1_published`, `rouge2_published`,
-      `rougeL_published` and `rougeLsum_published`.
+      `loss_published` in nats per position, and `rouge1_published` and so on.
 
     trlX, examples/summarize_rlhf/sft (train_gptj_summarize.py, summarize_dataset.py).
     """
     padded = pad_texts(texts, max_length, tokenizer.eos_token_id)
     step = jax.jit(make_predict_step(model, runs_padding=True))
-    parts = jax.device_get([step(params, batch) for batch in eval_batches(padded, batch_size)])
-    count = len(padded.tokens)
-    predicted = np.concatenate([tokens for tokens, _ in parts])[:count]
-    loss = sum(float(nll) for _, nll in parts) / (count * (max_length - 1))
-    everywhere = np.ones(padded.tokens.shape, bool)
-    decoded = (decode(tokenizer, tokens, everywhere) for tokens in (predicted, padded.tokens))
-    scores = {f"{name}_published": value for name, value in rouge_scores(*decoded).items()}
-    return {"loss_published": loss, **scores}
+    batches = eval_batches(padded, batch_size)
+    predicted, nll = zip(*jax.device_get([step(params, batch) for batch in batches]), strict=True)
+    tokens, everywhere = padded.tokens, np.ones(padded.tokens.shape, bool)
+    both = (np.concatenate(predicted)[: len(tokens)], tokens)
+    scores = rouge_scores(*(decode(tokenizer, each, everywhere) for each in both))
+    loss = sum(map(float, nll)) / (len(tokens) * (max_length - 1))
+    return {"loss_published": loss} | {f"{name}_published": x for name, x in scores.items()}
 
 
 def pad_texts(texts: TextBatch, length: int, token: int) -> TextBatch:
@@ -154,10 +148,8 @@ def make_predict_step(
 
     The first are the likeliest tokens after each position, the second is the sum of the negative
     log-probabilities of all tokens but the first of each text, in nats. Inert examples that fill up
-    a batch add nothing to it.
-
-    Args:
-      runs_padding: whether padding attends to the real tokens, as in Hugging Face's GPT-2.
+    a batch add nothing to it. With `runs_padding` padding attends to the real tokens, as in Hugging
+    Face's GPT-2.
     """
 
     def predict(params, batch):
@@ -194,19 +186,11 @@ def _read(
     model: Model, params: Params, hidden: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(likeliest i32[B, T], nll f32[B, T]) of [B, T, D] states; `CHUNK` positions at a time."""
-    batch, length = targets.shape
-    missing = -length % CHUNK
-    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, missing)))
 
-    def read(chunk):
-        logits = model.logits(params, chunk[0])
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), -token_logprobs(logits, chunk[1])
+    def read(position):
+        logits = model.logits(params, position[0])
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), -token_logprobs(logits, position[1])
 
-    chunks = (
-        jnp.moveaxis(hidden.reshape(batch, -1, CHUNK, hidden.shape[-1]), 1, 0),
-        jnp.moveaxis(targets.reshape(batch, -1, CHUNK), 1, 0),
-    )
-    outputs = jax.lax.map(read, chunks)
-    likeliest, nll = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in outputs)
-    return likeliest, nll
+    positions = (jnp.moveaxis(hidden, 1, 0), targets.T)
+    likeliest, nll = jax.lax.map(read, positions, batch_size=CHUNK)
+    return likeliest.T, nll.T

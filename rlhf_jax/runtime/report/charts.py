@@ -1,15 +1,14 @@
 """The geometry of the report's charts: numbers in, SVG paths and axis labels out.
 
 Paths have coordinates in a square of 1000 x 1000 units, which the page stretches to its width; axis
-labels are placed in percent. So lines stay sharp and text keeps its size on any screen. The
-template of the report draws the charts.
+labels are placed in percent. So lines stay sharp and text keeps its size on any screen.
 """
 
-import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rlhf_jax.runtime.run.progress import short_number
 
@@ -21,30 +20,29 @@ MAX_SMOOTH_POINTS = 160
 SMOOTH_FROM = 60
 
 
-@dataclasses.dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """A named sequence of points (x, y); y may be NaN or infinite, which leaves a gap.
 
     Attributes:
-      label: the name in the legend.
+      label: in the legend.
       points: in the order of x, for a line.
+      last: the value in the legend; None: that of the last finite point.
     """
 
     label: str
-    points: tuple[Point, ...]
+    points: Sequence[Point]
+    last: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """A series as drawn.
+class Curve(NamedTuple):
+    """A series as drawn, of SVG paths in the square of `SIDE`; "" where one is not drawn.
 
     Attributes:
-      label: the name in the legend.
-      last: the last finite value, as text.
-      path: the main line (or the dots), an SVG path in the square of `SIDE`.
-      raw: the unsmoothed values behind a smoothed main line, else "".
-      trend: the smoothed line through dots, else "".
-      lone: dots where a line has a point between gaps, else "".
+      label, last: name and value in the legend.
+      path: the main line, or the dots.
+      raw: the values behind a smoothed main line.
+      trend: the smoothed line through dots.
+      lone: dots where a line has a point between gaps.
     """
 
     label: str
@@ -55,14 +53,13 @@ class Curve:
     lone: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A chart as the template draws it.
 
     Attributes:
       title: of the chart.
       note: unit or explanation, one line.
-      curves: the lines, in the order of their colours.
+      curves: in the order of their colours.
       x_ticks, y_ticks: (percent from the left or the top, text).
       x_label: the name of the horizontal axis.
       data: JSON for the tooltip: `x` and `y` ranges and the points of each series.
@@ -76,24 +73,45 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
     x_label: str
     data: str
-    dots: bool = False
+    dots: bool
 
 
-def line_chart(
-    title: str, series: Sequence[Series], *, note: str = "", x_label: str = "step"
+def chart_of(
+    title: str,
+    series: Sequence[Series],
+    *,
+    note: str = "",
+    x_label: str = "step",
+    dots: bool = False,
 ) -> Chart | None:
-    """Lines; a long one is smoothed, with the raw values faintly behind.
+    """Lines, a long one smoothed with the raw values faintly behind; None without a finite point.
 
-    None if there is no finite point.
+    Args:
+      title, note, x_label: as in `Chart`.
+      series: those without a finite point are left out.
+      dots: dots with a smoothed line through them.
     """
-    return _chart(title, series, note, x_label, dots=False)
-
-
-def dot_chart(
-    title: str, series: Sequence[Series], *, note: str = "", x_label: str = ""
-) -> Chart | None:
-    """Dots, each series with a smoothed line through it; None if there is no finite point."""
-    return _chart(title, series, note, x_label, dots=True)
+    finite = [[point for point in each.points if _is_finite(point)] for each in series]
+    shown = [(each, points) for each, points in zip(series, finite, strict=True) if points]
+    if not shown:
+        return None
+    x_range = _padded([x for _, points in shown for x, _ in points], 0.03 if dots else 0.0)
+    y_range = _padded([y for _, points in shown for _, y in points], 0.06)
+    data = {
+        "x": x_range,
+        "y": y_range,
+        "series": [{"label": s.label, "points": _rounded(thin(points))} for s, points in shown],
+    }
+    return Chart(
+        title=title,
+        note=note,
+        curves=tuple(_curve(each, x_range, y_range, dots) for each, _ in shown),
+        x_ticks=_ticks(x_range, flip=False, integers=x_label == "step"),
+        y_ticks=_ticks(y_range, flip=True, integers=False),
+        x_label=x_label,
+        data=json.dumps(data, separators=(",", ":")),
+        dots=dots,
+    )
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
@@ -124,77 +142,6 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
     return [(a + b - x) / (m + n - 1.0) for (a, m), (b, n), x in zip(before, after, values)]
 
 
-def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` of the points, with spikes: the lowest and the highest of each equal run.
-
-    >>> thin([(x, 5.0 if x == 7 else 0.0) for x in range(10)], 4)
-    [(0, 0.0), (1, 0.0), (5, 0.0), (7, 5.0)]
-    """
-    if len(points) <= limit:
-        return list(points)
-    size = math.ceil(2 * len(points) / limit)
-    kept: list[Point] = []
-    for start in range(0, len(points), size):
-        run = points[start : start + size]
-        extremes = {min(run, key=lambda p: p[1]), max(run, key=lambda p: p[1])}
-        if len(extremes) == 1:  # a flat run: its two first points keep the count even
-            extremes = set(run[:2])
-        kept += sorted(extremes)
-    return kept
-
-
-def _chart(
-    title: str, series: Sequence[Series], note: str, x_label: str, *, dots: bool
-) -> Chart | None:
-    finite = [
-        dataclasses.replace(s, points=tuple(p for p in s.points if _finite(p))) for s in series
-    ]
-    shown = [(s, f) for s, f in zip(series, finite) if f.points]
-    if not shown:
-        return None
-    x_range = _padded([x for _, f in shown for x, _ in f.points], 0.03 if dots else 0.0)
-    y_range = _padded([y for _, f in shown for _, y in f.points], 0.06)
-    data = {
-        "x": x_range,
-        "y": y_range,
-        "series": [
-            {"label": s.label, "points": [_rounded(p) for p in thin(f.points)]} for s, f in shown
-        ],
-    }
-    return Chart(
-        title=title,
-        note=note,
-        curves=tuple(_curve(s, f, x_range, y_range, dots) for s, f in shown),
-        x_ticks=_ticks(x_range, flip=False, integers=x_label == "step"),
-        y_ticks=_ticks(y_range, flip=True, integers=False),
-        x_label=x_label,
-        data=json.dumps(data, separators=(",", ":")),
-        dots=dots,
-    )
-
-
-def _curve(series: Series, finite: Series, x_range: Point, y_range: Point, dots: bool) -> Curve:
-    last = short_number(finite.points[-1][1])
-    span = max(1.5, len(finite.points) / 40)
-    if dots:
-        ordered = sorted(finite.points)
-        trend = ""
-        if len(ordered) >= 8:
-            trend = _line(_smooth_line(ordered, 2 * span), x_range, y_range)
-        return Curve(series.label, last, _dots(thin(ordered), x_range, y_range), trend=trend)
-    if len(finite.points) < SMOOTH_FROM:
-        lone = [run[0] for run in _runs(series.points) if len(run) == 1]
-        path, alone = _line(series.points, x_range, y_range), _dots(lone, x_range, y_range)
-        return Curve(series.label, last, path, lone=alone)
-    main = _line(_smooth_line(finite.points, span), x_range, y_range)
-    return Curve(series.label, last, main, raw=_line(thin(finite.points), x_range, y_range))
-
-
-def _smooth_line(points: Sequence[Point], span: float) -> list[Point]:
-    means = smooth([y for _, y in points], span)
-    return thin([(x, mean) for (x, _), mean in zip(points, means)], MAX_SMOOTH_POINTS)
-
-
 def _decayed(values: Sequence[float], span: float) -> list[Point]:
     """Sums of the values and of their weights, exp(-age / span), up to each position."""
     decay, total, weight, sums = math.exp(-1.0 / span), 0.0, 0.0, []
@@ -204,29 +151,65 @@ def _decayed(values: Sequence[float], span: float) -> list[Point]:
     return sums
 
 
-def _line(points: Sequence[Point], x_range: Point, y_range: Point) -> str:
-    """An SVG path through the points, with gaps where one is not finite."""
-    runs = [run for run in _runs(points) if len(run) > 1]
-    places = ([_place(point, x_range, y_range) for point in run] for run in runs)
-    return "".join("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in run) for run in places)
+def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most `limit` of the points, with spikes: the lowest and the highest of each equal run.
+
+    >>> thin([(x, 5.0 if x == 7 else 0.0) for x in range(10)], 4)
+    [(0, 0.0), (5, 0.0), (7, 5.0)]
+    """
+    if len(points) <= limit:
+        return list(points)
+    size = math.ceil(2 * len(points) / limit)
+    kept: list[Point] = []
+    for start in range(0, len(points), size):
+        run = points[start : start + size]
+        kept += sorted({min(run, key=lambda p: p[1]), max(run, key=lambda p: p[1])})
+    return kept
 
 
-def _runs(points: Sequence[Point]) -> list[list[Point]]:
-    """The finite points, split where one is not finite."""
-    groups = itertools.groupby(points, key=_finite)
-    return [list(run) for finite, run in groups if finite]
-
-
-def _dots(points: Sequence[Point], x_range: Point, y_range: Point) -> str:
-    """Lines of no length: with round caps they are dots, which stretching does not distort."""
-    places = (_place(point, x_range, y_range) for point in points)
-    return "".join(f"M{x:.4g} {y:.4g}h0" for x, y in places)
+def _curve(series: Series, x_range: Point, y_range: Point, dots: bool) -> Curve:
+    placed = [_place(point, x_range, y_range) for point in series.points]
+    points = [point for point in placed if _is_finite(point)]
+    last = series.last
+    if last is None:
+        last = short_number([point for point in series.points if _is_finite(point)][-1][1])
+    span = max(1.5, len(points) / 40)
+    if dots:
+        points.sort()
+        trend = _line(_smoothed(points, 2 * span)) if len(points) >= 8 else ""
+        return Curve(series.label, last, _dots(thin(points)), trend=trend)
+    if len(points) < SMOOTH_FROM:
+        lone = [run[0] for run in _runs(placed) if len(run) == 1]
+        return Curve(series.label, last, _line(placed), lone=_dots(lone))
+    return Curve(series.label, last, _line(_smoothed(points, span)), raw=_line(thin(points)))
 
 
 def _place(point: Point, x_range: Point, y_range: Point) -> Point:
     x = (point[0] - x_range[0]) / (x_range[1] - x_range[0])
     y = (point[1] - y_range[0]) / (y_range[1] - y_range[0])
     return SIDE * x, SIDE * (1 - y)
+
+
+def _smoothed(points: Sequence[Point], span: float) -> list[Point]:
+    means = smooth([y for _, y in points], span)
+    return thin([(x, mean) for (x, _), mean in zip(points, means)], MAX_SMOOTH_POINTS)
+
+
+def _line(points: Sequence[Point]) -> str:
+    """An SVG path through the points, with gaps where one is not finite."""
+    runs = (run for run in _runs(points) if len(run) > 1)
+    return "".join("M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in run) for run in runs)
+
+
+def _runs(points: Sequence[Point]) -> list[list[Point]]:
+    """The finite points, split where one is not finite."""
+    groups = itertools.groupby(points, key=_is_finite)
+    return [list(run) for finite, run in groups if finite]
+
+
+def _dots(points: Sequence[Point]) -> str:
+    """Lines of no length: with round caps they are dots, which stretching does not distort."""
+    return "".join(f"M{x:.4g} {y:.4g}h0" for x, y in points)
 
 
 def _ticks(bounds: Point, *, flip: bool, integers: bool) -> tuple[tuple[float, str], ...]:
@@ -247,9 +230,9 @@ def _padded(values: Sequence[float], share: float) -> Point:
     return low - room, high + room
 
 
-def _finite(point: Point) -> bool:
+def _is_finite(point: Point) -> bool:
     return math.isfinite(point[0]) and math.isfinite(point[1])
 
 
-def _rounded(point: Point) -> list[float]:
-    return [float(f"{point[0]:.7g}"), float(f"{point[1]:.5g}")]
+def _rounded(points: Sequence[Point]) -> list[Point]:
+    return [(float(f"{x:.7g}"), float(f"{y:.5g}")) for x, y in points]

@@ -1,11 +1,10 @@
 """The content of the report: stages with their tiles and charts, tables, and samples."""
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -22,8 +21,7 @@ Entry = Mapping[str, Any]  # a line of a JSONL file, or an element of a list in 
 MAX_SAMPLES = 24
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """A headline metric: its label, its last value, and its first value or nothing."""
 
     label: str
@@ -31,8 +29,7 @@ class Tile:
     start: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One text of a sample, with its numbers as (name, text, direction)."""
 
     heading: str
@@ -40,16 +37,14 @@ class Side:
     numbers: tuple[tuple[str, str, str], ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A prompt and the texts beside one another."""
 
     prompt: str
     sides: tuple[Side, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One training stage of the page."""
 
     key: str
@@ -73,21 +68,12 @@ def stage_folders(folder: epath.Path) -> list[tuple[Trainer | None, epath.Path]]
 
     Empty for the folder of an evaluation alone.
     """
-    stages: list[tuple[Trainer | None, epath.Path]] = [
-        (trainer, folder / trainer.name)
-        for trainer in training.TRAINERS
-        if (folder / trainer.name).is_dir()
-    ]
-    if not stages and not _is_evaluation_alone(folder):
-        stages = [(None, folder)]
-    return stages
-
-
-def _is_evaluation_alone(folder: epath.Path) -> bool:
-    """Whether there is an evaluation, and no file of a training run."""
-    if not (folder / "evaluation.json").exists() or (folder / "metrics.jsonl").exists():
-        return False
-    return not holds_config_of_a_run(folder)
+    places = [(trainer, folder / trainer.name) for trainer in training.TRAINERS]
+    stages: list[tuple[Trainer | None, epath.Path]] = [each for each in places if each[1].is_dir()]
+    trained = (folder / "metrics.jsonl").exists() or holds_config_of_a_run(folder)
+    if stages or (not trained and (folder / "evaluation.json").exists()):
+        return stages
+    return [(None, folder)]
 
 
 def holds_config_of_a_run(folder: epath.Path) -> bool:
@@ -104,36 +90,32 @@ def _sections(file: epath.Path) -> list[str]:
 def read_stage(
     trainer: Trainer | None, folder: epath.Path, evaluation: Entry, notes: list[str]
 ) -> Stage:
-    """A stage by the files in its folder.
+    """A stage by the files in its folder and the content of its `evaluation.json`.
 
-    Args:
-      trainer: of the stage; None to tell it from the configuration or the metrics.
-      evaluation: the content of its `evaluation.json`.
-      notes: to which a sentence about each missing or broken file is added.
+    The trainer is that of its configuration or metrics if it is None. A sentence about each missing
+    or broken file is added to `notes`.
     """
-    lines = read_or_note(folder / "metrics.jsonl", notes)
+    lines = _read_or_note(folder / "metrics.jsonl", notes)
     steps = merge_steps(lines)
     metrics = series(steps)
     key = "run" if trainer is None else trainer.name
     trainer = trainer or _trainer_of(_sections(folder / "config.yaml"), metrics)
     _note_not_finite(trainer.title, metrics, notes)
-    samples, samples_title = logged_samples(read_or_note(folder / "samples.jsonl", notes))
     return Stage(
-        key=key,
-        title=trainer.title,
-        summary=_summary(lines),
-        tiles=_tiles(trainer, metrics),
-        tradeoff=plots.tradeoff_chart(steps),
-        main=plots.metric_charts(plots.MAIN, metrics),
-        pairs=plots.pair_charts(evaluation),
-        diagnostics=plots.metric_charts(plots.DIAGNOSTICS, metrics),
-        others=plots.other_charts(metrics),
-        samples=samples,
-        samples_title=samples_title,
+        key,
+        trainer.title,
+        _summary(lines),
+        _tiles(trainer, metrics),
+        plots.tradeoff_chart(steps),
+        plots.metric_charts(plots.MAIN, metrics),
+        plots.pair_charts(evaluation),
+        plots.metric_charts(plots.DIAGNOSTICS, metrics),
+        plots.other_charts(metrics),
+        *logged_samples(_read_or_note(folder / "samples.jsonl", notes)),
     )
 
 
-def read_or_note(path: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
+def _read_or_note(path: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
     """The lines of a JSONL file; an error of the file becomes a note."""
     name = f"{path.parent.name}/{path.name}"
     try:
@@ -184,10 +166,8 @@ def _trainer_of(sections: Sequence[str], metrics: Iterable[str]) -> Trainer:
     names = set(metrics)
     online = any(name.startswith("objective/") for name in names)
     pairs = not online and bool({"train/margin", "eval/margin"} & names)
-    for trainer in training.TRAINERS:
-        if (trainer.online, trainer.trains == "reward_model") == (online, pairs):
-            return trainer
-    return training.TRAINERS[0]
+    kinds = {(each.online, each.trains == "reward_model"): each for each in training.TRAINERS[::-1]}
+    return kinds.get((online, pairs), training.TRAINERS[0])
 
 
 def _tiles(trainer: Trainer, metrics: plots.Metrics) -> tuple[Tile, ...]:
@@ -203,13 +183,13 @@ def _tiles(trainer: Trainer, metrics: plots.Metrics) -> tuple[Tile, ...]:
 def _summary(lines: Sequence[Entry]) -> str:
     """Steps and time of a stage, such as "400 steps in 12 min"."""
     steps, times = (
-        [x for x in (number(line.get(name)) for line in lines) if x is not None]
+        [x for line in lines if (x := number(line.get(name))) is not None]
         for name in ("step", "time")
     )
-    if not steps:
-        return ""
-    summary = f"{max(steps):,.0f} steps"
-    return f"{summary} in {duration(max(times) - min(times))}" if len(times) > 1 else summary
+    summary = f"{max(steps):,.0f} steps" if steps else ""
+    if not steps or len(times) < 2:
+        return summary
+    return f"{summary} in {duration(max(times) - min(times))}"
 
 
 def _note_not_finite(title: str, metrics: plots.Metrics, notes: list[str]) -> None:
@@ -334,17 +314,18 @@ def logged_samples(lines: Sequence[Entry]) -> tuple[tuple[Sample, ...], str]:
     Several responses to one prompt are matched by their label, such as "chosen" or "place 2".
     """
     steps = [number(line.get("step")) for line in lines]
-    known = [step for step in steps if step is not None]
-    if not known:
+    if not any(step is not None for step in steps):
         return (), ""
-    first_step, last_step = min(known), max(known)
+    first_step, last_step = (
+        pick(step for step in steps if step is not None) for pick in (min, max)
+    )
     last = [line for line, step in zip(lines, steps) if step == last_step][:MAX_SAMPLES]
     first = {_key(x): x for x, step in zip(lines, steps) if step == first_step < last_step}
     samples = []
     for line in last:
-        prompt, before = text(line.get("prompt", "")), first.get(_key(line))
-        sides = () if before is None else _sides(before, f"Step {first_step:,.0f}")
-        samples.append(Sample(prompt, (*sides, *_sides(line, f"Step {last_step:,.0f}"))))
+        before = _sides(first.get(_key(line), {}), f"Step {first_step:,.0f}")
+        after = _sides(line, f"Step {last_step:,.0f}")
+        samples.append(Sample(text(line.get("prompt", "")), (*before, *after)))
     return tuple(samples), f"Samples of step {last_step:,.0f}"
 
 

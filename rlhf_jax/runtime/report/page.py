@@ -1,6 +1,6 @@
 """`report.html`: the results of a run on one self-contained page.
 
-The page is made from the files of the run folder alone (`metrics.jsonl`, `samples.jsonl`,
+The page is written from the files of the run folder alone (`metrics.jsonl`, `samples.jsonl`,
 `config.yaml`, `evaluation.json`), so that it can be written again at any time, also for a run that
 was interrupted. Missing files are named on the page. The page loads nothing: its
 Content-Security-Policy forbids it, and forbids every script but its own, whatever a sampled text
@@ -8,6 +8,7 @@ contains.
 """
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -55,13 +56,13 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
     if not folder.is_dir():
         raise InputError(f"there is no run folder {run_dir}; give the --run_dir of a run")
     notes: list[str] = []
-    evaluation = content.read_evaluation(folder / "evaluation.json", notes)
-    stage_folders, stages = content.stage_folders(folder), []
-    for trainer, stage_folder in stage_folders:
-        own = evaluation
-        if stage_folder != folder:
-            own = content.read_evaluation(stage_folder / "evaluation.json", notes)
-        stages.append(content.read_stage(trainer, stage_folder, own, notes))
+    places = content.stage_folders(folder)
+    evaluations = {
+        each: content.read_evaluation(each / "evaluation.json", notes)
+        for each in (folder, *(place for _, place in places))
+    }
+    stages = [content.read_stage(*place, evaluations[place[1]], notes) for place in places]
+    evaluation = evaluations[folder]
     table, samples = evaluation.get("table", []), evaluation.get("samples", [])
     page = _template().render(
         title=folder.name,
@@ -77,7 +78,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         samples_title="Samples before and after" if content.are_of_two(samples) else "Samples",
         samples_total=len(samples),
         stages=stages,
-        configs=_configs(folder, [path for _, path in stage_folders]),
+        configs=_configs(folder, [place for _, place in places]),
         versions=_versions(),
     )
     path = folder / "report.html"
@@ -99,10 +100,8 @@ def _versions() -> list[tuple[str, str]]:
     """Python, the platform, and the installed packages that a result may depend on."""
     versions = [("python", platform.python_version()), ("platform", platform.platform(terse=True))]
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            continue  # only installed packages are listed
     return versions
 
 

@@ -1,11 +1,10 @@
 """The charts of the report: which metrics each one shows."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_jax.runtime.evaluation.best_of import SCORE_NAMES
-from rlhf_jax.runtime.report.charts import Chart, Curve, Point, Series, dot_chart, line_chart
+from rlhf_jax.runtime.report.charts import Chart, Point, Series, chart_of
 from rlhf_jax.runtime.report.values import number
 from rlhf_jax.runtime.run.progress import short_number
 
@@ -13,98 +12,74 @@ from rlhf_jax.runtime.run.progress import short_number
 Metrics = Mapping[str, Sequence[Point]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """Metrics over the training step.
-
-    Attributes:
-      title: of the chart.
-      note: on the unit.
-      lines: (metric, legend) of each line.
-    """
+class Plot(NamedTuple):
+    """Metrics over the training step: title, unit, and metric -> name in the legend."""
 
     title: str
-    note: str
-    lines: tuple[tuple[str, str], ...]
+    unit: str
+    lines: Mapping[str, str]
 
 
 MAIN = (
-    Plot("Loss", "nats", (("train/loss", "train"), ("eval/loss", "evaluation"))),
-    Plot("Accuracy", "", (("train/accuracy", "train"), ("eval/accuracy", "evaluation"))),
-    Plot("Margin", "chosen − rejected", (("train/margin", "train"), ("eval/margin", "evaluation"))),
-    Plot("Perplexity", "", (("eval/perplexity", "evaluation"),)),
-    Plot(
-        "ROUGE",
-        "",
-        (
-            ("eval/rouge1", "ROUGE-1"),
-            ("eval/rouge2", "ROUGE-2"),
-            ("eval/rougeL", "ROUGE-L"),
-            ("eval/rougeLsum", "ROUGE-Lsum"),
-        ),
-    ),
-    Plot("Score", "mean per response", (("objective/scores", "score"),)),
-    Plot("Gold score", "mean per response", (("objective/gold", "gold score"),)),
+    Plot("Loss", "nats", {"train/loss": "train", "eval/loss": "evaluation"}),
+    Plot("Accuracy", "", {"train/accuracy": "train", "eval/accuracy": "evaluation"}),
+    Plot("Margin", "chosen − rejected", {"train/margin": "train", "eval/margin": "evaluation"}),
+    Plot("Perplexity", "", {"eval/perplexity": "evaluation"}),
+    Plot("ROUGE", "", {f"eval/rouge{name}": f"ROUGE-{name}" for name in ("1", "2", "L", "Lsum")}),
+    Plot("Score", "mean per response", {"objective/scores": "score"}),
+    Plot("Gold score", "mean per response", {"objective/gold": "gold score"}),
     Plot(
         "KL to the reference",
         "nats per response",
-        (("objective/kl", "KL"), ("objective/kl_exact", "over the vocabulary")),
+        {"objective/kl": "KL", "objective/kl_exact": "over the vocabulary"},
     ),
-    Plot("RLHF reward", "score − KL penalty", (("objective/rlhf_reward", "reward"),)),
-    Plot("Entropy", "nats per response", (("objective/entropy", "entropy"),)),
+    Plot("RLHF reward", "score − KL penalty", {"objective/rlhf_reward": "reward"}),
+    Plot("Entropy", "nats per response", {"objective/entropy": "entropy"}),
 )
 DIAGNOSTICS = (
-    Plot("Policy loss", "", (("loss/policy_avg", "policy"),)),
-    Plot("Value loss", "", (("loss/value_avg", "value"),)),
+    Plot("Policy loss", "", {"loss/policy_avg": "policy"}),
+    Plot("Value loss", "", {"loss/value_avg": "value"}),
     Plot(
-        "Clipped share",
-        "of tokens",
-        (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "value")),
+        "Clipped share", "of tokens", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}
     ),
-    Plot("KL of the update", "nats per token", (("policy/approxkl_avg", "approximate KL"),)),
-    Plot("Entropy of the update", "nats per token", (("policy/entropy_avg", "entropy"),)),
-    Plot("Ratio", "new / old probability", (("val/ratio", "mean"),)),
-    Plot("KL coefficient", "", (("objective/kl_coef", "coefficient"),)),
-    Plot("Gradient norm", "", (("train/grad_norm", "norm"),)),
-    Plot("Throughput", "tokens per second", (("perf/tokens_per_sec", "tokens/s"),)),
-    Plot("Step time", "seconds", (("perf/step_time", "seconds"),)),
+    Plot("KL of the update", "nats per token", {"policy/approxkl_avg": "approximate KL"}),
+    Plot("Entropy of the update", "nats per token", {"policy/entropy_avg": "entropy"}),
+    Plot("Ratio", "new / old probability", {"val/ratio": "mean"}),
+    Plot("KL coefficient", "", {"objective/kl_coef": "coefficient"}),
+    Plot("Gradient norm", "", {"train/grad_norm": "norm"}),
+    Plot("Throughput", "tokens per second", {"perf/tokens_per_sec": "tokens/s"}),
+    Plot("Step time", "seconds", {"perf/step_time": "seconds"}),
 )
 
 
 def metric_charts(plots: Iterable[Plot], metrics: Metrics) -> tuple[Chart, ...]:
     """Lines over the step, of the plots with at least one finite point."""
     charts = []
-    for plot in plots:
-        lines = [
-            Series(label, tuple(metrics[name])) for name, label in plot.lines if name in metrics
-        ]
-        charts.append(line_chart(plot.title, lines, note=plot.note))
-    return tuple(chart for chart in charts if chart is not None)
+    for title, unit, names in plots:
+        lines = [Series(label, metrics[name]) for name, label in names.items() if name in metrics]
+        charts.append(chart_of(title, lines, note=unit))
+    return tuple(filter(None, charts))
 
 
 def other_charts(metrics: Metrics) -> tuple[Chart, ...]:
     """A chart of each metric that is on none of the plots above, by name."""
-    plotted = {name for plot in (*MAIN, *DIAGNOSTICS) for name, _ in plot.lines}
+    plotted = {name for plot in (*MAIN, *DIAGNOSTICS) for name in plot.lines}
     others = sorted(set(metrics) - plotted)
-    return metric_charts([Plot(name, "", ((name, name),)) for name in others], metrics)
+    return metric_charts([Plot(name, "", {name: name}) for name in others], metrics)
 
 
-def tradeoff_chart(steps: Sequence[Mapping[str, Any]]) -> Chart | None:
+def tradeoff_chart(steps: list[dict[str, Any]]) -> Chart | None:
     """Score and gold score over the KL; the score is overoptimized where only it still rises.
 
     Gao et al., Scaling Laws for Reward Model Overoptimization, figure 1 (arXiv:2210.10760), with
     the KL itself rather than its root on the axis.
     """
-    lines = []
-    for name, label in (("objective/scores", "score"), ("objective/gold", "gold score")):
-        pairs = ((number(step.get("objective/kl")), number(step.get(name))) for step in steps)
-        points = tuple((x, y) for x, y in pairs if x is not None and y is not None)
-        lines.append(Series(label, points))
+    names = {"objective/scores": "score", "objective/gold": "gold score"}
+    lines = [Series(text, _points(steps, "objective/kl", name)) for name, text in names.items()]
     if not all(line.points for line in lines):
         return None
-    return dot_chart(
-        "Score and gold score over KL", lines, x_label="KL to the reference, nats per response"
-    )
+    label = "KL to the reference, nats per response"
+    return chart_of("Score and gold score over KL", lines, x_label=label, dots=True)
 
 
 def best_of_charts(evaluation: Mapping[str, Any]) -> tuple[Chart, ...]:
@@ -115,44 +90,43 @@ def best_of_charts(evaluation: Mapping[str, Any]) -> tuple[Chart, ...]:
     curve = evaluation.get("best_of")
     lines = [Series(text, _points(curve, "kl", key)) for key, text in SCORE_NAMES.items()]
     note = f"n = {', '.join(f'{n:.0f}' for n, _ in _points(curve, 'n', 'kl'))}"
-    chart = line_chart("Best of n", lines, note=note, x_label="KL to the policy at most, nats")
+    chart = chart_of("Best of n", lines, note=note, x_label="KL to the policy at most, nats")
     return () if chart is None else (chart,)
 
 
 def pair_charts(evaluation: Mapping[str, Any]) -> tuple[Chart, ...]:
-    """Calibration and accuracy by length, as far as the content of `evaluation.json` has them."""
+    """Calibration and accuracy by length, as far as the content of `evaluation.json` has them.
+
+    The legend of the accuracy shows the value over all pairs.
+    """
     pairs, metrics = (_dict(evaluation.get(key)) for key in ("pairs", "metrics"))
-    reliability = _points(pairs.get("calibration"), "confidence", "correct")
-    lengths = _points(pairs.get("lengths"), "length_difference", "accuracy")
     bounds = _points(pairs.get("calibration"), "low", "high")
-    ideal = tuple((x, x) for x in (bounds[0][0], bounds[-1][1])) if bounds else ()
-    rule = tuple((x, 1.0 if x > 0 else 0.0 if x < 0 else 0.5) for x, _ in lengths)
+    ideal = [(x, x) for x in (bounds[0][0], bounds[-1][1])] if bounds else []
+    lengths = _points(pairs.get("lengths"), "length_difference", "accuracy")
+    rule = [(x, 1.0 if x > 0 else 0.0 if x < 0 else 0.5) for x, _ in lengths]
     error = _short(metrics.get("calibration_error"))
     charts = (
-        line_chart(
+        chart_of(
             "Calibration",
-            [Series("share right", reliability), Series("ideal", ideal)],
+            [
+                Series(
+                    "share right", _points(pairs.get("calibration"), "confidence", "correct"), ""
+                ),
+                Series("ideal", ideal, ""),
+            ],
             note=f"expected error {error}" if error else "",
             x_label="confidence in the response scored higher",
         ),
-        line_chart(
+        chart_of(
             "Accuracy by length",
-            [Series("reward model", lengths), Series("rule: longer wins", rule)],
+            [
+                Series("reward model", lengths, _short(metrics.get("accuracy"))),
+                Series("rule: longer wins", rule, _short(metrics.get("longer_wins"))),
+            ],
             x_label="preferred − other, tokens",
         ),
     )
-    # The legend shows the value over all pairs instead of the last point of the curve.
-    overall = (("", ""), tuple(_short(metrics.get(name)) for name in ("accuracy", "longer_wins")))
-    return tuple(
-        dataclasses.replace(chart, curves=_with_numbers(chart.curves, numbers))
-        for chart, numbers in zip(charts, overall, strict=True)
-        if chart is not None
-    )
-
-
-def _with_numbers(curves: tuple[Curve, ...], numbers: tuple[str, ...]) -> tuple[Curve, ...]:
-    pairs = zip(curves, numbers, strict=True)
-    return tuple(dataclasses.replace(curve, last=text) for curve, text in pairs)
+    return tuple(filter(None, charts))
 
 
 # The file may have been written by another program: values of a wrong type count as absent.
@@ -164,12 +138,8 @@ def _short(value: Any) -> str:
     return short_number(value) if isinstance(value, int | float) else ""
 
 
-def _points(entries: Any, x: str, y: str) -> tuple[Point, ...]:
+def _points(entries: Any, x: str, y: str) -> list[Point]:
     """(x, y) of the entries that have both as numbers."""
     entries = entries if isinstance(entries, list) else []
-    pairs = [(entry.get(x), entry.get(y)) for entry in entries if isinstance(entry, dict)]
-    return tuple(
-        (float(a), float(b))
-        for a, b in pairs
-        if isinstance(a, int | float) and isinstance(b, int | float)
-    )
+    pairs = ((number(e.get(x)), number(e.get(y))) for e in entries if isinstance(e, dict))
+    return [(a, b) for a, b in pairs if a is not None and b is not None]

@@ -27,7 +27,7 @@ from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 from tests.runtime.messages import message
 
-ROWS = [
+EXAMPLES = [
     {"prompt": f"Film {n}:", "completion": f" It was {word}."}
     for n, word in enumerate(("good", "bad", "good and long"))
 ]
@@ -39,10 +39,14 @@ SHARED = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with `policy`, `reference` and `reward`, and the rows in `rows.jsonl`."""
+    """A folder with `policy`, `reference` and `reward`, and the examples in `examples.jsonl`."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    tokenizer = train_tokenizer([row["prompt"] + row["completion"] for row in ROWS], 280)
+    (folder / "examples.jsonl").write_text(
+        "".join(json.dumps(example) + "\n" for example in EXAMPLES)
+    )
+    tokenizer = train_tokenizer(
+        [example["prompt"] + example["completion"] for example in EXAMPLES], 280
+    )
     config = GPT2Config(len(tokenizer), n_positions=32, n_embd=8, n_layer=1, n_head=1,
                         eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     model, keys = GPT2(config), jax.random.split(jax.random.key(0), 3)
@@ -59,15 +63,15 @@ def evaluate(models, run_dir, kind="policy", evaluation=None, generation=None, d
     config = {
         "kind": kind,
         "model": {name: str(models / folder) for name, folder in paths.items()},
-        "data": {"path": str(models / "rows.jsonl"), "eval_rows": 0, "max_prompt_length": 24,
+        "data": {"path": str(models / "examples.jsonl"), "eval_rows": 0, "max_prompt_length": 24,
                  "max_length": 32, **(data or {})},
         "generation": SHARED["generation"] | (generation or {}),
         "evaluation": SHARED["evaluation"] | (evaluation or {}),
         "run_dir": str(run_dir),
     }  # fmt: skip
-    found = run_evaluate(config)
-    assert json.loads((run_dir / "evaluation.json").read_text()) == found
-    return found
+    result = run_evaluate(config)
+    assert json.loads((run_dir / "evaluation.json").read_text()) == result
+    return result
 
 
 def gold(prompts, completions, completion):
@@ -120,9 +124,9 @@ def test_a_policy_is_compared_by_all_scores(compared):
     ]
     assert metrics["win_rate_judge"] == pytest.approx(np.mean(preferences))
     assert {"win_rate", "win_rate_low", "judge_position_bias"} <= metrics.keys()
-    completions = [row["completion"] for row in ROWS]
+    completions = [example["completion"] for example in EXAMPLES]
     assert {name: metrics[name] for name in ROUGE} == rouge_scores(after.responses, completions)
-    table = {row["metric"]: row for row in evaluation["table"]}
+    table = {entry["metric"]: entry for entry in evaluation["table"]}
     started = rouge_scores(before.responses, completions)
     assert table["ROUGE-1 of responses"]["before"] == started["rouge1"]
 
@@ -161,13 +165,13 @@ def test_the_configuration_is_written_but_not_over_that_of_a_run(compared, model
 def test_texts_have_both_kinds_of_rouge_beside_the_loss(models, tmp_path, caplog, capsys):
     short = {"max_response_length": 4}  # responses are cut, which is logged once
     with caplog.at_level(logging.WARNING):
-        found = evaluate(models, tmp_path, "text", data=short, path="policy")["metrics"]
+        result = evaluate(models, tmp_path, "text", data=short, path="policy")["metrics"]
     assert len({record.getMessage() for record in caplog.records}) == len(caplog.records) > 0
-    assert {f"{name}{end}" for name in ROUGE for end in ("", "_published")} < found.keys()
+    assert {f"{name}{end}" for name in ROUGE for end in ("", "_published")} < result.keys()
     assert "ROUGE-Lsum, counted as published" in capsys.readouterr().out
     without = evaluate(models, tmp_path, "text", {"rouge_rows": 0}, data=short, path="policy")
     assert without["metrics"] == {
-        name: found[name] for name in ("loss", "accuracy", "perplexity", "num_tokens")
+        name: result[name] for name in ("loss", "accuracy", "perplexity", "num_tokens")
     }
 
 
@@ -175,17 +179,17 @@ def test_the_stage_logs_the_rouge_of_the_command(models, tmp_path):
     data = {"eval_rows": 2, "max_response_length": 4}
     settings = {
         "model": {"path": str(models / "policy")},
-        "data": {"path": str(models / "rows.jsonl"), "max_length": 32, **data},
+        "data": {"path": str(models / "examples.jsonl"), "max_length": 32, **data},
         "sft": {"eval_batch_size": 2, "rouge_rows": 1},
         "generation": SHARED["generation"],
     }
     stage = OfflineStage(resolve(SFTConfig, settings))
     logged = stage.evaluate(stage.init_state())
-    found = evaluate(models, tmp_path, "text", {"rouge_rows": 1}, data=data, path="policy")
+    result = evaluate(models, tmp_path, "text", {"rouge_rows": 1}, data=data, path="policy")
     names = ("loss", "accuracy", "perplexity", *ROUGE)
     assert logged.keys() == {f"eval/{name}" for name in names}
     assert [logged[f"eval/{name}"] for name in names] == pytest.approx(
-        [found["metrics"][name] for name in names], rel=1e-5
+        [result["metrics"][name] for name in names], rel=1e-5
     )
 
 
@@ -253,18 +257,18 @@ def test_the_stage_needs_completions_to_compute_rouge(models, tmp_path):
         sft={"rouge_rows": 1},
     )
     assert message(train_sft, config) == (
-        "sft.rouge_rows compares with completions, which the held-out rows do not have: give rows "
-        "of prompt and completion, or set it to 0."
+        "sft.rouge_rows compares with completions, which the held-out examples do not have: give "
+        "prompts and completions, or set it to 0."
     )
     assert message(train_sft, {"sft": {"rouge_rows": -1}}) == (
-        "sft.rouge_rows must be at least 0, but is -1."
+        "sft.rouge_rows must not be negative, but is -1."
     )
 
 
 def test_ppo_calls_the_judge(models, tmp_path):
     config = {
         "model": {"path": str(models / "policy"), "reward_path": str(models / "reward")},
-        "data": {"path": str(models / "rows.jsonl"), "eval_rows": 1, "max_prompt_length": 24},
+        "data": {"path": str(models / "examples.jsonl"), "eval_rows": 1, "max_prompt_length": 24},
         "ppo": {"total_episodes": 2, "batch_size": 2, "num_mini_batches": 1, "response_length": 3},
         "evaluation": {"batch_size": 1, "judge_fn": JUDGE},
         "run_dir": str(tmp_path),

@@ -48,10 +48,10 @@ def test_the_reliability_curve_equals_a_loop(scored):
     full = [(place, inside) for place, inside in enumerate(bins) if inside]
     assert len(curve) == len(full) > 5
     error = 0.0
-    for found, (place, inside) in zip(curve, full, strict=True):
+    for result, (place, inside) in zip(curve, full, strict=True):
         sure, right = np.mean(inside, axis=0)
         expected = (0.5 + 0.05 * place, 0.55 + 0.05 * place, len(inside), sure, right)
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        np.testing.assert_allclose(result, expected, rtol=1e-12)
         error += len(inside) / 300 * abs(right - sure)
     assert diagnostics.expected_calibration_error(curve) == pytest.approx(error)
 
@@ -78,19 +78,19 @@ def test_scores_of_the_true_model_are_calibrated_and_doubled_ones_are_not():
 def test_accuracy_by_length_equals_a_loop(scored):
     differences, lengths = scored
     bins = diagnostics.accuracy_by_length(differences, lengths)
-    for found in bins:
+    for result in bins:
         inside = [
             (length, difference > 0)
             for difference, length in zip(differences, lengths, strict=True)
-            if found.low <= length <= found.high
+            if result.low <= length <= result.high
         ]
-        assert found.num_pairs == len(inside)
+        assert result.num_pairs == len(inside)
         expected = np.mean(inside, axis=0)
-        np.testing.assert_allclose((found.length_difference, found.accuracy), expected)
+        np.testing.assert_allclose((result.length_difference, result.accuracy), expected)
     # They hold every pair once, and lie the same on both sides of 0.
-    assert sum(found.num_pairs for found in bins) == 300
+    assert sum(result.num_pairs for result in bins) == 300
     assert all(a.high + 1 == b.low for a, b in zip(bins, bins[1:], strict=False))
-    ranges = [(found.low, found.high) for found in bins]
+    ranges = [(result.low, result.high) for result in bins]
     assert (0, 0) in ranges
     assert len(ranges) == 9
     assert sorted((-high, -low) for low, high in ranges) == ranges
@@ -100,15 +100,15 @@ def test_the_metrics_equal_a_loop(scored):
     differences, lengths = scored
     margins = np.where(lengths > 3, 0.5, 0.0)
     metrics = diagnostics.pair_metrics(differences, lengths, margins)
-    rows = list(zip(differences, lengths, margins, strict=True))
+    entries = list(zip(differences, lengths, margins, strict=True))
     half = {True: 0.5}
-    unequal = [(d, n) for d, n, _ in rows if n != 0]
+    unequal = [(d, n) for d, n, _ in entries if n != 0]
     expected = {
-        "loss": np.mean([np.log1p(np.exp(m - d)) for d, _, m in rows]),
-        "accuracy": np.mean([d > 0 for d, _, _ in rows]),
-        "margin": np.mean([d for d, _, _ in rows]),
+        "loss": np.mean([np.log1p(np.exp(m - d)) for d, _, m in entries]),
+        "accuracy": np.mean([d > 0 for d, _, _ in entries]),
+        "margin": np.mean([d for d, _, _ in entries]),
         "calibration_error": metrics["calibration_error"],
-        "longer_wins": np.mean([half.get(n == 0, float(n > 0)) for _, n, _ in rows]),
+        "longer_wins": np.mean([half.get(n == 0, float(n > 0)) for _, n, _ in entries]),
         "prefers_longer": np.mean([half.get(d == 0, float((d > 0) == (n > 0)))
                                    for d, n in unequal]),
         "accuracy_where_longer": np.mean([d > 0 for d, n in unequal if n > 0]),
@@ -139,7 +139,7 @@ def test_a_length_bias_shows():
     assert abs(gaps[0]) < 0.05
     assert gaps[1] > 0.4
     flat, steep = (
-        [found.accuracy for found in diagnostics.accuracy_by_length(*planted(slope))]
+        [result.accuracy for result in diagnostics.accuracy_by_length(*planted(slope))]
         for slope in (0.0, 0.2)
     )
     assert max(flat) - min(flat) < 0.15
@@ -157,17 +157,17 @@ def test_pairs_of_batches_and_rankings_leave_inert_ones_out():
     batch = PairBatch(nothing, nothing > 0, tokens, masks[:, 0], tokens, masks[:, 1],
                       np.array([0.5, 0.0, np.nan]), np.array([True, True, False]))  # fmt: skip
     scores = np.array([[1.0, 0.5], [0.25, 1.0], [np.nan, np.nan]])
-    found = pairs.score_pairs(lambda _: scores, [batch])
-    assert [x.tolist() for x in found] == [[0.5, -0.75], [2, 0], [0.5, 0.0]]
+    result = pairs.score_pairs(lambda _: scores, [batch])
+    assert [x.tolist() for x in result] == [[0.5, -0.75], [2, 0], [0.5, 0.0]]
 
     lengths = np.array([[3, 1, 2], [2, 4, 0], [0, 0, 0]])
     mask = np.arange(4) < lengths[..., None]
     ranking = RankingBatch(nothing, nothing > 0, np.ones((3, 3, 4), int), mask)
     scores = np.array([[3.0, 1.0, 2.0], [0.0, 1.0, np.nan], [np.nan] * 3])
-    found = pairs.score_pairs(lambda _: scores, [ranking, ranking])
-    assert found.differences.tolist() == [2.0, 1.0, -1.0, -1.0] * 2
-    assert found.length_differences.tolist() == [2, 1, -1, -2] * 2
-    assert not found.margins.any()
+    result = pairs.score_pairs(lambda _: scores, [ranking, ranking])
+    assert result.differences.tolist() == [2.0, 1.0, -1.0, -1.0] * 2
+    assert result.length_differences.tolist() == [2, 1, -1, -2] * 2
+    assert not result.margins.any()
 
 
 def test_the_page_and_the_table_show_the_curves(tmp_path, scored):
@@ -188,7 +188,7 @@ def test_the_page_and_the_table_show_the_curves(tmp_path, scored):
         (("calibration", "confidence", "correct"), ("lengths", "length_difference", "accuracy")),
         strict=True,
     ):
-        expected = [(row[x], row[y]) for row in evaluation["pairs"][key]]
+        expected = [(entry[x], entry[y]) for entry in evaluation["pairs"][key]]
         np.testing.assert_allclose(points, expected, rtol=1e-4)
 
 

@@ -37,8 +37,8 @@ def stage(tmp_path_factory, sft_run):
 def scores_of_first_rows(stage, params):
     """Of both responses of the pairs that the run trains on first: a batch and a half of them."""
     indices = np.concatenate([stage.batches.indices(step) for step in (0, 1)])[:12]
-    rows = jax.tree.map(lambda array: array[indices], stage.batches.examples)
-    return np.asarray(jax.jit(make_score_step(stage.model))(params, rows), np.float64)
+    examples = jax.tree.map(lambda array: array[indices], stage.batches.examples)
+    return np.asarray(jax.jit(make_score_step(stage.model))(params, examples), np.float64)
 
 
 def test_the_exported_model_is_normalized_on_the_first_training_examples(full, stage):

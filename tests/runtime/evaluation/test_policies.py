@@ -49,20 +49,20 @@ def test_rouge_is_that_of_a_loop():
     rng = np.random.default_rng(0)
     texts = [rng.choice(list("abcd"), size=rng.integers(0, 8)).tolist() for _ in range(60)]
     pairs = list(zip(texts[:30], texts[30:], strict=True))
-    found = rouge_scores(*([" ".join(words) for words in side] for side in zip(*pairs)))
+    result = rouge_scores(*([" ".join(words) for words in side] for side in zip(*pairs)))
     expected = {
         "rouge1": np.mean([ngram_f1(*pair, 1) for pair in pairs]),
         "rouge2": np.mean([ngram_f1(*pair, 2) for pair in pairs]),
         "rougeL": np.mean([f1(longest_common(*p), len(p[0]), len(p[1])) for p in pairs]),
     }
     assert expected["rouge2"] > 0.05
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
-    assert all(type(value) is float for value in found.values())
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert all(type(value) is float for value in result.values())
 
 
 def test_rouge_of_lines_and_of_words():
-    found = rouge_scores(["c d\na b"], ["a b\nc d"])
-    assert found == {"rouge1": 1.0, "rouge2": pytest.approx(1 / 3 * 2), "rougeL": 0.5,
+    result = rouge_scores(["c d\na b"], ["a b\nc d"])
+    assert result == {"rouge1": 1.0, "rouge2": pytest.approx(1 / 3 * 2), "rougeL": 0.5,
                      "rougeLsum": 1.0}  # fmt: skip
     assert rouge_scores(["Runs, RUNS"], ["runs -- runs!"])["rouge2"] == 1.0
     assert rouge_scores(["running"], ["run"])["rouge1"] == 0.0  # no stemmer
@@ -92,7 +92,7 @@ def test_the_interval_equals_a_loop_and_all_resamples():
 def test_the_coverage_of_the_interval_is_nominal():
     rng, truth = np.random.default_rng(3), 0.7 + 0.5 * 0.1
     drawn = rng.choice([0.0, 0.5, 1.0], size=(600, 150), p=[0.2, 0.1, 0.7])
-    ends = np.array([bootstrap_interval(row, num_resamples=1000) for row in drawn])
+    ends = np.array([bootstrap_interval(entry, num_resamples=1000) for entry in drawn])
     held = np.mean((ends[:, 0] <= truth) & (truth <= ends[:, 1]))
     assert held == pytest.approx(0.945, abs=0.025)
     width = 2 * 1.96 * np.std(drawn[0]) / math.sqrt(150)
@@ -133,9 +133,12 @@ def test_win_rates_and_their_intervals_are_in_metrics_table_and_page(tmp_path):
     evaluation = policies.evaluation_of(comparison, 2)
     policies.save_evaluation(str(tmp_path), evaluation)
     assert policies.read_evaluation(str(tmp_path)) == evaluation
-    rows = {row["metric"]: row for row in evaluation["table"]}
-    assert rows["win rate by the score"]["interval"] == [low, high]
-    assert (rows["ROUGE-1 of responses"]["before"], rows["ROUGE-1 of responses"]["after"]) == (
+    entries = {entry["metric"]: entry for entry in evaluation["table"]}
+    assert entries["win rate by the score"]["interval"] == [low, high]
+    assert (
+        entries["ROUGE-1 of responses"]["before"],
+        entries["ROUGE-1 of responses"]["after"],
+    ) == (
         0.25,
         0.5,
     )
@@ -211,10 +214,10 @@ def test_an_exception_of_a_judge_gets_a_note(judge, kind):
 
 
 def test_a_judge_may_answer_with_an_array():
-    found = call_judge(
+    result = call_judge(
         lambda p, a, b: np.array([True, False]), ["p", "q"], ["a"] * 2, ["b"] * 2, {}
     )
-    assert found.tolist() == [1.0, 0.0]
+    assert result.tolist() == [1.0, 0.0]
 
 
 # --- best of n -----------------------------------------------------------------------------------
@@ -222,12 +225,12 @@ def test_a_judge_may_answer_with_an_array():
 
 def chosen_by_enumeration(proxy, scores, n):
     """The mean over all subsets of n, of the best by the proxy; ties are drawn."""
-    found = []
-    for row, values in zip(proxy, scores, strict=True):
-        for subset in itertools.combinations(range(len(row)), n):
-            top = max(row[i] for i in subset)
-            found.append(np.mean([values[i] for i in subset if row[i] == top]))
-    return np.mean(found)
+    result = []
+    for entry, values in zip(proxy, scores, strict=True):
+        for subset in itertools.combinations(range(len(entry)), n):
+            top = max(entry[i] for i in subset)
+            result.append(np.mean([values[i] for i in subset if entry[i] == top]))
+    return np.mean(result)
 
 
 def test_the_best_of_n_is_the_mean_over_all_subsets():
@@ -237,27 +240,27 @@ def test_the_best_of_n_is_the_mean_over_all_subsets():
     tied[0] = 1.0
     for proxy in (smooth, tied):
         for scores in (gold, proxy):
-            found = best_of.best_of_means(proxy, scores, range(1, 7))
+            result = best_of.best_of_means(proxy, scores, range(1, 7))
             expected = [chosen_by_enumeration(proxy, scores, n) for n in range(1, 7)]
-            np.testing.assert_allclose(found, expected, rtol=1e-12)
+            np.testing.assert_allclose(result, expected, rtol=1e-12)
     np.testing.assert_allclose(best_of.best_of_means(smooth, smooth, [6]), smooth.max(1).mean())
 
 
 def test_the_curve_is_unbiased_and_its_kl_that_of_chosen_responses():
     # Responses are uniform numbers from 0 to 1, and their own scores: the best of n is beta(n, 1).
     uniform = np.random.default_rng(1).random((4000, 8))
-    for row in best_of.best_of_curve(uniform, None, [8, 1, 4, 4, 2]):
-        n = row["n"]
-        assert row["scores"] == pytest.approx(n / (n + 1), abs=0.01)
+    for entry in best_of.best_of_curve(uniform, None, [8, 1, 4, 4, 2]):
+        n = entry["n"]
+        assert entry["scores"] == pytest.approx(n / (n + 1), abs=0.01)
         x = (np.arange(20_000) + 0.5) / 20_000
         density = n * x ** (n - 1)
-        assert row["kl"] == pytest.approx(np.mean(density * np.log(density)), abs=1e-3)
+        assert entry["kl"] == pytest.approx(np.mean(density * np.log(density)), abs=1e-3)
 
 
 def test_the_curve_is_in_table_and_page(tmp_path):
     rng = np.random.default_rng(2)
     curve = best_of.best_of_curve(rng.normal(size=(5, 4)), rng.normal(size=(5, 4)), [4, 1, 2])
-    assert [row["n"] for row in curve] == [1, 2, 4]
+    assert [entry["n"] for entry in curve] == [1, 2, 4]
     table = best_of.best_of_table(curve)
     assert table[1] == {
         "metric": "best of 2, score (KL at most 0.19 nats)",
@@ -271,7 +274,9 @@ def test_the_curve_is_in_table_and_page(tmp_path):
     (chart,) = best_of_charts(evaluation)
     drawn = [series["points"] for series in json.loads(chart.data)["series"]]
     for points, key in zip(drawn, ("scores", "gold"), strict=True):
-        np.testing.assert_allclose(points, [(row["kl"], row[key]) for row in curve], rtol=1e-4)
+        np.testing.assert_allclose(
+            points, [(entry["kl"], entry[key]) for entry in curve], rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("content", [3, [], [4, {"n": 1}], {"n": 2}, [{"kl": "x", "scores": 1}]])

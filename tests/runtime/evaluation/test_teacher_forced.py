@@ -17,13 +17,13 @@ TEXTS = [([1, 5, 2, 9, 10], 3), ([4, 10], 1), ([7, 7, 3, 0, 2, 8], 5)]
 
 
 class Words:
-    """A tokenizer whose tokens are words, as far as texts are made of them."""
+    """A tokenizer whose tokens are words, and texts are joined of them."""
 
     eos_token_id = EOS
 
-    def batch_decode(self, rows, skip_special_tokens, clean_up_tokenization_spaces):
+    def batch_decode(self, sequences, skip_special_tokens, clean_up_tokenization_spaces):
         assert skip_special_tokens
-        return [" ".join(f"w{token}" for token in row if token != EOS) for row in rows]
+        return [" ".join(f"w{token}" for token in ids if token != EOS) for ids in sequences]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,10 @@ def texts(monkeypatch):
     monkeypatch.setattr(teacher_forced, "CHUNK", 4)
     tokens, segments = np.zeros((3, 6), np.int32), np.zeros((3, 6), np.int32)
     loss_mask = np.zeros((3, 6), bool)
-    for row, (text, completion) in enumerate(TEXTS):
+    for index, (text, completion) in enumerate(TEXTS):
         end = len(text)
-        tokens[row, :end], segments[row, :end] = text, 1
-        loss_mask[row, end - completion : end] = True
+        tokens[index, :end], segments[index, :end] = text, 1
+        loss_mask[index, end - completion : end] = True
     return TextBatch(tokens, segments, loss_mask)
 
 
@@ -80,12 +80,12 @@ def test_the_published_way_counts_prompt_and_padding(model, params, texts):
         scores.append(rouge1(logits.argmax(axis=1).tolist(), padded))
         nll -= sum(log_softmax(logits)[t, padded[t + 1]] for t in range(LENGTH - 1))
     assert max(scores) > 0
-    found = teacher_forced.published_metrics(
+    result = teacher_forced.published_metrics(
         model, params, Words(), texts, max_length=LENGTH, batch_size=2
     )
-    assert found["loss_published"] == pytest.approx(nll / 3 / (LENGTH - 1), rel=1e-4)
-    assert found["rouge1_published"] == pytest.approx(np.mean(scores))
-    assert found.keys() == {
+    assert result["loss_published"] == pytest.approx(nll / 3 / (LENGTH - 1), rel=1e-4)
+    assert result["rouge1_published"] == pytest.approx(np.mean(scores))
+    assert result.keys() == {
         "loss_published",
         *(f"rouge{name}_published" for name in ("1", "2", "L", "Lsum")),
     }
@@ -96,8 +96,9 @@ def test_no_logits_of_all_positions_are_made(model, params, texts):
     for runs_padding in (False, True):
         step = teacher_forced.make_predict_step(model, runs_padding=runs_padding)
         text = jax.jit(step).lower(params, padded).as_text()
-        assert "3x4x128xf32" in text  # rows, positions at a time, padded vocabulary
-        assert not any(f"3x{n}x{v}xf32" in text for n in (8, 9, 12) for v in (11, 128))
+        assert "4x3x128xf32" in text  # positions at a time, texts, padded vocabulary
+        sizes = [(n, v) for n in (8, 9, 12) for v in (11, 128)]
+        assert not any(f"3x{n}x{v}xf32" in text or f"{n}x3x{v}xf32" in text for n, v in sizes)
 
 
 def test_which_examples_have_completions():

@@ -17,7 +17,7 @@ def coordinates(path):
 
 def test_a_line_goes_through_its_points():
     points = ((0.0, 1.0), (5.0, 3.0), (10.0, 2.0))
-    chart = charts.line_chart("t", [Series("a", points)])
+    chart = charts.chart_of("t", [Series("a", points)])
     (low, high) = json.loads(chart.data)["y"]
     assert low < 1.0 < 3.0 < high
     expected = [(100 * x, 1000 * (high - y) / (high - low)) for x, y in points]
@@ -30,12 +30,12 @@ def test_a_line_goes_through_its_points():
 def test_gaps_single_points_and_constants_are_drawn():
     nan = math.nan
     points = ((0, 1.0), (1, nan), (2, 2.0), (3, 3.0), (4, math.inf), (5, 1.0))
-    curve = charts.line_chart("t", [Series("a", points)]).curves[0]
+    curve = charts.chart_of("t", [Series("a", points)]).curves[0]
     assert [curve.path.count(letter) for letter in "MLh"] == [1, 1, 0]
     assert [curve.lone.count(letter) for letter in "MLh"] == [2, 0, 2]
-    curve = charts.line_chart("t", [Series("a", ((3, 7.0),))]).curves[0]
+    curve = charts.chart_of("t", [Series("a", ((3, 7.0),))]).curves[0]
     assert (curve.path, curve.lone) == ("", "M500 500h0")
-    assert charts.line_chart("t", [Series("a", ((0, nan),)), Series("b", ())]) is None
+    assert charts.chart_of("t", [Series("a", ((0, nan),)), Series("b", ())]) is None
 
 
 def test_a_long_series_stays_small_and_keeps_its_spikes():
@@ -43,7 +43,7 @@ def test_a_long_series_stays_small_and_keeps_its_spikes():
     values = generator.normal(size=20_000)
     values[12_345] = 50.0
     points = tuple((float(i), float(v)) for i, v in enumerate(values))
-    chart = charts.line_chart("t", [Series("a", points)])
+    chart = charts.chart_of("t", [Series("a", points)])
     drawn = coordinates(chart.curves[0].raw)
     assert len(drawn) <= charts.MAX_POINTS
     assert min(y for _, y in drawn) < 80
@@ -71,5 +71,5 @@ def test_ticks_are_round_distinct_and_inside(low, high):
 
 
 def test_ticks_of_steps_are_integers():
-    chart = charts.line_chart("t", [Series("a", ((1.0, 1.0), (2.0, 2.0)))])
+    chart = charts.chart_of("t", [Series("a", ((1.0, 1.0), (2.0, 2.0)))])
     assert [text for _, text in chart.x_ticks] == ["1", "2"]

@@ -50,12 +50,12 @@ class Page(html.parser.HTMLParser):
             self.text += data
 
 
-def write_lines(path, rows):
+def write_lines(path, entries):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def ppo_rows(steps=40):
+def ppo_lines(steps=40):
     return [
         {
             "step": step,
@@ -78,7 +78,7 @@ def full_run(tmp_path):
     write_lines(run / "sft/metrics.jsonl", [*sft, {"step": 99, "time": 1e9, "eval/loss": 1.25}])
     reward = [{"step": s, "time": 1e9 + s, "train/accuracy": 0.6} for s in range(1, 5)]
     write_lines(run / "reward/metrics.jsonl", [*reward, {"step": 4, "eval/accuracy": 0.625}])
-    write_lines(run / "ppo/metrics.jsonl", ppo_rows())
+    write_lines(run / "ppo/metrics.jsonl", ppo_lines())
     (run / "config.yaml").write_text("seed: 17 # <b>\n")
     evaluation = {
         "metrics": {"reward/accuracy": 0.625},
@@ -117,15 +117,15 @@ def test_a_full_run_shows_all_results(full_run):
 
 
 @pytest.mark.parametrize(
-    ("rows", "shown", "absent"),
+    ("entries", "shown", "absent"),
     [
         ([{"step": 1, "train/loss": 2.0, "eval/loss": 2.5}], "SFT, loss", "Score and gold"),
         ([{"step": 1, "eval/accuracy": 0.7, "eval/margin": 0.1}], "Reward, accuracy", "SFT"),
-        (ppo_rows(), "Score and gold score over KL", "SFT"),
+        (ppo_lines(), "Score and gold score over KL", "SFT"),
     ],
 )
-def test_a_single_stage_is_known_by_its_metrics(tmp_path, rows, shown, absent):
-    write_lines(tmp_path / "metrics.jsonl", rows)
+def test_a_single_stage_is_known_by_its_metrics(tmp_path, entries, shown, absent):
+    write_lines(tmp_path / "metrics.jsonl", entries)
     page = read(tmp_path)
     assert shown in page.text
     assert absent not in page.text
@@ -133,16 +133,16 @@ def test_a_single_stage_is_known_by_its_metrics(tmp_path, rows, shown, absent):
 
 def test_nothing_is_loaded_and_nothing_injected(full_run):
     folder = full_run / "x<i>"
-    rows = [{"step": 1, EVIL: 1.0, "objective/kl": 1.0}]
-    write_lines(folder / "metrics.jsonl", rows)
+    entries = [{"step": 1, EVIL: 1.0, "objective/kl": 1.0}]
+    write_lines(folder / "metrics.jsonl", entries)
     sample = {"prompt": EVIL, "response": EVIL, "score": 1.0, EVIL: EVIL}
     write_lines(folder / "samples.jsonl", [{"step": 1, **sample}])
     (folder / "config.yaml").write_text(EVIL)
-    row = {"prompt": EVIL, "before": EVIL, "after": EVIL, "after_gold": EVIL}
+    entry = {"prompt": EVIL, "before": EVIL, "after": EVIL, "after_gold": EVIL}
     evaluation = {
         "metrics": {EVIL: EVIL},
         "table": [{"metric": EVIL, "after": EVIL}],
-        "samples": [row],
+        "samples": [entry],
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     page = read(folder)
@@ -206,13 +206,13 @@ def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
 
 
 def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
-    rows = [
+    entries = [
         {"step": 0, "prompt": "p", "response": "old", "score": 0.0},
         {"step": 5, "prompt": "p", "response": "middle", "score": 1.0},
         {"step": 9, "prompt": "p", "response": "new", "score": 2.0, "reference": "human"},
         {"step": 9, "prompt": "q", "response": "other", "score": "NaN"},
     ]
-    (first, second), title = content.logged_samples(rows)
+    (first, second), title = content.logged_samples(entries)
     assert title == "Samples of step 9"
     headings = [(side.heading, side.text) for side in first.sides]
     assert headings == [("Step 0", "old"), ("Step 9", "new"), ("reference", "human")]
@@ -223,12 +223,12 @@ def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
 
 def test_several_responses_to_a_prompt_stand_beside_their_own_first_ones():
     places = ("place 1", "place 2")
-    rows = [
+    entries = [
         {"step": step, "prompt": "p", "response": f"{place} at {step}", "label": place}
         for step in (0, 9)
         for place in places
     ]
-    samples, _ = content.logged_samples(rows)
+    samples, _ = content.logged_samples(entries)
     for sample, place in zip(samples, places, strict=True):
         texts = [side.text for side in sample.sides if side.heading.startswith("Step")]
         assert texts == [f"{place} at 0", f"{place} at 9"]
@@ -285,13 +285,13 @@ def test_stages_and_tiles_are_those_of_the_trainers(tmp_path, monkeypatch):
 
 
 def test_format_table_aligns_values_of_json():
-    rows = [
+    entries = [
         {"metric": "gold score", "before": -0.5, "after": 1.25},
         {"metric": "KL", "before": 0, "after": "Infinity"},
         {"metric": "length", "before": 20000, "after": None},
         {"metric": "same", "before": 1, "after": 1},
     ]
-    lines = content.format_table(rows).splitlines()
+    lines = content.format_table(entries).splitlines()
     assert [re.split(r"\s{2,}", line) for line in lines] == [
         ["metric", "before", "after", "change"],
         ["-" * 10, "-" * 6, "-" * 5, "-" * 6],

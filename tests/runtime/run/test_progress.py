@@ -17,7 +17,7 @@ from rlhf_jax.runtime.run.progress import Progress, Throughput, preparing
 
 
 class Clock:
-    """Seconds that pass only when a test adds them."""
+    """Seconds that pass when a test adds them."""
 
     def __init__(self):
         self.now = 100.0
