@@ -222,7 +222,7 @@ def test_wrong_dicts_are_named_in_one_sentence(values, said):
             "generation.top_p must be above 0 and at most 1, but is 0.0",
         ),
         ("generation", {"batch_size": 0}, "generation.batch_size must be above 0, but is 0"),
-        ("checkpoint", {"keep": 0}, "checkpoint.keep must be at least 1, but is 0."),
+        ("checkpoint", {"keep": 0}, "checkpoint.keep must be above 0, but is 0."),
     ],
 )
 def test_settings_are_checked_when_they_are_made(section, values, said):
