@@ -16,10 +16,11 @@ class ModelSettings:
 
     Attributes:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
-      reward_path: likewise for the reward model that scores responses; PPO and evaluation read it.
-      reference_path: likewise for the policy that evaluation compares with.
-      value_path: likewise for the reward model that PPO's value model starts from, with
-        `ppo.value_model: reward`; null takes the one at `reward_path`.
+      reward_path: folder or hub name of the reward model that scores responses; PPO and evaluation
+        read it.
+      reference_path: folder or hub name of the policy that evaluation compares with.
+      value_path: folder or hub name of the reward model that PPO's value model starts from, with
+        `ppo.value_model: reward`; null means `reward_path`.
       n_layer, n_head, n_embd, n_positions: of a fresh model.
       dropout: of a fresh model, in supervised fine-tuning alone.
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -102,7 +102,7 @@ def checked_section(content: Any, name: str) -> Mapping[Any, Any]:
 
 def _field_type(kind: Any, key: str) -> Any:
     """The annotation of the setting `section.key`; an InputError without such a setting."""
-    parts = key.split(".")
+    root, parts = kind, key.split(".")
     for place, part in enumerate(parts):
         section = ".".join(parts[:place])
         if get_origin(kind) is dict and place == len(parts) - 1:
@@ -110,13 +110,23 @@ def _field_type(kind: Any, key: str) -> Any:
         if not _is_class(kind):
             raise InputError(f"--{section} is a setting and no section; --{key} is unknown.")
         if part not in _field_names(kind):
-            raise InputError(_unknown(kind, section, part))
+            raise InputError(_unknown(kind, section, part, root, parts[-1]))
         kind = get_type_hints(kind)[part]
     return kind
 
 
-def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str = "") -> Any:
+def build(
+    kind: Any,
+    values: Mapping[str, Any],
+    default: Any = None,
+    prefix: str = "",
+    root: Any = None,
+) -> Any:
     """A dataclass of nested values; missing ones are as in `default`, or by the class.
+
+    Args:
+      prefix: of the keys in messages.
+      root: the class of the full configuration, whose keys a message may suggest.
 
     Raises an InputError that names a key that is unknown or whose value has another type.
     """
@@ -125,22 +135,23 @@ def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str
         if not isinstance(name, str):
             raise InputError(f"{prefix}{shown(name)} is no key; keys are the names of settings.")
         if name not in _field_names(kind):
-            raise InputError(_unknown(kind, prefix.removesuffix("."), name))
+            raise InputError(_unknown(kind, prefix.removesuffix("."), name, root or kind))
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     if default is not None:
         defaults = vars(default)
     converted = {
-        name: _convert(hints[name], value, f"{prefix}{name}", defaults[name])
+        name: _convert(hints[name], value, f"{prefix}{name}", defaults[name], root or kind)
         for name, value in values.items()
     }
     return kind(**converted) if default is None else dataclasses.replace(default, **converted)
 
 
-def _convert(annotation: Any, value: Any, key: str, default: Any) -> Any:
-    """The value as its setting has it, or an InputError."""
+def _convert(annotation: Any, value: Any, key: str, default: Any, root: Any) -> Any:
+    """The value in the type of its setting, or an InputError."""
     if _is_class(annotation):
         section = default if dataclasses.is_dataclass(default) else None
-        return build(annotation, checked_section(value, f"The section {key!r}"), section, f"{key}.")
+        content = checked_section(value, f"The section {key!r}")
+        return build(annotation, content, section, f"{key}.", root)
     kinds = _alternatives(annotation)
     if isinstance(value, Text) and str in kinds and value.strip() not in ("null", "~"):
         kinds = tuple(kind for kind in kinds if kind is not type(None))  # empty text, or a comment
@@ -270,16 +281,38 @@ def _is_class(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-def _unknown(kind: Any, section: str, name: str) -> str:
-    """Names the keys that there are, and the nearest one."""
-    near = difflib.get_close_matches(name, _field_names(kind), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+def _unknown(kind: Any, section: str, name: str, root: Any, last: str = "") -> str:
+    """A message with the keys that there are, and the intended one.
+
+    That is a key of another section with this name, the nearest one in this section, or, in a
+    section that is unknown, a key with the name of the last part.
+    """
+    near = (
+        _elsewhere(root, section, name)
+        or difflib.get_close_matches(name, _field_names(kind), n=1)
+        or _elsewhere(root, section, last)
+    )
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     names = ", ".join(_field_names(kind))
     if section.endswith(": "):  # an element of a list
         return f"Unknown key {name!r}{hint} in {section[:-2]}; each has {names}."
     key = f"{section}.{name}" if section else name
     where = f"the section {section!r} has" if section else "there are"
     return f"Unknown key {key!r}{hint}; {where} {names}."
+
+
+def _elsewhere(root: Any, section: str, name: str) -> list[str]:
+    """Keys of this name in other sections, by preference in parts for the section named."""
+    found = [key for key in _all_keys(root, "") if key.rpartition(".")[2] == name]
+    return ([key for key in found if section in key.split(".")] or found)[:4]
+
+
+def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
+    for name, annotation in get_type_hints(kind).items():
+        if _is_class(annotation):
+            yield from _all_keys(annotation, f"{prefix}{name}.")
+        elif name in _field_names(kind):
+            yield f"{prefix}{name}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources
 from rlhf_jax.runtime.run.folder import claim_run_dir, disk_errors, is_finished
 from rlhf_jax.runtime.run.lock import locked
+from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_run, check_scorer
@@ -65,7 +66,9 @@ def _run(config: RLHFConfig) -> StageResult:
     metrics: dict[str, float] = {}
     stages = stage_configs(config)
     if not hosts.from_first(is_finished, stages[0]):
-        _check_ahead(config, stages)
+        shown = config.logging.progress and hosts.is_first()
+        with preparing("run", "checking the data and the models of all stages", shown=shown):
+            _check_ahead(config, stages)
     for number, stage in enumerate(stages, start=1):
         trainer = stage.trainer
         if hosts.is_first():

@@ -29,7 +29,7 @@ from rlhf_jax.runtime.run.folder import (
 )
 from rlhf_jax.runtime.run.lock import Lock, locked
 from rlhf_jax.runtime.run.metrics import make_writer
-from rlhf_jax.runtime.run.progress import Progress, Throughput
+from rlhf_jax.runtime.run.progress import Progress, Throughput, show_phase
 from rlhf_jax.runtime.run.signals import (
     EvaluationTerminated,
     Interrupted,
@@ -107,6 +107,8 @@ def _train(stage: Stage, config: Any, signals: Signals, lock: Lock) -> None:
         ):
             outputs = (checkpoints, writer, progress)
             state = _Loop(stage, config, *outputs, signals, lock).run(state, start)
+        if shown:
+            show_phase(stage.name, "writing the model and the report")
         with disk_errors(folder), signals.phase("interruptible"):
             state = _exported(stage, state, checkpoints, config)
             lock.check()
@@ -183,6 +185,8 @@ class _Loop:
         """The state after the last step, which is saved."""
         self.state, self.step = state, start
         self._complete()
+        if start < self.stage.total_steps:
+            self.progress.phase("compiling")
         try:
             while self.step < self.stage.total_steps:
                 self.state, metrics, output = self.stage.step(self.state, self.step)
@@ -272,6 +276,7 @@ class _Loop:
         samples: Samples = []
         if not (evaluating or sampling):
             return evaluation, samples, False
+        self.progress.phase("evaluating" if evaluating else "sampling")
         try:
             with self.throughput.pause(), self.signals.phase("evaluation"):
                 if evaluating:
