@@ -15,7 +15,7 @@ from rlhf_jax import training
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.chat import contents
 from rlhf_jax.data.datasets import load_examples
-from rlhf_jax.data.formats import Example, Kind
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
@@ -55,7 +55,9 @@ class BaseStage:
         self.flops_per_step, self.schedule = 0.0, str(config.optimizer.schedule)
         self.fingerprints: dict[str, dict[str, Any]] = {}
 
-    def load_examples(self, data: DataSettings, kind: Kind) -> tuple[list[Example], list[Example]]:
+    def load_examples(
+        self, data: DataSettings, kind: Kind
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The training and the held-out examples, of which the fingerprint is kept."""
         train, held_out = load_examples(data, kind)
         self.fingerprints |= examples_fingerprint(data, kind, train, held_out)
@@ -113,7 +115,7 @@ def data_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def examples_fingerprint(
-    data: DataSettings, kind: Kind, train: list[Example], held_out: list[Example]
+    data: DataSettings, kind: Kind, train: list[dict[str, Any]], held_out: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Numbers and a checksum of examples, under a name for messages."""
     return {
