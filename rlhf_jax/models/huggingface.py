@@ -27,6 +27,7 @@ from rlhf_jax.models.special_tokens import (
     GENERATION_CONFIG,
     generation_config,
     read_generation_config,
+    with_known_ids,
     with_pad_token,
 )
 from rlhf_jax.models.writing import check_params, save_model
@@ -301,6 +302,7 @@ def _slots(family: Family, model: Model, *, with_head: bool) -> dict[str, Slot]:
 def _read_config(path: pathlib.Path) -> tuple[Family, Any]:
     """The family and the configuration that a config.json describes."""
     data = read_json(path)
+    data = with_known_ids(data, data.get("vocab_size"), path)
     try:
         family = _family_of_type(data.get("model_type"))
         return family, family.read_config(data)

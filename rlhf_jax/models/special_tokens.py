@@ -20,19 +20,33 @@ def read_generation_config(folder: pathlib.Path, config: ModelConfig) -> dict[st
     """The object in the `generation_config.json` of a folder; {} without the file.
 
     Raises:
-      InputError: it cannot be read, or its ids are none of the vocabulary.
+      InputError: it cannot be read, or its ids are no integers.
     """
     file = folder / GENERATION_CONFIG
-    if not file.exists():
-        return {}
-    data = read_json(file)
+    return with_known_ids(read_json(file), config.vocab_size, file) if file.exists() else {}
+
+
+def with_known_ids(data: dict[str, Any], vocab_size: Any, file: pathlib.Path) -> dict[str, Any]:
+    """The object of a file without ids of special tokens that are not in the vocabulary.
+
+    transformers writes such ids, its defaults, for small vocabularies, and -1 for none. They are
+    logged as a warning.
+
+    Raises:
+      InputError: an id is no integer.
+    """
+    data = dict(data)
     for name in TOKEN_IDS:
-        for index in ids_of(data.get(name)):
-            if type(index) is not int or not 0 <= index < config.vocab_size:
-                raise InputError(
-                    f"{file}: {name} is {data[name]!r}, but ids are integers from 0 to "
-                    f"{config.vocab_size - 1}; correct it, or remove the key."
-                )
+        ids = ids_of(data.get(name))
+        if not all(type(index) is int for index in ids):
+            raise InputError(
+                f"{file}: {name} must be an integer, a list of integers or null, but is "
+                f"{data[name]!r}."
+            )
+        known = [i for i in ids if type(vocab_size) is not int or 0 <= i < vocab_size]
+        if len(known) < len(ids):
+            logger.warning("%s: %s %s is not in the vocabulary.", file, name, data[name])
+            data[name] = known if isinstance(data[name], list) and known else None
     return data
 
 

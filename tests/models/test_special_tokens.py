@@ -104,13 +104,12 @@ def test_equal_or_missing_ids_are_no_warning(folder, caplog):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"eos_token_id": 11}, "eos_token_id is 11, but ids are integers from 0 to 10; correct"),
-        ({"eos_token_id": [1, -1]}, r"eos_token_id is \[1, -1\], but ids are"),
-        ({"bos_token_id": "1"}, "bos_token_id is '1', but ids are"),
-        ({"pad_token_id": True}, "pad_token_id is True, but ids are"),
+        ({"eos_token_id": [1, 1.5]}, r"eos_token_id must be an .* or null, but is \[1, 1.5\]."),
+        ({"bos_token_id": "1"}, "bos_token_id must be an integer, .* or null, but is '1'."),
+        ({"pad_token_id": True}, "pad_token_id must be an integer, .* or null, but is True."),
     ],
 )
-def test_ids_outside_of_the_vocabulary(folder, values, message):
+def test_ids_that_are_no_integers(folder, values, message):
     write(folder, **values)
     with pytest.raises(InputError, match=f"generation_config.json: {message}") as error:
         load_pretrained(folder)
@@ -138,3 +137,15 @@ def test_the_pad_token_of_a_reward_model(tmp_path, special, pad, expected):
     config = load_reward_model(tmp_path)[0].config
     assert (saved.pad_token_id, saved.pad_token) == expected
     assert config.pad_token_id == expected[0]
+
+
+def test_ids_outside_of_the_vocabulary_are_left_out_with_a_warning(folder, caplog):
+    """transformers writes its defaults, 50256 for a GPT-2 of any vocabulary, and -1 for none."""
+    write(folder, eos_token_id=[1, 50256], pad_token_id=-1)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"bos_token_id": 50256, "pad_token_id": -1}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load_pretrained(folder)
+    assert (model.config.bos_token_id, model.config.pad_token_id) == (None, None)
+    assert model.generation_config["eos_token_id"] == [1]
+    assert caplog.text.count("is not in the vocabulary") == 4
