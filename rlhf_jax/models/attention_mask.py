@@ -80,9 +80,9 @@ def attention_mask(
     own = causal_mask(mask[:, length:].reshape(shape), window)
     if not length:
         return AttentionMask(own)
-    prompt, before, after = mask[:, :length], None, None
-    if positions is not None:
-        before, after = positions[:, :length], positions[:, length:]
+    prompt = mask[:, :length]
+    before = None if positions is None else positions[:, :length]
+    after = None if positions is None else positions[:, length:]
     past = _past_mask(prompt, before, after, shape, window)
     return AttentionMask(own, causal_mask(prompt, window), past)
 

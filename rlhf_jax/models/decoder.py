@@ -7,7 +7,6 @@ branches on nothing else.
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,8 +23,9 @@ from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import start_dropout
 from rlhf_jax.models.embedding import lookup
 from rlhf_jax.models.interface import Params
+from rlhf_jax.models.layers import Context, LayerKinds, Rotation
 from rlhf_jax.models.rope import rotate, rotations
-from rlhf_jax.models.stacked import Context, LayerKinds, Rotation, StackedModel
+from rlhf_jax.models.stacked import StackedModel
 from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
 
@@ -252,6 +252,7 @@ class Decoder(StackedModel):
     config: DecoderConfig
 
     table, final_norm, norms = "embed_tokens", "norm", "norm"
+    final_has_bias = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -320,11 +321,9 @@ class Decoder(StackedModel):
         """The final norm, in the compute dtype."""
         return RMSNorm(self.config, self.dtype).apply({"params": params["norm"]}, x)
 
-    def shift_final(self, params: Params, shift: jax.Array) -> Any:
-        """Raises an InputError: the final norm has no bias."""
-        raise InputError(
-            f"The final norm of {self.config.model_type} has no bias that could shift its result."
-        )
+    def shift_final(self, params, shift):
+        """Raises a ValueError: the final norm has no bias."""
+        raise ValueError(f"The final norm of {self.config.model_type} has no bias.")
 
     def scaled_logits(self, logits: jax.Array) -> jax.Array:
         """Logits divided and then soft-capped."""

@@ -8,12 +8,14 @@ and in written files, whatever type they were stored in, since an optimizer upda
 
 import contextlib
 import dataclasses
+import logging
+import math
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from rlhf_jax.errors import InputError
@@ -32,6 +34,10 @@ from rlhf_jax.models.special_tokens import (
 )
 from rlhf_jax.models.writing import check_params, save_model
 from rlhf_jax.parallel.partition import tree_shardings
+
+SCORE_BIAS = "score_bias"  # of a reward head, in config.json
+
+logger = logging.getLogger("rlhf_jax.models")
 
 FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, *decoder_families.FAMILIES)
 
@@ -158,16 +164,21 @@ def load_reward_model(
       dtype, mesh, remat, attention: as in `load_pretrained`.
 
     Returns:
-      (model, {"model": parameters, "head": {"kernel": f32[D]}}).
+      (model, {"model": parameters, "head": {"kernel": f32[D]}}). The head has a "bias", f32[], too
+      where `save_reward_model` wrote one. The parameters have no unembedding of their own.
 
     Raises:
       InputError: as `load_pretrained`, or the folder has several labels and none is chosen, or not
         the chosen one.
     """
-    opened = _open(folder_or_hub_name, dtype, remat, attention)
+    opened = _open_classifier(folder_or_hub_name, dtype, remat, attention)
     kernel = jax.ShapeDtypeStruct((opened.model.config.n_embd,), jnp.float32)
     shapes = {"model": param_shapes(opened.model), "head": {"kernel": kernel}}
-    return _load(opened, shapes, mesh, label)
+    model, params = _load(opened, shapes, mesh, label)
+    if (bias := _score_bias(opened.folder)) is not None:
+        bias = bias if mesh is None else jax.device_put(bias, NamedSharding(mesh, PartitionSpec()))
+        params["head"]["bias"] = bias
+    return model, params
 
 
 def check_pretrained(
@@ -190,7 +201,9 @@ def check_reward_model(
     attention: Attention = "blocks",
 ) -> Model:
     """The model of `load_reward_model`, without its parameters; raises as that does."""
-    return _check(_open(folder_or_hub_name, dtype, remat, attention), with_head=True, label=label)
+    opened = _open_classifier(folder_or_hub_name, dtype, remat, attention)
+    _score_bias(opened.folder)
+    return _check(opened, with_head=True, label=label)
 
 
 def save_pretrained(
@@ -232,24 +245,42 @@ def save_reward_model(
     tokenizer is written with that pad token, padding on the right (transformers does not shift the
     positions of this model under left padding).
 
+    A bias of the head is `score_bias` in config.json. transformers does not read it: its scores
+    differ by this constant, of which a warning is logged.
+
     Args:
       folder: as of `save_pretrained`.
       model: the language model under the head.
-      params: {"model": parameters, "head": {"kernel": [D]}}.
+      params: {"model": parameters, "head": {"kernel": [D], perhaps "bias": []}}.
       tokenizer: a transformers tokenizer, which is not changed.
 
     Raises:
       InputError: the tokenizer has more tokens than the model.
-      ValueError: the parameters are not those of the model, or the head has a bias.
+      ValueError: the parameters are not those of the model.
       OSError: the folder cannot be written.
     """
+    model, params = _tied(model), {**params, "model": model.without_unembedding(params["model"])}
     check_params(param_shapes(model), params["model"])
-    if set(params["head"]) != {"kernel"}:
-        raise ValueError(f"a reward head is {{'kernel': [D]}}, but has {sorted(params['head'])}.")
+    if not {"kernel"} <= set(params["head"]) <= {"kernel", "bias"}:
+        raise ValueError(
+            f"a reward head is {{'kernel': [D], perhaps 'bias': []}}, but has "
+            f"{sorted(params['head'])}."
+        )
     family = _family_of(model)
     config, tokenizer = with_pad_token(model.config, tokenizer)
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    texts = {"config.json": {**_config_json(family, config, family.classifier), **labels}}
+    json_object = {**_config_json(family, config, family.classifier), **labels}
+    if "bias" in params["head"]:
+        json_object[SCORE_BIAS] = bias = float(params["head"]["bias"])
+        if bias:
+            logger.warning(
+                "The scores of %s have a bias, %s in its config.json, which transformers does not "
+                "read: its scores are less by %.6g.",
+                folder,
+                SCORE_BIAS,
+                bias,
+            )
+    texts = {"config.json": json_object}
     own, slots = (_slots(family, m, with_head=True) for m in (model, family.model(config)))
     save_model(folder, family, slots, own, params, texts, tokenizer)
 
@@ -271,6 +302,28 @@ def _open(name, dtype, remat, attention) -> _Opened:
     generation = read_generation_config(folder, config)
     model = family.model(config, dtype, remat, attention, generation)
     return _Opened(folder, family, model)
+
+
+def _open_classifier(name, dtype, remat, attention) -> _Opened:
+    opened = _open(name, dtype, remat, attention)
+    return opened._replace(model=_tied(opened.model))
+
+
+def _tied(model: Model) -> Model:
+    """The architecture without an unembedding of its own."""
+    config: Any = dataclasses.replace(model.config, tie_word_embeddings=True)  # type: ignore[type-var]
+    return dataclasses.replace(model, config=config)  # type: ignore[type-var]
+
+
+def _score_bias(folder: pathlib.Path) -> jax.Array | None:
+    value = read_json(folder / "config.json").get(SCORE_BIAS)
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(
+            f"{folder / 'config.json'}: {SCORE_BIAS} must be a finite number, but is {value!r}."
+        )
+    return jnp.float32(value)
 
 
 def _load(opened: _Opened, shapes: Params, mesh, label) -> tuple[Model, Params]:

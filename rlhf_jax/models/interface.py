@@ -170,10 +170,19 @@ class Model(Protocol):
         """The final norm, [..., D] -> [..., D]."""
         ...
 
-    def shift_final(self, params: Params, shift: jax.Array) -> Params:
-        """Parameters, perhaps the trained half alone, under which `final` adds f32[D] shift.
+    @property
+    def final_has_bias(self) -> bool:
+        """Whether there is a `shift_final`: not where the final norm has no bias."""
+        ...
 
-        A family whose final norm has no bias raises an InputError.
+    def shift_final(self, params: Params, shift: jax.Array) -> Params:
+        """Parameters, perhaps the trained half alone, under which `final` adds f32[D] shift."""
+        ...
+
+    def without_unembedding(self, params: Params) -> Params:
+        """Parameters, perhaps a half, without an unembedding of their own.
+
+        A reward model computes no logits. All methods but those of logits accept the result.
         """
         ...
 

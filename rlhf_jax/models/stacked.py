@@ -1,26 +1,20 @@
-"""The methods of `interface.Model` that families of stacked blocks share.
-
-Layers are parameters stacked on axis 0 and scanned; in decoding on one CPU they are unstacked.
-"""
+"""The methods of `interface.Model` that families of stacked blocks share."""
 
 import abc
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.backend import is_on_one_cpu
 from rlhf_jax.checks import check_fields
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import embedding
-from rlhf_jax.models.attention import ATTENDED
-from rlhf_jax.models.attention_mask import AttentionMask, attention_mask, causal_mask
+from rlhf_jax.models.attention_mask import attention_mask, causal_mask
 from rlhf_jax.models.cache import (
     Cache,
     empty_cache,
@@ -29,84 +23,24 @@ from rlhf_jax.models.cache import (
     visible_in_cache,
     within_window,
 )
-from rlhf_jax.models.cudnn_attention import FORWARD, check_head_width
+from rlhf_jax.models.cudnn_attention import check_head_width
 from rlhf_jax.models.interface import Params, positions_from
+from rlhf_jax.models.layers import (
+    MAX_UNSTACKED_LAYERS,
+    Block,
+    Context,
+    UnstackedLayers,
+    decode_stacked,
+    decode_unstacked,
+    depth,
+    layer_at,
+    of_kind,
+    rematerialized,
+    run_layers,
+)
 from rlhf_jax.models.settings import Attention, Remat, check_cudnn_dtype
-from rlhf_jax.parallel.constraints import all_gather, constrain_cache, remat_all_gather
+from rlhf_jax.parallel.constraints import all_gather
 from rlhf_jax.parallel.partition import Rules, path_name
-
-MAX_UNSTACKED_LAYERS = 16  # each is compiled by itself
-
-
-class UnstackedLayers(NamedTuple):
-    """The layers of a stack, one by one."""
-
-    layers: tuple[Any, ...]
-
-
-Rotation = tuple[jax.Array, jax.Array]  # cosines and sines f32[B, L, d / 2]
-
-
-class LayerKinds(NamedTuple):
-    """Where the layers of a stack differ without a parameter; the scan reads it beside them.
-
-    Attributes:
-      is_sliding: bool[N], whether a layer attends within the window.
-      rotation: i32[N], which of the rotations a layer applies.
-    """
-
-    is_sliding: np.ndarray
-    rotation: np.ndarray
-
-
-class Context(NamedTuple):
-    """Inputs that the layers of a stack share.
-
-    Attributes:
-      rotations: cosines and sines f32[R, B, L, d / 2] of R kinds; None without.
-      kinds: of the layers; None where all are the same.
-      window: of the sliding layers; None where there are none.
-    """
-
-    rotations: Rotation | None = None
-    kinds: LayerKinds | None = None
-    window: int | None = None
-
-    def rotation(self, kind: Any) -> Rotation | None:
-        """The rotation of a layer of one kind."""
-        index = 0 if kind is None else kind.rotation
-        return jax.tree.map(lambda part: part[index], self.rotations)
-
-
-class Block(Protocol):
-    """A layer as a Linen module; in decoding, with `decode` True, by `heads` and then `attend`."""
-
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
-
-    def clone(self, *, decode: bool) -> Any: ...
-
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: AttentionMask,
-        rotation: Rotation | None,
-        past: tuple[jax.Array, jax.Array] | None,
-        deterministic: bool,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """([B, S, D], (keys, values) [B, Hk, S, d]) of [B, S, D] and the keys of a prefix."""
-        ...
-
-    def heads(
-        self, x: jax.Array, rotation: Rotation | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Scaled queries [B, H, L, d], and keys and values [B, Hk, L, d], of [B, L, D]."""
-        ...
-
-    def attend(
-        self, x: jax.Array, q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
-    ) -> jax.Array:
-        """The rest of the block [B, L, D], of queries on a cache [B, Hk, C, d]."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +64,7 @@ class StackedModel(abc.ABC):
       table: the name of the token embedding among the parameters.
       final_norm: the name of the final norm.
       norms: a part of the paths of norms, which decoding leaves in float32.
+      final_has_bias: whether the final norm has a bias.
     """
 
     config: Any
@@ -143,6 +78,7 @@ class StackedModel(abc.ABC):
     table: ClassVar[str]
     final_norm: ClassVar[str]
     norms: ClassVar[str]
+    final_has_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
@@ -218,7 +154,7 @@ class StackedModel(abc.ABC):
                 "layers takes a cache, a prefix or a shared prompt, one of the three, and no "
                 "dropout with any of them."
             )
-        count, shape = _depth(stack), x.shape
+        count, shape = depth(stack), x.shape
         first = self.config.n_layer - count if first_layer is None else first_layer
         if prefix is not None:  # [G, K * T, D]
             x = x.reshape(prefix.mask.shape[0], -1, shape[-1])
@@ -234,7 +170,7 @@ class StackedModel(abc.ABC):
 
         def body(x, layer):
             params, past, key, kind = layer
-            visible, rotation = _of_kind(kind, masks), context.rotation(kind)
+            visible, rotation = of_kind(kind, masks), context.rotation(kind)
             params = all_gather(params, self.dtype, self.partition_rules, is_layer=True)
             rngs = {} if key is None else {"dropout": key}
             x, memory = self.block.apply(
@@ -244,8 +180,8 @@ class StackedModel(abc.ABC):
 
         past = None if prefix is None else (prefix.keys, prefix.values)
         keys = None if dropout_key is None else jax.random.split(dropout_key, count)
-        others = past, keys, context.kinds
-        x, memory = _run_layers(rematerialized(body, self.remat), x, stack, others)
+        beside = past, keys, context.kinds
+        x, memory = run_layers(rematerialized(body, self.remat), x, stack, beside)
         return x.reshape(shape), None if cache is None else fill(cache, memory, mask)
 
     def _decode(self, stack, x, mask, context, cache) -> tuple[jax.Array, Cache]:
@@ -254,7 +190,7 @@ class StackedModel(abc.ABC):
         masks = [visible]
         if context.window is not None:
             masks.append(within_window(cache, visible, context.window))
-        decode = _decode_unstacked if isinstance(stack, UnstackedLayers) else _decode_stacked
+        decode = decode_unstacked if isinstance(stack, UnstackedLayers) else decode_stacked
         block = self.block.clone(decode=True)
         x, keys, values = decode(block, stack, x, context, cache, masks)
         return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
@@ -273,12 +209,19 @@ class StackedModel(abc.ABC):
 
         params = jax.tree_util.tree_map_with_path(cast, params)
         stack, table = params["layers"], embedding.table_for_decoding(params[self.output])
-        if is_on_one_cpu() and _depth(stack) <= MAX_UNSTACKED_LAYERS:
-            stack = UnstackedLayers(tuple(_layer(stack, i) for i in range(_depth(stack))))
+        if is_on_one_cpu() and depth(stack) <= MAX_UNSTACKED_LAYERS:
+            stack = UnstackedLayers(tuple(layer_at(stack, i) for i in range(depth(stack))))
         return {**params, self.output: table, "layers": stack}
 
+    def _check_trainable(self, params: Params) -> None:
+        """Raises a ValueError for parameters of `for_decoding`."""
+        embedding.check_trainable(params.get(self.output, {}))
+
+    def without_unembedding(self, params: Params) -> Params:
+        return {name: part for name, part in params.items() if name != "lm_head"}
+
     def unembedding(self, params: Params) -> jax.Array:
-        embedding.check_trainable(params[self.output])
+        self._check_trainable(params)
         return params[self.output]["embedding"]
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
@@ -304,7 +247,7 @@ class StackedModel(abc.ABC):
                 f"{tokens.shape[1]} tokens exceed the model's n_positions = "
                 f"{self.config.n_positions}; shorten the sequences."
             )
-        embedding.check_trainable(params[self.output])
+        self._check_trainable(params)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         positions = positions_from(mask)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -319,8 +262,8 @@ class StackedModel(abc.ABC):
 
     def split(self, params: Params, num_layers_unfrozen: int) -> tuple[Params, Params]:
         """The embeddings, and with them the unembedding, freeze with any layer."""
-        embedding.check_trainable(params[self.output])
-        count = _depth(params["layers"])
+        self._check_trainable(params)
+        count = depth(params["layers"])
         if not 0 <= num_layers_unfrozen <= count:
             raise InputError(
                 f"num_layers_unfrozen must be from 0 to n_layer = {count}, "
@@ -339,106 +282,3 @@ class StackedModel(abc.ABC):
         halves = frozen["layers"], trained["layers"]
         stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *halves)
         return {**frozen, **trained, "layers": stack}
-
-
-def _depth(stack: Any) -> int:
-    if isinstance(stack, UnstackedLayers):
-        return len(stack.layers)
-    return jax.tree.leaves(stack)[0].shape[0]
-
-
-def _layer(stack: Any, index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], stack)
-
-
-def _of_kind(kind: Any, parts: list[Any]) -> Any:
-    """Of [full] or [full, sliding] parts that of a layer of one kind."""
-    if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda full, near: jnp.where(kind.is_sliding, near, full), *parts)
-
-
-def _run_layers(body: Any, x: jax.Array, stack: Any, others: Any) -> tuple[jax.Array, Any]:
-    """`jax.lax.scan` of body(x, (layer, *others)) over a stack, or a loop over `UnstackedLayers`.
-
-    The loop returns each output of the body as a tuple instead of a stacked array.
-    """
-    if not isinstance(stack, UnstackedLayers):
-        return jax.lax.scan(body, x, (stack, *others))
-    outputs = []
-    for i, layer in enumerate(stack.layers):
-        x, output = body(x, (layer, *_layer(others, i)))
-        outputs.append(output)
-    return x, jax.tree.map(lambda *leaves: leaves, *outputs)
-
-
-def _decode_stacked(block, stack, x, context, cache, masks):
-    def body(carry, layer):
-        x, keys, values, i = carry
-        params, kind = {"params": layer[0]}, layer[1]
-        q, *new = block.apply(params, x, context.rotation(kind), method="heads")
-        # Written first and then read: XLA copies a cache that is read and then written.
-        keys, values = (
-            jax.lax.dynamic_update_slice(memory, part[None], (i, 0, 0, cache.length, 0))
-            for memory, part in zip((keys, values), new, strict=True)
-        )
-        past = (jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values))
-        x = block.apply(params, x, q, *past, _of_kind(kind, masks), method="attend")
-        return (x, keys, values, i + 1), None
-
-    past = (constrain_cache(cache.keys), constrain_cache(cache.values))
-    (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), (stack, context.kinds))
-    return x, keys, values
-
-
-def _decode_unstacked(block, stack, x, context, cache, masks):
-    at, memories = (0, 0, cache.length, 0), []
-    for i, (params, *past) in enumerate(zip(stack.layers, cache.keys, cache.values, strict=True)):
-        kind = _layer(context.kinds, i)
-        q, *new = block.apply({"params": params}, x, context.rotation(kind), method="heads")
-        past = [
-            jax.lax.dynamic_update_slice(memory, part, at)
-            for memory, part in zip(past, new, strict=True)
-        ]
-        visible = _of_kind(kind, masks)
-        x = block.apply({"params": params}, x, q, *past, visible, method="attend")
-        memories.append(past)
-    keys, values = zip(*memories, strict=True)
-    return x, keys, values
-
-
-def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether it is cuDNN's attention, whose outputs cannot be named with `checkpoint_name`."""
-    return primitive.name == FORWARD
-
-
-_POLICIES = {
-    "full": None,
-    # Products with parameters have no batch axes; those inside attention have.
-    "dots": functools.reduce(
-        jax.checkpoint_policies.save_from_both_policies,
-        (
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(ATTENDED),
-            _is_cudnn,
-        ),
-    ),
-}
-
-
-def rematerialized(body: Any, remat: Remat) -> Any:
-    """The body of a scan over layers, whose backward pass computes some values again.
-
-    Args:
-      body: (carry, layer) -> (carry, output).
-      remat: "none" saves everything except parameters gathered from other devices; "full" the
-        carry alone, so that the layer is computed again; "dots" also the products with parameters
-        and the outputs of attention, so that norms and activations are computed again. Values and
-        gradients are the same.
-
-    Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
-    """
-    if remat == "none":
-        return remat_all_gather(body)
-    # In a scan the compiler cannot merge the two computations, which is what CSE would do.
-    return jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])

@@ -40,8 +40,18 @@ Batch = PairBatch | RankingBatch
 
 
 def init_params(model: Model, params: Params, key: jax.Array) -> Params:
-    """{"model": params, "head": a fresh reward head}."""
-    return {"model": params, "head": init_reward_head(key, model.config.n_embd)}
+    """{"model": params, "head": a fresh reward head}, without an unembedding.
+
+    The head has a bias, which starts at 0, where `normalize_scores` needs one.
+    """
+    return _with_bias(model, {"model": params, "head": init_reward_head(key, model.config.n_embd)})
+
+
+def _with_bias(model: Model, params: Params) -> Params:
+    head = params["head"]
+    if not model.final_has_bias and "bias" not in head:
+        head = {**head, "bias": jnp.zeros((), jnp.float32)}
+    return {"model": model.without_unembedding(params["model"]), "head": head}
 
 
 def init_state(
@@ -65,6 +75,7 @@ def init_state(
     """
     if set(params) != {"model", "head"}:
         params = init_params(model, params, key)
+    params = _with_bias(model, params)
     trained, frozen = trainable.split(
         model, params["model"], settings.num_layers_unfrozen, settings.section
     )
@@ -186,13 +197,16 @@ def normalize_scores(
         w' = w / deviation
         h' = h - mean * w / |w|^2                for all hidden states h
 
-    so that w' . h' = (w . h - mean) / deviation. A reward head has no bias: the shift goes into the
-    final layer norm (`Model.shift_final`), and the exported folder is still one whose scores
-    transformers reads as they are. The hidden states move by mean / |w|, all alike and along w.
+    so that w' . h' = (w . h - mean) / deviation. The shift goes into the final layer norm
+    (`Model.shift_final`), so that transformers, whose heads have no bias, scores an exported folder
+    alike. The hidden states move by mean / |w|, all alike and along w.
+
+    Where the final norm has no bias, that of the head takes the shift, b' = (b - mean) / deviation,
+    and the scores of transformers, which does not read it, differ by this constant.
 
     Args:
-      params: {"model": ..., "head": {"kernel": f32[D]}}; of the model's, those that
-        `shift_final` changes.
+      params: {"model": ..., "head": {"kernel": f32[D], perhaps "bias": f32[]}}; of the model's,
+        those that `shift_final` changes.
       mean, deviation: f32[] of its scores; the kernel is not zero, or they would not differ.
 
     Ziegler et al., Fine-Tuning Language Models from Human Preferences, section 2.1
@@ -209,6 +223,9 @@ def normalize_scores(
     7.3125 7.3125
     """
     kernel = params["head"]["kernel"]
+    if not model.final_has_bias:
+        bias = (params["head"].get("bias", 0.0) - mean) / deviation
+        return {**params, "head": {"kernel": kernel / deviation, "bias": jnp.float32(bias)}}
     shift = -mean * kernel / jnp.sum(jnp.square(kernel))
     return {
         **params,

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_jax.models import stacked
 from rlhf_jax.models.interface import SharedPrompt, positions_from
-from rlhf_jax.models.stacked import UnstackedLayers
+from rlhf_jax.models.layers import UnstackedLayers
 from tests.models.tiny_gpt2 import CONFIG, MODEL, VOCABULARY, hidden, pad
 
 

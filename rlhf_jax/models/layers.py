@@ -1,0 +1,196 @@
+"""Stacks of layers: scanned, in decoding on one CPU one by one, and rematerialized."""
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.attention import ATTENDED
+from rlhf_jax.models.attention_mask import AttentionMask
+from rlhf_jax.models.cudnn_attention import FORWARD
+from rlhf_jax.models.settings import Remat
+from rlhf_jax.parallel.constraints import constrain_cache, remat_all_gather
+
+MAX_UNSTACKED_LAYERS = 16  # each is compiled by itself
+
+
+class UnstackedLayers(NamedTuple):
+    """The layers of a stack, one by one."""
+
+    layers: tuple[Any, ...]
+
+
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines f32[B, L, d / 2]
+
+
+class LayerKinds(NamedTuple):
+    """Where the layers of a stack differ without a parameter; the scan reads it beside them.
+
+    Attributes:
+      is_sliding: bool[N], whether a layer attends within the window.
+      rotation: i32[N], which of the rotations a layer applies.
+    """
+
+    is_sliding: np.ndarray
+    rotation: np.ndarray
+
+
+class Context(NamedTuple):
+    """Inputs that the layers of a stack share.
+
+    Attributes:
+      rotations: cosines and sines f32[R, B, L, d / 2] of R kinds; None without.
+      kinds: of the layers; None where all are the same.
+      window: of the sliding layers; None where there are none.
+    """
+
+    rotations: Rotation | None = None
+    kinds: LayerKinds | None = None
+    window: int | None = None
+
+    def rotation(self, kind: Any) -> Rotation | None:
+        """The rotation of a layer of one kind."""
+        index = 0 if kind is None else kind.rotation
+        return jax.tree.map(lambda part: part[index], self.rotations)
+
+
+class Block(Protocol):
+    """A layer as a Linen module; in decoding, with `decode` True, by `heads` and then `attend`.
+
+    `rotation` is `Context.rotation`, which a family without rotary positions does not read.
+    """
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    def clone(self, *, decode: bool) -> Any: ...
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: AttentionMask,
+        rotation: Any,
+        past: tuple[jax.Array, jax.Array] | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """([B, S, D], (keys, values) [B, Hk, S, d]) of [B, S, D] and the keys of a prefix."""
+        ...
+
+    def heads(self, x: jax.Array, rotation: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scaled queries [B, H, L, d], and keys and values [B, Hk, L, d], of [B, L, D]."""
+        ...
+
+    def attend(
+        self, x: jax.Array, q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+    ) -> jax.Array:
+        """The rest of the block [B, L, D], of queries on a cache [B, Hk, C, d]."""
+        ...
+
+
+def depth(stack: Any) -> int:
+    """The number of layers."""
+    if isinstance(stack, UnstackedLayers):
+        return len(stack.layers)
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def layer_at(stack: Any, index: int) -> Any:
+    """One layer of a stack, or of arrays beside it."""
+    return jax.tree.map(lambda leaf: leaf[index], stack)
+
+
+def of_kind(kind: Any, parts: list[Any]) -> Any:
+    """Of [full] or [full, sliding] parts that of a layer of one kind."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda full, near: jnp.where(kind.is_sliding, near, full), *parts)
+
+
+def run_layers(body: Any, x: jax.Array, stack: Any, others: Any) -> tuple[jax.Array, Any]:
+    """`jax.lax.scan` of body(x, (layer, *others)) over a stack, or a loop over `UnstackedLayers`.
+
+    The loop returns each output of the body as a tuple instead of a stacked array.
+    """
+    if not isinstance(stack, UnstackedLayers):
+        return jax.lax.scan(body, x, (stack, *others))
+    outputs = []
+    for i, layer in enumerate(stack.layers):
+        x, output = body(x, (layer, *layer_at(others, i)))
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: leaves, *outputs)
+
+
+def decode_stacked(block, stack, x, context, cache, masks):
+    """(x [B, L, D], keys, values) after a scan over a stack and the cache of its layers."""
+
+    def body(carry, layer):
+        x, keys, values, i = carry
+        params, kind = {"params": layer[0]}, layer[1]
+        q, *new = block.apply(params, x, context.rotation(kind), method="heads")
+        # Written first and then read: XLA copies a cache that is read and then written.
+        keys, values = (
+            jax.lax.dynamic_update_slice(memory, part[None], (i, 0, 0, cache.length, 0))
+            for memory, part in zip((keys, values), new, strict=True)
+        )
+        past = (jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values))
+        x = block.apply(params, x, q, *past, of_kind(kind, masks), method="attend")
+        return (x, keys, values, i + 1), None
+
+    past = (constrain_cache(cache.keys), constrain_cache(cache.values))
+    (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), (stack, context.kinds))
+    return x, keys, values
+
+
+def decode_unstacked(block, stack, x, context, cache, masks):
+    """As `decode_stacked`, of `UnstackedLayers`, whose keys and values are tuples."""
+    at, memories = (0, 0, cache.length, 0), []
+    for i, (params, *past) in enumerate(zip(stack.layers, cache.keys, cache.values, strict=True)):
+        kind = layer_at(context.kinds, i)
+        q, *new = block.apply({"params": params}, x, context.rotation(kind), method="heads")
+        past = [
+            jax.lax.dynamic_update_slice(memory, part, at)
+            for memory, part in zip(past, new, strict=True)
+        ]
+        visible = of_kind(kind, masks)
+        x = block.apply({"params": params}, x, q, *past, visible, method="attend")
+        memories.append(past)
+    keys, values = zip(*memories, strict=True)
+    return x, keys, values
+
+
+def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether it is cuDNN's attention, whose outputs cannot be named with `checkpoint_name`."""
+    return primitive.name == FORWARD
+
+
+_POLICIES = {
+    "full": None,
+    # Products with parameters have no batch axes; those inside attention have.
+    "dots": functools.reduce(
+        jax.checkpoint_policies.save_from_both_policies,
+        (
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(ATTENDED),
+            _is_cudnn,
+        ),
+    ),
+}
+
+
+def rematerialized(body: Any, remat: Remat) -> Any:
+    """The body of a scan over layers, whose backward pass computes some values again.
+
+    Args:
+      body: (carry, layer) -> (carry, output).
+      remat: "none" saves everything except parameters gathered from other devices; "full" the
+        carry alone, so that the layer is computed again; "dots" also the products with parameters
+        and the outputs of attention, so that norms and activations are computed again. Values and
+        gradients are the same.
+
+    Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
+    """
+    if remat == "none":
+        return remat_all_gather(body)
+    # In a scan the compiler cannot merge the two computations, which is what CSE would do.
+    return jax.checkpoint(body, prevent_cse=False, policy=_POLICIES[remat])
