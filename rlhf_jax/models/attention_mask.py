@@ -71,8 +71,8 @@ def attention_mask(
     """
     if prefix is not None:
         own_mask = mask.reshape(prefix.mask.shape[0], -1, mask.shape[1])
-        before = positions_from(prefix.mask)
-        past = _past_mask(prefix.mask, before, positions, own_mask.shape, window)
+        places = positions_from(prefix.mask)
+        past = _past_mask(prefix.mask, places, positions, own_mask.shape, window)
         return AttentionMask(causal_mask(own_mask, window), past=past)
     if shared is None:
         return AttentionMask(causal_mask(mask, window)[:, None])

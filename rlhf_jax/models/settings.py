@@ -12,7 +12,7 @@ Attention = Literal["blocks", "cudnn"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """The section `model`: where the parameters come from, or the sizes of a fresh GPT-2.
+    """The section `model`: where the parameters come from, or the sizes of a fresh model.
 
     Attributes:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
@@ -21,6 +21,7 @@ class ModelSettings:
       reference_path: folder or hub name of the policy that evaluation compares with.
       value_path: folder or hub name of the reward model that PPO's value model starts from, with
         `ppo.value_model: reward`; null means `reward_path`.
+      family: `model_type` of a fresh model, such as gpt2, llama, qwen3 or gemma3_text.
       n_layer, n_head, n_embd, n_positions: of a fresh model.
       dropout: of a fresh model, in supervised fine-tuning alone.
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
@@ -34,6 +35,7 @@ class ModelSettings:
     reward_path: str | None = None
     reference_path: str | None = None
     value_path: str | None = None
+    family: str = "gpt2"
     n_layer: PositiveInt = 4
     n_head: PositiveInt = 4
     n_embd: PositiveInt = 128

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # and not when it is looked through for doctests
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 import functools
+import operator
 import sys
 from pathlib import Path
 
@@ -21,11 +22,13 @@ import optax
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.models import huggingface, reading
 from rlhf_jax.models.huggingface import (
+    fresh_model,
     load_pretrained,
     load_reward_model,
     save_pretrained,
     save_reward_model,
 )
+from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
@@ -78,14 +81,18 @@ def main(base):
             old, new = (folder / each / "model.safetensors" for each in (name, f"{name}_again"))
             assert old.read_bytes() == new.read_bytes(), (sizes, name)
     check_split()
-    check_second_family(folder)
-
-
-def check_second_family(folder):
-    """A step of a second family on a mesh equals one device, from a folder to a folder."""
     huggingface.FAMILIES = (*huggingface.FAMILIES, tiny_family.FAMILY)
-    model = tiny_family.Tiny(tiny_family.TinyConfig())
-    save_pretrained(folder / "tiny", model, model.init(jax.random.key(1)))
+    check_family(folder / "tiny", tiny_family.Tiny(tiny_family.TinyConfig()), ("k", "kernel"))
+    sizes = ModelSettings(n_layer=2, n_embd=16, n_head=4, n_positions=16, dropout=0.0)
+    for name in ("olmo2", "phi3", "gemma2"):  # norms of full projections, fused ones, two kinds
+        model = fresh_model(sizes, vocab_size=11, model_type=name)
+        leaf = ("qkv_proj" if name == "phi3" else "k_proj", "kernel")
+        check_family(folder / name, model, ("self_attn", *leaf))
+
+
+def check_family(folder, model, leaf):
+    """A step of a family on a mesh equals one device, from a folder to a folder."""
+    save_pretrained(folder / "base", model, model.init(jax.random.key(1)))
     settings = sft.Settings(batch_size=8, dropout=False)
     optimizer = optax.sgd(0.1)  # Adam would scale up the rounding of gradients that are zero
     tokens = np.random.default_rng(0).integers(1, 11, (8, 6)).astype(np.int32)
@@ -104,18 +111,20 @@ def check_second_family(folder):
 
     one = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(one):
-        expected = train(one, load_pretrained(folder / "tiny", mesh=one)[1])
+        expected = train(one, load_pretrained(folder / "base", mesh=one)[1])
     mesh = make_mesh(MeshSettings(2, 2, 2))
     with jax.set_mesh(mesh):
-        _, params = load_pretrained(folder / "tiny", mesh=mesh)
-        kernel = params["layers"]["k"]["kernel"]  # [2, 16, 8]
-        assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 4)}
+        _, params = load_pretrained(folder / "base", mesh=mesh)
+        kernel = functools.reduce(operator.getitem, leaf, params["layers"])
+        layers, rows, columns = kernel.shape
+        shape = (layers, rows // 2, columns // 2)
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {shape}
         found = train(mesh, params)
-        save_pretrained(folder / "tiny_trained", model, found[0])
+        save_pretrained(folder / "trained", model, found[0])
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected
     )
-    assert_same(load_pretrained(folder / "tiny_trained")[1], jax.device_get(found[0]))
+    assert_same(load_pretrained(folder / "trained")[1], jax.device_get(found[0]))
 
 
 if __name__ == "__main__":
