@@ -58,7 +58,7 @@ def _difference(length: int, implementation: Any) -> tuple[float, float]:
 
     def run(attention, **others):
         def loss(q, k, v, memory):
-            past = None if memory is None else Past(memory[0], memory[1], mask)
+            past = None if memory is None else Past(memory[0], memory[1], mask[:, None, None])
             out = attention(q, k, v, visible, past, **others)
             return jnp.sum((out * weights).astype(jnp.float32)), out
 

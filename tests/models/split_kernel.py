@@ -61,7 +61,7 @@ def check_split():
 
     def run(implementation):
         def loss(q, k, v, memory):
-            past = Past(memory[0], memory[1], jnp.ones((4, 2), bool))
+            past = Past(memory[0], memory[1], jnp.ones((4, 1, 1, 2), bool))
             both = (
                 attend_by_cudnn(q, k, v, visible, each, implementation=implementation)
                 for each in (None, past)
