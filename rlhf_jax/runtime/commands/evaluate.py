@@ -27,13 +27,14 @@ from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.evaluation import policies, teacher_forced
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
-from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
+from rlhf_jax.runtime.evaluation.pairs import curve_table, pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
 from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
 from rlhf_jax.runtime.parsing import to_yaml
-from rlhf_jax.runtime.report.content import format_table, holds_config_of_a_run
 from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.report.stages import holds_config_of_a_run
+from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
 from rlhf_jax.runtime.run.folder import disk_errors, replace_file
@@ -63,7 +64,8 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
         evaluation = kinds[config.kind](config)
     _save_config(config)
     policies.save_evaluation(config.run_dir, evaluation)
-    print(format_table(evaluation["table"]))
+    curves = curve_table(evaluation) if config.kind == "pairs" else []
+    print(format_table([*evaluation["table"], *curves]))
     print(f"evaluation: the report is in {write_report(config.run_dir)}", file=sys.stderr)
     return evaluation
 

@@ -186,8 +186,7 @@ class RewardModelProduct:
                 lambda batch: hosts.to_host(step(params, hosts.put(batch, sharding))),
                 eval_batches(self.held_out, self.config.settings.eval_batch_size),
             )
-            # The table is for a terminal; the charts of the report show the same.
-            save_evaluation(self.config.run_dir, {**pair_evaluation(pairs), "table": []})
+            save_evaluation(self.config.run_dir, pair_evaluation(pairs))
         shared.export(self.config.run_dir, save_reward_model, self.model, params, self.tokenizer)
 
 
