@@ -20,7 +20,7 @@ def page_name(path):
 
 @pytest.fixture
 def public_names(monkeypatch):
-    """docs/_ext/public_names.py, which says what the directives of the reference stand for."""
+    """docs/_ext/public_names.py, which lists the names of each directive of the reference."""
     monkeypatch.syspath_prepend(DOCS / "_ext")
     return importlib.import_module("public_names")
 
@@ -38,8 +38,8 @@ def entries(public_names):
 
 
 def test_each_name_of_rlhf_jax_is_in_the_reference_once(public_names):
-    found = [name for module, name in entries(public_names) if module == "rlhf_jax.functional"]
-    assert sorted(found) == sorted(set(rlhf_jax.__all__) - {"__version__", "functional"})
+    listed = [name for module, name in entries(public_names) if module == "rlhf_jax.functional"]
+    assert sorted(listed) == sorted(set(rlhf_jax.__all__) - {"__version__", "functional"})
 
 
 def test_each_file_of_functional_is_in_the_overview(public_names):
@@ -82,14 +82,14 @@ def test_each_name_of_models_rollout_and_training_is_in_the_reference(package, p
 
 @pytest.mark.parametrize("name", ["rlhf_jax.batches", "rlhf_jax.errors"])
 def test_each_name_of_a_single_file_is_in_the_reference(name, public_names):
-    found = {entry for module, entry in entries(public_names) if module == name}
-    assert found == defined_names(importlib.import_module(name))
+    listed = {entry for module, entry in entries(public_names) if module == name}
+    assert listed == defined_names(importlib.import_module(name))
 
 
 @pytest.mark.parametrize("name", ["rlhf_jax.data", "rlhf_jax.parallel", "rlhf_jax.runtime"])
 def test_what_a_package_offers_is_in_the_reference(name, public_names):
-    found = {entry for module, entry in entries(public_names) if module == name}
-    assert found == set(importlib.import_module(name).__all__)
+    listed = {entry for module, entry in entries(public_names) if module == name}
+    assert listed == set(importlib.import_module(name).__all__)
 
 
 def test_each_configuration_is_in_the_reference(public_names):
@@ -99,8 +99,8 @@ def test_each_configuration_is_in_the_reference(public_names):
 
 
 def test_no_name_has_two_entries(public_names):
-    found = entries(public_names)
-    assert len(found) == len(set(found))
+    listed = entries(public_names)
+    assert len(listed) == len(set(listed))
 
 
 def test_each_page_is_in_the_tree_once():
@@ -111,8 +111,8 @@ def test_each_page_is_in_the_tree_once():
         for line in block.splitlines()
         if line.strip() and not line.startswith(":")
     ]
-    found = [page_name((path.parent / f"{entry}.md").resolve()) for path, entry in trees]
-    assert sorted([*found, "index"]) == [page_name(path) for path in PAGES]
+    listed = [page_name((path.parent / f"{entry}.md").resolve()) for path, entry in trees]
+    assert sorted([*listed, "index"]) == [page_name(path) for path in PAGES]
 
 
 def anchors(path):

@@ -106,15 +106,17 @@ def test_the_configuration_fed_back_and_an_interrupt_change_nothing(
 
 def test_a_reward_model_that_is_trained_already_is_used(tmp_path, finished):
     folder, _ = finished
-    given = small.rlhf(tmp_path, model={"path": f"{folder}/sft/hf"})
-    given["model"]["reward_path"] = f"{folder}/reward/hf"
-    run_rlhf(given | {"tokenizer": {"path": f"{folder}/sft/hf"}})
+    settings = small.rlhf(tmp_path, model={"path": f"{folder}/sft/hf"})
+    settings["model"]["reward_path"] = f"{folder}/reward/hf"
+    run_rlhf(settings | {"tokenizer": {"path": f"{folder}/sft/hf"}})
     assert not (tmp_path / "reward").exists()
     assert (tmp_path / "ppo" / "hf" / "model.safetensors").exists()
     assert (tmp_path / "report.html").exists()
 
 
-def test_what_the_readme_asks_of_the_demo_fits_its_models(finished, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_fit_the_models_of_the_demo(
+    finished, tmp_path, monkeypatch, capsys
+):
     """The models of this run have as many positions as those of the demo."""
     root = Path(__file__).resolve().parents[1]
     demo = yaml.safe_load((root / "configs" / "demo" / "rlhf.yaml").read_text())
@@ -125,9 +127,9 @@ def test_what_the_readme_asks_of_the_demo_fits_its_models(finished, tmp_path, mo
     }
     monkeypatch.chdir(tmp_path)
     text = (root / "README.md").read_text().replace("\\\n", " ")
-    given = re.findall(r"^\S*rlhf (\w+) (.*runs/demo/.*)$", text, re.M)
-    assert {name for name, _ in given} == set(commands)
-    for name, flags in given:
+    examples = re.findall(r"^\S*rlhf (\w+) (.*runs/demo/.*)$", text, re.M)
+    assert {name for name, _ in examples} == set(commands)
+    for name, flags in examples:
         commands[name](shlex.split(flags.replace("runs/demo", str(finished[0]))))
     printed = capsys.readouterr().out
     assert '"response"' in printed

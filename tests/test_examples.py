@@ -61,12 +61,12 @@ def test_texts_of_flax_nnx_count_and_have_as_many_mistakes_as_asked_for(example)
     flax_nnx = example("flax_nnx")
     for mistakes in (0, 1, 3):
         tokens, mask = flax_nnx.make_texts(np.random.default_rng(0), 50, mistakes)
-        for row, real in zip(tokens, mask, strict=True):
-            *digits, last = row[real]
+        for sequence, real in zip(tokens, mask, strict=True):
+            *digits, last = sequence[real]
             expected = (digits[0] - 2 + np.arange(len(digits))) % flax_nnx.DIGITS + 2
             assert np.sum(digits != expected) == mistakes
             assert last == flax_nnx.EOS
-            assert (row[~real] == flax_nnx.PAD).all()
+            assert (sequence[~real] == flax_nnx.PAD).all()
 
 
 @pytest.mark.slow
@@ -77,8 +77,8 @@ def test_the_sweep_is_one_program_whose_rows_are_the_single_runs(example, capsys
     assert sweep.sweep._cache_size() == 1
 
     pairs = [(clip, coef) for clip in sweep.CLIP_RANGES for coef in sweep.KL_COEFS]
-    rows = capsys.readouterr().out.splitlines()[1:]
-    assert len(rows) == len(pairs)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == len(pairs)
     train, equal = jax.jit(sweep.train), []
     for index, (clip_range, kl_coef) in enumerate(pairs):
         for column, seed in enumerate(sweep.SEEDS):

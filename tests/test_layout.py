@@ -58,7 +58,7 @@ THIRD_PARTY = {
     "rollout": ARRAYS,
     "training": ARRAYS | {"optax"},
 }
-# The hub is asked only for a model that is no local folder, and imported only then.
+# The hub is queried only for a model that is no local folder, and imported only then.
 LATE = {"rlhf_jax/models/folders.py": {"huggingface_hub"}}
 
 SOURCES = sorted([*ROOT.glob("rlhf_jax/**/*.py"), *ROOT.glob("scripts/**/*.py")])
@@ -127,13 +127,13 @@ def test_no_two_files_import_each_other():
     files = {module_name(path): path for path in SOURCES if "benchmark" not in path.parts}
     imports = {}
     for name, path in files.items():
-        found = {each for each in imported_modules(path) if each in files}
-        found |= {each.rpartition(".")[0] for each in imported_modules(path)} & {*files}
-        imports[name] = found - {name}
+        imported = {each for each in imported_modules(path) if each in files}
+        imported |= {each.rpartition(".")[0] for each in imported_modules(path)} & {*files}
+        imports[name] = imported - {name}
     pairs = {
         tuple(sorted((one, other)))
-        for one, found in imports.items()
-        for other in found
+        for one, imported in imports.items()
+        for other in imported
         if one in imports[other] and not _is_package_of(one, other)
     }
     assert not pairs

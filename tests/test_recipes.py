@@ -1,4 +1,4 @@
-"""The configurations of configs/: each is read, and each recipe runs a few steps when made tiny."""
+"""The configurations of configs/: each is read, and each recipe runs a few steps when tiny."""
 
 import copy
 import gzip
@@ -29,7 +29,7 @@ KINDS = {
 }
 STAGES = ("sft", "reward", "ppo")
 STEPS = 2
-# What makes a recipe tiny; all that is left out here is the recipe's own. With one optimizer and
+# The settings that make a recipe tiny; all others are its own. With one optimizer and
 # one length of texts the recipes share compiled steps.
 MODEL = {"path": None, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64}
 LENGTHS = {"max_length": 64, "max_prompt_length": 40, "max_response_length": 24}
@@ -88,10 +88,10 @@ def command_of(path):
 @pytest.mark.parametrize("path", RECIPES)
 def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    made = config.resolve(KINDS[command_of(path)], path)
-    assert made.run_dir.startswith("runs/")
-    optimizers = made.optimizer
-    is_pipeline = isinstance(made, config.RLHFConfig)
+    recipe = config.resolve(KINDS[command_of(path)], path)
+    assert recipe.run_dir.startswith("runs/")
+    optimizers = recipe.optimizer
+    is_pipeline = isinstance(recipe, config.RLHFConfig)
     for each in [getattr(optimizers, s) for s in STAGES] if is_pipeline else [optimizers]:
         make_optimizer(each, 10)
 
@@ -120,26 +120,28 @@ def tiny_data(data, folder):
 
 
 def tiny(path, folder):
-    """The configuration of a recipe, made tiny."""
-    made = copy.deepcopy(yaml.safe_load((ROOT / path).read_text()))
-    one_stage = not (STAGES[0] in made["data"] and STAGES[2] in made["data"])
+    """The configuration of a recipe with tiny sizes."""
+    recipe = copy.deepcopy(yaml.safe_load((ROOT / path).read_text()))
+    one_stage = not (STAGES[0] in recipe["data"] and STAGES[2] in recipe["data"])
     if one_stage:
-        made["data"] = tiny_data(made["data"], folder)
-        made["optimizer"] = OPTIMIZER
+        recipe["data"] = tiny_data(recipe["data"], folder)
+        recipe["optimizer"] = OPTIMIZER
     else:
-        made["optimizer"] = dict.fromkeys(STAGES, OPTIMIZER)
-        made["data"] = {name: tiny_data(data, folder) for name, data in made["data"].items()}
-    for stage in set(STAGES) & set(made):
-        made[stage] |= BATCH[stage]
-        if "num_layers_unfrozen" in made[stage]:  # the one layer, over frozen embeddings
-            made[stage]["num_layers_unfrozen"] = 1
-    paths = {name: str(folder / there) for name, there in made["model"].items() if "runs/" in there}
-    made["model"] = {**MODEL, **paths}
-    made["tokenizer"] = {"vocab_size": 300} if not paths else {}
-    made["generation"] = {"max_new_tokens": 4}
+        recipe["optimizer"] = dict.fromkeys(STAGES, OPTIMIZER)
+        recipe["data"] = {name: tiny_data(data, folder) for name, data in recipe["data"].items()}
+    for stage in set(STAGES) & set(recipe):
+        recipe[stage] |= BATCH[stage]
+        if "num_layers_unfrozen" in recipe[stage]:  # the one layer, over frozen embeddings
+            recipe[stage]["num_layers_unfrozen"] = 1
+    paths = {
+        name: str(folder / there) for name, there in recipe["model"].items() if "runs/" in there
+    }
+    recipe["model"] = {**MODEL, **paths}
+    recipe["tokenizer"] = {"vocab_size": 300} if not paths else {}
+    recipe["generation"] = {"max_new_tokens": 4}
     if command_of(path) in ("train_reward", "train_ppo"):
-        made.pop("generation")
-    return made | {"logging": LOGGING, "run_dir": str(folder / made["run_dir"])}
+        recipe.pop("generation")
+    return recipe | {"logging": LOGGING, "run_dir": str(folder / recipe["run_dir"])}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,15 +156,15 @@ def cached_datasets(tmp_path_factory):
 
 
 def run(path, folder, **model):
-    made = tiny(path, folder)
-    made["model"] |= model
+    recipe = tiny(path, folder)
+    recipe["model"] |= model
     if model:  # a reward model goes with the tokenizer of the policy
-        made["tokenizer"] = {"path": model["reward_path"]}
-    return getattr(runtime, command_of(path))(made).metrics
+        recipe["tokenizer"] = {"path": model["reward_path"]}
+    return getattr(runtime, command_of(path))(recipe).metrics
 
 
 def assert_ran(metrics, ppo_folder, ending):
-    """Each stage took its steps, and PPO's prompts are what the recipe says."""
+    """Each stage took its steps, and PPO's prompts are those of the recipe."""
     assert {value for name, value in metrics.items() if name.endswith("/step")} == {float(STEPS)}
     assert 0 < metrics["sft/train/loss"] < 8
     assert 0 < metrics.get("reward/train/loss", 1.0) < 3
@@ -176,11 +178,11 @@ def assert_ran(metrics, ppo_folder, ending):
 def tldr(tmp_path_factory):
     """The three stages of configs/tldr/ in a row, as (folder, metrics)."""
     folder = tmp_path_factory.mktemp("tldr")
-    found = {}
+    all_metrics = {}
     for stage in STAGES:
         metrics = run(f"configs/tldr/{stage}.yaml", folder)
-        found |= {f"{stage}/{name}": value for name, value in metrics.items()}
-    return folder / "runs" / "tldr", found
+        all_metrics |= {f"{stage}/{name}": value for name, value in metrics.items()}
+    return folder / "runs" / "tldr", all_metrics
 
 
 def test_tldr_runs_a_few_steps(tldr):
@@ -223,7 +225,7 @@ def write_lines(file, rows):
 @pytest.mark.parametrize("path", [path for path in RECIPES if "_small" in path])
 def test_the_small_recipes_read_their_files(path, tmp_path, monkeypatch):
     """Files as the comments describe them, and the pairs that the commands there make of them."""
-    made = config.resolve(config.RLHFConfig, ROOT / path)
+    recipe = config.resolve(config.RLHFConfig, ROOT / path)
     monkeypatch.chdir(tmp_path)
     for split in ("train", "validation"):
         write_lines(f"imdb/{split}.jsonl.gz", ROWS["stanfordnlp/imdb"])
@@ -234,7 +236,7 @@ def test_the_small_recipes_read_their_files(path, tmp_path, monkeypatch):
         pairs = f"dialogsum/pairs_{split}.jsonl"
         assert pair_by_prompt(f"dialogsum/{split}.jsonl.gz", pairs) == len(POSTS)
     for stage, kind in zip(STAGES, ("text", "pairs", "prompts"), strict=True):
-        train, held_out = load_examples(getattr(made.data, stage), kind)
+        train, held_out = load_examples(getattr(recipe.data, stage), kind)
         assert len(train) == len(held_out) == len(POSTS)
 
 

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- table: tools/scaling_table.py -->", "<!-- end of the table -->"
 HEADER = (
-    "| Model | Stage | Slice | data x fsdp x tensor | Settings | State | Held at most | Fits | "
-    "FLOPs | Received | At least | Bound by | What breaks, or is largest |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| Model | Stage | Slice | data x fsdp x tensor | Settings | State and batch | Held at most | "
+    "FLOPs | At least |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -76,37 +76,15 @@ def compile_row(row: list[str], common: dict[str, str], file: Path) -> None:
 def line_of(row: list[str], numbers: dict[str, Any]) -> str:
     """One line of the table: sums over the programs, and the most memory that one of them holds."""
     programs = numbers["programs"]
-    flops = sum(program["flops"] for program in programs)
-    refused = [program for program in programs if "needed" in program]
+    refused = [program for program in programs if not program["fits"]]
     if refused:
-        remark = f"needs {refused[0]['needed']} of {refused[0]['available']}"
-        numbers_cells = ["", "", "no", f"{flops:.3g}", "", "", "", remark]
+        memory = ["", f"does not fit: {refused[0]['needed']} of {refused[0]['available']}"]
     else:
-        slowest = max((program["seconds"] for program in programs), key=lambda s: max(s.values()))
-        seconds = sum(max(program["seconds"].values()) for program in programs)
-        numbers_cells = [
-            gib(max(program["arguments"] + program["unread"] for program in programs)),
-            gib(max(program["peak"] + program["unread"] for program in programs)),
-            "yes" if all(program["fits"] for program in programs) else "no",
-            f"{flops:.3g}",
-            f"{sum(program['received'] for program in programs) / 1e9:.3g} GB",
-            f"{seconds:.3g} s",
-            max(slowest, key=slowest.__getitem__),
-            largest(programs),
-        ]
+        memory = [gib(max(each[key] for each in programs)) for key in ("arguments", "peak")]
+    flops, seconds = (sum(each[key] for each in programs) for key in ("flops", "seconds"))
     settings = f"`{row[4]}`" if row[4] else ""
-    cells = [*row[:3], row[3].replace("x", " x "), settings, *numbers_cells]
-    return f"| {' | '.join(cells)} |"
-
-
-def largest(programs: list[dict[str, Any]]) -> str:
-    """The collective that receives the most bytes."""
-    collectives = [each for program in programs for each in program["collectives"]]
-    if not collectives:
-        return ""
-    each = max(collectives, key=lambda each: each["total"])
-    shape = each["shape"] if len(each["shape"]) < 40 else f"{each['shape'][:30]}..."
-    return f"{each['kind']} {shape}, {each['times']} times: {each['total'] / 1e9:.3g} GB"
+    cells = [*row[:3], row[3].replace("x", " x "), settings, *memory]
+    return f"| {' | '.join(cells)} | {flops:.3g} | {seconds:.3g} s |"
 
 
 def gib(size: float) -> str:

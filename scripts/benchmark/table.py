@@ -106,7 +106,7 @@ def _mib(side: dict[str, Any]) -> str:
 
 
 def _table(columns: Iterable[dict[str, str]], without: Set[str]) -> str:
-    """An aligned Markdown table of rows with the same keys, without some columns."""
+    """An aligned Markdown table of dicts with the same keys, without some columns."""
     rows = [{key: row[key] for key in row if key not in without} for row in columns]
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -17,7 +17,7 @@
 # Options of sbatch take the place of those at the head of this file:
 #   --nodes=4                                  another number of nodes
 #   --ntasks-per-node=8                        one process for each of 8 GPUs
-#   --partition=... --account=... --time=...   as your cluster asks for
+#   --partition=... --account=... --time=...   as your cluster requires
 #
 # Submit it from the root of the clone, which all nodes have to see, like --run_dir. The interpreter is
 # $PYTHON, by default .venv/bin/python. Five minutes before the time limit, and when it is preempted,

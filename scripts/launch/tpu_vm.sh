@@ -4,8 +4,8 @@
 # Usage: scripts/launch/tpu_vm.sh [--dry_run] --name NAME --zone ZONE [--project PROJECT] ACTION ...
 #
 #   create --type TYPE --version VERSION [--spot]
-#           asks for the slice as a queued resource, which is made when there is room for it
-#   state   says how far that is
+#           requests the slice as a queued resource, which is created when there is capacity
+#   state   prints its state
 #   setup   copies this clone's last commit to all hosts, and installs it there
 #   start SCRIPT.py [--section.key value ...]
 #           starts the script on all hosts, in the background

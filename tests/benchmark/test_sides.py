@@ -14,24 +14,24 @@ from scripts.benchmark.workloads import make_arrays, make_request, read_request
 
 def test_sides_take_turns_and_reset_their_peaks_after_the_warm_up(peer, tiny, tmp_path):
     commands = [peer("one"), peer("two")]
-    found = sides.take_turns(commands, tiny, rounds=2, warmup=1)
+    results = sides.take_turns(commands, tiny, rounds=2, warmup=1)
     turn = ["one step", "two step"]
     second = ["one reset", "one step", "two reset", "two step"]
     log = (tmp_path / "log").read_text().splitlines()
     assert log == [*turn, *second, *turn, "one stop", "two stop"]
-    assert list(found) == ["one", "two"]
-    assert found["two"]["seconds"] == [2.0, 2.0]
-    assert found["two"]["warmup_seconds"] == [2.0]
-    assert found["two"]["peak_bytes"] == 2**30
+    assert list(results) == ["one", "two"]
+    assert results["two"]["seconds"] == [2.0, 2.0]
+    assert results["two"]["warmup_seconds"] == [2.0]
+    assert results["two"]["peak_bytes"] == 2**30
 
 
 def test_on_a_gpu_one_side_ends_before_the_next_begins(peer, tiny, tmp_path):
     commands = [peer("one"), peer("two")]
-    found = sides.take_turns(commands, tiny, rounds=1, warmup=1, alternate=False)
+    results = sides.take_turns(commands, tiny, rounds=1, warmup=1, alternate=False)
     turns = ["step", "reset", "step", "stop"]
     log = (tmp_path / "log").read_text().splitlines()
     assert log == [f"{name} {word}" for name in ("one", "two") for word in turns]
-    assert {name: side["seconds"] for name, side in found.items()} == {"one": [2.0], "two": [2.0]}
+    assert {name: side["seconds"] for name, side in results.items()} == {"one": [2.0], "two": [2.0]}
 
 
 def test_a_workload_in_bfloat16_has_each_side_in_it_once(tiny, monkeypatch):
@@ -98,8 +98,8 @@ def test_a_workload_that_fails_does_not_lose_the_ones_before(
     with pytest.raises(BenchmarkError):
         command.run_benchmark({"rounds": 2, "check": False, "json": str(file)})
     result = json.loads(file.read_text())
-    (found,) = result["workloads"]
-    assert found["sides"]["trl"]["seconds"] == [2.0, 2.0]
+    (workload,) = result["workloads"]
+    assert workload["sides"]["trl"]["seconds"] == [2.0, 2.0]
     assert result["versions"]["trl"] == "0.0"
 
 
@@ -120,15 +120,15 @@ def test_the_command_measures_this_library_beside_a_peer(
     file = tmp_path / "numbers.json"
     command.run_benchmark({"rounds": 2, "check": False, "json": str(file)})
     result = json.loads(file.read_text())
-    (found,) = result["workloads"]
-    ours = found["sides"]["ours"]
+    (workload,) = result["workloads"]
+    ours = workload["sides"]["ours"]
     assert len(ours["seconds"]) == 2
     assert ours["losses"][0] == pytest.approx(2.77, abs=0.1)  # log 16, before any training
     assert ours["ready"]["compile_seconds"] > 0
     assert ours["ready"]["temporary_bytes"] > 0
     assert ours["peak_bytes"] > 2**20
     assert ours["compilations_after_first_step"] == 0
-    summary = found["summary"]["ours"]
+    summary = workload["summary"]["ours"]
     ratios = [2.0 / seconds for seconds in ours["seconds"]]
     assert summary["times_faster"] == pytest.approx(np.median(ratios))
     assert summary["floor_seconds"] > 0

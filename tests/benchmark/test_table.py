@@ -102,7 +102,7 @@ ALONE = """\
 def test_without_a_peer_its_columns_are_left_out(tiny, sides):
     phases = {"float32": [Phase(2e10, 1e9)]}
     ours = {**sides["ours"], "peak_of": "process"}
-    found = summarize(tiny, {"ours": ours}, phases, MACHINE)
+    summary = summarize(tiny, {"ours": ours}, phases, MACHINE)
     text = as_text(
         {
             "date": "2026-11-21",
@@ -115,7 +115,7 @@ def test_without_a_peer_its_columns_are_left_out(tiny, sides):
             "busy_cores": [None, None],
             "peer": {"name": "none", "dtype": "float32"},
             "checks": None,
-            "workloads": [found],
+            "workloads": [summary],
         }
     )
     assert text.startswith(ALONE)
@@ -156,11 +156,11 @@ def test_a_line_in_bfloat16_has_its_targets_and_no_second_table(tiny, sides, res
 
 
 def test_the_machine_is_measured():
-    found = measure_machine(sizes=(32, 64), memory=2**16)
-    assert min(found.read, found.copy, *found.flops.values()) > 0
+    rates = measure_machine(sizes=(32, 64), memory=2**16)
+    assert min(rates.read, rates.copy, *rates.flops.values()) > 0
     busy = busy_cores(seconds=0.05)
     assert busy is None or 0 <= busy <= os.cpu_count()
-    assert found.bandwidth == max(found.read, found.copy)
+    assert rates.bandwidth == max(rates.read, rates.copy)
 
 
 def test_the_processor_and_its_vector_instructions_are_named(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_a_run_says_nothing_that_nobody_asked_for(environment, short_texts, tmp_
     status, out, err = run(environment, "train_sft", *short_texts)
     said = f"sft: the model is in {tmp_path}/run/hf, the report in {tmp_path}/run/report.html\n"
     assert (status, out, err) == (0, "", said)
-    # What it compiled is kept where it says nothing when it is read.
+    # Its programs are kept where JAX reads them without messages.
     kept = list(Path(environment["XDG_CACHE_HOME"], "rlhf-jax").glob("xla/*/jit_step-*-cache"))
     assert len(kept) == (jax.__version_info__ >= (0, 12))
     status, out, err = run(environment, "train_sft", *short_texts, "--seed", "1")

@@ -1,4 +1,4 @@
-"""What a command compiles is kept on disk, so that the next one with the same programs reads it."""
+"""Compiled programs are kept on disk for the next command with the same programs."""
 
 import contextlib
 import importlib.util
@@ -12,30 +12,28 @@ import jax
 
 logger = logging.getLogger("rlhf_jax.runtime.commands.compilation_cache")
 
-# JAX's settings, and what they are here where the environment says nothing of them.
+# JAX's settings, and their values here unless the environment sets them.
 SETTINGS = {
-    # On two CPU cores most of what is compiled in less takes longer to write and to read.
+    # On two CPU cores, writing and reading most of the others takes longer than compiling them.
     "jax_persistent_cache_min_compile_time_secs": 0.1,
-    # Beyond it those go that were not read for longest.
     "jax_compilation_cache_max_size": 2**30,
 }
 
-# Before this version XLA prints two long lines for each program that it reads for a CPU: it takes
-# its own preferences, of which the machine knows nothing, for features that the machine lacks.
+# Before this version XLA prints two long lines for each program that it reads for a CPU, since it
+# compares preferences of its own with the features of the machine.
 QUIET_ON_CPU = (0, 12)
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
 
-# A file this old without the time of its last use is not being written: its process has ended.
+# A program this old without the time of its last use is not being written any more.
 ABANDONED = 60.0  # seconds
 
 
 def keep_compiled() -> Path | None:
-    """Lets JAX keep what this process compiles in a folder of the user's, before it compiles.
+    """Makes JAX keep the programs of this process in a folder of the user; before it compiles.
 
     The folder is `rlhf-jax/xla` in `$XDG_CACHE_HOME`, or in `~/.cache`, and in it one for each
-    number of cores. What the user has told JAX goes before: where JAX has a folder already, or
-    keeps nothing, all is left as it is. Programs that cannot be read or written later on are
-    compiled as if there were no folder.
+    number of cores. Where the user has set JAX's cache, nothing changes. Programs that cannot be
+    read or written are compiled as if there were no folder.
 
     Returns:
       The folder; None if nothing is kept there.
@@ -48,7 +46,7 @@ def keep_compiled() -> Path | None:
     folder = _folder()
     if folder is None or not _is_ready(folder):
         return None
-    # Of a full disk, or of a file that is damaged: nothing is lost by it but time.
+    # Of a full disk or a damaged file: only time is lost.
     about = "(Error (reading|writing) persistent compilation cache|Cache value for key)"
     warnings.filterwarnings("ignore", about)
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -59,7 +57,7 @@ def keep_compiled() -> Path | None:
 
 
 def _reads_quietly(version: tuple[int, ...], platforms: str | None) -> bool:
-    """Whether JAX says nothing when it reads a program; asks for no device, which is too early."""
+    """Whether JAX reads programs without messages; without a query of the devices, too early."""
     if version >= QUIET_ON_CPU:
         return True
     installed = any(importlib.util.find_spec(name) is not None for name in ACCELERATORS)
@@ -67,29 +65,26 @@ def _reads_quietly(version: tuple[int, ...], platforms: str | None) -> bool:
 
 
 def _folder() -> Path | None:
-    """Where programs are kept; None for a user without a home."""
-    # A program for a CPU is split into as many parts as there were cores when it was compiled. JAX
-    # tells machines apart by what their cores can do, but not by how many there are.
+    """The folder of the programs; None for a user without a home."""
+    # A CPU's program is split into one part for each core, which JAX's key of the program ignores.
     inside = Path("rlhf-jax", "xla", f"{_cores()}-cores")
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # others are to be ignored, says the standard that the name is from
+    if os.path.isabs(base):  # the standard says to ignore others
         return Path(base) / inside
     home = Path(os.path.expanduser("~"))
     return home / ".cache" / inside if home.is_dir() else None
 
 
 def _cores() -> int:
-    """How many cores this process may use, counted as XLA does."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The number of cores that this process may use, as XLA counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_ready(folder: Path) -> bool:
-    """Whether the folder is there and can be written; frees it of what was written in part."""
+    """Whether the folder can be written; deletes programs that were written in part."""
     try:
-        # Its programs run as this user: no other one may put any there. `parents` would make those
-        # that are ours with the mode of any new folder.
+        # Programs run as this user, so that nobody else may write them. With `parents=True` alone
+        # the upper folders would have the default mode.
         for place in (folder.parents[1], folder.parent, folder):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
         writable = os.access(folder, os.R_OK | os.W_OK | os.X_OK)
@@ -107,10 +102,7 @@ def _is_ready(folder: Path) -> bool:
 
 
 def _drop_unfinished(folder: Path) -> None:
-    """Deletes programs of which only a part was written: JAX would not write them again.
-
-    The time of its use is written beside a program after it, so that one without it is not whole.
-    """
+    """Deletes programs without a time of use, which is written last; JAX would not replace them."""
     for program in folder.glob("*-cache"):
         used = program.with_name(program.name.removesuffix("-cache") + "-atime")
         with contextlib.suppress(FileNotFoundError):  # another process was faster

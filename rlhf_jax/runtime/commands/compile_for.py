@@ -1,4 +1,4 @@
-"""The command `compile-for`: the cost of a stage on devices that need not exist."""
+"""The command `compile-for`: memory and FLOPs of a stage on devices that need not exist."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_jax import training
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import terminal
-from rlhf_jax.runtime.compilation.chips import TOPOLOGIES
+from rlhf_jax.runtime.compilation import TOPOLOGIES
 from rlhf_jax.runtime.config import RLHFConfig, RunConfig, config_of, parse, trainer_named
 from rlhf_jax.runtime.parsing import read_yaml, split_flags
 
@@ -25,10 +25,6 @@ def main(argv: Sequence[str]) -> int:
 def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     """Prints the cost of a stage, and returns the numbers.
 
-    Args:
-      argv: `--topology NAME [--model NAME] [--stage NAME] [--num_responses K]
-        [--learned_tokens K] [--json FILE] --config FILE.yaml --section.key value ...`.
-
     Raises:
       InputError: one sentence about what is wrong with the flags, the configuration or the mesh.
     """
@@ -38,17 +34,11 @@ def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     config = read_config(rest, flags.stage)
     from etils import epath  # here, so that --help does without these
 
-    from rlhf_jax.runtime.compilation.cost import stage_cost
-    from rlhf_jax.runtime.compilation.table import as_text
-    from rlhf_jax.runtime.compilation.topologies import find_topology
+    from rlhf_jax.runtime.compilation.cost import as_text, stage_cost
     from rlhf_jax.runtime.run.folder import disk_errors
 
     numbers = stage_cost(
-        config,
-        find_topology(flags.topology),
-        model_name=flags.model,
-        num_responses=flags.num_responses,
-        target_tokens=flags.learned_tokens,
+        config, flags.topology, model_name=flags.model, num_responses=flags.num_responses
     )
     print(as_text(numbers))
     if flags.json is not None:
@@ -64,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="rlhf compile-for --topology NAME [--config FILE.yaml] [--section.key VALUE ...]",
         description="Compiles the steps of a stage for devices that need not exist, and prints "
-        "their memory, FLOPs, collectives and least time. All other settings are those of the "
-        "stage's own command.",
+        "their memory and FLOPs. All other settings are those of the stage's own command.",
     )
     add = parser.add_argument
     add("--topology", help=TOPOLOGIES)
@@ -76,12 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--stage", help=f"{', '.join(_names())}; by default the one that the configuration has")
     add("--num_responses", type=int, default=4, help="responses to a prompt, in rankings")
-    add(
-        "--learned_tokens",
-        type=int,
-        help="the greatest number of target tokens in a sequence of texts; by default that of "
-        "prompts and completions of the greatest lengths",
-    )
     add("--json", help="a file for the numbers")
     return parser
 
@@ -91,14 +74,14 @@ def _names() -> list[str]:
 
 
 def read_config(argv: Sequence[str], stage: str | None) -> RunConfig:
-    """The configuration of the stage in `--config FILE.yaml --section.key value ...`.
+    """The configuration of the stage, also in a configuration of `rlhf run`.
 
     Args:
-      stage: the name of its trainer; None takes the only one that has a section. A configuration of
-        `rlhf run` has several, of which it names one.
+      argv: `--config FILE.yaml --section.key value ...`.
+      stage: the name of its trainer; None for the only one that has a section.
 
     Raises:
-      InputError: the stage is not known or not given, or as `config.parse` raises.
+      InputError: the stage is unknown or ambiguous, or as `config.parse` raises.
     """
     names = _names()
     listed = f"{', '.join(names[:-1])} or {names[-1]}"

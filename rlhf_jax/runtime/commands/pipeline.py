@@ -60,7 +60,6 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> StageResult:
 
 
 def _run(config: RLHFConfig) -> StageResult:
-
     hosts.from_first(claim_run_dir, config)
     metrics: dict[str, float] = {}
     stages = stage_configs(config)
@@ -125,7 +124,7 @@ def _check_rewards_ahead(config: RLHFConfig, ppo: RunConfig, model: Model, token
 
 
 def trains_reward_model(config: RLHFConfig) -> bool:
-    """Whether a reward model is trained: none is given, and the rewards of PPO need one."""
+    """Whether a reward model is trained: none is named, and the rewards of PPO need one."""
     needed = not config.rewards or any(source.is_bare for source in config.rewards)
     return config.model.reward_path is None and needed
 
@@ -135,50 +134,38 @@ def _trained(config: RLHFConfig) -> str:
 
 
 def stage_configs(config: RLHFConfig) -> list[RunConfig]:
-    """The configurations of the stages, in order."""
-    stages = [sft_config(config), ppo_config(config)]
-    return stages[:1] + [reward_config(config)] * trains_reward_model(config) + stages[1:]
+    """The configurations of the stages, in order; later ones start from the fine-tuned model."""
 
+    def shared_by(stage):
+        names = ("mesh", "distributed", "logging", "checkpoint", "seed")
+        return {
+            **{name: vars(config)[name] for name in names},
+            "data": vars(config.data)[stage],
+            "optimizer": vars(config.optimizer)[stage],
+            "run_dir": f"{config.run_dir}/{stage}",
+        }
 
-def sft_config(config: RLHFConfig) -> RunConfig:
-    """The configuration of supervised fine-tuning."""
-    return SFTConfig(
+    sft = SFTConfig(
         model=dataclasses.replace(config.model, reward_path=None),
         tokenizer=config.tokenizer,
         sft=config.sft,
         generation=config.generation,
-        **_shared(config, "sft"),
+        **shared_by("sft"),
     )
-
-
-def reward_config(config: RLHFConfig) -> RunConfig:
-    """The configuration of the reward model, which starts from the fine-tuned model."""
-    model = dataclasses.replace(config.model, path=f"{config.run_dir}/sft/hf")
-    return RewardConfig(model=model, reward=config.reward, **_shared(config, "reward"))
-
-
-def ppo_config(config: RLHFConfig) -> RunConfig:
-    """The configuration of PPO, which starts from the fine-tuned model."""
-    reward_path = _trained(config) if trains_reward_model(config) else config.model.reward_path
-    path = f"{config.run_dir}/sft/hf"
-    return PPOConfig(
-        model=dataclasses.replace(config.model, path=path, reward_path=reward_path),
+    tuned = dataclasses.replace(config.model, path=f"{sft.run_dir}/hf")
+    trains_reward = trains_reward_model(config)
+    reward_path = _trained(config) if trains_reward else config.model.reward_path
+    ppo = PPOConfig(
+        model=dataclasses.replace(tuned, reward_path=reward_path),
         ptx=config.data.ptx_texts,
         ppo=config.ppo,
         rewards=config.rewards,
         evaluation=config.evaluation,
-        **_shared(config, "ppo"),
+        **shared_by("ppo"),
     )
-
-
-def _shared(config: RLHFConfig, stage: str) -> dict[str, Any]:
-    names = ("mesh", "distributed", "logging", "checkpoint", "seed")
-    return {
-        **{name: vars(config)[name] for name in names},
-        "data": vars(config.data)[stage],
-        "optimizer": vars(config.optimizer)[stage],
-        "run_dir": f"{config.run_dir}/{stage}",
-    }
+    if not trains_reward:
+        return [sft, ppo]
+    return [sft, RewardConfig(model=tuned, reward=config.reward, **shared_by("reward")), ppo]
 
 
 def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: help, configuration, and errors in one line with an exit status."""
+"""Help, configuration, and errors in one line with an exit status, for all commands."""
 
 import logging
 import os
@@ -26,10 +26,10 @@ def run_command(
     Args:
       name: such as "rlhf ppo", for the help.
       kind: the configuration.
-      work: takes the configuration.
+      work: called with the configuration.
       argv: the flags.
       first: settings that the help lists first.
-      trains: whether SIGTERM ends it with status 0, since a run continues from its checkpoint.
+      trains: whether the status after SIGTERM is 0, since a run continues from its checkpoint.
     """
     if "-h" in argv or "--help" in argv:
         from rlhf_jax.runtime.help import help_text
@@ -79,22 +79,19 @@ def run(work: Callable[[], object]) -> int:
       The exit status: 0 on success and when training was terminated by SIGTERM, 2 for an
       `InputError`, 1 for a diverged run, 130 after Ctrl-C.
     """
-    # transformers warns at import that PyTorch is missing, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # huggingface_hub logs each attempt to reach the hub.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # transformers warns of PyTorch, which is not needed, and huggingface_hub of each attempt.
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     from rlhf_jax.errors import InputError
     from rlhf_jax.parallel import hosts
     from rlhf_jax.runtime.run import loop
     from rlhf_jax.runtime.run.signals import Terminated
 
     _set_up_logging()
-    # Functions named in settings may stand in the working directory.
-    sys.path.append(os.getcwd())
-
+    sys.path.append(os.getcwd())  # for functions that settings name
     try:
         work()
-        sys.stdout.flush()  # here, where an error is still reported
+        sys.stdout.flush()  # an error is still reported here
     except InputError as error:
         return _ended(error, f"error: {error}", INPUT_ERROR)
     except loop.DivergedError as error:

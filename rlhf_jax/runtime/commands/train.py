@@ -1,8 +1,6 @@
-"""Training: one Python call for every trainer in `TRAINERS`."""
+"""Training as a Python call, for every trainer in `TRAINERS`."""
 
-import inspect
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,9 +57,6 @@ def train_function(trainer: Trainer) -> Callable[..., StageResult]:
 
     call: Callable[..., StageResult] = online if trainer.online else offline
     call.__name__ = call.__qualname__ = f"train_{trainer.name}"
-    summary = f"{trainer.summary[:1].upper()}{trainer.summary[1:]}."
-    rest = inspect.cleandoc(train.__doc__ or "").partition("or its name.\n")[2]
-    if not trainer.online:
-        rest = re.sub(r"  reward_fn: (.|\n)*?\n\n", "\n", rest)
-    call.__doc__ = f"{summary}\n\nArgs:\n{rest}"
+    summary = trainer.summary[:1].upper() + trainer.summary[1:]
+    call.__doc__ = f"{summary}; arguments and result are those of `train`."
     return call

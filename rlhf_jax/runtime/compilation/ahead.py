@@ -10,11 +10,15 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
+from rlhf_jax.data.formats import Kind
+from rlhf_jax.data.kinds import AnyBatch
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.sft import max_targets, target_width
 from rlhf_jax.models.interface import Model
-from rlhf_jax.runtime.compilation.shapes import batch_shapes, rollout_shapes
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.rewards.sources import resolve_sources
@@ -31,7 +35,7 @@ class Program(NamedTuple):
         one reward model.
       function: jitted.
       arguments: shapes, `jax.ShapeDtypeStruct` each.
-      state_bytes: of the first argument, the state, on one device.
+      state_bytes: of the state, its first argument, on one device.
     """
 
     name: str
@@ -41,39 +45,27 @@ class Program(NamedTuple):
 
 
 def programs(
-    config: RunConfig,
-    model: Model,
-    mesh: Mesh,
-    *,
-    num_responses: int = 4,
-    target_tokens: int | None = None,
+    config: RunConfig, model: Model, mesh: Mesh, *, num_responses: int = 4
 ) -> list[Program]:
     """The programs of a stage, to be traced under `jax.set_mesh(mesh)`.
 
-    Examples have the greatest lengths that the configuration allows. Reward models have the
-    policy's architecture. A schedule of the learning rate differs in a constant.
+    Examples have the greatest lengths that the configuration allows, and texts `max_targets` target
+    tokens. Reward models have the policy's architecture. A schedule of the learning rate differs in
+    a constant.
 
     Args:
       num_responses: K of rankings, which otherwise the data determine.
-      target_tokens: the greatest number of target tokens in a sequence of texts, likewise; by
-        default that of prompts and completions of the greatest lengths, `max_targets`.
 
     Raises:
-      InputError: of sizes, as the stage raises it, or `target_tokens` is below 1.
+      InputError: of sizes, as the stage raises it.
     """
-    if target_tokens is not None and target_tokens < 1:
-        raise InputError(f"learned_tokens is {target_tokens}: set it to 1 or more.")
     check_run(config, model, mesh)
     kind, settings = config.trainer.reads(config.settings), config.settings
-    shapes = functools.partial(
-        batch_shapes, num_responses=num_responses, target_tokens=target_tokens
-    )
-    batch: Any = shapes(kind, settings.batch_size, config.data)
+    batch: Any = _batch(kind, settings.batch_size, config.data, num_responses)
     if not config.trainer.online:
         return [_offline(config, model, mesh, batch)]
     if config.trainer.mixes_texts and settings.ptx_coef:
-        texts = shapes("text", settings.num_texts, config.section("ptx"))
-        batch = batch._replace(texts=texts)
+        batch = batch._replace(texts=_texts(settings.num_texts, config.section("ptx")))
     return _online(config, model, mesh, batch)
 
 
@@ -95,7 +87,7 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     stops = (model.config.vocab_size - 1 if eos is None else eos,)
     num_scorers, is_single = _reward_models(config)
     params = jax.eval_shape(model.init, key)
-    head = {"kernel": jax.ShapeDtypeStruct((model.config.n_embd,), "float32")}
+    head = {"kernel": _array(jnp.float32, model.config.n_embd)}
     scorer = {"model": params, "head": head}
     scorers: dict[str, Any] = {
         "reward_params": scorer if is_single else (scorer,) * num_scorers or None
@@ -114,7 +106,9 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
         return [Program("step", step, (state, batch, key), size)]
     sample = online.make_rollout_step(model, settings, stop_token_ids=stops)
     update = place.update(update, state)
-    rollout, scores = rollout_shapes(settings.batch_size, settings.response_length)
+    shape = (settings.batch_size, settings.response_length)
+    rollout = Rollout(*_sequences(*shape), _array(jnp.float32, *shape))
+    scores = _array(jnp.float32, settings.batch_size)
     return [
         Program("rollout", place.rollout(sample, state), (state, batch, key), size),
         Program("update", update, (state, batch, rollout, scores, key), size),
@@ -126,10 +120,10 @@ def _reward_models(config: RunConfig) -> tuple[int, bool]:
 
     Without any source of rewards, one reward model is assumed.
     """
-    given, path = config.section("rewards"), config.model.reward_path
-    if path is None and (not given or any(source.is_bare for source in given)):
+    listed, path = config.section("rewards"), config.model.reward_path
+    if path is None and (not listed or any(source.is_bare for source in listed)):
         path = "reward"
-    sources = resolve_sources(path, given)
+    sources = resolve_sources(path, listed)
     count = sum(source.function is None for source in sources)
     is_alone = len(sources) == count == 1 and sources[0].weight == 1.0
     return count, is_alone and not config.settings.subtract_reference_score
@@ -146,3 +140,34 @@ def _bytes_on_device(place: Placement, tree: Any) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(size, tree, place.shardings(tree))))
+
+
+def _batch(kind: Kind, batch_size: int, data: DataSettings, num_responses: int) -> AnyBatch:
+    """A batch as its encoder returns it."""
+    if kind == "text":
+        return _texts(batch_size, data)
+    prompts = _sequences(batch_size, data.max_prompt_length)
+    if kind in ("prompts", "references"):
+        return PromptBatch(*prompts, _array(jnp.int32, batch_size))
+    if kind == "rankings":
+        responses = _sequences(batch_size, num_responses, data.max_response_length)
+        return RankingBatch(*prompts, *responses)
+    responses = _sequences(batch_size, data.max_response_length)
+    valid = _array(jnp.bool_, batch_size)
+    return PairBatch(*prompts, *responses, *responses, _array(jnp.float32, batch_size), valid)
+
+
+def _texts(batch_size: int, data: DataSettings) -> TextBatch:
+    width = target_width([max_targets(data)], data.max_length)
+    targets = None if width is None else _array(jnp.int32, batch_size, width)
+    tokens, mask = _sequences(batch_size, data.max_length)
+    return TextBatch(tokens, tokens, mask, targets)
+
+
+def _sequences(*shape: int) -> tuple[Any, Any]:
+    """(tokens, mask)."""
+    return _array(jnp.int32, *shape), _array(jnp.bool_, *shape)
+
+
+def _array(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,14 +1,11 @@
-"""FLOPs and memory traffic of a traced function, loops counted in full.
+"""FLOPs of a traced function, loops counted in full.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs. Here a scan counts
-as often as it runs, a `while` as the bound that its condition compares with (decoding may end
-before), a `cond` as its most expensive branch, and recomputation by a rematerialization again.
-Arguments are jaxprs, open or closed, such as `jax.jit(f).trace(*args).jaxpr`; all devices count
-together.
+XLA's `cost_analysis` counts the body of a loop once. Here a scan counts as often as it runs, a
+`while` as the bound that its condition compares with (decoding may end before), a `cond` as its
+most expensive branch, and recomputation by a rematerialization again.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.models.cudnn_attention import BACKWARD, FORWARD
@@ -19,9 +16,12 @@ _FUSED = {FORWARD: 2, BACKWARD: 5}
 
 
 def count_flops(jaxpr: Any) -> int:
-    """FLOPs of all products: 2 for each multiplication and addition.
+    """FLOPs of all products on all devices: 2 for each multiplication and addition.
 
     cuDNN's attention counts as its products, of which a causal mask leaves half.
+
+    Args:
+      jaxpr: open or closed, such as `jax.jit(f).trace(*args).jaxpr`.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((4, 4))
@@ -30,34 +30,20 @@ def count_flops(jaxpr: Any) -> int:
     >>> count_flops(jax.make_jaxpr(f)(x)) == 3 * 2 * 4**3
     True
     """
-    return _count(jaxpr, _flops)
-
-
-def count_stacked_bytes(jaxpr: Any) -> int:
-    """Bytes of the stacked arrays that scans read and write slice by slice.
-
-    Those of scans over layers: their parameters, and what the forward pass keeps for the backward
-    pass.
-    """
-    return _count(jaxpr, _stacked_bytes)
-
-
-def _count(jaxpr: Any, measure: Callable[[Any], int]) -> int:
-    """The sum of a measure over the equations."""
     total = 0
     for equation in _open(jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
-        inner = [_count(each, measure) for each in _inner(params)]
+        inner = [count_flops(each) for each in _inner(params)]
         if name == "while":
-            inner = [_bound(params["cond_jaxpr"]) * _count(params["body_jaxpr"], measure)]
+            inner = [_bound(params["cond_jaxpr"]) * count_flops(params["body_jaxpr"])]
         elif name == "cond":
             inner = [max(inner)]
         rounds = params["length"] if name == "scan" else 1
-        total += measure(equation) + rounds * sum(inner)
+        total += _own_flops(equation) + rounds * sum(inner)
     return total
 
 
-def _flops(equation: Any) -> int:
+def _own_flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -70,16 +56,6 @@ def _flops(equation: Any) -> int:
     if params["mask_type"].name == "CAUSAL":
         pairs = queries * (queries + 1) // 2
     return _FUSED[name] * 2 * batch * heads * pairs * width
-
-
-def _stacked_bytes(equation: Any) -> int:
-    if equation.primitive.name != "scan":
-        return 0
-    body = _open(equation.params["jaxpr"])
-    outside = (*equation.invars, *equation.outvars)
-    pairs = zip(outside, (*body.invars, *body.outvars), strict=True)
-    stacked = [each.aval for each, inner in pairs if each.aval.ndim > inner.aval.ndim]
-    return sum(array.size * array.dtype.itemsize for array in stacked)
 
 
 def _open(jaxpr: Any) -> Any:

@@ -101,7 +101,7 @@ class Progress:
         return ([f"{short_number(speed)} tokens/s"] if speed is not None else []) + texts[:4]
 
     def _update_plain(self, step: int) -> None:
-        if self._printed_step is None:  # the first step compiles: it says nothing of later ones
+        if self._printed_step is None:  # it compiles, unlike later ones
             self._first_time, self._first_step = self._clock(), step
         waited = self._clock() - self._printed_time
         if self._printed_step is None or step >= self._total or waited >= self.PLAIN_SECONDS:
@@ -217,8 +217,13 @@ def utilization(
     True
     """
     devices = jax.devices() if devices is None else devices
-    kind = devices[0].device_kind
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    peak = peak_flops(devices[0])
     if peak is None:
         return None
     return flops_per_token * tokens_per_second / (peak * len(devices))
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The published bfloat16 FLOP/s of a device; None of an unknown kind."""
+    kind = device.device_kind
+    return next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)

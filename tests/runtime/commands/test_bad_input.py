@@ -1,4 +1,4 @@
-"""What a user did wrong is told in one sentence, before anything is trained."""
+"""Mistakes of the user are reported in one sentence, before anything is trained."""
 
 import json
 import logging
@@ -21,11 +21,11 @@ from tests import small
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """Writes rows to a file and gives its path."""
+    """Writes examples to a file and returns its path."""
 
-    def write(*rows):
+    def write(*examples):
         file = tmp_path / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(each) + "\n" for each in examples))
         return str(file)
 
     return write
@@ -56,9 +56,9 @@ def test_a_file_that_cannot_be_trained_on(tmp_path, content, said):
     file = tmp_path / "rows.jsonl"
     file.write_text(content)
     config = small.sft(tmp_path / "run", data={"path": str(file), "eval_rows": 0})
-    told = message(train_sft, config)
-    assert said in told
-    assert str(file) in told
+    sentence = message(train_sft, config)
+    assert said in sentence
+    assert str(file) in sentence
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -98,20 +98,24 @@ def test_nothing_left_of_the_rankings(tmp_path, jsonl, sft_run):
 
 def test_an_objective_that_is_none(tmp_path, sft_run):
     config = small.reward(tmp_path, sft_run[0], reward={"objective": "listwise"})
-    told = message(train_reward, config)
-    assert told.startswith("reward.objective must be one of last_token, tokenwise, ranking, but is")
+    sentence = message(train_reward, config)
+    assert sentence.startswith(
+        "reward.objective must be one of last_token, tokenwise, ranking, but is"
+    )
 
 
-def test_dropped_and_cut_rows_are_one_counted_warning_each(tmp_path, jsonl, sft_run, caplog):
+def test_dropped_and_truncated_examples_are_one_counted_warning_each(
+    tmp_path, jsonl, sft_run, caplog
+):
     good = {"chosen": "It was good and long " * 20, "rejected": "bad"}
     path = jsonl(*[good] * 8, {"chosen": "same", "rejected": "same"})
     config = small.reward(tmp_path / "run", sft_run[0], data={"path": path, "eval_rows": 0})
     with caplog.at_level(logging.WARNING, "rlhf_jax.data"):
         train_reward({**config, "reward": {"batch_size": 8, "eval_batch_size": 8}})
-    told = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.data"]
-    assert len(told) == 2
-    assert any(text.startswith("1 of 9 pairs") for text in told), told
-    assert any(text.startswith("8 of ") and "lost their right end" in text for text in told), told
+    said = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.data"]
+    assert len(said) == 2
+    assert any(text.startswith("1 of 9 pairs") for text in said), said
+    assert any(text.startswith("8 of ") and "lost their right end" in text for text in said), said
 
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -165,14 +169,14 @@ def test_all_of_a_run_is_checked_before_its_first_stage(tmp_path, capsys):
         "evaluation": "'no_such_module:score' names no function (No module named",
     }
     for section, values in wrong.items():
-        told = message(run_rlhf, small.rlhf(tmp_path, **{section: values}))
-        assert told.startswith(said[section])
+        sentence = message(run_rlhf, small.rlhf(tmp_path, **{section: values}))
+        assert sentence.startswith(said[section])
     endless = {"missing_eos_score": -1.0, "stop_at_eos": False}
-    told = message(run_rlhf, small.rlhf(tmp_path, ppo=endless))
-    assert "need responses that can end" in told
+    sentence = message(run_rlhf, small.rlhf(tmp_path, ppo=endless))
+    assert "need responses that can end" in sentence
     # Also where the tokenizer is yet to be trained.
-    told = message(run_rlhf, small.rlhf(tmp_path, ppo={"truncate_token": ". no token"}))
-    assert told.startswith("ppo.truncate_token = '. no token' is ")
+    sentence = message(run_rlhf, small.rlhf(tmp_path, ppo={"truncate_token": ". no token"}))
+    assert sentence.startswith("ppo.truncate_token = '. no token' is ")
     # Each attempt may put right what the last one had wrong, since nothing was done.
     assert not list(tmp_path.glob("**/metrics.jsonl"))
 
@@ -226,11 +230,11 @@ def test_models_that_are_missing_or_of_another_kind(tmp_path, sft_run):
         "PPO starts from a trained policy: give --model.path a folder or hub name."
     )
     assert message(train_ppo, small.ppo(tmp_path, "/no/such")).startswith("PPO needs a reward")
-    told = message(train_ppo, small.ppo(tmp_path, "/no/such"), small.short_response)
-    assert told.startswith("There is no folder /no/such/hf")
-    told = message(train_ppo, small.ppo(tmp_path, sft, sft))  # a language model has no head
-    assert "score" in told
-    assert str(sft) in told
+    sentence = message(train_ppo, small.ppo(tmp_path, "/no/such"), small.short_response)
+    assert sentence.startswith("There is no folder /no/such/hf")
+    sentence = message(train_ppo, small.ppo(tmp_path, sft, sft))  # a language model has no head
+    assert "score" in sentence
+    assert str(sft) in sentence
 
 
 def test_a_folder_without_a_tokenizer(tmp_path, sft_run):

@@ -17,7 +17,7 @@ from rlhf_jax.runtime.commands.compilation_cache import SETTINGS, keep_compiled
 from rlhf_jax.runtime.commands.main import main
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
-UNTOLD = {
+DEFAULTS = {
     "jax_compilation_cache_dir": None,
     "jax_enable_compilation_cache": True,
     "jax_persistent_cache_min_compile_time_secs": 1.0,
@@ -28,19 +28,19 @@ UNTOLD = {
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The home of a user who has told JAX nothing."""
-    before = {name: getattr(jax.config, name) for name in UNTOLD}
-    _tell(UNTOLD)
+    """The home of a user without settings of JAX."""
+    before = {name: getattr(jax.config, name) for name in DEFAULTS}
+    _set(DEFAULTS)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("XDG_CACHE_HOME", *(name.upper() for name in SETTINGS)):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(compilation_cache, "QUIET_ON_CPU", (0,))
     with warnings.catch_warnings():
         yield tmp_path
-    _tell(before)
+    _set(before)
 
 
-def _tell(settings):
+def _set(settings):
     for name, value in settings.items():
         jax.config.update(name, value)
     jax_cache.reset_cache()
@@ -56,7 +56,7 @@ def program(number):
 
 
 def outcome(number):
-    """(result, what JAX asked of the disk)"""
+    """(result, the reads of JAX from the disk)"""
     events = []
 
     def listen(name, **more):
@@ -80,7 +80,7 @@ def test_programs_are_kept_in_the_cache_folder_of_the_user(home, monkeypatch):
     assert (home / ".cache").stat().st_mode & 0o777 == 0o777 & ~umask()
     assert jax.config.jax_compilation_cache_dir == str(folder)
     assert {name: getattr(jax.config, name) for name in SETTINGS} == SETTINGS
-    _tell(UNTOLD)
+    _set(DEFAULTS)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "elsewhere"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1.0")
     assert keep_compiled() == home / "elsewhere" / "rlhf-jax" / "xla" / "3-cores"
@@ -105,7 +105,7 @@ def test_a_command_makes_the_folder_once_its_settings_are_known(home, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "told",
+    "settings",
     [
         {"jax_compilation_cache_dir": "there"},
         {"jax_compilation_cache_dir": ""},
@@ -113,10 +113,10 @@ def test_a_command_makes_the_folder_once_its_settings_are_known(home, monkeypatc
     ],
     ids=str,
 )
-def test_what_the_user_tells_jax_goes_before(home, told):
-    _tell(told)
+def test_settings_of_the_user_come_first(home, settings):
+    _set(settings)
     assert keep_compiled() is None
-    assert {name: getattr(jax.config, name) for name in UNTOLD} == UNTOLD | told
+    assert {name: getattr(jax.config, name) for name in DEFAULTS} == DEFAULTS | settings
     assert not list(home.iterdir())
 
 
@@ -168,12 +168,12 @@ def test_what_a_full_disk_cut_short_is_dropped_and_made_anew(home, monkeypatch):
         first, _ = outcome(2.0)
     cut_short = kept(folder)
     assert {file.stat().st_size for file in cut_short} == {64}
-    _tell(UNTOLD)
+    _set(DEFAULTS)
     keep_compiled()
     assert kept(folder) == cut_short  # another process may be writing them
     for file in cut_short:
         os.utime(file, (0.0, 0.0))
-    _tell(UNTOLD)
+    _set(DEFAULTS)
     keep_compiled()
     assert not kept(folder)
     anew, events = outcome(2.0)
@@ -183,7 +183,7 @@ def test_what_a_full_disk_cut_short_is_dropped_and_made_anew(home, monkeypatch):
 
 @contextlib.contextmanager
 def room_for(size):
-    """No file can grow beyond so many bytes."""
+    """No file can grow beyond this number of bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -199,7 +199,7 @@ def test_what_was_read_longest_ago_goes_when_the_folder_is_full(home, monkeypatc
     outcome(4.0)
     outcome(3.0)
     room = sum(file.stat().st_size for file in kept(folder)) + 100
-    _tell({"jax_compilation_cache_max_size": room})
+    _set({"jax_compilation_cache_max_size": room})
     outcome(5.0)
     assert 0 < sum(file.stat().st_size for file in kept(folder)) <= room
     assert HIT in outcome(3.0)[1]

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.compilation import cost, table, topologies
+from rlhf_jax.runtime.compilation import cost, topologies
 from rlhf_jax.runtime.config import SFTConfig, resolve
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -29,13 +29,12 @@ def sft_config(**sections):
 
 
 def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
-    topology = topologies.find_topology("local")
     config = sft_config(model={"remat": "none"})
-    found = cost.stage_cost(config, topology, model_name=folder)
-    (step,) = found["programs"]
+    costs = cost.stage_cost(config, "local", model_name=folder)
+    (step,) = costs["programs"]
     layer = 12 * WIDTH**2 + 13 * WIDTH
     parameters = layer + (VOCABULARY + LENGTH) * WIDTH + 2 * WIDTH
-    assert found["parameters"] == parameters
+    assert costs["parameters"] == parameters
     batch = 16 * LENGTH * (4 + 4 + 1)
     state = 3 * 4 * parameters  # and the two moments of Adam
     assert step["arguments"] == pytest.approx(state + batch, rel=1e-3)
@@ -46,9 +45,7 @@ def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
     biases = 2 * tokens * 9 * WIDTH  # their gradients, on one CPU products with ones
     attention = 7 * 2 * tokens * LENGTH * WIDTH
     assert step["flops"] == products + biases + attention
-    assert step["moved"] >= step["arguments"] + step["outputs"]
-    assert (step["received"], step["collectives"], step["unread"]) == (0, [], 0)
-    assert (step["fits"], found["dtype"]) == (True, "float32")
+    assert (step["fits"], costs["dtype"]) == (True, "float32")
     assert "seconds" not in step
 
 
@@ -58,8 +55,8 @@ def test_what_is_computed_again_counts_again():
     for remat in ("none", "full"):
         sizes = {"n_layer": 4, "n_head": 2, "n_embd": 64, "n_positions": 16, "remat": remat}
         config = sft_config(model=sizes, tokenizer={"vocab_size": 258}, data={"max_length": 16})
-        found = cost.stage_cost(config, topologies.find_topology("local"))
-        flops[remat] = found["programs"][0]["flops"]
+        costs = cost.stage_cost(config, "local")
+        flops[remat] = costs["programs"][0]["flops"]
     assert 1.2 < flops["full"] / flops["none"] < 1.34
 
 
@@ -77,44 +74,33 @@ def test_exhausted_memory_has_both_sizes():
         "parameters": 1,
         "devices": 1,
         "mesh": {"data": 1},
-        "chip": None,
         "programs": [{"name": "step", "fits": False, "flops": 1e9, **sizes}],
     }
-    text = table.as_text(numbers)
+    text = cost.as_text(numbers)
     assert "does not fit. The compiler needs 47.00G bytes of memory, and has 15.75G." in text
-
-
-def test_a_warning_of_the_compiler_is_reported_once():
-    line = "W1120 partitioner.cc:666] [SPMD] Involuntary full rematerialization. The compiler "
-    line += "cannot go from a to b for operation %x. As the last resort, SPMD will replicate."
-    warning = "Involuntary full rematerialization. The compiler cannot go from a to b for "
-    assert cost._warnings(["other", line, line]) == [f"{warning}operation %x"]
 
 
 def test_a_slice_needs_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(InputError, match=r"needs libtpu.*pip install 'rlhf-jax\[tpu\]'"):
-        topologies.find_topology("v5e:4x4")
+        topologies.find_devices("v5e:4x4")
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu, of the extra tpu, is not installed")
 @pytest.mark.parametrize("sizes", [(1, 16, 1), (2, 4, 2)])
 def test_steps_are_compiled_for_sixteen_chips(folder, sizes):
-    topology = topologies.find_topology("v5e:4x4")
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    found = cost.stage_cost(sft_config(mesh=mesh), topology, model_name=folder)
-    (step,) = found["programs"]
-    state = 3 * 4 * found["parameters"] / (sizes[1] * sizes[2])
+    costs = cost.stage_cost(sft_config(mesh=mesh), "v5e:4x4", model_name=folder)
+    (step,) = costs["programs"]
+    state = 3 * 4 * costs["parameters"] / (sizes[1] * sizes[2])
     assert state < step["arguments"] < 2 * state + 2**16  # vectors are replicated, chips pad
-    assert {each["kind"] for each in step["collectives"]} >= {"all-reduce"}
-    assert step["received"] == sum(each["total"] for each in step["collectives"])
-    assert max(step["seconds"].values()) > 0
+    assert step["seconds"] == pytest.approx(step["flops"] / 197e12)
     assert step["fits"]
     assert step["peak"] < 2**26
-    assert "at least" in table.as_text(found)
+    assert "at least" in cost.as_text(costs)
     with pytest.raises(InputError, match="v5e:3x5 is no slice of TPUs"):
-        topologies.find_topology("v5e:3x5")
+        topologies.find_devices("v5e:3x5")
 
 
 def test_a_cpu_topology_has_the_number_of_devices():
-    assert topologies.find_topology("cpu:1").devices == jax.devices("cpu")[:1]
+    assert topologies.find_devices("cpu:1") == jax.devices("cpu")[:1]

@@ -219,7 +219,7 @@ def test_a_fused_step_refuses_references():
 def stages(tmp_path, **values):
     """Whether a reward model is trained, and the paths and functions of PPO's rewards."""
     config = resolve(RLHFConfig, small.rlhf(tmp_path, **values))
-    third = pipeline.ppo_config(config)
+    third = pipeline.stage_configs(config)[-1]
     sources = find_sources(third.model.reward_path, third.rewards)
     return pipeline.trains_reward_model(config), [each.source.path for each in sources]
 

@@ -47,7 +47,7 @@ def test_texts_longer_than_the_model_has_positions_are_refused(tmp_path, sft_run
 def test_of_all_three_stages_it_reads_the_texts_of_the_first_unless_others_are_given():
     values = small.rlhf("run", ppo={"ptx_coef": 0.5})
     config = resolve(RLHFConfig, values)
-    assert pipeline.ppo_config(config).section("ptx") == config.data.sft
+    assert pipeline.stage_configs(config)[-1].section("ptx") == config.data.sft
     values["data"]["ptx"] = {"path": "texts.jsonl"}
     config = resolve(RLHFConfig, values)
-    assert pipeline.ppo_config(config).section("ptx") == config.data.ptx != config.data.sft
+    assert pipeline.stage_configs(config)[-1].section("ptx") == config.data.ptx != config.data.sft
