@@ -32,6 +32,7 @@ RUNTIME_ROOMS = (
     "parsing",
     "run",
     "help",
+    "inherit",
     "config",
     "program",
     "loading",

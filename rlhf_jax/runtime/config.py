@@ -19,6 +19,7 @@ from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime.evaluation.settings import CommandEvaluationSettings, EvaluationSettings
 from rlhf_jax.runtime.help import help_text
+from rlhf_jax.runtime.inherit import with_data_of_run
 from rlhf_jax.runtime.parsing import (
     Values,
     build,
@@ -51,6 +52,11 @@ class CommandConfig:
     data: DataSettings = DataSettings()
     mesh: MeshSettings = MeshSettings()
     seed: int = 0
+
+    @classmethod
+    def completed(cls, values: Values) -> Values:
+        """Given values, with those laid under them that follow from other files."""
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +200,21 @@ class GenerateConfig(CommandConfig):
     """Responses of a model to prompts, as JSON lines.
 
     Attributes:
-      prompt: one prompt to answer; where given, `data` is not read.
+      data: settings that are not given are those of the run whose model is opened.
+      prompt: one prompt to answer; where given, no data set is read.
       output: a JSONL file to write; null writes to standard output.
     """
 
+    # The length of prompts is bounded by the positions of the model, unless it is set.
+    data: DataSettings = DataSettings(max_prompt_length=2**20)
     generation: GenerationSettings = GenerationSettings()
     prompt: str | None = None
     output: str | None = None
+
+    @classmethod
+    def completed(cls, values: Values) -> Values:
+        """With the section `data` of the model's run."""
+        return with_data_of_run(values, "path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +227,7 @@ class EvaluateConfig(CommandConfig):
         responses of `model.path`, against those of `model.reference_path` where given, by the
         score, the gold score, a judge and ROUGE, and the best of several. The KL is that of the
         unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
+      data: settings that are not given are those of the run whose model is opened.
       rewards: sources of scores, beside `model.reward_path` and added up; for "policy".
       run_dir: the folder that `evaluation.json` and the report are written to.
     """
@@ -222,6 +237,12 @@ class EvaluateConfig(CommandConfig):
     generation: GenerationSettings = GenerationSettings()
     evaluation: CommandEvaluationSettings = CommandEvaluationSettings()
     run_dir: str = "runs/evaluation"
+
+    @classmethod
+    def completed(cls, values: Values) -> Values:
+        """With the section `data` of the run of the model that is evaluated."""
+        name = "reward_path" if values.get("kind") == "pairs" else "path"
+        return with_data_of_run(values, name)
 
 
 def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -236,7 +257,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     if "help" in flags.switches:
         sys.stdout.write(help_text(kind, "COMMAND"))
         raise SystemExit(0)
-    config = build(kind, read_values(kind, flags))
+    config = _built(kind, read_values(kind, flags))
     if "print_config" in flags.switches:
         sys.stdout.write(to_yaml(config))
         raise SystemExit(0)
@@ -255,4 +276,10 @@ def resolve(kind: type[Config], config: Config | str | os.PathLike | Mapping[str
         return parse(kind, ["--config", os.fspath(config)])
     values = cast(Values, config)
     check_sections(kind, values, "The configuration")
+    return _built(kind, values)
+
+
+def _built(kind: type[Config], values: Values) -> Config:
+    if issubclass(kind, CommandConfig):
+        values = kind.completed(values)
     return build(kind, values)

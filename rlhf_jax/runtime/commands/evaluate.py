@@ -24,6 +24,7 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
+from rlhf_jax.runtime.commands.generate import check_output
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.evaluation import policies, teacher_forced
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
@@ -57,6 +58,8 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(EvaluateConfig, config)
+    if sys.stdout is not None:
+        check_output(None, "redirect it to a file that can be written")
     kinds = {"text": _evaluate_text, "pairs": _evaluate_pairs, "policy": _evaluate_policy}
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)

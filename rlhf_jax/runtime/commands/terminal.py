@@ -1,5 +1,6 @@
 """Help, configuration, and errors in one line with an exit status, for all commands."""
 
+import io
 import logging
 import os
 import signal
@@ -88,6 +89,8 @@ def run(work: Callable[[], object]) -> int:
     from rlhf_jax.runtime.run.signals import Terminated
 
     _set_up_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # tables have dashes that ASCII lacks
     sys.path.append(os.getcwd())  # for functions that settings name
     try:
         work()

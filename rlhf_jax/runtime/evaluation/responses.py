@@ -48,7 +48,8 @@ def sampler(
 class Responder:
     """Responses of a model to texts; one compiled program for all batches of a call.
 
-    Prompts that are too long are cut before the `prompt_suffix` of the section `data`.
+    Prompts that exceed the positions of the model, or `max_prompt_length`, lose their left end, or
+    their right end before `prompt_suffix`.
 
     Raises:
       InputError: the response alone would fill all positions of the model.
@@ -60,15 +61,17 @@ class Responder:
         tokenizer: PreTrainedTokenizerFast,
         settings: GenerationSettings,
         prompt_suffix: str | None = None,
+        max_prompt_length: int | None = None,
     ) -> None:
-        max_prompt_length = model.config.n_positions - settings.max_new_tokens
-        if max_prompt_length < 1:
+        room = model.config.n_positions - settings.max_new_tokens
+        if room < 1:
             raise InputError(
                 f"generation.max_new_tokens = {settings.max_new_tokens} leaves no room for a "
                 f"prompt in the model's n_positions = {model.config.n_positions}; shorten it."
             )
         self.tokenizer, self.batch_size = tokenizer, settings.batch_size
-        self.data = DataSettings(max_prompt_length=max_prompt_length, prompt_suffix=prompt_suffix)
+        length = room if max_prompt_length is None else min(room, max_prompt_length)
+        self.data = DataSettings(max_prompt_length=length, prompt_suffix=prompt_suffix)
         self._respond = jax.jit(sampler(model, tokenizer, settings))
 
     def __call__(self, params: Params, prompts: Sequence[str], key: jax.Array) -> list[str]:
