@@ -23,7 +23,6 @@ MODULES = (
     "rlhf_jax.models.huggingface",
     "rlhf_jax.models.interface",
     "rlhf_jax.models.reading",
-    "rlhf_jax.models.remat",
     "rlhf_jax.models.stacked",
     "rlhf_jax.models.writing",
     "rlhf_jax.rollout.sampling",

@@ -11,11 +11,11 @@ from rlhf_jax.lazy import lazy_names
 if TYPE_CHECKING:
     from rlhf_jax.data.batching import Batches as Batches
     from rlhf_jax.data.batching import eval_batches as eval_batches
+    from rlhf_jax.data.comparisons import encode_pairs as encode_pairs
+    from rlhf_jax.data.comparisons import encode_rankings as encode_rankings
     from rlhf_jax.data.datasets import load_examples as load_examples
     from rlhf_jax.data.kinds import encode_examples as encode_examples
-    from rlhf_jax.data.pairs import encode_pairs as encode_pairs
     from rlhf_jax.data.prompts import encode_prompts as encode_prompts
-    from rlhf_jax.data.rankings import encode_rankings as encode_rankings
     from rlhf_jax.data.settings import DataSettings as DataSettings
     from rlhf_jax.data.settings import TokenizerSettings as TokenizerSettings
     from rlhf_jax.data.sft import encode_texts as encode_texts
@@ -30,9 +30,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "DataSettings": "rlhf_jax.data.settings",
         "TokenizerSettings": "rlhf_jax.data.settings",
         "encode_examples": "rlhf_jax.data.kinds",
-        "encode_pairs": "rlhf_jax.data.pairs",
+        "encode_pairs": "rlhf_jax.data.comparisons",
         "encode_prompts": "rlhf_jax.data.prompts",
-        "encode_rankings": "rlhf_jax.data.rankings",
+        "encode_rankings": "rlhf_jax.data.comparisons",
         "encode_texts": "rlhf_jax.data.sft",
         "eval_batches": "rlhf_jax.data.batching",
         "load_examples": "rlhf_jax.data.datasets",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,6 +17,16 @@ from rlhf_jax.data.settings import MAX_BUCKETS
 from rlhf_jax.errors import InputError
 
 Batch = TypeVar("Batch", TextBatch, PairBatch, RankingBatch, PromptBatch)
+
+# Fields of batches that share their last axis. An example is as long as the longest of them, which
+# are its masks and segments: other fields may hold zeros on real positions.
+GROUPS = (
+    ("prompts", "prompt_mask"),
+    ("chosen", "chosen_mask", "rejected", "rejected_mask"),
+    ("responses", "mask"),
+    ("tokens", "segments", "loss_mask"),
+    ("target_positions",),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,23 +76,9 @@ class Batches(Generic[Batch]):
         """Number of steps after which every example was used at least once."""
         return -(-self.num_examples // self.batch_size)
 
-    def at(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The batch of a step, or one host's part of it.
-
-        Args:
-          step: 0, 1, 2, ...
-          process_index: index of the host.
-          process_count: number of hosts; each has an equal contiguous part of the batch.
-
-        Returns:
-          A batch [batch_size / process_count, ...] of NumPy arrays. Its widths are the same on
-          every host.
-
-        Raises:
-          InputError: if the batch size is not a multiple of the number of hosts.
-        """
-        part = _part(self.batch_size, process_index, process_count)
-        return self.slice_at(step, part.start, part.stop)
+    def at(self, step: int) -> Batch:
+        """The batch of step 0, 1, 2, ...: NumPy arrays [batch_size, ...]."""
+        return self.slice_at(step, 0, self.batch_size)
 
     def slice_at(self, step: int, start: int, stop: int) -> Batch:
         """Examples `start` to `stop` of the batch of a step, in the widths of the full batch."""
@@ -104,49 +100,40 @@ class Batches(Generic[Batch]):
         ]
         return np.concatenate(parts)
 
-    def _widths(self, indices: Any) -> tuple[int, ...] | None:
+    def _widths(self, indices: Any) -> list[int] | None:
         """The smallest of the bucket widths that hold the longest of these examples."""
         if self.buckets == 1:
             return None
         needed = [int(lengths[indices].max()) for lengths in self._lengths]
+        full_widths = _full_widths(self.examples)
         for bucket in range(1, self.buckets):
-            widths = tuple(self._bucket(full, bucket) for full in _full_widths(self.examples))
+            multiples = [-(-full * bucket // (self.buckets * MULTIPLE)) for full in full_widths]
+            widths = [min(full, MULTIPLE * n) for full, n in zip(full_widths, multiples)]
             if all(need <= width for need, width in zip(needed, widths, strict=True)):
                 return widths
         return None
 
-    def _bucket(self, full: int, bucket: int) -> int:
-        """Width number `bucket` (1, 2, ...) of those below the full one: a multiple of 8."""
-        return min(full, -(-full * bucket // (self.buckets * MULTIPLE)) * MULTIPLE)
-
     @functools.cached_property
-    def _lengths(self) -> tuple[Any, ...]:
-        return _lengths(self.examples)
+    def _lengths(self) -> list[Any]:
+        """The length of each example in each group of fields, i64[N] each."""
+
+        def longest(array: Any) -> Any:
+            return np.count_nonzero(array, axis=-1).reshape(self.num_examples, -1).max(axis=1)
+
+        return [
+            np.max([longest(getattr(self.examples, name)) for name in group], axis=0)
+            for group in _groups(self.examples)
+        ]
 
 
-def eval_batches(
-    examples: Batch, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """The examples in their order, in batches of one size; the last one is padded with zeros.
+def eval_batches(examples: Batch, batch_size: int) -> Iterator[Batch]:
+    """The examples, NumPy arrays [N, ...], in their order, in batches [batch_size, ...].
 
-    Args:
-      examples: the entire data set, NumPy arrays [N, ...].
-      batch_size: global batch size, over all hosts.
-      process_index: index of the host.
-      process_count: number of hosts; each has an equal contiguous part of each batch.
-
-    Yields:
-      Batches [batch_size / process_count, ...]. Padding entries are 0 and False in all arrays:
-      tokens, masks, segments, `PairBatch.valid`, and `PromptBatch.indices`, where the mask and not
-      the index tells them apart.
-
-    Raises:
-      InputError: if the batch size is not a multiple of the number of hosts.
+    The last one is padded with 0 and False in all arrays: tokens, masks, segments,
+    `PairBatch.valid`, and `PromptBatch.indices`, where the mask and not the index shows padding.
     """
-    part = _part(batch_size, process_index, process_count)
     for start in range(0, examples[0].shape[0], batch_size):
-        pad = functools.partial(_padded_part, slice(start, start + batch_size), part)
-        yield _map_arrays(pad, examples)
+        yield _map_arrays(functools.partial(_padded, start, start + batch_size), examples)
 
 
 def _map_arrays(function: Callable[[Any], Any], batch: Any) -> Any:
@@ -158,22 +145,10 @@ def _map_arrays(function: Callable[[Any], Any], batch: Any) -> Any:
     return function(batch)
 
 
-def _padded_part(selected: slice, part: slice, array: Any) -> Any:
-    """A part of the selected entries of an array, with zeros past its end."""
-    batch = np.asarray(array[selected])
-    missing = selected.stop - selected.start - batch.shape[0]
-    return np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))[part]
-
-
-def _part(batch_size: int, process_index: int, process_count: int) -> slice:
-    """One host's part of a batch."""
-    if batch_size % process_count:
-        raise InputError(
-            f"The batch size is {batch_size}, which {process_count} hosts cannot divide: make it a "
-            f"multiple of {process_count}."
-        )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
+def _padded(start: int, stop: int, array: Any) -> Any:
+    """Entries `start` to `stop` of an array, with zeros past its end."""
+    batch = np.asarray(array[start:stop])
+    return np.pad(batch, [(0, stop - start - len(batch))] + [(0, 0)] * (batch.ndim - 1))
 
 
 @functools.lru_cache(maxsize=4)
@@ -183,52 +158,20 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> Any:
     return permutation
 
 
-def _full_widths(examples: Batch) -> tuple[int, ...]:
-    """The widths that can be trimmed: L, or L and K, or P and T, or P."""
-    if isinstance(examples, PairBatch):
-        return examples.prompts.shape[1], examples.chosen.shape[1]
-    if isinstance(examples, RankingBatch):
-        return examples.prompts.shape[1], examples.responses.shape[2]
-    if isinstance(examples, TextBatch) and examples.target_positions is not None:
-        return examples.tokens.shape[1], examples.target_positions.shape[1]
-    return (examples[0].shape[1],)
+def _groups(examples: Batch) -> list[tuple[str, ...]]:
+    """The groups of fields whose last axes are trimmed together, those of the prompts first."""
+    return [group for group in GROUPS if getattr(examples, group[0], None) is not None]
 
 
-def _lengths(examples: Batch) -> tuple[Any, ...]:
-    """The length of each example along each of these widths, i64[N] each."""
-    if isinstance(examples, PairBatch):
-        responses = np.maximum(examples.chosen_mask.sum(1), examples.rejected_mask.sum(1))
-        return examples.prompt_mask.sum(1), responses
-    if isinstance(examples, RankingBatch):
-        return examples.prompt_mask.sum(1), examples.mask.sum(2).max(1)
-    if isinstance(examples, PromptBatch):
-        return (examples.prompt_mask.sum(1),)
-    lengths = (examples.segments > 0).sum(1)
-    if examples.target_positions is None:
-        return (lengths,)
-    return lengths, (examples.target_positions > 0).sum(1)
+def _full_widths(examples: Batch) -> list[int]:
+    """The width of each group."""
+    return [getattr(examples, group[0]).shape[-1] for group in _groups(examples)]
 
 
-def _trim(batch: Batch, widths: tuple[int, ...]) -> Batch:
+def _trim(batch: Batch, widths: Sequence[int]) -> Batch:
     """The batch without the padding beyond these widths: left of prompts, right of the rest."""
-    if isinstance(batch, TextBatch):
-        tokens, segments, loss_mask = (array[:, : widths[0]] for array in batch[:3])
-        positions = batch.target_positions
-        positions = None if positions is None else positions[:, : widths[1]]
-        return TextBatch(tokens, segments, loss_mask, positions)
-    start = batch.prompts.shape[1] - widths[0]
-    batch = batch._replace(
-        prompts=batch.prompts[:, start:], prompt_mask=batch.prompt_mask[:, start:]
-    )
-    if isinstance(batch, PromptBatch):
-        return batch
-    if isinstance(batch, RankingBatch):
-        return batch._replace(
-            responses=batch.responses[:, :, : widths[1]], mask=batch.mask[:, :, : widths[1]]
-        )
-    return batch._replace(
-        chosen=batch.chosen[:, : widths[1]],
-        chosen_mask=batch.chosen_mask[:, : widths[1]],
-        rejected=batch.rejected[:, : widths[1]],
-        rejected_mask=batch.rejected_mask[:, : widths[1]],
-    )
+    parts: dict[str, Any] = {}
+    for group, full, width in zip(_groups(batch), _full_widths(batch), widths, strict=True):
+        kept = slice(full - width, None) if group is GROUPS[0] else slice(width)
+        parts |= {name: getattr(batch, name)[..., kept] for name in group}
+    return batch._replace(**parts)

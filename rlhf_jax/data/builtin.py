@@ -74,17 +74,9 @@ PLAIN_PHRASES = (
     "It was made long ago.",
 )
 ASPECTS = (
-    "the acting",
-    "the plot",
-    "the music",
-    "the ending",
-    "the script",
-    "the camera work",
-    "the dialogue",
-    "the cast",
-    "the first half",
-    "the main role",
-)
+    "the acting, the plot, the music, the ending, the script, the camera work, the dialogue, "
+    "the cast, the first half, the main role"
+).split(", ")
 VERBS = ("was", "felt", "seemed")
 DEGREES = ("very", "really", "quite", "rather")
 DEEDS = ("done", "made", "written")
@@ -100,15 +92,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
-def _vocabulary() -> frozenset[str]:
-    """All words of the grammar's responses."""
-    parts = [*PRAISE, *BLAME, *PLAIN, *PRAISING_ADVERBS, *BLAMING_ADVERBS, *ASPECTS, *VERBS]
-    parts += [*DEGREES, *DEEDS, *PRAISING_PHRASES, *BLAMING_PHRASES, *PLAIN_PHRASES]
-    parts += ["and but overall for me film it is an a"]
-    return frozenset(_words(" ".join(parts)))
-
-
-VOCABULARY = _vocabulary()
+RESPONSE_PARTS = (
+    *(*PRAISE, *BLAME, *PLAIN, *PRAISING_ADVERBS, *BLAMING_ADVERBS, *ASPECTS, *VERBS, *DEGREES),
+    *(*DEEDS, *PRAISING_PHRASES, *BLAMING_PHRASES, *PLAIN_PHRASES),
+    "and but overall for me film it is an a",
+)
+VOCABULARY = frozenset(_words(" ".join(RESPONSE_PARTS)))  # all words of the grammar's responses
 # A complete sentence has one of these.
 PREDICATES = frozenset(
     "was felt seemed is are were made runs takes loved enjoyed recommend hated regret avoid".split()
@@ -150,28 +139,15 @@ def _balance(text: str) -> int:
 def _incomplete(text: str) -> float:
     """The share of incomplete sentences in a text, in [0, 1]."""
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
-    if not sentences:
-        return 1.0
-    return 1.0 - sum(map(_is_sentence, sentences)) / len(sentences)
-
-
-def _is_sentence(sentence: str) -> bool:
-    words = _words(sentence)
-    return (
-        len(words) >= 3
-        and sentence[0].isupper()
-        and sentence[-1] in ".!?"
-        and not PREDICATES.isdisjoint(words)
+    complete = sum(
+        s[0].isupper() and s[-1] in ".!?" and len(words) >= 3 and not PREDICATES.isdisjoint(words)
+        for s, words in ((sentence, _words(sentence)) for sentence in sentences)
     )
+    return 1.0 - complete / len(sentences) if sentences else 1.0
 
 
 def gold_scores(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The utility of each completion, as a reward function of the PPO command.
-
-    Args:
-      prompts: the prompts, ignored.
-      completions: the texts to score.
-      **columns: the other columns of the data set, ignored.
+    """The utility of each completion, as a reward function; prompts and columns are ignored.
 
     >>> gold_scores(["I saw The Golden River."], [" It was a treasure. I loved it."])[0] > 0.5
     True

@@ -39,11 +39,10 @@ def contents(value: Any) -> str:
 
 
 def prompt_text(example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The prompt of an example, or its entire `text`; messages are rendered with a generation
-    prompt.
+    """The prompt of an example, or its entire `text`; messages get a generation prompt.
 
     Raises:
-      InputError: the messages of row `number` cannot be rendered, or end with the assistant's turn.
+      InputError: the messages cannot be rendered, or end with the assistant's turn.
     """
     prompt = example["prompt"] if "prompt" in example else example["text"]
     if isinstance(prompt, str):
@@ -62,7 +61,7 @@ def completion_texts(
     """(prompt, completion) as texts; a text beside messages is one turn of the user or assistant.
 
     Raises:
-      InputError: the messages of row `number` cannot be rendered in two parts.
+      InputError: the messages cannot be rendered in two parts.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
@@ -82,7 +81,7 @@ def response_texts(
       The texts; None for conversations that differ before their last turn, or have one turn only.
 
     Raises:
-      InputError: the messages of row `number` cannot be rendered in two parts.
+      InputError: the messages cannot be rendered in two parts.
     """
     if all(isinstance(text, str) for text in (prompt, *responses)):
         return prompt, list(responses)
@@ -90,25 +89,29 @@ def response_texts(
         return None
     turns = [_turns(response, "assistant") for response in responses]
     before = _turns(prompt, "user")
-    if before:
-        turns = [_without(before, each) for each in turns]
-    else:
+    if not before:
         before = turns[0][:-1]
         if not before or any(not _same(each[:-1], before) for each in turns):
             return None
-        turns = [each[-1:] for each in turns]
-    parts = [_render(before, each, number, tokenizer) for each in turns]
+    parts = [_render(before, _without(before, each), number, tokenizer) for each in turns]
     return parts[0][0], [response for _, response in parts]
 
 
-def message_texts(
-    messages: list[Message], number: int, tokenizer: PreTrainedTokenizerFast, last_turn: bool
+def text_parts(
+    example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast, last_turn: bool
 ) -> tuple[str | None, str]:
-    """(prompt, completion) of a conversation, split before the last turn if only that is a target.
+    """(prompt, completion) of an example of the kind "text"; the prompt of a single text is None.
+
+    A conversation is split before the last turn if only that is a target, else it is one text.
 
     Raises:
-      InputError: the messages of row `number` cannot be rendered, or not in two parts.
+      InputError: the messages cannot be rendered, or not in two parts.
     """
+    if "completion" in example:
+        return completion_texts(example["prompt"], example["completion"], number, tokenizer)
+    if "messages" not in example:
+        return None, example["text"]
+    messages = example["messages"]
     if not last_turn:
         return None, _up_to_eos(messages, number, tokenizer)
     _check_template(tokenizer)
@@ -131,8 +134,7 @@ def _turns(value: Any, role: str) -> list[Message]:
 
 def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
     """Whether roles and contents are equal; files may fill other keys with nulls."""
-    one, other = ([(m["role"], m["content"]) for m in turns] for turns in (first, second))
-    return one == other
+    return [(m["role"], m["content"]) for m in first] == [(m["role"], m["content"]) for m in second]
 
 
 def _without(before: list[Message], turns: list[Message]) -> list[Message]:
@@ -167,18 +169,13 @@ def _up_to_eos(messages: list[Message], number: int, tokenizer: PreTrainedTokeni
 
 
 def _apply(
-    messages: list[Message],
-    number: int,
-    tokenizer: PreTrainedTokenizerFast,
-    add_generation_prompt: bool = False,
+    messages: list[Message], number: int, tokenizer: PreTrainedTokenizerFast, **options: bool
 ) -> str:
     import jinja2
 
     _check_template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except jinja2.TemplateError as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(

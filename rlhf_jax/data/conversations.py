@@ -23,15 +23,11 @@ def split_conversations(
 ) -> list[Example]:
     """Splits conversations into prompt and response, by `split_at` and `prompt_suffix`.
 
-    Args:
-      examples: with canonical column names.
-      kind: "text", "pairs", "rankings", "prompts" or "references".
-      settings: the section `data`.
-      path: the source of the examples, for messages.
-      quiet: whether to skip the warning, for a second pass over the same examples.
+    `path` is the source of the examples, for messages; `quiet` skips the warning.
 
     Raises:
-      InputError: no example is left, or an example has messages where a text is to be split.
+      InputError: no example is left, an example has messages where a text is to be split, or a
+        prompt is to be read from a conversation that is not split.
     """
     split = list(examples)
     if settings.split_at is not None:
@@ -39,6 +35,12 @@ def split_conversations(
     if settings.prompt_suffix is not None:
         suffix = settings.prompt_suffix.strip()
         split = [_with_suffix_in_prompt(example, suffix) for example in split]
+    if kind == "prompts" and any("prompt" not in each and "text" not in each for each in split):
+        raise InputError(
+            f"Of {path} the column `chosen` is read for its prompts, but holds texts: set "
+            'data.split_at to the text before the responses (for example "\\n\\nAssistant:"), or '
+            "name the column of prompts in data.columns."
+        )
     return split
 
 
@@ -46,8 +48,8 @@ def _split_all(
     examples: Sequence[Example], kind: Kind, mark: str, path: str, quiet: bool
 ) -> list[Example]:
     """The examples that can be split at the mark; one warning for the others."""
-    found = [_split(example, number, kind, mark) for number, example in enumerate(examples, 1)]
-    split = [example for example in found if example is not None]
+    parts = [_split(example, number, kind, mark) for number, example in enumerate(examples, 1)]
+    split = [example for example in parts if example is not None]
     is_compared = kind in ("pairs", "rankings")
     if not quiet:
         reason = " in each of their texts, or differ before it" if is_compared else ""
@@ -60,38 +62,29 @@ def _split_all(
     if examples and not split:
         reason = " in all of its texts, with the same text before it" if is_compared else ""
         raise InputError(
-            f"No row of {path} can be split: none has data.split_at ({mark!r}){reason}."
+            f"No example of {path} can be split: none has data.split_at ({mark!r}){reason}."
         )
     return split
 
 
 def _split(example: Example, number: int, kind: Kind, mark: str) -> Example | None:
-    """The example with a prompt of its own; None if it cannot be split."""
-    if example.get("prompt"):
-        return example
-    if kind == "rankings":
-        parts = [_split_text(text, number, mark) for text in example["responses"]]
-        prompt = _shared_prompt(parts)
-        responses = [response for _, response in parts]
-        return prompt and {**example, "prompt": prompt, "responses": responses}
-    if kind == "pairs":
-        parts = [_split_text(example[name], number, mark) for name in ("chosen", "rejected")]
-        prompt = _shared_prompt(parts)
-        return prompt and {
-            **example,
-            "prompt": prompt,
-            "chosen": parts[0][1],
-            "rejected": parts[1][1],
-        }
-    return _split_single(example, number, mark)
-
-
-def _split_single(example: Example, number: int, mark: str) -> Example | None:
-    """A text as prompt and completion; a chosen conversation as prompt and chosen response.
+    """The example with a prompt of its own; None if it cannot be split.
 
     The columns of a file of conversations then have the same meaning as those of a file with
     separate prompts.
     """
+    if example.get("prompt"):
+        return example
+    if kind in ("pairs", "rankings"):
+        is_pair = kind == "pairs"
+        texts = [example["chosen"], example["rejected"]] if is_pair else example["responses"]
+        parts = [_split_text(text, number, mark) for text in texts]
+        if len({prompt for prompt, _ in parts}) != 1 or not parts[0][0]:
+            return None
+        responses = [response for _, response in parts]
+        pair = dict(zip(("chosen", "rejected"), responses, strict=False))
+        columns = pair if is_pair else {"responses": responses}
+        return {**example, "prompt": parts[0][0], **columns}
     source = next(name for name in ("text", "messages", "chosen", "prompt") if name in example)
     prompt, response = _split_text(example[source], number, mark)
     if not prompt:
@@ -100,8 +93,8 @@ def _split_single(example: Example, number: int, mark: str) -> Example | None:
         rest = {name: value for name, value in example.items() if name != source}
         return {**rest, "prompt": prompt, "completion": response}
     other = example.get("rejected")
-    if isinstance(other, str) and other.startswith(prompt):
-        example = {**example, "rejected": other[len(prompt) :]}
+    if isinstance(other, str):
+        example = {**example, "rejected": other.removeprefix(prompt)}
     return {**example, "prompt": prompt, "chosen": response}
 
 
@@ -112,14 +105,8 @@ def _split_text(text: Any, number: int, mark: str) -> tuple[str, str]:
             f"Row {number} holds messages, which have turns already: leave out data.split_at "
             f"({mark!r}), which splits texts."
         )
-    head, found, tail = text.rpartition(mark)
-    return head + found, tail
-
-
-def _shared_prompt(parts: Sequence[tuple[str, str]]) -> Any:
-    """The first part, if all have the same; None if they differ or are empty."""
-    prompts = {prompt for prompt, _ in parts}
-    return (prompts.pop() or None) if len(prompts) == 1 else None
+    head, separator, tail = text.rpartition(mark)
+    return head + separator, tail
 
 
 def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
@@ -134,11 +121,9 @@ def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
     stripped = prompt.rstrip()
     if stripped.endswith(suffix):
         space = prompt[len(stripped) :]
-        if not space:
-            return example
         return _map_responses(example, lambda text: space + text) | {"prompt": stripped}
-    texts = [example[name] for name in RESPONSES if name in example]
-    texts += example.get("responses", ())
+    names = [name for name in RESPONSES if name in example]
+    texts = [*(example[name] for name in names), *example.get("responses", ())]
     if texts and all(isinstance(text, str) and text.startswith(suffix) for text in texts):
         line = f"{stripped}\n{suffix}" if stripped else suffix
         return _map_responses(example, lambda text: text[len(suffix) :]) | {"prompt": line}
@@ -147,11 +132,9 @@ def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
 
 def _map_responses(example: Example, function: Callable[[str], str]) -> Example:
     """The example with the function applied to all responses that are texts."""
-
-    def changed(response: Any) -> Any:
-        return function(response) if isinstance(response, str) else response
-
-    responses = {name: changed(example[name]) for name in RESPONSES if name in example}
-    if "responses" in example:
-        responses["responses"] = [changed(response) for response in example["responses"]]
-    return {**example, **responses}
+    ranked = example.get("responses", ())
+    names = [name for name in RESPONSES if isinstance(example.get(name), str)]
+    changed: Example = {name: function(example[name]) for name in names}
+    if ranked:
+        changed["responses"] = [function(r) if isinstance(r, str) else r for r in ranked]
+    return {**example, **changed}

@@ -1,13 +1,4 @@
-"""Examples of text from the embedded corpus, from local files or from the hub.
-
-The kinds of examples and their columns: `text`: `prompt` + `completion`, or `messages`, or `text`.
-`pairs`: an optional `prompt` with `chosen` and `rejected` (and an optional `margin`), or with
-`responses`, best first, of which every two make a pair. `rankings`: the same columns; a pair is a
-ranking of two. `prompts`: `prompt` or `text`; all other columns are kept for reward functions.
-`references`: the same, but each example has a `prompt` and a `completion`, the reference response.
-All columns but `text` may hold messages instead of a text. A file of comparisons is also read as
-`text` (the preferred responses) and as `prompts`.
-"""
+"""Examples of text from the embedded corpus, from local files or from the hub."""
 
 from __future__ import annotations
 
@@ -43,67 +34,53 @@ def load_examples(
 
     Returns:
       (train, evaluation), lists of dicts. "text" examples have `prompt` and `completion`, or
-      `messages`, or `text`. "pairs" have `chosen`, `rejected`, `margin` (0.0 if the file has none)
-      and `prompt` ("" if it has none). "rankings" have `responses` instead of `chosen` and
-      `rejected`, a list of any length. "prompts" have `prompt` or `text` and every other column of
-      the file, "references" have `prompt`, `completion` and every other column. Each text except
-      `text` may be messages instead.
+      `messages`, or `text`; of comparisons, the preferred response or conversation. "pairs" have
+      `chosen`, `rejected`, `margin` (0.0 if the file has none) and `prompt` ("" if it has none);
+      every two of `responses`, best first, make one. "rankings" have `responses` instead of
+      `chosen` and `rejected`, a list of any length. "prompts" have `prompt` or `text` and every
+      other column of the file, for reward functions, "references" have `prompt`, `completion` and
+      every other column. Each text except `text` may be messages instead.
 
     Raises:
       InputError: naming the file, if it is missing, empty or unreadable, lacks the columns, or has
-        a row without text.
+        an example without text.
     """
     if kind not in FORMATS:
         raise InputError(f"The kind of examples is {kind!r}: it is one of {', '.join(FORMATS)}.")
-    train, evaluation = _load(settings, kind)
-    eval_path = settings.eval_path or settings.path
-    train = split_conversations(train, kind, settings, settings.path, quiet=quiet)
-    evaluation = split_conversations(evaluation, kind, settings, eval_path, quiet=quiet)
-    if kind == "prompts":
-        _check_prompts(train, settings.path)
-        _check_prompts(evaluation, eval_path)
+    paths = settings.path, settings.eval_path or settings.path
+    train, evaluation = (
+        split_conversations(examples, kind, settings, path, quiet=quiet)
+        for examples, path in zip(_load(settings, kind), paths, strict=True)
+    )
     return train, evaluation
-
-
-def _check_prompts(examples: list[Example], path: str) -> None:
-    """Raises if an example has a full conversation that was not split into prompt and response."""
-    if any("prompt" not in example and "text" not in example for example in examples):
-        raise InputError(
-            f"Of {path} the column `chosen` is read for its prompts, but holds texts: set "
-            'data.split_at to the text before the responses (for example "\\n\\nAssistant:"), or '
-            "name the column of prompts in data.columns."
-        )
 
 
 def _load(settings: DataSettings, kind: Kind) -> tuple[list[Example], list[Example]]:
     """(train, evaluation), before conversations are split."""
-    if settings.path == BUILTIN:
-        train = _builtin(settings, kind, settings.builtin_rows, "train")[: settings.max_rows]
-        if settings.eval_path is not None:
-            return train, _evaluation(settings, kind)
-        return train, _builtin(settings, kind, _max_evaluation(settings), "eval")
-    table = _read(settings.path, settings.split, settings)
+    path, has_own = settings.path, settings.eval_path is not None or settings.eval_split is not None
+    if path == BUILTIN:
+        train = _builtin(settings, kind, settings.builtin_rows, "train")
+        return train[: settings.max_rows], _evaluation(settings, kind)
+    table = _read(path, settings.split, settings)
     order = np.random.default_rng(settings.seed).permutation(len(table))
-    if settings.eval_path is None and settings.eval_split is None:
-        held_out = _held_out(settings, len(table))
-        cut = len(table) - held_out
-        evaluation = examples_of(table, sorted(order[cut:].tolist()), kind, settings.path)
-        order = order[:cut]
-    else:
+    if has_own:
         evaluation = _evaluation(settings, kind)
+    else:
+        cut = len(table) - _held_out(settings, len(table))
+        evaluation = examples_of(table, sorted(order[cut:].tolist()), kind, path)
+        order = order[:cut]
     selected = sorted(order[: settings.max_rows].tolist())
-    return examples_of(table, selected, kind, settings.path), evaluation
+    return examples_of(table, selected, kind, path), evaluation
 
 
 def _builtin(settings: DataSettings, kind: Kind, count: int, split: builtin.Split) -> list[Example]:
     """Examples of the embedded corpus; the two splits share no prompt."""
     if kind in ("text", "references"):
         return builtin.texts(settings.seed, count, split)
-    if kind == "pairs":
-        return builtin.pairs(settings.seed, count, split)
-    if kind == "rankings":
-        return [ranking_of(pair) for pair in builtin.pairs(settings.seed, count, split)]
-    return builtin.prompts(settings.seed, count, split)
+    if kind == "prompts":
+        return builtin.prompts(settings.seed, count, split)
+    pairs = builtin.pairs(settings.seed, count, split)
+    return pairs if kind == "pairs" else [ranking_of(pair) for pair in pairs]
 
 
 def _held_out(settings: DataSettings, total: int) -> int:
@@ -112,27 +89,23 @@ def _held_out(settings: DataSettings, total: int) -> int:
         return min(MAX_HELD_OUT, total // 10)
     if settings.eval_rows >= total:
         raise InputError(
-            f"data.eval_rows holds out {settings.eval_rows} of the {total} rows of {settings.path} "
-            "and leaves none to train on: set it lower, or give data.eval_path."
+            f"data.eval_rows holds out {settings.eval_rows} of the {total} examples of "
+            f"{settings.path} and leaves none to train on: set it lower, or give data.eval_path."
         )
     return settings.eval_rows
-
-
-def _max_evaluation(settings: DataSettings) -> int:
-    return MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
 
 
 def _evaluation(settings: DataSettings, kind: Kind) -> list[Example]:
     """The first examples of the evaluation split."""
     path = settings.eval_path or settings.path
+    count = MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
     if path == BUILTIN:
-        return _builtin(settings, kind, _max_evaluation(settings), "eval")
-    if settings.eval_rows == 0:
+        return _builtin(settings, kind, count, "eval")
+    if count == 0:
         return []
     split = settings.eval_split or ("train" if os.path.isfile(path) else "validation")
     table = _read(path, split, settings)
-    count = min(_max_evaluation(settings), len(table))
-    return examples_of(table, list(range(count)), kind, path)
+    return examples_of(table, list(range(min(count, len(table)))), kind, path)
 
 
 def _read(path: str, split: str, settings: DataSettings) -> datasets.Dataset:
@@ -154,7 +127,7 @@ def _read(path: str, split: str, settings: DataSettings) -> datasets.Dataset:
     else:
         table = _read_hub(path, settings.name, split)
     if len(table) == 0:
-        raise InputError(f"{path} has no rows in the split {split!r}: give one that has some.")
+        raise InputError(f"{path} has no examples in the split {split!r}: give one that has some.")
     return _rename(table, settings.columns, path)
 
 

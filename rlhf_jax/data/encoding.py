@@ -1,13 +1,16 @@
-"""Shared by the encoders of all kinds: token ids, EOS, padding, widths and counted warnings."""
+"""Shared by the encoders of all kinds: token ids, EOS, truncation, padding and counted warnings."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -15,6 +18,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rlhf_jax.data")
 
 MULTIPLE = 8  # widths are multiples of this, so that similar data sets share compiled programs
+
+
+class Prompt(NamedTuple):
+    """The token ids of a prompt.
+
+    Attributes:
+      tokens: all tokens.
+      ending: the last of them, which truncation keeps; empty if the prompt has no fixed suffix.
+    """
+
+    tokens: list[int]
+    ending: list[int]
+
+    def truncated(self, max_length: int) -> list[int]:
+        """At most `max_length` tokens: the last ones, or the first ones and the ending.
+
+        >>> Prompt([1, 2, 3, 4], []).truncated(2), Prompt([1, 2, 3, 4], [4]).truncated(2)
+        ([3, 4], [1, 4])
+        """
+        if len(self.tokens) <= max_length:
+            return self.tokens
+        if not self.ending or len(self.ending) > max_length:
+            return self.tokens[len(self.tokens) - max_length :]
+        return self.tokens[: max_length - len(self.ending)] + self.ending
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
@@ -26,6 +53,38 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[lis
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )
     return encoded["input_ids"]
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], settings: DataSettings
+) -> list[Prompt]:
+    """The prompts as tokens; the ending of a prompt is the suffix and the white space around it.
+
+    trlX likewise truncates the post from the right and appends "TL;DR:" again (examples/
+    summarize_rlhf); it reserves five tokens for it, here they are counted.
+
+    Raises:
+      InputError: the suffix alone has more tokens than `max_prompt_length`.
+    """
+    endings = [_ending(text, settings.prompt_suffix) for text in texts]
+    distinct = sorted(set(endings) - {""})
+    tokens = dict(zip(distinct, encode(tokenizer, distinct), strict=True)) | {"": []}
+    longest = max(map(len, tokens.values()))
+    if longest > settings.max_prompt_length:
+        raise InputError(
+            f"data.prompt_suffix {settings.prompt_suffix!r} has {longest} tokens, more than "
+            f"data.max_prompt_length = {settings.max_prompt_length}: set that higher."
+        )
+    encoded = encode(tokenizer, texts)
+    return [Prompt(ids, tokens[ending]) for ids, ending in zip(encoded, endings, strict=True)]
+
+
+def _ending(text: str, suffix: str | None) -> str:
+    """The suffix with the white space on both sides; empty if the text does not end with it."""
+    stripped = text.rstrip()
+    if suffix is None or not stripped.endswith(suffix.strip()):
+        return ""
+    return text[len(stripped.removesuffix(suffix.strip()).rstrip()) :]
 
 
 def with_eos(tokens: list[int], eos: int) -> list[int]:
@@ -64,7 +123,45 @@ def pad_right(sequences: Sequence[Sequence[int]], length: int) -> tuple[Any, Any
     return tokens, mask
 
 
+def pad_prompts(prompts: Sequence[list[int]], max_length: int) -> tuple[Any, Any]:
+    """`pad_left` to the `width` of prompts of at most `max_length` tokens."""
+    return pad_left(prompts, width([len(prompt) for prompt in prompts], max_length))
+
+
 def warn(count: int, total: int, message: str) -> None:
     """Logs one warning, "COUNT of TOTAL MESSAGE", unless the count is 0."""
     if count:
         logger.warning("%d of %d %s", count, total, message)
+
+
+def warn_of_truncated_prompts(
+    truncated: Sequence[Prompt], total: int, limits: str, suffix: str | None
+) -> None:
+    """One warning for prompts truncated on the left, and one for those truncated before a suffix.
+
+    `limits` names the exceeded settings and their values, `suffix` is `data.prompt_suffix`.
+    """
+    before_suffix = sum(bool(prompt.ending) for prompt in truncated)
+    on_left = len(truncated) - before_suffix
+    warn(on_left, total, f"prompts lost their left end: they exceed {limits}.")
+    where = f"prompts lost the right end of the text before {suffix!r}"
+    warn(before_suffix, total, f"{where}: they exceed {limits}.")
+
+
+def warn_of_long_prompts(prompts: Sequence[Prompt], settings: DataSettings) -> None:
+    """Warns of the prompts that exceed `data.max_prompt_length`."""
+    limit = settings.max_prompt_length
+    truncated = [prompt for prompt in prompts if len(prompt.tokens) > limit]
+    limits = f"data.max_prompt_length ({limit} tokens)"
+    warn_of_truncated_prompts(truncated, len(prompts), limits, settings.prompt_suffix)
+
+
+def warn_of_long_responses(
+    responses: Sequence[Sequence[int]], max_length: int, name: str = "responses"
+) -> None:
+    """Warns of the responses that exceed `data.max_response_length`."""
+    warn(
+        sum(len(response) > max_length for response in responses),
+        len(responses),
+        f"{name} lost their right end: they exceed data.max_response_length ({max_length} tokens).",
+    )

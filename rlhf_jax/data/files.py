@@ -131,7 +131,6 @@ def _number(cell: str) -> float:
 
 
 def _check_not_empty(file: Path) -> None:
-    """Raises if a file is empty, which the readers' own errors do not report."""
     with _open(file) as stream:
         try:
             if stream.read(64).strip():
@@ -188,7 +187,7 @@ def _fault_in_json_lines(file: Path) -> str | None:
         for column, value in row.items():
             before = first.setdefault(column, value)
             if isinstance(before, str) and not isinstance(value, str | None):
-                return not_text(str(file), number, column, value)
+                return f"Row {number} of {file}: {not_text(column, value)}."
     return None
 
 

@@ -28,41 +28,28 @@ COMPARISON_FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("prompt", "chosen"), ("chosen",)),
     "prompts": (("messages",), ("chosen",)),
 }
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "text": (),
-    "pairs": ("prompt", "margin"),
-    "rankings": ("prompt", "margin"),
-    "prompts": (),
-    "references": (),
-}
-CANONICAL = (
-    "text",
-    "prompt",
-    "completion",
-    "messages",
-    "chosen",
-    "rejected",
-    "margin",
-    "responses",
-)
+CANONICAL = "text prompt completion messages chosen rejected margin responses".split()
+NO_LIST = "is no list of two or more texts, best first"
 
 
 def examples_of(
     table: datasets.Dataset, indices: list[int], kind: Kind, path: str
 ) -> list[Example]:
     """The examples at `indices` of a table, checked; errors number rows from 1, as in the file."""
-    found = _format(table.column_names, kind, path)
-    kept = [c for c in (*found, *OPTIONAL[kind]) if c in table.column_names]
+    columns = _format(table.column_names, kind, path)
+    if kind in ("pairs", "rankings"):
+        columns += tuple(c for c in ("prompt", "margin") if c in table.column_names)
     if kind not in ("prompts", "references"):
-        table = table.select_columns(kept)
+        table = table.select_columns(list(columns))
     examples = []
     for index, row in zip(indices, table.select(indices), strict=True):
-        for column in kept:
-            _check_value(row[column], column, index + 1, path)
-        if kind == "pairs":
-            _check_num_responses(row, index + 1, path)
-        if kind == "references" and not contents(row["completion"]).strip():
-            raise InputError(f"Row {index + 1} of {path}: column 'completion' is an empty text.")
+        fault = next(filter(None, (_fault(row[column], column) for column in columns)), None)
+        if kind == "pairs" and not fault and len(row.get("responses", ("", ""))) < 2:
+            fault = f"column 'responses' {NO_LIST}"
+        if kind == "references" and not fault and not contents(row["completion"]).strip():
+            fault = "column 'completion' is an empty text"
+        if fault:
+            raise InputError(f"Row {index + 1} of {path}: {fault}.")
         examples.extend(_canonical(dict(row), kind))
     return examples
 
@@ -79,8 +66,8 @@ def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
         )
     wanted = ", or ".join(" and ".join(f"`{c}`" for c in names) for names in FORMATS[kind])
     raise InputError(
-        f"{path} has the columns {', '.join(columns)}, but {kind} rows need {wanted}: name the "
-        "right ones in data.columns."
+        f"{path} has the columns {', '.join(columns)}, but {kind} examples need {wanted}: "
+        "name the right ones in data.columns."
     )
 
 
@@ -88,20 +75,18 @@ def _canonical(row: Example, kind: Kind) -> list[Example]:
     """The examples of one row of the file: one, or one for each pair of its responses."""
     if kind == "references":
         return [row]
-    if kind == "rankings":
-        return [ranking_of(row)]
     if kind == "text":
         return [_text_of_comparison(row) if "chosen" in row else row]
     if kind == "prompts":
         return [row if "prompt" in row or "text" in row else _prompt_of_messages(row)]
-    common = {"prompt": row.get("prompt", ""), "margin": float(row.get("margin") or 0.0)}
-    if "responses" not in row:
-        return [{**common, "chosen": row["chosen"], "rejected": row["rejected"]}]
-    ranked = row["responses"]
+    ranking = ranking_of(row)
+    if kind == "rankings":
+        return [ranking]
+    responses = ranking.pop("responses")
     return [
-        {**common, "chosen": better, "rejected": worse}
-        for rank, better in enumerate(ranked)
-        for worse in ranked[rank + 1 :]
+        {**ranking, "chosen": better, "rejected": worse}
+        for rank, better in enumerate(responses)
+        for worse in responses[rank + 1 :]
     ]
 
 
@@ -128,57 +113,29 @@ def ranking_of(row: Example) -> Example:
     return {"prompt": row.get("prompt", ""), "responses": responses, "margin": margin}
 
 
-def _check_num_responses(row: Example, number: int, path: str) -> None:
-    """Raises if a row has fewer than two responses."""
-    if "responses" in row and len(row["responses"]) < 2:
-        raise InputError(
-            f"Row {number} of {path}: column 'responses' is no list of two or more texts, best "
-            "first."
-        )
-
-
-def _check_value(value: Any, column: str, number: int, path: str) -> None:
-    """Raises if a value does not have the type of its column."""
+def _fault(value: Any, column: str) -> str | None:
+    """Why a value cannot be one of its column; None if it can."""
     if column == "margin":
-        if value is not None and not _is_finite(value):
-            raise InputError(
-                f"Row {number} of {path}: column 'margin' holds {value!r}, not a finite number."
-            )
-    elif column == "messages":
-        if not are_messages(value):
-            raise InputError(
-                f"Row {number} of {path}: column 'messages' is no list of turns such as "
-                '{"role": "user", "content": "text"}.'
-            )
-    elif column == "responses":
-        if not isinstance(value, list):
-            raise InputError(
-                f"Row {number} of {path}: column 'responses' is no list of two or more texts, best "
-                "first."
-            )
-        for response in value:
-            if not isinstance(response, str) and not are_messages(response):
-                raise InputError(not_text(path, number, column, response))
-    elif not isinstance(value, str) and (column == "text" or not are_messages(value)):
-        raise InputError(not_text(path, number, column, value))
+        is_number = value is None or (isinstance(value, int | float) and math.isfinite(value))
+        return None if is_number else f"column 'margin' holds {value!r}, not a finite number"
+    if column == "messages":
+        turns = 'list of turns such as {"role": "user", "content": "text"}'
+        return None if are_messages(value) else f"column 'messages' is no {turns}"
+    if column == "responses" and not isinstance(value, list):
+        return f"column 'responses' {NO_LIST}"
+    for text in value if column == "responses" else [value]:
+        if not isinstance(text, str) and (column == "text" or not are_messages(text)):
+            return not_text(column, text)
+    return None
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def not_text(path: str, number: int, column: str, value: Any) -> str:
-    """The error message for a value that is not a text."""
+def not_text(column: str, value: Any) -> str:
+    """Why a value that is not a text cannot be used."""
     if value is None:
-        return f"Row {number} of {path}: column {column!r} holds nothing: give it a text."
+        return f"column {column!r} holds nothing: give it a text"
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
     if column != "text" and any(turn.get("content") is None for turn in turns):
-        return (
-            f"Row {number} of {path}: column {column!r} holds a message without content: each has "
-            "a role and a content."
-        )
+        return f"column {column!r} holds a message without content: each has a role and a content"
     names = {int: "a number", float: "a number", bool: "a truth value", list: "a list"}
-    return (
-        f"Row {number} of {path}: column {column!r} holds {names.get(type(value), 'an object')} "
-        f"({str(value)[:40]}), not text."
-    )
+    name = names.get(type(value), "an object")
+    return f"column {column!r} holds {name} ({str(value)[:40]}), not text"

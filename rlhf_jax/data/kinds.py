@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
+from rlhf_jax.data.comparisons import encode_pairs, encode_rankings
 from rlhf_jax.data.formats import Kind
-from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.prompts import encode_prompts
-from rlhf_jax.data.rankings import encode_rankings
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import encode_texts
 
@@ -33,13 +32,7 @@ def encode_examples(
     tokenizer: PreTrainedTokenizerFast,
     settings: DataSettings,
 ) -> Any:
-    """All examples of a kind as one batch of NumPy arrays.
-
-    Args:
-      kind: of the examples, as for `load_examples`.
-      examples: as `load_examples` returns them for this kind.
-      tokenizer: converts text to tokens, and messages to text by its chat template.
-      settings: the length limits.
+    """All examples of a kind, as `load_examples` returns them, as one batch of NumPy arrays.
 
     Returns:
       A `TextBatch`, `PairBatch`, `RankingBatch` or `PromptBatch`, as `encode_texts`,

@@ -9,9 +9,14 @@ import numpy as np
 
 from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data.chat import prompt_text
-from rlhf_jax.data.encoding import pad_left, warn, width
+from rlhf_jax.data.encoding import (
+    Prompt,
+    pad_prompts,
+    tokenize_prompts,
+    warn,
+    warn_of_long_prompts,
+)
 from rlhf_jax.data.settings import DataSettings
-from rlhf_jax.data.truncation import Prompt, tokenize_prompts, warn_of_long_prompts
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,17 +30,12 @@ def encode_prompts(
 ) -> PromptBatch:
     """All prompts as one batch of NumPy arrays, in the order of the examples.
 
-    A prompt keeps its last `max_prompt_length` tokens; if it ends with `prompt_suffix`, the first
-    ones and the suffix. Messages are rendered by the tokenizer's chat template. Under
-    `settings.prompt_tokens` the prompt of a `text` example is its first n tokens instead, n drawn
+    Examples are of the kind "prompts" of `load_examples`. A prompt keeps its last
+    `max_prompt_length` tokens; if it ends with `prompt_suffix`, the first ones and the suffix.
+    Under `prompt_tokens` the prompt of a `text` example is its first n tokens instead, n drawn
     uniformly by (seed, index of the example). An empty prompt becomes the single token BOS, or EOS
     if there is no BOS, so that the response has a context. Truncated and empty prompts are logged
     in one counted warning each.
-
-    Args:
-      examples: of the kind "prompts" of `load_examples`: `prompt` or `text`.
-      tokenizer: converts text to tokens, and messages to text by its chat template.
-      settings: the length limits.
 
     Returns:
       A batch with P the longest prompt rounded up to a multiple of 8, at most its limit; token 0
@@ -47,23 +47,18 @@ def encode_prompts(
     """
     if not examples:
         raise InputError("There are no prompts: give at least one.")
-    limit, suffix = settings.max_prompt_length, settings.prompt_suffix
     texts = [prompt_text(example, number, tokenizer) for number, example in enumerate(examples, 1)]
-    prompts = tokenize_prompts(tokenizer, texts, suffix, limit)
+    prompts = tokenize_prompts(tokenizer, texts, settings)
     if settings.prompt_tokens is not None:
         prompts = _beginnings(examples, prompts, settings.prompt_tokens, settings.seed)
     warn_of_long_prompts(prompts, settings)
-    warn(
-        sum(not prompt.tokens for prompt in prompts),
-        len(prompts),
-        "prompts are empty and became a single token, BOS or EOS.",
-    )
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    num_empty = sum(not prompt.tokens for prompt in prompts)
+    warn(num_empty, len(prompts), "prompts are empty and became a single token, BOS or EOS.")
+    limit, start = settings.max_prompt_length, tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
     tokens = [prompt.truncated(limit) or [start] for prompt in prompts]
     indices: Any = np.arange(len(prompts), dtype=np.int32)
-    return PromptBatch(
-        *pad_left(tokens, width([len(prompt) for prompt in tokens], limit)), indices=indices
-    )
+    return PromptBatch(*pad_prompts(tokens, limit), indices)
 
 
 def _beginnings(

@@ -82,21 +82,19 @@ class DataSettings:
     min_response_words: int = 0
 
     def __post_init__(self) -> None:
-        for key, value in (
-            ("builtin_rows", self.builtin_rows),
-            ("max_prompt_length", self.max_prompt_length),
-            ("max_rows", self.max_rows),
+        for key, value, minimum in (
+            ("builtin_rows", self.builtin_rows, 1),
+            ("max_prompt_length", self.max_prompt_length, 1),
+            ("max_rows", self.max_rows, 1),
+            # A text with a target has two tokens, a response at least a token and EOS.
+            ("max_length", self.max_length, 2),
+            ("max_response_length", self.max_response_length, 2),
+            ("seed", self.seed, 0),
+            ("min_response_words", self.min_response_words, 0),
+            ("eval_rows", self.eval_rows, 0),
         ):
-            _at_least(1, key, value)
-        # The shortest text with a target has two tokens; the shortest response is a token and EOS.
-        _at_least(2, "max_length", self.max_length)
-        _at_least(2, "max_response_length", self.max_response_length)
-        for key, value in (
-            ("seed", self.seed),
-            ("min_response_words", self.min_response_words),
-            ("eval_rows", self.eval_rows),
-        ):
-            _at_least(0, key, value)
+            if value is not None and value < minimum:
+                raise InputError(f"data.{key} is {value}: set it to {minimum} or more.")
         for key, text in (("split_at", self.split_at), ("prompt_suffix", self.prompt_suffix)):
             if text is not None and not text.strip():
                 raise InputError(f"data.{key} is empty: give it a text, or leave it out (null).")
@@ -109,11 +107,8 @@ class DataSettings:
             raise InputError(
                 'data.path and data.split must not be empty: for example "builtin" and "train".'
             )
-        self._check_columns()
         self._check_prompt_tokens()
         self._check_builtin()
-
-    def _check_columns(self) -> None:
         for canonical in self.columns:
             if canonical not in CANONICAL:
                 raise InputError(
@@ -122,15 +117,11 @@ class DataSettings:
                 )
 
     def _check_prompt_tokens(self) -> None:
-        if self.prompt_tokens is None:
-            return
-        if len(self.prompt_tokens) != 2:
-            raise InputError(f"data.prompt_tokens is {self.prompt_tokens}: give (low, high).")
-        low, high = self.prompt_tokens
-        if not 1 <= low <= high <= self.max_prompt_length:
+        bounds, limit = self.prompt_tokens, self.max_prompt_length
+        if bounds is not None and (len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= limit):
             raise InputError(
-                f"data.prompt_tokens is ({low}, {high}): give (low, high) with 1 <= low <= high <= "
-                f"data.max_prompt_length ({self.max_prompt_length})."
+                f"data.prompt_tokens is {bounds}: give (low, high) with 1 <= low <= high <= "
+                f"data.max_prompt_length ({limit})."
             )
 
     def _check_builtin(self) -> None:
@@ -146,11 +137,6 @@ class DataSettings:
                 "data.eval_split needs data.eval_path here: the embedded corpus makes its own "
                 "evaluation examples (data.eval_rows)."
             )
-
-
-def _at_least(minimum: int, key: str, value: int | None) -> None:
-    if value is not None and value < minimum:
-        raise InputError(f"data.{key} is {value}: set it to {minimum} or more.")
 
 
 @dataclasses.dataclass(frozen=True)

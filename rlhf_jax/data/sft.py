@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.data.chat import completion_texts, message_texts
-from rlhf_jax.data.encoding import encode, is_empty, warn, width, with_eos
+from rlhf_jax.data.chat import text_parts
+from rlhf_jax.data.encoding import (
+    Prompt,
+    encode,
+    is_empty,
+    tokenize_prompts,
+    warn,
+    warn_of_truncated_prompts,
+    width,
+    with_eos,
+)
 from rlhf_jax.data.settings import DataSettings
-from rlhf_jax.data.truncation import Prompt, tokenize_prompts, warn_of_truncated_prompts
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,13 +47,10 @@ def encode_texts(
     tokenizer: PreTrainedTokenizerFast,
     settings: DataSettings,
 ) -> TextBatch:
-    """All texts as one batch of NumPy arrays, several per sequence under `settings.packing`.
+    """All examples of the kind "text" of `load_examples` as one batch of NumPy arrays.
 
-    Args:
-      examples: of the kind "text" of `load_examples`: `prompt` + `completion`, `messages` or
-        `text`.
-      tokenizer: converts text to tokens, and messages to text by its chat template.
-      settings: the length limits; see `tokenize_texts` for the truncation.
+    Under `settings.packing` there are several texts in a sequence; see `tokenize_texts` for the
+    truncation.
 
     Returns:
       A batch of arrays [N, L], L the longest sequence rounded up to a multiple of 8, at most
@@ -80,18 +85,18 @@ def tokenize_texts(
     Raises:
       InputError: if no text is left, or messages cannot be rendered.
     """
-    parts = [_parts(each, number, tokenizer, settings) for number, each in enumerate(examples, 1)]
+    last_turn = settings.completion_only
+    parts = [text_parts(each, n, tokenizer, last_turn) for n, each in enumerate(examples, 1)]
     heads = [prompt or "" for prompt, _ in parts]
-    prompts = tokenize_prompts(tokenizer, heads, settings.prompt_suffix, settings.max_prompt_length)
+    prompts = tokenize_prompts(tokenizer, heads, settings)
     completions = encode(tokenizer, [completion for _, completion in parts])
     texts, truncated_prompts, num_truncated, num_dropped = [], [], 0, 0
     for (head, _), prompt, completion in zip(parts, prompts, completions, strict=True):
         if is_empty(completion, tokenizer.eos_token_id):
             num_dropped += 1
             continue
-        limit = settings.max_length
-        if head is not None:
-            limit = min(limit, settings.max_response_length)
+        is_text, limit = head is None, settings.max_length
+        limit = limit if is_text else min(limit, settings.max_response_length)
         full = with_eos(completion, tokenizer.eos_token_id)
         kept = full[:limit]
         num_truncated += len(kept) < len(full)
@@ -104,8 +109,8 @@ def tokenize_texts(
     _warn(truncated_prompts, num_truncated, num_dropped, len(parts), settings)
     if not texts:
         raise InputError(
-            f"No text is left to train on: all {len(parts)} rows are empty (an empty completion "
-            "counts as an empty row)."
+            f"No text is left to train on: all {len(parts)} examples are empty (an empty "
+            "completion counts as an empty example)."
         )
     return texts
 
@@ -122,28 +127,12 @@ def _warn(
         f"data.max_length ({settings.max_length})"
     )
     warn_of_truncated_prompts(truncated_prompts, total, limits, settings.prompt_suffix)
-    warn(
-        num_truncated,
-        total,
-        "texts lost their right end: they exceed data.max_length "
-        f"({settings.max_length} tokens) or, being completions, data.max_response_length "
-        f"({settings.max_response_length}).",
+    limits = (
+        f"data.max_length ({settings.max_length} tokens) or, being completions, "
+        f"data.max_response_length ({settings.max_response_length})"
     )
+    warn(num_truncated, total, f"texts lost their right end: they exceed {limits}.")
     warn(num_dropped, total, "texts were dropped because they are empty.")
-
-
-def _parts(
-    example: Mapping[str, Any],
-    number: int,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: DataSettings,
-) -> tuple[str | None, str]:
-    """(prompt, completion) of an example; the prompt is None if it is a single text."""
-    if "completion" in example:
-        return completion_texts(example["prompt"], example["completion"], number, tokenizer)
-    if "messages" in example:
-        return message_texts(example["messages"], number, tokenizer, settings.completion_only)
-    return None, example["text"]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -210,30 +199,22 @@ def max_targets(settings: DataSettings) -> int:
 
 
 def _arrays(texts: Sequence[Text], packed: Sequence[Sequence[int]], max_length: int) -> TextBatch:
-    """The batch of the packed texts."""
     used = [sum(len(texts[index].tokens) for index in sequence) for sequence in packed]
     shape = (len(packed), width(used, max_length))
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     loss_mask = np.zeros(shape, bool)
-    for row, sequence in enumerate(packed):
+    for place, sequence in enumerate(packed):
         start = 0
         for segment, index in enumerate(sequence, 1):
             text = texts[index]
             end = start + len(text.tokens)
-            tokens[row, start:end] = text.tokens
-            segments[row, start:end] = segment
-            loss_mask[row, start + text.target_start : end] = True
+            tokens[place, start:end] = text.tokens
+            segments[place, start:end] = segment
+            loss_mask[place, start + text.target_start : end] = True
             start = end
-    arrays: tuple[Any, Any, Any, Any] = (tokens, segments, loss_mask, _target_positions(loss_mask))
+    counts, positions = loss_mask.sum(axis=1), None
+    if columns := target_width(counts.tolist(), shape[1]):
+        positions = np.zeros((len(packed), columns), np.int32)
+        positions[np.arange(columns) < counts[:, None]] = np.nonzero(loss_mask)[1]
+    arrays: tuple[Any, Any, Any, Any] = (tokens, segments, loss_mask, positions)
     return TextBatch(*arrays)
-
-
-def _target_positions(loss_mask: Any) -> Any:
-    """i32[N, K], the positions of the targets, then zeros; None if `target_width` is None."""
-    counts = loss_mask.sum(axis=1)
-    columns = target_width(counts.tolist(), loss_mask.shape[1])
-    if columns is None:
-        return None
-    positions = np.zeros((len(counts), columns), np.int32)
-    positions[np.arange(columns) < counts[:, None]] = np.nonzero(loss_mask)[1]
-    return positions

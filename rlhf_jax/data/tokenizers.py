@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a folder or the hub, or a byte-level BPE trained on the given texts."""
+"""Tokenizers: loaded from a folder or the hub, or a byte-level BPE trained on texts."""
 
 from __future__ import annotations
 

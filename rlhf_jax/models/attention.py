@@ -51,36 +51,23 @@ def self_attention(
     if mask.prompt is not None:
         length = mask.prompt.shape[-1]
         past = k[:, :, :length], v[:, :, :length]
-        prompt_q = q[:, None, :, :length]
-        prompt_k, prompt_v = (x[:, None] for x in past)
-        prompt_visible = mask.prompt[:, None]
-        parts.append(_attend_by(implementation, prompt_q, prompt_k, prompt_v, prompt_visible))
+        own = tuple(x[:, None, :, :length] for x in (q, k, v))
+        parts.append(_attend_by(implementation, own, mask.prompt[:, None]))
     seen = None
     if mask.past is not None:
         assert past is not None  # of the prompt above, or of a prefix
         seen = Past(past[0], past[1], mask.past)
     count = mask.own.shape[1]
-    own_q, own_k, own_v = (_split_responses(x[:, :, length:], count) for x in (q, k, v))
-    parts.append(_attend_by(implementation, own_q, own_k, own_v, mask.own, seen, dropout))
-    return jnp.concatenate([_join_responses(part) for part in parts], axis=2)
+    own = tuple(_split(x[:, :, length:], count) for x in (q, k, v))
+    parts.append(_attend_by(implementation, own, mask.own, seen, dropout))
+    return jnp.concatenate([_joined(part) for part in parts], axis=2)
 
 
-def _attend_by(implementation, q, k, v, visible, past=None, dropout=None):
+def _attend_by(implementation, qkv, visible, past=None, dropout=None):
+    q, k, v = qkv
     if implementation == "cudnn":
         return attend_by_cudnn(q, k, v, visible, past)
     return attend(q, k, v, visible, past, dropout)
-
-
-def _split_responses(x, count):
-    """[B, K, H, T, d] of [B, H, K * T, d]."""
-    batch, heads, _, width = x.shape
-    return jnp.swapaxes(x.reshape(batch, heads, count, -1, width), 1, 2)
-
-
-def _join_responses(x):
-    """[B, H, K * T, d] of [B, K, H, T, d]."""
-    batch, _, heads, _, width = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(batch, heads, -1, width)
 
 
 def attend(
@@ -108,7 +95,7 @@ def attend(
     heads = q.shape[2]
     k, v = _repeat_heads(k, heads, 2), _repeat_heads(v, heads, 2)
     if past is not None:
-        keys, values = _repeat_heads(past.keys, heads, 1), _repeat_heads(past.values, heads, 1)
+        keys, values = (_repeat_heads(x, heads, 1) for x in past[:2])
         past = Past(keys, values, past.mask)
     return _attend(q, k, v, visible, past, dropout)
 
@@ -166,18 +153,18 @@ def _block_forward(q, k, v, block, visible, past, dropout):
     top = jnp.max(own, axis=-1, keepdims=True)
     if past is not None:
         seen, count = past.mask[:, None, None], q.shape[1]
-        before = jnp.where(seen, _product("ghtd,ghmd->ghtm", _grouped(q), past.keys), _MIN)
-        top = jnp.maximum(top, _apart(jnp.max(before, axis=-1, keepdims=True), count))
+        before = jnp.where(seen, _product("ghtd,ghmd->ghtm", _joined(q), past.keys), _MIN)
+        top = jnp.maximum(top, _split(jnp.max(before, axis=-1, keepdims=True), count))
     weights = jnp.where(own_visible, jnp.exp(own - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if dropout is not None:
         weights = _dropped(dropout, weights, block)
     out = _product("gkhtm,gkhmd->gkhtd", weights.astype(v.dtype), v)
     if past is not None:
-        weights = jnp.where(seen, jnp.exp(before - _grouped(top)), 0.0)
-        total += _apart(jnp.sum(weights, axis=-1, keepdims=True), count)
+        weights = jnp.where(seen, jnp.exp(before - _joined(top)), 0.0)
+        total += _split(jnp.sum(weights, axis=-1, keepdims=True), count)
         attended = _product("ghtm,ghmd->ghtd", weights.astype(v.dtype), past.values)
-        out += _apart(attended, count)
+        out += _split(attended, count)
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
@@ -224,7 +211,7 @@ def _block_backward(queries, k, v, block, visible, dropout):
 def _past_backward(q, gradient, mean, log_total, past):
     """(gradient for q, gradients for the past), summed over the responses of each group."""
     count = q.shape[1]
-    q, gradient, mean, log_total = (_grouped(x) for x in (q, gradient, mean, log_total))
+    q, gradient, mean, log_total = (_joined(x) for x in (q, gradient, mean, log_total))
     logits = _product("ghtd,ghmd->ghtm", q, past.keys)
     weights = jnp.where(past.mask[:, None, None], jnp.exp(logits - log_total), 0.0)
     for_weights = _product("ghtd,ghmd->ghtm", gradient, past.values)
@@ -233,7 +220,7 @@ def _past_backward(q, gradient, mean, log_total, past):
     for_values = _product("ghtm,ghtd->ghmd", weights.astype(q.dtype), gradient).astype(q.dtype)
     for_q = _product("ghtm,ghmd->ghtd", for_logits, past.keys)
     # The mask has no gradient, which custom rules express by None.
-    return _apart(for_q, count), Past(for_keys, for_values, None)  # type: ignore[arg-type]
+    return _split(for_q, count), Past(for_keys, for_values, None)  # type: ignore[arg-type]
 
 
 _attend.defvjp(_forward, _backward)
@@ -251,13 +238,13 @@ def _blocks(length: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def _grouped(x):
+def _joined(x):
     """[G, H, K * T, .] of [G, K, H, T, .], for one product with the past of the group."""
-    groups, count, heads, length, width = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(groups, heads, count * length, width)
+    groups, _, heads, _, width = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(groups, heads, -1, width)
 
 
-def _apart(x, count):
+def _split(x, count):
     """[G, K, H, T, .] of [G, H, K * T, .]."""
     groups, heads, _, width = x.shape
     return jnp.swapaxes(x.reshape(groups, heads, count, -1, width), 1, 2)

@@ -15,7 +15,7 @@ class Cache(NamedTuple):
       keys, values: dtype[N, B, H, C, d], N layers, H key/value heads, C positions; 0 where nothing
         was written. With `UnstackedLayers`, tuples of N arrays [B, H, C, d].
       mask: bool[B, C], True where a real token was written.
-      length: the number of positions written, the same for the whole batch (prompts are
+      length: the number of positions written, the same for the full batch (prompts are
         left-padded). A Python 0 says at trace time that the cache is empty.
     """
 
@@ -39,16 +39,13 @@ def is_empty(cache: Cache) -> bool:
 
 def fill(cache: Cache, memory: tuple[Any, Any], mask: jax.Array) -> Cache:
     """An empty cache with the keys and values [N, B, H, L, d] of its first L positions."""
-    missing = cache.mask.shape[1] - mask.shape[1]
-
-    def pad(part):
-        room = [(0, 0)] * (part.ndim - 2) + [(0, missing), (0, 0)]
-        return jnp.pad(part, room)
-
-    keys, values = jax.tree.map(pad, memory)
+    missing = (0, cache.mask.shape[1] - mask.shape[1])
+    keys, values = jax.tree.map(
+        lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [missing, (0, 0)]), memory
+    )
     if not isinstance(keys, tuple):
         keys, values = constrain_cache(keys), constrain_cache(values)
-    written = jnp.pad(mask.astype(bool), ((0, 0), (0, missing)))
+    written = jnp.pad(mask.astype(bool), ((0, 0), missing))
     return Cache(keys, values, written, mask.shape[1])
 
 

@@ -1,9 +1,7 @@
 """Attention by the fused kernels of cuDNN, on NVIDIA GPUs; the same as `attention.attend`.
 
-    out_t = sum_m w_tm v_m,     w_tm = exp(q_t . k_m) / sum_m exp(q_t . k_m)
-
-over the m that t sees. JAX calls the kernels in `jax.nn.dot_product_attention`, whose other
-implementation, "xla", runs everywhere and serves the tests.
+JAX calls the kernels in `jax.nn.dot_product_attention`, whose other implementation, "xla", runs
+everywhere and serves the tests.
 """
 
 import re
@@ -33,21 +31,15 @@ def attend_by_cudnn(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Attention of K responses of T tokens in each of G groups, to themselves and to a past.
+    """`attention.attend` for q in bfloat16 or float16.
 
     Products that a causal mask hides are not computed; all others are, and those not visible are
     masked by a bias [G * K, T, T] in the dtype of q. The kernel supports neither a past that
     several responses share, so that each gets a copy of it, nor a causal mask behind one.
 
     Args:
-      q: [G, K, H, T, d] in bfloat16 or float16; scaled already.
-      k, v: [G, K, Hk, T, d]; query head h reads key/value head h // (H / Hk).
-      visible: bool[G, K, T, T], whether token t sees token m of its response, m <= t.
-      past: of each group, seen by all its responses.
-      implementation: of `jax.nn.dot_product_attention`; "xla" takes any dtype and device.
-
-    Returns:
-      [G, K, H, T, d] in the dtype of q; 0 where a token sees nothing.
+      q, k, v, visible, past: as of `attention.attend`.
+      implementation: of `jax.nn.dot_product_attention`; "xla" accepts any dtype and device.
 
     Raises:
       InputError: there is no GPU that has the kernel.

@@ -1,11 +1,12 @@
-"""Dropout from a hash of where an entry stands, so cheap that nothing of it is kept.
+"""Dropout from a hash of an entry's index, so cheap that nothing of it is kept.
 
     x_i -> x_i / (1 - rate) where hash(key, i) >= rate * 2^32, and 0 elsewhere
 
-The backward pass hashes again: a hash is some twenty operations of integers, which become part of
-what reads the entry, where random numbers of JAX are written to memory first.
+The backward pass hashes again: a hash is some twenty integer operations that XLA fuses with the
+reader of the entry, whereas random numbers of JAX are written to memory first.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -42,18 +43,19 @@ def start_dropout(key: jax.Array, rate: float) -> Dropout:
 def kept(dropout: Dropout, shape: tuple[int, ...], first_row: int = 0) -> jax.Array:
     """bool[shape], True where an entry stays; of shape [..., rows, columns], each below 65,536.
 
-    An entry depends on its indices and nothing else: part of an array, whose rows begin with
-    `first_row` of the whole, drops what the whole does, on any number of devices.
+    An entry depends on its indices alone: rows from `first_row` on are dropped as in the full
+    array, on any number of devices.
     """
     *outer, _, _ = shape
     number = jnp.zeros((*outer, 1, 1), jnp.uint32)
+    iota = functools.partial(jax.lax.broadcasted_iota, jnp.uint32)
     for axis, size in enumerate(outer):
-        number = number * jnp.uint32(size) + _index(number.shape, axis)
+        number = number * jnp.uint32(size) + iota(number.shape, axis)
     # Two words for each matrix, and one for each of its entries.
     first = _hash(number ^ dropout.words[0])
     second = _hash(first + dropout.words[1])
-    row = _index(shape, len(shape) - 2) + jnp.uint32(first_row)
-    entry = (row << 16) ^ _index(shape, len(shape) - 1)
+    row = iota(shape, len(shape) - 2) + jnp.uint32(first_row)
+    entry = (row << 16) ^ iota(shape, len(shape) - 1)
     return _hash(_hash(entry ^ first) + second) >= dropout.dropped
 
 
@@ -61,10 +63,6 @@ def drop(dropout: Dropout, x: jax.Array) -> jax.Array:
     """The array after dropout, in its dtype."""
     # Rounded to bfloat16 the scale would be off by up to 0.2 %.
     return jnp.where(kept(dropout, x.shape), (x * dropout.scale).astype(x.dtype), 0)
-
-
-def _index(shape, axis):
-    return jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
 
 
 def _hash(x):

@@ -61,19 +61,12 @@ def unembed(
         hidden = constrain_batch_over_data(hidden, last="fsdp")
     else:
         table = all_gather({name: table}, dtype, rules)[name]
-    logits = _products(table, hidden)
+    ((kind, array),) = table.items()
+    axes = "...d,dv->...v" if kind == "columns" else "...d,vd->...v"
+    array = array.astype(hidden.dtype)
+    logits = jnp.einsum(axes, hidden, array, preferred_element_type=jnp.float32)
     logits = constrain_batch_over_data(logits, last="tensor") if decode else logits
     return constrain_batch(logits, last="tensor")
-
-
-def _products(table: Table, hidden: jax.Array) -> jax.Array:
-    axes, name = ("dv", "columns") if "columns" in table else ("vd", "embedding")
-    return jnp.einsum(
-        f"...d,{axes}->...v",
-        hidden,
-        table[name].astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
 
 
 def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,9 +25,8 @@ class Slot(NamedTuple):
     Attributes:
       path: of its leaf in the parameters of the model.
       layer: its index in a leaf of stacked layers; None for the full leaf.
-      shape: in the file. It may differ from that of the leaf: axis 0 may be shorter, where the leaf
-        pads the vocabulary; the last axis may hold the last two axes of the leaf, [D, 3 D] for
-        [D, 3, D]; and [1, D] in the file is [D] in the leaf of a head.
+      shape: in the file. It may differ from that of the leaf: without the padding of the
+        vocabulary, [D, 3 D] for [D, 3, D], or [1, D] for the [D] of a head.
       transposed: whether a matrix of the file is [out, in], as in PyTorch's `Linear`, for a leaf
         [in, out].
     """
@@ -51,12 +51,12 @@ class Family:
       write_config: from the configuration to the object in config.json, without `model_type`,
         `architectures` and dtypes.
       fresh_config: from the settings of a fresh model and its vocab_size to the configuration.
-      sizes: configurations of known models, by name.
       slots: every tensor of the model without a head, by its name without the prefix, in the order
         written.
       prefix: of the names of tensors but the two heads, such as "transformer.".
       tied: name of a tensor -> name of the tensor that it has to equal, where a file has it.
-      ignored: ends of the names of tensors that are no parameters, such as masks.
+      ignored: suffixes of the names of tensors that are no parameters, such as masks.
+      sizes: configurations of known models, by name.
     """
 
     name: str
@@ -87,15 +87,11 @@ def param_shapes(model: Model) -> Params:
 
 def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
     """The leaf at a path of keys."""
-    return functools.reduce(lambda node, key: node[key], path, tree)
+    return functools.reduce(operator.getitem, path, tree)
 
 
 def check_fixed(data: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Raises an InputError if a key of config.json is there with another value than the fixed one.
-
-    Args:
-      fixed: values of the keys whose variants a family does not compute.
-    """
+    """Raises an InputError if a key of config.json has another value than the fixed one, if any."""
     for key, allowed in fixed.items():
         if data.get(key, allowed) != allowed:
             raise InputError(
@@ -107,10 +103,7 @@ def known_fields(config: type[Config], data: Mapping[str, Any]) -> dict[str, Any
     """The values of config.json that have a field of the same name, by that name.
 
     The default of a field determines its type: an integer, a number, a string, or with None an
-    integer or null.
-
-    Raises:
-      InputError: a value has another type.
+    integer or null. A value of another type raises an InputError.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     return {name: _typed(fields[name], data[name]) for name in fields if name in data}

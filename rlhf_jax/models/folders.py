@@ -1,14 +1,14 @@
-"""Model folders on disk: found or downloaded, and written so that a cut leaves no half file."""
+"""Model folders on disk, local or downloaded, and the files that they have to hold."""
 
+import json
 import pathlib
 import re
-import tempfile
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.reading import INDEX, WEIGHTS
-from rlhf_jax.models.writing import write_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def find_folder(name: str | pathlib.Path) -> pathlib.Path:
@@ -46,49 +46,48 @@ def _download(name: str) -> pathlib.Path:
         ) from error
 
 
-def write_folder(
-    folder: str | pathlib.Path,
-    texts: Mapping[str, Any],
-    tokenizer: Any,
-    write_weights: Callable[[pathlib.Path], None],
-) -> None:
-    """Writes JSON files, a tokenizer and the weights, and moves them into the folder.
-
-    Args:
-      texts: name of a JSON file -> its object.
-      tokenizer: anything with `save_pretrained(folder)`, or None.
-      write_weights: writes the weights to a temporary folder.
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a folder: one, or those that its index names.
 
     Raises:
-      InputError: the folder is not local.
-      OSError: it cannot be written.
+      InputError: there are none, or some of them are missing.
     """
-    if "://" in str(folder):
-        raise InputError(f"Models are saved to local folders, but {folder} is an address.")
-    folder = pathlib.Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        temporary = pathlib.Path(name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary))
-        for file, data in texts.items():
-            write_json(temporary / file, data)
-        write_weights(temporary)
-        _publish(temporary, folder)
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{folder / INDEX} has no weight_map; save or download it again.")
+        files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+        for file in files:
+            if not file.is_file():
+                raise InputError(
+                    f"{folder} lacks {file.name}, which its {INDEX} names; download it again."
+                )
+        return files
+    if any(folder.glob("pytorch_model*.bin")):
+        raise InputError(
+            f"{folder} holds its weights as pytorch_model.bin only, which needs PyTorch to be "
+            "read; convert it where torch and transformers are installed: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
+        )
+    raise InputError(
+        f"{folder} holds neither {WEIGHTS} nor {INDEX}; save the model as safetensors."
+    )
 
 
-def _publish(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-    """Moves files from one folder into the other, and deletes weights of an earlier save.
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder.
 
-    Weights come last, their index after them: a save that is cut short leaves the old weights
-    complete, or none that can be loaded.
+    Raises:
+      InputError: there is no such file, or no object in it.
     """
-    files = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
-    written = {file.name for file in files} - {INDEX}
-    for pattern in (INDEX, WEIGHTS, "model-*-of-*.safetensors", "generation_config.json"):
-        for path in folder.glob(pattern):
-            if path.name not in written:
-                path.unlink()
-    for file in sorted(files, key=lambda f: (f.name == INDEX, f.suffix == ".safetensors", f)):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (temporary / file).replace(folder / file)
+    if not path.is_file():
+        raise InputError(f"{path.parent} holds no {path.name}; give the folder of a saved model.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); save or download it again.") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not a JSON object; save or download it again.")
+    return data

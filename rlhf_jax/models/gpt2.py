@@ -71,17 +71,15 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+            if (size := getattr(self, name)) < 1:
+                raise InputError(f"{name} must be at least 1, but is {size}.")
         if self.n_embd % self.n_head:
             raise InputError(
                 f"n_embd must be a multiple of n_head, but {self.n_embd} is none of {self.n_head}."
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"{name} must be at least 0 and below 1, but is {getattr(self, name)}."
-                )
+            if not 0 <= (rate := getattr(self, name)) < 1:
+                raise InputError(f"{name} must be at least 0 and below 1, but is {rate}.")
         if self.activation_function not in ACTIVATIONS:
             raise InputError(
                 f"activation_function {self.activation_function!r} is unknown; "
@@ -103,14 +101,9 @@ class GPT2Config:
         """As many as query heads."""
         return self.n_head
 
-    @property
-    def padded_vocab_size(self) -> int:
-        """Length of the vocabulary axis of the embedding; see `models/embedding.py`."""
-        return padded_vocab_size(self.vocab_size)
-
 
 class Block(nn.Module):
-    """One transformer block: layer norm before attention and before the MLP, and two additions.
+    """A layer, with the methods of `stacked.Block`.
 
     In decoding, single tokens are multiplied with all parameters: these stay where they are, and
     the activations move (Pope et al. 2022, section 3.2: weight-stationary layouts;
@@ -135,16 +128,13 @@ class Block(nn.Module):
         past: Memory | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Memory]:
-        """([B, S, D], (keys, values) [B, H, S, d]) of [B, S, D] and the keys of a prefix."""
         attended, memory = self.attn(self._place(self.ln_1(x)), mask, past, deterministic)
         return self._rest(x, attended, deterministic), memory
 
     def heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Scaled queries, keys and values [B, H, S, d] of [B, S, D]."""
         return self.attn.heads(self._place(self.ln_1(x)))
 
     def attend(self, x, q, keys, values, visible):
-        """The rest of the block, of queries on a cache [B, H, C, d] visible as bool[B, S, C]."""
         return self._rest(x, self.attn.merge(attend_to_cache(q, keys, values, visible)), True)
 
     def _rest(self, x, attended, deterministic):
@@ -215,8 +205,7 @@ def _residual(config: GPT2Config, dtype: str) -> Dense:
 
 
 def _dense(config, dtype, features, scale=1.0):
-    kernel_init = nn.initializers.normal(config.initializer_range * scale)
-    return Dense(features, dtype, kernel_init)
+    return Dense(features, dtype, nn.initializers.normal(config.initializer_range * scale))
 
 
 def _layer_norm(config: GPT2Config, dtype: str) -> nn.LayerNorm:
@@ -256,16 +245,13 @@ class GPT2(StackedModel):
 
     @property
     def partition_rules(self) -> Rules:
-        """The rules of the parameters."""
         return PARTITION_RULES
 
     @property
     def block(self) -> Block:
-        """The module of one layer."""
         return Block(self.config, self.dtype, self.attention)
 
     def check_dropout(self) -> None:
-        """Raises an InputError if the attention cannot drop weights."""
         check_dropout(self.attention, self.config.attn_pdrop)
 
     def init(self, key: jax.Array) -> Params:
@@ -273,22 +259,20 @@ class GPT2(StackedModel):
         config = self.config
         wte_key, wpe_key, *keys = jax.random.split(key, 2 + config.n_layer)
         normal = nn.initializers.normal(config.initializer_range)
-        wte = normal(wte_key, (config.padded_vocab_size, config.n_embd))
-        is_token = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
+        wte = normal(wte_key, (padded_vocab_size(config.vocab_size), config.n_embd))
+        is_token = jnp.arange(len(wte))[:, None] < config.vocab_size
         x, positions = jnp.zeros((1, 1, config.n_embd)), jnp.zeros((1, 1), jnp.int32)
         mask = AttentionMask(jnp.ones((1, 1, 1, 1), bool))
         block = Block(config, self.dtype)  # its parameters are the same for any attention
-        init = lambda key: block.init(key, x, mask, positions)["params"]  # noqa: E731
-        layers, width = jax.vmap(init)(jnp.stack(keys)), (config.n_embd,)
+        init, width = jax.vmap(block.init, (0, None, None, None)), (config.n_embd,)
         return {
             "wte": {"embedding": jnp.where(is_token, wte, 0.0)},
             "wpe": {"embedding": normal(wpe_key, (config.n_positions, config.n_embd))},
-            "layers": layers,
+            "layers": init(jnp.stack(keys), x, mask, positions)["params"],
             "ln_f": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
         }
 
     def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
-        """Token plus position embedding, [B, L, D] in the compute dtype."""
         tables = {name: params[name] for name in ("wte", "wpe")}
         tables = tables if decode else all_gather(tables, self.dtype, PARTITION_RULES)
         x = lookup(tables["wte"], tokens).astype(self.dtype)
@@ -299,16 +283,12 @@ class GPT2(StackedModel):
         return drop(start_dropout(dropout_key, self.config.embd_pdrop), x)
 
     def final(self, params, x):
-        """The final layer norm, in the compute dtype."""
         return _layer_norm(self.config, self.dtype).apply({"params": params["ln_f"]}, x)
 
     def shift_final(self, params, shift):
-        """Parameters with the shift added to the bias of the final layer norm."""
         norm = params["ln_f"]
         return {**params, "ln_f": {**norm, "bias": norm["bias"] + shift}}
 
-
-# The format of Hugging Face
 
 # Variants of GPT-2 that are not computed here: each key may be absent or have this value.
 _FIXED = {
@@ -360,16 +340,9 @@ def _write_config(config: GPT2Config) -> dict[str, Any]:
 
 
 def _fresh_config(settings: ModelSettings, vocab_size: int) -> GPT2Config:
-    return GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=settings.n_positions,
-        n_embd=settings.n_embd,
-        n_layer=settings.n_layer,
-        n_head=settings.n_head,
-        resid_pdrop=settings.dropout,
-        embd_pdrop=settings.dropout,
-        attn_pdrop=settings.dropout,
-    )
+    sizes = (settings.n_positions, settings.n_embd, settings.n_layer, settings.n_head)
+    rate = settings.dropout
+    return GPT2Config(vocab_size, *sizes, resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate)
 
 
 FAMILY = Family(
@@ -386,9 +359,8 @@ FAMILY = Family(
     prefix="transformer.",
     tied={"lm_head.weight": "wte.weight"},
     ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks in old checkpoints
-    # Radford et al., table 2; and the same network at the sizes of larger models: OPT-6.7B (Zhang
-    # et al. 2022), and Llama 2 70B (Touvron et al. 2023) with an MLP that makes the number of
-    # parameters equal.
+    # Radford et al., table 2; and the sizes of OPT-6.7B (Zhang et al. 2022) and of Llama 2 70B
+    # (Touvron et al. 2023), with an MLP that makes the number of parameters equal.
     sizes={
         "gpt2": GPT2Config(),
         "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),

@@ -1,18 +1,16 @@
 """Model folders of Hugging Face, read and written without PyTorch or transformers.
 
 A folder holds `config.json` and the weights as `model.safetensors` (or several such files and their
-index). Its `model_type` determines the family, one of `FAMILIES`. Reward models have the format of
-a sequence classifier with one label, e.g. `GPT2ForSequenceClassification`. Parameters are float32
-in memory and in written files, whatever type they were stored in: they are the master copy that an
-optimizer updates.
+index). Its `model_type` determines the family, one of `FAMILIES`. Reward models are sequence
+classifiers with one label, e.g. `GPT2ForSequenceClassification`. Parameters are float32 in memory
+and in written files, whatever type they were stored in, since an optimizer updates them.
 """
 
 import contextlib
 import copy
 import dataclasses
-import functools
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +20,11 @@ from jax.typing import DTypeLike
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import gpt2
 from rlhf_jax.models.family import SCORE, Family, Slot, param_shapes
-from rlhf_jax.models.folders import find_folder, write_folder
+from rlhf_jax.models.folders import find_folder, read_json
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.models.reading import find_tensors, read_json, read_params
+from rlhf_jax.models.reading import find_tensors, read_params
 from rlhf_jax.models.settings import Attention, ModelSettings, Remat
-from rlhf_jax.models.writing import (
-    check_params,
-    files_of,
-    gathered_tensors,
-    write_on_first_host,
-    write_weights,
-)
+from rlhf_jax.models.writing import check_params, save_model
 from rlhf_jax.parallel.partition import tree_shardings
 
 FAMILIES: tuple[Family, ...] = (gpt2.FAMILY,)
@@ -112,8 +104,7 @@ def load_pretrained(
       folder_or_hub_name: a local folder, or a name on the hub such as "openai-community/gpt2".
       dtype: the compute dtype of the model; the parameters are float32 in any case.
       mesh: shards the parameters by the rules of the model; by default they are on the default
-        device. Each host reads what its devices will hold, a part of one array at a time, and
-        never has the full model in memory.
+        device. Each host reads the parts that its devices will hold, one at a time.
       remat, attention: of the model, as in `models/settings.py`.
 
     Returns:
@@ -133,10 +124,8 @@ def load_pretrained(
     >>> same_model == model, bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, same_params)))
     (True, True)
     """
-    folder, family, model = _open(folder_or_hub_name, dtype, remat, attention)
-    slots = _slots(family, model, with_head=False)
-    shapes = {"model": param_shapes(model)}
-    params = read_params(folder, family, slots, shapes, _shardings(model, shapes, mesh), None)
+    opened = _open(folder_or_hub_name, dtype, remat, attention)
+    model, params = _load(opened, {"model": param_shapes(opened.model)}, mesh, None)
     return model, params["model"]
 
 
@@ -163,12 +152,10 @@ def load_reward_model(
       InputError: as `load_pretrained`, or the folder has several labels and none is chosen, or not
         the chosen one.
     """
-    folder, family, model = _open(folder_or_hub_name, dtype, remat, attention)
-    slots = _slots(family, model, with_head=True)
-    kernel = jax.ShapeDtypeStruct((model.config.n_embd,), jnp.float32)
-    shapes = {"model": param_shapes(model), "head": {"kernel": kernel}}
-    shardings = _shardings(model, shapes, mesh)
-    return model, read_params(folder, family, slots, shapes, shardings, label)
+    opened = _open(folder_or_hub_name, dtype, remat, attention)
+    kernel = jax.ShapeDtypeStruct((opened.model.config.n_embd,), jnp.float32)
+    shapes = {"model": param_shapes(opened.model), "head": {"kernel": kernel}}
+    return _load(opened, shapes, mesh, label)
 
 
 def check_pretrained(
@@ -178,15 +165,8 @@ def check_pretrained(
     remat: Remat = "dots",
     attention: Attention = "blocks",
 ) -> Model:
-    """The model of `load_pretrained`, without its parameters.
-
-    Raises:
-      InputError: as there.
-    """
-    folder, family, model = _open(folder_or_hub_name, dtype, remat, attention)
-    with contextlib.ExitStack() as files:
-        find_tensors(folder, family, _slots(family, model, with_head=False), None, files)
-    return model
+    """The model of `load_pretrained`, without its parameters; raises as that does."""
+    return _check(_open(folder_or_hub_name, dtype, remat, attention), with_head=False)
 
 
 def check_reward_model(
@@ -197,15 +177,8 @@ def check_reward_model(
     remat: Remat = "dots",
     attention: Attention = "blocks",
 ) -> Model:
-    """The model of `load_reward_model`, without its parameters.
-
-    Raises:
-      InputError: as there.
-    """
-    folder, family, model = _open(folder_or_hub_name, dtype, remat, attention)
-    with contextlib.ExitStack() as files:
-        find_tensors(folder, family, _slots(family, model, with_head=True), label, files)
-    return model
+    """The model of `load_reward_model`, without its parameters; raises as that does."""
+    return _check(_open(folder_or_hub_name, dtype, remat, attention), with_head=True, label=label)
 
 
 def save_pretrained(
@@ -213,11 +186,9 @@ def save_pretrained(
 ) -> None:
     """Writes a folder in Hugging Face's format, e.g. of `GPT2LMHeadModel`, in float32.
 
-    All files are written under temporary names first, so that an interrupted save leaves no
-    incomplete file behind; weights of an earlier save are replaced.
-
-    The parameters may be sharded over devices and hosts: one tensor at a time is gathered to the
-    first host, and only this host writes. All hosts have to call this function.
+    An interrupted save leaves no incomplete file behind; weights of an earlier save are replaced.
+    The parameters may be sharded: one tensor at a time is gathered to the first host, which alone
+    writes, but all hosts have to call this function.
 
     Args:
       folder: a local folder of the first host; created if it does not exist.
@@ -231,12 +202,13 @@ def save_pretrained(
     check_params(param_shapes(model), params)
     family = _family_of(model)
     config = _config_json(family, model.config, family.language_model)
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids = {name: value for name, value in ids.items() if value is not None}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: config[name] for name in names if config[name] is not None}
     texts = {"config.json": config}
     if ids:
         texts["generation_config.json"] = {"_from_model_config": True, **ids}
-    _save(folder, family, model, model, {"model": params}, texts, tokenizer)
+    slots = _slots(family, model, with_head=False)
+    save_model(folder, family, slots, slots, {"model": params}, texts, tokenizer)
 
 
 def save_reward_model(
@@ -244,16 +216,14 @@ def save_reward_model(
 ) -> None:
     """Writes a folder of a sequence classifier with one label, in float32.
 
-    transformers scores the last token that is not the pad token, and so reads the token before EOS
-    where the two are one. The folder therefore declares a pad token other than EOS: the model's,
-    else the tokenizer's, else a new one, for which the token embedding gets one more row of zeros
-    and `vocab_size` grows by one. The tokenizer is written with that pad token, padding on the
-    right (transformers does not shift the positions of this model under left padding).
-
-    As in `save_pretrained`, one tensor at a time is gathered to the first host.
+    transformers scores the last token that is not the pad token, the one before EOS if EOS is the
+    pad token. The folder therefore declares another one: the model's, else the tokenizer's, else a
+    new one, for which `vocab_size` and the token embedding grow by one vector of zeros. The
+    tokenizer is written with that pad token, padding on the right (transformers does not shift the
+    positions of this model under left padding).
 
     Args:
-      folder: a local folder of the first host; created if it does not exist.
+      folder: as of `save_pretrained`.
       model: the language model under the head.
       params: {"model": parameters, "head": {"kernel": [D]}}.
       tokenizer: a transformers tokenizer, which is not changed.
@@ -270,28 +240,41 @@ def save_reward_model(
     config, tokenizer = _with_pad_token(model.config, tokenizer)
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     texts = {"config.json": {**_config_json(family, config, family.classifier), **labels}}
-    _save(folder, family, model, family.model(config), params, texts, tokenizer)
+    own, slots = (_slots(family, m, with_head=True) for m in (model, family.model(config)))
+    save_model(folder, family, slots, own, params, texts, tokenizer)
 
 
-# Reading
+class _Opened(NamedTuple):
+    folder: pathlib.Path
+    family: Family
+    model: Model
 
 
-def _open(name, dtype, remat, attention) -> tuple[pathlib.Path, Family, Model]:
+def _open(name, dtype, remat, attention) -> _Opened:
     """The local folder, and the model that its config.json describes."""
     dtype = jnp.dtype(dtype).name
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = find_folder(name)
     family, config = _read_config(folder / "config.json")
-    return folder, family, family.model(config, dtype, remat, attention)
+    return _Opened(folder, family, family.model(config, dtype, remat, attention))
 
 
-def _shardings(model: Model, shapes: Params, mesh: Mesh | None) -> Params | None:
-    """The shardings of parameters on a mesh; None without one."""
-    if mesh is None:
-        return None
-    model.check_mesh(mesh)
-    return tree_shardings(mesh, shapes, model.partition_rules)
+def _load(opened: _Opened, shapes: Params, mesh, label) -> tuple[Model, Params]:
+    folder, family, model = opened
+    shardings = None
+    if mesh is not None:
+        model.check_mesh(mesh)
+        shardings = tree_shardings(mesh, shapes, model.partition_rules)
+    slots = _slots(family, model, with_head="head" in shapes)
+    return model, read_params(folder, family, slots, shapes, shardings, label)
+
+
+def _check(opened: _Opened, *, with_head: bool, label: int | None = None) -> Model:
+    folder, family, model = opened
+    with contextlib.ExitStack() as files:
+        find_tensors(folder, family, _slots(family, model, with_head=with_head), label, files)
+    return model
 
 
 def _slots(family: Family, model: Model, *, with_head: bool) -> dict[str, Slot]:
@@ -329,29 +312,6 @@ def _family_of(model: Model) -> Family:
         if type(model.config) is family.config:
             return family
     raise ValueError(f"no family in FAMILIES has the configuration {type(model.config).__name__}.")
-
-
-# Writing
-
-
-def _save(folder, family, model, written, params, texts, tokenizer) -> None:
-    """Writes the parameters of `model` as those of `written`, on the first host.
-
-    The two differ at most in their vocabulary.
-    """
-    with_head = "head" in params
-    slots = _slots(family, written, with_head=with_head)
-    files = files_of(slots)
-    names = [name for part in files.values() for name in part]
-    tensors = gathered_tensors(params, _slots(family, model, with_head=with_head), names)
-
-    def write(tensors):
-        weights = functools.partial(
-            write_weights, family=family, slots=slots, files=files, tensors=tensors
-        )
-        write_folder(folder, texts, tokenizer, weights)
-
-    write_on_first_host(write, tensors, str(folder))
 
 
 def _config_json(family: Family, config: Any, architecture: str) -> dict[str, Any]:

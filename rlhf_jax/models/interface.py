@@ -1,8 +1,6 @@
-"""The protocol of language models, through which the rest of the library uses them.
+"""The protocol of language models: all that the rest of the library uses of them.
 
-`rollout/`, `training/` and `runtime/` receive an object with the methods of `Model` and import no
-model family, so that an NNX, Equinox or hand-written network fits if it has these methods over a
-pytree of parameters.
+An NNX, Equinox or hand-written network fits if it has these methods over a pytree of parameters.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -72,10 +70,7 @@ class Model(Protocol):
 
     @property
     def partition_rules(self) -> Rules:
-        """(pattern of a path, PartitionSpec) of the parameters, for `parallel.tree_shardings`.
-
-        Arrays of at most one axis need no rule.
-        """
+        """Of the parameters, for `parallel.tree_shardings`; arrays of one axis need none."""
         ...
 
     def check_mesh(self, mesh: Mesh) -> None:
@@ -91,7 +86,7 @@ class Model(Protocol):
 
             2 * (the number of parameters in matrices)
 
-        Position embeddings, biases and norms do not count, attention neither.
+        Position embeddings, biases, norms and attention do not count.
 
         Args:
           params: a tree that contains parameters of the model, or a half of them; shapes suffice.
@@ -154,14 +149,13 @@ class Model(Protocol):
         ...
 
     def final(self, params: Params, x: jax.Array) -> jax.Array:
-        """The final layer norm, [..., D] -> [..., D]."""
+        """The final norm, [..., D] -> [..., D]."""
         ...
 
     def shift_final(self, params: Params, shift: jax.Array) -> Params:
-        """Parameters under which `final` gives its result + f32[D] shift.
+        """Parameters, perhaps the trained half alone, under which `final` adds f32[D] shift.
 
-        `params` may be the trained half of `split`. A family whose final norm has no bias raises
-        an InputError.
+        A family whose final norm has no bias raises an InputError.
         """
         ...
 
@@ -170,19 +164,13 @@ class Model(Protocol):
         ...
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
-        """f32[..., V] of [..., D] hidden states, V = `config.vocab_size`.
-
-        `decode` as in `embed`.
-        """
+        """f32[..., V] of [..., D] hidden states, V = `config.vocab_size`. `decode`: see `embed`."""
         ...
 
     def padded_logits(
         self, params: Params, hidden: jax.Array, *, decode: bool = False
     ) -> jax.Array:
-        """f32[..., Vp], Vp >= V: `logits` followed by -inf, which saves a copy.
-
-        All steps and `generate` call this one. It may be `logits` itself: Vp is V then.
-        """
+        """f32[..., Vp], Vp >= V: `logits` followed by -inf, which saves a copy. Vp may be V."""
         ...
 
     def hidden(
@@ -193,14 +181,23 @@ class Model(Protocol):
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, L, D] after the final layer norm; left and right padding are both allowed."""
+        """Hidden states after the final norm.
+
+        Args:
+          tokens: i32[B, L], L at most `config.n_positions`; else an InputError is raised.
+          mask: bool[B, L], True on real tokens, padded left or right; or i32[B, L] segments of
+            packed texts (0 on padding). None: all are real.
+          dropout_key: trains with dropout; None runs without.
+
+        Returns:
+          [B, L, D] in the compute dtype; finite and meaningless off the mask.
+        """
         ...
 
     def for_decoding(self, params: Params) -> Params:
-        """Parameters in the layout in which single tokens read them fastest.
+        """Parameters in the layout that is fastest for single tokens; perhaps the argument itself.
 
-        Only `embed`, `layers`, `final`, `padded_logits` and this function accept the result. It may
-        be the argument itself.
+        Only `embed`, `layers`, `final`, `padded_logits` and this function accept the result.
         """
         ...
 
@@ -212,8 +209,8 @@ class Model(Protocol):
         """(frozen, trained) halves: the lower layers with the embeddings, and the upper layers.
 
         The frozen half has the parameters of `embed` and `unembedding`, the trained one those of
-        `final`, and both have "layers", perhaps none. Raises an InputError if the number is not
-        from 0 to `config.n_layer`.
+        `final`, and both have "layers", perhaps none. The number is from 0 to `config.n_layer`, or
+        an InputError is raised.
         """
         ...
 

@@ -6,7 +6,6 @@ large stack of layers at most some layers, at a time.
 
 import contextlib
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.family import SCORE, Family, Slot
+from rlhf_jax.models.folders import weight_files
 from rlhf_jax.models.interface import Params
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PART_BYTES = 2**28  # of a leaf read at a time, or one index of axis 0 if that is more
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -32,13 +30,7 @@ Index = tuple[slice, ...]
 
 
 class TensorFile(NamedTuple):
-    """A tensor of an open file.
-
-    Attributes:
-      file: its path.
-      data: the result of `safe_open(...).get_slice`.
-      transposed: whether its axes are read in reverse order, see `Slot`.
-    """
+    """A tensor of an open file: `safe_open(...).get_slice`, with reversed axes if transposed."""
 
     file: pathlib.Path
     data: Any
@@ -99,24 +91,28 @@ def read_params(
 def make_array(
     shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]
 ) -> jax.Array:
-    """A float32 array; for each device of this process only the part that it holds is read.
+    """A float32 array, on the default device without a sharding.
+
+    Each process reads the parts that its devices hold. Where axis 0 is not split, `PART_BYTES` are
+    read at a time, or one index if that is more.
 
     Args:
-      sharding: None for the default device.
       read: the values at slices with a start and a stop for each axis.
-
-    Where axis 0 is not split, `PART_BYTES` are read at a time, or one index if that is more.
     """
     local = shape if sharding is None else sharding.shard_shape(shape)
     count = max(1, PART_BYTES // (4 * math.prod(local[1:])))
     if count >= shape[0] or local[0] < shape[0]:
         return jax.block_until_ready(_placed(shape, sharding, read))
-    array = jax.jit(_zeros, static_argnums=0, out_shardings=sharding)(shape)
-    put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+    array = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, jnp.float32)
+    update = jax.jit(
+        functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
     for start in range(0, shape[0], count):
         part_shape = (min(count, shape[0] - start), *shape[1:])
         part = _placed(part_shape, sharding, functools.partial(_read_behind, read, start))
-        array = jax.block_until_ready(put(array, part, start))
+        array = jax.block_until_ready(update(array, part, start))
     return array
 
 
@@ -134,14 +130,6 @@ def _placed(shape, sharding, read):
         part = read(tuple(slice(*bound) for bound in bounds))
         arrays += [jax.device_put(part, device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _zeros(shape):
-    return jnp.zeros(shape, jnp.float32)
-
-
-def _put(array, part, start):
-    return jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)
 
 
 def _read_behind(read, start, index):
@@ -201,11 +189,21 @@ def find_tensors(
       InputError: as `read_params`.
     """
     tensors: dict[str, TensorFile] = {}
-    for file in _weight_files(folder):
-        for name, tensor in _open(file, family, slots, label, files):
-            if name in tensors:
-                raise InputError(f"{folder} holds the tensor {name!r} twice; save it again.")
-            tensors[name] = tensor
+    for file in weight_files(folder):
+        try:
+            opened = files.enter_context(safe_open(file, framework="numpy"))
+            for name in opened.keys():  # noqa: SIM118, the file is no mapping
+                short = name.removeprefix(family.prefix)
+                if short.endswith(family.ignored):
+                    continue
+                if short in tensors:
+                    raise InputError(f"{folder} holds the tensor {short!r} twice; save it again.")
+                slot = slots.get(family.tied.get(short, short))
+                data = opened.get_slice(name)
+                _check_fits(family, f"{file}: the tensor {name!r}", short, data, slot, label)
+                tensors[short] = TensorFile(file, data, slot is not None and slot.transposed)
+        except SafetensorError as error:
+            raise _unreadable(file, error) from error
     missing = slots.keys() - tensors.keys()
     if SCORE in missing:
         raise InputError(
@@ -235,113 +233,35 @@ def _are_equal(one: TensorFile, other: TensorFile) -> bool:
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
-def _open(
-    file: pathlib.Path,
-    family: Family,
-    slots: dict[str, Slot],
-    label: int | None,
-    files: contextlib.ExitStack,
-) -> list[tuple[str, TensorFile]]:
-    """(name without the prefix, tensor) of all parameters in a file, checked."""
-    pairs = []
-    try:
-        tensors = files.enter_context(safe_open(file, framework="numpy"))
-        for name in tensors.keys():  # noqa: SIM118, the file is no mapping
-            short = name.removeprefix(family.prefix)
-            if short.endswith(family.ignored):
-                continue
-            data, slot = tensors.get_slice(name), slots.get(family.tied.get(short, short))
-            shape = tuple(data.get_shape())
-            if short == SCORE and label is not None and slot is not None:
-                shape = _shape_of_label(file, name, shape, label)
-            slot = _checked_slot(file, family, name, shape, data.get_dtype(), slot)
-            pairs.append((short, TensorFile(file, data, slot.transposed)))
-    except SafetensorError as error:
-        raise _unreadable(file, error) from error
-    return pairs
-
-
 def _unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
     return InputError(f"{file} cannot be read ({error}); save or download it again.")
 
 
-def _shape_of_label(file, name, shape, label) -> tuple[int, ...]:
-    """The shape of the head of one of several labels."""
-    if not shape or label >= shape[0]:
-        raise InputError(
-            f"{file}: the tensor {name!r} has shape {list(shape)}, so there is no label {label}; "
-            "the first one is 0."
-        )
-    return (1, *shape[1:])
-
-
-def _checked_slot(file, family, name, shape, dtype, slot) -> Slot:
-    """The slot of a tensor, if it has one and fits in."""
+def _check_fits(family, tensor, name, data, slot, label) -> None:
+    shape, dtype = list(data.get_shape()), data.get_dtype()
     if slot is None and name == SCORE:
-        raise InputError(
-            f"{file} is a reward model, for it holds {name!r}: load it with load_reward_model."
-        )
+        raise InputError(f"{tensor} is the head of a reward model: load it with load_reward_model.")
     if slot is None:
         raise InputError(
-            f"{file}: the tensor {name!r} {list(shape)} is no part of the {family.name} that "
-            "config.json describes; check its number of layers, or choose another model."
+            f"{tensor} {shape} is no part of the {family.name} that config.json describes; check "
+            "its number of layers, or choose another model."
         )
-    if name == SCORE and shape[:1] != (1,):
+    expected = list(slot.shape)
+    if name == SCORE and label is not None:
+        if label >= (shape or [0])[0]:
+            raise InputError(
+                f"{tensor} has shape {shape}, so there is no label {label}; the first one is 0."
+            )
+        shape[0] = 1
+    if name == SCORE and shape[:1] != [1]:
         raise InputError(
-            f"{file}: the tensor {name!r} has shape {list(shape)}, but a reward model has one "
-            f"label, {list(slot.shape)}; of a classifier choose the label that is the score "
-            "(`label` of a source in `rewards`)."
+            f"{tensor} has shape {shape}, but a reward model has one label, {expected}; of a "
+            "classifier choose the label that is the score (`label` of a source in `rewards`)."
         )
-    if shape != slot.shape:
-        raise InputError(
-            f"{file}: the tensor {name!r} has shape {list(shape)}, "
-            f"but config.json asks for {list(slot.shape)}."
-        )
+    if shape != expected:
+        raise InputError(f"{tensor} has shape {shape}, but config.json asks for {expected}.")
     if dtype not in _FLOATS:
         raise InputError(
-            f"{file}: the tensor {name!r} is stored as {dtype}, but only {', '.join(_FLOATS)} can "
-            "be read; save the model unquantized."
+            f"{tensor} is stored as {dtype}, but only {', '.join(_FLOATS)} can be read; save the "
+            "model unquantized."
         )
-    return slot
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{folder / INDEX} has no weight_map; save or download it again.")
-        files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
-        for file in files:
-            if not file.is_file():
-                raise InputError(
-                    f"{folder} lacks {file.name}, which its {INDEX} names; download it again."
-                )
-        return files
-    if any(folder.glob("pytorch_model*.bin")):
-        raise InputError(
-            f"{folder} holds its weights as pytorch_model.bin only, which needs PyTorch to be "
-            "read; convert it where torch and transformers are installed: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
-        )
-    raise InputError(
-        f"{folder} holds neither {WEIGHTS} nor {INDEX}; save the model as safetensors."
-    )
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's folder.
-
-    Raises:
-      InputError: there is no such file, or no object in it.
-    """
-    if not path.is_file():
-        raise InputError(f"{path.parent} holds no {path.name}; give the folder of a saved model.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); save or download it again.") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not a JSON object; save or download it again.")
-    return data

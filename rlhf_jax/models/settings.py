@@ -54,15 +54,17 @@ class ModelSettings:
 
 def check_remat(name: str, remat: str) -> None:
     """Raises an InputError that names the setting if the rematerialization is unknown."""
-    if remat not in get_args(Remat):
-        raise InputError(f"{name} must be one of {', '.join(get_args(Remat))}, but is {remat!r}.")
+    _check_choice(name, remat, get_args(Remat))
 
 
 def check_attention(name: str, attention: str) -> None:
     """Raises an InputError that names the setting if the attention is unknown."""
-    if attention not in get_args(Attention):
-        allowed = ", ".join(get_args(Attention))
-        raise InputError(f"{name} must be one of {allowed}, but is {attention!r}.")
+    _check_choice(name, attention, get_args(Attention))
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
 
 
 def check_cudnn_dtype(dtype: str) -> None:

@@ -1,32 +1,36 @@
 """Parameters gathered to the first host and written as safetensors, one tensor at a time.
 
-With several hosts all of them take part in gathering each tensor, in the same order; only the first
-one writes.
+With several hosts all of them gather each tensor, in the same order; only the first one writes.
 """
 
 import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.family import Family, Slot, leaf_at
+from rlhf_jax.models.folders import INDEX, WEIGHTS
 from rlhf_jax.models.interface import Params
-from rlhf_jax.models.reading import INDEX, WEIGHTS
+from rlhf_jax.parallel import hosts
 
 MAX_SHARD_BYTES = 5 * 10**9
 
 
 def check_params(shapes: Params, params: Params) -> None:
     """Raises a ValueError if parameters are not of these shapes."""
-    expected, actual = _shapes_by_path(shapes), _shapes_by_path(params)
+    expected, actual = (
+        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+        for leaves in map(jax.tree.leaves_with_path, (shapes, params))
+    )
     for path in sorted(expected.keys() | actual.keys()):
         if expected.get(path) != actual.get(path):
             raise ValueError(
@@ -34,12 +38,49 @@ def check_params(shapes: Params, params: Params) -> None:
             )
 
 
-def _shapes_by_path(params: Params) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree.leaves_with_path(params)
-    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+def save_model(
+    folder: str | pathlib.Path,
+    family: Family,
+    slots: Mapping[str, Slot],
+    own: Mapping[str, Slot],
+    params: Params,
+    texts: Mapping[str, Any],
+    tokenizer: Any,
+) -> None:
+    """Writes JSON files, a tokenizer and the weights into a folder; all hosts have to call it.
+
+    Args:
+      slots: of the written model.
+      own: of the parameters, which may have a smaller vocabulary; zeros follow in the files.
+      texts: name of a JSON file -> its object.
+      tokenizer: anything with `save_pretrained(folder)`, or None.
+
+    Raises:
+      InputError: the folder is not local.
+      OSError: it cannot be written.
+    """
+    files = _files(slots)
+    order = [own[name] for names in files.values() for name in names]
+    tensors = (_gather(leaf_at(params, slot.path), slot) for slot in order)
+
+    def write(tensors):
+        if "://" in str(folder):
+            raise InputError(f"Models are saved to local folders, but {folder} is an address.")
+        path = pathlib.Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as name:
+            temporary = pathlib.Path(name)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(name)
+            for file, data in texts.items():
+                write_json(temporary / file, data)
+            _write_weights(temporary, family, slots, files, tensors)
+            _publish(temporary, path)
+
+    write_on_first_host(write, tensors)
 
 
-def files_of(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
+def _files(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
     """The tensors of each file, in the order written: one file, or some of `MAX_SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     room = MAX_SHARD_BYTES
@@ -56,45 +97,10 @@ def files_of(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
     return {file: sorted(names) for file, names in zip(files, shards, strict=True)}
 
 
-def gathered_tensors(
-    tree: Params, slots: Mapping[str, Slot], names: Sequence[str]
-) -> Iterator[np.ndarray | None]:
-    """Each of these tensors in turn, in full and float32, on the first host; None on the others."""
-    for name in names:
-        slot = slots[name]
-        yield _as_stored(_gather(leaf_at(tree, slot.path), slot.layer), slot)
-
-
-def _as_stored(values: np.ndarray | None, slot: Slot) -> np.ndarray | None:
-    """float32 of the shape in the file, without the padding of the vocabulary."""
-    if values is None:
-        return None
-    values = values.T if slot.transposed else values
-    if values.shape[1:] == slot.shape[1:]:
-        values = values[: slot.shape[0]]
-    return np.asarray(values, np.float32).reshape(slot.shape)
-
-
-def write_weights(
-    folder: pathlib.Path,
-    family: Family,
-    slots: Mapping[str, Slot],
-    files: Mapping[str, Sequence[str]],
-    tensors: Iterator[np.ndarray | None],
-) -> None:
-    """The files of `files_of`, with an index where there are several.
-
-    Args:
-      slots: of the written model; where its vocabulary is larger, zeros follow.
-      tensors: of `gathered_tensors`.
-
-    Raises:
-      OSError: the files cannot be written.
-    """
+def _write_weights(folder, family, slots, files, tensors) -> None:
+    """The files, with an index where there are several."""
     if len(files) > 1:
-        weight_map = {
-            family.full_name(name): file for file, names in files.items() for name in names
-        }
+        weight_map = {family.full_name(n): file for file, names in files.items() for n in names}
         total_size = sum(4 * math.prod(slot.shape) for slot in slots.values())
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
@@ -108,7 +114,7 @@ def write_safetensors(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterator[np.ndarray | None],
 ) -> None:
-    """A file of float32 tensors, each written as it comes.
+    """A file of float32 tensors, each written when it is gathered.
 
         8 bytes: length of the header, little-endian
         the header: JSON, {name: {"dtype", "shape", "data_offsets"}}, filled up to a multiple of 8
@@ -118,16 +124,15 @@ def write_safetensors(
       shapes: of each tensor, in the order written.
       tensors: their values; zeros follow one that is smaller than its shape.
 
-    Raises:
-      OSError: the file cannot be written.
+    Raises an OSError if the file cannot be written.
 
     The format of safetensors, https://huggingface.co/docs/safetensors.
     """
     sizes = [4 * math.prod(shape) for shape in shapes.values()]
-    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    stops = np.cumsum(sizes, dtype=np.int64).tolist()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True):
-        offsets = [end - size, end]
+    for (name, shape), size, stop in zip(shapes.items(), sizes, stops, strict=True):
+        offsets = [stop - size, stop]
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -147,57 +152,71 @@ def write_json(path: pathlib.Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_on_first_host(
-    write: Callable[[Iterator[Any]], None], tensors: Iterator[Any], what: str
-) -> None:
-    """write(tensors) on the first host, while the others take part in gathering the tensors.
+def write_on_first_host(write: Callable[[Iterator[Any]], None], tensors: Iterator[Any]) -> None:
+    """write(tensors) on the first host, while the others gather the tensors too.
 
     If it fails, the remaining tensors are gathered, so that no host waits, and all hosts raise.
-
-    Raises:
-      OSError: on the other hosts, where the first one failed.
     """
-    if jax.process_count() == 1:
-        write(tensors)
-        return
     failure = None
-    if jax.process_index() == 0:
+    if hosts.is_first():
         try:
             write(tensors)
         except Exception as error:
             failure = error
     for _ in tensors:
         pass
-    has_failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
+    hosts.from_first(_raise, failure)
+
+
+def _raise(failure: Exception | None) -> None:
     if failure is not None:
         raise failure
-    if has_failed:
-        raise OSError(f"the first host could not write {what}; its own message says why.")
 
 
-def _gather(leaf: Any, layer: int | None) -> np.ndarray | None:
-    """A layer of a leaf, or all of it, on the first host; None on the others."""
+def _gather(leaf: Any, slot: Slot) -> np.ndarray | None:
+    """The tensor of a slot, float32 as in the file, on the first host; None on the others."""
     if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf if layer is None else leaf[layer])
-    replicated = None
-    if not leaf.is_fully_addressable:
+        values = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+    elif leaf.is_fully_addressable:
+        values = np.asarray(_picker(None)(leaf, slot.layer))
+    else:
         replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
-    part = _picker(replicated)(leaf, layer is not None, layer or 0)
-    if replicated is None:
-        return np.asarray(part)
-    # All hosts wait, so that none has many tensors in flight.
-    jax.block_until_ready(part)
-    return np.asarray(part.addressable_data(0)) if jax.process_index() == 0 else None
+        part = _picker(replicated)(leaf, slot.layer)
+        jax.block_until_ready(part)  # on all hosts, so that none has many tensors in flight
+        if not hosts.is_first():
+            return None
+        values = np.asarray(part.addressable_data(0))
+    values = values.T if slot.transposed else values
+    if values.shape[1:] == slot.shape[1:]:  # without the padding of the vocabulary
+        values = values[: slot.shape[0]]
+    return np.asarray(values, np.float32).reshape(slot.shape)
 
 
 @functools.cache
 def _picker(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
     """The compiled `_pick`; without a sharding the result is on the device of the array."""
-    return jax.jit(_pick, static_argnums=1, out_shardings=sharding)
+    return jax.jit(_pick, out_shardings=sharding)
 
 
-def _pick(leaf, is_stack, layer):
+def _pick(leaf, layer):
     """A layer of a stack, or a copy of the leaf, so that the leaf itself caches no host copy."""
-    if is_stack:
-        return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-    return jnp.copy(leaf)
+    if layer is None:
+        return jnp.copy(leaf)
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _publish(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+    """Moves files from one folder into the other, and deletes weights of an earlier save.
+
+    Weights come last, their index after them: a save that is cut short leaves the old weights
+    complete, or none that can be loaded.
+    """
+    files = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+    written = {file.name for file in files} - {INDEX}
+    for pattern in (INDEX, WEIGHTS, "model-*-of-*.safetensors", "generation_config.json"):
+        for path in folder.glob(pattern):
+            if path.name not in written:
+                path.unlink()
+    for file in sorted(files, key=lambda f: (f.name == INDEX, f.suffix == ".safetensors", f)):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / file).replace(folder / file)

@@ -1,12 +1,10 @@
 """Sharding constraints inside a step: activations stay, parameters are gathered.
 
-Without constraints the compiler may do the opposite: leave a parameter that is split over `fsdp`
-where it is, gather the activations of all devices, and add up partial products. Here each layer's
-parameters are gathered when the layer needs them, in the compute dtype, and its gradients are
-reduced and scattered right behind it (Rajbhandari et al. 2020, ZeRO, stage 3; arXiv:1910.02054).
-
-Everything here does nothing unless the program is traced under `jax.set_mesh` with a mesh of
-`make_mesh` with more than one device.
+Each layer's parameters are gathered when the layer needs them, in the compute dtype, and its
+gradients are reduced and scattered right behind it (Rajbhandari et al. 2020, ZeRO, stage 3;
+arXiv:1910.02054). Without constraints the compiler may gather activations and add up partial
+products instead. All functions do nothing unless the program is traced under `jax.set_mesh` with a
+mesh of `make_mesh` with more than one device.
 """
 
 import functools
@@ -17,14 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from rlhf_jax.parallel.partition import (
-    AXES,
-    BATCH_AXES,
-    Rules,
-    layer_spec,
-    partition_spec,
-    path_name,
-)
+from rlhf_jax.parallel.partition import AXES, BATCH_AXES, Rules, partition_spec, path_name
 
 
 def padded_batch_size(count: int) -> int:
@@ -42,7 +33,7 @@ def constrain_batch(x: jax.Array, *, last: str | None = None) -> jax.Array:
 
     An axis that does not divide is not split.
     """
-    return _constrain(x, BATCH_AXES, last)
+    return _constrain(x, (0, BATCH_AXES), (-1, last))
 
 
 def constrain_batch_over_data(x: jax.Array, *, last: str | None = None) -> jax.Array:
@@ -51,45 +42,37 @@ def constrain_batch_over_data(x: jax.Array, *, last: str | None = None) -> jax.A
     In decoding, moving the activations of single tokens costs less than gathering parameters.
     Otherwise as `constrain_batch`.
     """
-    return _constrain(x, ("data",), last)
-
-
-def _constrain(x, axes, last):
-    mesh = _mesh()
-    if mesh is None:
-        return x
-    spec = [axes if _divides(mesh, x.shape[0], axes) else None, *(None for _ in x.shape[1:])]
-    if last is not None and _divides(mesh, x.shape[-1], (last,)):
-        spec[-1] = last
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return _constrain(x, (0, ("data",)), (-1, last))
 
 
 def constrain_batch_over_all(x: jax.Array) -> jax.Array:
     """Axis 0 split over all devices if they divide it, else as `constrain_batch`."""
     mesh = _mesh()
-    if mesh is None or not _divides(mesh, x.shape[0], AXES):
-        return constrain_batch(x)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
+    divides = mesh is not None and x.shape[0] % mesh.size == 0
+    return _constrain(x, (0, AXES if divides else BATCH_AXES))
 
 
 def constrain_cache(x: jax.Array) -> jax.Array:
     """Keys or values [N, B, H, C, d]: B as in `constrain_batch`, H over `tensor`."""
-    mesh = _mesh()
-    if mesh is None:
-        return x
-    batch = BATCH_AXES if _divides(mesh, x.shape[1], BATCH_AXES) else None
-    heads = "tensor" if _divides(mesh, x.shape[2], ("tensor",)) else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, batch, heads, None, None))
+    return _constrain(x, (1, BATCH_AXES), (2, "tensor"))
 
 
 def constrain_heads(x: jax.Array) -> jax.Array:
     """[B, L, H, d]: B as in `constrain_batch`, H over `tensor`."""
+    return _constrain(x, (0, BATCH_AXES), (2, "tensor"))
+
+
+def _constrain(x: jax.Array, *split: tuple[int, tuple[str, ...] | str | None]) -> jax.Array:
+    """The array with these axes split over axes of the mesh, where they divide."""
     mesh = _mesh()
     if mesh is None:
         return x
-    batch = BATCH_AXES if _divides(mesh, x.shape[0], BATCH_AXES) else None
-    heads = "tensor" if _divides(mesh, x.shape[2], ("tensor",)) else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, None, heads, None))
+    spec: list[Any] = [None] * x.ndim
+    for axis, names in split:
+        parts = (names,) if isinstance(names, str) else names or ()
+        if parts and x.shape[axis] % math.prod(mesh.shape[part] for part in parts) == 0:
+            spec[axis] = names
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def all_gather(params: Any, dtype: str, rules: Rules, *, is_layer: bool = False) -> Any:
@@ -109,10 +92,9 @@ def all_gather(params: Any, dtype: str, rules: Rules, *, is_layer: bool = False)
 
     def of(path, leaf):
         name = path_name(path)
-        spec = (layer_spec if is_layer else partition_spec)(name, leaf.ndim, rules)
-        if "fsdp" not in spec:
-            return leaf
-        return _all_gather(leaf.astype(dtype), spec)
+        spec = partition_spec(name, leaf.ndim + is_layer, rules)
+        spec = PartitionSpec(*spec[1:]) if is_layer else spec
+        return _all_gather(leaf.astype(dtype), spec) if "fsdp" in spec else leaf
 
     return jax.tree_util.tree_map_with_path(of, params)
 
@@ -168,7 +150,3 @@ def _mesh() -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     ours = set(mesh.axis_names) == set(AXES) and mesh.size > 1
     return mesh if ours and set(mesh.axis_types) == {AxisType.Auto} else None
-
-
-def _divides(mesh: Any, size: int, axes: tuple[str, ...]) -> bool:
-    return size % math.prod(mesh.shape[axis] for axis in axes) == 0

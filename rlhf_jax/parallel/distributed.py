@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -17,7 +18,7 @@ import jax
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel.settings import DistributedSettings
 
-CUT_OFF = 30  # seconds between our time limit and JAX's, at which JAX ends the process
+CUT_OFF = 30  # seconds between our time limit and JAX's, at which JAX aborts the process
 
 
 def join(settings: DistributedSettings) -> None:
@@ -53,27 +54,23 @@ def join(settings: DistributedSettings) -> None:
 def _arguments(settings: DistributedSettings) -> dict[str, Any] | None:
     """The arguments of `jax.distributed.initialize`; None in a single process."""
     local = list(settings.local_device_ids) or None
+    arguments: dict[str, Any] = {"local_device_ids": local}
     if settings.coordinator is not None:
-        if settings.num_processes == 1:
-            return None
-        return {
+        arguments |= {
             "coordinator_address": settings.coordinator,
             "num_processes": settings.num_processes,
             "process_id": settings.process_id,
-            "local_device_ids": local,
             "cluster_detection_method": "deactivate",
         }
+        return arguments if settings.num_processes != 1 else None
     if not settings.auto:
         return None
     if _slurm_tasks() > 1 or _tpu_workers() > 1:
-        return {"local_device_ids": local}
+        return arguments
     if _mpi_processes() > 1:
         # JAX detects Open MPI before version 5 by this variable.
         is_detected = "OMPI_MCA_orte_hnp_uri" in os.environ
-        return {
-            "local_device_ids": local,
-            "cluster_detection_method": None if is_detected else "mpi4py",
-        }
+        return {**arguments, "cluster_detection_method": None if is_detected else "mpi4py"}
     return None
 
 
@@ -107,15 +104,11 @@ def _tpu_workers() -> int:
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
     hosts = next((os.environ[name] for name in names if name in os.environ), None)
     hosts = _metadata("worker-network-endpoints") if hosts is None else hosts
-    slices = os.environ.get("MEGASCALE_NUM_SLICES") or _slices(_metadata("tpu-env"))
-    return len(hosts.split(",")) * int(slices or 1)
-
-
-def _slices(tpu_env: str) -> str:
-    """The number of slices in lines such as MEGASCALE_NUM_SLICES: '2'."""
-    pairs = (line.split(":", 1) for line in tpu_env.splitlines() if ":" in line)
-    values = {name.strip(): value.strip().strip("'") for name, value in pairs}
-    return values.get("MEGASCALE_NUM_SLICES", "")
+    slices = os.environ.get("MEGASCALE_NUM_SLICES")
+    if not slices:  # in lines such as MEGASCALE_NUM_SLICES: '2'
+        named = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata("tpu-env"), re.M)
+        slices = named[1] if named else "1"
+    return len(hosts.split(",")) * int(slices)
 
 
 def _metadata(key: str) -> str:

@@ -2,7 +2,7 @@
 
 All processes, one a host, run the same program. Only the first one writes, and a value that one
 process alone has (from a file, a clock, a function in Python) is broadcast before the program
-depends on it. With a single process each function here reduces to its plain form.
+depends on it. With a single process each function reduces to its plain form.
 """
 
 from __future__ import annotations
@@ -50,12 +50,11 @@ def to_host(tree: Any) -> Any:
     """
     if several():
         leaves, structure = jax.tree.flatten(tree)
-        split = [index for index, leaf in enumerate(leaves) if _is_split(leaf)]
+        split = {index: leaf for index, leaf in enumerate(leaves) if _is_split(leaf)}
         if split:
-            replicated = NamedSharding(leaves[split[0]].sharding.mesh, PartitionSpec())
-            all_gather = jax.jit(_identity, out_shardings=replicated)
-            gathered = all_gather([leaves[index] for index in split])
-            for index, leaf in zip(split, gathered, strict=True):
+            mesh = next(iter(split.values())).sharding.mesh
+            all_gather = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))
+            for index, leaf in all_gather(split).items():
                 leaves[index] = leaf
         tree = jax.tree.unflatten(structure, leaves)
     return jax.device_get(tree)
@@ -104,11 +103,10 @@ def spanning_batch(read: Callable[[int, int], Any], size: int, sharding: NamedSh
     parts = [read(*bounds) for bounds in ranges]
 
     def array(*pieces):
-        by_range = dict(zip(ranges, pieces, strict=True))
-        shape = (size, *pieces[0].shape[1:])
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: by_range[_bounds(index, size)]
-        )
+        def piece(index):
+            return pieces[ranges.index(_bounds(index, size))]
+
+        return jax.make_array_from_callback((size, *pieces[0].shape[1:]), sharding, piece)
 
     return jax.tree.map(array, *parts)
 
@@ -131,26 +129,20 @@ def from_first(function: Callable[..., Result], *args: Any) -> Result:
         return function(*args)
     key = f"rlhf_jax/from_first/{next(_numbers)}"
     client = _client()
-    if not is_first():
+    if is_first():
+        try:
+            result, error = function(*args), None
+        except Exception as raised:
+            result, error = None, _marked(raised)
+        client.key_value_set_bytes(key, _pickled(result, error))
+    else:
         result, error = pickle.loads(client.blocking_key_value_get_bytes(key, WAIT))
-        client.wait_at_barrier(key, WAIT)
-        if error is not None:
-            raise error
-        return result
-    result, error = _outcome(function, *args)
-    client.key_value_set_bytes(key, _pickled(result, error))
     client.wait_at_barrier(key, WAIT)
-    client.key_value_delete(key)
+    if is_first():
+        client.key_value_delete(key)
     if error is not None:
         raise error
-    return result
-
-
-def _outcome(function: Callable[..., Any], *args: Any) -> tuple[Any, BaseException | None]:
-    try:
-        return function(*args), None
-    except Exception as error:
-        return None, _marked(error)
+    return result  # type: ignore[return-value]
 
 
 def _pickled(result: Any, error: BaseException | None) -> bytes:

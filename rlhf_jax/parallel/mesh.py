@@ -45,9 +45,9 @@ def arranged(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
             "have its part of it."
         )
     if slices > 1:
-        within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+        shapes = (data // slices, fsdp, tensor), (slices, 1, 1)  # within slices, and across
         return mesh_utils.create_hybrid_device_mesh(
-            within, across, devices, allow_split_physical_axes=True
+            *shapes, devices, allow_split_physical_axes=True
         )
     try:
         return mesh_utils.create_device_mesh(sizes, devices)

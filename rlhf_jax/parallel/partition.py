@@ -22,8 +22,7 @@ Rules = tuple[tuple[str, PartitionSpec], ...]
 def partition_spec(path: str, ndim: int, rules: Rules) -> PartitionSpec:
     """The spec of the array at a path such as `params/layers/attn/c_attn/kernel`.
 
-    An array of at most one axis that no rule names (a counter, a coefficient, the head of a reward
-    model, the scale of a final norm) is replicated.
+    An array of at most one axis that no rule names is replicated.
 
     Raises:
       ValueError: no rule names the path, and the array has several axes.
@@ -39,11 +38,6 @@ def partition_spec(path: str, ndim: int, rules: Rules) -> PartitionSpec:
     )
 
 
-def layer_spec(path: str, ndim: int, rules: Rules) -> PartitionSpec:
-    """The spec of one layer's array, e.g. at `attn/c_attn/kernel`: the stack's without axis 0."""
-    return PartitionSpec(*partition_spec(path, ndim + 1, rules)[1:])
-
-
 def tree_shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
     """A NamedSharding for each array, or abstract array, of a state or of parameters.
 
@@ -56,9 +50,14 @@ def tree_shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
     """
 
     def sharding(path, leaf):
-        name = path_name(path)
-        spec = partition_spec(name, len(leaf.shape), rules)
-        _check_divides(mesh, name, leaf.shape, spec)
+        name, shape = path_name(path), leaf.shape
+        spec = partition_spec(name, len(shape), rules)
+        for size, axis in zip(shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise InputError(
+                    f"{name} has shape {shape}, of which {size} is not divisible by mesh.{axis} = "
+                    f"{mesh.shape[axis]}; choose a {axis} that divides it."
+                )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -83,24 +82,6 @@ def check_batch_size(mesh: Mesh, name: str, batch_size: int) -> None:
         )
 
 
-def _check_divides(mesh, name, shape, spec):
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            raise InputError(
-                f"{name} has shape {shape}, of which {size} is not divisible by mesh.{axis} = "
-                f"{mesh.shape[axis]}; choose a {axis} that divides it."
-            )
-
-
 def path_name(path: tuple[Any, ...]) -> str:
     """A path of a tree, as rules match it: `params/layers/attn/c_attn/kernel`."""
-    return "/".join(_key_name(key) for key in path)
-
-
-def _key_name(key: Any) -> str:
-    """The plain name of one step of a tree path: a dict key, a field, or an index."""
-    if isinstance(key, jax.tree_util.DictKey):
-        return str(key.key)
-    if isinstance(key, jax.tree_util.GetAttrKey):
-        return key.name
-    return str(key)
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -23,7 +23,7 @@ from rlhf_jax.runtime.inherit import with_data_of_run
 from rlhf_jax.runtime.parsing import (
     Values,
     build,
-    check_sections,
+    checked_section,
     read_values,
     split_flags,
     to_yaml,
@@ -89,17 +89,14 @@ class RunConfig(CommandConfig):
         return self.section(self.trainer.name)
 
 
-class _TextMixing:
-    """The check that texts to mix in are given where they are read."""
-
-    def __post_init__(self) -> None:
-        run = cast(RunConfig, self)
-        name, texts = run.trainer.name, run.section("ptx")
-        if run.settings.ptx_coef and texts == DataSettings() and run.data.path != texts.path:
-            raise InputError(
-                f"{name}.ptx_coef is {run.settings.ptx_coef}, but there are no texts to mix in: "
-                f"give --ptx.path a data set of texts, or set {name}.ptx_coef to 0."
-            )
+def _check_texts(config: RunConfig) -> None:
+    """Raises an InputError where texts are to be mixed in, but there are none."""
+    name, texts, coef = config.trainer.name, config.section("ptx"), config.settings.ptx_coef
+    if coef and texts == DataSettings() and config.data.path != texts.path:
+        raise InputError(
+            f"{name}.ptx_coef is {coef}, but there are no texts to mix in: give --ptx.path a data "
+            f"set of texts, or set {name}.ptx_coef to 0."
+        )
 
 
 @functools.cache
@@ -120,18 +117,17 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
     fields += [("run_dir", str, f"runs/{trainer.name}")]
     summary = trainer.summary[:1].upper() + trainer.summary[1:]
     attributes = "".join(f"\n  {note}" for note in notes)
-    made = dataclasses.make_dataclass(
+    namespace = {"__doc__": f"{summary}.\n\nAttributes:{attributes}\n", "trainer": trainer}
+    if trainer.mixes_texts:
+        namespace["__post_init__"] = _check_texts
+    kind = dataclasses.make_dataclass(
         f"{trainer.label.replace(' ', '')}Config",
         fields,
-        bases=(_TextMixing, RunConfig) if trainer.mixes_texts else (RunConfig,),
+        bases=(RunConfig,),
         frozen=True,
-        namespace={
-            "__doc__": f"{summary}.\n\nAttributes:{attributes}\n",
-            "__module__": __name__,
-            "trainer": trainer,
-        },
+        namespace={**namespace, "__module__": __name__},
     )
-    return cast(type[RunConfig], made)
+    return cast(type[RunConfig], kind)
 
 
 def trainer_named(name: str) -> Trainer:
@@ -214,7 +210,7 @@ class GenerateConfig(CommandConfig):
     @classmethod
     def completed(cls, values: Values) -> Values:
         """With the section `data` of the model's run."""
-        return with_data_of_run(values, "path")
+        return with_data_of_run(values, "path", quiet="prompt" in values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,10 +244,7 @@ class EvaluateConfig(CommandConfig):
 def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line: `--config FILE.yaml --section.key value ...`.
 
-    `--help` and `--print_config` print and exit.
-
-    Raises:
-      InputError: one sentence that names the key and what is allowed.
+    `--help` and `--print_config` print and exit. An InputError names the key and what is allowed.
     """
     flags = split_flags(sys.argv[1:] if argv is None else list(argv))
     if "help" in flags.switches:
@@ -265,18 +258,12 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
 
 
 def resolve(kind: type[Config], config: Config | str | os.PathLike | Mapping[str, Any]) -> Config:
-    """A configuration from itself, a YAML file, or a nested dict of the same structure.
-
-    Raises:
-      InputError: as `parse` does.
-    """
+    """A configuration from itself, a YAML file, or a nested dict; an InputError as by `parse`."""
     if isinstance(config, kind):
         return config
     if isinstance(config, (str, os.PathLike)):
         return parse(kind, ["--config", os.fspath(config)])
-    values = cast(Values, config)
-    check_sections(kind, values, "The configuration")
-    return _built(kind, values)
+    return _built(kind, checked_section(config, "The configuration"))
 
 
 def _built(kind: type[Config], values: Values) -> Config:

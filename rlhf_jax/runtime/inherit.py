@@ -18,11 +18,12 @@ OF_TEXTS = (
 )  # fmt: skip
 
 
-def with_data_of_run(values: Mapping[str, Any], name: str) -> Values:
+def with_data_of_run(values: Mapping[str, Any], name: str, *, quiet: bool = False) -> Values:
     """The values over the section `data` of the run that exported a model, if there is one.
 
     That run's `config.yaml` stands beside the folder `hf/` that `model.NAME` is. With another
-    `data.path` only the settings in `OF_TEXTS` are those of the run.
+    `data.path` only the settings in `OF_TEXTS` are those of the run. Unless `quiet`, those that are
+    not the defaults are printed to standard error.
 
     Raises:
       InputError: the run's `config.yaml` cannot be read.
@@ -42,7 +43,7 @@ def with_data_of_run(values: Mapping[str, Any], name: str) -> Values:
         data = {key: value for key, value in data.items() if key in OF_TEXTS}
     defaults = to_dict(DataSettings())
     shown = [f"{key} {x!r}" for key, x in data.items() if key not in own and x != defaults[key]]
-    if shown:
+    if shown and not quiet:
         print(f"data settings of {file}: {', '.join(shown)}", file=sys.stderr)
     return merge(values, {"data": merge(data, own)})
 

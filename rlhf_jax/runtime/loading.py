@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -60,23 +60,13 @@ def load_model(
 ) -> tuple[Model, Params]:
     """The language model at `model.path`, or a fresh one for the tokenizer's vocabulary.
 
-    Args:
-      mesh: on which each parameter is initialised or read sharded; by default on one device.
-
-    Raises:
-      InputError: the folder cannot be read, the tokenizer has ids that the model lacks, or the
-        model cannot be split over the mesh.
+    Each parameter is initialised or read sharded over the mesh; without one, on one device. Raises
+    an InputError if the folder cannot be read, the tokenizer has ids that the model lacks, or the
+    model cannot be split over the mesh.
     """
-    dtype = _checked_dtype(settings)
     if settings.path is not None:
         with local_folder(settings.path) as folder:
-            model, params = load_pretrained(
-                folder,
-                dtype=dtype,
-                mesh=mesh,
-                remat=settings.remat,
-                attention=settings.attention,
-            )
+            model, params = load_pretrained(folder, mesh=mesh, **_options(settings))
         check_vocabulary(model, tokenizer, settings.path)
         return model, params
     model = fresh_model(
@@ -85,7 +75,7 @@ def load_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        dtype=dtype,
+        dtype=_options(settings)["dtype"],
     )
     if mesh is None:
         return model, jax.jit(model.init)(key)
@@ -101,8 +91,7 @@ def load_scorer(
 ) -> tuple[Model, Params]:
     """The reward model at a path, to score tokens of this tokenizer; its place is the mesh.
 
-    Raises:
-      InputError: the folder cannot be read, or its tokenizer is another one.
+    Raises an InputError if the folder cannot be read, or its tokenizer is another one.
     """
     model, params, theirs = load_reward(path, settings, mesh=mesh)
     check_vocabulary(model, tokenizer, path)
@@ -117,21 +106,9 @@ def load_scorer(
 def load_reward(
     path: str, settings: ModelSettings, label: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Model, Params, PreTrainedTokenizerFast]:
-    """The reward model at a path, in its place on the mesh, and its own tokenizer.
-
-    Raises:
-      InputError: the folder cannot be read.
-    """
+    """The reward model at a path, in its place on the mesh, and its own tokenizer."""
     with local_folder(path) as folder:
-        dtype = _checked_dtype(settings)
-        model, params = load_reward_model(
-            folder,
-            dtype=dtype,
-            label=label,
-            mesh=mesh,
-            remat=settings.remat,
-            attention=settings.attention,
-        )
+        model, params = load_reward_model(folder, label=label, mesh=mesh, **_options(settings))
         return model, params, load_tokenizer(folder)
 
 
@@ -140,25 +117,20 @@ def check_reward(
 ) -> tuple[Model, PreTrainedTokenizerFast]:
     """As `load_reward`, without the parameters."""
     with local_folder(path) as folder:
-        dtype = _checked_dtype(settings)
-        model = check_reward_model(
-            folder, dtype=dtype, label=label, remat=settings.remat, attention=settings.attention
-        )
+        model = check_reward_model(folder, label=label, **_options(settings))
         return model, load_tokenizer(folder)
 
 
-def _checked_dtype(settings: ModelSettings) -> str:
-    """The dtype of products, where the devices have what the settings ask for."""
+def _options(settings: ModelSettings) -> dict[str, Any]:
+    """The keyword arguments of the functions that load a model."""
     if settings.attention == "cudnn":
         check_device("model.attention cudnn")
-    return compute_dtype(settings.dtype)
+    dtype = compute_dtype(settings.dtype)
+    return {"dtype": dtype, "remat": settings.remat, "attention": settings.attention}
 
 
 def shares_tokens(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast) -> bool:
-    """Whether our tokens mean the same to them, and texts are cut into tokens by the same merges.
-
-    They may have more tokens, say one for padding.
-    """
+    """Whether their tokenizer has all our ids and merges; it may have more tokens, say a pad."""
     vocabulary = theirs.get_vocab()
     if any(vocabulary.get(token) != index for token, index in ours.get_vocab().items()):
         return False
@@ -176,11 +148,7 @@ def check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerFast, path: str
 
 
 def find_token(tokenizer: PreTrainedTokenizerFast, token: int | str, name: str) -> int:
-    """The id of a token that is given as its text or as its id.
-
-    Raises:
-      InputError: there is no such id, or the text is not exactly one token.
-    """
+    """The id of a token that is given as its text or as its id; else an InputError."""
     if isinstance(token, int):
         if token >= len(tokenizer):
             raise InputError(
@@ -198,7 +166,7 @@ def find_token(tokenizer: PreTrainedTokenizerFast, token: int | str, name: str) 
 
 
 def check_positions(model: Model, needed: int, what: str) -> None:
-    """Raises an InputError if rows can be longer than the model has positions."""
+    """Raises an InputError if examples can be longer than the model has positions."""
     if needed > model.config.n_positions:
         raise InputError(
             f"{what} = {needed} exceeds the model's n_positions = {model.config.n_positions}; "

@@ -22,28 +22,18 @@ class Text(str):
 
 
 class Flags(NamedTuple):
-    """A command line, taken apart.
+    """The parts of a command line."""
 
-    Attributes:
-      files: the values of `--config`, in order.
-      settings: (key, text) of each `--section.key text`.
-      switches: the flags without a value, such as "help".
-    """
-
-    files: list[str]
-    settings: list[tuple[str, str]]
-    switches: set[str]
+    files: list[str]  # of `--config`, in order
+    settings: list[tuple[str, str]]  # (key, text) of each `--section.key text`
+    switches: set[str]  # flags without a value, such as "help"
 
 
 SWITCHES = {"-h": "help", "--help": "help", "--print_config": "print_config"}
 
 
 def split_flags(argv: Sequence[str]) -> Flags:
-    """The parts of `--config FILE --section.key value --section.key=value ...`.
-
-    Raises:
-      InputError: an argument is no flag, or a flag has no value.
-    """
+    """The parts of `--config FILE --section.key value --section.key=value ...`."""
     flags = Flags([], [], set())
     rest = iter(argv)
     for argument in rest:
@@ -54,12 +44,10 @@ def split_flags(argv: Sequence[str]) -> Flags:
             raise InputError(
                 f"{argument!r} is no option; settings are given as --section.key value."
             )
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            try:
-                value = next(rest)
-            except StopIteration:
-                raise InputError(f"--{key} needs a value: --{key} VALUE.") from None
+        key, equals, text = argument[2:].partition("=")
+        value = text if equals else next(rest, None)
+        if value is None:
+            raise InputError(f"--{key} needs a value: --{key} VALUE.")
         if key == "config":
             flags.files.append(value)
         else:
@@ -68,11 +56,7 @@ def split_flags(argv: Sequence[str]) -> Flags:
 
 
 def read_yaml(path: str) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-      InputError: it cannot be read, or is no YAML.
-    """
+    """The content of a YAML file; an InputError if it cannot be read, or is no YAML."""
     from etils import epath  # here, so that --help does without it
 
     try:
@@ -92,11 +76,7 @@ REMOVED = {"num_seeds": 1}
 
 
 def without_removed(content: Mapping[str, Any]) -> Values:
-    """The content without settings that are gone, where they have the value of today's behaviour.
-
-    Raises:
-      InputError: one has another value.
-    """
+    """The content without removed settings; an InputError where one changed the behaviour."""
     for name, value in REMOVED.items():
         if content.get(name, value) != value:
             raise InputError(f"{name} was removed; leave it out, and start one run for each seed.")
@@ -104,23 +84,16 @@ def without_removed(content: Mapping[str, Any]) -> Values:
 
 
 def read_values(kind: type, flags: Flags) -> Values:
-    """The nested values of the files, with those of the flags laid over them.
-
-    Raises:
-      InputError: as `read_yaml` and `check_sections` do.
-    """
+    """The nested values of the files, with those of the flags laid over them."""
     values: Values = {}
     for file in flags.files:
-        content = read_yaml(file)
-        check_sections(kind, content, file)
+        content = checked_section(read_yaml(file), file)
         values = merge(values, without_removed(content))
     for key, text in flags.settings:
-        *sections, name = key.split(".")
-        value: Any = Text(text)
-        if dataclasses.is_dataclass(field_type(kind, key)):
-            value = _from_yaml(text)
-            check_sections(field_type(kind, key), value, f"The section {key!r}")
-        values = merge(values, _nest(sections, {name: value}))
+        value: Any = _from_yaml(text) if _is_class(_field_type(kind, key)) else Text(text)
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        values = merge(values, value)
     return values
 
 
@@ -133,28 +106,16 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
     return merged
 
 
-def _nest(sections: Sequence[str], values: Values) -> Values:
-    for section in reversed(sections):
-        values = {section: values}
-    return values
-
-
-def check_sections(kind: Any, content: Any, name: str) -> None:
-    """Raises an InputError unless the content, and each section in it, holds keys and values."""
+def checked_section(content: Any, name: str) -> Mapping[Any, Any]:
+    """The content, if it holds keys and values; else an InputError."""
     if not isinstance(content, Mapping):
-        found = "is empty" if content is None else f"holds {str(content)[:40]!r}"
-        raise InputError(f"{name} {found}; write one `key: value` to a line.")
-    for key, annotation in get_type_hints(kind).items():
-        if key in content and dataclasses.is_dataclass(annotation):
-            check_sections(annotation, content[key], f"The section {key!r}")
+        held = "is empty" if content is None else f"holds {str(content)[:40]!r}"
+        raise InputError(f"{name} {held}; write one `key: value` to a line.")
+    return content
 
 
-def field_type(kind: Any, key: str) -> Any:
-    """The annotation of the setting `section.key`.
-
-    Raises:
-      InputError: there is no such setting.
-    """
+def _field_type(kind: Any, key: str) -> Any:
+    """The annotation of the setting `section.key`; an InputError without such a setting."""
     parts = key.split(".")
     for place, part in enumerate(parts):
         section = ".".join(parts[:place])
@@ -169,10 +130,9 @@ def field_type(kind: Any, key: str) -> Any:
 
 
 def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str = "") -> Any:
-    """A dataclass of nested values; what they leave out is as in `default`, or by the class.
+    """A dataclass of nested values; missing ones are as in `default`, or by the class.
 
-    Raises:
-      InputError: naming a key that is unknown or whose value has another type.
+    Raises an InputError that names a key that is unknown or whose value has another type.
     """
     hints = get_type_hints(kind)
     for name in values:
@@ -180,27 +140,21 @@ def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str
             raise InputError(f"{prefix}{name!r} is no key; keys are the names of settings.")
         if name not in _field_names(kind):
             raise InputError(_unknown(kind, prefix.removesuffix("."), name))
-    made = {
-        name: _convert(hints[name], value, f"{prefix}{name}", _default_of(kind, default, name))
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    if default is not None:
+        defaults = vars(default)
+    converted = {
+        name: _convert(hints[name], value, f"{prefix}{name}", defaults[name])
         for name, value in values.items()
     }
-    return kind(**made) if default is None else dataclasses.replace(default, **made)
-
-
-def _default_of(kind: Any, default: Any, name: str) -> Any:
-    """The value of a field where none is given; None where the class has no default."""
-    if default is not None:
-        return vars(default)[name]
-    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
-    return None if field.default is dataclasses.MISSING else field.default
+    return kind(**converted) if default is None else dataclasses.replace(default, **converted)
 
 
 def _convert(annotation: Any, value: Any, key: str, default: Any) -> Any:
     """The value as its setting has it, or an InputError."""
-    if dataclasses.is_dataclass(annotation):
-        check_sections(annotation, value, f"The section {key!r}")
+    if _is_class(annotation):
         section = default if dataclasses.is_dataclass(default) else None
-        return build(annotation, value, section, f"{key}.")
+        return build(annotation, checked_section(value, f"The section {key!r}"), section, f"{key}.")
     kinds = _alternatives(annotation)
     if isinstance(value, Text) and str in kinds and value.strip() not in ("null", "~"):
         kinds = tuple(kind for kind in kinds if kind is not type(None))  # empty text, or a comment
@@ -257,7 +211,7 @@ def _fit_tuple(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     members = get_args(kind)
     if not isinstance(value, (list, tuple)):
         return False, value
-    if dataclasses.is_dataclass(members[0]):
+    if _is_class(members[0]):
         return True, tuple(_element(members[0], each, key) for each in value)
     if members[-1] is not Ellipsis and len(value) != len(members):
         return False, value
@@ -314,7 +268,7 @@ def _from_yaml(text: str) -> Any:
 
 
 def _field_names(kind: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)] if _is_class(kind) else []
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _is_class(kind: Any) -> bool:

@@ -1,9 +1,8 @@
 """The one recipe of compilation: `jax.jit` with shardings, donation and compiler options.
 
-A step is a pure function; here it meets the mesh. States are split by the partition rules of the
-model, batches over `data` and `fsdp`, keys and metrics are replicated, and the old state is
-donated to the new one. Stages run what this module gives, and `runtime/compilation/` compiles the
-same ahead of time.
+States are split by the partition rules of the model, batches over `data` and `fsdp`, keys and
+metrics are replicated, and the old state is donated to the new one. Stages run these programs, and
+`runtime/compilation/` compiles the same ahead of time.
 """
 
 import dataclasses
@@ -58,10 +57,8 @@ class Placement:
     def step(self, step: Step, state: Any, *, returns_batch: bool = False) -> Any:
         """A jitted (state, batch, key) -> (state, metrics), donating the state.
 
-        Args:
-          step: pure, not jitted.
-          state: shapes are enough.
-          returns_batch: whether it returns a third result with the axis of the batch, a rollout.
+        Of the state, shapes are enough. With `returns_batch` the step has a third result, a rollout
+        with the axis of the batch.
         """
         return self._update(step, state, num_batches=1, returns_batch=returns_batch)
 
@@ -86,10 +83,6 @@ class Placement:
         )
 
     def evaluation(self, evaluate: Step, params: Any) -> Any:
-        """A jitted (params, batch) -> replicated metrics.
-
-        Args:
-          params: of the full model; shapes are enough.
-        """
+        """A jitted (params, batch) -> replicated metrics; of `params`, shapes are enough."""
         places = (self.shardings(params), self.batch)
         return jax.jit(evaluate, in_shardings=places, out_shardings=self.replicated)

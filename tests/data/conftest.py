@@ -1,4 +1,4 @@
-"""A small tokenizer, and files of rows that are written where the test wants them."""
+"""A small tokenizer, and files of examples that are written where the test wants them."""
 
 import csv
 import gzip
@@ -12,13 +12,13 @@ from rlhf_jax.data import builtin, train_tokenizer
 @pytest.fixture(scope="session")
 def tokenizer():
     """Trained on the embedded corpus; bytes stand in for what that does not know."""
-    rows = builtin.texts(0, 300)
-    return train_tokenizer([row["prompt"] + row["completion"] for row in rows], 512)
+    examples = builtin.texts(0, 300)
+    return train_tokenizer([row["prompt"] + row["completion"] for row in examples], 512)
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Keeps what the library caches out of the home folder, and rows of other tests out of ours."""
+    """A cache of the `datasets` library of its own."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
@@ -26,20 +26,20 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """write(name, rows) -> path; the extension says how. Rows may also be the raw text."""
+    """write(name, examples) -> path; the extension says how. Rows may also be the raw text."""
 
-    def write_file(name, rows):
+    def write_file(name, examples):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".parquet"):
             import pyarrow
             import pyarrow.parquet
 
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(examples), path)
         elif name.endswith(".csv"):
-            write_csv(path, rows)
+            write_csv(path, examples)
         else:
-            text = rows if isinstance(rows, str) else as_json(name, rows)
+            text = examples if isinstance(examples, str) else as_json(name, examples)
             data = text.encode()
             path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         return str(path)
@@ -47,14 +47,14 @@ def write(tmp_path):
     return write_file
 
 
-def write_csv(path, rows):
+def write_csv(path, examples):
     with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys())
+        writer = csv.DictWriter(stream, examples[0].keys())
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(examples)
 
 
-def as_json(name, rows):
+def as_json(name, examples):
     if ".jsonl" in name:
-        return "".join(json.dumps(row) + "\n" for row in rows)
-    return json.dumps(rows)
+        return "".join(json.dumps(row) + "\n" for row in examples)
+    return json.dumps(examples)

@@ -117,10 +117,10 @@ def test_counts():
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("buckets", [1, 3])
 def test_hosts_feed_parts_of_the_same_batch(hosts, buckets):
-    lengths = np.random.default_rng(0).integers(1, 48, 20)
+    lengths, size = np.random.default_rng(0).integers(1, 48, 20), 8 // hosts
     batches = Batches(texts(lengths, 48), 8, seed=3, buckets=buckets)
     for step in range(6):
-        parts = [batches.at(step, host, hosts) for host in range(hosts)]
+        parts = [batches.slice_at(step, n * size, (n + 1) * size) for n in range(hosts)]
         joined = [np.concatenate(arrays) for arrays in _across(parts)]
         assert_equal(joined, batches.at(step))
 
@@ -185,13 +185,6 @@ def test_settings_are_checked(settings, message):
         Batches(**{"examples": prompts(4), "batch_size": 2, "seed": 0, **settings})
 
 
-def test_hosts_have_to_divide_the_batch():
-    with pytest.raises(InputError, match=r"batch size is 6, which 4 hosts .* multiple of 4"):
-        Batches(prompts(8), 6, seed=0).at(0, 0, 4)
-    with pytest.raises(InputError, match="batch size is 6, which 4 hosts"):
-        list(eval_batches(prompts(8), 6, 0, 4))
-
-
 # --- evaluation ----------------------------------------------------------------------------------
 
 
@@ -212,14 +205,6 @@ def test_evaluation_has_every_example_once_and_pads_with_zeros(data):
         assert array.shape[0] == 6
         assert array.dtype == original.dtype
         assert not array[5:].any()
-
-
-def test_evaluation_on_several_hosts():
-    data = texts([3, 4, 5, 6, 7], 8)
-    parts = [list(eval_batches(data, 4, host, 2)) for host in range(2)]
-    full = list(eval_batches(data, 4))
-    for first, second, batch in zip(*parts, full, strict=True):
-        assert_equal([np.concatenate(pair) for pair in _across((first, second))], batch)
 
 
 def test_a_slice_of_a_batch_has_the_widths_of_the_full_batch():

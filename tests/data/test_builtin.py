@@ -1,4 +1,4 @@
-"""The embedded corpus: the same rows from the same seed, balance, labels, and its utility."""
+"""The embedded corpus: the same examples from the same seed, balance, labels, and its utility."""
 
 import re
 import zlib
@@ -18,17 +18,17 @@ def words(text):
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_examples_are_a_function_of_seed_and_split(make):
-    rows = make(0, 50)
-    assert make(0, 50) == rows
-    assert make(1, 50) != rows
-    assert make(0, 50, "eval") != rows
+    examples = make(0, 50)
+    assert make(0, 50) == examples
+    assert make(1, 50) != examples
+    assert make(0, 50, "eval") != examples
     assert make(0, 0) == []
 
 
 def test_the_corpus_does_not_drift():
-    """Numbers in the documentation come from these rows: a change of the grammar shows here."""
-    rows = [*builtin.texts(0, 100), *builtin.pairs(0, 100), *builtin.prompts(0, 100, "eval")]
-    assert zlib.crc32(repr(rows).encode()) == CHECKSUM
+    """Numbers in the documentation come from these examples: a change of the grammar shows here."""
+    examples = [*builtin.texts(0, 100), *builtin.pairs(0, 100), *builtin.prompts(0, 100, "eval")]
+    assert zlib.crc32(repr(examples).encode()) == CHECKSUM
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -40,12 +40,12 @@ def test_splits_share_no_prompt(make):
 
 
 def test_prompts_are_many_short_and_neutral():
-    rows = builtin.prompts(0, 2000)
-    assert len({row["prompt"] for row in rows}) > 1500
-    for row in rows:
-        found = words(row["prompt"])
-        assert 8 <= len(found) <= 16
-        assert not (builtin.POSITIVE | builtin.NEGATIVE).intersection(found)
+    examples = builtin.prompts(0, 2000)
+    assert len({row["prompt"] for row in examples}) > 1500
+    for row in examples:
+        result = words(row["prompt"])
+        assert 8 <= len(result) <= 16
+        assert not (builtin.POSITIVE | builtin.NEGATIVE).intersection(result)
         assert row["prompt"][0].isupper()
         assert row["prompt"].endswith(".")
         assert "{" not in row["prompt"]
@@ -62,36 +62,36 @@ def test_responses_are_short_complete_sentences_of_known_words():
 
 
 def test_the_vocabulary_is_small():
-    rows = builtin.texts(0, 2000)
-    found = {word for row in rows for word in words(row["prompt"] + row["completion"])}
-    assert 150 <= len(found) <= 250
+    examples = builtin.texts(0, 2000)
+    result = {word for row in examples for word in words(row["prompt"] + row["completion"])}
+    assert 150 <= len(result) <= 250
     assert not builtin.POSITIVE & builtin.NEGATIVE
-    assert found >= builtin.POSITIVE | builtin.NEGATIVE
+    assert result >= builtin.POSITIVE | builtin.NEGATIVE
 
 
 def test_praise_and_blame_are_balanced():
-    found = [word for row in builtin.texts(0, 4000) for word in words(row["completion"])]
-    praise = sum(word in builtin.POSITIVE for word in found)
-    blame = sum(word in builtin.NEGATIVE for word in found)
+    result = [word for row in builtin.texts(0, 4000) for word in words(row["completion"])]
+    praise = sum(word in builtin.POSITIVE for word in result)
+    blame = sum(word in builtin.NEGATIVE for word in result)
     assert 0.95 < praise / blame < 1.05
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-@pytest.mark.parametrize(("rows", "flipped"), [(1000, 100), (512, 51), (5, 0)])
-def test_exactly_a_tenth_of_the_labels_are_wrong(split, rows, flipped):
-    found = builtin.pairs(0, rows, split)
+@pytest.mark.parametrize(("count", "flipped"), [(1000, 100), (512, 51), (5, 0)])
+def test_exactly_a_tenth_of_the_labels_are_wrong(split, count, flipped):
+    result = builtin.pairs(0, count, split)
     differences = np.array(
-        [builtin.utility(row["chosen"]) - builtin.utility(row["rejected"]) for row in found]
+        [builtin.utility(row["chosen"]) - builtin.utility(row["rejected"]) for row in result]
     )
     assert (np.abs(differences) >= 0.3).all()
     assert (differences < 0).sum() == flipped
 
 
 def test_flips_are_spread_and_lengths_do_not_give_the_answer_away():
-    found = builtin.pairs(0, 4000)
-    wrong = [builtin.utility(row["chosen"]) < builtin.utility(row["rejected"]) for row in found]
+    result = builtin.pairs(0, 4000)
+    wrong = [builtin.utility(row["chosen"]) < builtin.utility(row["rejected"]) for row in result]
     assert 150 < sum(wrong[:2000]) < 250
-    shorter = np.mean([len(row["chosen"]) < len(row["rejected"]) for row in found])
+    shorter = np.mean([len(row["chosen"]) < len(row["rejected"]) for row in result])
     assert 0.4 < shorter < 0.65
 
 

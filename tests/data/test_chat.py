@@ -33,20 +33,20 @@ def parts_of(batch, row=0):
         {"prompt": PROMPT, "chosen": "It was.", "rejected": "No."},
         {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
     ],
-    ids=["apart", "repeated", "texts", "whole"],
+    ids=["apart", "repeated", "texts", "full"],
 )
 def test_pairs_of_messages(chat, write, row):
-    rows, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
-    batch = encode_pairs(rows, chat, DataSettings())
+    examples, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
+    batch = encode_pairs(examples, chat, DataSettings())
     expected = [ids(chat, text) for text in (HEAD, "It was.<|endoftext|>", "No.<|endoftext|>")]
     assert parts_of(batch) == expected
 
 
 def test_a_text_as_prompt_of_messages_is_the_users_turn(chat):
     """As in HuggingFaceH4/ultrafeedback_binarized, whose responses repeat it."""
-    whole = turns("Was it dull?", "It was."), turns("Was it dull?", "No.")
-    rows = [{"prompt": "Was it dull?", "chosen": whole[0], "rejected": whole[1]}]
-    prompt, chosen, _ = parts_of(encode_pairs(rows, chat, DataSettings()))
+    full = turns("Was it dull?", "It was."), turns("Was it dull?", "No.")
+    examples = [{"prompt": "Was it dull?", "chosen": full[0], "rejected": full[1]}]
+    prompt, chosen, _ = parts_of(encode_pairs(examples, chat, DataSettings()))
     assert prompt == ids(chat, "<user>Was it dull?\n<assistant>")
     assert chosen == ids(chat, "It was.<|endoftext|>")
 
@@ -75,8 +75,8 @@ def test_rankings_of_messages(chat):
 
 @pytest.mark.parametrize("completion", [GOOD, "It was.", PROMPT + GOOD])
 def test_a_completion_of_messages(chat, completion):
-    rows = [{"prompt": PROMPT, "completion": completion}]
-    batch = encode_texts(rows, chat, DataSettings())
+    examples = [{"prompt": PROMPT, "completion": completion}]
+    batch = encode_texts(examples, chat, DataSettings())
     tokens = batch.tokens[0][batch.segments[0] > 0].tolist()
     assert tokens == ids(chat, HEAD + "It was.<|endoftext|>")
     assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(chat, "It was.<|endoftext|>")
@@ -92,16 +92,16 @@ def test_a_completion_of_messages(chat, completion):
     ],
 )
 def test_prompts_of_messages_end_where_the_assistant_answers(chat, write, row):
-    rows, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
-    assert rows[0]["label"] == 1
-    batch = encode_prompts(rows, chat, DataSettings())
+    examples, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
+    assert examples[0]["label"] == 1
+    batch = encode_prompts(examples, chat, DataSettings())
     assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
 
 
 def test_comparisons_of_messages_are_texts_too(chat, write):
     path = write("a.jsonl", [{"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}])
-    rows, _ = load_examples(DataSettings(path=path, eval_rows=0), "text")
-    assert rows == [{"messages": PROMPT + GOOD}]
+    examples, _ = load_examples(DataSettings(path=path, eval_rows=0), "text")
+    assert examples == [{"messages": PROMPT + GOOD}]
 
 
 def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):

@@ -3,8 +3,8 @@
 import pytest
 
 from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_texts, load_examples
+from rlhf_jax.data.encoding import tokenize_prompts
 from rlhf_jax.data.settings import DataSettings
-from rlhf_jax.data.truncation import tokenize_prompts
 from rlhf_jax.errors import InputError
 from tests.data.test_sft import ids
 
@@ -49,8 +49,8 @@ def test_examples_with_a_prompt_are_not_split(write):
 
 
 def test_rankings_are_split(write, caplog):
-    rows = [{"responses": [PAIR["chosen"], PAIR["rejected"]]}, {"responses": ["none"]}]
-    assert load(write("a.jsonl", rows), "rankings", split_at=MARK) == [
+    examples = [{"responses": [PAIR["chosen"], PAIR["rejected"]]}, {"responses": ["none"]}]
+    assert load(write("a.jsonl", examples), "rankings", split_at=MARK) == [
         {"prompt": HEAD, "responses": [" It was.", " No."], "margin": 0.0}
     ]
     assert len(caplog.records) == 1
@@ -58,10 +58,10 @@ def test_rankings_are_split(write, caplog):
 
 def test_the_last_turn_of_comparisons_is_the_target(write, tokenizer, caplog):
     path = write("a.jsonl", [PAIR, UNMARKED])
-    rows = load(path, "text", split_at=MARK)
-    assert rows == [{"prompt": HEAD, "completion": " It was."}]
+    examples = load(path, "text", split_at=MARK)
+    assert examples == [{"prompt": HEAD, "completion": " It was."}]
     assert "1 of 2 texts of" in caplog.text
-    batch = encode_texts(rows, tokenizer, DataSettings())
+    batch = encode_texts(examples, tokenizer, DataSettings())
     assert batch.tokens[0][batch.loss_mask[0]].tolist() == ids(tokenizer, " It was.<|endoftext|>")
     assert load(path, "text")[0] == {"text": PAIR["chosen"]}
 
@@ -78,7 +78,7 @@ def test_prompts_of_comparisons_and_of_texts(write):
 def test_examples_that_cannot_be_split_are_one_sentence(write):
     path = write("a.jsonl", [UNMARKED])
     with pytest.raises(
-        InputError, match="No row of .* can be split: none has data.split_at .* all"
+        InputError, match="No example of .* can be split: none has data.split_at .* all"
     ):
         load(path, "pairs", split_at=MARK)
     with pytest.raises(
@@ -104,12 +104,12 @@ def test_long_prompts_are_truncated_before_their_suffix(tokenizer, caplog):
     settings = DataSettings(**TLDR, max_prompt_length=20)
     texts = [POST * 3 + "\n\nTL;DR:", "Short.\n\nTL;DR:", POST * 3]
     ending = ids(tokenizer, "\n\nTL;DR:")
-    whole = ids(tokenizer, POST * 3)
+    full = ids(tokenizer, POST * 3)
     batch = encode_prompts([{"prompt": text} for text in texts], tokenizer, settings)
-    found = [tokens[mask].tolist() for tokens, mask in zip(*batch[:2], strict=True)]
-    assert found[0] == whole[: 20 - len(ending)] + ending
-    assert found[1] == ids(tokenizer, texts[1])
-    assert found[2] == whole[-20:]
+    result = [tokens[mask].tolist() for tokens, mask in zip(*batch[:2], strict=True)]
+    assert result[0] == full[: 20 - len(ending)] + ending
+    assert result[1] == ids(tokenizer, texts[1])
+    assert result[2] == full[-20:]
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 3 prompts lost their left end: they exceed data.max_prompt_length (20 tokens).",
         "1 of 3 prompts lost the right end of the text before 'TL;DR:': they exceed "
@@ -142,11 +142,11 @@ def test_every_kind_of_examples_is_truncated_alike(tokenizer, caplog):
 
 
 def test_the_suffix_is_complete_or_an_error(tokenizer):
-    prompts = tokenize_prompts(tokenizer, ["a TL;DR: ", "b"], "TL;DR:", 99)
+    prompts = tokenize_prompts(tokenizer, ["a TL;DR: ", "b"], DataSettings(**TLDR))
     assert prompts[0].ending == ids(tokenizer, " TL;DR: ")
     assert prompts[1].ending == []
     with pytest.raises(InputError, match=r"data.prompt_suffix 'TL;DR:' has \d+ tokens, more than"):
-        tokenize_prompts(tokenizer, ["a TL;DR:"], "TL;DR:", 2)
+        tokenize_prompts(tokenizer, ["a TL;DR:"], DataSettings(**TLDR, max_prompt_length=2))
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_the_position_of_the_suffix_makes_no_difference(write, prompt, response)
     expected = [{"prompt": "post\nTL;DR:", "completion": " it"}]
     assert load(write("b.jsonl", [row]), "text", **TLDR, columns=columns) == expected
     row = {"prompt": prompt, "responses": [response]}
-    found = load(write("c.jsonl", [row]), "rankings", **TLDR)
-    assert found == [{"prompt": "post\nTL;DR:", "responses": [" it"], "margin": 0.0}]
+    result = load(write("c.jsonl", [row]), "rankings", **TLDR)
+    assert result == [{"prompt": "post\nTL;DR:", "responses": [" it"], "margin": 0.0}]
 
 
 # --- short responses -----------------------------------------------------------------------------

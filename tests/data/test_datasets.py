@@ -22,11 +22,11 @@ def load(path, kind, **settings):
     "name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.parquet", "A.JSONL"]
 )
 def test_every_file_type(write, name):
-    rows = [
+    examples = [
         {"prompt": "one, two", "completion": ' "three"\nfour'},
         {"prompt": "", "completion": "ä"},
     ]
-    assert load(write(name, rows), "text") == rows
+    assert load(write(name, examples), "text") == examples
 
 
 def test_a_packed_csv(write):
@@ -34,50 +34,50 @@ def test_a_packed_csv(write):
 
 
 def test_a_csv_file_keeps_texts_as_they_are_written(write):
-    rows = [
+    examples = [
         {"prompt": "042", "chosen": "NA", "rejected": "1.50", "margin": "0.5"},
         {"prompt": "", "chosen": "None", "rejected": "7", "margin": ""},
     ]
-    found = load(write("a.csv", rows), "pairs")
-    assert found == [{**rows[0], "margin": 0.5}, {**rows[1], "margin": 0.0}]
+    result = load(write("a.csv", examples), "pairs")
+    assert result == [{**examples[0], "margin": 0.5}, {**examples[1], "margin": 0.0}]
 
 
 @pytest.mark.parametrize(
-    "rows",
+    "examples",
     [
         [{"text": "a"}, {"text": ""}],
         [{"prompt": "a", "completion": "b"}],
         [{"messages": CHAT}, {"messages": CHAT[:1]}],
     ],
 )
-def test_text_formats(write, rows):
-    assert load(write("a.jsonl", rows), "text") == rows
+def test_text_formats(write, examples):
+    assert load(write("a.jsonl", examples), "text") == examples
 
 
 def test_prompt_and_completion_win_over_text_and_other_columns_go(write):
-    rows = [{"text": "t", "prompt": "p", "completion": "c", "label": 1}]
-    assert load(write("a.jsonl", rows), "text") == [{"prompt": "p", "completion": "c"}]
+    examples = [{"text": "t", "prompt": "p", "completion": "c", "label": 1}]
+    assert load(write("a.jsonl", examples), "text") == [{"prompt": "p", "completion": "c"}]
 
 
 def test_pairs_get_what_is_optional(write):
-    rows = [{"chosen": "a", "rejected": "b", "id": 3}]
+    examples = [{"chosen": "a", "rejected": "b", "id": 3}]
     expected = [{"prompt": "", "chosen": "a", "rejected": "b", "margin": 0.0}]
-    assert load(write("a.jsonl", rows), "pairs") == expected
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}]
-    assert load(write("b.jsonl", rows), "pairs") == [{**rows[0], "margin": 2.0}]
+    assert load(write("a.jsonl", examples), "pairs") == expected
+    examples = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}]
+    assert load(write("b.jsonl", examples), "pairs") == [{**examples[0], "margin": 2.0}]
 
 
 def test_ranked_responses_become_all_their_pairs(write):
     path = write("a.jsonl", [{"prompt": "p", "responses": ["a", "b", "c"]}])
-    found = [(row["chosen"], row["rejected"]) for row in load(path, "pairs")]
-    assert found == [("a", "b"), ("a", "c"), ("b", "c")]
+    result = [(row["chosen"], row["rejected"]) for row in load(path, "pairs")]
+    assert result == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
 def test_prompts_keep_all_columns(write):
-    rows = [{"prompt": "p", "answer": 42, "tags": ["x"]}]
-    assert load(write("a.jsonl", rows), "prompts") == rows
-    rows = [{"text": "t", "label": 1}]
-    assert load(write("b.jsonl", rows), "prompts") == rows
+    examples = [{"prompt": "p", "answer": 42, "tags": ["x"]}]
+    assert load(write("a.jsonl", examples), "prompts") == examples
+    examples = [{"text": "t", "label": 1}]
+    assert load(write("b.jsonl", examples), "prompts") == examples
 
 
 def test_columns_are_mapped(write):
@@ -141,16 +141,16 @@ def test_a_folder_without_split_names_and_slices(write):
 def test_the_hub_is_asked_by_name(monkeypatch):
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(path, name, split):
-        asked.append((path, name, split))
+        calls.append((path, name, split))
         return datasets.Dataset.from_list(TEXTS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = DataSettings(path="some/set", name="plain", eval_split="test", eval_rows=3)
     assert load_examples(settings, "text") == (TEXTS, TEXTS[:3])
-    assert asked == [("some/set", "plain", "train"), ("some/set", "plain", "test")]
+    assert calls == [("some/set", "plain", "train"), ("some/set", "plain", "test")]
 
 
 def test_an_unreachable_hub_name(monkeypatch):
@@ -178,12 +178,14 @@ def test_missing_column_names_those_that_are_there(write):
     with pytest.raises(InputError) as caught:
         load(path, "text")
     assert str(caught.value) == (
-        f"{path} has the columns question, label, but text rows need `prompt` and `completion`, or "
-        "`messages`, or `text`: name the right ones in data.columns."
+        f"{path} has the columns question, label, but text examples need `prompt` and "
+        "`completion`, or `messages`, or `text`: name the right ones in data.columns."
     )
-    with pytest.raises(InputError, match="pairs rows need `chosen` and `rejected`, or `responses`"):
+    with pytest.raises(
+        InputError, match="pairs examples need `chosen` and `rejected`, or `responses`"
+    ):
         load(path, "pairs")
-    with pytest.raises(InputError, match="prompts rows need `prompt`, or `text`"):
+    with pytest.raises(InputError, match="prompts examples need `prompt`, or `text`"):
         load(path, "prompts")
     with pytest.raises(InputError, match="maps 'text' to 'body', but .* has the columns question"):
         load(path, "text", columns={"text": "body"})
@@ -325,7 +327,9 @@ def test_a_single_file_is_the_split_train(write):
 
 def test_holding_out_everything(write):
     path = write("a.jsonl", TEXTS)
-    with pytest.raises(InputError, match="data.eval_rows holds out 20 of the 20 rows of .* lower"):
+    with pytest.raises(
+        InputError, match="data.eval_rows holds out 20 of the 20 examples of .* lower"
+    ):
         load_examples(DataSettings(path=path, eval_rows=20), "text")
 
 

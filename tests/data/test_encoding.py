@@ -1,4 +1,4 @@
-"""What the kinds of rows share."""
+"""What the kinds of sequences share."""
 
 import numpy as np
 import pytest
@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.encoding import is_empty, pad_left, pad_right, width, with_eos
 
-ROWS = st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5)
+SEQUENCES = st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5)
 
 
-@given(ROWS)
-def test_padding_keeps_every_token_on_its_side(rows):
+@given(SEQUENCES)
+def test_padding_keeps_every_token_on_its_side(sequences):
     for pad, columns in ((pad_left, slice(None, None, -1)), (pad_right, slice(None))):
-        tokens, mask = pad(rows, 7)
-        assert tokens.shape == mask.shape == (len(rows), 7)
+        tokens, mask = pad(sequences, 7)
+        assert tokens.shape == mask.shape == (len(sequences), 7)
         assert (tokens.dtype, mask.dtype) == (np.int32, bool)
-        assert [t[m].tolist() for t, m in zip(tokens, mask, strict=True)] == rows
+        assert [t[m].tolist() for t, m in zip(tokens, mask, strict=True)] == sequences
         assert (np.diff(mask[:, columns].astype(int), axis=1) <= 0).all()
         assert not tokens[~mask].any()
 
@@ -32,7 +32,7 @@ def test_empty_means_nothing_before_eos():
 
 @given(st.lists(st.integers(0, 100), max_size=5), st.integers(1, 100))
 def test_width(lengths, most):
-    found = width(lengths, most)
-    assert found <= most
-    assert found == most or found % 8 == 0
-    assert found == most or 0 <= found - max(lengths, default=0) < 8
+    result = width(lengths, most)
+    assert result <= most
+    assert result == most or result % 8 == 0
+    assert result == most or 0 <= result - max(lengths, default=0) < 8

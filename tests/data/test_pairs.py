@@ -7,7 +7,11 @@ from rlhf_jax.data import builtin, encode_pairs
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
-ROW = {"prompt": "I saw The Golden River.", "chosen": " I loved it.", "rejected": " It was dull."}
+EXAMPLE = {
+    "prompt": "I saw The Golden River.",
+    "chosen": " I loved it.",
+    "rejected": " It was dull.",
+}
 
 
 def ids(tokenizer, text):
@@ -20,11 +24,11 @@ def real(tokens, mask, row=0):
 
 def test_the_parts_of_a_pair(tokenizer, caplog):
     eos = tokenizer.eos_token_id
-    rows = [ROW, {**ROW, "prompt": "I saw it.", "margin": 1.5}]
-    batch = encode_pairs(rows, tokenizer, DataSettings())
-    assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, ROW["prompt"])
-    assert real(batch.chosen, batch.chosen_mask) == [*ids(tokenizer, ROW["chosen"]), eos]
-    assert real(batch.rejected, batch.rejected_mask) == [*ids(tokenizer, ROW["rejected"]), eos]
+    examples = [EXAMPLE, {**EXAMPLE, "prompt": "I saw it.", "margin": 1.5}]
+    batch = encode_pairs(examples, tokenizer, DataSettings())
+    assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, EXAMPLE["prompt"])
+    assert real(batch.chosen, batch.chosen_mask) == [*ids(tokenizer, EXAMPLE["chosen"]), eos]
+    assert real(batch.rejected, batch.rejected_mask) == [*ids(tokenizer, EXAMPLE["rejected"]), eos]
     assert batch.margin.tolist() == [0.0, 1.5]
     assert batch.valid.tolist() == [True, True]
     assert not caplog.records
@@ -48,8 +52,8 @@ def test_sides_widths_and_types(tokenizer):
 
 
 def test_eos_is_not_repeated(tokenizer):
-    written = {**ROW, "chosen": ROW["chosen"] + "<|endoftext|>"}
-    plain, same = (encode_pairs([row], tokenizer, DataSettings()) for row in (ROW, written))
+    written = {**EXAMPLE, "chosen": EXAMPLE["chosen"] + "<|endoftext|>"}
+    plain, same = (encode_pairs([row], tokenizer, DataSettings()) for row in (EXAMPLE, written))
     for one, other in zip(plain, same, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -61,12 +65,12 @@ def test_without_prompts_their_width_is_zero(tokenizer):
 
 def test_prompts_lose_their_left_and_responses_their_right_end(tokenizer, caplog):
     settings = DataSettings(max_prompt_length=3, max_response_length=5)
-    row = {**ROW, "chosen": " The acting was really superb.", "rejected": " I"}
-    rows = [row, {**row, "prompt": "I"}]
-    batch = encode_pairs(rows, tokenizer, settings)
+    row = {**EXAMPLE, "chosen": " The acting was really superb.", "rejected": " I"}
+    examples = [row, {**row, "prompt": "I"}]
+    batch = encode_pairs(examples, tokenizer, settings)
     assert batch.prompts.shape[1] == 3
     assert batch.chosen.shape[1] == 5
-    assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, ROW["prompt"])[-3:]
+    assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, EXAMPLE["prompt"])[-3:]
     assert real(batch.chosen, batch.chosen_mask) == ids(tokenizer, row["chosen"])[:5]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
@@ -75,13 +79,13 @@ def test_prompts_lose_their_left_and_responses_their_right_end(tokenizer, caplog
 
 
 def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
-    rows = [
-        ROW,
-        {**ROW, "chosen": ""},
-        {**ROW, "rejected": "<|endoftext|>"},
-        {**ROW, "rejected": ROW["chosen"]},
+    examples = [
+        EXAMPLE,
+        {**EXAMPLE, "chosen": ""},
+        {**EXAMPLE, "rejected": "<|endoftext|>"},
+        {**EXAMPLE, "rejected": EXAMPLE["chosen"]},
     ]
-    batch = encode_pairs(rows, tokenizer, DataSettings())
+    batch = encode_pairs(examples, tokenizer, DataSettings())
     assert len(batch.valid) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 4 pairs were dropped because a response is empty.",
@@ -90,12 +94,14 @@ def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
 
 
 def test_responses_that_are_equal_after_truncation_are_dropped(tokenizer):
-    row = {**ROW, "chosen": " I loved it and more.", "rejected": " I loved it and less."}
-    batch = encode_pairs([row, ROW], tokenizer, DataSettings(max_response_length=4))
+    row = {**EXAMPLE, "chosen": " I loved it and more.", "rejected": " I loved it and less."}
+    batch = encode_pairs([row, EXAMPLE], tokenizer, DataSettings(max_response_length=4))
     assert len(batch.valid) == 1
 
 
-@pytest.mark.parametrize("rows", [[], [{**ROW, "chosen": ""}, {**ROW, "chosen": ROW["rejected"]}]])
-def test_nothing_left_is_an_error(tokenizer, rows):
+@pytest.mark.parametrize(
+    "examples", [[], [{**EXAMPLE, "chosen": ""}, {**EXAMPLE, "chosen": EXAMPLE["rejected"]}]]
+)
+def test_nothing_left_is_an_error(tokenizer, examples):
     with pytest.raises(InputError, match=r"No pair is left: of [02], [01] have an empty response"):
-        encode_pairs(rows, tokenizer, DataSettings())
+        encode_pairs(examples, tokenizer, DataSettings())

@@ -18,9 +18,9 @@ def real(batch, row=0):
 
 @pytest.mark.parametrize("column", ["prompt", "text"])
 def test_prompts_are_left_padded(tokenizer, caplog, column):
-    rows = [{column: row["prompt"], "label": 1} for row in builtin.prompts(0, 30)]
-    batch = encode_prompts(rows, tokenizer, DataSettings())
-    assert [real(batch, i) for i in range(30)] == [ids(tokenizer, row[column]) for row in rows]
+    examples = [{column: row["prompt"], "label": 1} for row in builtin.prompts(0, 30)]
+    batch = encode_prompts(examples, tokenizer, DataSettings())
+    assert [real(batch, i) for i in range(30)] == [ids(tokenizer, row[column]) for row in examples]
     assert np.array_equal(batch.prompt_mask, np.sort(batch.prompt_mask, axis=1))
     assert not batch.prompts[~batch.prompt_mask].any()
     assert batch.prompts.shape[1] % 8 == 0
@@ -31,10 +31,10 @@ def test_prompts_are_left_padded(tokenizer, caplog, column):
 
 
 def test_long_prompts_lose_their_left_end(tokenizer, caplog):
-    rows = [{"prompt": "I saw The Golden River."}, {"prompt": "I"}]
-    batch = encode_prompts(rows, tokenizer, DataSettings(max_prompt_length=5))
+    examples = [{"prompt": "I saw The Golden River."}, {"prompt": "I"}]
+    batch = encode_prompts(examples, tokenizer, DataSettings(max_prompt_length=5))
     assert batch.prompts.shape[1] == 5
-    assert real(batch) == ids(tokenizer, rows[0]["prompt"])[-5:]
+    assert real(batch) == ids(tokenizer, examples[0]["prompt"])[-5:]
     assert len(caplog.records) == 1
     assert caplog.records[0].getMessage().startswith("1 of 2 prompts lost their left end")
 
@@ -56,17 +56,17 @@ def test_without_bos_an_empty_prompt_becomes_eos(tokenizer):
 
 
 def test_beginnings_depend_only_on_seed_and_index(tokenizer, caplog):
-    rows = [{"text": row["prompt"]} for row in builtin.prompts(0, 200)]
+    examples = [{"text": row["prompt"]} for row in builtin.prompts(0, 200)]
     settings = DataSettings(prompt_tokens=(2, 5), seed=4)
-    batch = encode_prompts(rows, tokenizer, settings)
+    batch = encode_prompts(examples, tokenizer, settings)
     lengths = batch.prompt_mask.sum(1)
     assert set(lengths.tolist()) == {2, 3, 4, 5}
     assert np.bincount(lengths)[2:].min() > 25
     for row in (0, 7, 199):
-        assert real(batch, row) == ids(tokenizer, rows[row]["text"])[: lengths[row]]
-    fewer = encode_prompts(rows[:50], tokenizer, settings)
+        assert real(batch, row) == ids(tokenizer, examples[row]["text"])[: lengths[row]]
+    fewer = encode_prompts(examples[:50], tokenizer, settings)
     np.testing.assert_array_equal(fewer.prompt_mask.sum(1), lengths[:50])
-    other = encode_prompts(rows, tokenizer, DataSettings(prompt_tokens=(2, 5), seed=5))
+    other = encode_prompts(examples, tokenizer, DataSettings(prompt_tokens=(2, 5), seed=5))
     assert (other.prompt_mask.sum(1) != lengths).any()
     assert not caplog.records
 

@@ -1,4 +1,4 @@
-"""Rankings as rows: K responses to a prompt, what is dropped, and batches of them."""
+"""Rankings as examples: K responses to a prompt, what is dropped, and batches of them."""
 
 import numpy as np
 import pytest
@@ -45,14 +45,14 @@ def test_a_ranking_keeps_its_order_and_its_places(tokenizer, caplog):
 
 
 def test_a_ranking_without_two_different_responses_is_dropped_with_one_warning(tokenizer, caplog):
-    rows = [
+    examples = [
         GOOD,
         {"prompt": "p", "responses": ["only one"]},
         {"prompt": "p", "responses": ["same", "same", "same"]},
         {"prompt": "p", "responses": ["", "one and nothing"]},
         {"prompt": "p", "responses": []},
     ]
-    batch = encode_rankings(rows, tokenizer, DataSettings())
+    batch = encode_rankings(examples, tokenizer, DataSettings())
     assert batch.mask.shape[:2] == (1, 3)
     assert said(caplog) == [
         "4 of 5 rankings were dropped because they have no two responses that differ."
@@ -91,9 +91,11 @@ def test_truncation_is_counted_and_can_make_responses_equal(tokenizer, caplog):
 
 
 def test_nothing_left_is_an_error(tokenizer):
-    for rows in ([], [{"prompt": "p", "responses": ["a"]}]):
-        with pytest.raises(InputError, match=rf"^No ranking is left: of {len(rows)}, none has two"):
-            encode_rankings(rows, tokenizer, DataSettings())
+    for examples in ([], [{"prompt": "p", "responses": ["a"]}]):
+        with pytest.raises(
+            InputError, match=rf"^No ranking is left: of {len(examples)}, none has two"
+        ):
+            encode_rankings(examples, tokenizer, DataSettings())
 
 
 def test_rankings_are_read_from_responses_and_from_pairs(write):
@@ -119,32 +121,32 @@ def test_the_corpus_has_rankings_of_two(tokenizer):
         load_examples(settings, kind) for kind in ("rankings", "pairs")
     )
     assert (len(train), len(held_out)) == (6, 2)
-    rankings, rows = (
+    rankings, encoded = (
         encode_rankings(train, tokenizer, settings),
         encode_pairs(pairs, tokenizer, settings),
     )
-    np.testing.assert_array_equal(rankings.responses[:, 0], rows.chosen)
-    np.testing.assert_array_equal(rankings.mask[:, 1], rows.rejected_mask)
+    np.testing.assert_array_equal(rankings.responses[:, 0], encoded.chosen)
+    np.testing.assert_array_equal(rankings.mask[:, 1], encoded.rejected_mask)
 
 
 def test_batches_trim_padding_that_no_ranking_needs(tokenizer):
     long = {"prompt": "I saw it.", "responses": [" fine" * 30, " bad" * 30, " so", " no"]}
-    rows = encode_rankings([GOOD, GOOD, GOOD, long], tokenizer, DataSettings())
-    batches = Batches(rows, 1, seed=0, buckets=2)
+    encoded = encode_rankings([GOOD, GOOD, GOOD, long], tokenizer, DataSettings())
+    batches = Batches(encoded, 1, seed=0, buckets=2)
     widths = set()
     for step in range(4):
         batch, (index,) = batches.at(step), batches.indices(step)
         widths.add((batch.prompts.shape[1], batch.responses.shape[2]))
         assert batch.mask.shape[1] == 4
-        assert batch.mask.sum() == rows.mask[index].sum()
-        assert batch.prompt_mask.sum() == rows.prompt_mask[index].sum()
-        real = batch.responses[batch.mask], rows.responses[index][rows.mask[index]]
+        assert batch.mask.sum() == encoded.mask[index].sum()
+        assert batch.prompt_mask.sum() == encoded.prompt_mask[index].sum()
+        real = batch.responses[batch.mask], encoded.responses[index][encoded.mask[index]]
         np.testing.assert_array_equal(*real)
     assert len(widths) == 2
 
 
 def test_an_evaluation_is_padded_with_examples_without_responses(tokenizer):
-    rows = encode_rankings([GOOD] * 3, tokenizer, DataSettings())
-    first, second = eval_batches(rows, 2)
+    encoded = encode_rankings([GOOD] * 3, tokenizer, DataSettings())
+    first, second = eval_batches(encoded, 2)
     assert first.mask.any(axis=(1, 2)).all()
     assert second.mask.any(axis=(1, 2)).tolist() == [True, False]

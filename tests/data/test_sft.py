@@ -94,8 +94,8 @@ def test_a_completion_that_fits_exactly_keeps_eos(tokenizer, caplog):
 
 @pytest.mark.parametrize("empty", [{"text": ""}, {"text": "<|endoftext|>"}])
 def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
-    rows = [{"text": "I loved it."}, empty, empty]
-    batch = encode_texts(rows, tokenizer, DataSettings(**UNPACKED))
+    examples = [{"text": "I loved it."}, empty, empty]
+    batch = encode_texts(examples, tokenizer, DataSettings(**UNPACKED))
     assert batch.tokens.shape[0] == 1
     assert [r.getMessage() for r in caplog.records] == [
         "2 of 3 texts were dropped because they are empty."
@@ -103,10 +103,12 @@ def test_empty_texts_are_dropped_with_one_warning(tokenizer, caplog, empty):
     assert caplog.records[0].levelno == logging.WARNING
 
 
-@pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"prompt": "p", "completion": ""}]])
-def test_nothing_left_is_an_error(tokenizer, rows):
-    with pytest.raises(InputError, match="No text is left to train on: all [01] rows are empty"):
-        encode_texts(rows, tokenizer, DataSettings())
+@pytest.mark.parametrize("examples", [[], [{"text": ""}], [{"prompt": "p", "completion": ""}]])
+def test_nothing_left_is_an_error(tokenizer, examples):
+    with pytest.raises(
+        InputError, match="No text is left to train on: all [01] examples are empty"
+    ):
+        encode_texts(examples, tokenizer, DataSettings())
 
 
 def test_there_is_no_warning_if_nothing_is_changed(tokenizer, caplog):
@@ -150,9 +152,9 @@ def test_messages_without_a_template(tokenizer):
 
 
 def test_messages_that_end_with_the_user(chat):
-    rows = [{"messages": turns("Hi.", "Hello.")}, {"messages": turns("Hi.")}]
+    examples = [{"messages": turns("Hi.", "Hello.")}, {"messages": turns("Hi.")}]
     with pytest.raises(InputError, match="messages of row 2 end with a turn of 'user'"):
-        encode_texts(rows, chat, DataSettings())
+        encode_texts(examples, chat, DataSettings())
 
 
 def test_a_template_that_cannot_be_split(chat, monkeypatch):
@@ -175,9 +177,9 @@ def unpacked(batch):
 @pytest.mark.parametrize("packing", [True, False])
 def test_packing_loses_no_token(tokenizer, packing):
     settings = DataSettings(max_length=96, packing=packing)
-    rows = builtin.texts(0, 60)
-    batch = encode_texts(rows, tokenizer, settings)
-    texts = tokenize_texts(rows, tokenizer, settings)
+    examples = builtin.texts(0, 60)
+    batch = encode_texts(examples, tokenizer, settings)
+    texts = tokenize_texts(examples, tokenizer, settings)
     expected = [
         (tuple(t.tokens), tuple(i >= t.target_start for i in range(len(t.tokens)))) for t in texts
     ]
@@ -189,12 +191,12 @@ def test_packing_loses_no_token(tokenizer, packing):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_target_positions_are_those_of_the_mask(tokenizer, packing):
-    rows = [
+    examples = [
         {"prompt": "Once upon a time there was " * 4, "completion": " an end." * (1 + i % 3)}
         for i in range(9)
     ]
     settings = DataSettings(max_length=128, completion_only=True, packing=packing)
-    batch = encode_texts(rows, tokenizer, settings)
+    batch = encode_texts(examples, tokenizer, settings)
     assert batch.target_positions.shape[1] < 0.75 * batch.tokens.shape[1]
     assert (batch.target_positions > 0).sum() == batch.loss_mask.sum()
     for positions, mask in zip(batch.target_positions, batch.loss_mask, strict=True):
@@ -203,7 +205,7 @@ def test_target_positions_are_those_of_the_mask(tokenizer, packing):
         assert not positions[count:].any()
     # With all tokens but the first of a text as targets, logits are computed everywhere.
     all_tokens = dataclasses.replace(settings, completion_only=False)
-    assert encode_texts(rows, tokenizer, all_tokens).target_positions is None
+    assert encode_texts(examples, tokenizer, all_tokens).target_positions is None
 
 
 def test_sequences_are_filled_from_the_left_and_padded_on_the_right(tokenizer):
@@ -231,15 +233,15 @@ def test_width_is_a_multiple_of_eight_up_to_the_limit(tokenizer):
 
 
 def first_fit_by_loop(lengths, capacity):
-    rows = []
+    sequences = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for row in rows:
-            if sum(lengths[i] for i in row) + lengths[index] <= capacity:
-                row.append(index)
+        for sequence in sequences:
+            if sum(lengths[i] for i in sequence) + lengths[index] <= capacity:
+                sequence.append(index)
                 break
         else:
-            rows.append([index])
-    return rows
+            sequences.append([index])
+    return sequences
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))

@@ -51,12 +51,12 @@ def assert_same(params, expected):
 
 
 def main(base):
-    """Reads and writes both kinds of model on two meshes, by whole leaves and by layers."""
+    """Reads and writes both kinds of model on two meshes, leaf by leaf and layer by layer."""
     folder = Path(base)
     save_pretrained(folder / "model", MODEL, PARAMS)
     save_reward_model(folder / "reward", MODEL, {"model": PARAMS, "head": HEAD})
     reading.TensorFile.read = read
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     for sizes, part_bytes in (((1, 8, 1), 2**28), ((2, 2, 2), 1)):
         reading.PART_BYTES = part_bytes
         mesh = make_mesh(MeshSettings(*sizes))
@@ -68,8 +68,8 @@ def main(base):
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
         layer = PARAMS["layers"]["attn"]["c_attn"]["kernel"][0].nbytes
         assert max(READ) <= layer, (max(READ), layer)
-        # What is split is read once in all, and what is replicated once for all devices.
-        assert sum(READ) <= whole, (sum(READ), whole)
+        # A split array is read once in all, and a replicated one once for all devices.
+        assert sum(READ) <= total, (sum(READ), total)
         save_pretrained(folder / "model_again", MODEL, params)
         _, reward = load_reward_model(folder / "reward", mesh=mesh)
         assert_same(reward, {"model": PARAMS, "head": HEAD})

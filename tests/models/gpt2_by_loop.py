@@ -1,4 +1,4 @@
-"""GPT-2 in NumPy, float64, one text at a time and one head at a time: what the tests compare with.
+"""GPT-2 in NumPy, float64, one text at a time and one head at a time: the reference of the tests.
 
 Written from the equations of Radford et al. 2019 and Hendrycks and Gimpel 2016 (GELU); it shares no
 line with the package.

@@ -17,7 +17,7 @@ SHAPES = set()  # of the queries, keys and masks that one device is given
 
 
 def attend(q, k, v, bias, mask_type):
-    """(what is attended, log Z) of [B, T, H, d] and [B, S, H, d]."""
+    """(the output, log Z) of [B, T, H, d] and [B, S, H, d]."""
     logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) + bias
     if mask_type.name == "CAUSAL":
         logits = jnp.where(jnp.tri(*logits.shape[2:], dtype=bool), logits, -jnp.inf)
@@ -33,9 +33,9 @@ def forward(q, k, v, bias, *_, mask_type, is_training, **__):
 
 
 def backward(q, k, v, bias, *others, variadic_args, mask_type, **_):
-    """Likewise; of the others the last are log Z, what was attended, and its gradient.
+    """Likewise; the last of the others are log Z, the output, and its gradient.
 
-    JAX 0.10 asks for a gradient of the mask too.
+    JAX 0.10 needs a gradient of the mask too.
     """
     log_total, out, gradient = others[6:9]
     assert log_total.shape == (q.shape[0], q.shape[2], q.shape[1])
@@ -45,7 +45,7 @@ def backward(q, k, v, bias, *others, variadic_args, mask_type, **_):
 
 
 def check_split():
-    """Each of 2 x 2 x 2 devices has a quarter of the rows and half of the heads, and no more."""
+    """Each of 2 x 2 x 2 devices has a quarter of the batch and half of the heads, and no more."""
     for primitive, function in (
         (fused._dot_product_attention_fwd_p, forward),
         (fused._dot_product_attention_bwd_p, backward),

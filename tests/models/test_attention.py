@@ -17,7 +17,7 @@ G, K, H, T, P, D = 2, 3, 2, 7, 5, 4
 
 
 def by_loop(q, k, v, visible, past=None, keep=None, scale=1.0):
-    """Each token by itself: the softmax of its products with what it sees."""
+    """Each token by itself: the softmax of its products with the visible tokens."""
     out = np.zeros(q.shape)
     for g, i, h, t in np.ndindex(*q.shape[:4]):
         seen = [(k[g, i, h, m], v[g, i, h, m], m) for m in range(q.shape[3]) if visible[g, i, t, m]]
@@ -38,7 +38,7 @@ def arrays(seed=0, length=T, count=K):
     rng = np.random.default_rng(seed)
     q, k, v = rng.normal(size=(3, G, count, H, length, D)).astype(np.float32)
     mask = rng.random((G, count, length)) < 0.7
-    mask[0, 0] = False  # a row of padding, whose tokens see nothing
+    mask[0, 0] = False  # a sequence of padding, whose tokens see nothing
     visible = mask[..., None, :] & np.tri(length, dtype=bool)
     past = Past(*rng.normal(size=(2, G, H, P, D)).astype(np.float32), rng.random((G, P)) < 0.6)
     return q, k, v, visible, past

@@ -1,4 +1,4 @@
-"""The way to cuDNN: the same path through JAX's other implementation, and what CUDA is given.
+"""Attention by cuDNN: the same path through JAX's other implementation, and the program for CUDA.
 
 No test runs the kernel itself.
 """
@@ -32,10 +32,10 @@ ROWS, LENGTH, PAST = 4, 7, 3
 POSITIONS = jnp.zeros((1, 1), jnp.int32)  # which GPT-2 does not read in its layers
 MASKS = {
     # Padded right and left, packed, and all padding, whose tokens see nothing.
-    "rows": np.array([[1] * 4 + [0] * 3, [0] * 3 + [1] * 4, [1, 1, 1, 2, 2, 3, 0], [0] * 7]),
+    "texts": np.array([[1] * 4 + [0] * 3, [0] * 3 + [1] * 4, [1, 1, 1, 2, 2, 3, 0], [0] * 7]),
     # A prompt of 3 and two responses of 2.
     "shared prompt": np.array([[1] * 7, [0, 1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 1, 0], [0] * 7]),
-    # Two rows behind each past.
+    # Two sequences behind each past.
     "behind a past": np.tri(ROWS, LENGTH, 2),
 }
 
@@ -100,7 +100,7 @@ def kernels(function, *arguments):
 
 
 def traced_sft(model, settings):
-    """A step of supervised fine-tuning, and shapes of what it takes."""
+    """A step of supervised fine-tuning, and the shapes of its arguments."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     init = functools.partial(sft.init_state, model, settings=settings, key=jax.random.key(0))
     state = jax.eval_shape(lambda key: init(model.init(key)), key)
@@ -110,7 +110,7 @@ def traced_sft(model, settings):
 
 
 def test_a_training_step_for_cuda_has_the_kernel_once_each_way(cuda):
-    """With `dots`, what attention gave is kept: its kernel is not run again."""
+    """With `dots`, the output of attention is kept: its kernel is not run again."""
     names, _ = kernels(*traced_sft(MODEL, sft.Settings(batch_size=2, dropout=False)))
     assert names == ["ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward"]
 
@@ -127,7 +127,7 @@ def test_the_flops_of_the_kernel_are_counted(cuda, remat, forward):
 
     names, flops = kernels(jax.grad(loss, (0, 1, 2)), q, q, q, visible)
     assert names == ["ScaleBiasSoftmax"] * forward + ["ScaleBiasSoftmaxBackward"]
-    # 2 rows and heads, 8 wide; tokens as many as are even, each seeing those before it.
+    # 2 sequences and heads, 8 wide; an even number of tokens, each seeing those before it.
     product = 2 * 2 * 2 * 8 * (8 * 9 // 2)
     assert flops == (2 * forward + 5) * product
 
@@ -141,12 +141,12 @@ def test_the_flops_of_the_kernel_are_counted(cuda, remat, forward):
         ({"config": dataclasses.replace(SIZES, n_embd=512)}, "at most 128, but it is 256; set"),
     ],
 )
-def test_what_the_kernel_cannot_do_is_told_when_the_model_is_made(changed, message):
+def test_settings_without_a_kernel_are_refused_with_the_model(changed, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(MODEL, **changed)
 
 
-def test_dropout_of_weights_is_told_and_other_dropout_allowed(cuda):
+def test_dropout_of_weights_is_refused_and_other_dropout_allowed(cuda):
     others = dataclasses.replace(SIZES, resid_pdrop=0.1, embd_pdrop=0.1)
     settings = sft.Settings(batch_size=2, dropout=True)
     step, *arguments = traced_sft(dataclasses.replace(MODEL, config=others), settings)
@@ -174,7 +174,7 @@ class Device:
     ],
     ids=lambda value: getattr(value, "device_kind", ""),
 )
-def test_devices_without_the_kernel_are_told(device, message, monkeypatch):
+def test_devices_without_the_kernel_are_named(device, message, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     if message is None:
         check_device("X")

@@ -15,7 +15,7 @@ NORMAL = nn.initializers.normal(0.5)
 
 
 def make(features, dtype="float32", shape=(2, 5, 3)):
-    """(layer, parameters with a bias, inputs, what to multiply the result with)."""
+    """(layer, parameters with a bias, inputs, factors of the result)."""
     layer = Dense(features, dtype, NORMAL)
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], shape)
@@ -37,13 +37,13 @@ def gradients(layer, params, x, weights):
 def test_results_and_gradients_are_those_of_a_loop(features):
     layer, params, x, weights = make(features)
     kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
-    rows, factors = np.asarray(x, np.float64), np.asarray(weights, np.float64)
+    inputs, factors = np.asarray(x, np.float64), np.asarray(weights, np.float64)
     expected = np.zeros(factors.shape)
-    for_x, for_kernel, for_bias = np.zeros(rows.shape), np.zeros(kernel.shape), np.zeros(bias.shape)
-    for at in np.ndindex(rows.shape[:-1]):
+    for_x, for_kernel, for_bias = (np.zeros(array.shape) for array in (inputs, kernel, bias))
+    for at in np.ndindex(inputs.shape[:-1]):
         expected[at] = bias
         for_bias += factors[at]
-        for i, entry in enumerate(rows[at]):
+        for i, entry in enumerate(inputs[at]):
             expected[at] += entry * kernel[i]
             for_kernel[i] += entry * factors[at]
             for_x[at][i] = np.sum(kernel[i] * factors[at])
@@ -96,12 +96,12 @@ def test_a_mesh_of_one_device_changes_nothing(kind):
         return jnp.sum(layer.apply({"params": params}, x) * weights)
 
     with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, jax.P("data"))
-        found = jax.grad(total)(jax.device_put(x, rows), jax.device_put(weights, rows))
+        split = jax.NamedSharding(mesh, jax.P("data"))
+        found = jax.grad(total)(jax.device_put(x, split), jax.device_put(weights, split))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_of_a_shard_map_add_up():
+def test_shards_of_a_shard_map_add_up():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     layer, params, x, weights = make((3, 4))
 

@@ -46,10 +46,10 @@ def test_the_rate_is_kept_and_the_factor_makes_up_for_it(rate, shape):
 
 
 def shifted(shape, axis, distance):
-    ends = [slice(None)] * len(shape)
-    starts = list(ends)
-    ends[axis], starts[axis] = slice(None, -distance), slice(distance, None)
-    return tuple(ends), tuple(starts)
+    stops = [slice(None)] * len(shape)
+    starts = list(stops)
+    stops[axis], starts[axis] = slice(None, -distance), slice(distance, None)
+    return tuple(stops), tuple(starts)
 
 
 @pytest.mark.parametrize("axis", range(4))
@@ -90,9 +90,9 @@ def test_another_key_is_another_mask_and_the_same_the_same():
     assert (one != other).any()
 
 
-def test_a_part_drops_what_the_whole_does():
-    whole = mask(4, (3, 2, 10, 12), 0.5)
-    np.testing.assert_array_equal(mask(4, (3, 2, 4, 7), 0.5, 6), whole[..., 6:, :7])
+def test_a_part_drops_as_the_full_array():
+    full = mask(4, (3, 2, 10, 12), 0.5)
+    np.testing.assert_array_equal(mask(4, (3, 2, 4, 7), 0.5, 6), full[..., 6:, :7])
 
 
 def test_what_stays_is_scaled_in_the_dtype_of_the_array():

@@ -1,4 +1,4 @@
-"""GPT-2 on whole texts: against a forward pass by loops, under padding and packing."""
+"""GPT-2 on full texts: against a forward pass by loops, under padding and packing."""
 
 import dataclasses
 
@@ -50,24 +50,24 @@ def test_padding_moves_no_hidden_state(side, junk, params, texts):
     tokens, mask = pad(texts, 9, side, junk)
     states = np.asarray(hidden(params, tokens, mask))
     assert np.isfinite(states).all()
-    for row, text in enumerate(texts):
+    for i, text in enumerate(texts):
         alone = hidden_by_loop(params, CONFIG, text)
-        np.testing.assert_allclose(states[row][mask[row]], alone, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(states[i][mask[i]], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_texts_do_not_see_each_other(params, texts):
     tokens, segments = np.full((2, 16), 9), np.zeros((2, 16), np.int32)
     layout = [[(0, 1), (2, 6), (3, 9)], [(1, 0), (3, 4), (0, 11)]]
-    for row, places in enumerate(layout):
+    for i, places in enumerate(layout):
         for number, (text, start) in enumerate(places, start=1):
             at = slice(start, start + len(texts[text]))
-            tokens[row, at], segments[row, at] = texts[text], number
+            tokens[i, at], segments[i, at] = texts[text], number
     states = np.asarray(hidden(params, tokens, segments))
     assert np.isfinite(states).all()
-    for row, places in enumerate(layout):
+    for i, places in enumerate(layout):
         for text, start in places:
             np.testing.assert_allclose(
-                states[row, start : start + len(texts[text])],
+                states[i, start : start + len(texts[text])],
                 hidden_by_loop(params, CONFIG, texts[text]),
                 rtol=1e-4,
                 atol=1e-4,
@@ -102,16 +102,16 @@ def test_padding_moves_no_gradient(params, texts):
     weights = rng.normal(size=(4, 7, VOCABULARY)).astype(np.float32)
     gradients = jax.jit(jax.grad(weighted_sum))
     parts = []
-    for row, text in enumerate(texts):
+    for i, text in enumerate(texts):
         alone = np.zeros((1, 7), np.int32)
         alone[0, : len(text)] = text
-        parts.append(gradients(params, alone, np.arange(7)[None] < len(text), weights[row][None]))
+        parts.append(gradients(params, alone, np.arange(7)[None] < len(text), weights[i][None]))
     expected = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     for side, junk in (("left", 4), ("right", 2**30)):
-        tokens, mask = pad([*texts, []], 9, side, junk)  # one row more, all padding
+        tokens, mask = pad([*texts, []], 9, side, junk)  # one more text, all padding
         padded = np.zeros((5, 9, VOCABULARY), np.float32)
-        for row, text in enumerate(texts):
-            padded[row, mask[row]] = weights[row, : len(text)]
+        for i, text in enumerate(texts):
+            padded[i, mask[i]] = weights[i, : len(text)]
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3),
             gradients(params, tokens, mask, padded),
@@ -182,10 +182,10 @@ def test_positions_count_the_real_tokens_of_a_segment():
     assert positions.dtype == np.int32
     assert (positions >= 0).all()
     assert (positions < 5).all()
-    for row in range(4):
-        for t in np.flatnonzero(mask[row]):
-            assert positions[row, t] == mask[row, :t].sum()
+    for i in range(4):
+        for t in np.flatnonzero(mask[i]):
+            assert positions[i, t] == mask[i, :t].sum()
     segments = np.array([[1, 1, 2, 2, 2, 0], [0, 1, 2, 2, 0, 3], [0, 0, 0, 0, 0, 0]])
     positions = np.asarray(positions_from(jnp.asarray(segments)))
-    for row, t in zip(*np.nonzero(segments), strict=True):
-        assert positions[row, t] == (segments[row, :t] == segments[row, t]).sum()
+    for i, t in zip(*np.nonzero(segments), strict=True):
+        assert positions[i, t] == (segments[i, :t] == segments[i, t]).sum()

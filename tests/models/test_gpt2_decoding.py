@@ -1,13 +1,13 @@
-"""GPT-2 through a cache, and responses that share a prompt, against whole rows."""
+"""GPT-2 through a cache, and responses that share a prompt, against full sequences."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import stack
+from rlhf_jax.models import stacked
 from rlhf_jax.models.interface import SharedPrompt, positions_from
-from rlhf_jax.models.stack import UnstackedLayers
+from rlhf_jax.models.stacked import UnstackedLayers
 from tests.models.tiny_gpt2 import CONFIG, MODEL, VOCABULARY, hidden, pad
 
 
@@ -57,22 +57,22 @@ def test_what_is_ready_for_decoding_stays_as_it_is(params):
 
 
 def test_deep_models_keep_their_stack(params, monkeypatch):
-    monkeypatch.setattr(stack, "MAX_UNSTACKED_LAYERS", 1)
+    monkeypatch.setattr(stacked, "MAX_UNSTACKED_LAYERS", 1)
     ready = MODEL.for_decoding(params)
     assert ready["layers"].keys() == params["layers"].keys()
     assert set(ready["wte"]) == {"columns"}
 
 
 @pytest.mark.parametrize("pieces", [(4, 1, 1, 1, 1, 1), (3, 2, 4), (9,)], ids=str)
-def test_decoding_with_a_cache_equals_the_whole(pieces, params, texts):
+def test_decoding_with_a_cache_equals_a_forward_pass(pieces, params, texts):
     tokens, mask = pad(texts, 9, "left", 5)
     mask[3, 8] = False  # a response that has ended
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     run = jax.jit(run_with_cache, static_argnums=(0, 4))
     states, cache = run(MODEL, params, tokens, mask, pieces)
-    whole = np.asarray(hidden(params, tokens, mask))
+    full = np.asarray(hidden(params, tokens, mask))
     real = np.asarray(mask)
-    np.testing.assert_allclose(np.asarray(states)[real], whole[real], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(states)[real], full[real], rtol=1e-4, atol=1e-4)
     assert int(cache.length) == 9
     np.testing.assert_array_equal(cache.mask[:, :9], mask)
     assert not np.asarray(cache.mask[:, 9:]).any()
@@ -114,7 +114,7 @@ def states_with_prefix(params, prompts, prompt_mask, responses, mask):
 
 
 def states_with_shared_prompt(params, prompts, prompt_mask, responses, mask):
-    """[B * K, T, D]: each prompt and its responses in one row."""
+    """[B * K, T, D]: each prompt and its responses in one sequence."""
     batch, width = prompts.shape
     count = responses.shape[0] // batch
     lengths = jnp.repeat(prompt_mask.sum(axis=1), count)[:, None]
@@ -122,10 +122,10 @@ def states_with_shared_prompt(params, prompts, prompt_mask, responses, mask):
         [positions_from(prompt_mask), (positions_from(mask) + lengths).reshape(batch, -1)], axis=1
     )
     tokens = jnp.concatenate([prompts, responses.reshape(batch, -1)], axis=1)
-    whole_mask = jnp.concatenate([prompt_mask, mask.reshape(batch, -1)], axis=1)
+    full_mask = jnp.concatenate([prompt_mask, mask.reshape(batch, -1)], axis=1)
     x = MODEL.embed(params, tokens, positions)
     shared = SharedPrompt(width, count)
-    x, cache = MODEL.layers(params["layers"], x, whole_mask, positions, shared=shared)
+    x, cache = MODEL.layers(params["layers"], x, full_mask, positions, shared=shared)
     assert cache is None
     return MODEL.final(params, x[:, width:].reshape(*responses.shape, -1))
 

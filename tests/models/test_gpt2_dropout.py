@@ -35,7 +35,7 @@ def test_a_dropout_key_without_rates_changes_nothing(params, texts):
 
 
 def test_dropout_differs_between_layers():
-    # Layers that add ones to nothing: what is left after dropout tells which of them were dropped.
+    # Layers that add ones to nothing: the rest after dropout shows which of them were dropped.
     config = dataclasses.replace(CONFIG, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.5)
     model = GPT2(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.embedding import padded_vocab_size
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.interface import positions_from
 from tests.models.tiny_gpt2 import CONFIG, MODEL, busy_params, pad
@@ -45,7 +46,7 @@ def test_init_has_the_published_scales():
     ("vocab_size", "padded"), [(1, 128), (128, 128), (129, 256), (50257, 50304)]
 )
 def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
-    assert GPT2Config(vocab_size=vocab_size).padded_vocab_size == padded
+    assert padded_vocab_size(vocab_size) == padded
 
 
 @pytest.mark.parametrize(
@@ -94,8 +95,8 @@ def test_split_halves_run_one_after_the_other_and_merge(unfrozen, texts):
         x, _ = model.layers(trained["layers"], x, mask, positions)
         return model.final(trained, x)
 
-    whole = jax.jit(model.hidden)(params, tokens, mask)
-    np.testing.assert_allclose(halves(frozen, trained), whole, rtol=1e-5, atol=1e-5)
+    full = jax.jit(model.hidden)(params, tokens, mask)
+    np.testing.assert_allclose(halves(frozen, trained), full, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("unfrozen", [-1, 3])

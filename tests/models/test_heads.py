@@ -1,4 +1,4 @@
-"""The linear heads: where they start and what they compute."""
+"""The linear heads: initial values and outputs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Folders in Hugging Face's format: what is read, what is written, and what is refused."""
+"""Folders in Hugging Face's format: reading, writing, and refusals."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import huggingface, reading, writing
+from rlhf_jax.models import folders, huggingface, writing
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import (
     load_pretrained,
@@ -42,7 +42,7 @@ MASK = np.array([[True, True, True, True], [True, True, False, False]])
 
 
 def random_params(model, seed=0):
-    """Every leaf random, so that two that are swapped show; rows that pad the vocabulary zero."""
+    """Every leaf random, so that two that are swapped show; the padding of the vocabulary zero."""
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
@@ -226,7 +226,7 @@ def test_reward_model_gets_a_pad_token_of_its_own(reward_folder):
     assert not (reward_folder / "generation_config.json").exists()
 
 
-def test_rows_that_pad_the_vocabulary_are_not_exported(tmp_path):
+def test_vectors_that_pad_the_vocabulary_are_not_exported(tmp_path):
     wte = PARAMS["wte"]["embedding"].at[CONFIG.vocab_size :].set(7.0)
     params = {"model": {**PARAMS, "wte": {"embedding": wte}}, "head": HEAD}
     save_reward_model(tmp_path / "reward", MODEL, params)
@@ -250,7 +250,7 @@ def test_reward_model_keeps_a_pad_token_that_is_not_eos(tmp_path, pad):
     assert_equal(params, {"model": PARAMS, "head": HEAD})
 
 
-def test_the_row_of_the_pad_token_may_start_a_new_block_of_128(tmp_path):
+def test_the_vector_of_the_pad_token_may_start_a_new_block_of_128(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=128)
     params = {"model": random_params(GPT2(config)), "head": HEAD}
     save_reward_model(tmp_path, GPT2(config), params)
@@ -292,7 +292,7 @@ def test_stored_types(folder, dtype):
     assert_equal(params, jax.tree.map(lambda x: np.asarray(x, dtype).astype(np.float32), PARAMS))
 
 
-def test_unknown_configuration_keys_and_whole_numbers(folder):
+def test_unknown_configuration_keys_and_integers(folder):
     edit_config(folder, summary_type="cls_index", resid_pdrop=0, n_ctx=8)
     model, _ = load_pretrained(folder)
     assert model == MODEL
@@ -460,7 +460,7 @@ def test_a_file_is_no_folder(folder):
 def test_hub_names_are_fetched(folder, monkeypatch):
     def snapshot_download(name, *, allow_patterns):
         assert name == "owner/name"
-        assert allow_patterns == ["config.json", "model*.safetensors", reading.INDEX]
+        assert allow_patterns == ["config.json", "model*.safetensors", folders.INDEX]
         return str(folder)
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
@@ -591,7 +591,7 @@ def test_parameters_of_another_model_are_refused(tmp_path):
 
 
 class FolderTokenizer:
-    """A tokenizer of which only this is asked."""
+    """A tokenizer with the one method that is called."""
 
     def save_pretrained(self, folder):
         path = huggingface.pathlib.Path(folder)
@@ -662,10 +662,10 @@ def test_tokenizers_that_do_not_fit(tmp_path, size, special, pad, message):
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_logit_of_one_label_is_a_score(reward_folder, label):
-    rows = np.stack([np.arange(8), -np.arange(8)]).astype(np.float32)
-    edit_tensors(reward_folder, adding("score.weight", rows))
+    labels = np.stack([np.arange(8), -np.arange(8)]).astype(np.float32)
+    edit_tensors(reward_folder, adding("score.weight", labels))
     _, params = load_reward_model(reward_folder, label=label)
-    np.testing.assert_array_equal(params["head"]["kernel"], rows[label])
+    np.testing.assert_array_equal(params["head"]["kernel"], labels[label])
 
 
 def test_a_label_is_one_of_the_classifiers(reward_folder):

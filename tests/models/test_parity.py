@@ -1,4 +1,4 @@
-"""GPT-2 against what PyTorch's GPT-2 of transformers computed (tests/golden/make_gpt2.py)."""
+"""GPT-2 against results of PyTorch's GPT-2 of transformers (tests/golden/make_gpt2.py)."""
 
 import json
 from pathlib import Path
@@ -150,7 +150,7 @@ def test_scores(reward_model, side):
     np.testing.assert_allclose(scores, arrays[f"{side}_scores"], rtol=0, atol=1e-4)
 
 
-# With PyTorch installed: transformers opens what is written here.
+# With PyTorch installed: transformers opens written folders.
 
 
 def transformers_inputs(torch, tokens, mask):

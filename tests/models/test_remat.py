@@ -1,4 +1,4 @@
-"""Rematerialization changes what is kept for the backward pass, and no number."""
+"""Rematerialization changes the values kept for the backward pass, and no result."""
 
 import dataclasses
 
@@ -33,9 +33,9 @@ def text_loss(model, params):
 
 def score_loss(model, params):
     """One of a reward model, whose prompts go through a cache."""
-    whole = {"model": params, "head": HEAD}
+    full = {"model": params, "head": HEAD}
     prompts = np.ones((2, 3), np.int32)
-    return jnp.sum(jnp.sin(end_scores(model, whole, Sequences(prompts, prompts > 0, TOKENS, MASK))))
+    return jnp.sum(jnp.sin(end_scores(model, full, Sequences(prompts, prompts > 0, TOKENS, MASK))))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_less_is_kept():
 
 
 def test_decoding_and_equality():
-    """The form of a model holds it, so that equal models share a trace; a folder knows no such."""
+    """It is part of a model, so that equal models share a trace, and of no folder."""
     assert with_remat("full") != PLAIN
     assert with_remat("none") == PLAIN
     with pytest.raises(InputError, match="remat must be one of none, full, dots, but is 'some'"):

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_eight_devices_read_their_parts_and_are_written_whole(tmp_path):
+def test_eight_devices_read_their_parts_and_are_written(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.eight_devices", str(tmp_path)],
         cwd=ROOT,
@@ -60,7 +60,7 @@ def sizes_in_host_memory(monkeypatch):
 
 @pytest.mark.parametrize("part_bytes", [1, 1600, 2**28])
 def test_a_large_stack_is_read_by_layers(folder, monkeypatch, part_bytes):
-    """A row of an unstacked leaf, or a layer of a stack, whatever the bound."""
+    """One index of an unstacked leaf, or a layer of a stack, whatever the bound."""
     sizes = sizes_in_host_memory(monkeypatch)
     monkeypatch.setattr(reading, "PART_BYTES", part_bytes)
     _, params = load_pretrained(folder / "model")
@@ -81,8 +81,8 @@ def test_what_is_loaded_can_be_donated(folder, monkeypatch):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
-def test_tied_heads_are_compared_by_rows(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(reading, "PART_BYTES", 100)  # three of eleven rows
+def test_tied_heads_are_compared_in_parts(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(reading, "PART_BYTES", 100)  # three of eleven vectors
     save_pretrained(tmp_path, MODEL, PARAMS)
     table = np.asarray(PARAMS["wte"]["embedding"])[:11]
     edit_tensors(tmp_path, adding("lm_head.weight", table))
@@ -103,7 +103,7 @@ def test_folders_are_checked_without_being_read(tmp_path, folder, monkeypatch):
 
 
 def test_one_tensor_at_a_time_is_written(tmp_path):
-    """The one before is let go of before the next is asked for."""
+    """A tensor is released before the next one is gathered."""
     shapes = {"a": (3, 2), "b": (4,), "c": (2, 2)}
     last = []
 
@@ -112,7 +112,7 @@ def test_one_tensor_at_a_time_is_written(tmp_path):
             assert not last or last[0]() is None
             array = np.full(shape, count, np.float32)
             last[:] = [weakref.ref(array)]
-            yield array[:1] if count == 2 else array  # zeros stand for the row that is not there
+            yield array[:1] if count == 2 else array  # zeros stand for the missing vector
             del array
 
     writing.write_safetensors(tmp_path / "file", shapes, tensors())
@@ -121,15 +121,18 @@ def test_one_tensor_at_a_time_is_written(tmp_path):
     np.testing.assert_array_equal(found["c"], [[2, 2], [0, 0]])
 
 
-def be_one_of_two_hosts(monkeypatch, index, told=None):
-    """What `write_on_first_host` asks of JAX; `told` is what the first host says."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: index)
-    monkeypatch.setattr(
-        writing.multihost_utils,
-        "broadcast_one_to_all",
-        lambda flag: flag if told is None else np.int32(told),
-    )
+@pytest.fixture
+def two_hosts(monkeypatch):
+    """A function that makes this process one of two hosts, the first of which has this failure."""
+
+    def begin(index, failure=None):
+        def from_first(function, own):
+            return function(own if index == 0 else failure)
+
+        monkeypatch.setattr(writing.hosts, "is_first", lambda: index == 0)
+        monkeypatch.setattr(writing.hosts, "from_first", from_first)
+
+    return begin
 
 
 def fails_after_one(tensors):
@@ -137,22 +140,22 @@ def fails_after_one(tensors):
     raise OSError("no space left")
 
 
-def test_a_host_that_cannot_write_still_takes_part(monkeypatch):
-    be_one_of_two_hosts(monkeypatch, index=0)
+def test_a_host_that_cannot_write_still_gathers(two_hosts):
+    two_hosts(index=0)
     tensors = iter(range(3))
     with pytest.raises(OSError, match="no space left"):
-        writing.write_on_first_host(fails_after_one, tensors, "here")
+        writing.write_on_first_host(fails_after_one, tensors)
     assert not list(tensors)
-    writing.write_on_first_host(list, iter(range(3)), "here")
+    writing.write_on_first_host(list, iter(range(3)))
 
 
-@pytest.mark.parametrize("has_failed", [False, True])
-def test_other_hosts_bring_and_do_not_write(monkeypatch, has_failed):
-    be_one_of_two_hosts(monkeypatch, index=1, told=has_failed)
+@pytest.mark.parametrize("failure", [None, OSError("no space left")])
+def test_other_hosts_gather_and_do_not_write(two_hosts, failure):
+    two_hosts(index=1, failure=failure)
     tensors = iter(range(3))
-    if has_failed:
-        with pytest.raises(OSError, match="the first host could not write here"):
-            writing.write_on_first_host(pytest.fail, tensors, "here")
+    if failure is None:
+        writing.write_on_first_host(pytest.fail, tensors)
     else:
-        writing.write_on_first_host(pytest.fail, tensors, "here")
+        with pytest.raises(OSError, match="no space left"):
+            writing.write_on_first_host(pytest.fail, tensors)
     assert not list(tensors)

@@ -28,7 +28,7 @@ def busy_params(model, seed=0):
 def pad(texts, width, side, junk):
     """(tokens, mask) of texts padded with token ids that mean nothing."""
     tokens, mask = np.full((len(texts), width), junk), np.zeros((len(texts), width), bool)
-    for row, text in enumerate(texts):
+    for i, text in enumerate(texts):
         at = slice(width - len(text), width) if side == "left" else slice(0, len(text))
-        tokens[row, at], mask[row, at] = text, True
+        tokens[i, at], mask[i, at] = text, True
     return tokens, mask

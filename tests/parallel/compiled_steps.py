@@ -1,4 +1,4 @@
-"""Steps compiled for eight CPU devices: what moves between these, and what each one holds.
+"""Steps compiled for eight CPU devices: the traffic between them, and the memory of each.
 
 Nothing is run and no array is made. Started by test_compiled.py in a process of its own: the number
 of devices is fixed at start.
@@ -35,18 +35,18 @@ MODEL = GPT2(
 PROMPT, RESPONSE = 24, 16
 
 
-def rows(*shape, dtype=jnp.int32):
+def array(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct((ROWS, *shape), dtype)
 
 
 def tokens(length):
-    return rows(length), rows(length, dtype=bool)
+    return array(length), array(length, dtype=bool)
 
 
 def sft_parts(model=MODEL):
-    """(init, step, batch, whether the step returns rows) of supervised fine-tuning."""
+    """(init, step, batch, whether the step returns a rollout) of supervised fine-tuning."""
     settings = sft.Settings(batch_size=ROWS)
-    batch = TextBatch(rows(40), rows(40), rows(40, dtype=bool), rows(24))
+    batch = TextBatch(array(40), array(40), array(40, dtype=bool), array(24))
     return (
         lambda key: sft.init_state(model, model.init(key), settings, key),
         sft.make_step(model, settings),
@@ -59,7 +59,7 @@ def reward_parts():
     """The same of the reward model."""
     settings = reward.Settings(batch_size=ROWS)
     pairs = (*tokens(PROMPT), *tokens(RESPONSE), *tokens(RESPONSE))
-    batch = PairBatch(*pairs, rows(dtype=jnp.float32), rows(dtype=bool))
+    batch = PairBatch(*pairs, array(dtype=jnp.float32), array(dtype=bool))
     return (
         lambda key: reward.init_state(MODEL, MODEL.init(key), settings, key),
         reward.make_step(MODEL, settings),
@@ -69,7 +69,7 @@ def reward_parts():
 
 
 def ppo_parts():
-    """The same of a whole iteration of PPO."""
+    """The same of a full iteration of PPO."""
     settings = ppo.Settings(batch_size=ROWS, num_mini_batches=1, response_length=RESPONSE)
 
     def init(key):
@@ -77,7 +77,7 @@ def ppo_parts():
         return ppo.init_state(MODEL, MODEL.init(key), settings, key, reward_params=scorer)
 
     step = ppo.make_step(MODEL, settings, stop_token_ids=(5,))
-    return init, step, PromptBatch(*tokens(PROMPT), rows()), True
+    return init, step, PromptBatch(*tokens(PROMPT), array()), True
 
 
 def rollout_parts():
@@ -90,21 +90,21 @@ def rollout_parts():
 
 def compiled(parts, sizes):
     """The program of a step on a mesh."""
-    init, step, batch, returns_rows = parts
+    init, step, batch, returns_rollout = parts
     mesh = make_mesh(MeshSettings(*sizes))
     key = jax.eval_shape(lambda: jax.random.key(0))
     shape = jax.eval_shape(init, key)
     state = tree_shardings(mesh, shape, MODEL.partition_rules)
-    by_rows, whole = batch_sharding(mesh), replicated(mesh)
+    by_batch, full = batch_sharding(mesh), replicated(mesh)
     made = jax.eval_shape(step, shape, batch, key)
-    outs = (None if made[0] is None else state, whole, *([by_rows] if returns_rows else []))
+    outs = (None if made[0] is None else state, full, *([by_batch] if returns_rollout else []))
     with jax.set_mesh(mesh):
-        jitted = jax.jit(step, in_shardings=(state, by_rows, whole), out_shardings=outs)
+        jitted = jax.jit(step, in_shardings=(state, by_batch, full), out_shardings=outs)
         return jitted.lower(shape, batch, key).compile()
 
 
 def gathered(text):
-    """The shape of each array that the all-gathers of a program make whole."""
+    """The shape of each array that the all-gathers of a program yield."""
     shapes = []
     for line in text.splitlines():
         if found := re.search(r" = (.*?) all-gather(?:-start)?\(", line):

@@ -17,13 +17,13 @@ from tests.parallel.test_checkpoints import config  # noqa: E402
 
 
 class StoppingStage(OfflineStage):
-    """Presses Ctrl-C in the second step, and looks how the state lies on the devices."""
+    """Presses Ctrl-C in the second step, and prints the share of the state on a device."""
 
     def resumed(self, state, saved):
         arrays = jax.tree.leaves(saved["params"])
-        whole = sum(array.size for array in arrays)
+        total = sum(array.size for array in arrays)
         here = sum(array.addressable_shards[0].data.size for array in arrays)
-        sys.stdout.write(f"share {here / whole}\n")
+        sys.stdout.write(f"share {here / total}\n")
         return super().resumed(state, saved)
 
     def step(self, state, index):

@@ -65,7 +65,7 @@ def checked(stage_class):
 
 
 def main(base, plan):
-    """Runs what the plan says, a JSON list of [mesh, stages], beside the runs on one device."""
+    """Runs a plan, a JSON list of [mesh, stages], beside the runs on one device."""
     for sizes, stages in json.loads(plan):
         folder = Path(base) / mesh_name(sizes)
         configs = make_configs(folder, Path(base) / mesh_name((1, 1, 1)), sizes)

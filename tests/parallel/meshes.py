@@ -1,4 +1,4 @@
-"""All stages on one device and on eight, and how what they leave is compared."""
+"""All stages on one device and on eight, and the comparison of their results."""
 
 import itertools
 from pathlib import Path
@@ -23,7 +23,7 @@ def mesh_name(sizes):
 
 
 def make_configs(folder, one_device, sizes):
-    """The stages on a mesh, each from what the stages on one device left, by name.
+    """The stages on a mesh, each from the results of the stages on one device, by name.
 
     "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
     computes layers again;
@@ -54,11 +54,11 @@ def make_configs(folder, one_device, sizes):
 
 def differences(one, several):
     """By metric, how far two run folders lie apart, as a share of what is tolerated."""
-    rows = [small.rows(Path(folder) / "metrics.jsonl") for folder in (one, several)]
-    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-    assert len(rows[0]) == STEPS
+    logs = [small.rows(Path(folder) / "metrics.jsonl") for folder in (one, several)]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    assert len(logs[0]) == STEPS
     found: dict[str, float] = {}
-    for expected, actual in zip(*rows, strict=True):
+    for expected, actual in zip(*logs, strict=True):
         assert expected.keys() == actual.keys()
         for name, value in expected.items():
             share = abs(actual[name] - value) / (TOLERANCE * (1 + abs(value)))
@@ -68,5 +68,5 @@ def differences(one, several):
 
 def sampled(folder):
     """The responses that a run of PPO sampled, by step and prompt."""
-    rows = small.rows(Path(folder) / "samples.jsonl")
-    return [(row["step"], row["prompt"], row["response"]) for row in rows]
+    lines = small.rows(Path(folder) / "samples.jsonl")
+    return [(line["step"], line["prompt"], line["response"]) for line in lines]

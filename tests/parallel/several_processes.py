@@ -1,4 +1,4 @@
-"""One of several processes that train the three stages together; it checks what they share.
+"""One of several processes that train the three stages together; it checks their shared values.
 
 Started by test_several_processes.py. The first processes stop each stage after its first
 checkpoint, the last one by SIGKILL; others go on from there.
@@ -38,7 +38,7 @@ class Stopped(Exception):
 
 
 def make_configs(folder, before, processes, kind):
-    """The stages in a folder, each from what the run `before` left of the one ahead of it.
+    """The stages in a folder, each from the results of the stage ahead of it in the run `before`.
 
     Of the `kind` "full" they do all that goes from the devices to the hosts and back; compiled in
     each of many processes, that takes minutes.
@@ -80,17 +80,17 @@ def check_what_is_shared():
     assert agree(False, False) == (True, False)
     assert agree(False, False) == (False, False)
 
-    rows = batch_sharding(make_mesh(MeshSettings(**MESHES[jax.process_count()])))
-    whole = {"x": np.arange(24.0).reshape(8, 3), "y": {"z": np.arange(8)}}
+    split = batch_sharding(make_mesh(MeshSettings(**MESHES[jax.process_count()])))
+    full = {"x": np.arange(24.0).reshape(8, 3), "y": {"z": np.arange(8)}}
     read = []
 
     def part(start, stop):
         read.append((start, stop))
-        return jax.tree.map(lambda array: array[start:stop], whole)
+        return jax.tree.map(lambda array: array[start:stop], full)
 
-    for spanning in (hosts.spanning_batch(part, 8, rows), hosts.from_host(whole, rows)):
+    for spanning in (hosts.spanning_batch(part, 8, split), hosts.from_host(full, split)):
         assert not spanning["x"].is_fully_addressable
-        jax.tree.map(np.testing.assert_array_equal, hosts.to_host(spanning), whole)
+        jax.tree.map(np.testing.assert_array_equal, hosts.to_host(spanning), full)
     return read
 
 
@@ -114,7 +114,7 @@ def check_damage(folder):
 
 
 def check_errors(folder):
-    """What is wrong for all is raised by all, and one of them says it."""
+    """An error of all is raised by all, and reported by one of them."""
     with pytest.raises(InputError, match=r"sft\.batch_size = 7") as error:
         train_sft(small.sft(folder / "wrong", sft={"batch_size": 7}, mesh=MESHES[2]))
     assert hosts.is_raised_on_all_hosts(error.value)
@@ -141,7 +141,7 @@ def stop_stages(monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return ppo_step(stage, state, index)
 
-    # The state is not saved at the stop: what goes on takes a step once more.
+    # The state is not saved at the stop: the continuation repeats a step.
     monkeypatch.setattr(loop._Loop, "_rescue", lambda *_: None)
     monkeypatch.setattr(OfflineStage, "step", stopping)
     monkeypatch.setattr(OnlineStage, "step", killed)

@@ -38,7 +38,7 @@ STEP = OfflineStage.step
 def test_from_one_device_to_eight_and_back(tmp_path, monkeypatch):
     """Each restore compares the checksums, which are sums over all devices, with those saved."""
     one = {"data": 1}
-    train_sft(config(tmp_path / "whole", one))
+    train_sft(config(tmp_path / "full", one))
     with monkeypatch.context() as patch:
         patch.setattr(OfflineStage, "step", stop_in_first)
         with pytest.raises(Interrupted, match="after step 1 of 4"):
@@ -51,12 +51,12 @@ def test_from_one_device_to_eight_and_back(tmp_path, monkeypatch):
         text=True,
     )
     share, message = done.stdout.splitlines() or [done.stderr[-4000:], ""]
-    assert float(share.removeprefix("share ")) < 0.3  # of four shards; a few small ones are whole
+    assert float(share.removeprefix("share ")) < 0.3  # of four shards; small arrays are replicated
     assert message.startswith("Stopped after step 3 of 4"), done.stderr[-4000:]
     train_sft(config(tmp_path / "parts", one))
-    whole, parts = (small.rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    assert [row["step"] for row in parts] == [1, 2, 3, 4]
-    assert parts[0] == whole[0]
-    for expected, actual in zip(whole, parts, strict=True):
+    full, parts = (small.rows(tmp_path / name / "metrics.jsonl") for name in ("full", "parts"))
+    assert [line["step"] for line in parts] == [1, 2, 3, 4]
+    assert parts[0] == full[0]
+    for expected, actual in zip(full, parts, strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-5, err_msg=name)

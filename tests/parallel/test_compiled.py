@@ -1,4 +1,4 @@
-"""What eight devices exchange in a step and what each one holds, read off the compiled programs."""
+"""The traffic of eight devices in a step and the memory of each, read off the compiled programs."""
 
 import json
 import math
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 ROLLOUTS = ("rollout 1x8x1", "rollout 2x2x2")
 PROGRAMS = ("sft 1x8x1", "reward 2x2x2", "ppo 2x2x2", *ROLLOUTS)
-# By the tensor axis: what a device has of each matrix of a layer once it is collected over fsdp.
+# By the tensor axis: what a device has of each matrix of a layer once it is gathered over fsdp.
 KERNELS = {
     tensor: [
         [WIDTH, 3, WIDTH // tensor],
@@ -46,8 +46,8 @@ def of_layers(found, program):
     kernels, shapes = KERNELS[int(program[-1])], found["gathered"][program]
     pairs = [(shape, shape) for shape in shapes] + [(s[1:], s) for s in shapes if len(s) > 2]
     return [
-        (kernel, math.prod(whole) // math.prod(kernel))
-        for kernel, whole in pairs
+        (kernel, math.prod(full) // math.prod(kernel))
+        for kernel, full in pairs
         if kernel in kernels
     ]
 
@@ -57,17 +57,17 @@ def test_parameters_are_collected_layer_by_layer(found, program):
     collected = of_layers(found, program)
     assert {layers for _, layers in collected} == {1}
     assert LAYERS > 1
-    # All four matrices, so that what is looked for is what is there.
+    # All four matrices, so that the expected shapes exist.
     assert {str(kernel) for kernel, _ in collected} == set(map(str, KERNELS[int(program[-1])]))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_device_holds_the_collected_matrices_of_all_layers(found, program):
     """Not even for the backward pass, which collects those of each layer once more."""
-    whole = {f"f32[{LAYERS},{','.join(map(str, kernel))}]" for kernel in KERNELS[int(program[-1])]}
+    full = {f"f32[{LAYERS},{','.join(map(str, kernel))}]" for kernel in KERNELS[int(program[-1])]}
     stacks = found["stacks"][program]
-    assert not whole & set(stacks)
-    assert f"f32[{LAYERS},{WIDTH}]" in stacks  # layer norms are whole
+    assert not full & set(stacks)
+    assert f"f32[{LAYERS},{WIDTH}]" in stacks  # layer norms are replicated
 
 
 @pytest.mark.parametrize("program", ROLLOUTS)
@@ -87,5 +87,5 @@ def test_logits_are_never_collected_over_the_vocabulary(found, program):
 
 
 def test_fsdp_divides_parameters_and_optimizer_state(found):
-    per_device, whole = found["bytes"]
-    assert whole / 8 <= per_device <= 1.02 * whole / 8
+    per_device, full = found["bytes"]
+    assert full / 8 <= per_device <= 1.02 * full / 8

@@ -101,18 +101,18 @@ def test_open_mpi_is_found_by_what_its_version_has(environment, calls, monkeypat
 def test_hosts_of_tpus_are_counted(environment, monkeypatch):
     assert distributed._tpu_workers() == 1  # without asking anyone
     monkeypatch.setattr(distributed.jax, "config", type("", (), {"jax_platforms": "tpu,cpu"}))
-    told = {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2", "tpu-env": "TYPE: 'v5'\n"}
-    monkeypatch.setattr(distributed, "_metadata", told.get)
+    answers = {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2", "tpu-env": "TYPE: 'v5'\n"}
+    monkeypatch.setattr(distributed, "_metadata", answers.get)
     assert distributed._tpu_workers() == 2
-    told["tpu-env"] += "MEGASCALE_NUM_SLICES: '3'\n"
+    answers["tpu-env"] += "MEGASCALE_NUM_SLICES: '3'\n"
     assert distributed._tpu_workers() == 6
     environment({"TPU_WORKER_HOSTNAMES": "localhost"})
-    told["tpu-env"] = ""
+    answers["tpu-env"] = ""
     assert distributed._tpu_workers() == 1
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"coordinator": "host:1"}, "belong together, but are host:1, None and None"),
         ({"process_id": 1}, "belong together"),
@@ -125,12 +125,12 @@ def test_hosts_of_tpus_are_counted(environment, monkeypatch):
         ({"local_device_ids": (-1,)}, "from 0 on"),
     ],
 )
-def test_wrong_settings_are_told(values, said):
-    with pytest.raises(InputError, match=said):
+def test_wrong_settings_are_reported(values, message):
+    with pytest.raises(InputError, match=message):
         DistributedSettings(**values)
 
 
-def test_a_coordinator_that_is_not_there_is_told():
+def test_a_coordinator_that_is_not_there_is_reported():
     with socket.socket() as server:
         server.bind(("localhost", 0))  # and does not listen
         address = f"localhost:{server.getsockname()[1]}"
@@ -152,7 +152,7 @@ def test_a_coordinator_that_comes_late_is_found():
         assert is_late.is_set()
 
 
-def test_devices_in_use_are_told(monkeypatch):
+def test_devices_in_use_are_reported(monkeypatch):
     jax.devices()
     with pytest.raises(InputError, match="have to join before JAX uses a device"):
         join(DistributedSettings("localhost:8476", 2, 0))

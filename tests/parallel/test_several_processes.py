@@ -1,4 +1,4 @@
-"""Two processes train as one does, are killed, and one or four go on from what they left."""
+"""Two processes train as one does, are killed, and one or four continue from their checkpoints."""
 
 import os
 import shutil
@@ -109,11 +109,11 @@ def assert_same_metrics(runs, folder, stage):
     """Within the rounding of sums in another order."""
     expected, actual = (small.rows(runs / x / stage / "metrics.jsonl") for x in ("one", folder))
     assert len(expected) == len(actual) == small.STEPS
-    for row, other in zip(expected, actual, strict=True):
-        assert row.keys() == other.keys()
-        for name, value in row.items():
+    for line, other in zip(expected, actual, strict=True):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
             np.testing.assert_allclose(
-                other[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{row['step']} {name}"
+                other[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{line['step']} {name}"
             )
 
 
@@ -121,8 +121,8 @@ def assert_same_samples(runs, folder, stage):
     """The same texts, whatever their scores are in the last digit."""
     one, other = (
         [
-            {key: value for key, value in row.items() if not isinstance(value, float)}
-            for row in small.rows(runs / x / stage / "samples.jsonl")
+            {key: value for key, value in line.items() if not isinstance(value, float)}
+            for line in small.rows(runs / x / stage / "samples.jsonl")
         ]
         for x in ("one", folder)
     )
@@ -142,7 +142,7 @@ def test_samples_are_those_of_one_process(runs, folder):
 
 
 @pytest.mark.parametrize("folder", ["alone", "four"])
-def test_the_exported_models_are_whole(runs, folder):
+def test_the_exported_models_are_complete(runs, folder):
     for stage, load in (("sft", load_pretrained), ("reward", load_reward_model)):
         (_, expected), (_, actual) = (load(runs / x / stage / "hf") for x in ("one", folder))
         expected, actual = (tree.get("model", tree)["ln_f"]["scale"] for tree in (expected, actual))

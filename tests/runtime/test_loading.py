@@ -1,4 +1,4 @@
-"""What the stages are loadingd from: keys, checksums, folders behind an address."""
+"""What the stages load: keys, checksums, folders behind an address."""
 
 import itertools
 from pathlib import Path
@@ -21,7 +21,7 @@ from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import PPOConfig, SFTConfig
-from rlhf_jax.runtime.run.checksums import fingerprint
+from rlhf_jax.runtime.run.records import fingerprint
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_run
 from rlhf_jax.runtime.stages.products import prompt_of

@@ -13,8 +13,8 @@ from etils import epath
 
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.chat import are_messages, contents
+from rlhf_jax.data.comparisons import encode_pairs
 from rlhf_jax.data.datasets import load_examples
-from rlhf_jax.data.pairs import encode_pairs
 from rlhf_jax.data.prompts import encode_prompts
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.data.tokenizers import load_tokenizer

@@ -34,11 +34,7 @@ def load_function(name: str) -> ScoreFunction:
 
 
 def check_call(function: ScoreFunction, columns: Iterable[str]) -> None:
-    """Raises an InputError if a function cannot be called as function(prompts, completions, ...).
-
-    Args:
-      columns: names of the other columns of the data, which are passed by keyword.
-    """
+    """Raises an InputError if function(prompts, completions, **columns) is no valid call."""
     name = getattr(function, "__name__", "the score function")
     try:
         signature = inspect.signature(function)
@@ -59,8 +55,7 @@ def call_scores(
 ) -> list[float]:
     """function(prompts, completions, **columns), checked: one finite number for each completion.
 
-    With several hosts the first one calls the function and broadcasts the scores. An exception of
-    the function is raised again with a note that names the function.
+    With several hosts the first one calls the function. Its exceptions get a note with its name.
 
     Raises:
       InputError: the result is not a list of finite numbers of the right length.

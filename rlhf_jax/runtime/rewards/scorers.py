@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -30,13 +32,7 @@ MIN_WIDTH = 8  # of the texts of a batch as tokens
 
 
 class NamedSource(NamedTuple):
-    """A source of scores whose function is imported, and whose reward model is not yet loaded.
-
-    Attributes:
-      name: of its metric.
-      source: its element of the section `rewards`.
-      function: of a source that is a function, else None.
-    """
+    """A source of scores whose function is imported; None stands for a reward model, to be read."""
 
     name: str
     source: RewardSource
@@ -50,11 +46,8 @@ def find_sources(
 ) -> list[NamedSource]:
     """All sources of scores, perhaps none; functions are imported, and no model is read.
 
-    Args:
-      reward_path: `model.reward_path`.
-      sources: the section `rewards`.
-      reward_fn: another source, of weight 1; it takes the place of `reward_path` unless an element
-        of `sources` stands for that.
+    `reward_fn` is another source, of weight 1; it takes the place of `model.reward_path` unless an
+    element of `sources`, the section `rewards`, stands for that.
 
     Raises:
       InputError: a function cannot be imported, or two sources have one name.
@@ -63,7 +56,7 @@ def find_sources(
         reward_path = None
     named = []
     for source in resolve_sources(reward_path, sources):
-        function = None if source.function is None else load_function(source.function)
+        function = load_function(source.function) if source.function is not None else None
         named.append(NamedSource(source.name or "", source, function))
     if reward_fn is not None:
         name = plain_name(getattr(reward_fn, "__name__", "reward_fn"))
@@ -73,12 +66,9 @@ def find_sources(
 
 
 class ModelScorer:
-    """Scores by a reward model.
+    """Scores by a reward model, of tokens, or of texts with a tokenizer of its own.
 
-    Args:
-      model: its language model.
-      tokenizer: its own, if it differs from the policy's: it then scores texts, not tokens.
-      shardings: of its parameters and of a batch; by default all is on one device.
+    `shardings` are those of its parameters and of a batch; by default all is on one device.
     """
 
     def __init__(
@@ -87,24 +77,17 @@ class ModelScorer:
         tokenizer: PreTrainedTokenizerFast | None = None,
         shardings: tuple[Any, Any] | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self._has_warned, self._batch_sharding = False, None
-
-        def score(params, sequences):
-            return end_scores(model, params, sequences)
-
-        if shardings is None:
-            self._score = jax.jit(score)
-        else:
-            self._batch_sharding = shardings[1]
-            self._score = jax.jit(score, in_shardings=shardings, out_shardings=shardings[1])
+        self.model, self.tokenizer, self._has_warned = model, tokenizer, False
+        score = functools.partial(end_scores, model)
+        self._batch_sharding = None if shardings is None else shardings[1]
+        options: dict[str, Any] = {"in_shardings": shardings, "out_shardings": self._batch_sharding}
+        self._score = jax.jit(score, **({} if shardings is None else options))
 
     def __call__(self, params: Params, responses: Responses, batch_size: int) -> np.ndarray:
         """f32[N, K]; `batch_size` prompts are on the device at a time."""
-        if self.tokenizer is None:
-            arrays = (responses.prompts, responses.prompt_mask, responses.candidates)
-        else:
-            arrays = self._retokenized(responses)
+        arrays = (responses.prompts, responses.prompt_mask, responses.candidates)
+        if self.tokenizer is not None:
+            arrays = self._retokenized(responses, self.tokenizer)
         sequences: Any = _stacked(*arrays)
         scores = []
         for batch in eval_batches(sequences, batch_size):
@@ -113,36 +96,30 @@ class ModelScorer:
             scores.append(self._score(params, batch))
         return np.concatenate(hosts.to_host(scores))[: len(responses.indices)]
 
-    def _retokenized(self, responses: Responses) -> tuple[Any, Any, tuple[Tokens, ...]]:
+    def _retokenized(self, responses: Responses, tokenizer: Any) -> tuple[Any, Any, list[Tokens]]:
         """The texts as its own tokens; widths are powers of two, so that few shapes compile."""
-        assert self.tokenizer is not None
-        max_length = self.model.config.n_positions
+        limit = self.model.config.n_positions
         prompts, candidates, num_cut = retokenize(
-            self.tokenizer, max_length, responses.prompt_texts, responses.texts, responses.ended
+            tokenizer, limit, responses.prompt_texts, responses.texts, responses.ended
         )
-        if num_cut and not self._has_warned:
-            warn(
-                num_cut,
-                len(prompts),
-                f"prompts or responses were cut to the reward model's {max_length} positions.",
-            )
-            self._has_warned = True
+        if not self._has_warned:
+            message = f"prompts or responses were cut to the reward model's {limit} positions."
+            warn(num_cut, len(prompts), message)
+            self._has_warned = num_cut > 0
         longest = max(len(ids) for column in candidates for ids in column)
-        padded = pad_left(prompts, _power_of_two(max(map(len, prompts)), max_length))
-        columns = _power_of_two(longest, max_length)
-        return (*padded, tuple(pad_right(column, columns) for column in candidates))
+        padded = pad_left(prompts, _power_of_two(max(map(len, prompts)), limit))
+        return *padded, [pad_right(ids, _power_of_two(longest, limit)) for ids in candidates]
 
 
 def _stacked(prompts: Any, prompt_mask: Any, candidates: Sequence[Tokens]) -> Sequences:
     """NumPy arrays with K responses to each prompt, padded on the right to the longest."""
     longest = max(tokens.shape[1] for tokens, _ in candidates)
-    tokens, mask = (
-        [np.pad(np.asarray(array), ((0, 0), (0, longest - array.shape[1]))) for array in arrays]
+    stacked: Any = (
+        np.stack([np.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in arrays], axis=1)
         for arrays in zip(*candidates, strict=True)
     )
-    padded: tuple[Any, Any] = (np.stack(tokens, axis=1), np.stack(mask, axis=1))
     prompts, prompt_mask = np.asarray(prompts), np.asarray(prompt_mask)
-    return Sequences(prompts, prompt_mask, *padded)
+    return Sequences(prompts, prompt_mask, *stacked)
 
 
 def _power_of_two(length: int, maximum: int) -> int:
@@ -164,66 +141,56 @@ class FunctionScorer:
     def __call__(self, params: Params, responses: Responses, batch_size: int) -> np.ndarray:
         """f64[N, K]; the function is called once with all texts."""
         del params, batch_size
-        scores = [self._call(responses, responses.texts[0], list(range(len(responses.indices))))]
-        if len(responses.texts) > 1:
-            scores.append(self._of_references(responses))
+        indices, known = np.asarray(responses.indices).tolist(), self._reference_scores
+        scores = [self._call(responses, responses.texts[0], range(len(indices)))]
+        for texts in responses.texts[1:]:
+            new = {index: n for n, index in enumerate(indices) if index not in known}
+            if new:
+                known.update(zip(new, self._call(responses, texts, new.values()), strict=True))
+            scores.append([known[index] for index in indices])
         return np.stack([np.asarray(each) for each in scores], axis=1)
 
-    def _of_references(self, responses: Responses) -> list[float]:
-        known = self._reference_scores
-        places = {index: place for place, index in enumerate(responses.indices)}
-        new = {index: place for index, place in places.items() if index not in known}
-        if new:
-            scores = self._call(responses, responses.texts[1], list(new.values()))
-            known.update(zip(new, scores, strict=True))
-        return [known[index] for index in responses.indices]
-
-    def _call(self, responses: Responses, texts: list[str], places: list[int]) -> list[float]:
-        prompts, completions = (
-            [column[place] for place in places] for column in (responses.prompt_texts, texts)
+    def _call(self, responses: Responses, texts: list[str], numbers: Iterable[int]) -> list[float]:
+        """The scores of the texts with these numbers."""
+        numbers = list(numbers)
+        prompts, completions, *columns = (
+            [values[n] for n in numbers]
+            for values in (responses.prompt_texts, texts, *responses.columns.values())
         )
-        columns = {
-            name: [values[place] for place in places] for name, values in responses.columns.items()
-        }
-        return call_scores(self.function, prompts, completions, columns)
+        named = dict(zip(responses.columns, columns, strict=True))
+        return call_scores(self.function, prompts, completions, named)
 
 
+@dataclasses.dataclass(frozen=True)
 class Rewards:
     """The weighted sum of the scores of all sources.
-
-    Args:
-      names, weights: of the sources.
-      scorers: the sources.
 
     The parameters of the reward models are an argument of the call, a tuple in the order of the
     sources, `()` if all are functions.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        weights: Sequence[float],
-        scorers: Sequence[ModelScorer | FunctionScorer],
-    ) -> None:
-        self.names, self.weights, self.scorers = list(names), list(weights), list(scorers)
+    names: Sequence[str]
+    weights: Sequence[float]
+    scorers: Sequence[ModelScorer | FunctionScorer]
+
+    @property
+    def _model_scorers(self) -> list[ModelScorer]:
+        return [scorer for scorer in self.scorers if isinstance(scorer, ModelScorer)]
 
     @property
     def single(self) -> Model | None:
         """The reward model, if it is the only source, has weight 1 and scores tokens; else None."""
-        if self.weights != [1.0] or not isinstance(self.scorers[0], ModelScorer):
-            return None
-        return self.scorers[0].model if self.scorers[0].tokenizer is None else None
+        return self.token_models[0] if self.weights == [1.0] and self.token_models else None
 
     @property
     def models(self) -> list[Model]:
         """All reward models, in the order of their parameters."""
-        return [scorer.model for scorer in self.scorers if isinstance(scorer, ModelScorer)]
+        return [scorer.model for scorer in self._model_scorers]
 
     @property
     def token_models(self) -> list[Model]:
         """The reward models that score tokens, not texts."""
-        models = [scorer for scorer in self.scorers if isinstance(scorer, ModelScorer)]
-        return [scorer.model for scorer in models if scorer.tokenizer is None]
+        return [scorer.model for scorer in self._model_scorers if scorer.tokenizer is None]
 
     def __call__(
         self, params: Sequence[Params], responses: Responses, batch_size: int
@@ -238,33 +205,26 @@ class Rewards:
           InputError: the sum is not finite in float32.
         """
         of_models = iter(params)
-        scores = [
-            scorer(
-                next(of_models) if isinstance(scorer, ModelScorer) else None, responses, batch_size
-            )
-            for scorer in self.scorers
-        ]
-        parts = {}
-        if len(scores) > 1:
-            for name, values in zip(self.names, scores, strict=True):
-                parts[f"objective/rewards/{name}"] = values[:, 0]
+        scores, parts = [], {}
+        for name, scorer in zip(self.names, self.scorers, strict=True):
+            own = next(of_models) if isinstance(scorer, ModelScorer) else None
+            scores.append(scorer(own, responses, batch_size))
+            if len(self.scorers) > 1:
+                parts[f"objective/rewards/{name}"] = scores[-1][:, 0]
         weighted = [weight * values for weight, values in zip(self.weights, scores, strict=True)]
         total = sum(weighted[1:], start=weighted[0])
         result = total[:, 0]
         if total.shape[1] > 1:
             parts |= {"objective/raw_scores": result, "objective/reference_scores": total[:, 1]}
             result = result - total[:, 1]
-        return self._as_float32(result), parts
-
-    def _as_float32(self, scores: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            scores = np.asarray(scores, np.float32)
-        if not np.isfinite(scores).all():
+            result = np.asarray(result, np.float32)
+        if not np.isfinite(result).all():
             raise InputError(
-                f"The scores of {', '.join(self.names)} come to {scores[~np.isfinite(scores)][0]}: "
+                f"The scores of {', '.join(self.names)} come to {result[~np.isfinite(result)][0]}: "
                 "give rewards that are finite in float32."
             )
-        return scores
+        return result, parts
 
 
 def load_rewards(
@@ -273,12 +233,9 @@ def load_rewards(
     tokenizer: PreTrainedTokenizerFast,
     mesh: Mesh | None = None,
 ) -> tuple[Rewards, tuple[Params, ...]]:
-    """The rewards, and the parameters of their reward models.
+    """The rewards of at least one source, and the parameters of their reward models.
 
-    Args:
-      sources: at least one.
-      tokenizer: the policy's.
-      mesh: of the reward models; by default they are on one device.
+    `tokenizer` is the policy's; without a mesh the reward models are on one device.
 
     Raises:
       InputError: a reward model or its tokenizer cannot be read.

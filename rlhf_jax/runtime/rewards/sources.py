@@ -66,20 +66,21 @@ def resolve_sources(
     Raises:
       InputError: a source stands for `model.reward_path`, which is not set; or two have one name.
     """
-    if reward_path is None and any(source.is_bare for source in sources):
+    has_bare = any(source.is_bare for source in sources)
+    if reward_path is None and has_bare:
         raise InputError(
             "rewards: a source without path and function is the reward model of model.reward_path, "
             "which is not given; give it, or the source a path or a function."
         )
-    if reward_path is not None and not any(source.is_bare for source in sources):
+    if reward_path is not None and not has_bare:
         sources = (RewardSource(), *sources)
-    with_paths = [
-        dataclasses.replace(source, path=reward_path) if source.is_bare else source
-        for source in sources
-    ]
-    named = tuple(dataclasses.replace(s, name=s.name or _default_name(s)) for s in with_paths)
-    check_names([source.name or "" for source in named])
-    return named
+    resolved = []
+    for source in sources:
+        path = reward_path if source.is_bare else source.path
+        name = source.name or _default_name(source.function, path)
+        resolved.append(dataclasses.replace(source, path=path, name=name))
+    check_names([source.name or "" for source in resolved])
+    return tuple(resolved)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -89,12 +90,10 @@ def check_names(names: Sequence[str]) -> None:
             raise InputError(f"rewards: two sources are called {name!r}; give one another name.")
 
 
-def _default_name(source: RewardSource) -> str:
+def _default_name(function: str | None, path: str | None) -> str:
     """The function's name, or that of the last folder of the path, `hf` not counted."""
-    if source.function is not None:
-        return plain_name(source.function.rpartition(":")[2])
-    folders = [part for part in (source.path or "").split("/") if part not in ("", "hf")]
-    return plain_name(folders[-1] if folders else "")
+    parts = [part for part in (path or "").split("/") if part not in ("", "hf")]
+    return plain_name(function.rpartition(":")[2] if function else (parts or [""])[-1])
 
 
 def plain_name(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_jax.data.chat import completion_texts
-from rlhf_jax.data.encoding import encode, pad_right, warn, width, with_eos
+from rlhf_jax.data.encoding import encode, pad_right, warn_of_long_responses, width, with_eos
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.parallel import hosts
 
@@ -29,10 +30,11 @@ def decode(tokenizer: PreTrainedTokenizerFast, tokens: Any, mask: Any) -> list[s
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Responses:
     """K responses to each of N prompts, as tokens and, decoded on first use, as texts.
 
-    Args:
+    Attributes:
       tokenizer: of the tokens.
       prompts, prompt_mask: int[N, P] and bool[N, P], left-padded.
       candidates: the policy's responses, optionally followed by the reference responses; K in all.
@@ -40,19 +42,12 @@ class Responses:
       indices: int[N], the example of the data set that each prompt comes from.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        prompts: Any,
-        prompt_mask: Any,
-        candidates: Sequence[Tokens],
-        columns: dict[str, list[Any]],
-        indices: Any,
-    ) -> None:
-        self.tokenizer, self.columns = tokenizer, columns
-        self.prompts, self.prompt_mask = prompts, prompt_mask
-        self.candidates = tuple(candidates)
-        self.indices = np.asarray(indices).tolist()
+    tokenizer: PreTrainedTokenizerFast
+    prompts: Any
+    prompt_mask: Any
+    candidates: Sequence[Tokens]
+    columns: dict[str, list[Any]]
+    indices: Any
 
     @functools.cached_property
     def prompt_texts(self) -> list[str]:
@@ -67,16 +62,11 @@ class Responses:
     @functools.cached_property
     def ended(self) -> list[np.ndarray]:
         """K arrays bool[N]: whether EOS is the last token of each response."""
-        return [
-            _last_tokens(np.asarray(tokens), np.asarray(mask)) == self.tokenizer.eos_token_id
-            for tokens, mask in self.candidates
-        ]
-
-
-def _last_tokens(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """int[N]: the last real token of each sequence, -1 for one without real tokens."""
-    last = np.maximum(mask.sum(axis=1) - 1, 0)[:, None]
-    return np.where(mask.any(axis=1), np.take_along_axis(tokens, last, axis=1)[:, 0], -1)
+        eos, all_ended = self.tokenizer.eos_token_id, []
+        for tokens, mask in ((np.asarray(x), np.asarray(y)) for x, y in self.candidates):
+            is_last = mask & (np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True))
+            all_ended.append(((tokens == eos) & is_last).any(axis=1))
+        return all_ended
 
 
 def reference_tokens(
@@ -88,20 +78,14 @@ def reference_tokens(
 
     Each keeps its first `max_response_length` tokens, as the responses of pairs do.
     """
-    max_length, eos = settings.max_response_length, tokenizer.eos_token_id
+    limit, eos = settings.max_response_length, tokenizer.eos_token_id
     texts = [
         completion_texts(example["prompt"], example["completion"], number, tokenizer)[1]
         for number, example in enumerate(examples, 1)
     ]
     responses = [with_eos(ids, eos) for ids in encode(tokenizer, texts)]
-    warn(
-        sum(len(ids) > max_length for ids in responses),
-        len(responses),
-        "reference responses lost their right end: they exceed data.max_response_length "
-        f"({max_length} tokens).",
-    )
-    kept = [ids[:max_length] for ids in responses]
-    return pad_right(kept, width([len(ids) for ids in kept], max_length))
+    warn_of_long_responses(responses, limit, "reference responses")
+    return pad_right([ids[:limit] for ids in responses], width(list(map(len, responses)), limit))
 
 
 def retokenize(
@@ -114,14 +98,9 @@ def retokenize(
     """N prompts and K responses to each as tokens of another tokenizer than the policy's.
 
     Prompt and response are tokenized apart, as in training. EOS is appended to responses that ended
-    with it, and to empty ones, since the score is read at the last token; an empty prompt becomes
-    BOS, or EOS without a BOS. A response keeps its first `max_length - 1` tokens, and a prompt the
-    last tokens that fit beside its longest response.
-
-    Args:
-      max_length: the positions of the reward model.
-      texts: K lists of N responses.
-      ended: K lists of N, whether the response ended with EOS.
+    with it (`ended`, K lists of N), and to empty ones, since the score is read at the last token;
+    an empty prompt becomes BOS, or EOS without a BOS. A response keeps its first `max_length - 1`
+    tokens, and a prompt the last tokens that fit beside its longest response.
 
     Returns:
       (prompts, K lists of responses, number of the N prompts where anything was cut).
@@ -129,13 +108,10 @@ def retokenize(
     eos = tokenizer.eos_token_id
     start = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     full_prompts = [ids or [start] for ids in encode(tokenizer, prompts)]
-    responses = [
-        [
-            with_eos(ids, eos) if has_eos or not ids else ids
-            for ids, has_eos in zip(encode(tokenizer, candidates), have_eos, strict=True)
-        ]
-        for candidates, have_eos in zip(texts, ended, strict=True)
-    ]
+    responses = []
+    for candidates, have_eos in zip(texts, ended, strict=True):
+        pairs = zip(encode(tokenizer, candidates), have_eos, strict=True)
+        responses.append([with_eos(ids, eos) if end or not ids else ids for ids, end in pairs])
     longest = [max(map(len, candidates)) for candidates in zip(*responses, strict=True)]
     lengths = list(zip(full_prompts, longest, strict=True))
     num_cut = sum(len(prompt) + length > max_length for prompt, length in lengths)

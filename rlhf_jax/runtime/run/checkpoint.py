@@ -1,13 +1,15 @@
 """Orbax checkpoints of a train state: written in the background, verified when they are read."""
 
 import contextlib
-import dataclasses
+import gc
+import io
 import logging
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +19,13 @@ from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime.run.checksums import array_specs, check_same_arrays, inspect
 from rlhf_jax.runtime.run.records import (
     Record,
+    array_specs,
+    check_same_arrays,
+    inspect,
     is_transient,
-    quiet,
     read_record,
-    saved_shapes,
     short_reason,
     with_checksum,
 )
@@ -32,15 +34,8 @@ from rlhf_jax.runtime.run.settings import CheckpointSettings
 logger = logging.getLogger("rlhf_jax.runtime.run.checkpoint")
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint that was read and is undamaged.
-
-    Attributes:
-      step: its step.
-      state: with the structure, dtypes and shardings of the target.
-      record: the metadata saved with the arrays; empty in a checkpoint of an earlier version.
-    """
+class Restored(NamedTuple):
+    """A checkpoint that was read and is undamaged: its arrays, and the metadata saved with them."""
 
     step: int
     state: Any
@@ -51,8 +46,7 @@ class Checkpoints:
     """The checkpoints of one run, under `run_dir/checkpoints/STEP`.
 
     A checkpoint is written in the background under a temporary name, and renamed when it is
-    complete: `save` returns once the state is copied. With the arrays a record is saved: shape,
-    dtype and checksum of each array, and the caller's metadata, under a checksum of its own.
+    complete. Its record holds shape, dtype and checksum of each array and the caller's metadata.
 
     Attributes:
       evaluations: metrics by step, of which `settings.best_metric` defines the best step. A caller
@@ -63,8 +57,8 @@ class Checkpoints:
         self._run_dir, self._settings = run_dir, settings
         self._folder = epath.Path(run_dir).resolve() / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._steps = self._read_steps()
         self._opened: ocp.CheckpointManager | None = None
+        self._steps = self._read_steps()
         self.evaluations: dict[int, dict[str, float]] = {}
         self._warned = False
 
@@ -82,7 +76,7 @@ class Checkpoints:
 
     def _read_steps(self) -> list[int]:
         """The steps of complete checkpoints, as the first host lists them."""
-        return hosts.from_first(_steps_in, str(self._folder))
+        return hosts.from_first(lambda: sorted(ocp.utils.checkpoint_steps(self._folder)))
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None, after pending writes have ended."""
@@ -93,14 +87,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> bool:
         """Starts to save a pytree of arrays, unless the step is saved already.
 
-        Args:
-          metadata: JSON values for the record.
-
-        Returns:
-          False where a parameter is not finite; nothing is saved then.
-
-        Raises:
-          OSError: the disk is full or cannot be written; perhaps from the previous save.
+        Returns False, and saves nothing, where an array is not finite. Raises an OSError where the
+        disk is full or cannot be written, perhaps of the previous save.
         """
         if step in self._steps:
             return True
@@ -108,10 +96,12 @@ class Checkpoints:
         finite, checksums = hosts.to_host(inspect(arrays))
         if not finite:
             return False
-        specs = array_specs(arrays)
-        for spec, checksum in zip(specs.values(), checksums, strict=True):
-            spec.append(int(checksum))
-        record = {**(metadata or {}), "step": step, "arrays": specs}
+        specs = array_specs(arrays).items()
+        saved = {
+            name: [*spec, int(checksum)]
+            for (name, spec), checksum in zip(specs, checksums, strict=True)
+        }
+        record = {**(metadata or {}), "step": step, "arrays": saved}
         with _os_errors():
             self._manager.save(
                 step,
@@ -149,10 +139,8 @@ class Checkpoints:
     def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Records the evaluation of a step; returns it with "best/step" and "best/value" so far."""
         values = {key: float(value) for key, value in metrics.items()}
-        if not values:
-            return values
         name = self._settings.best_metric
-        if name is not None and name not in values and not self._warned:
+        if values and name is not None and name not in values and not self._warned:
             self._warned = True
             logger.warning(
                 "checkpoint.best_metric is %s, which is not evaluated: no step is the best. The "
@@ -161,16 +149,12 @@ class Checkpoints:
                 ", ".join(sorted(values)),
             )
         self.evaluations[step] = values
-        best = self.best(step)
-        if best is None:
+        if not values or (best := self.best(step)) is None:
             return values
         return values | {"best/step": float(best[0]), "best/value": best[1]}
 
     def best(self, unsaved_step: int | None = None) -> tuple[int, float] | None:
-        """(step, value) of the best evaluation of the saved steps, or None without any.
-
-        Args:
-          unsaved_step: a further step that counts.
+        """(step, value) of the best evaluation of the saved steps and `unsaved_step`, or None.
 
         Of equal values the first is the best; values that are not finite do not count.
         """
@@ -200,7 +184,7 @@ class Checkpoints:
     def restore(self, target: Any, check: Callable[[Record], None]) -> Restored | None:
         """The newest undamaged checkpoint; None without any checkpoint.
 
-        Newer ones that cannot be read, or differ from what was saved, are reported and renamed.
+        Newer ones that cannot be read, or have other checksums, are reported and renamed.
 
         Args:
           target: a pytree that gives structure, dtypes and shardings.
@@ -246,25 +230,23 @@ class Checkpoints:
         self, step: int, target: Any, check: Callable[[Record], None]
     ) -> tuple[Restored | None, str]:
         """(the checkpoint of a step, ""), or (None, the reason why it cannot be used)."""
-        with quiet() as wait:
-            state: Any = None
-            record: Record = {}
-            reason = ""
+        state: Any = None
+        record: Record = {}
+        reason = "another host cannot read it"
+        # Orbax closes its event loop at the first error: each later read of it prints a warning.
+        with contextlib.redirect_stderr(io.StringIO()):
             try:
                 state, record = self._load(step, target, check)
-            except InputError:
-                raise
             except Exception as error:
-                if is_transient(error):
+                if isinstance(error, InputError) or is_transient(error):
                     raise
                 reason = short_reason(error)
             # All hosts have to read it, and all of them compute the checksums together.
             if _on_all_hosts(state is not None):
                 reason = _damage(state, record)
-            else:
-                reason = reason or "another host cannot read it"
             if reason:
-                wait()
+                time.sleep(0.2)  # for the abandoned reads, whose results are freed
+                gc.collect()
                 return None, reason
         state = jax.tree.map(lambda old, new: old if new is None else new, target, state)
         return Restored(step, state, record), ""
@@ -273,11 +255,8 @@ class Checkpoints:
         """The arrays that this host holds of a checkpoint, and the record."""
         folder, target = self._folder / str(step), _without_empty(target)
         record = read_record(folder)
-        if record:
-            check(record)
-            saved = {name: spec[:2] for name, spec in record["arrays"].items()}
-        else:
-            saved = array_specs(saved_shapes(folder / "default"))
+        check(record)
+        saved = {name: spec[:2] for name, spec in record["arrays"].items()}
         name = f"The checkpoint of step {step} in {self._run_dir}"
         check_same_arrays(saved, array_specs(target), name)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
@@ -320,10 +299,6 @@ def freed(saved: Any) -> Any:
     return jax.tree.map(free, saved)
 
 
-def _steps_in(folder: str) -> list[int]:
-    return sorted(ocp.utils.checkpoint_steps(epath.Path(folder)))
-
-
 def _on_all_hosts(flag: bool) -> bool:
     """Whether the flag is set on all hosts; all of them have to call this."""
     if not hosts.several():
@@ -333,8 +308,6 @@ def _on_all_hosts(flag: bool) -> bool:
 
 def _damage(state: Any, record: Record) -> str:
     """The first array that differs from what was saved, or ""; the same on all hosts."""
-    if not record:
-        return ""
     checksums = hosts.to_host(inspect(state)[1])
     for name, checksum in zip(array_specs(state), checksums, strict=True):
         if int(checksum) != record["arrays"][name][2]:
@@ -353,14 +326,12 @@ def _copied_on_cpu(state: Any) -> Any:
     Orbax copies the arrays of accelerators to the host before it returns. On the CPU it reads their
     own memory in the background, which the next step, donating the state, overwrites.
     """
-    return jax.tree.map(_copied, state) if jax.default_backend() == "cpu" else state
 
+    def copied(array):
+        shards = [jax.device_put(np.array(s.data), s.device) for s in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
-def _copied(array: jax.Array) -> jax.Array:
-    shards = [
-        jax.device_put(np.array(shard.data), shard.device) for shard in array.addressable_shards
-    ]
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+    return jax.tree.map(copied, state) if jax.default_backend() == "cpu" else state
 
 
 @contextlib.contextmanager

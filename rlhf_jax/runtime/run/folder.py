@@ -35,10 +35,7 @@ _REMEDIES = {
 def disk_errors(run_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Turns an `OSError` of the block into an `InputError` that names the folder and a remedy.
 
-    For blocks that do nothing but access the run folder: the folder is blamed for any `OSError`.
-
-    Raises:
-      InputError: in place of an `OSError`, which becomes its `__cause__`.
+    For blocks that do nothing but access the run folder. The `OSError` becomes the `__cause__`.
 
     >>> with disk_errors("runs/demo"):
     ...     raise OSError(errno.ENOSPC, "No space left on device")
@@ -60,11 +57,7 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file atomically: it holds all of its old or all of its new content.
-
-    Raises:
-      OSError: the file cannot be written; the old content is unchanged.
-    """
+    """Writes a file atomically: after an error, an `OSError`, it has its old content."""
     target = epath.Path(path)
     if is_remote(target):
         target.write_bytes(data)  # an object store shows an object once it is complete
@@ -103,40 +96,29 @@ def _jsonable(value: Any) -> Any:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The entries of a JSONL file of a run, in order; none if there is no such file.
+    """The entries of a JSONL file of a run, without an incomplete last line; [] without a file.
 
-    An incomplete last line is left out. The strings "NaN", "Infinity" and "-Infinity" stay strings
-    here; `float` converts them.
-
-    Raises:
-      InputError: a line before the last one is not a JSON object.
+    The strings "NaN", "Infinity" and "-Infinity" stay strings here; `float` converts them. Raises
+    an InputError if a line before the last one is not a JSON object.
     """
     file = epath.Path(path)
     return _parse(file.read_bytes(), file)[0] if file.is_file() else []
 
 
-def cut_after(path: str | os.PathLike[str], step: int) -> int:
+def cut_after(path: str | os.PathLike[str], step: int) -> None:
     """Drops the lines of a JSONL file whose step is greater than `step`, and an incomplete line.
 
     A run that continues from the checkpoint of `step` calls this first, so that no step is repeated
-    in the file. The file is replaced atomically; a missing file is left missing.
-
-    Returns:
-      The number of lines dropped.
-
-    Raises:
-      InputError: a line before the last is not a JSON object, or the folder cannot be written.
+    in the file. The file is replaced atomically; a missing file is left missing. Raises an
+    InputError as `read_lines` does, or if the folder cannot be written.
     """
     file = epath.Path(path)
-    if not file.is_file():
-        return 0
-    data = file.read_bytes()
+    data = file.read_bytes() if file.is_file() else b""
     entries, incomplete = _parse(data, file)
     kept = [entry for entry in entries if entry.get("step", 0) <= step]
     if len(kept) < len(entries) or incomplete or (data and not data.endswith(b"\n")):
         with disk_errors(file.parent):
             replace_file(file, b"".join(map(encode_line, kept)))
-    return len(entries) - len(kept) + incomplete
 
 
 def _parse(data: bytes, path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
@@ -203,11 +185,7 @@ _FREE_TO_CHANGE = (
 def claim_run_dir(config: Any) -> None:
     """Makes the run folder and writes `config.yaml`, or checks that the folder has the same one.
 
-    Args:
-      config: a dataclass with `run_dir` and `distributed`.
-
-    Raises:
-      InputError: the folder cannot be written, or holds a run with another configuration.
+    Raises an InputError if the folder cannot be written, or holds a run with another configuration.
     """
     try:
         folder = epath.Path(config.run_dir)
@@ -240,8 +218,7 @@ def _has_results(folder: epath.Path) -> bool:
 def check_same_config(config: Any, saved: Mapping[str, Any]) -> None:
     """Raises an InputError unless a run with the configuration `saved` may continue with `config`.
 
-    Args:
-      saved: as from `to_dict`; keys that an earlier version did not have count as the defaults.
+    Keys that an earlier version did not have count as the defaults.
     """
     old = _flat(to_dict(type(config)())) | _flat(without_removed(saved))
     new = _flat(to_dict(config))

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -38,9 +38,7 @@ class DivergedError(FloatingPointError):
 def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
     """Trains a stage to its end, from its newest checkpoint if there is one.
 
-    Args:
-      make_stage: reads the data and the models; not called when the run is complete.
-      config: the configuration of the stage.
+    `make_stage` reads the data and the models; a run that is complete does not call it.
 
     Raises:
       InputError: the folder cannot be written, holds a run with another configuration, or has
@@ -123,48 +121,40 @@ def _exported(stage: Stage, state: Any, checkpoints: Checkpoints, config: Any) -
 
 
 class _Loop:
-    """The loop of one run, with the objects that all steps share."""
+    """The loop of one run, with the objects that all steps share.
+
+    Attributes:
+      state, step: the newest state, and the number of steps that it has taken.
+      unlogged: (step, metrics, output) of the steps that are not logged yet.
+    """
 
     def __init__(self, stage, config, checkpoints, writer, progress, signals) -> None:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.writer, self.progress, self.signals = writer, progress, signals
         self.throughput = Throughput(stage.flops_per_token, stage.flops_per_step)
-        self.saved_at, self.logged_step = time.monotonic(), 0
+        self.saved_at, self.unlogged = time.monotonic(), list[tuple[int, Any, Any]]()
         self.agree, self.terminated, self.rescuing = hosts.Agreement(3), False, False
 
     def run(self, state: Any, start: int) -> Any:
         """The state after the last step, which is saved."""
-        self._complete(state, start)
-        pending: tuple[int, Any, Any] | None = None
-        for index in range(start, self.stage.total_steps):
-            try:
-                state, metrics, output = self.stage.step(state, index)
-            except Exception:
-                self._rescue(state, index, pending)
-                raise
-            if index == start:
-                trim_heap()  # of the memory of its compilation
-            # The previous step is logged while this one runs on the device.
-            previous, pending = pending, (index + 1, metrics, output)
-            if previous is not None:
-                with self._rescued(state, previous, pending):
-                    self._log(*previous)
-            # Read once per step, and equal on all hosts.
-            stopping, late, self.terminated = self.agree(
-                self._is_stopping(), self._is_late(), self.signals.terminated
-            )
-            step = index + 1
-            saving = late or self._is_due(step, self.config.checkpoint.every)
-            pausing = saving or self._is_evaluation_due(step) or self._are_samples_due(step)
-            if stopping or pausing:
-                with self._rescued(state, pending):
-                    stopping = self._pause(state, *pending, stopping=stopping, saving=saving)
-                pending = None
-            if stopping:
-                self._stop(step)
+        self.state, self.step = state, start
+        self._complete()
+        try:
+            while self.step < self.stage.total_steps:
+                self.state, metrics, output = self.stage.step(self.state, self.step)
+                self.step += 1
+                self.unlogged.append((self.step, metrics, output))
+                if self.step == start + 1:
+                    trim_heap()  # of the memory of its compilation
+                if len(self.unlogged) > 1:
+                    self._log()  # the previous step, while this one runs on the device
+                self._pause()
+        except Exception as error:
+            self._rescue(error)
+            raise
         with disk_errors(self.config.run_dir):
             self.checkpoints.wait()  # an export, which comes next, marks the run as complete
-        return state
+        return self.state
 
     # --- between steps ----------------------------------------------------------------------------
 
@@ -179,61 +169,61 @@ class _Loop:
         minutes, waited = self.config.checkpoint.minutes, time.monotonic() - self.saved_at
         return minutes > 0 and waited >= 60.0 * minutes
 
-    def _is_due(self, step: int, period: int) -> bool:
+    def _is_due(self, period: int, step: int | None = None) -> bool:
         """Whether something is due after a step: the last one, or each `period` steps."""
+        step = self.step if step is None else step
         return step == self.stage.total_steps or (period > 0 and step % period == 0)
 
-    def _is_evaluation_due(self, step: int) -> bool:
-        return self._is_due(step, self.config.logging.eval_every)
-
-    def _are_samples_due(self, step: int) -> bool:
-        return self._is_due(step, self.config.logging.samples_every)
-
-    def _pause(self, state, step, metrics, output, *, stopping: bool, saving: bool) -> bool:
-        """Evaluates, samples, logs and saves, each where it is due; returns whether to stop.
+    def _pause(self) -> None:
+        """Evaluates, samples, logs and saves, each where it is due, and stops after a signal.
 
         A run that stops does not evaluate: `_complete` does when it continues.
         """
-        self._check(step, hosts.to_host(metrics))
-        samples = self._output_samples(state, step, output)
+        # Read once per step, and equal on all hosts.
+        stopping, late, self.terminated = self.agree(
+            self._is_stopping(), self._is_late(), self.signals.terminated
+        )
+        saving = late or self._is_due(self.config.checkpoint.every)
+        evaluating = self._is_due(self.config.logging.eval_every)
+        sampling = self._is_due(self.config.logging.samples_every)
+        if not (stopping or saving or evaluating or sampling):
+            return
+        ((_, metrics, output),) = self.unlogged
+        self._check(self.step, hosts.to_host(metrics))
+        samples = self._output_samples()
         evaluation: Metrics = {}
         if not stopping:
-            sampling = output is None and self._are_samples_due(step)
-            evaluation, more, stopping = self._evaluate(
-                state, step, evaluating=self._is_evaluation_due(step), sampling=sampling
-            )
+            sampling = sampling and output is None
+            evaluation, more, stopping = self._evaluate(evaluating, sampling)
             samples += more
-        self._log(step, metrics, output, evaluation)
-        self.writer.samples(step, samples)
+        self._log(evaluation)
+        self.writer.samples(self.step, samples)
         # Last, so that a checkpoint is of a step whose lines are written.
-        if saving or stopping or evaluation.get("best/step") == step:
+        if saving or stopping or evaluation.get("best/step") == self.step:
             with self.throughput.pause():
-                self._save(step, state)
+                self._save()
             # A signal during this step; several processes agree on it after the next step.
-            return stopping or (not hosts.several() and self._is_stopping())
-        return stopping
+            stopping = stopping or (not hosts.several() and self._is_stopping())
+        if stopping:
+            self._stop()
 
-    def _complete(self, state: Any, step: int) -> None:
+    def _complete(self) -> None:
         """Evaluates and samples at the step of a checkpoint, where the run was stopped before."""
-        evaluations, has_samples = hosts.from_first(read_progress, self.config.run_dir, step)
+        evaluations, has_samples = hosts.from_first(read_progress, self.config.run_dir, self.step)
         self.checkpoints.evaluations = evaluations
-        if step == 0:
+        if self.step == 0:
             return
         evaluation, samples, terminated = self._evaluate(
-            state,
-            step,
-            evaluating=self._is_evaluation_due(step) and step not in evaluations,
-            sampling=self._are_samples_due(step) and not has_samples,
+            self._is_due(self.config.logging.eval_every) and self.step not in evaluations,
+            self._is_due(self.config.logging.samples_every) and not has_samples,
         )
         if evaluation:
-            self.writer.write(step, evaluation)
-        self.writer.samples(step, samples)
+            self.writer.write(self.step, evaluation)
+        self.writer.samples(self.step, samples)
         if terminated:
-            self._stop(step)
+            self._stop()
 
-    def _evaluate(
-        self, state: Any, step: int, *, evaluating: bool, sampling: bool
-    ) -> tuple[Metrics, Samples, bool]:
+    def _evaluate(self, evaluating: bool, sampling: bool) -> tuple[Metrics, Samples, bool]:
         """(evaluation, samples from the state, whether SIGTERM stopped either)."""
         evaluation: Metrics = {}
         samples: Samples = []
@@ -242,89 +232,81 @@ class _Loop:
         try:
             with self.throughput.pause(), self.signals.phase("evaluation"):
                 if evaluating:
-                    evaluation = self.checkpoints.add_evaluation(step, self.stage.evaluate(state))
+                    evaluation = self.stage.evaluate(self.state)
+                    evaluation = self.checkpoints.add_evaluation(self.step, evaluation)
                 if sampling:
-                    samples = self.stage.samples(state, None, self.config.logging.num_samples)
+                    count = self.config.logging.num_samples
+                    samples = self.stage.samples(self.state, None, count)
         except EvaluationTerminated:
             return evaluation, samples, True
         return evaluation, samples, False
 
-    def _output_samples(self, state: Any, step: int, output: Any) -> Samples:
-        """The samples that a step's output has; it is lost when the process ends."""
-        if output is None or not self._are_samples_due(step):
+    def _output_samples(self) -> Samples:
+        """The samples in the output of the oldest step that is not logged."""
+        step, _, output = self.unlogged[0]
+        if output is None or not self._is_due(self.config.logging.samples_every, step):
             return []
-        return self.stage.samples(state, output, self.config.logging.num_samples)
+        return self.stage.samples(self.state, output, self.config.logging.num_samples)
 
-    # --- checkpoints and ends ---------------------------------------------------------------------
+    # --- checkpoints and the end ------------------------------------------------------------------
 
-    def _save(self, step: int, state: Any) -> None:
+    def _save(self) -> None:
         """Starts to save a checkpoint, but none with parameters that are not finite."""
         self.writer.flush()
         metadata = {"config": to_dict(self.config), "stage": self.stage.name}
         with disk_errors(self.config.run_dir):
-            saved = self.checkpoints.save(step, self.stage.saved(state), metadata)
+            saved = self.checkpoints.save(self.step, self.stage.saved(self.state), metadata)
         if not saved:
-            self._raise_diverged(step, "a parameter is not finite")
+            self._raise_diverged(self.step, "a parameter is not finite")
         self.saved_at = time.monotonic()
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self) -> NoReturn:
         with disk_errors(self.config.run_dir):
             self.checkpoints.wait()
         terminated = self.terminated or (not hosts.several() and self.signals.terminated)
         kind = Terminated if terminated else Interrupted
         stopped = kind(
-            f"Stopped after step {step} of {self.stage.total_steps}; everything is saved in "
+            f"Stopped after step {self.step} of {self.stage.total_steps}; everything is saved in "
             f"{self.config.run_dir}. Run the same command again to continue."
         )
         stopped.raised_on_all_hosts = True  # all hosts have agreed to stop
         raise stopped
 
-    @contextlib.contextmanager
-    def _rescued(self, state: Any, *pending: tuple) -> Iterator[None]:
-        """Saves the state after the last of these steps if a user's function in the block fails."""
-        try:
-            yield
-        except DivergedError:
-            raise  # no step can follow
-        except Exception as error:
-            # On a full disk the lines of these steps are lost: the steps have to be repeated.
-            if not isinstance(error.__cause__, OSError):
-                self._rescue(state, pending[-1][0], *pending)
-            raise
-
-    def _rescue(self, state: Any, step: int, *pending: tuple | None) -> None:
-        """Saves the state of `step` after an error, such as one in a reward function.
-
-        Before it logs the `pending` steps: (step, metrics, output) of each that may not be logged.
-        """
-        if step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+    def _rescue(self, error: Exception) -> None:
+        """Logs and saves the last step after an error, such as one in a reward function."""
+        if isinstance(error, DivergedError) or isinstance(error.__cause__, OSError):
+            return  # no step can follow; or the disk is full, and the lines of this step are lost
+        if self.step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             return  # before the first step, or the failed step has donated the state
-        if not hosts.reach_barrier(f"rescue/{self.stage.name}/{step}", 10.0):
+        if not hosts.reach_barrier(f"rescue/{self.stage.name}/{self.step}", 10.0):
             return  # the other hosts, which hold parts of the state, have not failed
         self.rescuing = True
         with contextlib.suppress(Exception):  # the first error is the one to report
-            for each in pending:
-                if each is not None and each[0] > self.logged_step:
-                    self._log(*each)
-                    self.writer.samples(each[0], self._output_samples(state, each[0], each[2]))
-            self._save(step, state)
+            while self.unlogged:
+                step, samples = self.unlogged[0][0], self._output_samples()
+                self._log()
+                self.writer.samples(step, samples)
+            self._save()
             self.checkpoints.wait()
-            where = f"is saved in {self.config.run_dir}"
             if hosts.is_first():
+                where = f"is saved in {self.config.run_dir}"
                 self.progress.message(
-                    f"Step {step} {where}; the same command continues from there."
+                    f"Step {self.step} {where}; the same command continues from there."
                 )
 
     # --- metrics ----------------------------------------------------------------------------------
 
-    def _log(self, step, metrics, output, evaluation: Metrics | None = None) -> None:
+    def _log(self, evaluation: Metrics | None = None) -> None:
+        """Logs the oldest step that is not logged yet."""
+        step, metrics, output = self.unlogged[0]
         values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
         self._check(step, values)
         self.throughput.add(int(values.pop("perf/tokens", 0.0)))
-        if self._is_evaluation_due(step) or self._is_due(step, self.config.logging.log_every):
+        logging = self.config.logging
+        if self._is_due(logging.eval_every, step) or self._is_due(logging.log_every, step):
             values |= self._observe(output) | (evaluation or {}) | self.throughput.metrics()
             self.writer.write(step, values)
-        self.logged_step = step
+        del self.unlogged[0]
         self.progress.update(step, values)
 
     def _observe(self, output: Any) -> Metrics:
@@ -346,7 +328,7 @@ class _Loop:
         kept = self.checkpoints.latest_step()
         where = f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
         raise DivergedError(
-            f"{reason} at step {step} of the stage {self.stage.name}; training stopped "
-            f"and kept {where}, in {self.config.run_dir}. Lower optimizer.learning_rate and start "
-            "again with another --run_dir."
+            f"{reason} at step {step} of the stage {self.stage.name}; training stopped and kept "
+            f"{where}, in {self.config.run_dir}. Lower optimizer.learning_rate and start again "
+            "with another --run_dir."
         )

@@ -26,9 +26,8 @@ from rlhf_jax.runtime.run.settings import LoggingSettings
 class MetricsWriter:
     """Appends the metrics and samples of a run to its folder; a context manager.
 
-    With several hosts only process 0 has one. Each line is written before the call returns. On an
-    object store (`gs://`), which cannot append, the lines are kept in memory and the object is
-    rewritten at most once a minute and at the end.
+    Each line is written before the call returns. On an object store (`gs://`), which cannot append,
+    the lines are kept in memory and the object is rewritten at most once a minute and at the end.
 
     Args:
       run_dir: the folder of the run; created if missing.
@@ -40,7 +39,8 @@ class MetricsWriter:
         TensorBoard. With None all complete lines stay.
 
     Raises:
-      InputError: the folder cannot be written, or a package of `settings` is not installed.
+      InputError: the folder cannot be written, here or in a method, or a package of `settings` is
+        not installed.
 
     >>> import json, pathlib, tempfile
     >>> folder = tempfile.mkdtemp()
@@ -65,25 +65,19 @@ class MetricsWriter:
         with disk_errors(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             last = sys.maxsize if initial_step is None else initial_step
-            for file in ("metrics.jsonl", "samples.jsonl"):
-                cut_after(self.run_dir / file, last)
-            self._metrics = _Lines(self.run_dir / "metrics.jsonl")
-            self._samples = _Lines(self.run_dir / "samples.jsonl")
-            self._board = (
-                _TensorBoard(self.run_dir / "tensorboard", initial_step)
-                if settings.tensorboard
-                else None
-            )
-        self._wandb = _start_wandb(self.run_dir, settings, config, name) if settings.wandb else None
+            self._metrics = _Lines(self.run_dir / "metrics.jsonl", last)
+            self._samples = _Lines(self.run_dir / "samples.jsonl", last)
+            self._board = self._wandb = None
+            if settings.tensorboard:
+                self._board = _TensorBoard(self.run_dir / "tensorboard", initial_step)
+        if settings.wandb:
+            self._wandb = _start_wandb(self.run_dir, settings, config, name)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to `metrics.jsonl`: `step`, `time` (seconds since 1970), the metrics.
 
-        Values are converted by `float`. JSON has no NaN and no infinities: they are written as the
-        strings "NaN", "Infinity" and "-Infinity", which `float` (and JavaScript's `Number`) reads.
-
-        Raises:
-          InputError: the folder cannot be written.
+        JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and
+        "-Infinity", which `float` (and JavaScript's `Number`) reads.
         """
         values = {key: float(value) for key, value in metrics.items()}
         now = time.time()
@@ -95,33 +89,19 @@ class MetricsWriter:
             self._wandb.log(values, step=int(step))
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Appends samples (prompt, response, score, kl ...) to `samples.jsonl`, with the step.
-
-        Raises:
-          InputError: the folder cannot be written.
-        """
+        """Appends samples (prompt, response, score, kl ...) to `samples.jsonl`, with the step."""
         with disk_errors(self.run_dir):
             for sample in samples:
                 self._samples.append({"step": int(step), **sample})
 
     def flush(self) -> None:
-        """Writes the lines that are kept in memory for an object store.
-
-        Called before a checkpoint, so that a run continues from a step that has all its lines.
-
-        Raises:
-          InputError: the folder cannot be written.
-        """
+        """Writes the lines kept in memory for an object store, so before each checkpoint."""
         with disk_errors(self.run_dir):
             self._metrics.flush()
             self._samples.flush()
 
     def close(self) -> None:
-        """Closes all outputs; called on leaving the `with` block.
-
-        Raises:
-          InputError: the folder cannot be written.
-        """
+        """Closes all outputs; called on leaving the `with` block."""
         with contextlib.ExitStack() as outputs, disk_errors(self.run_dir):
             if self._wandb is not None:
                 outputs.callback(self._wandb.finish)
@@ -135,11 +115,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-            return
         # A full disk raises here a second time; the first error is the one to report.
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(InputError) if kind else contextlib.nullcontext():
             self.close()
 
 
@@ -155,31 +132,25 @@ def make_writer(config: Any, name: str, initial_step: int) -> "MetricsWriter | N
 class NoWriter:
     """Stands in for a `MetricsWriter` on hosts other than the first; writes nothing."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, *_: object) -> None:
         """Does nothing."""
 
-    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Does nothing."""
-
-    def flush(self) -> None:
-        """Does nothing."""
+    samples = flush = __exit__ = write
 
     def __enter__(self) -> "NoWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Does nothing."""
-
 
 class _Lines:
-    """Appends to one JSONL file.
+    """Appends to one JSONL file, of which later lines than those of the step `last` are cut.
 
     Locally each line opens the file, appends and closes it: no buffer survives a failure.
     """
 
     REMOTE_SECONDS = 60.0
 
-    def __init__(self, path: epath.Path) -> None:
+    def __init__(self, path: epath.Path, last: int) -> None:
+        cut_after(path, last)
         self._path = path
         self._remote = is_remote(path)
         self._content = path.read_bytes() if self._remote and path.exists() else b""

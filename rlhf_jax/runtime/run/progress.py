@@ -19,12 +19,10 @@ class Progress:
     most one every ten seconds between them.
 
     Args:
-      total_steps: the step at which the run ends.
       initial_step: the step that the run starts or continues from.
       description: the first word of the line, such as "ppo".
       enabled: if False nothing is printed.
       file: the output; standard error if None.
-      clock: seconds, for tests.
     """
 
     SHOWN: Mapping[str, str] = {
@@ -73,8 +71,7 @@ class Progress:
         if self._plain:
             self._update_plain(step)
         elif not self._bar.disable:
-            text = "  ".join(self._fields())
-            self._bar.postfix = text or None
+            self._bar.postfix = "  ".join(self._fields()) or None
             self._bar.update(step - self._bar.n)
         self._step = step
 
@@ -122,10 +119,7 @@ class Throughput:
     """Speed of training since the last log, without compilation, evaluations and checkpoints.
 
     The first step of a process compiles: the clock starts at its end, and its tokens do not count.
-
-    Args:
-      flops_per_token, flops_per_step: as in `Stage`, for the model FLOPs utilization.
-      clock: seconds, for tests.
+    The FLOPs are those of `Stage`.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from rlhf_jax import checks
 from rlhf_jax.errors import InputError
 
 
@@ -30,13 +31,9 @@ class CheckpointSettings:
     export_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.minutes < 0 or self.keep < 1:
-            raise InputError(
-                "checkpoint.every and checkpoint.minutes must be at least 0 and checkpoint.keep at "
-                f"least 1, but are {self.every}, {self.minutes} and {self.keep}."
-            )
-        if self.best_mode not in ("min", "max"):
-            raise InputError(f"checkpoint.best_mode must be min or max, but is {self.best_mode!r}.")
+        checks.not_negative("checkpoint", every=self.every, minutes=self.minutes)
+        checks.at_least(1, "checkpoint", keep=self.keep)
+        checks.one_of(("min", "max"), "checkpoint", best_mode=self.best_mode)
         if self.export_best and self.best_metric is None:
             raise InputError(
                 "checkpoint.export_best needs a metric to judge by; give --checkpoint.best_metric "
@@ -71,17 +68,13 @@ class LoggingSettings:
     wandb_project: str = "rlhf_jax"
 
     def __post_init__(self) -> None:
-        for name, value, minimum in (
-            ("log_every", self.log_every, 1),
-            ("eval_every", self.eval_every, 0),
-            ("samples_every", self.samples_every, 0),
-            ("num_samples", self.num_samples, 0),
-        ):
-            if value < minimum:
-                raise InputError(
-                    f"logging.{name} is {value}, but must be {minimum} or more; "
-                    f"set --logging.{name}"
-                )
+        checks.at_least(1, "logging", log_every=self.log_every)
+        checks.not_negative(
+            "logging",
+            eval_every=self.eval_every,
+            samples_every=self.samples_every,
+            num_samples=self.num_samples,
+        )
         if self.wandb and not self.wandb_project:
             raise InputError(
                 "logging.wandb_project is empty, but logging.wandb needs the name of a project; "

@@ -1,7 +1,6 @@
 """Checks before any step: lengths, batch sizes on the mesh, and those of the trainer."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,23 +17,19 @@ from rlhf_jax.runtime.loading import check_positions
 def check_run(config: RunConfig, model: Model, mesh: Mesh) -> None:
     """Raises an InputError if a run of this model on this mesh cannot work.
 
-    Checked are the lengths of the examples against the positions of the model, the attention heads
-    and the batch sizes against the mesh, and what the trainer's `init_state` raises.
+    Checks the lengths of the examples against the positions of the model, the attention heads and
+    the batch sizes against the mesh, and the settings by the trainer's `init_state`.
     """
     model.check_mesh(mesh)
     (check_online if config.trainer.online else check_offline)(config, model, mesh)
     key = jax.eval_shape(functools.partial(jax.random.key, 0))
     params = jax.eval_shape(model.init, key)
     init = functools.partial(config.trainer.steps.init_state, model, settings=config.settings)
-    jax.eval_shape(init, params, key=key, **_scorers(config, model, params))
-
-
-def _scorers(config: RunConfig, model: Model, params: Any) -> Mapping[str, Any]:
-    """Shapes of the reward model that an online trainer may start values from."""
-    if not config.trainer.has_value_model:
-        return {}
-    head = jax.ShapeDtypeStruct((model.config.n_embd,), "float32")
-    return {"value_params": {"model": params, "head": {"kernel": head}}}
+    options = {}
+    if config.trainer.has_value_model:
+        head = jax.ShapeDtypeStruct((model.config.n_embd,), "float32")
+        options = {"value_params": {"model": params, "head": {"kernel": head}}}
+    jax.eval_shape(init, params, key=key, **options)
 
 
 def check_offline(config: RunConfig, model: Model, mesh: Mesh) -> None:
@@ -50,11 +45,8 @@ def check_lengths(kind: str, data: DataSettings, model: Model, name: str = "data
     if kind == "text":
         check_positions(model, data.max_length, f"{name}.max_length")
         return
-    check_positions(
-        model,
-        data.max_prompt_length + data.max_response_length,
-        f"{name}.max_prompt_length + {name}.max_response_length",
-    )
+    longest = data.max_prompt_length + data.max_response_length
+    check_positions(model, longest, f"{name}.max_prompt_length + {name}.max_response_length")
 
 
 def check_online(config: RunConfig, model: Model, mesh: Mesh) -> None:

@@ -10,34 +10,24 @@ from rlhf_jax.data.batching import Batches, eval_batches
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import RunConfig
-from rlhf_jax.runtime.loading import choose_tokenizer, load_model
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.checks import check_run
 from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct, StageExamples
 from rlhf_jax.training.flops import offline_flops
 from rlhf_jax.training.state import make_optimizer
 
 
-class OfflineStage:
-    """Training on examples that are there before it begins; see `loop.Stage`."""
+class OfflineStage(shared.BaseStage):
+    """Training on examples that are there before it begins; see `run.stage.Stage`."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.trainer = config, config.trainer
-        self.name, self.losses = self.trainer.name, self.trainer.losses
+        super().__init__(config)
         settings, data = config.settings, config.data
         kind = self.trainer.reads(settings)
         train, held_out = load_examples(data, kind)
-        self.tokenizer = choose_tokenizer(
-            config.tokenizer, config.model.path, lambda: map(shared.text_of, train)
-        )
-        model_key, self.key, self.sample_key = shared.stage_keys(config.seed, self.name)
-        self.mesh = make_mesh(config.mesh)
-        self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
-        check_run(config, self.model, self.mesh)
+        self.load_policy(lambda: map(shared.text_of, train))
         train_batch = encode_examples(kind, train, self.tokenizer, data)
         self.batches = Batches(
             train_batch, settings.batch_size, config.seed, buckets=data.length_buckets
@@ -50,7 +40,7 @@ class OfflineStage:
         self.product = product(config, self.model, self.tokenizer, self.mesh, examples)
 
     def _compile(self) -> None:
-        steps, settings = self.trainer.steps, self.config.settings
+        steps, settings = self.steps, self.config.settings
         optimizer = make_optimizer(self.config.optimizer, self.total_steps)
 
         def init(params):
@@ -66,11 +56,10 @@ class OfflineStage:
         self._evaluate = place.evaluation(steps.make_eval_step(self.model), full)
         unembeds = self.trainer.trains == "policy"
         self.flops_per_token = offline_flops(self.model, shapes, unembeds=unembeds)
-        self.flops_per_step = 0.0
 
     def full_params(self, state: Any) -> Any:
         """The parameters of the full model, or reward model."""
-        return self.trainer.steps.full_params(self.model, state)
+        return self.steps.full_params(self.model, state)
 
     def init_state(self) -> Any:
         """The state before the first step, sharded; the loaded parameters are freed."""
@@ -109,15 +98,7 @@ class OfflineStage:
 
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
         """Entries of `samples.jsonl`."""
-        return self.product.samples(self.full_params(self._at_end(state)), self.sample_key, count)
-
-    def saved(self, state: Any) -> Any:
-        """What a checkpoint holds: all but the frozen part, of which a checksum."""
-        return shared.saved_parts(state)
-
-    def resumed(self, state: Any, saved: Any) -> Any:
-        """The saved parts beside the frozen part, if that is unchanged."""
-        return shared.resumed_state(state, saved, self.config.run_dir, [self.config.model.path])
+        return self.product.samples(self.full_params(self._at_end(state)), self.eval_key, count)
 
     def finish(self, state: Any) -> epath.Path:
         """Writes `hf/`, `evaluation.json` of a reward model, and the report."""

@@ -15,11 +15,12 @@ from etils import epath
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.datasets import load_examples
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import encode_examples
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.policies import (
@@ -31,13 +32,13 @@ from rlhf_jax.runtime.evaluation.policies import (
     evaluation_of,
     save_evaluation,
 )
-from rlhf_jax.runtime.loading import choose_tokenizer, find_token, load_model
+from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
 from rlhf_jax.runtime.rewards.texts import Responses, decode, reference_tokens
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.checks import check_run, check_scorer
+from rlhf_jax.runtime.stages.checks import check_scorer
 from rlhf_jax.runtime.stages.values import load_value_model
 from rlhf_jax.training import online
 from rlhf_jax.training.flops import mixed_text_flops, online_flops
@@ -47,32 +48,15 @@ RewardFunction = Callable[..., list[float]]
 
 
 def step_settings(config: RunConfig, tokenizer: Any) -> Any:
-    """The trainer's settings with `truncate_token` as an id.
-
-    Raises:
-      InputError: the tokenizer has no such token.
-    """
+    """The trainer's settings with `truncate_token` as an id, which the tokenizer must have."""
     token = config.settings.truncate_token
     if token is not None:
         token = find_token(tokenizer, token, f"{config.trainer.name}.truncate_token")
     return dataclasses.replace(config.settings, truncate_token=token)
 
 
-def load_texts(config: RunConfig, tokenizer: Any) -> Batches | None:
-    """The texts that are mixed into the updates; None without any.
-
-    Their order has another seed than that of the prompts, which may be as many.
-    """
-    if not config.trainer.mixes_texts or not config.settings.ptx_coef:
-        return None
-    data = config.section("ptx")
-    texts = encode_examples("text", load_examples(data, "text")[0], tokenizer, data)
-    size, buckets = config.settings.num_texts, data.length_buckets
-    return Batches(texts, size, config.seed + 1, buckets=buckets)
-
-
-class OnlineStage:
-    """Training on responses that the policy samples; see `loop.Stage`.
+class OnlineStage(shared.BaseStage):
+    """Training on responses that the policy samples; see `run.stage.Stage`.
 
     Args:
       config: that of an online trainer.
@@ -80,8 +64,7 @@ class OnlineStage:
     """
 
     def __init__(self, config: RunConfig, reward_fn: RewardFunction | None = None) -> None:
-        self.config, self.trainer, self.steps = config, config.trainer, config.trainer.steps
-        self.name, self.losses = self.trainer.name, self.trainer.losses
+        super().__init__(config)
         if config.model.path is None:
             raise InputError(
                 f"{self.trainer.title} starts from a trained policy: give --model.path a folder or "
@@ -94,39 +77,46 @@ class OnlineStage:
                 "folder, or --rewards a list of them and of functions, or call "
                 f"train_{self.name} with a reward_fn."
             )
-        evaluation = config.section("evaluation")
-        self.gold_fn, self.judge_fn = (
-            None if name is None else load_function(name)
-            for name in (evaluation.gold_fn, evaluation.judge_fn)
-        )
         self._load()
         self._compile()
         self._before: EvaluatedResponses | None = None
         self._compared: tuple[int, Comparison] | None = None
 
     def _load(self) -> None:
-        config, data = self.config, self.config.data
-        kind = self.trainer.reads(config.settings)
+        config, data, settings = self.config, self.config.data, self.config.settings
+        evaluation = config.section("evaluation")
+        names = (evaluation.gold_fn, evaluation.judge_fn)
+        self.gold_fn, self.judge_fn = (
+            None if name is None else load_function(name) for name in names
+        )
+        kind = self.trainer.reads(settings)
         self.examples, self.held_out_examples = load_examples(data, kind)
-        self.tokenizer = choose_tokenizer(config.tokenizer, config.model.path, list)
+        self.load_policy(list)
+        self.stops = (self.tokenizer.eos_token_id,)
         self.settings = step_settings(config, self.tokenizer)
-        model_key, self.key, self.eval_key = shared.stage_keys(config.seed, self.name)
-        self.mesh = make_mesh(config.mesh)
-        self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
-        check_run(config, self.model, self.mesh)
         for function in (*(each.function for each in self.sources), self.gold_fn):
             if function is not None:
                 check_call(function, columns_of(self.examples, [0]))
         self._load_rewards()
         self.value_model, self.value_params = load_value_model(config, self.tokenizer, self.mesh)
-        prompts = encode_examples(kind, self.examples, self.tokenizer, data)
-        size, buckets = config.settings.batch_size, data.length_buckets
-        self.batches = Batches(prompts, size, config.seed, buckets=buckets)
-        self.texts = load_texts(config, self.tokenizer)
+        self.batches = self._batches(kind, self.examples, data, settings.batch_size, config.seed)
+        self.texts = None
+        if self.trainer.mixes_texts and settings.ptx_coef:
+            texts = load_examples(config.section("ptx"), "text")[0]
+            # Another seed than that of the prompts, which may be as many.
+            self.texts = self._batches(
+                "text", texts, config.section("ptx"), settings.num_texts, config.seed + 1
+            )
         self.held_out = None
         if self.held_out_examples:
             self.held_out = encode_examples(kind, self.held_out_examples, self.tokenizer, data)
-        self.total_steps = config.settings.num_iterations
+        self.total_steps = settings.num_iterations
+
+    def _batches(
+        self, kind: Kind, examples: Any, data: DataSettings, batch_size: int, seed: int
+    ) -> Batches:
+        arrays = encode_examples(kind, examples, self.tokenizer, data)
+        return Batches(arrays, batch_size, seed, buckets=data.length_buckets)
 
     def _load_rewards(self) -> None:
         """One reward model of tokens is part of the full step; others score between its halves."""
@@ -143,7 +133,7 @@ class OnlineStage:
         self.reward_params = params[0] if self.reward_model is not None else params or None
 
     def _compile(self) -> None:
-        config, stops = self.config, (self.tokenizer.eos_token_id,)
+        config, stops = self.config, self.stops
         self.optimizer = make_optimizer(config.optimizer, config.settings.num_updates)
         models = [self.model, *self.rewards.models, *filter(None, [self.value_model])]
         rules = sum((model.partition_rules for model in dict.fromkeys(models)), ())
@@ -157,19 +147,17 @@ class OnlineStage:
             reward_models=self.rewards.models,
             value_model=self.value_model,
         )
-        self.flops_per_step = self._flops_of_texts(shapes)
+        if self.texts is not None:  # an iteration's texts, on average
+            tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.texts.batch_size
+            flops_per_text_token = mixed_text_flops(self.model, shapes, self.settings)
+            self.flops_per_step = flops_per_text_token * float(tokens)
         options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
         if self.trainer.has_value_model:
             options["value_model"] = self.value_model
         update = self.steps.make_update_step(self.model, self.settings, **options)
         if self.reward_model is not None:
-            step = online.make_step(
-                self.model,
-                self.settings,
-                update,
-                reward_model=self.reward_model,
-                stop_token_ids=stops,
-            )
+            parts, score = (self.model, self.settings, update), self.reward_model
+            step = online.make_step(*parts, reward_model=score, stop_token_ids=stops)
             self._step = place.step(step, shapes, returns_batch=True)
         else:
             sample = online.make_rollout_step(self.model, self.settings, stop_token_ids=stops)
@@ -187,17 +175,9 @@ class OnlineStage:
             batch_sharding=place.batch,
         )
 
-    def _flops_of_texts(self, shapes: Any) -> float:
-        """Forward and backward passes of an iteration's texts, on average."""
-        if self.texts is None:
-            return 0.0
-        tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.texts.batch_size
-        return mixed_text_flops(self.model, shapes, self.settings) * float(tokens)
-
     def _sample_for_evaluation(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
-        stops = (self.tokenizer.eos_token_id,)
         return online.sample_responses(
-            self.model, params, batch, key, self.settings, stop_token_ids=stops
+            self.model, params, batch, key, self.settings, stop_token_ids=self.stops
         )
 
     def _init(self, params: Any, reward_params: Any, value_params: Any) -> Any:
@@ -230,8 +210,8 @@ class OnlineStage:
         scores, parts = self._score(state, batch, responses)
         scores = hosts.from_host(scores, self.batch_sharding)
         state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
-        means = {name: np.mean(values) for name, values in parts.items()}
-        return state, {**metrics, **means}, (rollout, batch.indices)
+        metrics |= {name: np.mean(values) for name, values in parts.items()}
+        return state, metrics, (rollout, batch.indices)
 
     def _batch(self, index: int) -> PromptBatch:
         batch = shared.batch_at(self.batches, index, self.batch_sharding)
@@ -278,24 +258,23 @@ class OnlineStage:
         return {f"eval/{name}": value for name, value in self._compare(state).metrics.items()}
 
     def _compare(self, state: Any) -> Comparison:
-        """The comparison of this state with the reference, computed once a step."""
-        step = int(state.step)
-        if self._compared is None or self._compared[0] != step:
-            self._compared = (step, self._compare_responses(state))
-        return self._compared[1]
+        """Policy against reference, computed once a step.
 
-    def _compare_responses(self, state: Any) -> Comparison:
-        """Policy against reference; the responses of the reference are sampled once a run."""
+        The responses of the reference are sampled once a run.
+        """
+        step, prompts = int(state.step), self.held_out
+        if self._compared is not None and self._compared[0] == step:
+            return self._compared[1]
+        assert prompts is not None
         policy = online.policy_params(self.model, state)
         ref = online.reference_params(self.model, state)
-        reward_params, prompts = state.frozen.get("reward"), self.held_out
-        assert prompts is not None
-        shared_arguments = (prompts, self.held_out_examples, ref, reward_params, self.eval_key)
+        rest = (prompts, self.held_out_examples, ref, state.frozen.get("reward"), self.eval_key)
         if self._before is None:
-            self._before = self.evaluator(ref, *shared_arguments)
-        before, after = self._before, self.evaluator(policy, *shared_arguments)
+            self._before = self.evaluator(ref, *rest)
         columns = columns_of(self.held_out_examples, prompts.indices)
-        return compare(before, after, self.judge_fn, columns)
+        after = self.evaluator(policy, *rest)
+        self._compared = (step, compare(self._before, after, self.judge_fn, columns))
+        return self._compared[1]
 
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
         """Responses of the last iteration, with score, and KL in nats; [] after a restart."""
@@ -310,15 +289,10 @@ class OnlineStage:
             for prompt, text, score, nats in zip(prompts, texts, rollout.scores, kl, strict=False)
         ]
 
-    def saved(self, state: Any) -> Any:
-        """What a checkpoint holds: all but the frozen parts, of which a checksum."""
-        return shared.saved_parts(state)
-
-    def resumed(self, state: Any, saved: Any) -> Any:
-        """The saved parts beside the frozen parts, if these are unchanged."""
+    def frozen_paths(self) -> list[str | None]:
+        """The folders of the policy and of the reward models."""
         rewards = [each.source.path for each in self.sources if each.source.path is not None]
-        paths = [self.config.model.path, *rewards]
-        return shared.resumed_state(state, saved, self.config.run_dir, paths)
+        return [self.config.model.path, *rewards]
 
     def finish(self, state: Any) -> epath.Path:
         """Writes `hf/`, `evaluation.json` where there are held-out prompts, and the report."""

@@ -1,5 +1,6 @@
-"""What offline training yields: a policy that answers prompts, or a reward model that scores."""
+"""The products of offline training: a policy that answers prompts, a reward model that scores."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,42 +48,22 @@ class StageExamples(NamedTuple):
     held_out_batch: Any
 
 
-class PolicyProduct:
-    """A language model: it answers held-out prompts, and is exported as it is."""
+@dataclasses.dataclass
+class Product:
+    """What a kind of trained model is evaluated, sampled and exported by.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: Model,
-        tokenizer: Any,
-        mesh: Mesh,
-        examples: StageExamples,
-    ) -> None:
-        self.config, self.model, self.tokenizer = config, model, tokenizer
-        held_out = examples.held_out
-        shown = held_out[: config.logging.num_samples]
-        self.prompts = [prompt_of(each, n, tokenizer) for n, each in enumerate(shown, 1)]
-        self.responder = Responder(
-            model, tokenizer, config.section("generation"), config.data.prompt_suffix
-        )
-        self.rouge = None
-        if config.trainer.has_rouge and (judged := held_out[: config.settings.rouge_rows]):
-            self.rouge = self._rouge(judged, mesh)
+    Attributes:
+      examples: of the stage, which loaded the rest.
+    """
 
-    def _rouge(self, held_out: Examples, mesh: Mesh) -> TeacherForcedRouge:
-        """Teacher-forced ROUGE on some held-out examples."""
-        if not have_completions(held_out, self.config.data):
-            raise InputError(
-                f"{self.config.trainer.name}.rouge_rows compares with completions, which the "
-                "held-out rows do not have: give rows of prompt and completion, or set it to 0."
-            )
-        return TeacherForcedRouge(
-            self.model,
-            self.tokenizer,
-            encode_completions(held_out, self.tokenizer, self.config.data),
-            batch_size=self.config.settings.eval_batch_size,
-            batch_sharding=batch_sharding(mesh),
-        )
+    config: RunConfig
+    model: Model
+    tokenizer: Any
+    mesh: Mesh
+    examples: StageExamples
+
+    def __post_init__(self) -> None:
+        """Prepares evaluation and samples."""
 
     def prepare(self, state: Any) -> Any:
         """The state before the first step."""
@@ -92,11 +73,40 @@ class PolicyProduct:
         """The state whose model is exported."""
         return state
 
+
+class PolicyProduct(Product):
+    """A language model: it answers held-out prompts, and is exported as it is."""
+
+    def __post_init__(self) -> None:
+        config, held_out = self.config, self.examples.held_out
+        shown = held_out[: config.logging.num_samples]
+        self.prompts = [prompt_of(each, n, self.tokenizer) for n, each in enumerate(shown, 1)]
+        generation, suffix = config.section("generation"), config.data.prompt_suffix
+        self.responder = Responder(self.model, self.tokenizer, generation, suffix)
+        self.rouge = None
+        if config.trainer.has_rouge and (judged := held_out[: config.settings.rouge_rows]):
+            self.rouge = self._rouge(judged)
+
+    def _rouge(self, held_out: Examples) -> TeacherForcedRouge:
+        """Teacher-forced ROUGE on some held-out examples."""
+        if not have_completions(held_out, self.config.data):
+            raise InputError(
+                f"{self.config.trainer.name}.rouge_rows compares with completions, which the "
+                "held-out examples do not have: give prompts and completions, or set it to 0."
+            )
+        return TeacherForcedRouge(
+            self.model,
+            self.tokenizer,
+            encode_completions(held_out, self.tokenizer, self.config.data),
+            batch_size=self.config.settings.eval_batch_size,
+            batch_sharding=batch_sharding(self.mesh),
+        )
+
     def metrics(self, params: Params, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity, and ROUGE where it is computed."""
-        found = {"eval/perplexity": perplexity(means["eval/loss"])}
         rouge = {} if self.rouge is None else self.rouge(params)
-        return found | {f"eval/{name}": value for name, value in rouge.items()}
+        metrics = {"perplexity": perplexity(means["eval/loss"]), **rouge}
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     def samples(self, params: Params, key: jax.Array, count: int) -> list[dict[str, Any]]:
         """Responses to held-out prompts, or continuations of the beginnings of held-out texts."""
@@ -113,36 +123,30 @@ class PolicyProduct:
         shared.export(self.config.run_dir, save_pretrained, self.model, params, self.tokenizer)
 
 
-class RewardModelProduct:
+class RewardModelProduct(Product):
     """A reward model: it scores held-out pairs, and is normalized before or after training.
 
     Checkpoints hold the model as it was trained, so that a run that continues normalizes it once.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model: Model,
-        tokenizer: Any,
-        mesh: Mesh,
-        examples: StageExamples,
-    ) -> None:
-        self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
+    def __post_init__(self) -> None:
+        settings, examples = self.config.settings, self.examples
         self.held_out = examples.held_out_batch
-        self.normalize = Normalizer(model, mesh, examples.train_batch, config.settings, config.seed)
+        self.normalize = Normalizer(
+            self.model, self.mesh, examples.train_batch, settings, self.config.seed
+        )
         self._score = jax.jit(end_scores, static_argnums=0)
-        if config.settings.objective != "last_token":
-            unused = (
-                f"rows have a margin, which reward.objective {config.settings.objective} ignores."
-            )
-            warn(sum(each["margin"] != 0 for each in examples.train), len(examples.train), unused)
+        if settings.objective != "last_token":
+            unused = f"examples have a margin, which reward.objective {settings.objective} ignores."
+            with_margin = sum(each["margin"] != 0 for each in examples.train)
+            warn(with_margin, len(examples.train), unused)
 
     def prepare(self, state: Any) -> Any:
-        """The state before the first step, normalized where `normalize_before` says so."""
+        """The state, normalized where `normalize_before` says so."""
         return self._normalized(state) if self.config.settings.normalize_before else state
 
     def exported(self, state: Any) -> Any:
-        """The state whose model is exported, normalized where `normalize_after` says so."""
+        """The state, normalized where `normalize_after` says so."""
         return self._normalized(state) if self.config.settings.normalize_after else state
 
     def _normalized(self, state: Any) -> Any:
@@ -163,8 +167,9 @@ class RewardModelProduct:
         prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
         places = range(responses.shape[1])
         texts = [decode(self.tokenizer, responses[:, k], masks[:, k]) for k in places]
-        ranked = self.config.settings.objective == "ranking"
-        labels = [f"place {k + 1}" for k in places] if ranked else ["chosen", "rejected"]
+        labels = ["chosen", "rejected"]
+        if self.config.settings.objective == "ranking":
+            labels = [f"place {k + 1}" for k in places]
         return [
             {
                 "prompt": prompt,

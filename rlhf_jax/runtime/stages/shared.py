@@ -1,4 +1,4 @@
-"""Parts of the stages: keys, batches on the mesh, what a checkpoint holds, the export."""
+"""Parts of the stages: keys, models, batches on the mesh, saved states, the export."""
 
 import functools
 import tempfile
@@ -14,15 +14,18 @@ from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.chat import contents
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime.run.checksums import fingerprint
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.loading import choose_tokenizer, load_model
 from rlhf_jax.runtime.run.folder import is_remote
+from rlhf_jax.runtime.run.records import fingerprint
+from rlhf_jax.runtime.stages.checks import check_run
 
 
 def stage_keys(seed: int, trainer: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys of a trainer: for a fresh model, for the steps, for held-out responses.
 
-    They derive from the seed and the place of the trainer in `TRAINERS`, so that no two trainers
-    share one.
+    They derive from the seed and the place of the trainer in `TRAINERS`: no two trainers share one.
     """
     place = [each.name for each in training.TRAINERS].index(trainer)
     first, second, third = jax.random.split(jax.random.fold_in(jax.random.key(seed), place), 3)
@@ -30,10 +33,7 @@ def stage_keys(seed: int, trainer: str) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def batch_at(batches: Batches, step: int, sharding: NamedSharding) -> Any:
-    """The batch of a step: NumPy arrays, or with several hosts arrays that span them.
-
-    Each host then reads only the part of the batch that its devices hold.
-    """
+    """The batch of a step: NumPy arrays, or with several hosts arrays that span them."""
     if not hosts.several():
         return batches.at(step)
     return hosts.spanning_batch(
@@ -41,37 +41,47 @@ def batch_at(batches: Batches, step: int, sharding: NamedSharding) -> Any:
     )
 
 
-def saved_parts(state: Any) -> dict[str, Any]:
-    """What a checkpoint holds of a state with the field `frozen`: its checksum, and all else.
+class BaseStage:
+    """The parts that the stages of offline and online trainers share; see `run.stage.Stage`."""
 
-    Fields that are None are left out, so that a field added to the state later leaves older
-    checkpoints readable.
-    """
-    parts = state._asdict()
-    if parts["frozen"] is not None:
-        parts["frozen"] = {"fingerprint": fingerprint(state.frozen)}
-    return {name: part for name, part in parts.items() if part is not None}
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.trainer, self.steps = config, config.trainer, config.trainer.steps
+        self.name, self.losses = self.trainer.name, self.trainer.losses
+        self.flops_per_step = 0.0
 
+    def load_policy(self, texts: Callable[[], Iterable[str]]) -> None:
+        """Tokenizer, which may be trained on texts, mesh, keys and model; checks the sizes."""
+        config = self.config
+        self.tokenizer = choose_tokenizer(config.tokenizer, config.model.path, texts)
+        model_key, self.key, self.eval_key = stage_keys(config.seed, self.name)
+        self.mesh = make_mesh(config.mesh)
+        self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
+        check_run(config, self.model, self.mesh)
 
-def resumed_state(
-    state: Any, saved: dict[str, Any], run_dir: str, paths: Iterable[str | None]
-) -> Any:
-    """The saved parts beside the frozen ones.
+    def frozen_paths(self) -> list[str | None]:
+        """The folders that the frozen parts of the state were read from."""
+        return [self.config.model.path]
 
-    Args:
-      paths: where the frozen parts were read from.
+    def saved(self, state: Any) -> dict[str, Any]:
+        """The part of a state that a checkpoint holds: all but `frozen`, of which a checksum.
 
-    Raises:
-      InputError: the frozen parts have changed since the run began.
-    """
-    frozen = state.frozen
-    if frozen is not None and saved["frozen"]["fingerprint"] != fingerprint(frozen):
-        names = " or ".join(str(path) for path in paths)
-        raise InputError(
-            f"The model in {names} is not the one that the run in {run_dir} began with; put it "
-            "back, or choose another --run_dir."
-        )
-    return state._replace(**{**saved, "frozen": frozen})
+        Fields that are None are left out, so that checkpoints of states without them stay readable.
+        """
+        parts = state._asdict()
+        if parts["frozen"] is not None:
+            parts["frozen"] = {"fingerprint": fingerprint(state.frozen)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def resumed(self, state: Any, saved: dict[str, Any]) -> Any:
+        """The saved parts beside the frozen ones; an InputError if those have changed."""
+        frozen = state.frozen
+        if frozen is not None and saved["frozen"]["fingerprint"] != fingerprint(frozen):
+            names = " or ".join(map(str, self.frozen_paths()))
+            raise InputError(
+                f"The model in {names} is not the one that the run in {self.config.run_dir} began "
+                "with; put it back, or choose another --run_dir."
+            )
+        return state._replace(**{**saved, "frozen": frozen})
 
 
 def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:

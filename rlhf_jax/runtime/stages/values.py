@@ -18,8 +18,7 @@ from rlhf_jax.runtime.loading import (
 def value_path(config: RunConfig) -> str | None:
     """The folder of the reward model that a value model "reward" starts from; None for others.
 
-    Raises:
-      InputError: there is none, or one is given that is not read.
+    Raises an InputError if there is none, or one is given that is not read.
     """
     model, name = config.model, config.trainer.name
     kind = config.settings.value_model if config.trainer.has_value_model else "shared"
@@ -50,8 +49,7 @@ def load_value_model(
 ) -> tuple[Model | None, Params | None]:
     """(model, parameters) of the reward model that the values start from; None without one.
 
-    Raises:
-      InputError: it cannot be read, has another tokenizer, or has too few positions.
+    Raises an InputError if it cannot be read, has another tokenizer, or has too few positions.
     """
     path, name = value_path(config), config.trainer.name
     if path is None:

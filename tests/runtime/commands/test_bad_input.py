@@ -45,7 +45,7 @@ def message(function, *arguments):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"words": "a"}\n', "has the columns words, but text rows need `prompt` and `completion`"),
+        ('{"words": "a"}\n', "has the columns words, but text examples need `prompt`"),
         ("", "is empty: give a file with at least one row."),
         ('{"text": "a"}\n{"text": 5}\n', "column 'text' holds a number (5), not text."),
         ('{"text": "a"}\n{"text": null}\n', "column 'text' holds nothing: give it a text."),

@@ -257,8 +257,8 @@ def test_the_stage_needs_completions_to_compute_rouge(models, tmp_path):
         sft={"rouge_rows": 1},
     )
     assert message(train_sft, config) == (
-        "sft.rouge_rows compares with completions, which the held-out rows do not have: give rows "
-        "of prompt and completion, or set it to 0."
+        "sft.rouge_rows compares with completions, which the held-out examples do not have: give "
+        "prompts and completions, or set it to 0."
     )
     assert message(train_sft, {"sft": {"rouge_rows": -1}}) == (
         "sft.rouge_rows must be at least 0, but is -1."

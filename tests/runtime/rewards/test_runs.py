@@ -63,7 +63,7 @@ def test_a_step_in_two_programs_equals_the_fused_step(tmp_path, sft_run, reward_
 def text_scorer(tmp_path_factory, reward_run):
     """The folder of a reward model that has another tokenizer than the policies of the runs.
 
-    It is of the form of another one, so that the same programs serve both.
+    It has the architecture of another one, so that the same programs serve both.
     """
     folder = tmp_path_factory.mktemp("text") / "judge" / "hf"
     tokenizer = train_tokenizer(["Quite other words than those of the film reviews."] * 3, 300)
@@ -135,8 +135,8 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
     stage = stage_of(tmp_path, sft_run, {"path": path}, **settings)
     assert stage.reward_model is None
     state, metrics, (rollout, indices) = one_step(stage)
-    rows = [stage.examples[index] for index in indices]
-    ids = encode(stage.tokenizer, [row["completion"] for row in rows])
+    examples = [stage.examples[index] for index in indices]
+    ids = encode(stage.tokenizer, [row["completion"] for row in examples])
     tokens, mask = pad_right([[*row, stage.tokenizer.eos_token_id][:24] for row in ids], 24)
     (params,), model = state.frozen["reward"], stage.rewards.scorers[0].model
     scores = jax.jit(lambda *arrays: end_scores(model, params, Sequences(*arrays)))
@@ -155,7 +155,7 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("examples", "expected"),
     [
         ([{"prompt": "a"}], "has the columns prompt, but ppo.subtract_reference_score needs `pr"),
         (
@@ -168,9 +168,9 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
         ),
     ],
 )
-def test_references_that_are_missing(tmp_path, sft_run, rows, expected):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_references_that_are_missing(tmp_path, sft_run, examples, expected):
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in examples))
     config = small.ppo(
         tmp_path / "run",
         sft_run[0],
@@ -181,10 +181,10 @@ def test_references_that_are_missing(tmp_path, sft_run, rows, expected):
 
 
 def test_references_may_have_another_name_and_go_to_functions_too(tmp_path, sft_run):
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "examples.jsonl"
     prompt = "As long as the prompts of other tests, film"  # so that programs are shared
-    rows = [{"prompt": f"{prompt} {i}.", "summary": "x" * i, "kind": "k"} for i in range(1, 9)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = [{"prompt": f"{prompt} {i}.", "summary": "x" * i, "kind": "k"} for i in range(1, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in examples))
     calls = []
 
     def judge(prompts, completions, **columns):
@@ -246,8 +246,8 @@ def test_all_functions_are_tried_with_the_columns_before_the_first_step(tmp_path
     def narrow(prompts, completions):
         return [0.0 for _ in completions]
 
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a b", "label": 1}\n' * 16)
-    data = {"path": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "examples.jsonl").write_text('{"prompt": "a b", "label": 1}\n' * 16)
+    data = {"path": str(tmp_path / "examples.jsonl")}
     error = message(train_ppo, small.ppo(tmp_path / "run", sft_run[0], data=data), narrow)
     assert error.startswith("narrow cannot be called as narrow(prompts, completions, **columns)")
 

@@ -71,10 +71,10 @@ def responses_of(tokenizer, texts=(ANSWERS,), ended=(ENDED,), prompts=PROMPTS):
     for answers, have_eos in zip(texts, ended, strict=True):
         ids = encode(tokenizer, answers)
         eos = tokenizer.eos_token_id
-        rows = [[*row, eos] if end else row for row, end in zip(ids, have_eos, strict=True)]
-        candidates.append(pad_right(rows, max(map(len, rows)) + 2))
-    rows = [row or [tokenizer.bos_token_id] for row in encode(tokenizer, prompts)]
-    padded = pad_left(rows, max(map(len, rows)) + 3)
+        sequences = [[*row, eos] if end else row for row, end in zip(ids, have_eos, strict=True)]
+        candidates.append(pad_right(sequences, max(map(len, sequences)) + 2))
+    sequences = [row or [tokenizer.bos_token_id] for row in encode(tokenizer, prompts)]
+    padded = pad_left(sequences, max(map(len, sequences)) + 3)
     columns = {"answer": list(range(len(prompts)))}
     return Responses(tokenizer, *padded, candidates, columns, np.arange(len(prompts)) + 5)
 
@@ -97,9 +97,9 @@ def by_hand(folder, tokenizer, texts=(ANSWERS,), ended=(ENDED,)):
     for column in responses:
         rooms = [n_positions - max(map(len, row)) for row in zip(*responses)]
         prompts = [row[-room:] for row, room in zip(encode(tokenizer, PROMPTS), rooms)]
-        rows = [prompt + response for prompt, response in zip(prompts, column)]
-        states = np.asarray(hidden(params["model"], *pad_right(rows, n_positions)))
-        last = np.stack([states[i, len(row) - 1] for i, row in enumerate(rows)])
+        sequences = [prompt + response for prompt, response in zip(prompts, column)]
+        states = np.asarray(hidden(params["model"], *pad_right(sequences, n_positions)))
+        last = np.stack([states[i, len(row) - 1] for i, row in enumerate(sequences)])
         scores.append(last @ np.asarray(params["head"]["kernel"]))
     return scores
 
@@ -253,9 +253,12 @@ def test_references_may_be_messages_and_end_once():
         "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     turns = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "You"}]
-    rows = [{"prompt": turns[0], "completion": turns[1]}, {"prompt": "a", "completion": "bcdef"}]
+    sequences = [
+        {"prompt": turns[0], "completion": turns[1]},
+        {"prompt": "a", "completion": "bcdef"},
+    ]
     settings = DataSettings(max_response_length=5)
-    tokens, mask = reference_tokens(rows, tokenizer, settings)
+    tokens, mask = reference_tokens(sequences, tokenizer, settings)
     eos = tokenizer.eos_token_id
     assert tokens[0][mask[0]].tolist() == [*tokenizer("You")["input_ids"], eos]
     assert tokens[1][mask[1]].tolist() == tokenizer("bcdef")["input_ids"]  # EOS was cut

@@ -182,8 +182,8 @@ def test_an_error_in_a_reward_function_keeps_its_traceback_and_the_run_goes_on(t
     assert raised.value.__notes__ == ["This was raised by my_reward, which was to score 8 texts."]
     assert saved_steps(tmp_path / "parts") == [3]
     train_ppo(without_evaluation(tmp_path / "parts", sft_run), small.short_response)
-    train_ppo(without_evaluation(tmp_path / "whole", sft_run), small.short_response)
-    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    train_ppo(without_evaluation(tmp_path / "full", sft_run), small.short_response)
+    small.assert_same_run(tmp_path / "full", tmp_path / "parts")
 
 
 def test_a_reward_function_is_given_texts_and_the_other_columns(tmp_path, sft_run):

@@ -25,7 +25,7 @@ PLAIN = LoggingSettings(tensorboard=False)
     [("log_every", 0), ("eval_every", -1), ("samples_every", -1), ("num_samples", -2)],
 )
 def test_settings_name_the_key_that_is_wrong(name, value):
-    with pytest.raises(InputError, match=f"logging.{name} is {value}"):
+    with pytest.raises(InputError, match=f"logging.{name} must .*, but is {value}."):
         LoggingSettings(**{name: value})
 
 

@@ -11,7 +11,7 @@ from rlhf_jax.runtime.run.progress import Progress, Throughput
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """Seconds that pass when a test adds them."""
 
     def __init__(self):
         self.now = 100.0

@@ -25,7 +25,7 @@ class Diary:
         self.entries = []
         self._note(monkeypatch, stage, "step", lambda self, state, index: index)
         self._note(monkeypatch, stage, "finish", lambda self, state: None)
-        self._note(monkeypatch, loop._Loop, "_log", lambda self, step, *rest: step)
+        self._note(monkeypatch, loop._Loop, "_log", lambda self, *rest: self.unlogged[0][0])
         batch_at = shared.batch_at
 
         def noted(batches, *place):

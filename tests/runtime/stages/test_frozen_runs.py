@@ -31,8 +31,8 @@ def policy(tmp_path_factory, sft_run):
 
 
 def in_two_parts(monkeypatch, stage, train):
-    """Runs `train("whole")`, and `train("parts")` with an interrupt after its second step."""
-    train("whole")
+    """Runs `train("full")`, and `train("parts")` with an interrupt after its second step."""
+    train("full")
     with monkeypatch.context() as patch:
         small.interrupt_in(patch, stage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
@@ -56,20 +56,20 @@ def test_ppo_goes_on_and_exports_the_lower_layers_as_they_were(
         train_ppo(small.ppo(tmp_path / name, policy, reward_run[0], ppo=options))
 
     in_two_parts(monkeypatch, OnlineStage, train)
-    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    small.assert_same_run(tmp_path / "full", tmp_path / "parts")
     model, before = load_pretrained(policy / "hf")
-    _, after = load_pretrained(tmp_path / "whole" / "hf")
+    _, after = load_pretrained(tmp_path / "full" / "hf")
     assert_lower_kept(model, before, after, 1)
-    saved = small.checkpoint(tmp_path / "whole")
+    saved = small.checkpoint(tmp_path / "full")
     assert set(saved["frozen"]) == {"fingerprint"}
     assert set(saved["params"]["model"]) == {"layers", "ln_f"}
-    # The value model is trained whole, from another form of network.
+    # The value model is trained in full, from another architecture.
     _, scorer = load_reward_model(reward_run[0] / "hf")
     own = saved["params"]["value_model"]
     assert jax.tree.map(np.shape, own["model"]) == jax.tree.map(np.shape, scorer["model"])
     assert (own["model"]["wpe"]["embedding"] != scorer["model"]["wpe"]["embedding"]).any()
     assert float(own["head"]["bias"]) != 0.0
-    metrics = small.rows(tmp_path / "whole" / "metrics.jsonl")
+    metrics = small.rows(tmp_path / "full" / "metrics.jsonl")
     assert abs(metrics[0]["objective/kl"]) < 1e-5
 
 
@@ -86,21 +86,21 @@ def test_a_reward_model_goes_on_and_exports_the_lower_layers_as_they_were(
         train_reward(small.reward(tmp_path / name, policy, reward=options))
 
     in_two_parts(monkeypatch, OfflineStage, train)
-    small.assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    small.assert_same_run(tmp_path / "full", tmp_path / "parts")
     _, before = load_pretrained(policy / "hf")
-    model, after = load_reward_model(tmp_path / "whole" / "hf")
+    model, after = load_reward_model(tmp_path / "full" / "hf")
     # The exported vocabulary has one row more, for a token that pads.
-    rows = before["wte"]["embedding"].shape[0]
-    after["model"]["wte"]["embedding"] = after["model"]["wte"]["embedding"][:rows]
+    size = before["wte"]["embedding"].shape[0]
+    after["model"]["wte"]["embedding"] = after["model"]["wte"]["embedding"][:size]
     lower, upper = model.split(before, 0)
     jax.tree.map(np.testing.assert_array_equal, model.split(after["model"], 0)[0], lower)
     assert (after["model"]["ln_f"]["scale"] != upper["ln_f"]["scale"]).any()
-    saved = small.checkpoint(tmp_path / "whole")
+    saved = small.checkpoint(tmp_path / "full")
     assert set(saved["frozen"]) == {"fingerprint"}
 
 
 def test_flops_count_what_is_frozen_once(policy, reward_run, tmp_path):
-    """By hand: D = 32, 12 D^2 weights in a layer, and V = 300 padded to 384 rows."""
+    """By hand: D = 32, 12 D^2 weights in a layer, and V = 300 padded to 384."""
     layer, table = 12 * 32 * 32, 384 * 32
 
     def flops(**options):
@@ -108,8 +108,8 @@ def test_flops_count_what_is_frozen_once(policy, reward_run, tmp_path):
         return OnlineStage(resolve(PPOConfig, config)).flops_per_token
 
     reward = layer + 32
-    whole = 2 * layer + table
-    assert flops() == 2 * (3 * whole + reward) + 2 * 6 * whole
+    full = 2 * layer + table
+    assert flops() == 2 * (3 * full + reward) + 2 * 6 * full
     above = layer + table  # of which the table is frozen
     forwards = 2 * layer + 3 * above + reward + reward
     backwards = 2 * (6 * (layer + reward) + 4 * table)
