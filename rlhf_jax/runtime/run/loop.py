@@ -169,10 +169,15 @@ class _Loop:
         minutes, waited = self.config.checkpoint.minutes, time.monotonic() - self.saved_at
         return minutes > 0 and waited >= 60.0 * minutes
 
-    def _is_due(self, period: int, step: int | None = None) -> bool:
-        """Whether something is due after a step: the last one, or each `period` steps."""
-        step = self.step if step is None else step
-        return step == self.stage.total_steps or (period > 0 and step % period == 0)
+    def _is_due(self, period: int | None, step: int | None = None) -> bool:
+        """Whether something is due after a step: the last one, and each `period` steps.
+
+        Where `period` is None, ten times a run, or after each step of a shorter one.
+        """
+        step, total = self.step if step is None else step, self.stage.total_steps
+        if period is None:
+            return 10 * step // total > 10 * (step - 1) // total
+        return step == total or (period > 0 and step % period == 0)
 
     def _pause(self) -> None:
         """Evaluates, samples, logs and saves, each where it is due, and stops after a signal.
@@ -208,14 +213,14 @@ class _Loop:
             self._stop()
 
     def _complete(self) -> None:
-        """Evaluates and samples at the step of a checkpoint, where the run was stopped before."""
+        """Samples before the first step; evaluates and samples where the run was stopped before."""
         evaluations, has_samples = hosts.from_first(read_progress, self.config.run_dir, self.step)
         self.checkpoints.evaluations = evaluations
-        if self.step == 0:
-            return
+        logging, started = self.config.logging, self.step > 0
+        sampling = self._is_due(logging.samples_every) if started else logging.samples_every != 0
         evaluation, samples, terminated = self._evaluate(
-            self._is_due(self.config.logging.eval_every) and self.step not in evaluations,
-            self._is_due(self.config.logging.samples_every) and not has_samples,
+            started and self._is_due(logging.eval_every) and self.step not in evaluations,
+            sampling and not has_samples,
         )
         if evaluation:
             self.writer.write(self.step, evaluation)

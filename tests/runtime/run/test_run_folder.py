@@ -36,7 +36,7 @@ def test_the_folder_holds_what_is_promised(finished):
     assert files <= {path.name for path in folder.iterdir()}
     assert [row["step"] for row in small.rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     samples = small.rows(folder / "samples.jsonl")
-    assert {row["step"] for row in samples} == {2, 4}
+    assert {row["step"] for row in samples} == {0, 2, 4}
     assert all(isinstance(row["prompt"] + row["response"], str) for row in samples)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["run_dir"] == str(folder)
