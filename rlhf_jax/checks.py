@@ -1,81 +1,78 @@
-"""Limits of settings: each check names the key, what is allowed and what was given.
-
-The keyword arguments are the values of keys of one section. None, a value that is not set, passes
-every check but `one_of`.
-
->>> positive("sft", batch_size=16, num_epochs=0.5)
->>> positive("sft", batch_size=0)
-Traceback (most recent call last):
-rlhf_jax.errors.InputError: sft.batch_size must be above 0, but is 0.
-"""
+"""Limits of settings, stated in the annotations of a dataclass: `batch_size: PositiveInt = 16`."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import numbers
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from rlhf_jax.errors import InputError
 
 
-def positive(section: str, **values: float | None) -> None:
-    """Raises an InputError for a value that is not above 0."""
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise InputError(f"{section}.{name} must be above 0, but is {value}.")
+class Limit(NamedTuple):
+    """A condition on a number, and its text after "must"."""
+
+    holds: Callable[[Any], bool]
+    text: str
 
 
-def not_negative(section: str, **values: float | None) -> None:
-    """Raises an InputError for a value below 0."""
-    for name, value in values.items():
-        if value is not None and value < 0:
-            raise InputError(f"{section}.{name} must not be negative, but is {value}.")
+_POSITIVE = Limit(lambda x: x > 0, "be above 0")
+_NOT_NEGATIVE = Limit(lambda x: x >= 0, "not be negative")
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+Fraction = Annotated[float, Limit(lambda x: 0 <= x <= 1, "be from 0 to 1")]
+PositiveFraction = Annotated[float, Limit(lambda x: 0 < x <= 1, "be above 0 and at most 1")]
+FractionBelowOne = Annotated[float, Limit(lambda x: 0 <= x < 1, "be at least 0 and below 1")]
 
 
-def at_least(minimum: float, section: str, **values: float | None) -> None:
-    """Raises an InputError for a value below the minimum."""
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            raise InputError(f"{section}.{name} must be at least {minimum}, but is {value}.")
+def check_fields(section: str, settings: Any) -> None:
+    """Raises an InputError for a field of a dataclass whose value its annotation excludes.
 
+    That is null without a None in the annotation, a value that is not among those of a `Literal`, a
+    float that is infinite or NaN, and a number outside of a `Limit`.
 
-def fraction(section: str, **values: float | None) -> None:
-    """Raises an InputError for a value outside of [0, 1]."""
-    for name, value in values.items():
-        if value is not None and not 0 <= value <= 1:
-            raise InputError(f"{section}.{name} must be from 0 to 1, but is {value}.")
-
-
-def below_one(section: str, **values: float | None) -> None:
-    """Raises an InputError for a value outside of [0, 1)."""
-    for name, value in values.items():
-        if value is not None and not 0 <= value < 1:
-            raise InputError(f"{section}.{name} must be at least 0 and below 1, but is {value}.")
-
-
-def finite(section: str, **values: Any) -> None:
-    """Raises an InputError for a float that is infinite or NaN."""
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{section}.{name} must be a finite number, but is {value}.")
-
-
-def one_of(allowed: Sequence[Any], section: str, **values: Any) -> None:
-    """Raises an InputError for a value that is not among the allowed ones.
-
-    >>> one_of(("k1", "k2", None), "ppo", kl_estimator="k4")
+    >>> import dataclasses
+    >>> Settings = dataclasses.make_dataclass("Settings", [("batch_size", PositiveInt)])
+    >>> check_fields("sft", Settings(batch_size=16))
+    >>> check_fields("sft", Settings(batch_size=0))
     Traceback (most recent call last):
-    rlhf_jax.errors.InputError: ppo.kl_estimator must be k1, k2 or null, but is 'k4'.
+    rlhf_jax.errors.InputError: sft.batch_size must be above 0, but is 0.
     """
-    *first, last = ("null" if each is None else str(each) for each in allowed)
-    for name, value in values.items():
-        if value not in allowed:
-            raise InputError(
-                f"{section}.{name} must be {', '.join(first)} or {last}, but is {value!r}."
-            )
+    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+        is_union = get_origin(annotation) in (Union, types.UnionType)
+        kinds = get_args(annotation) if is_union else (annotation,)
+        _check_field(f"{section}.{name}", getattr(settings, name), kinds)
 
 
-def divides(section: str, name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Raises an InputError unless the value is a multiple of the divisor, both positive."""
-    if value % divisor:
+def _check_field(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    has_null = type(None) in kinds
+    choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+    if choices and value not in choices + [None] * has_null:
+        *first, last = [*choices, "null"] if has_null else choices
+        raise InputError(f"{key} must be {', '.join(first)} or {last}, but is {value!r}.")
+    if value is None:
+        if not has_null:
+            raise InputError(f"{key} must have a value, but is null.")
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key} must be a finite number, but is {value}.")
+    for limit in [each for kind in kinds for each in getattr(kind, "__metadata__", ())]:
+        if not isinstance(value, numbers.Real) or not limit.holds(value):
+            raise InputError(f"{key} must {limit.text}, but is {value!r}.")
+
+
+def check_divides(settings: Any, name: str, divisor_name: str, value: int | None = None) -> None:
+    """Raises an InputError unless the value is a multiple of the divisor, a field or None.
+
+    Args:
+      settings: with the name of its `section`.
+      name: of the value, by default a field too.
+    """
+    divisor, section = getattr(settings, divisor_name), settings.section
+    value = getattr(settings, name) if value is None else value
+    if divisor is not None and value % divisor:
         raise InputError(
             f"{section}.{name} = {value} is not divisible by {section}.{divisor_name} = {divisor}; "
             "change one of them."

@@ -2,6 +2,7 @@
 once, and examples that repeat."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -66,6 +67,15 @@ def optimizations(request):
         jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def package_logger():
+    """A command that a test runs in its own process sets up logging for that test alone."""
+    logger = logging.getLogger("rlhf_jax")
+    before = logger.handlers, logger.propagate
+    yield
+    logger.handlers, logger.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """Checks of settings name the key, what is allowed, and the value."""
 
+import dataclasses
 import math
+import types
+from typing import Literal
 
 import pytest
 
@@ -8,31 +11,53 @@ from rlhf_jax import checks
 from rlhf_jax.errors import InputError
 
 
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    number: float = 1.0
+    optional: float | None = None
+    choice: Literal["a", "b"] = "a"
+    optional_choice: Literal["a", "b"] | None = None
+    positive: checks.PositiveInt = 1
+    optional_positive: checks.PositiveFloat | None = None
+    not_negative: checks.NonNegativeFloat = 0.0
+    fraction: checks.Fraction = 1.0
+    positive_fraction: checks.PositiveFraction = 1.0
+    below_one: checks.FractionBelowOne = 0.0
+
+
 @pytest.mark.parametrize(
-    ("check", "allowed", "refused", "message"),
+    ("values", "message"),
     [
-        (checks.positive, (1, 0.5, None), (0, -1.0), "s.x must be above 0, but is"),
-        (checks.not_negative, (0, 2.0, None), (-1,), "s.x must not be negative, but is -1"),
-        (checks.fraction, (0, 1.0, None), (-0.1, 1.1), "s.x must be from 0 to 1, but is"),
-        (checks.below_one, (0.0, 0.9, None), (1.0, -1), "s.x must be at least 0 and below 1, but"),
-        (checks.finite, (1.0, "a", None), (math.nan, -math.inf), "s.x must be a finite number"),
+        ({"number": math.nan}, "s.number must be a finite number, but is nan"),
+        ({"optional": -math.inf}, "s.optional must be a finite number, but is -inf"),
+        ({"not_negative": math.nan}, "s.not_negative must be a finite number, but is nan"),
+        ({"number": None}, "s.number must have a value, but is null"),
+        ({"choice": "c"}, "s.choice must be a or b, but is 'c'"),
+        ({"choice": None}, "s.choice must be a or b, but is None"),
+        ({"optional_choice": "c"}, "s.optional_choice must be a, b or null, but is 'c'"),
+        ({"positive": 0}, "s.positive must be above 0, but is 0"),
+        ({"positive": "1"}, "s.positive must be above 0, but is '1'"),
+        ({"optional_positive": -1.0}, "s.optional_positive must be above 0, but is -1.0"),
+        ({"not_negative": -1}, "s.not_negative must not be negative, but is -1"),
+        ({"fraction": 1.1}, "s.fraction must be from 0 to 1, but is 1.1"),
+        ({"positive_fraction": 0}, "s.positive_fraction must be above 0 and at most 1, but is 0"),
+        ({"below_one": 1.0}, "s.below_one must be at least 0 and below 1, but is 1.0"),
     ],
 )
-def test_values_out_of_range_are_named(check, allowed, refused, message):
-    for value in allowed:
-        check("s", x=value)
-    for value in refused:
-        with pytest.raises(InputError, match=message):
-            check("s", x=value)
+def test_values_that_an_annotation_excludes_are_named(values, message):
+    checks.check_fields("s", Fields())
+    checks.check_fields("s", Fields(2, 0.5, "b", "b", 3, 0.5, 2, 0.0, 0.5, 0.9))
+    with pytest.raises(InputError) as error:
+        checks.check_fields("s", Fields(**values))
+    assert str(error.value) == f"{message}."
 
 
-def test_a_minimum_a_list_and_a_divisor_are_named():
-    checks.at_least(2, "s", x=2)
-    with pytest.raises(InputError, match="s.x must be at least 2, but is 1"):
-        checks.at_least(2, "s", x=1)
-    checks.one_of(("a", "b", None), "s", x=None)
-    with pytest.raises(InputError, match="s.x must be a, b or null, but is 'c'"):
-        checks.one_of(("a", "b", None), "s", x="c")
-    checks.divides("s", "x", 6, "y", 3)
-    with pytest.raises(InputError, match="s.x = 6 is not divisible by s.y = 4; change one of"):
-        checks.divides("s", "x", 6, "y", 4)
+def test_a_divisor_is_named():
+    settings = types.SimpleNamespace(section="s", x=6, y=3, z=4, unset=None)
+    checks.check_divides(settings, "x", "y")
+    checks.check_divides(settings, "x", "unset")
+    checks.check_divides(settings, "x / 2", "y", 3)
+    with pytest.raises(InputError, match="s.x = 6 is not divisible by s.z = 4; change one of"):
+        checks.check_divides(settings, "x", "z")
+    with pytest.raises(InputError, match="s.x / 2 = 2 is not divisible by s.y = 3; change one of"):
+        checks.check_divides(settings, "x / 2", "y", 2)

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import checks, functional
+from rlhf_jax import functional
+from rlhf_jax.checks import FractionBelowOne
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.shaping import ScoreStats, init_score_stats
 from rlhf_jax.training import online
@@ -38,11 +39,7 @@ class Settings(OnlineSettings):
     """
 
     section = "reinforce"
-    baseline_decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.below_one(self.section, baseline_decay=self.baseline_decay)
+    baseline_decay: FractionBelowOne = 0.9
 
 
 TRAINER = Trainer(

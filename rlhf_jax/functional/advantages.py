@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
 from rlhf_jax.functional.kl import KINDS, kl_estimate
-from rlhf_jax.functional.masking import is_last, zero_off_mask
+from rlhf_jax.functional.masking import is_last, masked_tokens, zero_off_mask
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"):
@@ -35,15 +35,10 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"
     >>> print(rewards, kl)
     [[-0.5  1.   0. ]] [[1. 0. 0.]]
     """
-    expect(
-        logprobs=(logprobs, "BT", float),
-        ref_logprobs=(ref_logprobs, "BT", float),
-        mask=(mask, "BT", bool),
-        scores=(scores, "B", float),
-    )
+    logprobs, ref_logprobs = masked_tokens(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    expect(logprobs=(logprobs, "BT", float), scores=(scores, "B", float))
     expect_one_of(kl_kind=(kl_kind, KINDS))
     expect_scalars(kl_coef=kl_coef)
-    logprobs, ref_logprobs = zero_off_mask(mask, logprobs, ref_logprobs)
     kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
     (final,) = zero_off_mask(is_last(mask), scores[:, None])
     return final - kl_coef * kl, kl
@@ -75,9 +70,8 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
     >>> print(advantages, returns)
     [[0.25 0.5  0.  ]] [[0.75 1.   0.  ]]
     """
-    expect(rewards=(rewards, "BT", float), values=(values, "BT", float), mask=(mask, "BT", bool))
+    rewards, values = masked_tokens(mask, rewards=rewards, values=values)
     expect_scalars(gamma=gamma, lam=lam)
-    rewards, values = zero_off_mask(mask, rewards, values)
     next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
     deltas = rewards + gamma * next_values - values
     advantages = _discounted_sums(deltas, gamma * lam)
@@ -103,9 +97,8 @@ def rewards_to_go(rewards, mask, *, gamma=1.0):
     >>> print(rewards_to_go(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[True, True, False]])))
     [[3. 2. 0.]]
     """
-    expect(rewards=(rewards, "BT", float), mask=(mask, "BT", bool))
+    (rewards,) = masked_tokens(mask, rewards=rewards)
     expect_scalars(gamma=gamma)
-    (rewards,) = zero_off_mask(mask, rewards)
     return zero_off_mask(mask, _discounted_sums(rewards, gamma))[0]
 
 

@@ -228,19 +228,20 @@ def _varying_alike(arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked(hidden, unembedding, tokens, temperature, chunks, vocab_size):
-    weights = _without_padding(unembedding, vocab_size)
-
-    def read(_, chunk):
-        logits = _logits(chunk[0], weights)
-        return None, _read(logits, chunk[1], temperature, vocab_size)[0]
-
-    return _scan(read, None, (hidden, tokens), chunks)[1]
+    return _results(hidden, unembedding, tokens, temperature, chunks, vocab_size)[0]
 
 
 def _forward(hidden, unembedding, tokens, temperature, chunks, vocab_size):
     hidden, unembedding, tokens, temperature = (
         x.value for x in (hidden, unembedding, tokens, temperature)
     )
+    arrays = (hidden, unembedding, tokens, temperature)
+    outputs, *saved = _results(*arrays, chunks, vocab_size)
+    return outputs, (*arrays, *saved)
+
+
+def _results(hidden, unembedding, tokens, temperature, chunks, vocab_size):
+    """((logprobs, entropy), normalizers, logits if they are of one chunk)."""
     weights = _without_padding(unembedding, vocab_size)
 
     def read(_, chunk):
@@ -248,8 +249,7 @@ def _forward(hidden, unembedding, tokens, temperature, chunks, vocab_size):
         outputs, normalizers = _read(logits, chunk[1], temperature, vocab_size)
         return None, (outputs, normalizers, logits if chunks == 1 else ())
 
-    _, (outputs, normalizers, logits) = _scan(read, None, (hidden, tokens), chunks)
-    return outputs, (hidden, unembedding, tokens, temperature, normalizers, logits)
+    return _scan(read, None, (hidden, tokens), chunks)[1]
 
 
 def _backward(chunks, vocab_size, saved, gradients):

@@ -135,6 +135,12 @@ def zero_off_mask(mask, *arrays):
     return tuple(jnp.where(mask, x.astype(jnp.float32), 0.0) for x in arrays)
 
 
+def masked_tokens(mask, **arrays):
+    """float[B, T] arrays as by `zero_off_mask`, after a check of their shapes and dtypes."""
+    expect(**{name: (x, "BT", float) for name, x in arrays.items()}, mask=(mask, "BT", bool))
+    return zero_off_mask(mask, *arrays.values())
+
+
 def is_last(mask):
     """True on the last real position of each response of bool[B, T], if it has one."""
     positions = jnp.arange(mask.shape[1])

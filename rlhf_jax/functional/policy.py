@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
 from rlhf_jax.functional.kl import MAX_LOG_RATIO, exp_minus_linear
-from rlhf_jax.functional.masking import batch_mean, count_or_one, zero_off_mask
+from rlhf_jax.functional.masking import batch_mean, count_or_one, masked_tokens, zero_off_mask
 
 REDUCTIONS = ("sequence", "token", "constant")
 
@@ -43,18 +43,12 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2,
     >>> print(loss, metrics["clipfrac"], metrics["ratio"])
     -1.1 0.5 1.5
     """
-    expect(
-        logprobs=(logprobs, "BT", float),
-        old_logprobs=(old_logprobs, "BT", float),
-        advantages=(advantages, "BT", float),
-        mask=(mask, "BT", bool),
+    logprobs, old_logprobs, advantages = masked_tokens(
+        mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
     expect_scalars(clip_range=clip_range)
-    logprobs, old_logprobs, advantages = zero_off_mask(mask, logprobs, old_logprobs, advantages)
-    log_ratio = logprobs - old_logprobs
-    ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
-    unclipped = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
+    log_ratio, ratio = _ratio(logprobs, old_logprobs)
+    unclipped, clipped = _surrogates(ratio, advantages, clip_range, clip_range)
     return batch_mean(jnp.maximum(unclipped, clipped), mask, denominator), {
         "clipfrac": batch_mean(clipped > unclipped, mask, denominator),
         "approxkl": 0.5 * batch_mean(jnp.square(log_ratio), mask, denominator),
@@ -91,14 +85,10 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip_range=0.2, denomin
     >>> print(f"{loss:.2f}", metrics["clipfrac"])
     0.32 1.0
     """
-    expect(
-        values=(values, "BT", float),
-        old_values=(old_values, "BT", float),
-        returns=(returns, "BT", float),
-        mask=(mask, "BT", bool),
+    values, old_values, returns = masked_tokens(
+        mask, values=values, old_values=old_values, returns=returns
     )
     expect_scalars(clip_range=clip_range)
-    values, old_values, returns = zero_off_mask(mask, values, old_values, returns)
     # Not old + clip(new - old), which rounds and would count values inside the range as clipped.
     clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     unclipped = jnp.square(values - returns)
@@ -142,16 +132,11 @@ def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef,
     >>> print(f"{loss:.4f}", f"{metrics['kl']:.4f}", f"{metrics['ratio']:.1f}")
     -1.1931 0.1534 1.5
     """
-    expect(
-        logprobs=(logprobs, "BT", float),
-        old_logprobs=(old_logprobs, "BT", float),
-        advantages=(advantages, "BT", float),
-        mask=(mask, "BT", bool),
+    logprobs, old_logprobs, advantages = masked_tokens(
+        mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
     expect_scalars(kl_coef=kl_coef)
-    logprobs, old_logprobs, advantages = zero_off_mask(mask, logprobs, old_logprobs, advantages)
-    log_ratio = logprobs - old_logprobs
-    ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
+    log_ratio, ratio = _ratio(logprobs, old_logprobs)
     kl = exp_minus_linear(log_ratio)
     return batch_mean(kl_coef * kl - advantages * ratio, mask, denominator), {
         "kl": batch_mean(kl, mask, denominator),
@@ -184,12 +169,7 @@ def reinforce_loss(logprobs, advantages, mask, *, denominator=None):
     >>> print(loss)
     2.0
     """
-    expect(
-        logprobs=(logprobs, "BT", float),
-        advantages=(advantages, "BT", float),
-        mask=(mask, "BT", bool),
-    )
-    logprobs, advantages = zero_off_mask(mask, logprobs, advantages)
+    logprobs, advantages = masked_tokens(mask, logprobs=logprobs, advantages=advantages)
     return batch_mean(-advantages * logprobs, mask, denominator), {}
 
 
@@ -282,11 +262,9 @@ def grpo_loss(
     logprobs, old_logprobs, advantages = zero_off_mask(
         mask, logprobs, old_logprobs, advantages[:, None]
     )
-    log_ratio = logprobs - old_logprobs
-    ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
+    log_ratio, ratio = _ratio(logprobs, old_logprobs)
     high = clip_range if clip_range_high is None else clip_range_high
-    unclipped = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1.0 - clip_range, 1.0 + high)
+    unclipped, clipped = _surrogates(ratio, advantages, clip_range, high)
     losses = jnp.maximum(unclipped, clipped)
     if ref_logprobs is None:
         kl = jnp.zeros_like(losses)
@@ -301,6 +279,17 @@ def grpo_loss(
         "ratio": jnp.sum(metric_weights * ratio),
         "kl": jnp.sum(metric_weights * kl),
     }
+
+
+def _ratio(logprobs, old_logprobs):
+    """(log r, r) of each token, r limited to the range of float32."""
+    log_ratio = logprobs - old_logprobs
+    return log_ratio, jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
+
+
+def _surrogates(ratio, advantages, low, high):
+    """The losses of each token (unclipped, clipped)."""
+    return -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - low, 1.0 + high)
 
 
 def _weights(mask, reduction, denominator):

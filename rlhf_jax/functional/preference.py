@@ -84,17 +84,12 @@ def dpo_loss(
     expect_one_of(kind=(kind, DPO_KINDS))
     expect_scalars(beta=beta, label_smoothing=label_smoothing)
     _expect_label_smoothing(kind, label_smoothing)
-    mask = _checked_mask(
-        "B",
-        "mask",
+    mask, policy_chosen, policy_rejected, ref_chosen, ref_rejected = _masked(
         mask,
         policy_chosen=policy_chosen,
         policy_rejected=policy_rejected,
         ref_chosen=ref_chosen,
         ref_rejected=ref_rejected,
-    )
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected = zero_off_mask(
-        mask, policy_chosen, policy_rejected, ref_chosen, ref_rejected
     )
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     if lengths is not None:
@@ -122,10 +117,8 @@ def simpo_loss(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, mask=None
       denominator: divisor of the sums, instead of the number of real pairs.
 
     Returns:
-      (loss, metrics), f32[] each. A reward is beta times a log-probability; metrics `accuracy`,
-      the share of pairs in which the chosen one has the higher reward (ties count as
-      wrong; gamma is not included), `margin`, the mean difference of rewards, `chosen_reward` and
-      `rejected_reward`, their means. All are 0 if no pair is real.
+      (loss, metrics), f32[] each, with the metrics of `dpo_loss`, for rewards of beta times a
+      log-probability; gamma is not included. All are 0 if no pair is real.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -136,11 +129,10 @@ def simpo_loss(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, mask=None
     >>> print(f"{loss:.4f}", metrics["margin"])
     0.3133 2.0
     """
-    mask = _checked_mask(
-        "B", "mask", mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
+    mask, chosen, rejected = _masked(
+        mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
     )
     expect_scalars(beta=beta, gamma=gamma)
-    chosen, rejected = zero_off_mask(mask, policy_chosen, policy_rejected)
     losses = -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
     metrics = _pair_metrics(chosen, rejected, beta, mask, denominator)
     return batch_mean(losses, mask, denominator), metrics
@@ -167,10 +159,8 @@ def orpo_loss(policy_chosen, policy_rejected, nll, *, beta=0.1, mask=None, denom
       denominator: divisor of the sums over pairs, instead of the number of real pairs.
 
     Returns:
-      (loss, metrics), f32[] each. A reward is beta times a log-probability, as in TRL; metrics
-      `accuracy`, the share of pairs in which the chosen one has the higher reward (ties count as
-      wrong), `margin`, the mean difference of rewards, `chosen_reward` and `rejected_reward`, their
-      means. If no pair is real the loss is nll and the metrics are 0.
+      (loss, metrics), f32[] each, with the metrics of `dpo_loss`, for rewards of beta times a
+      log-probability, as in TRL. If no pair is real the loss is nll and the metrics are 0.
 
     Raises:
       ValueError: naming the argument whose shape or dtype is wrong.
@@ -182,10 +172,9 @@ def orpo_loss(policy_chosen, policy_rejected, nll, *, beta=0.1, mask=None, denom
     1.2231
     """
     expect_scalars(nll=nll, beta=beta)
-    mask = _checked_mask(
-        "B", "mask", mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
+    mask, chosen, rejected = _masked(
+        mask, policy_chosen=policy_chosen, policy_rejected=policy_rejected
     )
-    chosen, rejected = zero_off_mask(mask, policy_chosen, policy_rejected)
     losses = -jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
     metrics = _pair_metrics(chosen, rejected, beta, mask, denominator)
     return jnp.asarray(nll, jnp.float32) + beta * batch_mean(losses, mask, denominator), metrics
@@ -253,18 +242,16 @@ def kto_loss(
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
-    chosen_mask = _checked_mask(
-        "C", "chosen_mask", chosen_mask, policy_chosen=policy_chosen, ref_chosen=ref_chosen
+    chosen_mask, policy_chosen, ref_chosen = _masked(
+        chosen_mask, "C", "chosen_mask", policy_chosen=policy_chosen, ref_chosen=ref_chosen
     )
-    rejected_mask = _checked_mask(
+    rejected_mask, policy_rejected, ref_rejected = _masked(
+        rejected_mask,
         "R",
         "rejected_mask",
-        rejected_mask,
         policy_rejected=policy_rejected,
         ref_rejected=ref_rejected,
     )
-    policy_chosen, ref_chosen = zero_off_mask(chosen_mask, policy_chosen, ref_chosen)
-    policy_rejected, ref_rejected = zero_off_mask(rejected_mask, policy_rejected, ref_rejected)
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     # Distances from the reference point, positive on the right side.
     z = jnp.maximum(jax.lax.stop_gradient(jnp.asarray(kl, jnp.float32)), 0.0)
@@ -323,13 +310,14 @@ def _expect_lengths(policy_chosen, lengths):
         expect(policy_chosen=(policy_chosen, "B", float), **{name: (x, "B", kind)})
 
 
-def _checked_mask(axis, mask_name, mask, **logprobs):
-    """The mask, or one that is True everywhere, after checks of all shapes and dtypes."""
-    expect(**{name: (x, axis, float) for name, x in logprobs.items()})
-    name, first = next(iter(logprobs.items()))
-    mask = jnp.ones_like(first, dtype=bool) if mask is None else mask
-    expect(**{name: (first, axis, float), mask_name: (mask, axis, bool)})
-    return mask
+def _masked(mask, axis="B", mask_name="mask", /, **logprobs):
+    """(mask, *logprobs) after checks; the mask is True by default, the others are 0 off it."""
+    expected = {name: (x, axis, float) for name, x in logprobs.items()}
+    expect(**expected)
+    if mask is None:
+        mask = jnp.ones_like(next(iter(logprobs.values())), dtype=bool)
+    expect(**expected, **{mask_name: (mask, axis, bool)})
+    return mask, *zero_off_mask(mask, *logprobs.values())
 
 
 def _pair_metrics(chosen, rejected, beta, mask, denominator):

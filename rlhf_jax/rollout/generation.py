@@ -15,9 +15,8 @@ from rlhf_jax.rollout.sampling import filtered_logprobs, sample_token
 
 
 class _Sampling(NamedTuple):
-    """The settings of `generate`, all static but the limits."""
+    """The settings of `generate` that each step reads, all static but the limits."""
 
-    max_new_tokens: int
     temperature: float
     top_k: int
     top_p: float
@@ -79,16 +78,9 @@ def generate(
     Raises:
       InputError: P + T exceeds the model's positions, or a setting is out of its range.
     """
-    sampling = _Sampling(
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        tuple(stop_token_ids),
-        min_new_tokens,
-        max_lengths,
-    )
-    _check(model, prompts, sampling)
+    stops = tuple(stop_token_ids)
+    sampling = _Sampling(temperature, top_k, top_p, stops, min_new_tokens, max_lengths)
+    _check(model, prompts, max_new_tokens, sampling)
     batch, width = prompts.shape
     params = model.for_decoding(params)
     positions = positions_from(prompt_mask)
@@ -158,16 +150,16 @@ def _draw(logits, key, t, sampling: _Sampling) -> tuple[jax.Array, jax.Array]:
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
 
 
-def _check(model: Model, prompts: jax.Array, sampling: _Sampling) -> None:
+def _check(model: Model, prompts: jax.Array, length: int, sampling: _Sampling) -> None:
     width, positions = prompts.shape[1], model.config.n_positions
     if width < 1:
         raise InputError("generate needs prompts of at least one token.")
-    if sampling.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, but is {sampling.max_new_tokens}.")
-    if width + sampling.max_new_tokens > positions:
+    if length < 1:
+        raise InputError(f"max_new_tokens must be at least 1, but is {length}.")
+    if width + length > positions:
         raise InputError(
-            f"Prompts of {width} tokens and {sampling.max_new_tokens} new ones exceed the model's "
-            f"n_positions = {positions}; shorten one of them."
+            f"Prompts of {width} tokens and {length} new ones exceed the model's n_positions = "
+            f"{positions}; shorten one of them."
         )
     if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise InputError(

@@ -2,7 +2,7 @@
 
 Responses are `Sequences`: one to each prompt, or K that share it. With `frozen`, the lower half
 that `Model.split` returns, `params` are the upper half; no gradient is computed for the lower one.
-`states` are its results, `frozen_states`, for passes that share them.
+`states` are the results of the lower half for these sequences, `frozen_states`, which passes share.
 """
 
 from typing import NamedTuple
@@ -36,19 +36,14 @@ def response_logprobs(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(logprobs f32[..., T], entropy f32[..., T], hidden [..., T, D]) of response tokens, in nats.
 
-    Args:
-      params: full, or with `frozen` and `states` the upper half.
-      sequences: B responses, or B times K; "..." is B, or B, K.
+    "..." is B, or B, K.
     """
     if frozen is not None and states is None:
         states = frozen_states(model, frozen, sequences)
     hidden = response_hidden(model, params, sequences, states=states)
     logits = response_logits(model, params, hidden, temperature=temperature, frozen=frozen)
-    return (
-        functional.token_logprobs(logits, sequences.tokens),
-        functional.token_entropy(logits),
-        hidden,
-    )
+    logprobs = functional.token_logprobs(logits, sequences.tokens)
+    return logprobs, functional.token_entropy(logits), hidden
 
 
 def response_logits(
@@ -70,12 +65,8 @@ def response_hidden(
     """Hidden states in which each response token is chosen, [B, T, D] or [B, K, T, D].
 
     Token t of a response is predicted at position P + t - 1 of prompt and response together, the
-    first one at the end of the prompt. Only these states pass the final layer norm.
-
-    Args:
-      params: full, or with `states` the upper half.
-      sequences: P is at least 1.
-      states: [B, L, D], `frozen_states` of the same sequences.
+    first one at the end of the prompt, so that P is at least 1. Only these states pass the final
+    layer norm.
     """
     inputs = _prediction_inputs(sequences)
     x = model.embed(params, inputs.tokens, inputs.positions) if states is None else states
@@ -137,28 +128,23 @@ def _prediction_inputs(sequences):
     prompts, prompt_mask, tokens, mask = sequences
     if tokens.ndim == 3:
         return _shared_inputs(Sequences(prompts, prompt_mask, tokens[..., :-1], mask[..., :-1]))
-    inputs = jnp.concatenate([prompts, tokens[:, :-1]], axis=1)
-    inputs_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
-    return _Inputs(inputs, inputs_mask, positions_from(inputs_mask), None)
+    tokens = jnp.concatenate([prompts, tokens[:, :-1]], axis=1)
+    mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
+    return _Inputs(tokens, mask, positions_from(mask), None)
 
 
 def _shared_inputs(sequences):
     """Inputs of all tokens of prompts and of their K responses."""
     prompts, prompt_mask, tokens, mask = sequences
     (batch, width), (_, count, length) = prompts.shape, tokens.shape
-    before = prompt_mask.sum(axis=1, dtype=jnp.int32)[:, None]
     own_positions = positions_from(mask.reshape(batch * count, length))
-    own_positions = own_positions.reshape(batch, count * length) + before
-    joined_tokens, joined_mask, positions = (
-        jnp.concatenate([prompt, rest.reshape(batch, count * length)], axis=1)
-        for prompt, rest in (
-            (prompts, tokens),
-            (prompt_mask, mask),
-            (positions_from(prompt_mask), own_positions),
-        )
+    own_positions = own_positions.reshape(mask.shape)
+    own_positions += prompt_mask.sum(axis=1, dtype=jnp.int32)[:, None, None]
+    pairs = (prompts, tokens), (prompt_mask, mask), (positions_from(prompt_mask), own_positions)
+    tokens, mask, positions = (
+        jnp.concatenate([x, y.reshape(batch, count * length)], axis=1) for x, y in pairs
     )
-    shared = SharedPrompt(width, count) if length else None
-    return _Inputs(joined_tokens, joined_mask, positions, shared)
+    return _Inputs(tokens, mask, positions, SharedPrompt(width, count) if length else None)
 
 
 def _apply_layers(model, params, x, inputs):

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax import checks
+from rlhf_jax.checks import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    check_fields,
+)
 from rlhf_jax.errors import InputError
 
 
@@ -19,25 +26,15 @@ class GenerationSettings:
       batch_size: prompts at a time.
     """
 
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    batch_size: int = 32
+    max_new_tokens: PositiveInt = 64
+    min_new_tokens: NonNegativeInt = 0
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: PositiveFraction = 1.0
+    batch_size: PositiveInt = 32
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise InputError(
-                "generation.max_new_tokens and generation.batch_size must be at least 1, but are "
-                f"{self.max_new_tokens} and {self.batch_size}."
-            )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                "generation.temperature and generation.top_k must not be negative and "
-                "generation.top_p must be above 0 and at most 1, but are "
-                f"{self.temperature}, {self.top_k} and {self.top_p}."
-            )
+        check_fields("generation", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +55,16 @@ class SamplingSettings:
 
     section = "sampling"  # of the configuration; without an annotation it is no field
 
-    response_length: int = 32
+    response_length: PositiveInt = 32
     min_response_length: int | None = None
     stop_at_eos: bool = True
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     truncate_token: int | str | None = None
     truncate_after: int = 0
 
     def __post_init__(self) -> None:
         section, longest = self.section, self.response_length
-        checks.finite(section, **vars(self))
-        checks.positive(section, response_length=longest, temperature=self.temperature)
+        check_fields(section, self)
         shortest = self.min_response_length
         if shortest is not None and not 0 < shortest <= longest:
             raise InputError(
@@ -103,15 +99,13 @@ class ShapingSettings(SamplingSettings):
     missing_eos_penalty: float | None = None
     missing_eos_score: float | None = None
     subtract_reference_score: bool = False
-    cliprange_reward: float | None = None
+    cliprange_reward: PositiveFloat | None = None
     scale_reward: Literal["running", "ref"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        section = self.section
-        checks.positive(section, cliprange_reward=self.cliprange_reward)
-        checks.one_of(("running", "ref", None), section, scale_reward=self.scale_reward)
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            section = self.section
             raise InputError(
                 f"{section}.missing_eos_penalty and {section}.missing_eos_score exclude each "
                 "other; set one."

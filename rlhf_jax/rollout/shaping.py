@@ -62,45 +62,29 @@ def check_stop_tokens(settings: ShapingSettings, stop_token_ids: Sequence[int]) 
         )
 
 
-def is_ended(
-    settings: SamplingSettings, stop_token_ids: Sequence[int], rollout: Rollout
-) -> jax.Array:
-    """bool[B]: whether a stop token or the truncation token ended the response."""
-    ends = jnp.zeros(rollout.mask.shape, bool)
-    if settings.stop_at_eos:
-        for stop in stop_token_ids:
-            ends |= rollout.tokens == stop
-    token = _truncate_token_id(settings)
-    if token is not None:
-        late = jnp.arange(rollout.tokens.shape[1]) >= settings.truncate_after
-        ends |= (rollout.tokens == token) & late
-    return (ends & rollout.mask).any(axis=1)
-
-
 def shape_scores(
     settings: ShapingSettings, stop_token_ids: Sequence[int], rollout: Rollout, scores: jax.Array
 ) -> jax.Array:
     """f32[B]: scores after the penalty of a missing EOS, and clipping."""
     scores = scores.astype(jnp.float32)
+    has_end = _has_end(settings, stop_token_ids, rollout)
     if settings.missing_eos_penalty is not None:
-        ended = is_ended(settings, stop_token_ids, rollout)
-        scores = scores - jnp.where(ended, 0.0, settings.missing_eos_penalty)
+        scores = scores - jnp.where(has_end, 0.0, settings.missing_eos_penalty)
     if settings.missing_eos_score is not None:
-        ended = is_ended(settings, stop_token_ids, rollout)
-        scores = jnp.where(ended, scores, settings.missing_eos_score)
+        scores = jnp.where(has_end, scores, settings.missing_eos_score)
     if settings.cliprange_reward is not None:
         scores = jnp.clip(scores, -settings.cliprange_reward, settings.cliprange_reward)
     return scores
 
 
-def init_score_stats(settings: ShapingSettings) -> ScoreStats | None:
-    """Statistics of no scores, for `scale_reward`; None without it."""
-    return None if settings.scale_reward is None else empty_score_stats()
-
-
 def empty_score_stats() -> ScoreStats:
     """Statistics of no scores."""
     return ScoreStats(*(jnp.zeros((), jnp.float32) for _ in ScoreStats._fields))
+
+
+def init_score_stats(settings: ShapingSettings) -> ScoreStats | None:
+    """`empty_score_stats` for `scale_reward`; None without it."""
+    return None if settings.scale_reward is None else empty_score_stats()
 
 
 def update_score_stats(stats: ScoreStats, scores: jax.Array, valid: jax.Array) -> ScoreStats:
@@ -131,9 +115,8 @@ def scale_scores(
 ) -> tuple[jax.Array, ScoreStats | None, dict[str, jax.Array]]:
     """(scores / deviation, new statistics, metrics); unchanged without `scale_reward`.
 
-    The standard deviation is that of the statistics with these scores included ("running"), or that
-    of the first iteration ("ref"), with Bessel's correction, as in trlX. Equal scores are not
-    scaled.
+    The deviation, with Bessel's correction as in trlX, is that of all scores until now, these
+    included ("running"), or that of the first iteration ("ref"). Equal scores are not scaled.
 
     Args:
       stats: of the scores of earlier iterations.
@@ -153,11 +136,21 @@ def scale_scores(
     deviation = jnp.sqrt(updated.m2 / jnp.maximum(updated.num_scores - 1.0, 1.0))
     # Equal scores differ from their mean by rounding error, which is no deviation to divide by.
     scale = jnp.where(deviation > 1e-6 * jnp.abs(updated.mean), deviation, 1.0)
-    metrics = {
-        "objective/unscaled_scores": functional.masked_mean(scores, valid),
-        "objective/score_scale": scale,
-    }
+    unscaled = functional.masked_mean(scores, valid)
+    metrics = {"objective/unscaled_scores": unscaled, "objective/score_scale": scale}
     return scores / scale, updated, metrics
+
+
+def _has_end(settings, stop_token_ids, rollout):
+    """bool[B]: whether a stop token or the truncation token ended the response."""
+    is_end = jnp.zeros(rollout.mask.shape, bool)
+    for stop in stop_token_ids if settings.stop_at_eos else ():
+        is_end |= rollout.tokens == stop
+    token = _truncate_token_id(settings)
+    if token is not None:
+        is_late = jnp.arange(rollout.tokens.shape[1]) >= settings.truncate_after
+        is_end |= (rollout.tokens == token) & is_late
+    return (is_end & rollout.mask).any(axis=1)
 
 
 def _truncate_token_id(settings: SamplingSettings) -> int | None:

@@ -51,10 +51,7 @@ def run_epochs(
       it, and "policy/updates" is the share of updates taken.
     """
     batch = jax.tree.leaves(experience)[0].shape[0]
-    epoch_keys = jax.random.split(key, num_epochs)
-    order = jax.vmap(lambda key: jax.random.permutation(key, batch))(epoch_keys)
-    order = order.reshape(num_epochs * num_minibatches, batch // num_minibatches)
-    parts = (order, texts)
+    parts = (minibatch_indices(key, num_epochs, num_minibatches, batch), texts)
     update = functools.partial(_update, loss, count, accumulation_steps, optimizer, experience)
     if max_approxkl is not None:
         return _update_until(update, max_approxkl, (params, opt_state), parts)
@@ -66,10 +63,28 @@ def run_epochs(
     return params, opt_state, metrics | spread
 
 
+def minibatch_indices(
+    key: jax.Array, num_epochs: int, num_minibatches: int, size: int
+) -> jax.Array:
+    """i32[epochs * minibatches, size / minibatches]: a permutation of `size` for each epoch."""
+    keys = jax.random.split(key, num_epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
+    return order.reshape(num_epochs * num_minibatches, size // num_minibatches)
+
+
 def _update_until(update, max_approxkl, carry, parts):
     """Updates until the first minibatch above max_approxkl, which is not applied."""
-    apply = functools.partial(_update_if_near, update, max_approxkl)
-    skip = functools.partial(_skip_update, apply)
+
+    def apply(carry, part):
+        updated, metrics = update(carry, part)
+        is_near = metrics["policy/approxkl_avg"] <= max_approxkl
+        carry = jax.tree.map(lambda new, old: jnp.where(is_near, new, old), updated, carry)
+        return carry, is_near, metrics
+
+    def skip(carry, part):
+        metrics = jax.eval_shape(apply, carry, part)[2]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+        return carry, jnp.zeros((), bool), zeros
 
     def step(carry, part):
         carry, is_on = carry
@@ -84,21 +99,6 @@ def _update_until(update, max_approxkl, carry, parts):
         spread = {"val/ratio_var": ratio_var, **spread}
     metrics = {name: functional.masked_mean(x, measured) for name, x in metrics.items()}
     return params, opt_state, metrics | spread
-
-
-def _update_if_near(update, max_approxkl, carry, part):
-    """(carry, whether it was updated, metrics) of one minibatch."""
-    updated, metrics = update(carry, part)
-    is_near = metrics["policy/approxkl_avg"] <= max_approxkl
-    carry = jax.tree.map(lambda new, old: jnp.where(is_near, new, old), updated, carry)
-    return carry, is_near, metrics
-
-
-def _skip_update(apply, carry, part):
-    """The structure of `apply`'s results, without its computation."""
-    metrics = jax.eval_shape(apply, carry, part)[2]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
-    return carry, jnp.zeros((), bool), zeros
 
 
 def _update(loss, count, steps, optimizer, experience, carry, part):

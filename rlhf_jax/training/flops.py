@@ -6,7 +6,7 @@ is trained, and 2 where only a gradient passes through it. Attention and recompu
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf_jax.models.interface import Model
 from rlhf_jax.training.settings import OnlineSettings
@@ -42,40 +42,29 @@ def online_flops(
       reward_models: in the order of their parameters in the state.
       value_model: of `state.params["value_model"]`, by default as the policy.
     """
-    forward = _forward(model, state, value_model)
+    base, table, policy = _policy_flops(model, state)
+    own = state.params.get("value_model")
+    value = (value_model or model).flops_per_token(own, unembeds=False)
     rewards = state.frozen.get("reward")
     trees = rewards if isinstance(rewards, tuple) else (rewards,)
     reward = sum(
         scorer.flops_per_token(tree, unembeds=False)
         for scorer, tree in zip(reward_models, trees, strict=False)
     )
-    passes = settings.num_forward_passes
-    scoring = passes * (forward.policy + forward.table) + 2.0 * forward.base + forward.value
-    update = 3.0 * (forward.policy + forward.value) + 2.0 * forward.table
+    scoring = settings.num_forward_passes * (policy + table) + 2.0 * base + value
+    update = 3.0 * (policy + value) + 2.0 * table
     return scoring + reward + settings.num_epochs * update
 
 
 def mixed_text_flops(model: Model, state: Any, settings: OnlineSettings) -> float:
     """The epochs, for one token of texts that are mixed into the updates."""
-    forward = _forward(model, state, None)
-    return settings.num_epochs * (forward.base + 2.0 * forward.table + 3.0 * forward.policy)
+    base, table, policy = _policy_flops(model, state)
+    return settings.num_epochs * (base + 2.0 * table + 3.0 * policy)
 
 
-class _Forward(NamedTuple):
-    """FLOPs of a forward pass for one token."""
-
-    base: float  # frozen layers
-    table: float  # the unembedding, if it is frozen
-    policy: float  # the trained layers of the policy, and the unembedding if it is trained
-    value: float  # a value model of its own
-
-
-def _forward(model: Model, state: Any, value_model: Model | None) -> _Forward:
-    base, own = state.frozen.get("base"), state.params.get("value_model")
+def _policy_flops(model: Model, state: Any) -> tuple[float, float, float]:
+    """A forward pass for one token: (frozen layers, frozen unembedding, trained part)."""
+    base = state.frozen.get("base")
     layers = model.flops_per_token(base, unembeds=False)
-    return _Forward(
-        layers,
-        model.flops_per_token(base, unembeds=True) - layers,
-        model.flops_per_token(state.params["model"], unembeds=True),
-        (value_model or model).flops_per_token(own, unembeds=False),
-    )
+    table = model.flops_per_token(base, unembeds=True) - layers
+    return layers, table, model.flops_per_token(state.params["model"], unembeds=True)

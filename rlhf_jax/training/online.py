@@ -1,16 +1,14 @@
 """The part of an iteration that all online methods share: sample, score, experience.
 
-A method adds its state, `init_state` and an update step
-(state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout), in which
-`make_experience` turns the scores into token rewards. `make_step` composes the full iteration from
-it. The functions here read two fields of the state:
+A method adds a state, `init_state` and an `UpdateStep`, in which `make_experience` turns scores
+into token rewards; `make_step` composes the full iteration. Two fields of the state are read here:
 
     state.params["model"]   the trained part of the policy
     state.frozen            {"ref": the trained part of the reference, "base": the frozen part that
                             policy and reference share, "reward": a reward model}, the last two
                             where they exist
 
-`split_policy` returns both for a new state. Parts are those of `training.trainable`.
+`split_policy` returns both for a new state.
 """
 
 import functools
@@ -40,11 +38,15 @@ from rlhf_jax.training.settings import OnlineSettings
 from rlhf_jax.training.trainable import Trainable
 
 Metrics = dict[str, jax.Array]
+# (state, batch, key) -> rollout
 RolloutStep = Callable[[Any, PromptBatch, jax.Array], Rollout]
+# (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)
 UpdateStep = Callable[
     [Any, PromptBatch, Rollout, jax.Array, jax.Array], tuple[Any, Metrics, ScoredRollout]
 ]
+# (state, batch, key) -> (state, metrics, rollout)
 Step = Callable[[Any, PromptBatch, jax.Array], tuple[Any, Metrics, ScoredRollout]]
+# (sequences, hidden [B, T, D] of the policy, frozen states) -> values f32[B, T]
 Values = Callable[[Sequences, jax.Array, jax.Array | None], jax.Array]
 
 
@@ -167,11 +169,10 @@ def make_rollout_step(
     model: Model, settings: SamplingSettings, *, stop_token_ids: Sequence[int] = ()
 ) -> RolloutStep:
     """A pure (state, batch, key) -> Rollout: one sampled response to each prompt."""
+    sample = functools.partial(sample_responses, model, stop_token_ids=stop_token_ids)
 
     def rollout_step(state, batch, key):
-        return sample_responses(
-            model, policy_params(model, state), batch, key, settings, stop_token_ids=stop_token_ids
-        )
+        return sample(policy_params(model, state), batch, key, settings)
 
     return rollout_step
 
@@ -228,12 +229,10 @@ def make_experience(
     shape. The passes run `settings.score_batch_size` responses at a time.
 
     Args:
-      state: see the module.
       scores: f32[B], of the reward models or functions.
       kl_coef: weight of the KL penalty in the rewards.
       score_stats: of the scores of earlier iterations, for `scale_reward`.
-      values: (sequences, hidden [B, T, D] of the policy, frozen states) -> f32[B, T]; None without
-        a value model.
+      values: None without a value model.
 
     Raises:
       ValueError: the batch has not `settings.batch_size` prompts.
@@ -244,7 +243,7 @@ def make_experience(
             f"is {settings.batch_size}."
         )
     check_stop_tokens(settings, stop_token_ids)
-    scores = shape_scores(settings, tuple(stop_token_ids), rollout, scores)
+    scores = shape_scores(settings, stop_token_ids, rollout, scores)
     valid = rollout.mask.any(axis=1)
     scores, score_stats, scaling = scale_scores(settings, score_stats, scores, valid)
     sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
@@ -256,15 +255,9 @@ def make_experience(
         lambda x: jnp.where(rollout.mask, x, 0.0), per_token
     )
     scored = ScoredRollout(*sequences, logprobs, ref_logprobs, estimates, scores)
-    rewards, _ = functional.token_rewards(
-        scores,
-        scored.logprobs,
-        scored.ref_logprobs,
-        scored.mask,
-        kl_coef=kl_coef,
-        kl_kind=settings.kl_estimator,
-    )
-    metrics = objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
+    arrays = (scores, logprobs, ref_logprobs, rollout.mask)
+    rewards, _ = functional.token_rewards(*arrays, kl_coef=kl_coef, kl_kind=settings.kl_estimator)
+    metrics = _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
     return Experience(scored, rewards, states), score_stats, metrics | scaling
 
 
@@ -278,57 +271,36 @@ def policy_logprobs(
       experience: a tuple with the fields `rollout` and `states` of `Experience`.
     """
     upper, lower = trainable.stacks(policy_parts(params, frozen))
-    return response_logprobs(
-        model,
-        upper,
-        sequences_of(experience.rollout),
-        temperature=settings.temperature,
-        frozen=lower,
-        states=experience.states,
-    )
+    shared = {"temperature": settings.temperature, "frozen": lower, "states": experience.states}
+    return response_logprobs(model, upper, sequences_of(experience.rollout), **shared)
 
 
-def objective_metrics(
-    kl_coef: jax.Array | float,
-    scored: ScoredRollout,
-    rewards: jax.Array,
-    entropy: jax.Array,
-    exact_kl: jax.Array | None,
-) -> Metrics:
-    """Means over responses of scores and of sums over tokens; padding of the batch is left out.
-
-    Args:
-      kl_coef: f32[], of the rewards.
-      rewards: f32[B, T] of the tokens, 0 off the mask.
-      entropy: f32[B, T] of the distributions that the tokens were sampled from.
-      exact_kl: f32[B, T] of those distributions to the reference's, or None.
-    """
+def _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl):
+    """Means over responses of scores and of sums over tokens; padding of the batch is left out."""
     mask, scores = scored.mask, scored.scores
     valid = mask.any(axis=1)
-    score_mean = functional.masked_mean(scores, valid)
+
+    def mean(x):
+        return functional.masked_mean(x if x.ndim == 1 else jnp.sum(x, axis=1), valid)
+
     # token_rewards puts the score on the last real token; the rest is the penalty.
-    total = functional.masked_mean(jnp.sum(rewards, axis=1), valid)
-    differences = jnp.sum(scored.logprobs - scored.ref_logprobs, axis=1)
-    tokens = jnp.sum(mask, dtype=jnp.float32)
-    exact = {}
-    if exact_kl is not None:
-        sums = jnp.sum(jnp.where(mask, exact_kl, 0.0), axis=1)
-        exact["objective/kl_exact"] = functional.masked_mean(sums, valid)
-    return {
+    score_mean, total = mean(scores), mean(rewards)
+    metrics = {
         "objective/scores": score_mean,
         "objective/scores_std": jnp.sqrt(functional.masked_var(scores, valid, unbiased=False)),
-        "objective/kl": functional.masked_mean(differences, valid),
+        "objective/kl": mean(scored.logprobs - scored.ref_logprobs),
         "objective/rlhf_reward": total,
         "objective/non_score_reward": total - score_mean,
-        "objective/entropy": functional.masked_mean(jnp.sum(-scored.logprobs, axis=1), valid),
+        "objective/entropy": mean(-scored.logprobs),
         "objective/kl_coef": jnp.asarray(kl_coef, jnp.float32),
-        "objective/response_length": functional.masked_mean(
-            jnp.sum(mask, axis=1, dtype=jnp.float32), valid
-        ),
+        "objective/response_length": mean(mask.astype(jnp.float32)),
         "policy/entropy_avg": functional.masked_mean(entropy, mask),
-        "perf/tokens": tokens + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
-        **exact,
+        "perf/tokens": jnp.sum(mask, dtype=jnp.float32)
+        + jnp.sum(scored.prompt_mask, dtype=jnp.float32),
     }
+    if exact_kl is not None:
+        metrics["objective/kl_exact"] = mean(jnp.where(mask, exact_kl, 0.0))
+    return metrics
 
 
 def _reference_parts(state):

@@ -1,9 +1,8 @@
 """PPO on responses, with a per-token KL penalty towards a reference (Ziegler et al. 2019).
 
-One iteration: sample responses, score them, turn scores and KL into token rewards, estimate
-advantages, and take some epochs of clipped updates. With a reward model in JAX all of it is one
-pure function, `make_step`; with any other reward the two halves around it are compiled apart,
-`make_rollout_step` and `make_update_step`, and only tokens and scores leave the device.
+With a reward model in JAX an iteration is one pure function, `make_step`: responses, scores, token
+rewards, advantages, and some epochs of clipped updates. With any other reward the two halves around
+it are compiled apart, `make_rollout_step` and `make_update_step`.
 """
 
 import functools
@@ -19,12 +18,11 @@ from rlhf_jax.batches import ScoredRollout
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.shaping import ScoreStats, check_stop_tokens, init_score_stats
-from rlhf_jax.training import online
+from rlhf_jax.training import online, sft
 from rlhf_jax.training.accumulate import map_microbatches
-from rlhf_jax.training.epochs import run_epochs
+from rlhf_jax.training.epochs import minibatch_indices, run_epochs
 from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
 from rlhf_jax.training.ppo_settings import TRAINER, Settings
-from rlhf_jax.training.pretraining_mix import count_text_tokens, text_loss, text_minibatches
 from rlhf_jax.training.state import make_optimizer
 from rlhf_jax.training.values import init_values, response_values, value_architecture
 
@@ -35,13 +33,13 @@ __all__ = [
     "init_state",
     "make_rollout_step",
     "make_step",
-    "make_targets",
     "make_update_step",
     "policy_params",
     "reference_params",
 ]
 
-Metrics = dict[str, jax.Array]
+# `split(key, n)` may fold in the numbers from 0 to n - 1: this one is not among them.
+_TEXTS = 2**31 - 1
 
 
 class PPOState(NamedTuple):
@@ -53,10 +51,8 @@ class PPOState(NamedTuple):
         or with a value model of its own {"model": ..., "value_model": {"model": ..., "head": ...}}.
       opt_state: of the optimizer.
       kl_coef: f32[], the weight of the KL penalty.
-      frozen: {"ref": the reference policy}, with a JAX reward model also {"reward": its
-        parameters}, and with `num_layers_unfrozen` {"base": embeddings and lower layers}, where
-        policy and reference are upper halves; `policy_params` and `reference_params` return the
-        full ones. No step changes it.
+      frozen: the reference and all other frozen parameters, as in `training.online`.
+        `policy_params` and `reference_params` return full ones.
       score_stats: statistics of all scores until now; None without `scale_reward`.
       penalty_coef: f32[], of the surrogate "kl_penalty"; None with "clip".
     """
@@ -71,13 +67,12 @@ class PPOState(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The experience of an iteration with the targets of the losses; arrays [B, ...].
+    """The experience of an iteration, arrays [B, ...], with the targets of the losses.
 
     Attributes:
-      rollout: the scored responses.
+      rollout, states: of `online.Experience`.
       advantages: f32[B, T], whitened, 0 off the mask.
       returns: f32[B, T], targets of the values, 0 off the mask.
-      states: [B, L, D], `trainable.frozen_states`; None where all layers are trained.
     """
 
     rollout: ScoredRollout
@@ -99,19 +94,16 @@ def init_state(
 ) -> PPOState:
     """The state before the first iteration.
 
-    Args:
-      params: the policy's full parameters to start from.
-      key: unused, as nothing is random; every trainer has it.
-      ref_params: the reference's full parameters; by default a copy of `params`. With
-        `num_layers_unfrozen` their frozen layers must be those of `params`.
-      reward_params: {"model": ..., "head": ...} of the reward model of `make_step`.
-      value_params: likewise, where a value model "reward" starts; by default `reward_params`.
-
     The state holds `params` and `reward_params` themselves: a step that donates it consumes them.
 
+    Args:
+      params, ref_params, reward_params: as in `online.split_policy`.
+      key: unused, as nothing is random; every trainer has it.
+      value_params: {"model": ..., "head": ...} of the reward model that a value model "reward"
+        starts from; by default `reward_params`.
+
     Raises:
-      InputError: more layers are to be trained than there are, the reference differs from the
-        policy in frozen layers, or a value model that starts from a reward model has none.
+      InputError: as `online.split_policy` and `init_values` do.
     """
     del key
     optimizer = optimizer or make_optimizer(TRAINER.optimizer)
@@ -144,16 +136,12 @@ def make_step(
     """A pure step (state, batch, key) -> (state, metrics, rollout): a full PPO iteration.
 
     Args:
-      model: the policy; the reference has the same architecture.
-      reward_model: the language model under the reward head whose parameters are in
-        `state.frozen["reward"]`; by default of the policy's architecture.
+      reward_model: as in `online.make_step`.
       value_model: the architecture of a value model "reward"; by default that of `reward_model`.
       stop_token_ids: tokens that end a response.
 
-    Returns:
-      The step. Scores in its rollout are final: penalised, clipped and scaled. It raises a
-      ValueError while tracing if the state holds no reward model, or the batch no texts while
-      `ptx_coef` is above 0.
+    Scores in the rollout are final: penalised, clipped and scaled. The step raises a ValueError
+    while tracing if the state holds no reward model, or the batch no texts with a `ptx_coef`.
 
     >>> from rlhf_jax.batches import PromptBatch
     >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
@@ -211,18 +199,19 @@ def make_update_step(
             score_stats=state.score_stats,
             values=functools.partial(response_values, settings, value_model, state.params),
         )
+        targets = _make_targets(settings, experience)
         params, opt_state, update_metrics = run_epochs(
             functools.partial(_loss, model, value_model, settings, state),
             _count,
             optimizer,
             state.params,
             state.opt_state,
-            make_targets(settings, experience),
+            targets,
             key,
             num_epochs=settings.num_ppo_epochs,
             num_minibatches=settings.num_mini_batches,
             accumulation_steps=settings.gradient_accumulation_steps,
-            texts=text_minibatches(settings, batch.texts, key),
+            texts=_text_minibatches(settings, batch.texts, key),
             max_approxkl=settings.max_approxkl,
         )
         kl_coef = _adapt_kl_coef(settings, state.kl_coef, metrics["objective/kl"], rollout.mask)
@@ -230,17 +219,17 @@ def make_update_step(
         new_state = PPOState(
             state.step + 1, params, opt_state, kl_coef, state.frozen, score_stats, penalty_coef
         )
-        return new_state, {**metrics, **update_metrics, **penalty}, experience.rollout
+        scored = experience.rollout._replace(advantages=targets.advantages)
+        return new_state, {**metrics, **update_metrics, **penalty}, scored
 
     return update_step
 
 
-def make_targets(settings: Settings, experience: online.Experience) -> Targets:
-    """Whitened advantages, and returns from the advantages before whitening."""
+def _make_targets(settings, experience):
+    """Targets with whitened advantages, and returns from the advantages before whitening."""
     scored, rewards, states = experience
     if settings.whiten_rewards:
         rewards = functional.masked_whiten(rewards, scored.mask, shift_mean=False)
-    assert scored.values is not None
     advantages, returns = functional.gae(
         rewards, scored.values, scored.mask, gamma=settings.gamma, lam=settings.lam
     )
@@ -248,11 +237,28 @@ def make_targets(settings: Settings, experience: online.Experience) -> Targets:
     return Targets(scored, advantages, returns, states)
 
 
+def _text_minibatches(settings, texts, key):
+    """The texts of each update, arrays [epochs * minibatches, ...]; None where `ptx_coef` is 0."""
+    if not settings.ptx_coef:
+        return None
+    if texts is None:
+        raise ValueError(
+            f"ppo.ptx_coef is {settings.ptx_coef}, but the batch has no texts: put a TextBatch "
+            "into PromptBatch.texts, or set ppo.ptx_coef to 0."
+        )
+    actual, size = texts.tokens.shape[0], settings.num_texts
+    if actual != size:
+        raise ValueError(f"the batch has {actual} rows of texts, but ppo.ptx_batch_size is {size}.")
+    key = jax.random.fold_in(key, _TEXTS)
+    order = minibatch_indices(key, settings.num_ppo_epochs, settings.num_mini_batches, size)
+    return jax.tree.map(lambda x: x[order], texts)
+
+
 def _count(batch):
     """(f32[] tokens of responses, f32[] tokens of texts) that the losses are means over."""
     minibatch, texts = batch
     tokens = jnp.sum(minibatch.rollout.mask, dtype=jnp.float32)
-    return tokens, None if texts is None else count_text_tokens(texts)
+    return tokens, None if texts is None else sft.count_targets(texts)
 
 
 def _loss(model, value_model, settings, state, params, batch, key, denominators):
@@ -263,17 +269,12 @@ def _loss(model, value_model, settings, state, params, batch, key, denominators)
     logprobs, entropy, hidden = online.policy_logprobs(
         model, settings, params, state.frozen, minibatch
     )
-    policy_loss, policy_metrics = _policy_loss(
-        settings, logprobs, minibatch, state.penalty_coef, count
-    )
+    coef = state.penalty_coef
+    policy_loss, policy_metrics = _policy_loss(settings, logprobs, minibatch, coef, count)
     values = response_values(settings, value_model, params, sequences, hidden, minibatch.states)
+    arrays = (values, rollout.values, minibatch.returns, rollout.mask)
     value_loss, value = functional.ppo_value_loss(
-        values,
-        rollout.values,
-        minibatch.returns,
-        rollout.mask,
-        clip_range=settings.cliprange_value,
-        denominator=count,
+        *arrays, clip_range=settings.cliprange_value, denominator=count
     )
     loss = policy_loss + settings.vf_coef * value_loss
     metrics = {
@@ -288,7 +289,7 @@ def _loss(model, value_model, settings, state, params, batch, key, denominators)
         metrics["loss/entropy_avg"] = entropy_loss
     if texts is not None:
         policy = online.policy_parts(params, state.frozen)
-        ptx_loss = text_loss(model, policy, texts, denominator=text_count)
+        ptx_loss, _ = sft.text_loss(model, policy, texts, denominator=text_count)
         loss += settings.ptx_coef * ptx_loss
         metrics["loss/ptx_avg"] = ptx_loss
     return loss, metrics

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax import checks
+from rlhf_jax.checks import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_divides
 from rlhf_jax.data.formats import Kind
-from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings, check_accumulation
+from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
 
@@ -30,8 +30,8 @@ class Settings(OnlineSettings):
       max_approxkl: an iteration ends before the first update whose minibatch has moved further
         than this, by `policy/approxkl_avg`; the learning rate's schedule counts updates taken.
       entropy_coef: weight of the entropy of the next token, in nats, which is maximized.
-      ptx_coef: weight of the cross entropy of texts in every update (PPO-ptx of InstructGPT), in
-        nats per token; 0 reads no texts.
+      ptx_coef: weight of the cross entropy of texts in every update (PPO-ptx: Ouyang et al.,
+        InstructGPT, eq. 2), in nats per token; 0 reads no texts.
       ptx_batch_size: rows of texts in one iteration (a packed row holds several), split over its
         minibatches anew in each epoch; null takes `batch_size`.
       value_model: "shared", a head on the policy's layers; "policy", a model of its own that starts
@@ -42,64 +42,33 @@ class Settings(OnlineSettings):
 
     section = "ppo"  # of the configuration; without an annotation it is no field
 
-    num_ppo_epochs: int = 4
-    num_mini_batches: int = 4
+    num_ppo_epochs: PositiveInt = 4
+    num_mini_batches: PositiveInt = 4
     adaptive_kl: bool = False
-    target: float = 6.0
-    horizon: float = 10000.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
+    target: PositiveFloat = 6.0
+    horizon: PositiveFloat = 10000.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: NonNegativeFloat = 0.2
+    cliprange_value: NonNegativeFloat = 0.2
+    vf_coef: NonNegativeFloat = 0.1
     whiten_rewards: bool = False
     surrogate: Literal["clip", "kl_penalty"] = "clip"
-    penalty_coef: float = 1.0
-    penalty_target: float = 0.01
-    max_approxkl: float | None = None
-    entropy_coef: float = 0.0
-    ptx_coef: float = 0.0
-    ptx_batch_size: int | None = None
+    penalty_coef: PositiveFloat = 1.0
+    penalty_target: PositiveFloat = 0.01
+    max_approxkl: PositiveFloat | None = None
+    entropy_coef: NonNegativeFloat = 0.0
+    ptx_coef: NonNegativeFloat = 0.0
+    ptx_batch_size: PositiveInt | None = None
     value_model: Literal["shared", "policy", "reward"] = "shared"
 
     def __post_init__(self) -> None:
-        section = self.section
-        checks.positive(
-            section,
-            batch_size=self.batch_size,
-            num_ppo_epochs=self.num_ppo_epochs,
-            num_mini_batches=self.num_mini_batches,
-            target=self.target,
-            horizon=self.horizon,
-            penalty_coef=self.penalty_coef,
-            penalty_target=self.penalty_target,
-            max_approxkl=self.max_approxkl,
-            ptx_batch_size=self.ptx_batch_size,
-        )
-        self._check_minibatches()
         super().__post_init__()
-        checks.fraction(section, gamma=self.gamma, lam=self.lam)
-        checks.not_negative(
-            section,
-            vf_coef=self.vf_coef,
-            entropy_coef=self.entropy_coef,
-            ptx_coef=self.ptx_coef,
-            cliprange=self.cliprange,
-            cliprange_value=self.cliprange_value,
-        )
-        checks.one_of(("clip", "kl_penalty"), section, surrogate=self.surrogate)
-        checks.one_of(("shared", "policy", "reward"), section, value_model=self.value_model)
-
-    def _check_minibatches(self) -> None:
-        minibatches = self.num_mini_batches
         for name, size in (("batch_size", self.batch_size), ("ptx_batch_size", self.num_texts)):
-            checks.divides(self.section, name, size, "num_mini_batches", minibatches)
-            check_accumulation(
-                self.section,
-                size // minibatches,
-                self.gradient_accumulation_steps,
-                name=f"{name} / ppo.num_mini_batches",
-            )
+            check_divides(self, name, "num_mini_batches", size)
+            part = f"{name} / {self.section}.num_mini_batches"
+            per_update = size // self.num_mini_batches
+            check_divides(self, part, "gradient_accumulation_steps", per_update)
 
     @property
     def num_texts(self) -> int:

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.batches import PairBatch, RankingBatch, Sequences
+from rlhf_jax.errors import InputError
 from rlhf_jax.functional import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores, token_scores
+from rlhf_jax.rollout.shaping import ScoreStats, update_score_stats
 from rlhf_jax.training import trainable
-from rlhf_jax.training.accumulate import accumulated_gradients
 from rlhf_jax.training.reward_settings import TRAINER, Objective, Settings
-from rlhf_jax.training.state import TrainState, apply_gradients, init_train_state, make_optimizer
+from rlhf_jax.training.state import TrainState, init_train_state, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
 
 __all__ = [
@@ -27,7 +28,10 @@ __all__ = [
     "init_state",
     "make_eval_step",
     "make_score_step",
+    "make_stats_step",
     "make_step",
+    "normalize_scores",
+    "score_moments",
     "sequences_of",
 ]
 
@@ -96,21 +100,14 @@ def make_step(
     """
     optimizer = optimizer or make_optimizer(TRAINER.optimizer)
 
+    loss_fn, steps = functools.partial(_loss, model, settings), settings.gradient_accumulation_steps
+
     def step(state, batch, key):
         del key
-        grads, metrics = accumulated_gradients(
-            functools.partial(_loss, model, settings, state.frozen),
-            _count,
-            state.params,
-            batch,
-            None,
-            settings.gradient_accumulation_steps,
-        )
-        params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
-        metrics = {f"train/{name}": value for name, value in metrics.items()}
-        metrics["train/grad_norm"] = norm
-        metrics["perf/tokens"] = sum(jnp.sum(mask, dtype=jnp.float32) for mask in _masks(batch))
-        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
+        state, metrics = offline_step(loss_fn, _count, optimizer, state, batch, None, steps)
+        masks = [x for name, x in batch._asdict().items() if name.endswith("mask")]
+        tokens = sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks)
+        return state, {**metrics, "perf/tokens": tokens}
 
     return step
 
@@ -123,11 +120,13 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], Metrics]:
     """
 
     def evaluate(params, batch):
+        scores = end_scores(model, params, sequences_of(batch))
         if isinstance(batch, RankingBatch):
-            metrics, count = _sums_of_rankings(model, params, batch)
-            return {**metrics, "count": count}
-        _, metrics = _last_token_loss(model, params, batch, None, 0.0, 1.0)
-        return {**metrics, "count": jnp.sum(batch.valid, dtype=jnp.float32)}
+            loss, metrics, count = _sums_of_rankings(scores, jnp.any(batch.mask, axis=2))
+        else:
+            loss, metrics = _last_token_loss(scores, batch, 0.0, 1.0)
+            count = _count(batch)
+        return {"loss": loss, **metrics, "count": count}
 
     return evaluate
 
@@ -144,6 +143,78 @@ def make_score_step(model: Model) -> Callable[[Params, Batch], jax.Array]:
     return score
 
 
+def make_stats_step(model: Model) -> Callable[..., ScoreStats]:
+    """A pure (params, stats, batch, frozen=None) -> stats, with the scores of preferred responses.
+
+    `params` and `frozen` are those of a `TrainState`. Padding of a batch is left out.
+    """
+
+    def add(params, stats, batch, frozen=None):
+        sequences = sequences_of(batch)
+        preferred = sequences._replace(tokens=sequences.tokens[:, :1], mask=sequences.mask[:, :1])
+        scores = _scores(end_scores, model, params, frozen, preferred)
+        return update_score_stats(stats, scores[:, 0], jnp.any(preferred.mask, axis=(1, 2)))
+
+    return add
+
+
+def score_moments(stats: ScoreStats) -> tuple[float, float]:
+    """(mean, deviation) of the scores, the deviation without Bessel's correction.
+
+    Raises:
+      InputError: the scores are all equal, as those of a head of zeros.
+    """
+    count, mean, squares = (float(x) for x in jax.device_get(stats))
+    deviation = (squares / max(count, 1.0)) ** 0.5
+    # Equal scores differ from their mean by rounding error, which is no deviation to divide by.
+    if not deviation > 1e-6 * abs(mean):
+        raise InputError(
+            f"The scores of {count:.0f} responses cannot be normalized, for they do not differ "
+            f"(mean {mean:.4g}, deviation {deviation:.4g}): give more examples, or set "
+            "reward.normalize_before and reward.normalize_after to false."
+        )
+    return mean, deviation
+
+
+def normalize_scores(
+    model: Model, params: Params, mean: jax.Array | float, deviation: jax.Array | float
+) -> Params:
+    """A reward model's parameters under which it scores (score - mean) / deviation.
+
+        w' = w / deviation
+        h' = h - mean * w / |w|^2                for all hidden states h
+
+    so that w' . h' = (w . h - mean) / deviation. A reward head has no bias: the shift goes into the
+    final layer norm (`Model.shift_final`), and the exported folder is still one whose scores
+    transformers reads as they are. The hidden states move by mean / |w|, all alike and along w.
+
+    Args:
+      params: {"model": ..., "head": {"kernel": f32[D]}}; of the model's, those that
+        `shift_final` changes.
+      mean, deviation: f32[] of its scores; the kernel is not zero, or they would not differ.
+
+    Ziegler et al., Fine-Tuning Language Models from Human Preferences, section 2.1
+    (arXiv:1909.08593); openai/lm-human-preferences has a separate gain and bias instead.
+
+    >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+    >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> params = {"model": model.init(jax.random.key(0)), "head": {"kernel": jnp.arange(8.0)}}
+    >>> normalized = normalize_scores(model, params, 3.0, 2.0)
+    >>> state = jnp.arange(8.0) ** 2
+    >>> before, after = (model.final(p["model"], state) @ p["head"]["kernel"]
+    ...                  for p in (params, normalized))
+    >>> print(f"{after:.4f} {(before - 3) / 2:.4f}")
+    7.3125 7.3125
+    """
+    kernel = params["head"]["kernel"]
+    shift = -mean * kernel / jnp.sum(jnp.square(kernel))
+    return {
+        **params,
+        "model": model.shift_final(params["model"], shift),
+        "head": {**params["head"], "kernel": kernel / deviation},
+    }
+
+
 def sequences_of(batch: Batch) -> Sequences:
     """All K responses to each prompt, the best one first: K is 2 for pairs."""
     if isinstance(batch, RankingBatch):
@@ -153,33 +224,38 @@ def sequences_of(batch: Batch) -> Sequences:
     return Sequences(batch.prompts, batch.prompt_mask, responses, mask)
 
 
-def _masks(batch):
-    """The masks of the tokens of a batch, prompts once."""
-    if isinstance(batch, RankingBatch):
-        return batch.prompt_mask, batch.mask
-    return batch.prompt_mask, batch.chosen_mask, batch.rejected_mask
-
-
-def _loss(model, settings, frozen, params, batch, key, denominator=None):
+def _loss(model, settings, frozen, params, batch, key, denominator):
     """(loss, metrics) of the objective."""
     del key
+    scores_of = token_scores if settings.objective == "tokenwise" else end_scores
+    scores = _scores(scores_of, model, params, frozen, sequences_of(batch))
     if settings.objective == "ranking":
-        return _ranking_loss(model, params, batch, frozen, denominator)
-    if settings.objective == "tokenwise":
-        return _tokenwise_loss(model, params, batch, frozen, denominator)
-    return _last_token_loss(model, params, batch, frozen, settings.center_coef, denominator)
+        valid = jnp.any(batch.mask, axis=2)
+        loss, metrics = ranking_loss(scores, valid, denominator=denominator)
+    elif settings.objective == "tokenwise":
+        loss, metrics = tokenwise_pairwise_loss(
+            scores[:, 0],
+            scores[:, 1],
+            batch.chosen,
+            batch.rejected,
+            batch.chosen_mask,
+            batch.rejected_mask,
+            mask=batch.valid,
+            denominator=denominator,
+        )
+    else:
+        loss, metrics = _last_token_loss(scores, batch, settings.center_coef, denominator)
+    return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
 
 
-def _parts(params, frozen):
-    """({"model": upper layers, "head"}, lower layers or None) for `rollout.score`."""
+def _scores(scores_of, model, params, frozen, sequences):
+    """Scores of a reward model whose language model may be the part above `frozen`."""
     upper, lower = trainable.stacks(Trainable(params["model"], frozen))
-    return {**params, "model": upper}, lower
+    return scores_of(model, {**params, "model": upper}, sequences, frozen=lower)
 
 
-def _last_token_loss(model, params, batch, frozen, center_coef, denominator):
-    params, lower = _parts(params, frozen)
-    scores = end_scores(model, params, sequences_of(batch), frozen=lower)
-    loss, metrics = pairwise_loss(
+def _last_token_loss(scores, batch, center_coef, denominator):
+    return pairwise_loss(
         scores[:, 0],
         scores[:, 1],
         margin=batch.margin,
@@ -187,7 +263,6 @@ def _last_token_loss(model, params, batch, frozen, center_coef, denominator):
         mask=batch.valid,
         denominator=denominator,
     )
-    return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
 
 
 def _count(batch):
@@ -197,35 +272,11 @@ def _count(batch):
     return jnp.sum(batch.valid, dtype=jnp.float32)
 
 
-def _tokenwise_loss(model, params, batch, frozen, denominator):
-    params, lower = _parts(params, frozen)
-    scores = token_scores(model, params, sequences_of(batch), frozen=lower)
-    loss, metrics = tokenwise_pairwise_loss(
-        scores[:, 0],
-        scores[:, 1],
-        batch.chosen,
-        batch.rejected,
-        batch.chosen_mask,
-        batch.rejected_mask,
-        mask=batch.valid,
-        denominator=denominator,
-    )
-    return loss, {"loss": loss, "accuracy": metrics["accuracy"], "margin": metrics["margin"]}
-
-
-def _ranking_loss(model, params, batch, frozen, denominator):
-    params, lower = _parts(params, frozen)
-    scores = end_scores(model, params, sequences_of(batch), frozen=lower)
-    loss, metrics = ranking_loss(scores, jnp.any(batch.mask, axis=2), denominator=denominator)
-    return loss, {"loss": loss, **metrics}
-
-
-def _sums_of_rankings(model, params, batch):
+def _sums_of_rankings(scores, valid):
     """(sums over all pairs of the rankings, their number), with equal weights."""
-    scores, real = end_scores(model, params, sequences_of(batch)), jnp.any(batch.mask, axis=2)
-    place = jnp.arange(real.shape[1])
-    pairs = real[:, :, None] & real[:, None, :] & (place[:, None] < place)
+    place = jnp.arange(valid.shape[1])
+    pairs = valid[:, :, None] & valid[:, None, :] & (place[:, None] < place)
     better = jnp.broadcast_to(scores[:, :, None], pairs.shape).reshape(-1)
     worse = jnp.broadcast_to(scores[:, None, :], pairs.shape).reshape(-1)
     loss, metrics = pairwise_loss(better, worse, mask=pairs.reshape(-1), denominator=1.0)
-    return {"loss": loss, **metrics}, jnp.sum(pairs, dtype=jnp.float32)
+    return loss, metrics, jnp.sum(pairs, dtype=jnp.float32)

@@ -1,12 +1,12 @@
 """The section `reward` of a configuration, and the record of the reward model's training."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from rlhf_jax import checks
+from rlhf_jax.checks import Limit, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.errors import InputError
-from rlhf_jax.training.settings import OfflineSettings, check_num_layers_unfrozen
+from rlhf_jax.training.settings import OfflineSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
 Objective = Literal["last_token", "tokenwise", "ranking"]
@@ -37,20 +37,16 @@ class Settings(OfflineSettings):
     section = "reward"  # of the configuration; without an annotation it is no field
 
     objective: Objective = "last_token"
-    batch_size: int = 32
-    eval_batch_size: int = 32
-    center_coef: float = 0.0
+    batch_size: PositiveInt = 32
+    eval_batch_size: PositiveInt = 32
+    center_coef: NonNegativeFloat = 0.0
     normalize_before: bool = False
     normalize_after: bool = False
-    normalize_rows: int = 256
-    num_layers_unfrozen: int | None = None
+    normalize_rows: Annotated[int, Limit(lambda x: x >= 2, "be at least 2")] = 256
+    num_layers_unfrozen: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.one_of(get_args(Objective), self.section, objective=self.objective)
-        checks.at_least(2, self.section, normalize_rows=self.normalize_rows)
-        checks.not_negative(self.section, center_coef=self.center_coef)
-        check_num_layers_unfrozen(self.section, self.num_layers_unfrozen)
         if self.center_coef > 0 and self.objective != "last_token":
             raise InputError(
                 f"reward.center_coef is {self.center_coef}, but only the objective last_token has "

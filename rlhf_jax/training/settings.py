@@ -6,8 +6,15 @@ Nothing here imports jax.
 import dataclasses
 from typing import Literal
 
-from rlhf_jax import checks
-from rlhf_jax.errors import InputError
+from rlhf_jax.checks import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_divides,
+    check_fields,
+)
 from rlhf_jax.rollout.settings import ShapingSettings
 
 
@@ -24,25 +31,17 @@ class OptimizerSettings:
       max_grad_norm: gradients with a larger global norm are scaled down to it; null leaves them.
     """
 
-    learning_rate: float = 5e-5
+    learning_rate: NonNegativeFloat = 5e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float | None = 1.0
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.0
+    b1: FractionBelowOne = 0.9
+    b2: FractionBelowOne = 0.999
+    eps: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat | None = 1.0
 
     def __post_init__(self) -> None:
-        checks.not_negative(
-            "optimizer",
-            learning_rate=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            weight_decay=self.weight_decay,
-        )
-        checks.positive("optimizer", eps=self.eps, max_grad_norm=self.max_grad_norm)
-        checks.below_one("optimizer", b1=self.b1, b2=self.b2)
-        checks.one_of(("constant", "linear", "cosine"), "optimizer", schedule=self.schedule)
+        check_fields("optimizer", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +58,14 @@ class OfflineSettings:
 
     section = "offline"  # of the configuration; without an annotation it is no field
 
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    num_epochs: float = 1.0
-    eval_batch_size: int = 16
+    batch_size: PositiveInt = 16
+    gradient_accumulation_steps: PositiveInt = 1
+    num_epochs: PositiveFloat = 1.0
+    eval_batch_size: PositiveInt = 16
 
     def __post_init__(self) -> None:
-        checks.positive(
-            self.section,
-            batch_size=self.batch_size,
-            num_epochs=self.num_epochs,
-            eval_batch_size=self.eval_batch_size,
-        )
-        check_accumulation(self.section, self.batch_size, self.gradient_accumulation_steps)
+        check_fields(self.section, self)
+        check_divides(self, "batch_size", "gradient_accumulation_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,30 +92,19 @@ class OnlineSettings(ShapingSettings):
 
     section = "online"  # of the configuration; without an annotation it is no field
 
-    total_episodes: int = 8192
-    batch_size: int = 128
-    gradient_accumulation_steps: int = 1
-    score_batch_size: int | None = None
-    kl_coef: float = 0.05
+    total_episodes: PositiveInt = 8192
+    batch_size: PositiveInt = 128
+    gradient_accumulation_steps: PositiveInt = 1
+    score_batch_size: PositiveInt | None = None
+    kl_coef: NonNegativeFloat = 0.05
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     exact_kl: bool = False
-    num_layers_unfrozen: int | None = None
+    num_layers_unfrozen: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        section = self.section
-        checks.positive(
-            section,
-            total_episodes=self.total_episodes,
-            batch_size=self.batch_size,
-            score_batch_size=self.score_batch_size,
-        )
-        checks.not_negative(section, kl_coef=self.kl_coef)
-        checks.one_of(("k1", "k2", "k3"), section, kl_estimator=self.kl_estimator)
-        check_num_layers_unfrozen(section, self.num_layers_unfrozen)
-        check_accumulation(section, self.batch_size, self.gradient_accumulation_steps)
-        at_once = self.score_batch_size or self.batch_size
-        checks.divides(section, "batch_size", self.batch_size, "score_batch_size", at_once)
+        check_divides(self, "batch_size", "gradient_accumulation_steps")
+        check_divides(self, "batch_size", "score_batch_size")
 
     @property
     def num_score_parts(self) -> int:
@@ -157,20 +140,3 @@ class OnlineSettings(ShapingSettings):
     def num_updates(self) -> int:
         """Optimizer steps in the whole run."""
         return self.num_iterations * self.updates_per_iteration
-
-
-def check_accumulation(
-    section: str, batch_size: int, steps: int, *, name: str = "batch_size"
-) -> None:
-    """Raises an InputError unless the accumulation steps divide the batch, which `name` names."""
-    checks.positive(section, gradient_accumulation_steps=steps)
-    checks.divides(section, name, batch_size, "gradient_accumulation_steps", steps)
-
-
-def check_num_layers_unfrozen(section: str, number: int | None) -> None:
-    """Raises an InputError for a negative number of layers."""
-    if number is not None and number < 0:
-        raise InputError(
-            f"{section}.num_layers_unfrozen must not be negative, but is {number}; null trains "
-            "all layers."
-        )

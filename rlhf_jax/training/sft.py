@@ -11,23 +11,18 @@ from rlhf_jax.batches import TextBatch
 from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.training import trainable
-from rlhf_jax.training.accumulate import accumulated_gradients
 from rlhf_jax.training.sft_settings import TRAINER, Settings
-from rlhf_jax.training.state import (
-    TrainState,
-    apply_gradients,
-    init_train_state,
-    make_optimizer,
-)
+from rlhf_jax.training.state import TrainState, init_train_state, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
 
 __all__ = [
     "Settings",
+    "count_targets",
     "full_params",
     "init_state",
     "make_eval_step",
     "make_step",
-    "predictions",
+    "text_loss",
 ]
 
 Metrics = dict[str, jax.Array]
@@ -83,23 +78,13 @@ def make_step(
     """
     optimizer = optimizer or make_optimizer(TRAINER.optimizer)
 
+    loss_fn, steps = functools.partial(_loss, model, settings), settings.gradient_accumulation_steps
+
     def step(state, batch, key):
-        grads, metrics = accumulated_gradients(
-            functools.partial(_loss, model, settings, state.frozen),
-            _count,
-            state.params,
-            batch,
-            key if settings.dropout else None,
-            settings.gradient_accumulation_steps,
-        )
-        params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
-        metrics = {
-            "train/loss": metrics["loss"],
-            "train/accuracy": metrics["accuracy"],
-            "train/grad_norm": norm,
-            "perf/tokens": jnp.sum(batch.segments > 0, dtype=jnp.float32),
-        }
-        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
+        key = key if settings.dropout else None
+        state, metrics = offline_step(loss_fn, count_targets, optimizer, state, batch, key, steps)
+        tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32)
+        return state, {**metrics, "perf/tokens": tokens}
 
     return step
 
@@ -112,35 +97,61 @@ def make_eval_step(model: Model) -> Callable[[Params, TextBatch], Metrics]:
     """
 
     def evaluate(params, batch):
-        _, metrics = _loss(model, Settings(), None, params, batch, None, denominator=1.0)
-        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "count": _count(batch)}
+        _, metrics = text_loss(model, Trainable(params), batch, denominator=1.0)
+        count = count_targets(batch)
+        return {"loss": metrics["nll"], "accuracy": metrics["accuracy"], "count": count}
 
     return evaluate
 
 
-def _count(batch):
-    """f32[]: the number of tokens that the loss is a mean over."""
+def count_targets(batch: TextBatch) -> jax.Array:
+    """f32[]: the number of tokens that `text_loss` is a mean over."""
     return jnp.sum(batch.loss_mask[:, 1:], dtype=jnp.float32)
 
 
-def _loss(model, settings, frozen, params, batch, dropout_key, denominator=None):
-    parts = Trainable(params, frozen)
+def text_loss(
+    model: Model,
+    params: Trainable,
+    batch: TextBatch,
+    *,
+    settings: Settings | None = None,
+    dropout_key: jax.Array | None = None,
+    denominator: jax.Array | float | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """`functional.cross_entropy_loss` of the targets of texts, at temperature 1.
+
+    Args:
+      settings: of which `label_smoothing` and `z_loss` are used; None: both are 0.
+      dropout_key: None runs without dropout.
+    """
+    settings = settings or Settings()
     hidden = trainable.text_hidden(
-        model, parts, batch.tokens, batch.segments, dropout_key=dropout_key
+        model, params, batch.tokens, batch.segments, dropout_key=dropout_key
     )
-    states, targets, mask = predictions(batch, hidden)
-    loss, metrics = cross_entropy_loss(
-        model.padded_logits(trainable.full_params(model, parts), states),
+    states, targets, mask = _predictions(batch, hidden)
+    return cross_entropy_loss(
+        model.padded_logits(trainable.full_params(model, params), states),
         targets,
         mask,
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
         denominator=denominator,
     )
-    return loss, {**metrics, "loss": loss}
 
 
-def predictions(batch: TextBatch, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _loss(model, settings, frozen, params, batch, dropout_key, denominator):
+    loss, metrics = text_loss(
+        model,
+        Trainable(params, frozen),
+        batch,
+        settings=settings,
+        dropout_key=dropout_key,
+        denominator=denominator,
+    )
+    return loss, {"loss": loss, "accuracy": metrics["accuracy"]}
+
+
+def _predictions(batch, hidden):
     """(states [B, K, D], target tokens i32[B, K], loss mask bool[B, K]).
 
     Those at `batch.target_positions`, and without it all: K is then L - 1.

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from rlhf_jax import checks
+from rlhf_jax.checks import FractionBelowOne, NonNegativeFloat, NonNegativeInt
 from rlhf_jax.training.settings import OfflineSettings, OptimizerSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
@@ -21,14 +21,9 @@ class Settings(OfflineSettings):
     section = "sft"  # of the configuration; without an annotation it is no field
 
     dropout: bool = True
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    rouge_rows: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.below_one(self.section, label_smoothing=self.label_smoothing)
-        checks.at_least(0, self.section, rouge_rows=self.rouge_rows)
+    label_smoothing: FractionBelowOne = 0.0
+    z_loss: NonNegativeFloat = 0.0
+    rouge_rows: NonNegativeInt = 0
 
 
 TRAINER = Trainer(

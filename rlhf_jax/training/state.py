@@ -1,5 +1,7 @@
 """The state of an offline trainer, and the optimizer of all trainers."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.models.interface import Params
+from rlhf_jax.training.accumulate import Metrics, accumulated_gradients
 from rlhf_jax.training.settings import OptimizerSettings
 
 
@@ -47,11 +50,8 @@ def make_optimizer(
     settings: OptimizerSettings, total_updates: int = 1
 ) -> optax.GradientTransformation:
     """The optax transformation of the settings; a decay ends at `total_updates`."""
-    clip = (
-        optax.identity()
-        if settings.max_grad_norm is None
-        else clip_by_global_norm(settings.max_grad_norm)
-    )
+    limit = settings.max_grad_norm
+    clip = optax.identity() if limit is None else clip_by_global_norm(limit)
     adamw = optax.adamw(
         learning_rate_schedule(settings, total_updates),
         b1=settings.b1,
@@ -100,6 +100,29 @@ def init_train_state(
 ) -> TrainState:
     """The state before the first step; the optimizer has a state for `params` alone."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
+
+
+def offline_step(
+    loss_fn: Callable[..., tuple[jax.Array, Metrics]],
+    count: Callable[[Any], Any],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Any,
+    key: jax.Array | None,
+    accumulation_steps: int,
+) -> tuple[TrainState, Metrics]:
+    """(new state, metrics) of one optimizer step, the metrics as "train/...", with "grad_norm".
+
+    Args:
+      loss_fn, count, key: as in `accumulated_gradients`; the first argument of `loss_fn`, before
+        the parameters, is `state.frozen`.
+    """
+    loss_fn = functools.partial(loss_fn, state.frozen)
+    arguments = (loss_fn, count, state.params, batch, key, accumulation_steps)
+    grads, metrics = accumulated_gradients(*arguments)
+    params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
+    metrics = {f"train/{name}": x for name, x in {**metrics, "grad_norm": norm}.items()}
+    return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
 
 def apply_gradients(

@@ -1,16 +1,13 @@
 """Parameters in two parts: those that are trained, and the frozen ones beside them.
 
 A step differentiates by `trained` alone and hands it to the optimizer; `frozen` travels in the
-state. Which is which is decided here and nowhere else: with `num_layers_unfrozen = None` all
-parameters are trained; otherwise the upper layers with the final layer norm are, and the lower
-layers and the embeddings are frozen.
+state. They are divided here alone: with `num_layers_unfrozen = None` all parameters are trained;
+otherwise the upper layers with the final layer norm are.
 
-Every pass goes through `stacks`, which returns the parameters of the upper layers, those that need
-a backward pass, and of the layers below, whose results `frozen_states` computes once for all
-epochs. Trained adapters beside a frozen base fit the same functions: `trained` holds the adapters
-and `frozen` the base; `stacks` returns the base's kernels with their adapters as the upper part
-(and the layers below the lowest adapter as the lower one), `full_params` returns base and adapters
-together, and the reference policy is the base without them.
+Every pass goes through `stacks`: the parameters of the upper layers, which need a backward pass,
+and of the layers below, whose results `frozen_states` computes once for all epochs. Adapters beside
+a frozen base fit the same functions: `stacks` returns the base's kernels with their adapters as the
+upper part, and the reference policy is the base without them.
 """
 
 from typing import NamedTuple
@@ -35,29 +32,23 @@ class Trainable(NamedTuple):
     frozen: Params | None = None
 
 
-def check_num_layers(model: Model, num_layers_unfrozen: int | None, section: str) -> None:
-    """Raises an InputError if more layers are to be trained than the model has.
+def split(model: Model, params: Params, num_layers_unfrozen: int | None, section: str) -> Trainable:
+    """The two parts of a model's full parameters.
 
     Args:
       section: of the setting, such as "ppo".
-    """
-    layers = model.config.n_layer
-    if num_layers_unfrozen is not None and not 0 <= num_layers_unfrozen <= layers:
-        raise InputError(
-            f"{section}.num_layers_unfrozen must be from 0 to the model's n_layer = {layers}, but "
-            f"is {num_layers_unfrozen}; null trains all layers and the embeddings."
-        )
-
-
-def split(model: Model, params: Params, num_layers_unfrozen: int | None, section: str) -> Trainable:
-    """The two parts of a model's full parameters.
 
     Raises:
       InputError: more layers are to be trained than the model has.
     """
-    check_num_layers(model, num_layers_unfrozen, section)
     if num_layers_unfrozen is None:
         return Trainable(params)
+    layers = model.config.n_layer
+    if not 0 <= num_layers_unfrozen <= layers:
+        raise InputError(
+            f"{section}.num_layers_unfrozen must be from 0 to the model's n_layer = {layers}, but "
+            f"is {num_layers_unfrozen}; null trains all layers and the embeddings."
+        )
     frozen, trained = model.split(params, num_layers_unfrozen)
     return Trainable(trained, frozen)
 

@@ -14,13 +14,11 @@ from rlhf_jax.training.ppo_settings import Settings
 def init_values(settings: Settings, model: Model, policy: Params, start: Params | None) -> Params:
     """The trained parameters of the value function, by `settings.value_model`.
 
-    Args:
-      policy: the trained part of the policy.
-      start: {"model": ..., "head": ...} of the reward model that "reward" starts from.
+    {"value_head": a head of zeros} or {"value_model": {"model": ..., "head": ...}}.
 
-    Returns:
-      {"value_head": a head of zeros} or {"value_model": {"model": ..., "head": ...}}, copies of the
-      arguments.
+    Args:
+      policy: the trained part of the policy, which "policy" copies.
+      start: {"model": ..., "head": ...} of a reward model, which "reward" copies.
 
     Raises:
       InputError: there is no reward model to start from.

@@ -18,7 +18,7 @@ class Case(NamedTuple):
         what SHARED names.
       options: static keyword arguments.
       coefficients: keyword arguments that may be traced.
-      differentiable: names of the arrays that gradients are asked for.
+      differentiable: names of the arrays to differentiate by.
       masks: by the name of an array the name of the mask whose False entries make it padding.
       count: of a loss, what its `denominator` is for this batch; None if a part of a batch needs
         more than its examples; such a loss has a test of its own.
@@ -43,7 +43,7 @@ def function_name(case_name):
 
 
 class Batch(NamedTuple):
-    """Random arrays that several cases take, under the names of the arguments."""
+    """Random arrays that several cases share, under the names of the arguments."""
 
     mask: np.ndarray
     valid: np.ndarray
@@ -118,7 +118,7 @@ def logprob_cases(rng, batch):
         ),
     }
     hidden, unembedding = floats(rng, B, T, D), floats(rng, V, D)
-    pieces = {"whole": {}, "chunks": {"chunk_size": 4, "vocab_size": V - 1}}
+    pieces = {"complete": {}, "chunks": {"chunk_size": 4, "vocab_size": V - 1}}
     for kind, options in pieces.items():
         cases[f"linear_token_logprobs/{kind}"] = Case(
             {"hidden": hidden, "unembedding": unembedding, "tokens": batch.targets},

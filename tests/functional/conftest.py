@@ -15,7 +15,7 @@ def rng():
 
 @pytest.fixture
 def ragged_mask():
-    """bool[5, 7] with rows of 7, 1, 4, 0 and 6 real positions."""
+    """bool[5, 7] with examples of 7, 1, 4, 0 and 6 real positions."""
     return np.arange(7) < np.array([7, 1, 4, 0, 6])[:, None]
 
 

@@ -90,7 +90,7 @@ def main():
 
 def linear_logprobs_by_hand():
     """`linear_token_logprobs` inside `shard_map`, and how much it makes at a time there."""
-    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(0)
     hidden, unembedding = rng.normal(size=(8, 6, 5)), rng.normal(size=(7, 5))
     arrays = (hidden.astype(np.float32), unembedding.astype(np.float32), rng.integers(0, 7, (8, 6)))
@@ -103,14 +103,14 @@ def linear_logprobs_by_hand():
             return sum(x.sum() for x in outputs)
 
         def of_all(*arrays, total=total):
-            return jax.lax.psum(total(*arrays), "rows")
+            return jax.lax.psum(total(*arrays), "examples")
 
-        rows, whole = PartitionSpec("rows"), PartitionSpec()
+        examples, full = PartitionSpec("examples"), PartitionSpec()
         split = jax.shard_map(
             jax.value_and_grad(of_all, (0, 1)),
             mesh=mesh,
-            in_specs=(rows, whole, rows),
-            out_specs=(whole, (rows, whole)),
+            in_specs=(examples, full, examples),
+            out_specs=(full, (examples, full)),
         )
         expected = jax.value_and_grad(total, (0, 1))(*arrays)
         for function in (split, jax.jit(split)):

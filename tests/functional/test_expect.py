@@ -17,11 +17,14 @@ def message(**arguments):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_what_fits_passes(dtype):
+def test_matching_arrays_pass_and_the_first_of_another_size_is_named(dtype):
     x, tokens = jnp.zeros((2, 3), dtype), jnp.zeros((2, 3), jnp.int32)
-    expect(x=(x, "BT", float), tokens=(tokens, "BT", int), mask=(tokens > 0, "BT", bool))
-    expect(logits=(x, "...V", float), tokens=(tokens[:, 0], "...", int))
-    expect(logits=(x[0], "...V", float), token=(tokens[0, 0], "...", int))
+    arrays = {"x": (x, "BT", float), "tokens": (tokens, "BT", int), "mask": (x > 0, "BT", bool)}
+    assert message(**arrays, scores=(x[0], "B", float)).startswith("scores must be float[B] with")
+    arrays = {"logits": (x, "...V", float), "tokens": (tokens[:, 0], "...", int)}
+    assert message(**arrays, mask=(x > 0, "...", bool)).startswith("mask must be bool[...] with")
+    arrays = {"logits": (x[0], "...V", float), "token": (tokens[0, 0], "...", int)}
+    assert message(**arrays, mask=(x > 0, "...", bool)).startswith("mask must be bool[...] with")
 
 
 def test_the_message_says_what_is_expected_and_what_was_given():
@@ -38,10 +41,10 @@ def test_the_message_says_what_is_expected_and_what_was_given():
 
 
 @pytest.mark.parametrize("axes", ["B", "...", ""])
-@pytest.mark.parametrize("given", [None, 0.5, "text"])
-def test_what_is_no_array_is_named(given, axes):
-    assert message(scores=(given, axes, float)) == (
-        f"scores must be float[{axes}], but is {given!r} (no array)."
+@pytest.mark.parametrize("value", [None, 0.5, "text"])
+def test_another_value_than_an_array_is_named(value, axes):
+    assert message(scores=(value, axes, float)) == (
+        f"scores must be float[{axes}], but is {value!r} (no array)."
     )
 
 
@@ -49,19 +52,23 @@ def test_lists_are_named_as_such_whatever_they_hold():
     assert message(scores=([1.0, 2.0], "B", float)) == "scores must be float[B], but is a list."
 
 
-@pytest.mark.parametrize("given", [1, 0.5, np.float32(2), np.int64(3), np.ones(()), None])
-def test_single_numbers_pass(given):
-    expect_scalars(denominator=given)
-    jax.jit(lambda x: expect_scalars(denominator=x))(given)
+@pytest.mark.parametrize("value", [1, 0.5, np.float32(2), np.int64(3), np.ones(()), None])
+def test_single_numbers_pass_and_the_first_other_value_is_named(value):
+    def check(x):
+        expect_scalars(denominator=x, coef=[x])
+
+    for function in (check, jax.jit(check)):
+        with pytest.raises(ValueError, match="^coef must be a single number, but is a list"):
+            function(value)
 
 
 @pytest.mark.parametrize(
-    ("given", "name"),
+    ("value", "name"),
     [(np.ones(3, np.float32), r"float32\[3\]"), ([1.0], "a list"), ("1", r"'1' \(no array\)")],
 )
-def test_what_is_no_single_number_is_named(given, name):
+def test_what_is_no_single_number_is_named(value, name):
     with pytest.raises(ValueError, match=f"^denominator must be a single number, but is {name}.$"):
-        expect_scalars(kl_coef=1.0, denominator=given)
+        expect_scalars(kl_coef=1.0, denominator=value)
 
 
 def test_the_check_happens_when_tracing():

@@ -133,14 +133,16 @@ def test_13_the_clip_takes_the_larger_loss_and_values_half_the_larger_square():
 def test_19_accumulated_gradients_weigh_tokens_and_not_micro_batches(rng, ragged_mask):
     logprobs, advantages = rng.normal(size=(2, *ragged_mask.shape)).astype(np.float32)
 
-    def loss(rows, **keywords):
-        parts = (x[rows] for x in (logprobs, advantages, ragged_mask))
+    def loss(examples, **keywords):
+        parts = (x[examples] for x in (logprobs, advantages, ragged_mask))
         return float(rlhf.reinforce_loss(*parts, **keywords)[0])
 
-    whole, halves = loss(slice(None)), (slice(0, 2), slice(2, 5))
+    complete, halves = loss(slice(None)), (slice(0, 2), slice(2, 5))
     count = float(ragged_mask.sum())
-    np.testing.assert_allclose(sum(loss(half, denominator=count) for half in halves), whole, 1e-5)
-    assert abs(np.mean([loss(half) for half in halves]) - whole) > 0.01
+    np.testing.assert_allclose(
+        sum(loss(half, denominator=count) for half in halves), complete, 1e-5
+    )
+    assert abs(np.mean([loss(half) for half in halves]) - complete) > 0.01
 
 
 def test_21_metrics_leave_padding_out(logits, ragged_mask):

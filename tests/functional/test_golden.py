@@ -1,4 +1,4 @@
-"""The whole way from scores to losses, against numbers of published code (tests/golden)."""
+"""From scores to losses, against numbers of published code (tests/golden)."""
 
 import functools
 
@@ -182,21 +182,21 @@ def test_trls_grpo(golden, index):
 
 @pytest.mark.parametrize("index", range(4))
 def test_trls_grpo_with_an_empty_response(golden, index):
-    """Under "grpo" TRL counts a row without a token as one of the rows, with a loss of 0; ours is
-    a mean over the rows with a token, so that rows that only fill up a batch change nothing, and is
-    TRL's with the number of all rows as the denominator.
+    """Under "grpo" TRL counts a response without a token, with a loss of 0; ours is a mean over
+    those with a token, so that the padding of a batch changes nothing, and is TRL's with the number
+    of all responses as the denominator.
     """
     case = golden("trl")["grpo_empty_row"]
-    rows = case["mask"].shape[0]
+    count = case["mask"].shape[0]
     assert not case["mask"][-1].any()
     by_rows = case["hp/loss_type"][index] == "grpo"
-    more = {"denominator": rows} if by_rows else {}
+    more = {"denominator": count} if by_rows else {}
     (loss, _), gradient = grpo(case, index, **more)
     assert_close(loss, case["out/loss"][index], "loss")
     assert_close(gradient, case["out/grad"][index], "gradient")
     if by_rows:
         (ours, _), _ = grpo(case, index)
-        assert_close(ours, case["out/loss"][index] * rows / (rows - 1), "loss over real rows")
+        assert_close(ours, case["out/loss"][index] * count / (count - 1), "loss over real ones")
 
 
 def test_trls_group_advantages(golden):

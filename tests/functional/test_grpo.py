@@ -12,7 +12,7 @@ REDUCTIONS = ["sequence", "token", "constant"]
 
 def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduction):
     """(loss, {metric: mean}), in which a row is a list of (loss, clipped, square, ratio, kl)."""
-    rows = []
+    examples = []
     for b, real in enumerate(mask):
         row = []
         for t in np.nonzero(real)[0]:
@@ -24,9 +24,9 @@ def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduc
             loss = -min(advantage * ratio, advantage * bounded) + kl_coef * kl
             clipped = advantage * bounded < advantage * ratio
             row.append((loss, clipped, log_ratio**2 / 2, ratio, kl))
-        rows.append(row)
-    means = [np.mean(row, axis=0) for row in rows if row]
-    tokens = [token for row in rows for token in row]
+        examples.append(row)
+    means = [np.mean(row, axis=0) for row in examples if row]
+    tokens = [token for row in examples for token in row]
     by_reduction = {
         "sequence": (np.mean(means, axis=0)[0], np.mean(means, axis=0)),
         "token": (np.mean(tokens, axis=0)[0], np.mean(tokens, axis=0)),
@@ -97,12 +97,12 @@ def test_empty_responses_count_only_in_the_constant(batch):
     real = mask.any(axis=1)
     assert not real.all()
     for reduction in REDUCTIONS:
-        whole = rlhf.grpo_loss(logprobs, old, advantages, mask, reduction=reduction)
+        full = rlhf.grpo_loss(logprobs, old, advantages, mask, reduction=reduction)
         kept = (x[real] for x in (logprobs, old, advantages, mask))
         without = rlhf.grpo_loss(*kept, reduction=reduction)
         share = real.mean() if reduction == "constant" else 1.0
         expected = jax.tree.map(lambda x, share=share: x * share, without)
-        chex.assert_trees_all_close(whole, expected, rtol=1e-6)
+        chex.assert_trees_all_close(full, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

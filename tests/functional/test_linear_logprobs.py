@@ -206,8 +206,8 @@ def test_all_products_take_the_dtype_given(chunk_size):
 
 def inner(equation):
     """The jaxprs that an equation runs."""
-    found = [getattr(x, "jaxpr", x) for x in equation.params.values()]
-    return [x for x in found if hasattr(x, "eqns")]
+    result = [getattr(x, "jaxpr", x) for x in equation.params.values()]
+    return [x for x in result if hasattr(x, "eqns")]
 
 
 def products_in(jaxpr):

@@ -99,10 +99,10 @@ def test_the_entropy_has_a_finite_gradient_beside_impossible_tokens(factor):
     """However large what it is multiplied with."""
     for row in ([0.0, 0.0, -jnp.inf], [10.0, 0.0, -jnp.inf]):
         logits = jnp.array(row)
-        found = jax.grad(lambda x: factor * rlhf.token_entropy(x))(logits)
+        result = jax.grad(lambda x: factor * rlhf.token_entropy(x))(logits)
         expected = factor * jax.grad(rlhf.token_entropy)(logits[:2])
-        np.testing.assert_allclose(found[:2], expected, rtol=1e-5, atol=1e-6 * abs(factor))
-        assert found[2] == 0
+        np.testing.assert_allclose(result[:2], expected, rtol=1e-5, atol=1e-6 * abs(factor))
+        assert result[2] == 0
 
 
 def test_gradients_of_large_logits_are_those_of_small_ones():

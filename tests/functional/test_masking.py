@@ -45,9 +45,9 @@ def test_whitening_of_equal_entries_is_finite():
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=1))
-def test_a_response_ends_with_its_first_stop_token(rows):
-    mask = rlhf.response_mask(np.array(rows, np.int32), (0, 3))
-    for tokens, real in zip(rows, np.asarray(mask), strict=True):
+def test_a_response_ends_with_its_first_stop_token(examples):
+    mask = rlhf.response_mask(np.array(examples, np.int32), (0, 3))
+    for tokens, real in zip(examples, np.asarray(mask), strict=True):
         stops = [t for t, token in enumerate(tokens) if token in (0, 3)]
         length = stops[0] + 1 if stops else len(tokens)
         assert real.tolist() == [True] * length + [False] * (len(tokens) - length)

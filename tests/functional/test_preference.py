@@ -294,18 +294,18 @@ pairs_of_logprobs = st.lists(st.tuples(logprob, logprob, logprob, logprob), min_
 betas = st.floats(0.03125, 2.0, width=32)
 
 
-def columns(rows):
-    return np.float32(rows).T
+def columns(examples):
+    return np.float32(examples).T
 
 
 @hypothesis.given(pairs_of_logprobs, betas)
-def test_the_gradient_of_dpo_is_the_published_one(rows, beta):
+def test_the_gradient_of_dpo_is_the_published_one(examples, beta):
     """-beta * sigmoid(-z) * (grad log pi(chosen) - grad log pi(rejected)), z the reward margin.
 
     The policy is a softmax over four responses, of which the first two are a pair, and the gradient
     is the one by its logits.
     """
-    logits = np.float32(rows)
+    logits = np.float32(examples)
     ref = logits[:, 2:]
 
     def logprobs(logits):
@@ -321,17 +321,17 @@ def test_the_gradient_of_dpo_is_the_published_one(rows, beta):
         jax.grad(lambda logits, i=i: logprobs(logits)[i].sum())(logits) for i in (0, 1)
     )
     direction = np.float64(of_chosen) - np.float64(of_rejected)
-    published = -beta * sigmoid(-z)[:, None] * direction / len(rows)
+    published = -beta * sigmoid(-z)[:, None] * direction / len(examples)
     np.testing.assert_allclose(jax.grad(loss)(logits), published, rtol=1e-4, atol=1e-6)
 
 
 @hypothesis.given(pairs_of_logprobs, betas, st.sampled_from(KINDS), st.integers(-64, 64))
-def test_one_constant_on_policy_and_reference_changes_nothing(rows, beta, kind, constant):
+def test_one_constant_on_policy_and_reference_changes_nothing(examples, beta, kind, constant):
     """Nor does the same constant on both responses of a pair: both cancel in h.
 
     Log-probabilities are rounded to quarters, so that float32 adds the constant exactly.
     """
-    policy_c, policy_r, ref_c, ref_r = np.round(4 * columns(rows)) / 4
+    policy_c, policy_r, ref_c, ref_r = np.round(4 * columns(examples)) / 4
 
     def loss(*arrays):
         return functional.dpo_loss(*(np.float32(x) for x in arrays), beta=beta, kind=kind)
@@ -346,8 +346,8 @@ def test_one_constant_on_policy_and_reference_changes_nothing(rows, beta, kind, 
 
 
 @hypothesis.given(pairs_of_logprobs, betas, st.floats(0.0, 1.0))
-def test_conservative_dpo_of_swapped_pairs_has_the_other_smoothing(rows, beta, smoothing):
-    policy_c, policy_r, ref_c, ref_r = columns(rows)
+def test_conservative_dpo_of_swapped_pairs_has_the_other_smoothing(examples, beta, smoothing):
+    policy_c, policy_r, ref_c, ref_r = columns(examples)
     one, _ = functional.dpo_loss(
         policy_c, policy_r, ref_c, ref_r, beta=beta, label_smoothing=smoothing
     )
@@ -358,21 +358,21 @@ def test_conservative_dpo_of_swapped_pairs_has_the_other_smoothing(rows, beta, s
 
 
 @hypothesis.given(pairs_of_logprobs, betas, st.floats(0.0, 0.45))
-def test_over_swaps_of_labels_robust_dpo_is_in_expectation_dpo(rows, beta, smoothing):
-    policy_c, policy_r, ref_c, ref_r = columns(rows)
+def test_over_swaps_of_labels_robust_dpo_is_in_expectation_dpo(examples, beta, smoothing):
+    policy_c, policy_r, ref_c, ref_r = columns(examples)
     robust = {"beta": beta, "kind": "robust", "label_smoothing": smoothing}
     kept, _ = functional.dpo_loss(policy_c, policy_r, ref_c, ref_r, **robust)
     swapped, _ = functional.dpo_loss(policy_r, policy_c, ref_r, ref_c, **robust)
     expected, _ = functional.dpo_loss(policy_c, policy_r, ref_c, ref_r, beta=beta)
     mean = (1 - smoothing) * np.float64(kept) + smoothing * np.float64(swapped)
     # The two cancel, the more the nearer the smoothing is to 1/2.
-    size = 1 + np.abs(columns(rows)).max() / (1 - 2 * smoothing)
+    size = 1 + np.abs(columns(examples)).max() / (1 - 2 * smoothing)
     np.testing.assert_allclose(mean, expected, atol=1e-5 * size)
 
 
 @hypothesis.given(pairs_of_logprobs, betas)
-def test_without_smoothing_sigmoid_conservative_and_robust_are_one(rows, beta):
-    arrays = columns(rows)
+def test_without_smoothing_sigmoid_conservative_and_robust_are_one(examples, beta):
+    arrays = columns(examples)
     plain = rlhf.dpo_loss(*arrays, beta=beta)
     conservative = rlhf.dpo_loss(*arrays, beta=beta, label_smoothing=0.0)
     robust = rlhf.dpo_loss(*arrays, beta=beta, kind="robust", label_smoothing=0.0)
@@ -381,8 +381,8 @@ def test_without_smoothing_sigmoid_conservative_and_robust_are_one(rows, beta):
 
 
 @hypothesis.given(pairs_of_logprobs, betas)
-def test_simpo_without_a_target_margin_is_dpo_without_a_reference(rows, beta):
-    chosen, rejected = columns(rows)[:2]
+def test_simpo_without_a_target_margin_is_dpo_without_a_reference(examples, beta):
+    chosen, rejected = columns(examples)[:2]
     nothing = np.zeros_like(chosen)
     chex.assert_trees_all_close(
         functional.simpo_loss(chosen, rejected, beta=beta, gamma=0.0),
@@ -561,18 +561,18 @@ def test_an_empty_mask_leaves_the_likelihood_of_orpo(rng):
 
 def test_parts_of_orpo_add_up_when_their_likelihoods_do(rng):
     chosen, rejected = draw(rng, 2, 5)
-    whole = rlhf.orpo_loss(chosen, rejected, np.float32(2.0))
+    complete = rlhf.orpo_loss(chosen, rejected, np.float32(2.0))
     parts = [
-        rlhf.orpo_loss(chosen[rows], rejected[rows], np.float32(share), denominator=5)
-        for rows, share in ((slice(0, 2), 0.75), (slice(2, 5), 1.25))
+        rlhf.orpo_loss(chosen[examples], rejected[examples], np.float32(share), denominator=5)
+        for examples, share in ((slice(0, 2), 0.75), (slice(2, 5), 1.25))
     ]
-    chex.assert_trees_all_close(jax.tree.map(lambda *x: sum(x), *parts), whole, rtol=1e-6)
+    chex.assert_trees_all_close(jax.tree.map(lambda *x: sum(x), *parts), complete, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [3, 0])
 def test_parts_of_kto_with_both_numbers_add_up_whatever_is_in_them(rng, size):
     chosen, rejected = draw(rng, 2, 5), draw(rng, 2, size)
-    whole = rlhf.kto_loss(chosen[0], rejected[0], chosen[1], rejected[1], 0.5)
+    complete = rlhf.kto_loss(chosen[0], rejected[0], chosen[1], rejected[1], 0.5)
     parts = [
         rlhf.kto_loss(
             chosen[0, of_chosen],
@@ -584,7 +584,7 @@ def test_parts_of_kto_with_both_numbers_add_up_whatever_is_in_them(rng, size):
         )
         for of_chosen, of_rejected in ((slice(0, 4), slice(0, 0)), (slice(4, 5), slice(0, size)))
     ]
-    chex.assert_trees_all_close(jax.tree.map(lambda *x: sum(x), *parts), whole, rtol=1e-6)
+    chex.assert_trees_all_close(jax.tree.map(lambda *x: sum(x), *parts), complete, rtol=1e-6)
 
 
 def test_one_number_as_the_denominator_of_kto_is_half_of_each_sort(rng):
@@ -593,9 +593,9 @@ def test_one_number_as_the_denominator_of_kto_is_half_of_each_sort(rng):
     one = rlhf.kto_loss(policy_c, policy_r, ref_c, ref_r, 0.5, denominator=9)
     two = rlhf.kto_loss(policy_c, policy_r, ref_c, ref_r, 0.5, denominator=(4.5, 4.5))
     chex.assert_trees_all_close(one, two, rtol=1e-6)
-    whole = rlhf.kto_loss(policy_c, policy_r, ref_c, ref_r, 0.5)
-    np.testing.assert_allclose(one[0] * 9, whole[0] * 8, rtol=1e-6)
-    np.testing.assert_allclose(one[1]["accuracy"] * 9, whole[1]["accuracy"] * 8, rtol=1e-6)
+    complete = rlhf.kto_loss(policy_c, policy_r, ref_c, ref_r, 0.5)
+    np.testing.assert_allclose(one[0] * 9, complete[0] * 8, rtol=1e-6)
+    np.testing.assert_allclose(one[1]["accuracy"] * 9, complete[1]["accuracy"] * 8, rtol=1e-6)
 
 
 # --- Messages

@@ -122,7 +122,7 @@ def test_masking_equals_truncating_each_response_for_grpo(reduction, mask, numbe
         for b, n in enumerate(mask.sum(axis=1))
         if n
     )
-    if reduction == "constant":  # its metrics need the rows to be of one size
+    if reduction == "constant":  # its metrics need the examples to be of one size
         full, cut = full[0], cut[0]
     chex.assert_trees_all_close(full, cut, rtol=2e-5, atol=1e-5)
 
@@ -135,16 +135,16 @@ def test_masking_equals_truncating_each_pair_for_the_tokenwise_loss(mask, other,
 
     def outputs(*arrays):
         (loss, metrics) = rlhf.tokenwise_pairwise_loss(*arrays, denominator=pairs)
-        ends = [metrics.pop(f"{side}_end_scores") for side in ("chosen", "rejected")]
-        return (loss, metrics), np.stack(ends)
+        end_scores = [metrics.pop(f"{side}_end_scores") for side in ("chosen", "rejected")]
+        return (loss, metrics), np.stack(end_scores)
 
     arrays = [*map(poisoned, sides, scores), *map(poisoned, sides, tokens)]
-    full, ends = outputs(*arrays, *sides)
+    full, end_scores = outputs(*arrays, *sides)
     cut = {}
     for b, n in enumerate((mask | other).sum(axis=1)):
         if n:
             cut[b], of_pair = outputs(*(x[[b], :n] for x in (*arrays, *sides)))
-            np.testing.assert_array_equal(ends[:, [b]], of_pair)
+            np.testing.assert_array_equal(end_scores[:, [b]], of_pair)
     chex.assert_trees_all_close(full, sum_of(cut.values()), rtol=2e-5, atol=1e-5)
 
 
@@ -173,8 +173,8 @@ def test_the_ranking_loss_sees_only_the_order_of_the_real_responses(scores, coun
         spread[mask] = row[:n]
         return spread, mask
 
-    rows = [spread(row, n) for row, n in zip(scores, counts)]
-    moved = rlhf.ranking_loss(*(np.stack(x) for x in zip(*rows)))
+    examples = [spread(row, n) for row, n in zip(scores, counts)]
+    moved = rlhf.ranking_loss(*(np.stack(x) for x in zip(*examples)))
     in_front = rlhf.ranking_loss(scores, np.arange(4) < np.array(counts[:3])[:, None])
     chex.assert_trees_all_close(moved, in_front, rtol=1e-6)
 
@@ -239,7 +239,7 @@ def test_k2_and_k3_are_never_negative(kind, logprobs, difference, scale):
 
 
 def expectation(kind, logits, ref_logits):
-    """(sum over the vocabulary of p * estimate, the KL), of rows of logits."""
+    """(sum over the vocabulary of p * estimate, the KL), of examples of logits."""
     tokens = np.broadcast_to(np.arange(V), logits.shape).astype(np.int32)
     p, q = (
         rlhf.token_logprobs(np.repeat(x[..., None, :], V, axis=-2), tokens)

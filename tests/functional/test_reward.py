@@ -109,9 +109,9 @@ TOKENWISE = [
 
 
 def tokenwise_by_loop(chosen, rejected, chosen_tokens, rejected_tokens, lengths, past_end):
-    """(loss, metrics, gradients) of full rows and their (chosen, rejected) lengths."""
+    """(loss, metrics, gradients) of full examples and their (chosen, rejected) lengths."""
     losses, accurate, margins, same = [], [], [], []
-    ends, gradients = np.zeros((2, len(chosen))), np.zeros((2, *chosen.shape))
+    end_scores, gradients = np.zeros((2, len(chosen))), np.zeros((2, *chosen.shape))
     for b, (c, r) in enumerate(lengths):
         end = max(c, r)
         terms = []
@@ -122,24 +122,24 @@ def tokenwise_by_loop(chosen, rejected, chosen_tokens, rejected_tokens, lengths,
             )
             at = (min(t, c - 1), min(t, r - 1)) if past_end == "last" else (t, t)
             difference = float(chosen[b, at[0]]) - float(rejected[b, at[1]])
-            ends[:, b] = chosen[b, at[0]], rejected[b, at[1]]
+            end_scores[:, b] = chosen[b, at[0]], rejected[b, at[1]]
             if parted:
                 terms.append((np.log1p(np.exp(-difference)), -1 / (1 + np.exp(difference)), at))
         for _, slope, (i, j) in terms:
             gradients[0, b, i] += slope / len(terms) / len(chosen)
             gradients[1, b, j] -= slope / len(terms) / len(chosen)
         losses.append(np.mean([loss for loss, _, _ in terms]) if terms else 0.0)
-        margins.append(ends[0, b] - ends[1, b] if terms else 0.0)
+        margins.append(end_scores[0, b] - end_scores[1, b] if terms else 0.0)
         accurate.append(margins[-1] > 0)
         same.append(not terms)
     metrics = {"accuracy": accurate, "margin": margins, "no_difference": same}
     metrics = {name: np.mean(x) for name, x in metrics.items()}
-    metrics |= {"chosen_end_scores": ends[0], "rejected_end_scores": ends[1]}
+    metrics |= {"chosen_end_scores": end_scores[0], "rejected_end_scores": end_scores[1]}
     return np.mean(losses), metrics, gradients
 
 
 def make_pairs(rng):
-    """Six pairs that begin alike: different tokens, ends, both, prefixes, one and no difference."""
+    """Six pairs that begin alike and differ in tokens, in length, in both, and not at all."""
     tokens = rng.integers(0, 50, size=(6, 9))
     chosen_tokens, rejected_tokens = tokens.copy(), tokens.copy()
     rejected_tokens[0, 2:] += 1  # all of the rest
@@ -198,10 +198,10 @@ def test_published_tokenwise_loss_is_that_of_the_published_code(golden, name):
     (value, metrics), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         case["chosen_scores"], case["rejected_scores"]
     )
-    ends = metrics["chosen_end_scores"], metrics["rejected_end_scores"]
+    end_scores = metrics["chosen_end_scores"], metrics["rejected_end_scores"]
     names = ["loss", "grad_chosen_scores", "grad_rejected_scores"]
     names += ["chosen_end_scores", "rejected_end_scores"]
-    for output, key in zip([value, *gradients, *ends], names, strict=True):
+    for output, key in zip([value, *gradients, *end_scores], names, strict=True):
         np.testing.assert_allclose(output, case[f"out/{key}"], rtol=5e-6, atol=1e-7, err_msg=key)
     published = case["out/chosen_end_scores"] - case["out/rejected_end_scores"]
     np.testing.assert_allclose(metrics["accuracy"], np.mean(published > 0))
@@ -247,20 +247,20 @@ def test_what_counts_of_the_padding_is_only_what_is_published(rng, garbage):
 @pytest.mark.parametrize("past_end", ["last", "published"])
 def test_entries_without_a_pair_do_not_change_the_tokenwise_loss(rng, past_end):
     arrays, lengths = make_pairs(rng)
-    rows = np.array([True, True, False, True, False, True])
+    examples = np.array([True, True, False, True, False, True])
     masks = masks_of(lengths, 9)
-    kept = [x[rows] for x in (*arrays, *masks)]
+    kept = [x[examples] for x in (*arrays, *masks)]
     expected, metrics = rlhf.tokenwise_pairwise_loss(*kept, past_end=past_end)
-    empty = [m & rows[:, None] for m in masks]
+    empty = [m & examples[:, None] for m in masks]
     for output, by_row in (
-        rlhf.tokenwise_pairwise_loss(*arrays, *masks, mask=rows, past_end=past_end),
+        rlhf.tokenwise_pairwise_loss(*arrays, *masks, mask=examples, past_end=past_end),
         rlhf.tokenwise_pairwise_loss(*arrays, *empty, past_end=past_end),
     ):
         np.testing.assert_allclose(output, expected, rtol=1e-6)
         for name, metric in metrics.items():
-            of_rows = by_row[name][rows] if metric.ndim else by_row[name]
+            of_rows = by_row[name][examples] if metric.ndim else by_row[name]
             np.testing.assert_allclose(of_rows, metric, rtol=1e-6, err_msg=name)
-        assert not np.any(by_row["chosen_end_scores"][~rows])
+        assert not np.any(by_row["chosen_end_scores"][~examples])
 
 
 @pytest.mark.parametrize("past_end", ["last", "published"])
@@ -333,8 +333,8 @@ def test_ranking_loss_matches_a_loop(rng):
     loss, metrics = rlhf.ranking_loss(scores, mask)
     expected = ranking_by_loop(scores, mask)
     assert 0 < expected[1] < 1
-    found = [loss, metrics["accuracy"], metrics["margin"]]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    actual = [loss, metrics["accuracy"], metrics["margin"]]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("index", range(3))

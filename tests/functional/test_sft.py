@@ -68,7 +68,7 @@ def test_an_impossible_target_has_an_infinite_loss_and_a_finite_gradient(label_s
 
 
 def test_accuracy_is_that_of_argmax_in_ties_and_of_what_is_no_number():
-    rows = [
+    examples = [
         ([1.0, 3.0, 3.0], 1, True),  # the first of those that are largest
         ([1.0, 3.0, 3.0], 2, False),
         ([0.0, 0.0, 0.0], 0, True),
@@ -81,6 +81,6 @@ def test_accuracy_is_that_of_argmax_in_ties_and_of_what_is_no_number():
         ([0.0, np.nan, 0.0], 1, False),
         ([0.0, np.nan, 1.0], 2, False),
     ]
-    for logits, target, correct in rows:
+    for logits, target, correct in examples:
         arrays = (np.float32([[logits]]), np.array([[target]]), np.array([[True]]))
         assert rlhf.cross_entropy_loss(*arrays)[1]["accuracy"] == correct

@@ -1,4 +1,4 @@
-"""Generation: against loops without a cache, and what ends a response."""
+"""Generation: against loops without a cache, and the end of a response."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def text_of(prompts, row):
 
 
 def greedy_by_loop(model, params, text, length, stops=(), shortest=0):
-    """The likeliest token, again and again, each time from a whole forward pass."""
+    """The likeliest token, again and again, each time from a complete forward pass."""
     response = []
     while len(response) < length:
         logits = logits_by_loop(params, model.config, text + response)[-1]
@@ -96,14 +96,14 @@ def test_logprobs_are_those_of_a_whole_forward_pass(settings, model, params, pro
     tokens, mask, logprobs = check_form(rollout, 8)
     for row in range(4):
         response = tokens[row][mask[row]].tolist()
-        whole = distribution_by_loop(model, params, text_of(prompts, row), response, settings)
-        expected = [whole[t, token] for t, token in enumerate(response)]
+        complete = distribution_by_loop(model, params, text_of(prompts, row), response, settings)
+        expected = [complete[t, token] for t, token in enumerate(response)]
         np.testing.assert_allclose(logprobs[row][mask[row]], expected, rtol=1e-3, atol=1e-3)
 
 
-def many(prompts, rows):
-    """The prompts again and again, up to so many rows."""
-    return tuple(np.resize(x, (rows, x.shape[1])) for x in prompts)
+def many(prompts, examples):
+    """The prompts again and again, up to so many examples."""
+    return tuple(np.resize(x, (examples, x.shape[1])) for x in prompts)
 
 
 @pytest.mark.parametrize("shortest", [0, 2])

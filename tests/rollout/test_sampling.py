@@ -1,4 +1,4 @@
-"""From logits to a token: the distribution, its filters, and the ends of the unit interval."""
+"""From logits to a token: the distribution, its filters, and the limits of the unit interval."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_filters_match_a_loop(temperature, top_k, top_p):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(5, 13)).astype(np.float32) * 2
     logits[0, 3] = -np.inf
-    logits[1] = 0.0  # all equal: nothing can be told apart, all stay
+    logits[1] = 0.0  # all equal: ties, all stay
     logits[2, 5:8] = logits[2].max()  # the likeliest three tie
     run = jax.jit(filtered_logprobs, static_argnames=("temperature", "top_k", "top_p"))
     logprobs = run(jnp.asarray(logits), temperature=temperature, top_k=top_k, top_p=top_p)

@@ -43,7 +43,7 @@ def test_a_token_is_predicted_from_the_position_before_it(model, params, prompts
     for row in range(4):
         prompt, response = real(prompts[0][row], prompts[1][row]), real(tokens[row], mask[row])
         for t in range(len(response)):
-            # The state of the text that ends right before token t.
+            # The state at the token before token t.
             alone = hidden_by_loop(params, model.config, prompt + response[:t])[-1]
             np.testing.assert_allclose(states[row, t], alone, rtol=1e-3, atol=1e-3)
 

@@ -201,9 +201,13 @@ def test_wrong_dicts_are_named_in_one_sentence(values, said):
     ("section", "values", "said"),
     [
         ("model", {"dropout": 1.0}, "model.dropout must be at least 0 and below 1, but is 1.0."),
-        ("generation", {"top_p": 0.0}, "generation.temperature and generation.top_k must not be"),
-        ("generation", {"batch_size": 0}, "generation.max_new_tokens and generation.batch_size"),
-        ("checkpoint", {"keep": 0}, "checkpoint.keep must be at least 1, but is 0."),
+        (
+            "generation",
+            {"top_p": 0.0},
+            "generation.top_p must be above 0 and at most 1, but is 0.0",
+        ),
+        ("generation", {"batch_size": 0}, "generation.batch_size must be above 0, but is 0"),
+        ("checkpoint", {"keep": 0}, "checkpoint.keep must be above 0, but is 0."),
     ],
 )
 def test_settings_are_checked_when_they_are_made(section, values, said):

@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def reward_model(model):
-    """Of another form than the policy, as far as the tokens allow."""
+    """Of another architecture than the policy, as far as the tokens allow."""
     return GPT2(dataclasses.replace(model.config, n_layer=1, n_embd=8))
 
 

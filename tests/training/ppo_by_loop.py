@@ -47,8 +47,8 @@ def logprobs_by_loop(params, config, prompt, response, temperature):
     if not response:
         return np.zeros(0), np.zeros((0, config.vocab_size))
     logits = logits_by_loop(params, config, prompt + response[:-1])[len(prompt) - 1 :]
-    whole = log_softmax(logits / temperature)
-    return np.array([whole[t, token] for t, token in enumerate(response)]), whole
+    full = log_softmax(logits / temperature)
+    return np.array([full[t, token] for t, token in enumerate(response)]), full
 
 
 def values_by_loop(params, config, prompt, response):
@@ -64,19 +64,19 @@ def kl_by_loop(difference, kind):
 
 
 def experience_by_loop(model, settings, state, scored, values=None):
-    """One SimpleNamespace per row, and the numbers of the whole iteration, in float64.
+    """One SimpleNamespace per row, and the numbers of the full iteration, in float64.
 
     `values` are those of each row, where a value model of its own gives them.
     """
-    rows = []
+    examples = []
     for i, ((prompt, response), score) in enumerate(
         zip(texts_of(scored), scored.scores, strict=True)
     ):
         row = SimpleNamespace(prompt=prompt, response=response, score=float(score))
         arguments = (model.config, prompt, response, settings.temperature)
-        row.logprobs, whole = logprobs_by_loop(state.params["model"], *arguments)
+        row.logprobs, full = logprobs_by_loop(state.params["model"], *arguments)
         row.ref_logprobs, _ = logprobs_by_loop(state.frozen["ref"], *arguments)
-        row.entropy = -(np.exp(whole) * whole).sum(axis=1)
+        row.entropy = -(np.exp(full) * full).sum(axis=1)
         row.values = (
             values_by_loop(state.params, model.config, prompt, response)
             if values is None
@@ -86,9 +86,9 @@ def experience_by_loop(model, settings, state, scored, values=None):
         row.rewards = -float(state.kl_coef) * kl_by_loop(row.kl, settings.kl_estimator)
         if response:
             row.rewards[-1] += row.score
-        rows.append(row)
-    real = np.concatenate([row.rewards for row in rows])
-    for row in rows:
+        examples.append(row)
+    real = np.concatenate([row.rewards for row in examples])
+    for row in examples:
         shaped = row.rewards
         if settings.whiten_rewards:
             scale = np.sqrt(real.var(ddof=1) + 1e-8)
@@ -100,16 +100,16 @@ def experience_by_loop(model, settings, state, scored, values=None):
             next_advantage = delta + settings.gamma * settings.lam * next_advantage
             next_value, row.advantages[t] = row.values[t], next_advantage
         row.returns = row.advantages + row.values
-    real = np.concatenate([row.advantages for row in rows])
-    for row in rows:
+    real = np.concatenate([row.advantages for row in examples])
+    for row in examples:
         row.advantages = (row.advantages - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8)
-    return rows
+    return examples
 
 
-def losses_by_loop(model, settings, params, rows):
+def losses_by_loop(model, settings, params, examples):
     """(policy loss, value loss, share of clipped tokens, ratio), means over the real tokens."""
     policy, value, clipped, ratios = [], [], [], []
-    for row in rows:
+    for row in examples:
         logprobs, _ = logprobs_by_loop(
             params["model"], model.config, row.prompt, row.response, settings.temperature
         )

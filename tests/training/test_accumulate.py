@@ -1,4 +1,4 @@
-"""Accumulated gradients: the step of the whole batch, however unequal its parts are."""
+"""Accumulated gradients: the step of the full batch, however unequal its parts are."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from tests.training.test_reward_objectives import RANKINGS, rankings_of
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(3)
 OBJECTIVES = ("sft", "last_token", "tokenwise", "ranking")
-# A row for each length; of the last half nearly nothing is learned.
+# A sequence of each length; the last half has nearly no targets.
 LENGTHS = (8, 7, 3, 2)
 
 
@@ -33,13 +33,13 @@ def small():
 def texts():
     real = np.arange(8) < np.array(LENGTHS)[:, None]
     tokens = np.random.default_rng(0).integers(0, 11, real.shape)
-    learned = real & (np.arange(8) > 0)
-    return TextBatch(*map(jnp.asarray, (tokens.astype(np.int32), real.astype(np.int32), learned)))
+    targets = real & (np.arange(8) > 0)
+    return TextBatch(*map(jnp.asarray, (tokens.astype(np.int32), real.astype(np.int32), targets)))
 
 
 @pytest.fixture(scope="module")
 def run(small, texts):
-    """run(what, steps) -> (parameters, metrics) after one step on the whole batch."""
+    """run(what, steps) -> (parameters, metrics) after one step on the full batch."""
     trunk = busy_params(small, 2)
     head = {"kernel": jnp.asarray(np.random.default_rng(3).normal(size=8), jnp.float32)}
 
@@ -76,7 +76,7 @@ def test_the_step_is_that_of_the_whole_batch(run, what):
 
 
 def test_every_part_has_its_own_dropout_and_is_run_alone(small, texts):
-    """Against a loop over the parts: the strided rows, their own keys, and the whole count."""
+    """Against a loop over the parts: strided examples, own keys, and the count of the batch."""
     model = GPT2(dataclasses.replace(small.config, resid_pdrop=0.5, embd_pdrop=0.5))
     params = busy_params(small, 2)
 
@@ -85,11 +85,11 @@ def test_every_part_has_its_own_dropout_and_is_run_alone(small, texts):
 
     @jax.jit
     def accumulate(params, key):
-        return accumulated_gradients(loss_fn, sft._count, params, texts, key, 2)
+        return accumulated_gradients(loss_fn, sft.count_targets, params, texts, key, 2)
 
     @jax.jit
     def alone(params, part, key):
-        return jax.grad(loss_fn, has_aux=True)(params, part, key, sft._count(texts))
+        return jax.grad(loss_fn, has_aux=True)(params, part, key, sft.count_targets(texts))
 
     keys = jax.random.split(KEY, 2)
     parts = [jax.tree.map(lambda x, i=i: x[i::2], texts) for i in range(2)]
@@ -127,4 +127,4 @@ def test_settings_that_do_not_divide_are_refused(stage, name):
 
 def test_a_batch_that_does_not_divide_is_an_error(texts):
     with pytest.raises(ValueError, match="4 examples are not divisible by 3 accumulation steps"):
-        accumulated_gradients(lambda *_: None, sft._count, {}, texts, None, 3)
+        accumulated_gradients(lambda *_: None, sft.count_targets, {}, texts, None, 3)

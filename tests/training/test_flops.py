@@ -24,11 +24,11 @@ def shapes_of(trainer, settings, scorers=()):
 
 def test_a_trained_parameter_counts_three_times_and_a_frozen_one_once():
     settings = sft.Settings()
-    found = offline_flops(MODEL, shapes_of(sft, settings), unembeds=True)
-    assert found == 3 * (2 * LAYER + TABLE)
+    actual = offline_flops(MODEL, shapes_of(sft, settings), unembeds=True)
+    assert actual == 3 * (2 * LAYER + TABLE)
     settings = reward.Settings(num_layers_unfrozen=1)
-    found = offline_flops(MODEL, shapes_of(reward, settings), unembeds=False)
-    assert found == LAYER + 3 * (LAYER + HEAD)
+    actual = offline_flops(MODEL, shapes_of(reward, settings), unembeds=False)
+    assert actual == LAYER + 3 * (LAYER + HEAD)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_a_trained_parameter_counts_three_times_and_a_frozen_one_once():
 def test_an_iteration_of_ppo_samples_scores_and_updates(options, expected):
     settings = ppo.Settings(**options)
     state = shapes_of(ppo, settings, scorers=("reward_params", "value_params"))
-    found = online_flops(MODEL, state, settings, reward_models=(MODEL,))
-    assert found == expected
+    actual = online_flops(MODEL, state, settings, reward_models=(MODEL,))
+    assert actual == expected
 
 
 def test_texts_count_in_the_epochs_alone():
     settings = ppo.Settings(num_ppo_epochs=2, num_layers_unfrozen=1)
     state = shapes_of(ppo, settings)
-    found = mixed_text_flops(MODEL, state, settings)
-    assert found == 2 * (LAYER + 2 * TABLE + 3 * LAYER)
+    actual = mixed_text_flops(MODEL, state, settings)
+    assert actual == 2 * (LAYER + 2 * TABLE + 3 * LAYER)

@@ -1,4 +1,4 @@
-"""PPO with frozen lower layers: the update of the whole network, with nothing frozen moved."""
+"""PPO with frozen lower layers: the update of the full network, with nothing frozen moved."""
 
 import dataclasses
 
@@ -11,8 +11,7 @@ import pytest
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.training import ppo
-from rlhf_jax.training.pretraining_mix import text_loss
+from rlhf_jax.training import ppo, sft
 from rlhf_jax.training.trainable import Trainable
 from tests.training.ppo_by_loop import (
     EOS,
@@ -50,8 +49,8 @@ def with_rate(state, rate):
 
 
 def updating(model, settings, **kwargs):
-    made = {"optimizer": OPTIMIZER, "stop_token_ids": (EOS,), **kwargs}
-    return jax.jit(ppo.make_update_step(model, settings, **made))
+    initial = {"optimizer": OPTIMIZER, "stop_token_ids": (EOS,), **kwargs}
+    return jax.jit(ppo.make_update_step(model, settings, **initial))
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +61,10 @@ def update(model):
 
 def frozen_state(model, state, ref_params):
     """A state with a reference of its own above the frozen layers, and a head that is not zero."""
-    made = ppo.init_state(model, state.params["model"], UPPER, KEY, optimizer=OPTIMIZER)
-    frozen = {**made.frozen, "ref": model.split(ref_params, 1)[1]}
-    params = {**made.params, "value_head": state.params["value_head"]}
-    return made._replace(params=params, frozen=frozen)
+    initial = ppo.init_state(model, state.params["model"], UPPER, KEY, optimizer=OPTIMIZER)
+    frozen = {**initial.frozen, "ref": model.split(ref_params, 1)[1]}
+    params = {**initial.params, "value_head": state.params["value_head"]}
+    return initial._replace(params=params, frozen=frozen)
 
 
 def whole_state(model, state):
@@ -121,10 +120,10 @@ def test_there_may_be_nothing_above_or_only_embeddings_below(
 def test_the_first_pass_is_that_of_the_loops(model, state, ref_params, batch, rollout, update):
     start = frozen_state(model, state, ref_params)
     _, _, scored = update(start, batch, rollout, SCORES, KEY)
-    rows = experience_by_loop(model, TWICE, whole_state(model, start), scored)
+    examples = experience_by_loop(model, TWICE, whole_state(model, start), scored)
     for name in ("logprobs", "ref_logprobs", "values"):
         actual = np.asarray(getattr(scored, name))[np.asarray(scored.mask)]
-        expected = np.concatenate([getattr(row, name) for row in rows])
+        expected = np.concatenate([getattr(row, name) for row in examples])
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -194,26 +193,26 @@ def test_the_frozen_layers_run_once_for_all_epochs(value_model):
     rollout = Rollout(jnp.ones((3, 5), jnp.int32), jnp.ones((3, 5), bool), jnp.zeros((3, 5)))
     update = ppo.make_update_step(model, settings, optimizer=optimizer, stop_token_ids=(EOS,))
     jaxpr = jax.make_jaxpr(update)(state, batch, rollout, jnp.zeros(3), KEY).jaxpr
-    found = list(scans(jaxpr))
-    assert [inside for length, inside in found if length == 7] == [()]
+    result = list(scans(jaxpr))
+    assert [inside for length, inside in result if length == 7] == [()]
     networks = 1 + (value_model == "policy")
     # Forwards and backwards in each update; before, the reference too; after, the new policy.
-    assert [inside for length, inside in found if length == 2].count((6,)) == 2 * networks
-    assert [inside for length, inside in found if length == 2].count(()) == networks + 2
-    assert 9 not in {length for length, _ in found}
+    assert [inside for length, inside in result if length == 2].count((6,)) == 2 * networks
+    assert [inside for length, inside in result if length == 2].count(()) == networks + 2
+    assert 9 not in {length for length, _ in result}
 
 
 def test_texts_mixed_in_have_the_gradient_of_the_whole_policy(model, params):
     texts, (lower, upper) = text_batch(ROWS), model.split(params, 1)
 
     def loss(trained, frozen=None):
-        return text_loss(model, Trainable(trained, frozen), texts)
+        return sft.text_loss(model, Trainable(trained, frozen), texts)[0]
 
     loss_and_gradient = jax.jit(jax.value_and_grad(loss))
-    expected, whole = loss_and_gradient(params)
-    found, gradient = loss_and_gradient(upper, lower)
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
-    close(gradient, model.split(whole, 1)[1], rtol=1e-4, atol=1e-6)
+    expected, full = loss_and_gradient(params)
+    result, gradient = loss_and_gradient(upper, lower)
+    assert float(result) == pytest.approx(float(expected), rel=1e-5)
+    close(gradient, model.split(full, 1)[1], rtol=1e-4, atol=1e-6)
 
 
 def test_sampling_knows_the_whole_policy(model, params, batch):
@@ -238,7 +237,7 @@ def test_a_reference_shares_the_frozen_layers_or_is_refused(model, params, ref_p
 @pytest.mark.parametrize("unfrozen", [-1, 3])
 def test_more_layers_than_there_are_or_less_than_none_are_refused(unfrozen, model, params):
     expected = {
-        -1: "ppo.num_layers_unfrozen must not be negative, but is -1; null trains all layers.",
+        -1: "ppo.num_layers_unfrozen must not be negative, but is -1.",
         3: "ppo.num_layers_unfrozen must be from 0 to the model's n_layer = 2, but is 3",
     }[unfrozen]
 

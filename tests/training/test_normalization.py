@@ -7,13 +7,9 @@ import pytest
 
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.errors import InputError
+from rlhf_jax.rollout.shaping import empty_score_stats
 from rlhf_jax.training import reward
-from rlhf_jax.training.normalization import (
-    make_stats_step,
-    normalize_scores,
-    score_moments,
-    stats_of,
-)
+from rlhf_jax.training.reward import make_stats_step, normalize_scores, score_moments
 from tests.models.gpt2_by_loop import hidden_by_loop
 from tests.training.test_reward import PAIRS, batch_of
 
@@ -30,11 +26,18 @@ def add(reward_model):
     return jax.jit(make_stats_step(reward_model))
 
 
+def _stats(add, params, batches):
+    stats = empty_score_stats()
+    for batch in batches:
+        stats = add(params, stats, batch)
+    return stats
+
+
 @pytest.fixture(scope="module")
 def normalized(reward_model, reward_params, add):
     """By batches of two, the last one filled up with a row that is none."""
     batches = [batch_of(PAIRS[:2], 3), batch_of(PAIRS[2:], 3)]
-    moments = score_moments(stats_of(add, reward_params, batches))
+    moments = score_moments(_stats(add, reward_params, batches))
     return normalize_scores(reward_model, reward_params, *moments)
 
 
@@ -59,7 +62,7 @@ def test_differences_are_divided_by_the_deviation(reward_model, reward_params, n
 
 
 def test_normalizing_twice_is_normalizing_once(reward_model, normalized, add):
-    stats = stats_of(add, normalized, [batch_of(PAIRS, 4)])
+    stats = _stats(add, normalized, [batch_of(PAIRS, 4)])
     again = normalize_scores(reward_model, normalized, *score_moments(stats))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), again, normalized
@@ -69,8 +72,8 @@ def test_normalizing_twice_is_normalizing_once(reward_model, normalized, add):
 def test_of_rankings_the_best_response_counts(reward_params, add):
     pairs = batch_of(PAIRS, 4)
     rankings = RankingBatch(*reward.sequences_of(pairs))
-    expected = stats_of(add, reward_params, [pairs])
-    for ours, theirs in zip(stats_of(add, reward_params, [rankings]), expected, strict=True):
+    expected = _stats(add, reward_params, [pairs])
+    for ours, theirs in zip(_stats(add, reward_params, [rankings]), expected, strict=True):
         assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
@@ -81,7 +84,7 @@ def test_scores_that_do_not_differ_are_refused(reward_params, add):
         (reward_params, batch_of(PAIRS[:1] * 3, 4)),
     ):
         with pytest.raises(InputError, match="responses cannot be normalized, for they do not"):
-            score_moments(stats_of(add, params, [batch]))
+            score_moments(_stats(add, params, [batch]))
     with pytest.raises(InputError, match="normalize_rows must be at least 2, but is 1"):
         reward.Settings(normalize_rows=1)
 
@@ -90,9 +93,9 @@ def test_the_trained_half_alone_can_be_normalized(reward_model, reward_params, n
     """The frozen half of `split` is not needed, and the embeddings do not move."""
     frozen, trained = reward_model.split(reward_params["model"], 1)
     half = normalize_scores(reward_model, {**reward_params, "model": trained}, 0.5, 2.0)
-    whole = normalize_scores(reward_model, reward_params, 0.5, 2.0)
+    full = normalize_scores(reward_model, reward_params, 0.5, 2.0)
     merged = reward_model.merge(frozen, half["model"])
-    jax.tree.map(np.testing.assert_array_equal, merged, whole["model"])
+    jax.tree.map(np.testing.assert_array_equal, merged, full["model"])
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), normalized, reward_params)
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/")

@@ -35,11 +35,11 @@ from tests.training.ppo_by_loop import (
 
 @pytest.fixture(scope="module")
 def step(model, reward_model):
-    """The whole iteration; it takes its state's buffers, so it is given copies."""
-    whole = ppo.make_step(
+    """The full iteration; it donates its state, so copies go in."""
+    full = ppo.make_step(
         model, SETTINGS, reward_model=reward_model, optimizer=SGD, stop_token_ids=(EOS,)
     )
-    jitted = jax.jit(whole, donate_argnums=0)
+    jitted = jax.jit(full, donate_argnums=0)
 
     def run(state, batch, key=KEY):
         return jitted(jax.tree.map(jnp.copy, state), batch, key)
@@ -54,38 +54,38 @@ def done(step, state, batch):
     return step(state, batch)
 
 
-def check_scored(rows, scored):
+def check_scored(examples, scored):
     """The arrays of a ScoredRollout against the loops, and zero off the mask."""
     mask = np.asarray(scored.mask)
     for name in ("logprobs", "ref_logprobs", "values"):
         array = np.asarray(getattr(scored, name))
         assert not array[~mask].any()
-        for row, expected in enumerate(rows):
+        for row, expected in enumerate(examples):
             np.testing.assert_allclose(
                 array[row][mask[row]], getattr(expected, name), rtol=1e-3, atol=1e-3
             )
 
 
-def check_objective(metrics, rows, kl_coef):
-    """`objective/...` against the loops: means over the rows that are responses."""
-    rows = [row for row in rows if row.response]
-    penalties = [row.rewards.sum() - row.score for row in rows]
+def check_objective(metrics, examples, kl_coef):
+    """`objective/...` against the loops: means over the examples that are responses."""
+    examples = [row for row in examples if row.response]
+    penalties = [row.rewards.sum() - row.score for row in examples]
     expected = {
-        "scores": np.mean([row.score for row in rows]),
-        "scores_std": np.std([row.score for row in rows]),
-        "kl": np.mean([row.kl.sum() for row in rows]),
+        "scores": np.mean([row.score for row in examples]),
+        "scores_std": np.std([row.score for row in examples]),
+        "kl": np.mean([row.kl.sum() for row in examples]),
         "non_score_reward": np.mean(penalties),
-        "rlhf_reward": np.mean([row.rewards.sum() for row in rows]),
-        "entropy": np.mean([-row.logprobs.sum() for row in rows]),
-        "response_length": np.mean([len(row.response) for row in rows]),
+        "rlhf_reward": np.mean([row.rewards.sum() for row in examples]),
+        "entropy": np.mean([-row.logprobs.sum() for row in examples]),
+        "response_length": np.mean([len(row.response) for row in examples]),
         "kl_coef": kl_coef,
     }
     for name, value in expected.items():
         got = float(metrics[f"objective/{name}"])
         assert got == pytest.approx(value, rel=1e-3, abs=1e-3), name
-    entropy = np.concatenate([row.entropy for row in rows]).mean()
+    entropy = np.concatenate([row.entropy for row in examples]).mean()
     assert float(metrics["policy/entropy_avg"]) == pytest.approx(entropy, rel=1e-3)
-    tokens = sum(len(row.prompt) + len(row.response) for row in rows)
+    tokens = sum(len(row.prompt) + len(row.response) for row in examples)
     assert float(metrics["perf/tokens"]) == tokens
 
 
@@ -103,10 +103,10 @@ def test_scores_are_read_at_the_end_shaped_and_kept(done, reward_model, reward_p
 
 def test_one_iteration_is_that_of_the_loops(done, model, state):
     after, metrics, scored = done
-    rows = experience_by_loop(model, SETTINGS, state, scored)
-    check_scored(rows, scored)
-    check_objective(metrics, rows, 0.3)
-    policy, value, _, _ = losses_by_loop(model, SETTINGS, state.params, rows)
+    examples = experience_by_loop(model, SETTINGS, state, scored)
+    check_scored(examples, scored)
+    check_objective(metrics, examples, 0.3)
+    policy, value, _, _ = losses_by_loop(model, SETTINGS, state.params, examples)
     assert float(metrics["loss/policy_avg"]) == pytest.approx(policy, abs=1e-3)
     assert float(metrics["loss/value_avg"]) == pytest.approx(value, rel=1e-3)
     assert int(after.step) == 1
@@ -115,7 +115,7 @@ def test_one_iteration_is_that_of_the_loops(done, model, state):
 
 def test_the_update_follows_the_gradient_of_the_loops(done, model, state):
     after, metrics, scored = done
-    rows = experience_by_loop(model, SETTINGS, state, scored)
+    examples = experience_by_loop(model, SETTINGS, state, scored)
     gradient = jax.tree.map(
         lambda old, new: (np.asarray(old, np.float64) - np.asarray(new, np.float64)) / RATE,
         state.params,
@@ -128,7 +128,7 @@ def test_the_update_follows_the_gradient_of_the_loops(done, model, state):
         moved = jax.tree.map(
             lambda p, g, e=epsilon: np.asarray(p, np.float64) + e * g, state.params, gradient
         )
-        policy, value, _, _ = losses_by_loop(model, SETTINGS, moved, rows)
+        policy, value, _, _ = losses_by_loop(model, SETTINGS, moved, examples)
         sides.append(policy + SETTINGS.vf_coef * value)
     assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(square, rel=1e-2)
 
@@ -218,12 +218,12 @@ def test_whitened_rewards_k3_and_the_controller_are_those_of_the_loops(
 ):
     after, metrics, scored = whitened(state, batch, rollout, SCORES, KEY)
     np.testing.assert_array_equal(scored.scores, SCORES)
-    rows = experience_by_loop(model, WHITENED, state, scored)
-    check_scored(rows, scored)
-    check_objective(metrics, rows, 0.3)
-    _, value, _, _ = losses_by_loop(model, WHITENED, state.params, rows)
+    examples = experience_by_loop(model, WHITENED, state, scored)
+    check_scored(examples, scored)
+    check_objective(metrics, examples, 0.3)
+    _, value, _, _ = losses_by_loop(model, WHITENED, state.params, examples)
     assert float(metrics["loss/value_avg"]) == pytest.approx(value, rel=1e-3)
-    observed = np.mean([row.kl.sum() for row in rows])
+    observed = np.mean([row.kl.sum() for row in examples])
     error = np.clip(observed / 0.5 - 1.0, -0.2, 0.2)
     assert float(after.kl_coef) == pytest.approx(0.3 * (1 + error * 4 / 30.0), rel=1e-3)
 
@@ -245,13 +245,13 @@ def test_a_row_that_only_fills_up_the_batch_counts_nowhere(whitened, model, stat
     rollout = rollout._replace(mask=rollout.mask & real[:, None])
     scores = np.where(real, SCORES, np.nan)
     after, metrics, scored = whitened(state, batch, rollout, scores, KEY)
-    rows = experience_by_loop(model, WHITENED, state, scored)
-    check_objective(metrics, rows, 0.3)
-    policy, value, _, _ = losses_by_loop(model, WHITENED, state.params, rows)
+    examples = experience_by_loop(model, WHITENED, state, scored)
+    check_objective(metrics, examples, 0.3)
+    policy, value, _, _ = losses_by_loop(model, WHITENED, state.params, examples)
     assert float(metrics["loss/policy_avg"]) == pytest.approx(policy, abs=1e-3)
     assert float(metrics["loss/value_avg"]) == pytest.approx(value, rel=1e-3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, metrics)))
-    observed = np.mean([row.kl.sum() for row in rows if row.response])
+    observed = np.mean([row.kl.sum() for row in examples if row.response])
     error = np.clip(observed / 0.5 - 1.0, -0.2, 0.2)
     assert float(after.kl_coef) == pytest.approx(0.3 * (1 + error * 3 / 30.0), rel=1e-4)
 
@@ -261,8 +261,8 @@ def test_the_second_epoch_clips_like_the_loops(model, state, batch, rollout):
     once = update_with(model, settings)(state, batch, rollout, SCORES, KEY)
     settings = dataclasses.replace(settings, num_ppo_epochs=2)
     twice = update_with(model, settings)(state, batch, rollout, SCORES, KEY)
-    rows = experience_by_loop(model, settings, state, twice[2])
-    second = losses_by_loop(model, settings, once[0].params, rows)
+    examples = experience_by_loop(model, settings, state, twice[2])
+    second = losses_by_loop(model, settings, once[0].params, examples)
     names = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/ratio")
     for name, expected in zip(names, second, strict=True):
         got = 2 * float(twice[1][name]) - float(once[1][name])

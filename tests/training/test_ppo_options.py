@@ -77,10 +77,10 @@ PENALISED = dataclasses.replace(
 )
 
 
-def penalised_by_loop(model, params, rows, temperature, coef):
+def penalised_by_loop(model, params, examples, temperature, coef):
     """(loss, KL of the old policy to the new one, mean ratio, approxkl), means over tokens."""
     losses, kls, ratios, squares = [], [], [], []
-    for row in rows:
+    for row in examples:
         logprobs, _ = logprobs_by_loop(
             params["model"], model.config, row.prompt, row.response, temperature
         )
@@ -98,9 +98,9 @@ def test_the_penalised_surrogate_is_that_of_the_loops(model, state, batch, rollo
     once = update_with(model, PENALISED)(state, batch, rollout, SCORES, KEY)
     settings = dataclasses.replace(PENALISED, num_ppo_epochs=2)
     twice = update_with(model, settings)(state, batch, rollout, SCORES, KEY)
-    rows = experience_by_loop(model, settings, state, twice[2])
+    examples = experience_by_loop(model, settings, state, twice[2])
     loss, kl, ratio, approxkl = penalised_by_loop(
-        model, once[0].params, rows, settings.temperature, 2.0
+        model, once[0].params, examples, settings.temperature, 2.0
     )
     second = {
         name: 2 * float(twice[1][name]) - float(once[1][name])
@@ -138,8 +138,8 @@ def test_the_coefficient_follows_the_kl_after_the_last_update(model, state, batc
 def test_a_state_made_for_another_surrogate_is_refused(model, state, batch, rollout):
     with pytest.raises(ValueError, match="holds no penalty_coef"):
         update_with(model, PENALISED)(state, batch, rollout, SCORES, KEY)
-    made = ppo.init_state(model, state.params["model"], PENALISED, KEY)
-    assert float(made.penalty_coef) == 2.0
+    initial = ppo.init_state(model, state.params["model"], PENALISED, KEY)
+    assert float(initial.penalty_coef) == 2.0
 
 
 # --- the early end -------------------------------------------------------------------------------
@@ -187,14 +187,14 @@ def test_a_limit_that_ends_an_iteration_does_not_end_the_next(model, state, batc
 # --- the entropy bonus ---------------------------------------------------------------------------
 
 
-def entropy_by_loop(model, params, rows, temperature):
+def entropy_by_loop(model, params, examples, temperature):
     """Mean entropy of the next token over the real tokens."""
     entropies = []
-    for row in rows:
-        _, whole = logprobs_by_loop(
+    for row in examples:
+        _, full = logprobs_by_loop(
             params["model"], model.config, row.prompt, row.response, temperature
         )
-        entropies += [-(np.exp(line) * line).sum() for line in whole]
+        entropies += [-(np.exp(line) * line).sum() for line in full]
     return np.mean(entropies)
 
 
@@ -203,8 +203,8 @@ def test_the_bonus_adds_the_gradient_of_the_entropy(model, state, batch, rollout
     settings = dataclasses.replace(SETTINGS, entropy_coef=coef)
     with_bonus, metrics, scored = update_with(model, settings)(state, batch, rollout, SCORES, KEY)
     without, _, _ = update_with(model, SETTINGS)(state, batch, rollout, SCORES, KEY)
-    rows = experience_by_loop(model, settings, state, scored)
-    entropy = entropy_by_loop(model, state.params, rows, settings.temperature)
+    examples = experience_by_loop(model, settings, state, scored)
+    entropy = entropy_by_loop(model, state.params, examples, settings.temperature)
     assert float(metrics["loss/entropy_avg"]) == pytest.approx(-entropy, rel=1e-3)
     gradient = jax.tree.map(
         lambda more, less: (np.asarray(more, np.float64) - np.asarray(less, np.float64)) / RATE,
@@ -217,7 +217,7 @@ def test_the_bonus_adds_the_gradient_of_the_entropy(model, state, batch, rollout
         moved = jax.tree.map(
             lambda p, g, e=epsilon: np.asarray(p, np.float64) + e * g, state.params, gradient
         )
-        sides.append(coef * entropy_by_loop(model, moved, rows, settings.temperature))
+        sides.append(coef * entropy_by_loop(model, moved, examples, settings.temperature))
     assert (sides[0] - sides[1]) / 2e-3 == pytest.approx(square, rel=1e-2)
 
 
@@ -247,10 +247,10 @@ def test_with_everything_on_many_steps_compile_once(model, reward_model, state, 
     running = ppo.init_state(
         model, params, settings, KEY, optimizer=optimizer, reward_params=reward
     )
-    whole = ppo.make_step(
+    full = ppo.make_step(
         model, settings, reward_model=reward_model, optimizer=optimizer, stop_token_ids=(EOS,)
     )
-    step = jax.jit(whole, donate_argnums=0)
+    step = jax.jit(full, donate_argnums=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # JAX warns of a donated buffer that it cannot use
         for number in range(3):

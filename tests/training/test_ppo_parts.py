@@ -37,23 +37,23 @@ def test_parts_make_the_step_of_the_whole(model, params, batch, rollout, texts, 
     settings = dataclasses.replace(SETTINGS, **options)
     state = ppo.init_state(model, params, settings, KEY, optimizer=SGD)
     batch = batch._replace(texts=texts)
-    whole, parts = (
+    full, parts = (
         update_with(model, each)(state, batch, rollout, SCORES, KEY)
         for each in (settings, dataclasses.replace(settings, **IN_PARTS))
     )
     before = jax.tree.leaves(state.params)
-    moved = [np.abs(x - y).max() for x, y in zip(jax.tree.leaves(whole[0].params), before)]
+    moved = [np.abs(x - y).max() for x, y in zip(jax.tree.leaves(full[0].params), before)]
     assert max(moved) > 0.01
-    assert whole[1].keys() == parts[1].keys()
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), parts, whole)
+    assert full[1].keys() == parts[1].keys()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), parts, full)
 
 
 def test_memory_falls_with_the_parts(model):
     """What is kept for the backward pass is that of one part, and so are the logits of scoring."""
     settings = dataclasses.replace(SETTINGS, batch_size=64)
     shape = jax.ShapeDtypeStruct
-    rows = (shape((64, 4), jnp.int32), shape((64, 4), bool), shape((64,), jnp.int32))
-    batch = PromptBatch(*rows)
+    entries = (shape((64, 4), jnp.int32), shape((64, 4), bool), shape((64,), jnp.int32))
+    batch = PromptBatch(*entries)
     responses = Rollout(
         shape((64, 5), jnp.int32), shape((64, 5), bool), shape((64, 5), jnp.float32)
     )
@@ -71,12 +71,14 @@ def test_memory_falls_with_the_parts(model):
 
 
 def test_rows_come_back_in_their_order():
-    rows = (jnp.arange(6), jnp.arange(12).reshape(6, 2))
-    found = map_microbatches(lambda rows: (rows[0] + 1, None, rows[1].sum(axis=1)), rows, 3)
-    np.testing.assert_array_equal(found[0], np.arange(6) + 1)
-    np.testing.assert_array_equal(found[2], np.arange(12).reshape(6, 2).sum(axis=1))
+    entries = (jnp.arange(6), jnp.arange(12).reshape(6, 2))
+    actual = map_microbatches(
+        lambda entries: (entries[0] + 1, None, entries[1].sum(axis=1)), entries, 3
+    )
+    np.testing.assert_array_equal(actual[0], np.arange(6) + 1)
+    np.testing.assert_array_equal(actual[2], np.arange(12).reshape(6, 2).sum(axis=1))
     with pytest.raises(ValueError, match="6 examples are not divisible by 4"):
-        map_microbatches(lambda rows: rows, rows, 4)
+        map_microbatches(lambda entries: entries, entries, 4)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +86,13 @@ def test_rows_come_back_in_their_order():
     [
         (
             {"gradient_accumulation_steps": 3},
+            "ppo.batch_size = 8 is not divisible by ppo.gradient_accumulation_steps = 3; change "
+            "one of them.",
+        ),
+        (
+            {"gradient_accumulation_steps": 8},
             "ppo.batch_size / ppo.num_mini_batches = 4 is not divisible by "
-            "ppo.gradient_accumulation_steps = 3; change one of them.",
+            "ppo.gradient_accumulation_steps = 8; change one of them.",
         ),
         (
             {"gradient_accumulation_steps": 2, "ptx_batch_size": 6},

@@ -10,23 +10,22 @@ import pytest
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import ppo
-from rlhf_jax.training.pretraining_mix import text_minibatches
 from tests.models.gpt2_by_loop import log_softmax, logits_by_loop
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SCORES, SETTINGS, update_with
 
 COEF = 0.7
 MIXED = dataclasses.replace(SETTINGS, ptx_coef=COEF, ptx_batch_size=2)
 
-# Rows of texts: (tokens, first position that is learned). The first row is packed.
+# Sequences of texts: (tokens, first target position). The first sequence is packed.
 ROWS = [[([3, 1, 4, 1, 5], 1), ([9, 2, 6], 2)], [([5, 3, 5], 1)]]
 
 
-def text_batch(rows, width=9, junk=6):
+def text_batch(examples, width=9, junk=6):
     """A TextBatch with junk on the padding."""
-    shape = (len(rows), width)
+    shape = (len(examples), width)
     tokens, segments = np.full(shape, junk, np.int32), np.zeros(shape, np.int32)
     loss_mask = np.zeros(shape, bool)
-    for row, texts in enumerate(rows):
+    for row, texts in enumerate(examples):
         start = 0
         for number, (text, target_start) in enumerate(texts, 1):
             end = start + len(text)
@@ -36,12 +35,12 @@ def text_batch(rows, width=9, junk=6):
     return TextBatch(*map(jnp.asarray, (tokens, segments, loss_mask)))
 
 
-def nll_by_loop(params, config, rows):
-    """Mean over the learned tokens of all texts, each read by itself."""
+def nll_by_loop(params, config, examples):
+    """Mean over the targets of all texts, each in a pass of its own."""
     losses = []
-    for text, target_start in (text for row in rows for text in row):
-        whole = log_softmax(logits_by_loop(params, config, text[:-1]))
-        losses += [-whole[t - 1, text[t]] for t in range(target_start, len(text))]
+    for text, target_start in (text for row in examples for text in row):
+        complete = log_softmax(logits_by_loop(params, config, text[:-1]))
+        losses += [-complete[t - 1, text[t]] for t in range(target_start, len(text))]
     return np.mean(losses)
 
 
@@ -125,13 +124,13 @@ def test_each_epoch_splits_the_texts_anew():
     settings = dataclasses.replace(MIXED, num_ppo_epochs=3, num_mini_batches=4, ptx_batch_size=8)
     numbers = jnp.arange(8)[:, None]
     texts = TextBatch(numbers, numbers, numbers > 0)
-    parts = text_minibatches(settings, texts, KEY)
+    parts = ppo._text_minibatches(settings, texts, KEY)
     assert parts.tokens.shape == (12, 2, 1)
     np.testing.assert_array_equal(parts.tokens, parts.segments)
     epochs = np.asarray(parts.tokens).reshape(3, 8)
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
-    other = text_minibatches(settings, texts, jax.random.key(8)).tokens
+    other = ppo._text_minibatches(settings, texts, jax.random.key(8)).tokens
     assert (np.asarray(other) != np.asarray(parts.tokens)).any()
     # Not the order of the responses, whose keys are split off the same one.
     keys = jax.random.split(KEY, 3)
@@ -143,7 +142,7 @@ def test_texts_that_are_missing_or_miscounted_are_told_while_tracing(model, stat
     step = ppo.make_update_step(model, MIXED, stop_token_ids=(EOS,))
     for texts, message in (
         (None, r"ppo.ptx_coef is 0.7, but the batch has no texts: put a TextBatch into"),
-        (text_batch([ROWS[0]] * 3), "has 3 rows of texts, but ppo.ptx_batch_size is 2"),
+        (text_batch([ROWS[0]] * 3), "has 3 examples of texts, but ppo.ptx_batch_size is 2"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(step, state, batch._replace(texts=texts), rollout, SCORES, KEY)
@@ -166,7 +165,7 @@ def test_settings_out_of_range_say_what_is_allowed(change, message):
 
 
 def test_the_texts_are_not_forgotten(update, plain_update, state, batch, rollout):
-    """What was learned of them is lost to a reward that has nothing to do with them, or kept."""
+    """Training on an unrelated reward forgets them without the term, and not with it."""
     given = batch._replace(texts=text_batch(ROWS))
 
     def after(state, step, scores, iterations=60):
@@ -175,7 +174,7 @@ def test_the_texts_are_not_forgotten(update, plain_update, state, batch, rollout
         nll = update(state, given, rollout, scores, KEY)[1]["loss/ptx_avg"]
         return state, float(nll)
 
-    learned, before = after(state, update, SCORES)
-    _, forgotten = after(learned, plain_update, -SCORES)
-    _, kept = after(learned, update, -SCORES)
+    trained, before = after(state, update, SCORES)
+    _, forgotten = after(trained, plain_update, -SCORES)
+    _, kept = after(trained, update, -SCORES)
     assert max(before, kept) < forgotten - 0.5

@@ -1,4 +1,4 @@
-"""The reward model's step: the loss by loops, and rows that only fill up a batch."""
+"""The reward model's step: the loss by loops, and examples that only fill up a batch."""
 
 import warnings
 
@@ -26,12 +26,12 @@ PAIRS = [
 ]
 
 
-def batch_of(pairs, rows, prompt_width=4, width=5):
-    """A PairBatch with junk on the padding and, past the pairs, in rows that are none."""
+def batch_of(pairs, examples, prompt_width=4, width=5):
+    """A PairBatch with junk on the padding and, past the pairs, in examples that are none."""
     shapes = {"prompts": prompt_width, "chosen": width, "rejected": width}
-    tokens = {name: np.full((rows, n), 6, np.int32) for name, n in shapes.items()}
-    masks = {name: np.zeros((rows, n), bool) for name, n in shapes.items()}
-    margin = np.full(rows, np.nan, np.float32)
+    tokens = {name: np.full((examples, n), 6, np.int32) for name, n in shapes.items()}
+    masks = {name: np.zeros((examples, n), bool) for name, n in shapes.items()}
+    margin = np.full(examples, np.nan, np.float32)
     for row, (prompt, chosen, rejected, wanted) in enumerate(pairs):
         tokens["prompts"][row, prompt_width - len(prompt) :] = prompt
         masks["prompts"][row, prompt_width - len(prompt) :] = True
@@ -39,7 +39,9 @@ def batch_of(pairs, rows, prompt_width=4, width=5):
             tokens[name][row, : len(text)], masks[name][row, : len(text)] = text, True
         margin[row] = wanted
     columns = [x for name in shapes for x in (tokens[name], masks[name])]
-    return PairBatch(*(jnp.asarray(x) for x in (*columns, margin, np.arange(rows) < len(pairs))))
+    return PairBatch(
+        *(jnp.asarray(x) for x in (*columns, margin, np.arange(examples) < len(pairs)))
+    )
 
 
 def loss_by_loop(params, config, pairs, center_coef):

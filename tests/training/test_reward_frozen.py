@@ -1,4 +1,4 @@
-"""Reward models with frozen lower layers: the step of the whole model, held still below."""
+"""Reward models with frozen lower layers: the step of the full model, held still below."""
 
 import dataclasses
 
@@ -38,8 +38,8 @@ def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
     settings = dataclasses.replace(plain, num_layers_unfrozen=unfrozen)
     start = reward.init_state(model, scorer, settings, KEY, optimizer=SGD)
     after, metrics = jax.jit(reward.make_step(model, settings, optimizer=SGD))(start, batch, KEY)
-    whole = reward.init_state(model, scorer, plain, KEY, optimizer=SGD)
-    expected, others = jax.jit(reward.make_step(model, plain, optimizer=SGD))(whole, batch, KEY)
+    full = reward.init_state(model, scorer, plain, KEY, optimizer=SGD)
+    expected, others = jax.jit(reward.make_step(model, plain, optimizer=SGD))(full, batch, KEY)
     lower, upper = model.split(expected.params["model"], unfrozen)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -81,8 +81,8 @@ def test_nothing_goes_back_through_the_frozen_layers(model, objective):
 
     state = jax.eval_shape(init, jax.eval_shape(model.init, KEY))
     step = reward.make_step(model, settings, optimizer=SGD)
-    found = scans(jax.make_jaxpr(step)(state, batch_for(objective), KEY).jaxpr)
-    lengths = [length for length, _ in found]
+    actual = scans(jax.make_jaxpr(step)(state, batch_for(objective), KEY).jaxpr)
+    lengths = [length for length, _ in actual]
     assert (lengths.count(7), lengths.count(2), lengths.count(9)) == (1, 2, 0)
 
 

@@ -30,10 +30,10 @@ RANKINGS = [
 ALIKE = ([7, 3], [8, 1, 2, 10], [8, 1, 5], 0.0)
 
 
-def rankings_of(rankings, rows, places=4, prompt_width=4, width=5):
+def rankings_of(rankings, examples, places=4, prompt_width=4, width=5):
     """A RankingBatch with junk wherever nothing is real."""
-    prompts = np.full((rows, prompt_width), 6, np.int32)
-    responses = np.full((rows, places, width), 6, np.int32)
+    prompts = np.full((examples, prompt_width), 6, np.int32)
+    responses = np.full((examples, places, width), 6, np.int32)
     prompt_mask, mask = np.zeros(prompts.shape, bool), np.zeros(responses.shape, bool)
     for row, (prompt, texts) in enumerate(rankings):
         prompts[row, prompt_width - len(prompt) :] = prompt
@@ -52,17 +52,17 @@ def scores_by_loop(params, config, prompt, response):
 
 def pair_losses_by_loop(params, config, rankings):
     """For each ranking a list of (loss, is right, difference), one for each of its pairs."""
-    found = []
+    actual = []
     for prompt, texts in rankings:
-        ends = [scores_by_loop(params, config, prompt, text)[-1] for text in texts]
-        pairs = [(a, b) for i, a in enumerate(ends) for b in ends[i + 1 :]]
-        found.append([(np.log1p(np.exp(b - a)), a > b, a - b) for a, b in pairs])
-    return found
+        end_scores = [scores_by_loop(params, config, prompt, text)[-1] for text in texts]
+        pairs = [(a, b) for i, a in enumerate(end_scores) for b in end_scores[i + 1 :]]
+        actual.append([(np.log1p(np.exp(b - a)), a > b, a - b) for a, b in pairs])
+    return actual
 
 
 def tokenwise_by_loop(params, config, pairs):
     """(loss, accuracy, margin), means over pairs; a response that has ended keeps its score."""
-    found = []
+    actual = []
     for prompt, chosen, rejected, _ in pairs:
         a, b = (list(scores_by_loop(params, config, prompt, x)) for x in (chosen, rejected))
         end = max(len(a), len(b))
@@ -71,8 +71,8 @@ def tokenwise_by_loop(params, config, pairs):
         for t in range(first, end):
             difference = a[min(t, len(a) - 1)] - b[min(t, len(b) - 1)]
             losses.append(np.log1p(np.exp(-difference)))
-        found.append((np.mean(losses), a[-1] > b[-1], a[-1] - b[-1]))
-    return np.mean(found, axis=0)
+        actual.append((np.mean(losses), a[-1] > b[-1], a[-1] - b[-1]))
+    return np.mean(actual, axis=0)
 
 
 @functools.cache  # the programs that tests share are compiled once
@@ -111,16 +111,16 @@ def test_tokenwise_is_the_mean_from_the_first_difference_on(
 
 def test_every_ranking_counts_the_same(reward_model, reward_params, steps, state):
     _, metrics = steps[RANKING](state, rankings_of(RANKINGS, 4), KEY)
-    found = pair_losses_by_loop(reward_params, reward_model.config, RANKINGS)
-    assert_means(metrics, np.mean([np.mean(pairs, axis=0) for pairs in found], axis=0))
+    actual = pair_losses_by_loop(reward_params, reward_model.config, RANKINGS)
+    assert_means(metrics, np.mean([np.mean(pairs, axis=0) for pairs in actual], axis=0))
     tokens = sum(len(prompt) + sum(map(len, texts)) for prompt, texts in RANKINGS)
     assert float(metrics["perf/tokens"]) == tokens
 
 
 def test_the_evaluation_counts_every_pair_the_same(reward_model, reward_params):
     evaluate = jax.jit(reward.make_eval_step(reward_model))
-    found = pair_losses_by_loop(reward_params, reward_model.config, RANKINGS)
-    expected = np.mean([pair for pairs in found for pair in pairs], axis=0)
+    actual = pair_losses_by_loop(reward_params, reward_model.config, RANKINGS)
+    expected = np.mean([pair for pairs in actual for pair in pairs], axis=0)
     sums = [evaluate(reward_params, rankings_of(RANKINGS[i : i + 2], 2)) for i in (0, 2)]
     assert sum(float(part["count"]) for part in sums) == 6 + 1 + 3
     for name, value in zip(NAMES, expected, strict=True):

@@ -1,4 +1,4 @@
-"""What becomes of a score before PPO raises it: cut responses, missing ends, clipping, scaling."""
+"""What becomes of a score before PPO raises it: cut responses, missing EOS, clipping, scaling."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ STOP = 3
 PLAIN = dataclasses.replace(SETTINGS, missing_eos_penalty=None, cliprange_reward=None)
 
 
-def random_rollout(seed, rows=64, length=7):
+def random_rollout(seed, examples=64, length=7):
     """Responses over few tokens, with EOS and STOP in any place, and both on the padding."""
     rng = np.random.default_rng(seed)
-    tokens = rng.choice([0, 1, STOP, EOS], p=[0.5, 0.2, 0.2, 0.1], size=(rows, length))
+    tokens = rng.choice([0, 1, STOP, EOS], p=[0.5, 0.2, 0.2, 0.1], size=(examples, length))
     mask = np.zeros(tokens.shape, bool)
-    for row in range(rows):
-        ends = np.flatnonzero(tokens[row] == EOS)
-        mask[row, : ends[0] + 1 if len(ends) else rng.integers(1, length + 1)] = True
+    for row in range(examples):
+        stops = np.flatnonzero(tokens[row] == EOS)
+        mask[row, : stops[0] + 1 if len(stops) else rng.integers(1, length + 1)] = True
     mask[0] = False  # a row that only fills up the batch
     return Rollout(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.asarray(-0.5 * mask))
 
@@ -68,23 +68,23 @@ def test_nothing_is_cut_by_default():
 def test_samples_are_those_without_the_cut_up_to_it(model, params):
     settings = dataclasses.replace(PLAIN, truncate_token=STOP, truncate_after=1)
     batch = PromptBatch(jnp.ones((32, 1), jnp.int32), jnp.ones((32, 1), bool), jnp.arange(32))
-    whole, cut = (
+    complete, cut = (
         jax.jit(
             functools.partial(online.sample_responses, model, settings=which, stop_token_ids=(EOS,))
         )(params, batch, KEY)
         for which in (PLAIN, settings)
     )
-    lengths = [end_by_loop(whole, row, 1) for row in range(32)]
+    lengths = [end_by_loop(complete, row, 1) for row in range(32)]
     assert np.asarray(cut.mask).sum(axis=1).tolist() == lengths
-    assert lengths != np.asarray(whole.mask).sum(axis=1).tolist()
-    np.testing.assert_array_equal(cut.tokens, jnp.where(cut.mask, whole.tokens, 0))
+    assert lengths != np.asarray(complete.mask).sum(axis=1).tolist()
+    np.testing.assert_array_equal(cut.tokens, jnp.where(cut.mask, complete.tokens, 0))
 
 
 @pytest.mark.parametrize("at_eos", [True, False])
 @pytest.mark.parametrize("token", [None, STOP])
 def test_a_response_without_an_end_gets_a_fixed_score(at_eos, token):
     if not at_eos and token is None:
-        pytest.skip("nothing ends")
+        pytest.skip("no response has an end")
     settings = dataclasses.replace(
         PLAIN,
         response_length=7,
@@ -118,8 +118,8 @@ def scored_in_turn(settings, batches):
     """The scaled scores of each batch, and the statistics after the last one."""
     stats, scaled = empty_score_stats(), []
     scale = jax.jit(functools.partial(scale_scores, settings))
-    for scores, rows in batches:
-        result, stats, metrics = scale(stats, scores, rows)
+    for scores, examples in batches:
+        result, stats, metrics = scale(stats, scores, examples)
         scaled.append((np.asarray(result), float(metrics["objective/score_scale"])))
     assert scale._cache_size() == 1
     return scaled, stats
@@ -133,16 +133,18 @@ def test_scores_are_divided_by_the_deviation_until_now_or_of_the_first_iteration
     batches = []
     for number in range(5):
         scores = (rng.normal(size=6) * (1 + number) + offset).astype(np.float32)
-        rows = rng.random(6) < (0.7 if number != 1 else 0.0)
-        batches.append((np.where(rows, scores, np.nan).astype(np.float32), rows))
+        examples = rng.random(6) < (0.7 if number != 1 else 0.0)
+        batches.append((np.where(examples, scores, np.nan).astype(np.float32), examples))
     scaled, stats = scored_in_turn(settings, batches)
     seen = []
-    for number, ((scores, rows), (result, scale)) in enumerate(zip(batches, scaled, strict=True)):
+    for number, ((scores, examples), (result, scale)) in enumerate(
+        zip(batches, scaled, strict=True)
+    ):
         if kind == "running" or number == 0:
-            seen += [float(score) for score, real in zip(scores, rows, strict=True) if real]
+            seen += [float(score) for score, real in zip(scores, examples, strict=True) if real]
         deviation = np.std(seen, ddof=1)
         assert scale == pytest.approx(deviation, rel=1e-4)
-        np.testing.assert_allclose(result[rows], scores[rows] / deviation, rtol=1e-4)
+        np.testing.assert_allclose(result[examples], scores[examples] / deviation, rtol=1e-4)
     assert int(stats.num_scores) == len(seen)
     assert float(stats.mean) == pytest.approx(np.mean(seen), rel=1e-5, abs=1e-6)
 
@@ -217,8 +219,8 @@ def test_a_state_made_without_statistics_is_refused(model, state, batch, rollout
     settings = dataclasses.replace(PLAIN, scale_reward="running")
     with pytest.raises(ValueError, match="holds no score_stats: create it with the same settings"):
         update_with(model, settings)(state, batch, rollout, SCORES, KEY)
-    made = ppo.init_state(model, state.params["model"], settings, KEY, optimizer=SGD)
-    assert [float(x) for x in made.score_stats] == [0.0, 0.0, 0.0]
+    initial = ppo.init_state(model, state.params["model"], settings, KEY, optimizer=SGD)
+    assert [float(x) for x in initial.score_stats] == [0.0, 0.0, 0.0]
 
 
 def test_a_token_by_its_text_is_for_who_has_a_tokenizer(model, state, batch):

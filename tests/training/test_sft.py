@@ -23,11 +23,14 @@ KEY = jax.random.key(0)
 TEXTS = [([1, 5, 2, 9, 10], 3), ([4, 10], 1), ([7, 7, 3, 0, 2, 8], 5), ([3, 1, 10], 2)]
 
 
-def batch_of(rows, width, completions_only=True):
-    """A TextBatch whose rows hold these texts one after the other; junk and no loss on padding."""
-    tokens, segments = np.full((len(rows), width), 6), np.zeros((len(rows), width), np.int32)
-    loss_mask = np.zeros((len(rows), width), bool)
-    for row, texts in enumerate(rows):
+def batch_of(examples, width, completions_only=True):
+    """A TextBatch of packed texts; junk and no loss on padding."""
+    tokens, segments = (
+        np.full((len(examples), width), 6),
+        np.zeros((len(examples), width), np.int32),
+    )
+    loss_mask = np.zeros((len(examples), width), bool)
+    for row, texts in enumerate(examples):
         start = 0
         for number, (text, completion) in enumerate(texts, start=1):
             end = start + len(text)
@@ -127,10 +130,10 @@ def test_logits_of_learned_tokens_alone_give_the_same_step(model, step, state, p
     for row, mask in enumerate(np.asarray(packed.loss_mask)):
         places[row, : mask.sum()] = np.nonzero(mask)[0]
     another = jax.jit(sft.make_step(model, SETTINGS, optimizer=SGD))
-    found = another(state, packed._replace(target_positions=jnp.asarray(places)), KEY)
+    actual = another(state, packed._replace(target_positions=jnp.asarray(places)), KEY)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        found,
+        actual,
         step(state, packed, KEY),
     )
 
@@ -177,7 +180,7 @@ def test_sums_of_an_evaluation_do_not_depend_on_the_batches(model, params, alone
         sums = dict.fromkeys(("loss", "accuracy", "count"), 0.0)
         for start in range(0, 4, size):
             part = jax.tree.map(lambda x, s=start, n=size: x[s : s + n], alone)
-            if part.tokens.shape[0] < size:  # a short last batch is filled up with empty rows
+            if part.tokens.shape[0] < size:  # a short last batch is filled up with empty examples
                 part = jax.tree.map(
                     lambda x, n=size: jnp.pad(x, ((0, n - x.shape[0]), (0, 0))), part
                 )
@@ -194,11 +197,11 @@ def test_parts_with_the_whole_count_add_up_to_the_whole(model, params, alone):
         return sft._loss(model, SETTINGS, None, params, batch, None, count)[0]
 
     loss_and_gradient = jax.jit(jax.value_and_grad(loss))
-    whole = loss_and_gradient(params, alone)
-    rows = jnp.arange(4)[:, None]
-    parts = [alone._replace(loss_mask=alone.loss_mask & (rows == row)) for row in range(4)]
+    complete = loss_and_gradient(params, alone)
+    examples = jnp.arange(4)[:, None]
+    parts = [alone._replace(loss_mask=alone.loss_mask & (examples == row)) for row in range(4)]
     parts = [loss_and_gradient(params, part) for part in parts]
-    assert_trees_close(jax.tree.map(lambda *x: sum(x), *parts), whole)
+    assert_trees_close(jax.tree.map(lambda *x: sum(x), *parts), complete)
 
 
 def test_bfloat16_trains_close_to_float32(model, params, state, alone, step):

@@ -31,7 +31,7 @@ SHARING = dataclasses.replace(SETTINGS, value_model="policy", num_layers_unfroze
 
 
 @pytest.fixture(scope="module")
-def made(model, reward_model, state, reward_params, batch, rollout):
+def initial(model, reward_model, state, reward_params, batch, rollout):
     """(state before, after, metrics, scored) of an update whose values start as a reward model."""
     start = ppo.init_state(
         model,
@@ -63,7 +63,7 @@ def scoring(model, settings, value_model):
 
 
 def own_values(value_model, start, scored):
-    """[values of each row] by loops, from a state whose value model is whole."""
+    """[values of each row] by loops, from a state with all parameters of the value model."""
     own = start.params["value_model"]
     params = {"model": own["model"], "value_head": own["head"]}
     return [values_by_loop(params, value_model.config, *text) for text in texts_of(scored)]
@@ -74,8 +74,8 @@ def assert_values(scored, expected):
     np.testing.assert_allclose(values, np.concatenate(expected), rtol=1e-3, atol=1e-3)
 
 
-def test_14_the_values_start_as_those_of_the_reward_model(made, reward_model, reward_params):
-    start, _, _, scored = made
+def test_14_the_values_start_as_those_of_the_reward_model(initial, reward_model, reward_params):
+    start, _, _, scored = initial
     own = start.params["value_model"]
     jax.tree.map(np.testing.assert_array_equal, own["model"], reward_params["model"])
     np.testing.assert_array_equal(own["head"]["kernel"], reward_params["head"]["kernel"])
@@ -85,11 +85,11 @@ def test_14_the_values_start_as_those_of_the_reward_model(made, reward_model, re
     assert np.abs(scored.values).max() > 0.1
 
 
-def test_each_of_the_two_follows_its_own_loss(made, model, reward_model, whole_of):
+def test_each_of_the_two_follows_its_own_loss(initial, model, reward_model, whole_of):
     """Along each one's update its loss, and that loss alone, falls as the sum of squares says."""
-    start, after, metrics, scored = made
-    rows = whole_of(start, scored)
-    value_loss = losses_by_values(reward_model, start.params, rows)
+    start, after, metrics, scored = initial
+    examples = whole_of(start, scored)
+    value_loss = losses_by_values(reward_model, start.params, examples)
     assert float(metrics["loss/value_avg"]) == pytest.approx(value_loss, rel=1e-3)
     gradient = jax.tree.map(
         lambda old, new: (np.asarray(old, np.float64) - np.asarray(new, np.float64)) / RATE,
@@ -97,8 +97,8 @@ def test_each_of_the_two_follows_its_own_loss(made, model, reward_model, whole_o
         after.params,
     )
     for part, loss in (
-        ("value_model", lambda p: OF_REWARD.vf_coef * losses_by_values(reward_model, p, rows)),
-        ("model", lambda p: policy_loss(model, p, rows)),
+        ("value_model", lambda p: OF_REWARD.vf_coef * losses_by_values(reward_model, p, examples)),
+        ("model", lambda p: policy_loss(model, p, examples)),
     ):
         square = sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient[part]))
         sides = [
@@ -110,30 +110,30 @@ def test_each_of_the_two_follows_its_own_loss(made, model, reward_model, whole_o
 
 @pytest.fixture(scope="module")
 def whole_of(model, reward_model):
-    """The rows of `experience_by_loop`, with the values of the value model."""
+    """The examples of `experience_by_loop`, with the values of the value model."""
 
-    def rows(start, scored):
+    def examples(start, scored):
         own = own_values(reward_model, start, scored)
         return experience_by_loop(model, OF_REWARD, start, scored, values=own)
 
-    return rows
+    return examples
 
 
-def losses_by_values(reward_model, params, rows):
+def losses_by_values(reward_model, params, examples):
     """The value loss, half the larger square, mean over real tokens."""
     own, losses = params["value_model"], []
-    whole = {"model": own["model"], "value_head": own["head"]}
-    for row in rows:
-        values = values_by_loop(whole, reward_model.config, row.prompt, row.response)
+    full = {"model": own["model"], "value_head": own["head"]}
+    for row in examples:
+        values = values_by_loop(full, reward_model.config, row.prompt, row.response)
         clip = OF_REWARD.cliprange_value
         near = row.values + np.clip(values - row.values, -clip, clip)
         losses.extend(0.5 * np.maximum((values - row.returns) ** 2, (near - row.returns) ** 2))
     return np.mean(losses)
 
 
-def policy_loss(model, params, rows):
+def policy_loss(model, params, examples):
     with_head = {**params, "value_head": {"kernel": np.zeros(16), "bias": 0.0}}
-    return losses_by_loop(model, OF_REWARD, with_head, rows)[0]
+    return losses_by_loop(model, OF_REWARD, with_head, examples)[0]
 
 
 def moved(tree, gradient, epsilon):
@@ -154,8 +154,8 @@ def test_a_copy_of_the_policy_shares_its_frozen_layers_and_nothing_else(
     start = start._replace(params={**start.params, "value_model": other})
     scored = jax.jit(scoring(model, SHARING, model))(start, batch, rollout, SCORES)
     own = start.params["value_model"]
-    whole = {**own, "model": model.merge(start.frozen["base"], own["model"])}
-    assert_values(scored, own_values(model, start._replace(params={"value_model": whole}), scored))
+    full = {**own, "model": model.merge(start.frozen["base"], own["model"])}
+    assert_values(scored, own_values(model, start._replace(params={"value_model": full}), scored))
 
 
 def test_values_of_a_reward_model_are_its_own_beside_frozen_layers(

@@ -32,13 +32,12 @@ from rlhf_jax.runtime.evaluation.pairs import curve_table, pair_evaluation, scor
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
 from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
-from rlhf_jax.runtime.parsing import to_yaml
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.report.stages import holds_config_of_a_run
 from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
-from rlhf_jax.runtime.run.folder import disk_errors, replace_file
+from rlhf_jax.runtime.run.folder import config_text, disk_errors, replace_file
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def _save_config(config: EvaluateConfig) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not holds_config_of_a_run(folder):
-            replace_file(folder / "config.yaml", to_yaml(config).encode())
+            replace_file(folder / "config.yaml", config_text(config).encode())
 
 
 def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:

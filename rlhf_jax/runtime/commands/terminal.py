@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -43,7 +44,9 @@ def run_command(
 
         settings: Any = config.parse(kind, argv)
         from rlhf_jax.runtime.commands.compilation_cache import keep_compiled
+        from rlhf_jax.runtime.run import folder
 
+        folder.COMMAND.set(shlex.join([*name.split(), *argv]))
         keep_compiled()
         work(settings)
 

@@ -1,6 +1,5 @@
 """Normalization of a reward model on the preferred responses of its training data."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,8 @@ from rlhf_jax.data.batching import Batches, eval_batches
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
-from rlhf_jax.training import normalization, reward
+from rlhf_jax.rollout.shaping import empty_score_stats
+from rlhf_jax.training import reward
 
 
 class Normalizer:
@@ -31,7 +31,7 @@ class Normalizer:
         self._model, self._mesh, self._batch_size = model, mesh, settings.eval_batch_size
         count = min(settings.normalize_rows, len(examples[0]))
         self._examples = Batches(examples, count, seed).at(0)
-        self._add = jax.jit(normalization.make_stats_step(model))
+        self._add = jax.jit(reward.make_stats_step(model))
 
     def __call__(self, params: Params, frozen: Params | None = None) -> Params:
         """The normalized parameters; all but the head and the final norm are the same arrays.
@@ -42,13 +42,10 @@ class Normalizer:
         Raises:
           InputError: all scores are equal.
         """
-        sharding, batches = (
-            batch_sharding(self._mesh),
-            eval_batches(self._examples, self._batch_size),
-        )
-        placed = (hosts.put(batch, sharding) for batch in batches)
-        add = functools.partial(self._add, frozen=frozen)
-        moments = normalization.score_moments(normalization.stats_of(add, params, placed))
-        normalized = normalization.normalize_scores(self._model, params, *moments)
+        sharding = batch_sharding(self._mesh)
+        stats = empty_score_stats()
+        for batch in eval_batches(self._examples, self._batch_size):
+            stats = self._add(params, stats, hosts.put(batch, sharding), frozen)
+        normalized = reward.normalize_scores(self._model, params, *reward.score_moments(stats))
         shardings = tree_shardings(self._mesh, normalized, self._model.partition_rules)
         return jax.device_put(normalized, shardings)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -43,6 +43,53 @@ def sampler(
         )
 
     return sample
+
+
+def token_entries(
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Any,
+    mask: Any,
+    measures: Mapping[str, Any],
+    count: int,
+) -> list[dict[str, list[Any]]]:
+    """{"text": of each token, NAME: a number for each token} of the first responses.
+
+    Args:
+      tokens, mask: i32[B, T] and bool[B, T], NumPy arrays.
+      measures: f32[B, T] each; those that are None are left out.
+    """
+    entries = []
+    for index in range(min(count, len(tokens))):
+        real = mask[index]
+        numbers = {
+            name: [float(f"{x:.4g}") for x in values[index][real].tolist()]
+            for name, values in measures.items()
+            if values is not None
+        }
+        entries.append({"text": token_texts(tokenizer, tokens[index][real].tolist()), **numbers})
+    return entries
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
+    """The text of each token, special ones included; together they are the text of all.
+
+    Of a character in several tokens the last one has the text, and the others have none.
+    """
+
+    def decoded(sequences: list[Sequence[int]]) -> list[str]:
+        return tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)
+
+    texts, (full,) = decoded([[each] for each in ids]), decoded([ids])
+    if "".join(texts) == full:
+        return texts
+    texts, done = [], 0
+    for text in decoded([ids[:end] for end in range(1, len(ids) + 1)]):
+        complete = text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not complete
+        texts.append(complete[done:])
+        done = max(done, len(complete))
+    if texts:
+        texts[-1] += full[done:]
+    return texts
 
 
 class Responder:

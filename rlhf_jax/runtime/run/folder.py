@@ -1,6 +1,7 @@
 """The run folder: `config.yaml`, JSONL files, and errors of the disk as one sentence."""
 
 import contextlib
+import contextvars
 import dataclasses
 import errno
 import json
@@ -13,9 +14,13 @@ from typing import Any
 import yaml
 from etils import epath
 
+import rlhf_jax
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.parsing import to_dict, to_yaml, without_removed
 from rlhf_jax.runtime.run.records import config_in
+
+# The command that this process runs, such as "rlhf ppo --seed 1"; empty for a call from Python.
+COMMAND: contextvars.ContextVar[str] = contextvars.ContextVar("COMMAND", default="")
 
 # --- errors of the disk ---------------------------------------------------------------------------
 
@@ -204,7 +209,14 @@ def claim_run_dir(config: Any) -> None:
         saved = config_in(folder / "checkpoints") if saved is None else saved
         if saved is not None and _has_results(folder):
             check_same_config(config, saved)
-        replace_file(file, to_yaml(config).encode())
+        replace_file(file, config_text(config).encode())
+
+
+def config_text(config: Any) -> str:
+    """The content of `config.yaml`: version and command as a comment, and all settings."""
+    command = "".join(each if each.isprintable() else " " for each in COMMAND.get())
+    name = f"rlhf-jax {rlhf_jax.__version__}"
+    return f"# {name}: {command}\n{to_yaml(config)}" if command else f"# {name}\n{to_yaml(config)}"
 
 
 def _has_results(folder: epath.Path) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax import checks
+from rlhf_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
 from rlhf_jax.errors import InputError
 
 
@@ -23,17 +23,15 @@ class CheckpointSettings:
       export_best: write the model of the best step to `hf/` instead of that of the last step.
     """
 
-    every: int = 0
-    minutes: float = 10.0
-    keep: int = 2
+    every: NonNegativeInt = 0
+    minutes: NonNegativeFloat = 10.0
+    keep: PositiveInt = 2
     best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
     export_best: bool = False
 
     def __post_init__(self) -> None:
-        checks.not_negative("checkpoint", every=self.every, minutes=self.minutes)
-        checks.at_least(1, "checkpoint", keep=self.keep)
-        checks.one_of(("min", "max"), "checkpoint", best_mode=self.best_mode)
+        check_fields("checkpoint", self)
         if self.export_best and self.best_metric is None:
             raise InputError(
                 "checkpoint.export_best needs a metric to judge by; give --checkpoint.best_metric "
@@ -59,23 +57,17 @@ class LoggingSettings:
       wandb_project: the project that the run appears in.
     """
 
-    log_every: int = 1
-    eval_every: int | None = None
-    samples_every: int | None = None
-    num_samples: int = 8
+    log_every: PositiveInt = 1
+    eval_every: NonNegativeInt | None = None
+    samples_every: NonNegativeInt | None = None
+    num_samples: NonNegativeInt = 8
     progress: bool = True
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "rlhf_jax"
 
     def __post_init__(self) -> None:
-        checks.at_least(1, "logging", log_every=self.log_every)
-        checks.not_negative(
-            "logging",
-            eval_every=self.eval_every,
-            samples_every=self.samples_every,
-            num_samples=self.num_samples,
-        )
+        check_fields("logging", self)
         if self.wandb and not self.wandb_project:
             raise InputError(
                 "logging.wandb_project is empty, but logging.wandb needs the name of a project; "

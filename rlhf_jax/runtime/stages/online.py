@@ -33,6 +33,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     first_entries,
     save_evaluation,
 )
+from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
@@ -298,10 +299,14 @@ class OnlineStage(shared.BaseStage):
         rollout = hosts.to_host(output[0])
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
-        kl = (rollout.logprobs - rollout.ref_logprobs).sum(axis=1)
+        kl = rollout.logprobs - rollout.ref_logprobs
+        measures = {"kl": kl, "value": rollout.values, "advantage": rollout.advantages}
+        tokens = token_entries(self.tokenizer, rollout.tokens, rollout.mask, measures, count)
         return [
-            {"prompt": prompt, "response": text, "score": float(score), "kl": float(nats)}
-            for prompt, text, score, nats in zip(prompts, texts, rollout.scores, kl, strict=False)
+            {"prompt": prompt, "response": text, "score": score, "kl": nats, "tokens": tokens}
+            for prompt, text, score, nats, tokens in zip(
+                prompts, texts, rollout.scores, kl.sum(axis=1), tokens, strict=False
+            )
         ]
 
     def frozen_paths(self) -> list[str | None]:

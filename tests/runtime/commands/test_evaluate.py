@@ -261,7 +261,7 @@ def test_the_stage_needs_completions_to_compute_rouge(models, tmp_path):
         "prompts and completions, or set it to 0."
     )
     assert message(train_sft, {"sft": {"rouge_rows": -1}}) == (
-        "sft.rouge_rows must be at least 0, but is -1."
+        "sft.rouge_rows must not be negative, but is -1."
     )
 
 

@@ -313,7 +313,7 @@ def test_without_a_metric_no_checkpoint_is_the_best(tmp_path):
     [
         ({"best_mode": "least"}, "checkpoint.best_mode must be min or max, but is 'least'."),
         ({"export_best": True}, "checkpoint.export_best needs a metric to judge by; give --check"),
-        ({"keep": 0}, "checkpoint.keep must be at least 1, but is 0."),
+        ({"keep": 0}, "checkpoint.keep must be above 0, but is 0."),
     ],
 )
 def test_settings_are_checked(settings, said):
