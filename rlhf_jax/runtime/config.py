@@ -21,7 +21,6 @@ from rlhf_jax.runtime.evaluation.settings import CommandEvaluationSettings, Eval
 from rlhf_jax.runtime.help import help_text
 from rlhf_jax.runtime.inherit import with_data_of_run
 from rlhf_jax.runtime.parsing import (
-    Values,
     build,
     checked_section,
     read_values,
@@ -54,7 +53,7 @@ class CommandConfig:
     seed: int = 0
 
     @classmethod
-    def completed(cls, values: Values) -> Values:
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Given values, with those laid under them that follow from other files."""
         return values
 
@@ -208,7 +207,7 @@ class GenerateConfig(CommandConfig):
     output: str | None = None
 
     @classmethod
-    def completed(cls, values: Values) -> Values:
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the section `data` of the model's run."""
         return with_data_of_run(values, "path", quiet="prompt" in values)
 
@@ -235,7 +234,7 @@ class EvaluateConfig(CommandConfig):
     run_dir: str = "runs/evaluation"
 
     @classmethod
-    def completed(cls, values: Values) -> Values:
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the section `data` of the run of the model that is evaluated."""
         name = "reward_path" if values.get("kind") == "pairs" else "path"
         return with_data_of_run(values, name)
@@ -266,7 +265,7 @@ def resolve(kind: type[Config], config: Config | str | os.PathLike | Mapping[str
     return _built(kind, checked_section(config, "The configuration"))
 
 
-def _built(kind: type[Config], values: Values) -> Config:
+def _built(kind: type[Config], values: Mapping[str, Any]) -> Config:
     if issubclass(kind, CommandConfig):
         values = kind.completed(values)
     return build(kind, values)

@@ -61,7 +61,7 @@ def token_entries(
     entries = []
     for index in range(min(count, len(tokens))):
         real = mask[index]
-        numbers = {
+        numbers: dict[str, list[Any]] = {
             name: [float(f"{x:.4g}") for x in values[index][real].tolist()]
             for name, values in measures.items()
             if values is not None

@@ -282,8 +282,9 @@ class OnlineStage(shared.BaseStage):
     def _respond(self, state: Any, params: Any) -> EvaluatedResponses:
         """Responses to the held-out prompts."""
         ref, reward = online.reference_params(self.model, state), state.frozen.get("reward")
-        rest = (self.held_out, self.held_out_examples, ref, reward, self.eval_key)
-        return self.evaluator(params, *rest)
+        assert self.held_out is not None
+        rest = (self.held_out_examples, ref, reward, self.eval_key)
+        return self.evaluator(params, self.held_out, *rest)
 
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
         """Responses of the last iteration, with score, and KL in nats; [] after a restart.
@@ -294,8 +295,8 @@ class OnlineStage(shared.BaseStage):
             if int(state.step) > 0 or self.held_out is None:
                 return []
             before = self._reference(state)
-            texts = {"prompt": before.prompts, "response": before.responses}
-            return first_entries({**texts, "score": before.scores, "kl": before.kl}, count)
+            columns = {"prompt": before.prompts, "response": before.responses}
+            return first_entries({**columns, "score": before.scores, "kl": before.kl}, count)
         rollout = hosts.to_host(output[0])
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
