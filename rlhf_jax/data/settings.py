@@ -26,8 +26,8 @@ class DataSettings:
         (train.jsonl, train-00000.parquet) are that split, or all are "train" if none is named so.
         Slices of the `datasets` library ("train[:80%]") are supported.
       eval_path: path of the evaluation examples, if it is not `path`.
-      eval_split: their split; by default "train" of a file, "validation" of a folder or a hub data
-        set.
+      eval_split: split of the evaluation examples; by default "train" of a file, "validation" of a
+        folder or a hub data set.
       eval_rows: number of evaluation examples. With neither `eval_path` nor `eval_split`, exactly
         this number is held out from the end of a shuffle by `seed`; otherwise these are the first
         examples of the evaluation split, at most this number. None means 512, or a tenth of the

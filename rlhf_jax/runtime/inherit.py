@@ -5,11 +5,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.parsing import Values, merge, to_dict
+from rlhf_jax.runtime.yaml_files import parsed_yaml
 
 # How texts become tokens; the other settings say where the examples are, and how many.
 OF_TEXTS = (
@@ -51,12 +50,12 @@ def with_data_of_run(values: Mapping[str, Any], name: str, *, quiet: bool = Fals
 def _data_of(file: Any) -> Values:
     """The section `data` of a run; without settings that are not known any more."""
     try:
-        content = yaml.safe_load(file.read_text())
+        content = parsed_yaml(file.read_text())
         if "kind" in content:  # of an evaluation, not of a run
             return {}
         names = {field.name for field in dataclasses.fields(DataSettings)}
         return {key: value for key, value in content["data"].items() if key in names}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{file}, which has the data settings of the model's run, cannot be read ({reason}); "

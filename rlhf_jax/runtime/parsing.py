@@ -6,13 +6,15 @@ dicts, and dataclasses as sections.
 
 import dataclasses
 import difflib
+import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml, read_yaml, shown
 
 Values = dict[str, Any]
 
@@ -55,22 +57,6 @@ def split_flags(argv: Sequence[str]) -> Flags:
     return flags
 
 
-def read_yaml(path: str) -> Any:
-    """The content of a YAML file; an InputError if it cannot be read, or is no YAML."""
-    from etils import epath  # here, so that --help does without it
-
-    try:
-        return yaml.safe_load(epath.Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"The configuration {path} cannot be read ({reason}); give --config a YAML file."
-        ) from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid YAML: {reason}.") from None
-
-
 # Settings of earlier versions, which may stand in a `config.yaml` with this value.
 REMOVED = {"num_seeds": 1}
 
@@ -109,14 +95,14 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
 def checked_section(content: Any, name: str) -> Mapping[Any, Any]:
     """The content, if it holds keys and values; else an InputError."""
     if not isinstance(content, Mapping):
-        held = "is empty" if content is None else f"holds {str(content)[:40]!r}"
+        held = "is empty" if content is None else f"holds {shown(content, str)[:40]!r}"
         raise InputError(f"{name} {held}; write one `key: value` to a line.")
     return content
 
 
 def _field_type(kind: Any, key: str) -> Any:
     """The annotation of the setting `section.key`; an InputError without such a setting."""
-    parts = key.split(".")
+    root, parts = kind, key.split(".")
     for place, part in enumerate(parts):
         section = ".".join(parts[:place])
         if get_origin(kind) is dict and place == len(parts) - 1:
@@ -124,37 +110,48 @@ def _field_type(kind: Any, key: str) -> Any:
         if not _is_class(kind):
             raise InputError(f"--{section} is a setting and no section; --{key} is unknown.")
         if part not in _field_names(kind):
-            raise InputError(_unknown(kind, section, part))
+            raise InputError(_unknown(kind, section, part, root, parts[-1]))
         kind = get_type_hints(kind)[part]
     return kind
 
 
-def build(kind: Any, values: Mapping[str, Any], default: Any = None, prefix: str = "") -> Any:
+def build(
+    kind: Any,
+    values: Mapping[str, Any],
+    default: Any = None,
+    prefix: str = "",
+    root: Any = None,
+) -> Any:
     """A dataclass of nested values; missing ones are as in `default`, or by the class.
+
+    Args:
+      prefix: of the keys in messages.
+      root: the class of the full configuration, whose keys a message may suggest.
 
     Raises an InputError that names a key that is unknown or whose value has another type.
     """
     hints = get_type_hints(kind)
     for name in values:
         if not isinstance(name, str):
-            raise InputError(f"{prefix}{name!r} is no key; keys are the names of settings.")
+            raise InputError(f"{prefix}{shown(name)} is no key; keys are the names of settings.")
         if name not in _field_names(kind):
-            raise InputError(_unknown(kind, prefix.removesuffix("."), name))
+            raise InputError(_unknown(kind, prefix.removesuffix("."), name, root or kind))
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     if default is not None:
         defaults = vars(default)
     converted = {
-        name: _convert(hints[name], value, f"{prefix}{name}", defaults[name])
+        name: _convert(hints[name], value, f"{prefix}{name}", defaults[name], root or kind)
         for name, value in values.items()
     }
     return kind(**converted) if default is None else dataclasses.replace(default, **converted)
 
 
-def _convert(annotation: Any, value: Any, key: str, default: Any) -> Any:
-    """The value as its setting has it, or an InputError."""
+def _convert(annotation: Any, value: Any, key: str, default: Any, root: Any) -> Any:
+    """The value in the type of its setting, or an InputError."""
     if _is_class(annotation):
         section = default if dataclasses.is_dataclass(default) else None
-        return build(annotation, checked_section(value, f"The section {key!r}"), section, f"{key}.")
+        content = checked_section(value, f"The section {key!r}")
+        return build(annotation, content, section, f"{key}.", root)
     kinds = _alternatives(annotation)
     if isinstance(value, Text) and str in kinds and value.strip() not in ("null", "~"):
         kinds = tuple(kind for kind in kinds if kind is not type(None))  # empty text, or a comment
@@ -162,8 +159,8 @@ def _convert(annotation: Any, value: Any, key: str, default: Any) -> Any:
         fits, converted = _fit(kind, value, key)
         if fits:
             return converted
-    shown = "null" if value is None or value == "null" else repr(value)
-    raise InputError(f"{key} must be {type_name(annotation, key)}, but is {shown}.")
+    text = "null" if value is None or value == "null" else shown(value)
+    raise InputError(f"{key} must be {type_name(annotation, key)}, but is {text}.")
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -177,7 +174,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     """(whether a value is of a type, the value converted)."""
     if kind is str:
-        return isinstance(value, str), str(value)
+        return isinstance(value, str), checked_path(key, value)
     if isinstance(value, Text) and get_origin(kind) is not Literal:
         value = _from_yaml(value)
     if kind is type(None):
@@ -185,9 +182,12 @@ def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     if kind is bool:
         return isinstance(value, bool), value
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        if fits and abs(value) >= 2**63:
+            raise InputError(f"{key} must be an int of 64 bits, but is {shown(value)}.")
+        return fits, value
     if kind is float:
-        return _fit_float(value)
+        return _fit_float(value, key)
     if get_origin(kind) is Literal:
         return value in get_args(kind), str(value) if isinstance(value, Text) else value
     if get_origin(kind) is dict:
@@ -198,13 +198,18 @@ def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     return _fit_tuple(kind, value, key)
 
 
-def _fit_float(value: Any) -> tuple[bool, Any]:
+def _fit_float(value: Any, key: str) -> tuple[bool, Any]:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return False, value
     try:
-        return True, float(value)  # YAML takes 1e-3 for a text
+        number = float(value)  # YAML reads 1e-3 as a text
     except ValueError:
         return False, value
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{key} must be a finite number, but is {shown(value)}.")
+    return True, number
 
 
 def _fit_tuple(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
@@ -226,7 +231,8 @@ def _element(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping) or not value:
         raise InputError(
             f"{key}: each element has at least one key, such as {{path: folder}}, or "
-            f"{{weight: 1.0}} for the reward model of model.reward_path, but one is {value!r}."
+            f"{{weight: 1.0}} for the reward model of model.reward_path, but one is "
+            f"{shown(value)}."
         )
     return build(kind, value, None, f"{key}: ")
 
@@ -262,8 +268,8 @@ def type_name(annotation: Any, key: str = "") -> str:
 
 def _from_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parsed_yaml(text)
+    except ValueError:
         return text
 
 
@@ -275,16 +281,38 @@ def _is_class(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-def _unknown(kind: Any, section: str, name: str) -> str:
-    """Names the keys that there are, and the nearest one."""
-    near = difflib.get_close_matches(name, _field_names(kind), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+def _unknown(kind: Any, section: str, name: str, root: Any, last: str = "") -> str:
+    """A message with the keys that there are, and the intended one.
+
+    That is a key of another section with this name, the nearest one in this section, or, in a
+    section that is unknown, a key with the name of the last part.
+    """
+    near = (
+        _elsewhere(root, section, name)
+        or difflib.get_close_matches(name, _field_names(kind), n=1)
+        or _elsewhere(root, section, last)
+    )
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     names = ", ".join(_field_names(kind))
     if section.endswith(": "):  # an element of a list
         return f"Unknown key {name!r}{hint} in {section[:-2]}; each has {names}."
     key = f"{section}.{name}" if section else name
     where = f"the section {section!r} has" if section else "there are"
     return f"Unknown key {key!r}{hint}; {where} {names}."
+
+
+def _elsewhere(root: Any, section: str, name: str) -> list[str]:
+    """Keys of this name in other sections, by preference in parts for the section named."""
+    found = [key for key in _all_keys(root, "") if key.rpartition(".")[2] == name]
+    return ([key for key in found if section in key.split(".")] or found)[:4]
+
+
+def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
+    for name, annotation in get_type_hints(kind).items():
+        if _is_class(annotation):
+            yield from _all_keys(annotation, f"{prefix}{name}.")
+        elif name in _field_names(kind):
+            yield f"{prefix}{name}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -103,16 +103,25 @@ def _command(
 
 
 def _training_command(trainer: Trainer) -> Command:
-    models = _MODELS if trainer.online else _MODELS[:1]
+    inputs = (
+        (*_MODELS, "data.path") if trainer.online else ("model.path", "data.path", "data.eval_path")
+    )
     own = tuple(f"{trainer.name}.{name}" for name in trainer.first_settings)
     return _command(
         trainer.command,
         trainer.summary,
         config.config_of(trainer),
-        lambda settings: runtime.train(trainer, settings),
-        first=(*models, "data.path", *own, "optimizer.learning_rate", "seed", "run_dir"),
+        lambda settings: _train(trainer, settings),
+        first=(*inputs, *own, "optimizer.learning_rate", "seed", "run_dir"),
         trains=True,
     )
+
+
+def _train(trainer: Trainer, settings: Any) -> None:
+    result = runtime.train(trainer, settings)
+    from rlhf_jax.runtime.commands.train import print_result
+
+    print_result(trainer, result)
 
 
 def overview() -> str:

@@ -1,16 +1,22 @@
 """Training as a Python call, for every trainer in `TRAINERS`."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.runtime.config import RunConfig, config_of, resolve, trainer_named
+from rlhf_jax.runtime.evaluation.policies import read_evaluation
+from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
+from rlhf_jax.runtime.stages.shared import data_fingerprints
 from rlhf_jax.training.trainer import Trainer
 
 RewardFunction = Callable[..., list[float]]
@@ -41,9 +47,33 @@ def train(
     if reward_fn is not None and not trainer.online:
         raise InputError(f"{trainer.name} reads no rewards; call it without reward_fn.")
     join(settings.distributed)
-    if trainer.online:
-        return loop.run(lambda: OnlineStage(settings, reward_fn), settings)
-    return loop.run(lambda: OfflineStage(settings), settings)
+
+    def make_stage():
+        shown = settings.logging.progress and hosts.is_first()
+        with preparing(trainer.name, "loading the data and the model", shown=shown):
+            return OnlineStage(settings, reward_fn) if trainer.online else OfflineStage(settings)
+
+    fingerprints = functools.partial(data_fingerprints, settings)
+    return loop.run(make_stage, settings, fingerprints)
+
+
+def print_result(trainer: Trainer, result: StageResult) -> None:
+    """Prints the comparison before and after training, or else the last evaluation.
+
+    Without held-out examples, and on all hosts but the first, nothing is printed.
+    """
+    if not hosts.is_first():
+        return
+    evaluation = read_evaluation(result.run_dir)
+    if evaluation is not None and evaluation["table"]:
+        print(format_table(evaluation["table"]), flush=True)
+        return
+    headlines = [each.metric for each in trainer.headlines]
+    names = dict.fromkeys([*headlines, "eval/loss", "eval/accuracy"])
+    values = {name: result.metrics[name] for name in names if name in result.metrics}
+    shown = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith("eval/")]
+    if shown:
+        print(f"{trainer.name}: {', '.join(shown)}", flush=True)
 
 
 def train_function(trainer: Trainer) -> Callable[..., StageResult]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from etils import epath
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.report.stages import Log, tiles
 from rlhf_jax.runtime.report.tables import Cells
 from rlhf_jax.runtime.report.values import text
+from rlhf_jax.runtime.yaml_files import parsed_yaml
 
 
 def run_names(folders: Sequence[epath.Path]) -> list[str]:
@@ -58,8 +58,8 @@ def differing_settings(folders: Mapping[str, epath.Path], notes: list[str]) -> C
 def _config(folder: epath.Path, notes: list[str]) -> Any:
     file = folder / "config.yaml"
     try:
-        return yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return parsed_yaml(file.read_text())
+    except (OSError, ValueError) as error:
         notes.append(f"{folder.name}/config.yaml cannot be read: {' '.join(str(error).split())}.")
         return {}
 

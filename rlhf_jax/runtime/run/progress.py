@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 import jax
@@ -14,9 +16,9 @@ from tqdm import tqdm
 class Progress:
     """The progress of a run on standard error; a context manager.
 
-    On a terminal it is one line that is updated: step, total, time left, tokens per second and up
-    to four metrics. Elsewhere (a log file, CI) it is plain lines: the first step, the last, and at
-    most one every ten seconds between them.
+    On a terminal it is one line that is updated: step, total, time left, and the metrics and the
+    speed that fit beside a bar of ten characters. Elsewhere (a log file, CI) it is plain lines: the
+    first step, the last, at most one every ten seconds between them, and each phase.
 
     Args:
       initial_step: the step that the run starts or continues from.
@@ -29,12 +31,14 @@ class Progress:
         "train/loss": "loss",
         "train/accuracy": "accuracy",
         "eval/loss": "eval loss",
+        "eval/accuracy": "eval accuracy",
         "objective/scores": "score",
-        "objective/gold": "gold",
         "objective/kl": "kl",
+        "objective/gold": "gold",
         "objective/entropy": "entropy",
     }
     PLAIN_SECONDS = 10.0
+    BAR_WIDTH = 10  # at least
 
     def __init__(
         self,
@@ -71,9 +75,17 @@ class Progress:
         if self._plain:
             self._update_plain(step)
         elif not self._bar.disable:
-            self._bar.postfix = "  ".join(self._fields()) or None
+            self._describe(self._description)
             self._bar.update(step - self._bar.n)
         self._step = step
+
+    def phase(self, name: str) -> None:
+        """Shows until the next step what the run does, such as "evaluating"."""
+        if self._plain:
+            show_phase(self._description, name, file=self._file)
+        elif not self._bar.disable:
+            self._describe(f"{self._description}, {name}")
+            self._bar.refresh()
 
     def message(self, text: str) -> None:
         """Prints a separate line above the progress line."""
@@ -91,11 +103,32 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _fields(self) -> list[str]:
-        speed = self._values.get("perf/tokens_per_sec")
+    def _metrics(self, digits: int) -> list[str]:
         known = [(label, self._values.get(name)) for name, label in self.SHOWN.items()]
-        texts = [f"{label} {value:.4g}" for label, value in known if value is not None]
-        return ([f"{short_number(speed)} tokens/s"] if speed is not None else []) + texts[:4]
+        return [f"{label} {value:.{digits}g}" for label, value in known if value is not None][:4]
+
+    def _speed(self) -> list[str]:
+        speed = self._values.get("perf/tokens_per_sec")
+        return [] if speed is None else [f"{short_number(speed)} tokens/s"]
+
+    def _describe(self, description: str) -> None:
+        """Sets the text of the bar, with the first of the fields that fit."""
+        fields = [*self._metrics(digits=3), *self._speed()]
+        while fields and self._width(description, fields) > self._columns():
+            fields.pop()
+        self._bar.desc, self._bar.postfix = description, "  ".join(fields) or None
+
+    def _width(self, description: str, fields: Sequence[str]) -> int:
+        """The width of the line with the narrowest bar; the time left may have hours."""
+        elapsed = tqdm.format_interval(self._bar.format_dict["elapsed"])
+        counts = f"| {self._total}/{self._total} [{elapsed}<0:00:00], {'  '.join(fields)}"
+        return len(f"{description} 100%|") + self.BAR_WIDTH + len(counts)
+
+    def _columns(self) -> float:
+        try:
+            return os.get_terminal_size(self._file.fileno()).columns
+        except (OSError, ValueError):
+            return math.inf
 
     def _update_plain(self, step: int) -> None:
         if self._printed_step is None:  # it compiles, unlike later ones
@@ -112,7 +145,29 @@ class Progress:
         if self._first_step < step < self._total:
             left = (now - self._first_time) / (step - self._first_step) * (self._total - step)
             fields.append(f"{tqdm.format_interval(left)} left")
-        print("  ".join(fields + self._fields()), file=self._file, flush=True)
+        fields += [*self._speed(), *self._metrics(digits=4)]
+        print("  ".join(fields), file=self._file, flush=True)
+
+
+def show_phase(name: str, phase: str, *, file: TextIO | None = None) -> None:
+    """Prints what a run does outside of its steps, such as "sft: writing the model"."""
+    print(f"{name}: {phase}", file=sys.stderr if file is None else file, flush=True)
+
+
+@contextlib.contextmanager
+def preparing(name: str, phase: str, *, shown: bool, seconds: float = 5.0) -> Iterator[None]:
+    """Shows the phase of the block, on a terminal at once and elsewhere after some seconds.
+
+    A mistake of the user is mostly found before, and is then the only line of a log.
+    """
+    timer = threading.Timer(0.0 if sys.stderr.isatty() else seconds, show_phase, (name, phase))
+    timer.daemon = True
+    if shown:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Throughput:

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from rlhf_jax.runtime.commands import compilation_cache, terminal
 from rlhf_jax.runtime.commands.compilation_cache import SETTINGS, keep_compiled
 from rlhf_jax.runtime.commands.main import main
+from rlhf_jax.runtime.run.stage import StageResult
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 DEFAULTS = {
@@ -98,7 +99,8 @@ def test_a_command_makes_the_folder_once_its_settings_are_known(home, monkeypatc
     monkeypatch.setattr("sys.path", [*sys.path])
     assert main(["sft", "--sft.batch_size", "none"]) == 2
     assert not list(home.iterdir())
-    monkeypatch.setattr("rlhf_jax.runtime.train", lambda trainer, config: None)
+    result = StageResult(str(home / "run"), {})
+    monkeypatch.setattr("rlhf_jax.runtime.train", lambda trainer, config: result)
     assert main(["sft"]) == 0
     assert kept(home / ".cache" / "rlhf-jax") == []
     assert (home / ".cache" / "rlhf-jax" / "xla").is_dir()

@@ -1,13 +1,19 @@
 """What a run shows: progress on a terminal and off it, and its speed."""
 
 import contextlib
+import fcntl
 import io
+import os
+import pty
+import struct
+import termios
+import time
 import types
 
 import jax
 import pytest
 
-from rlhf_jax.runtime.run.progress import Progress, Throughput
+from rlhf_jax.runtime.run.progress import Progress, Throughput, preparing
 
 
 class Clock:
@@ -56,13 +62,76 @@ def test_progress_on_a_terminal_renews_one_line():
     last = out.getvalue().rstrip().split("\r")[-1]
     assert last.startswith("ppo 100%|")
     assert "| 10/10 [" in last
-    assert last.rstrip().endswith("980 tokens/s  score 1.25")
+    assert last.rstrip().endswith(", score 1.25  980 tokens/s")
     assert out.getvalue().count("\n") == 1
+
+
+def test_loading_is_shown_where_it_takes_long(capsys):
+    with preparing("sft", "loading", shown=True):
+        pass
+    with preparing("sft", "loading", shown=False, seconds=0.0):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    with preparing("sft", "loading", shown=True, seconds=0.0):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "sft: loading\n"
+
+
+PPO = {
+    "objective/scores": -12.345678,
+    "objective/gold": 0.123456,
+    "objective/kl": 123.456,
+    "objective/entropy": 45.6789,
+    "perf/tokens_per_sec": 123456.0,
+}
+REWARD = {"train/loss": 0.612345, "train/accuracy": 0.8, "eval/loss": 0.6, "eval/accuracy": 0.81}
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "metrics", "shown"),
+    [
+        (80, "ppo", PPO, "score -12.3  kl 123  gold 0.123"),
+        (100, "ppo", PPO, "score -12.3  kl 123  gold 0.123  entropy 45.7"),
+        (120, "ppo", PPO, "score -12.3  kl 123  gold 0.123  entropy 45.7  123k tokens/s"),
+        (80, "reward", REWARD, "loss 0.612  accuracy 0.8"),
+        (50, "reward", REWARD, ""),
+    ],
+)
+def test_fields_fit_the_columns_beside_a_bar_of_ten(columns, name, metrics, shown):
+    """On a terminal of the system, whose size tqdm and the fields read."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(writer, "w") as out:
+        with Progress(1000, 0, name, file=out) as progress:
+            progress.update(1000, metrics)
+        text = b""
+        while not text.endswith(b"\n"):
+            text += os.read(reader, 65536)
+        last = text.decode().rstrip().split("\r")[-1]
+    os.close(reader)
+    assert last.partition("]")[2] == (f", {shown}" if shown else "")
+    assert len(last) <= columns
+    assert len(last.split("|")[1]) >= 10
+
+
+def test_a_phase_is_shown_until_the_next_step():
+    out = Terminal()
+    with Progress(10, 0, "sft", file=out) as progress:
+        progress.phase("compiling")
+        assert out.getvalue().split("\r")[-1].startswith("sft, compiling   0%|")
+        progress.update(10)
+    assert out.getvalue().rstrip().split("\r")[-1].startswith("sft 100%|")
+    lines = io.StringIO()
+    with Progress(10, 0, "sft", file=lines) as progress:
+        progress.phase("compiling")
+        progress.update(1)
+    assert lines.getvalue() == "sft: compiling\nsft 1/10 (10%)\n"
 
 
 @pytest.mark.parametrize("out", [Terminal(), io.StringIO()])
 def test_progress_can_be_silent(out):
     with Progress(10, 0, "ppo", enabled=False, file=out) as progress:
+        progress.phase("compiling")
         progress.update(10, {"objective/kl": 1.0})
     assert out.getvalue() == ""
 
