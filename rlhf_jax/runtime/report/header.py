@@ -10,6 +10,7 @@ from typing import NamedTuple
 from etils import epath
 
 from rlhf_jax.runtime.report.stages import Log
+from rlhf_jax.runtime.report.values import file_text
 from rlhf_jax.runtime.run.folder import is_remote
 
 FILES = (
@@ -28,8 +29,7 @@ class Fact(NamedTuple):
 
 def facts_of_run(folder: epath.Path, logs: Sequence[Log]) -> list[Fact]:
     """Command, seed, version and start of a run, the length of its stages, and their files."""
-    file = folder / "config.yaml"
-    text = file.read_text() if file.exists() else ""
+    text = file_text(folder / "config.yaml")
     first = re.match(r"# rlhf-jax (\S+?)(?:: (.+))?\n", text)
     seed = re.search(r"^seed: *(\S+)", text, re.MULTILINE)
     version, command = first.groups("") if first else ("", "")

@@ -33,6 +33,7 @@ from rlhf_jax.runtime.report.plots import best_of_charts, pair_charts
 from rlhf_jax.runtime.report.samples import evaluation_samples
 from rlhf_jax.runtime.report.stages import compared_stages, read_log, stage_folders, stage_of
 from rlhf_jax.runtime.report.tables import evaluation_table, read_evaluation
+from rlhf_jax.runtime.report.values import file_text
 from rlhf_jax.runtime.run.folder import disk_errors, replace_file
 
 PACKAGES = (
@@ -155,9 +156,7 @@ def _configs(folder: epath.Path, stages: Sequence[epath.Path]) -> list[tuple[str
     """(name, text) of the run's `config.yaml`, or without one, of those of its stages."""
     folders = [folder] if (folder / "config.yaml").exists() else stages
     paths = [each / "config.yaml" for each in folders]
-    return [
-        (f"{path.parent.name}/{path.name}", path.read_text()) for path in paths if path.exists()
-    ]
+    return [(f"{path.parent.name}/{path.name}", file_text(path)) for path in paths if path.exists()]
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -163,7 +163,8 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return short_number(value) if isinstance(value, int | float) else ""
+    x = number(value)
+    return "" if x is None else short_number(x)
 
 
 def _points(entries: Any, x: str, y: str) -> list[Point]:

@@ -13,7 +13,7 @@ from rlhf_jax.runtime.report import plots
 from rlhf_jax.runtime.report.charts import Chart, Point
 from rlhf_jax.runtime.report.samples import Sample, logged_samples
 from rlhf_jax.runtime.report.tables import Cells, Entry
-from rlhf_jax.runtime.report.values import duration, number, short
+from rlhf_jax.runtime.report.values import duration, file_text, number, short
 from rlhf_jax.runtime.run.folder import read_lines
 from rlhf_jax.training.trainer import Trainer
 
@@ -84,7 +84,7 @@ def holds_config_of_a_run(folder: epath.Path) -> bool:
 
 def _sections(file: epath.Path) -> list[str]:
     """The keys at the top of a YAML file; none without the file."""
-    return re.findall(r"^(\w+):", file.read_text(), re.MULTILINE) if file.exists() else []
+    return re.findall(r"^(\w+):", file_text(file), re.MULTILINE)
 
 
 def read_log(trainer: Trainer | None, folder: epath.Path, notes: list[str]) -> Log:

@@ -18,7 +18,7 @@ def read_evaluation(path: epath.Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read: {error}.")
         return {}
     types = {"metrics": dict, "table": list, "samples": list, "pairs": dict, "best_of": list}

@@ -193,11 +193,21 @@ def test_the_policy_of_the_page_allows_its_own_script_only(full_run):
             "train/loss is not finite in 1 of 1",
         ),
         ({"samples.jsonl": '{"prompt": "no step"}\n'}, "metrics.jsonl is missing"),
+        (
+            {"metrics.jsonl": f'{{"step": 1, "train/loss": {10**400}}}\n'},
+            "train/loss is not finite in 1 of 1",
+        ),
+        (
+            {"evaluation.json": f'{{"metrics": {{"a": {10**400}}}, "table": []}}'},
+            "ainf",
+        ),
+        ({"evaluation.json": "[" * 10**5}, "evaluation.json cannot be read"),
+        ({"config.yaml": "run_dir: caf\udce9\n"}, "metrics.jsonl is missing"),
     ],
 )
 def test_missing_and_broken_files_are_named(tmp_path, files, note):
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     assert note in read(tmp_path).text
 
 
