@@ -13,7 +13,7 @@ from rlhf_jax.runtime.yaml_files import parsed_yaml
 
 
 def run_names(folders: Sequence[epath.Path]) -> list[str]:
-    """The shortest ends of the paths of the folders that tell them apart, such as "ppo/kl02".
+    """The last parts of the paths of the folders, as many as make them different: "ppo/kl02".
 
     Raises:
       InputError: a folder is given twice.

@@ -164,8 +164,8 @@ def _tokens(tokens: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, list[
 
 
 def _numbers(line: Entry) -> dict[str, float]:
-    found = {name: number(value) for name, value in line.items() if name not in _NO_NUMBERS}
-    return {name: value for name, value in found.items() if value is not None}
+    numbers = {name: number(value) for name, value in line.items() if name not in _NO_NUMBERS}
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 _NO_NUMBERS = ("step", "prompt", "response", "label")

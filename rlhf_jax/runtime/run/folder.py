@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import logging
 import math
@@ -14,7 +15,6 @@ from typing import Any
 
 from etils import epath
 
-import rlhf_jax
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.parsing import checked_section, to_dict, to_yaml, without_removed
 from rlhf_jax.runtime.run.records import newest_record
@@ -248,7 +248,7 @@ def _saved_config(folder: epath.Path) -> Mapping[str, Any] | None:
 def config_text(config: Any) -> str:
     """The content of `config.yaml`: version and command as a comment, and all settings."""
     command = "".join(each if each.isprintable() else " " for each in COMMAND.get())
-    name = f"rlhf-jax {rlhf_jax.__version__}"
+    name = f"rlhf-jax {importlib.metadata.version('rlhf-jax')}"
     return f"# {name}: {command}\n{to_yaml(config)}" if command else f"# {name}\n{to_yaml(config)}"
 
 

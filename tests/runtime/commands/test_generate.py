@@ -65,12 +65,12 @@ def test_lines_are_json_in_any_encoding(monkeypatch, encoding):
 @needs_full
 def test_an_error_on_the_way_ends_the_command_at_once(monkeypatch):
     """The next batch is not generated, and the interpreter does not write again at its end."""
-    taken = []
-    entries = ({"n": taken.append(n)} for n in range(3))
+    generated = []
+    entries = ({"n": generated.append(n)} for n in range(3))
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert "No space left on device" in message(generate.write_lines, None, entries)
-    assert len(taken) == 1
+    assert len(generated) == 1
 
 
 def test_a_table_can_be_printed_in_ascii(monkeypatch):

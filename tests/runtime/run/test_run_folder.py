@@ -145,8 +145,7 @@ def test_the_first_samples_of_ppo_are_of_the_initial_policy(ppo_run):
 )
 def test_a_run_is_evaluated_and_sampled_ten_times_by_default(tmp_path, steps, evaluated):
     logging = {"eval_every": None, "samples_every": None}
-    stage = type("Stage", (counting.CountingStage,), {"total_steps": steps})
-    counting.train(tmp_path, stage, logging=logging)
+    counting.train(tmp_path, logging=logging, steps=steps)
     lines = small.rows(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
     sampled = dict.fromkeys(line["step"] for line in small.rows(tmp_path / "samples.jsonl"))
