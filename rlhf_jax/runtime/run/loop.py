@@ -334,7 +334,7 @@ class _Loop:
         if not hosts.reach_barrier(f"rescue/{self.stage.name}/{self.step}", 10.0):
             return  # the other hosts, which hold parts of the state, have not failed
         self.rescuing = True
-        with contextlib.suppress(Exception):  # the first error is the one to report
+        with contextlib.suppress(Exception, SystemExit):  # the first error is the one to report
             while self.unlogged:
                 self._log(samples=self._output_samples())
             self._save()
@@ -367,7 +367,7 @@ class _Loop:
         """The metrics of a step's output; {} where that fails in a rescue."""
         try:
             return self.stage.observe(output)
-        except Exception:
+        except (Exception, SystemExit):
             if not self.rescuing:
                 raise
             return {}
