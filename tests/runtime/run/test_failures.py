@@ -204,14 +204,23 @@ PIPED = """
     from rlhf_jax.runtime.commands import terminal
     from tests.runtime.run import counting
 
-    sys.exit(terminal.run(lambda: counting.train(sys.argv[1]), trains=True))
+    class Waiting(counting.CountingStage):
+        def step(self, state, index):
+            if index == 1:
+                sys.stdin.read()
+            return super().step(state, index)
+
+    sys.exit(terminal.run(lambda: counting.train(sys.argv[1], Waiting), trains=True))
 """
 
 
 def test_a_run_whose_output_is_closed_is_saved_and_has_a_status_of_its_own(tmp_path, counting_run):
     command = [sys.executable, "-c", textwrap.dedent(PIPED), str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    process.stderr.readline()
     process.stderr.close()
+    process.stdin.close()  # it waits for this in its second step
     assert process.wait() == 141
     assert len(saved_steps(tmp_path)) == 1
     assert not (tmp_path / "hf").exists()
