@@ -218,7 +218,8 @@ def test_a_run_whose_output_is_closed_is_saved_and_has_a_status_of_its_own(tmp_p
     command = [sys.executable, "-c", textwrap.dedent(PIPED), str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
-    process.stderr.readline()
+    while b"compiling" not in process.stderr.readline():  # the last line before the first step
+        assert process.poll() is None
     process.stderr.close()
     process.stdin.close()  # it waits for this in its second step
     assert process.wait() == 141
