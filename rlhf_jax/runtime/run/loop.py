@@ -75,8 +75,10 @@ def run(
                     _train(stage, config, signals, lock)
             except SystemExit as exit:  # of a user's function
                 raise exit_error(exit) from exit
-        elif hosts.is_first():
-            print(finished_note(config.run_dir, data_fingerprints), file=sys.stderr)
+        else:
+            note = hosts.from_first(finished_note, config.run_dir, data_fingerprints)
+            if hosts.is_first():
+                print(note, file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
 
 
