@@ -222,6 +222,12 @@ def claim_run_dir(config: Any) -> None:
     with disk_errors(folder):
         if _has_results(folder) and (saved := _saved_config(folder)) is not None:
             check_same_config(config, saved)
+            note, has_model = changed_length(config, saved), (folder / "hf").exists()
+            if note and has_model and not newest_record(folder):
+                raise InputError(
+                    f"The run in {folder} cannot get another length, as it has no checkpoint to "
+                    f"continue from{note}; choose another --run_dir."
+                )
         replace_file(folder / "config.yaml", config_text(config).encode())
 
 

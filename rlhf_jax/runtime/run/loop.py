@@ -75,8 +75,10 @@ def run(
                     _train(stage, config, signals, lock)
             except SystemExit as exit:  # of a user's function
                 raise exit_error(exit) from exit
-        elif hosts.is_first():
-            print(finished_note(config.run_dir, data_fingerprints), file=sys.stderr)
+        else:
+            note = hosts.from_first(finished_note, config.run_dir, data_fingerprints)
+            if hosts.is_first():
+                print(note, file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
 
 
@@ -339,7 +341,7 @@ class _Loop:
         if not hosts.reach_barrier(f"rescue/{self.stage.name}/{self.step}", 10.0):
             return  # the other hosts, which hold parts of the state, have not failed
         self.rescuing = True
-        with contextlib.suppress(Exception):  # the first error is the one to report
+        with contextlib.suppress(Exception, SystemExit):  # the first error is the one to report
             while self.unlogged:
                 self._log(samples=self._output_samples())
             self._save()
@@ -372,7 +374,7 @@ class _Loop:
         """The metrics of a step's output; {} where that fails in a rescue."""
         try:
             return self.stage.observe(output)
-        except Exception:
+        except (Exception, SystemExit):
             if not self.rescuing:
                 raise
             return {}
