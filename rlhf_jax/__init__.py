@@ -20,7 +20,7 @@ _STATIC_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "dpo_loss": ("kind",),
     "gae": (),
     "group_advantages": ("scale",),
-    "grpo_loss": ("reduction",),
+    "grpo_loss": ("reduction", "kl_kind", "kl_bias_correction"),
     "kl_estimate": ("kind",),
     "kl_penalty_policy_loss": (),
     "kto_loss": (),

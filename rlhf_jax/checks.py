@@ -1,5 +1,6 @@
 """Limits of settings, stated in the annotations of a dataclass: `batch_size: PositiveInt = 16`."""
 
+import dataclasses
 import math
 import numbers
 import types
@@ -61,6 +62,16 @@ def _check_field(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
     for limit in [each for kind in kinds for each in getattr(kind, "__metadata__", ())]:
         if not isinstance(value, numbers.Real) or not limit.holds(value):
             raise InputError(f"{key} must {limit.text}, but is {value!r}.")
+
+
+def check_finite(settings: Any, prefix: str = "") -> None:
+    """Raises an InputError for a float in a configuration, at any depth, that is not finite."""
+    for name, value in vars(settings).items():
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise InputError(f"{prefix}{name} must be a finite number, but is {each}.")
+            if dataclasses.is_dataclass(each):
+                check_finite(each, f"{prefix}{name}.")
 
 
 def check_divides(settings: Any, name: str, divisor_name: str, value: int | None = None) -> None:

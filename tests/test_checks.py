@@ -3,12 +3,15 @@
 import dataclasses
 import math
 import types
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 
 from rlhf_jax import checks
 from rlhf_jax.errors import InputError
+from rlhf_jax.rollout.settings import GenerationSettings
+from rlhf_jax.training import ppo_settings, reward_settings, sft_settings
+from rlhf_jax.training.settings import OptimizerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +64,24 @@ def test_a_divisor_is_named():
         checks.check_divides(settings, "x", "z")
     with pytest.raises(InputError, match="s.x / 2 = 2 is not divisible by s.y = 3; change one of"):
         checks.check_divides(settings, "x / 2", "y", 2)
+
+
+SETTINGS = (
+    GenerationSettings,
+    OptimizerSettings,
+    sft_settings.Settings,
+    reward_settings.Settings,
+    ppo_settings.Settings,
+)
+FIELDS = [(kind, name) for kind in SETTINGS for name in get_type_hints(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS)
+def test_no_setting_is_nan_and_none_is_null_but_where_its_type_says_so(kind, name):
+    allowed = {*get_args(get_type_hints(kind)[name]), get_type_hints(kind)[name]}
+    for value in (math.nan, None):
+        if value is None and type(None) in allowed:
+            kind(**{name: value})
+        else:
+            with pytest.raises(InputError, match=rf"\.{name} must "):
+                kind(**{name: value})

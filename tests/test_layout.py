@@ -29,6 +29,7 @@ ROOMS = (
 EVERYWHERE = {"backend", "checks", "errors", "lazy"}
 # The same inside of `runtime`, by the name after it; what is not named here stands above all.
 RUNTIME_ROOMS = (
+    "yaml_files",
     "parsing",
     "run",
     "help",
@@ -185,7 +186,7 @@ def test_a_measured_process_imports_no_more_than_its_step_needs():
     )
     loaded = done.stdout.split()
     assert not {name.split(".")[0] for name in loaded} & {"datasets", "orbax", "transformers"}
-    names_of_kinds = {"rlhf_jax.data.chat", "rlhf_jax.data.formats"}
+    names_of_kinds = {f"rlhf_jax.data.{name}" for name in ("chat", "examples", "formats")}
     data = {name for name in loaded if name.startswith("rlhf_jax.data.")}
     assert data <= names_of_kinds
 

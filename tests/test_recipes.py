@@ -15,7 +15,7 @@ from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config
-from rlhf_jax.runtime.commands.pairs import pair_by_prompt
+from rlhf_jax.runtime.commands.pairs import pair_by_label, pair_by_prompt
 from rlhf_jax.training.state import make_optimizer
 from tests import small
 
@@ -262,5 +262,18 @@ def test_pairs_by_prompt_prefer_the_own_completion(tmp_path, monkeypatch):
     for side in ("chosen", "rejected"):
         assert sorted(pair[side] for pair in pairs) == [f"c{n}" for n in range(5)]
     write_lines("texts.jsonl", [{"text": "one"}, {"text": "two"}])
-    with pytest.raises(InputError, match=r"texts\.jsonl has no two rows with the columns `prompt`"):
+    with pytest.raises(
+        InputError, match=r"texts\.jsonl has no two examples with the columns `prompt`"
+    ):
         pair_by_prompt("texts.jsonl", "pairs.jsonl")
+
+
+def test_pairs_by_label_of_a_csv_file_have_labels_of_text(tmp_path):
+    (tmp_path / "texts.csv").write_text("text,label\ngood,1\nbad,0\nfine,1\nodd,-1\n")
+    source, output = str(tmp_path / "texts.csv"), tmp_path / "pairs.jsonl"
+    assert pair_by_label(source, str(output)) == 1
+    (pair,) = small.rows(output)
+    assert pair["rejected"] == "bad"
+    assert pair["chosen"] in ("good", "fine")
+    with pytest.raises(InputError, match=r"No pair with the labels 3 and 0: there are -1, 0, 1\."):
+        pair_by_label(source, str(output), preferred=3)

@@ -1,76 +1,125 @@
 """Messages as text: conversations through the tokenizer's chat template.
 
 A prompt, a completion or a judged response may be a list of messages, {"role": ..., "content": ...}
-each, instead of a text. The model then reads and writes the text that the template renders.
+each, instead of a text. The model then reads and writes the text that the template renders. The
+content may be a list of parts, {"type": "text", "text": ...} each, or null beside `tool_calls`; an
+example may have `tools`, a list of JSON schemas or JSON of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlhf_jax.data.examples import fault_at, place_of
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Message = dict[str, Any]
+MAX_SECONDS = 10.0  # for one rendering, which usually is far below a millisecond
 
 
 def are_messages(value: Any) -> bool:
     """Whether a value is a list of one or more messages."""
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
+
+
+def _is_message(turn: Any) -> bool:
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        return False
+    content = turn.get("content")
+    if content is None:
+        return bool(turn.get("tool_calls"))
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_text, content)))
+
+
+def _is_text(part: Any) -> bool:
     return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in value
-        )
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
     )
 
 
 def contents(value: Any) -> str:
     """A text itself; the contents of messages, a line each; the empty text for None."""
     if isinstance(value, list):
-        return "\n".join(message["content"] for message in value)
+        return "\n".join(_plain(message)["content"] for message in value)
     return value or ""
 
 
+def _plain(message: Message) -> Message:
+    """The message with a text as content, and without the nulls by which files fill columns."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    return {**{k: v for k, v in message.items() if v is not None}, "content": content}
+
+
 def prompt_text(example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The prompt of an example, or its entire `text`; messages get a generation prompt.
+    """The prompt of an example; else its messages without the last answer, or its `text`.
+
+    Messages get a generation prompt.
 
     Raises:
-      InputError: the messages cannot be rendered, or end with the assistant's turn.
+      InputError: the messages cannot be rendered, or a prompt ends with the assistant's turn.
     """
-    prompt = example["prompt"] if "prompt" in example else example["text"]
+    prompt = example.get("prompt", example.get("text"))
     if isinstance(prompt, str):
         return prompt
+    chat = _Chat.of(example, number, tokenizer)
+    if prompt is None:
+        turns = example["messages"]
+        prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        return chat.rendered(prompt, add_generation_prompt=True) if prompt else ""
     if prompt[-1]["role"] == "assistant":
         raise InputError(
-            f"The prompt of row {number} ends with a turn of 'assistant': end it with the turn "
+            f"The prompt of {chat.place} ends with a turn of 'assistant': end it with the turn "
             "that is to be answered."
         )
-    return _apply(prompt, number, tokenizer, add_generation_prompt=True)
+    return chat.rendered(prompt, add_generation_prompt=True)
 
 
-def completion_texts(
-    prompt: Any, completion: Any, number: int, tokenizer: PreTrainedTokenizerFast
-) -> tuple[str, str]:
-    """(prompt, completion) as texts; a text beside messages is one turn of the user or assistant.
+def text_parts(
+    example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast, last_turn: bool
+) -> tuple[str | None, str]:
+    """(prompt, completion) of an example of the kind "text"; the prompt of a single text is None.
+
+    A conversation is split before the last turn if only that is a target, else it is one text. A
+    text beside messages is one turn, of the user or of the assistant.
 
     Raises:
-      InputError: the messages cannot be rendered in two parts.
+      InputError: the messages cannot be rendered, or not in two parts.
     """
+    prompt, completion = example.get("prompt"), example.get("completion")
+    if completion is None and "messages" not in example:
+        return None, example["text"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
-    before, after = _turns(prompt, "user"), _turns(completion, "assistant")
-    return _render(before, _without(before, after), number, tokenizer)
+    chat = _Chat.of(example, number, tokenizer)
+    if completion is not None:
+        return chat.parts(_turns(prompt, "user"), _turns(completion, "assistant"))
+    messages = example["messages"]
+    if not last_turn:
+        return None, chat.up_to_eos(messages)
+    if messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"The messages of {chat.place} end with a turn of {messages[-1]['role']!r}: with "
+            "data.completion_only the model is trained on the last turn, which has to be the "
+            "assistant's."
+        )
+    return chat.parts(messages[:-1], messages[-1:], "set data.completion_only to false")
 
 
 def response_texts(
-    prompt: Any, responses: Sequence[Any], number: int, tokenizer: PreTrainedTokenizerFast
+    example: Mapping[str, Any],
+    responses: Sequence[Any],
+    number: int,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> tuple[str, list[str]] | None:
     """(prompt, responses) as texts, for several responses to one prompt.
 
@@ -83,6 +132,7 @@ def response_texts(
     Raises:
       InputError: the messages cannot be rendered in two parts.
     """
+    prompt = example.get("prompt", "")
     if all(isinstance(text, str) for text in (prompt, *responses)):
         return prompt, list(responses)
     if not responses:
@@ -93,36 +143,9 @@ def response_texts(
         before = turns[0][:-1]
         if not before or any(not _same(each[:-1], before) for each in turns):
             return None
-    parts = [_render(before, _without(before, each), number, tokenizer) for each in turns]
+    chat = _Chat.of(example, number, tokenizer)
+    parts = [chat.parts(before, each) for each in turns]
     return parts[0][0], [response for _, response in parts]
-
-
-def text_parts(
-    example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast, last_turn: bool
-) -> tuple[str | None, str]:
-    """(prompt, completion) of an example of the kind "text"; the prompt of a single text is None.
-
-    A conversation is split before the last turn if only that is a target, else it is one text.
-
-    Raises:
-      InputError: the messages cannot be rendered, or not in two parts.
-    """
-    if "completion" in example:
-        return completion_texts(example["prompt"], example["completion"], number, tokenizer)
-    if "messages" not in example:
-        return None, example["text"]
-    messages = example["messages"]
-    if not last_turn:
-        return None, _up_to_eos(messages, number, tokenizer)
-    _check_template(tokenizer)
-    if messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"The messages of row {number} end with a turn of {messages[-1]['role']!r}: with "
-            "data.completion_only the model is trained on the last turn, which has to be the "
-            "assistant's."
-        )
-    advice = "set data.completion_only to false"
-    return _render(messages[:-1], messages[-1:], number, tokenizer, advice)
 
 
 def _turns(value: Any, role: str) -> list[Message]:
@@ -133,60 +156,110 @@ def _turns(value: Any, role: str) -> list[Message]:
 
 
 def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
-    """Whether roles and contents are equal; files may fill other keys with nulls."""
-    return [(m["role"], m["content"]) for m in first] == [(m["role"], m["content"]) for m in second]
+    """Whether roles, contents and calls are equal; messages may have further keys."""
+    one, other = (
+        [(m["role"], m["content"], m.get("tool_calls")) for m in map(_plain, turns)]
+        for turns in (first, second)
+    )
+    return one == other
 
 
-def _without(before: list[Message], turns: list[Message]) -> list[Message]:
-    """The turns of a response without those of its prompt, if it begins with them."""
-    begins = len(turns) > len(before) and _same(turns[: len(before)], before)
-    return turns[len(before) :] if begins else turns
+class _Chat(NamedTuple):
+    """The chat template with the tools of an example."""
+
+    tokenizer: PreTrainedTokenizerFast
+    tools: Any
+    place: str
+
+    @classmethod
+    def of(
+        cls, example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast
+    ) -> _Chat:
+        place, tools = place_of(example, number), example.get("tools") or None
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "The data have messages, but the tokenizer has no chat template: use a tokenizer "
+                "with one, give one as tokenizer.chat_template, or use data with prompt and "
+                "completion."
+            )
+        try:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+        except (ValueError, RecursionError) as error:
+            raise fault_at(place, f": column 'tools' is no JSON: {error}.") from error
+        if tools is not None and not isinstance(tools, list):
+            raise fault_at(place, f": column 'tools' holds {str(tools)[:40]}, no list of schemas.")
+        return cls(tokenizer, tools, place)
+
+    def parts(
+        self,
+        before: list[Message],
+        after: list[Message],
+        advice: str = "use another tokenizer.chat_template",
+    ) -> tuple[str, str]:
+        """The rendered prompt, and the text that the template adds for the turns that answer it.
+
+        Turns that begin with those of the prompt lose them.
+        """
+        if len(after) > len(before) and _same(after[: len(before)], before):
+            after = after[len(before) :]
+        full = self.up_to_eos([*before, *after])
+        prompt = self.rendered(before, add_generation_prompt=True)
+        if not full.startswith(prompt):
+            raise InputError(
+                f"The chat template renders the messages of {self.place} differently without their "
+                f"last turn, so the text of that turn is unknown: {advice}."
+            )
+        return prompt, full[len(prompt) :]
+
+    def up_to_eos(self, messages: list[Message]) -> str:
+        """The text without the line break that many templates write after the last EOS."""
+        text = self.rendered(messages)
+        stripped = text.rstrip()
+        return stripped if stripped.endswith(self.tokenizer.eos_token) else text
+
+    def rendered(self, messages: list[Message], **options: bool) -> str:
+        """The text of the messages; a template may raise any error, and may be endless."""
+        template = str(self.tokenizer.chat_template)
+        uses_calls = any(message.get("tool_calls") for message in messages)
+        for name, is_used in (("tools", self.tools is not None), ("tool_calls", uses_calls)):
+            if is_used and name not in template:
+                raise fault_at(
+                    self.place,
+                    f" has {name}, which the chat template does not render: use another "
+                    "tokenizer.chat_template.",
+                )
+        try:
+            with _time_limit(MAX_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    [_plain(message) for message in messages],
+                    tools=self.tools,
+                    tokenize=False,
+                    **options,
+                )
+        except Exception as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise InputError(
+                f"The chat template cannot render the messages of {self.place}: {reason}."
+            ) from error
+        return str(text)
 
 
-def _render(
-    before: list[Message],
-    after: list[Message],
-    number: int,
-    tokenizer: PreTrainedTokenizerFast,
-    advice: str = "use another tokenizer.chat_template",
-) -> tuple[str, str]:
-    """The rendered prompt, and the text that the template adds for the turns that answer it."""
-    full = _up_to_eos([*before, *after], number, tokenizer)
-    prompt = _apply(before, number, tokenizer, add_generation_prompt=True)
-    if not full.startswith(prompt):
-        raise InputError(
-            f"The chat template renders the messages of row {number} differently without their "
-            f"last turn, so the text of that turn is unknown: {advice}."
-        )
-    return prompt, full[len(prompt) :]
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises a TimeoutError after these seconds, where signals allow it: in the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not hasattr(signal, "setitimer"):
+        yield
+        return
 
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:.0f} seconds")
 
-def _up_to_eos(messages: list[Message], number: int, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The text without the line break that many templates write after the last EOS."""
-    text = _apply(messages, number, tokenizer)
-    stripped = text.rstrip()
-    return stripped if stripped.endswith(tokenizer.eos_token) else text
-
-
-def _apply(
-    messages: list[Message], number: int, tokenizer: PreTrainedTokenizerFast, **options: bool
-) -> str:
-    import jinja2
-
-    _check_template(tokenizer)
+    previous = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except jinja2.TemplateError as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(
-            f"The chat template cannot render the messages of row {number}: {reason}."
-        ) from error
-    return str(text)
-
-
-def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "The data have messages, but the tokenizer has no chat template: use a tokenizer with "
-            "one, give one as tokenizer.chat_template, or use data with prompt and completion."
-        )
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *timer)

@@ -12,6 +12,7 @@ from rlhf_jax.batches import PairBatch, RankingBatch
 from rlhf_jax.data.chat import response_texts
 from rlhf_jax.data.encoding import (
     Prompt,
+    check_joints,
     encode,
     is_empty,
     pad_prompts,
@@ -23,6 +24,7 @@ from rlhf_jax.data.encoding import (
     width,
     with_eos,
 )
+from rlhf_jax.data.examples import with_columns
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
@@ -73,7 +75,7 @@ def encode_pairs(
     Raises:
       InputError: if no pair is left, or messages cannot be rendered.
     """
-    rankings = [{**each, "responses": [each["chosen"], each["rejected"]]} for each in examples]
+    rankings = [with_columns(e, responses=[e["chosen"], e["rejected"]]) for e in examples]
     pairs = list(_tokenize(rankings, tokenizer, settings))
     kept = [pair for pair in pairs if len(pair.responses) == 2]
     different = sum(pair.num_responses == 0 for pair in pairs)
@@ -152,10 +154,10 @@ def _tokenize(
     eos, limit = tokenizer.eos_token_id, settings.max_response_length
     # Without a common prompt there is no comparison.
     parts = [
-        response_texts(example.get("prompt", ""), example["responses"], number, tokenizer)
-        or ("", [])
+        response_texts(example, example["responses"], number, tokenizer) or ("", [])
         for number, example in enumerate(examples, 1)
     ]
+    check_joints(tokenizer, examples, [(p, texts[0] if texts else "") for p, texts in parts])
     prompts = tokenize_prompts(tokenizer, [prompt for prompt, _ in parts], settings)
     min_words = settings.min_response_words
     long_enough = [[r for r in texts if not 0 < len(r.split()) < min_words] for _, texts in parts]

@@ -6,21 +6,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_jax.data.encoding import warn
-from rlhf_jax.data.formats import Example, Kind
+from rlhf_jax.data.examples import fault_at, place_of, with_columns
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
+Columns = dict[str, Any]
+Examples = list[Columns]
 RESPONSES = ("completion", "chosen", "rejected")
 
 
 def split_conversations(
-    examples: Sequence[Example],
+    examples: Sequence[Columns],
     kind: Kind,
     settings: DataSettings,
     path: str,
     *,
     quiet: bool = False,
-) -> list[Example]:
+) -> Examples:
     """Splits conversations into prompt and response, by `split_at` and `prompt_suffix`.
 
     `path` is the source of the examples, for messages; `quiet` skips the warning.
@@ -45,10 +48,10 @@ def split_conversations(
 
 
 def _split_all(
-    examples: Sequence[Example], kind: Kind, mark: str, path: str, quiet: bool
-) -> list[Example]:
+    examples: Sequence[Columns], kind: Kind, mark: str, path: str, quiet: bool
+) -> Examples:
     """The examples that can be split at the mark; one warning for the others."""
-    parts = [_split(example, number, kind, mark) for number, example in enumerate(examples, 1)]
+    parts = [_split(each, place_of(each, n), kind, mark) for n, each in enumerate(examples, 1)]
     split = [example for example in parts if example is not None]
     is_compared = kind in ("pairs", "rankings")
     if not quiet:
@@ -67,7 +70,7 @@ def _split_all(
     return split
 
 
-def _split(example: Example, number: int, kind: Kind, mark: str) -> Example | None:
+def _split(example: Columns, place: str, kind: Kind, mark: str) -> Columns | None:
     """The example with a prompt of its own; None if it cannot be split.
 
     The columns of a file of conversations then have the same meaning as those of a file with
@@ -78,38 +81,39 @@ def _split(example: Example, number: int, kind: Kind, mark: str) -> Example | No
     if kind in ("pairs", "rankings"):
         is_pair = kind == "pairs"
         texts = [example["chosen"], example["rejected"]] if is_pair else example["responses"]
-        parts = [_split_text(text, number, mark) for text in texts]
+        parts = [_split_text(text, place, mark) for text in texts]
         if len({prompt for prompt, _ in parts}) != 1 or not parts[0][0]:
             return None
         responses = [response for _, response in parts]
         pair = dict(zip(("chosen", "rejected"), responses, strict=False))
-        columns = pair if is_pair else {"responses": responses}
-        return {**example, "prompt": parts[0][0], **columns}
+        columns: dict[str, Any] = pair if is_pair else {"responses": responses}
+        return with_columns(example, prompt=parts[0][0], **columns)
     source = next(name for name in ("text", "messages", "chosen", "prompt") if name in example)
-    prompt, response = _split_text(example[source], number, mark)
+    prompt, response = _split_text(example[source], place, mark)
     if not prompt:
         return None
-    if source != "chosen":
-        rest = {name: value for name, value in example.items() if name != source}
-        return {**rest, "prompt": prompt, "completion": response}
-    other = example.get("rejected")
-    if isinstance(other, str):
-        example = {**example, "rejected": other.removeprefix(prompt)}
-    return {**example, "prompt": prompt, "chosen": response}
+    if source == "chosen":
+        other = example.get("rejected")
+        rejected = {"rejected": other.removeprefix(prompt)} if isinstance(other, str) else {}
+        return with_columns(example, prompt=prompt, chosen=response, **rejected)
+    split = with_columns(example, prompt=prompt, completion=response)
+    del split[source]
+    return split
 
 
-def _split_text(text: Any, number: int, mark: str) -> tuple[str, str]:
+def _split_text(text: Any, place: str, mark: str) -> tuple[str, str]:
     """(text up to the end of the last mark, text after it); the first is empty without a mark."""
     if not isinstance(text, str):
-        raise InputError(
-            f"Row {number} holds messages, which have turns already: leave out data.split_at "
-            f"({mark!r}), which splits texts."
+        raise fault_at(
+            place,
+            " holds messages, which have turns already: leave out data.split_at "
+            f"({mark!r}), which splits texts.",
         )
     head, separator, tail = text.rpartition(mark)
     return head + separator, tail
 
 
-def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
+def _with_suffix_in_prompt(example: Columns, suffix: str) -> Columns:
     """The example with a prompt that ends with the suffix, if it is between prompt and responses.
 
     White space after the suffix is moved to the responses, and a suffix at the beginning of the
@@ -121,20 +125,20 @@ def _with_suffix_in_prompt(example: Example, suffix: str) -> Example:
     stripped = prompt.rstrip()
     if stripped.endswith(suffix):
         space = prompt[len(stripped) :]
-        return _map_responses(example, lambda text: space + text) | {"prompt": stripped}
+        return with_columns(_map_responses(example, lambda text: space + text), prompt=stripped)
     names = [name for name in RESPONSES if name in example]
     texts = [*(example[name] for name in names), *example.get("responses", ())]
     if texts and all(isinstance(text, str) and text.startswith(suffix) for text in texts):
         line = f"{stripped}\n{suffix}" if stripped else suffix
-        return _map_responses(example, lambda text: text[len(suffix) :]) | {"prompt": line}
+        return with_columns(_map_responses(example, lambda text: text[len(suffix) :]), prompt=line)
     return example
 
 
-def _map_responses(example: Example, function: Callable[[str], str]) -> Example:
+def _map_responses(example: Columns, function: Callable[[str], str]) -> Columns:
     """The example with the function applied to all responses that are texts."""
     ranked = example.get("responses", ())
     names = [name for name in RESPONSES if isinstance(example.get(name), str)]
-    changed: Example = {name: function(example[name]) for name in names}
+    changed: dict[str, Any] = {name: function(example[name]) for name in names}
     if ranked:
         changed["responses"] = [function(r) if isinstance(r, str) else r for r in ranked]
-    return {**example, **changed}
+    return with_columns(example, **changed)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
 from rlhf_jax.data import builtin
-from rlhf_jax.data.conversations import split_conversations
-from rlhf_jax.data.files import files_of_split, looks_local, read_files, single_file
-from rlhf_jax.data.formats import FORMATS, Example, Kind, examples_of, ranking_of
+from rlhf_jax.data.conversations import Examples, split_conversations
+from rlhf_jax.data.examples import Example
+from rlhf_jax.data.files import Table, is_one_split, read_table
+from rlhf_jax.data.formats import CANONICAL, FORMATS, KEEP_COLUMNS, Kind, examples_of, ranking_of
 from rlhf_jax.data.settings import BUILTIN, DataSettings
 from rlhf_jax.errors import InputError
-
-if TYPE_CHECKING:
-    import datasets
 
 MAX_HELD_OUT = 512
 
 
 def load_examples(
     settings: DataSettings, kind: Kind, *, quiet: bool = False
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Examples, Examples]:
     """The training and the evaluation examples, with canonical column names.
 
     Args:
@@ -55,25 +50,25 @@ def load_examples(
     return train, evaluation
 
 
-def _load(settings: DataSettings, kind: Kind) -> tuple[list[Example], list[Example]]:
+def _load(settings: DataSettings, kind: Kind) -> tuple[Examples, Examples]:
     """(train, evaluation), before conversations are split."""
     path, has_own = settings.path, settings.eval_path is not None or settings.eval_split is not None
     if path == BUILTIN:
         train = _builtin(settings, kind, settings.builtin_rows, "train")
         return train[: settings.max_rows], _evaluation(settings, kind)
-    table = _read(path, settings.split, settings)
-    order = np.random.default_rng(settings.seed).permutation(len(table))
+    table = _read(path, settings.split, settings, kind)
+    order = np.random.default_rng(settings.seed).permutation(table.size)
     if has_own:
         evaluation = _evaluation(settings, kind)
     else:
-        cut = len(table) - _held_out(settings, len(table))
+        cut = table.size - _held_out(settings, table.size)
         evaluation = examples_of(table, sorted(order[cut:].tolist()), kind, path)
         order = order[:cut]
     selected = sorted(order[: settings.max_rows].tolist())
     return examples_of(table, selected, kind, path), evaluation
 
 
-def _builtin(settings: DataSettings, kind: Kind, count: int, split: builtin.Split) -> list[Example]:
+def _builtin(settings: DataSettings, kind: Kind, count: int, split: builtin.Split) -> Examples:
     """Examples of the embedded corpus; the two splits share no prompt."""
     if kind in ("text", "references"):
         return builtin.texts(settings.seed, count, split)
@@ -95,7 +90,7 @@ def _held_out(settings: DataSettings, total: int) -> int:
     return settings.eval_rows
 
 
-def _evaluation(settings: DataSettings, kind: Kind) -> list[Example]:
+def _evaluation(settings: DataSettings, kind: Kind) -> Examples:
     """The first examples of the evaluation split."""
     path = settings.eval_path or settings.path
     count = MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
@@ -103,60 +98,35 @@ def _evaluation(settings: DataSettings, kind: Kind) -> list[Example]:
         return _builtin(settings, kind, count, "eval")
     if count == 0:
         return []
-    split = settings.eval_split or ("train" if os.path.isfile(path) else "validation")
-    table = _read(path, split, settings)
-    return examples_of(table, list(range(min(count, len(table)))), kind, path)
+    split = settings.eval_split or ("train" if is_one_split(path) else "validation")
+    table = _read(path, split, settings, kind)
+    return examples_of(table, range(min(count, table.size)), kind, path)
 
 
-def _read(path: str, split: str, settings: DataSettings) -> datasets.Dataset:
+def _read(path: str, split: str, settings: DataSettings, kind: Kind) -> Table:
     """The table of a file, a folder or a data set on the hub, with canonical column names.
 
     Raises:
       InputError: it cannot be read, or is empty.
     """
-    local = os.path.expanduser(path)
-    if os.path.isdir(local):
-        table = read_files(files_of_split(Path(local), split), split, settings.columns)
-    elif os.path.isfile(local):
-        table = read_files([single_file(Path(local), split)], split, settings.columns)
-    elif looks_local(path):
-        raise InputError(
-            f"There is no file or folder {path}: give one that exists, the name of a data set on "
-            f'the hub, or "{BUILTIN}".'
-        )
-    else:
-        table = _read_hub(path, settings.name, split)
-    if len(table) == 0:
+    names = settings.columns
+    used = None if kind in KEEP_COLUMNS else {names.get(column, column) for column in CANONICAL}
+    table = read_table(path, settings.name, split, used)
+    if table.size == 0:
         raise InputError(f"{path} has no examples in the split {split!r}: give one that has some.")
-    return _rename(table, settings.columns, path)
-
-
-def _read_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
-    """A split of a data set on the hub."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise InputError(
-            f"The data set {path} (split {split!r}) is neither a local file nor available on the "
-            f"hub: check its name and split, and if this machine is offline give a local file "
-            f"({reason})."
-        ) from error
-
-
-def _rename(table: datasets.Dataset, columns: Mapping[str, str], path: str) -> datasets.Dataset:
-    """The table with the mapped columns under their canonical names."""
-    for canonical, column in columns.items():
-        if column == canonical:
-            continue
-        if column not in table.column_names:
+    for canonical, column in names.items():
+        if column not in table.columns:
             raise InputError(
                 f"data.columns maps {canonical!r} to {column!r}, but {path} has the columns "
-                f"{', '.join(table.column_names)}."
+                f"{', '.join(table.columns)}."
             )
-        if canonical in table.column_names:
-            table = table.remove_columns(canonical)
-        table = table.rename_column(column, canonical)
-    return table
+    sources = {c: c for c in table.columns if c not in {*names, *names.values()}} | names
+    kept = {name: column for name, column in sources.items() if used is None or column in used}
+
+    def read(indices: Sequence[int]) -> list[Example]:
+        return [
+            Example({name: each.get(column) for name, column in kept.items()}, each.place)
+            for each in table.read(indices)
+        ]
+
+    return Table(list(sources), table.size, read)

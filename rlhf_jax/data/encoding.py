@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.data.examples import place_of
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 
@@ -77,6 +80,40 @@ def tokenize_prompts(
         )
     encoded = encode(tokenizer, texts)
     return [Prompt(ids, tokens[ending]) for ids, ending in zip(encoded, endings, strict=True)]
+
+
+def check_joints(
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Mapping[str, Any]],
+    texts: Sequence[tuple[str, str]],
+) -> None:
+    """Raises if prompt ids + completion ids are another text than prompt and completion together.
+
+    A SentencePiece-like tokenizer may put a space before each of them; the model would be trained
+    on spaces that the data do not have, and would not learn others. Some 256 texts are checked.
+
+    Args:
+      examples: for the place of the fault.
+      texts: the prompt and a completion of each example, either of which may be empty.
+    """
+    joints = [
+        (place_of(example, number), prompt, completion)
+        for number, (example, (prompt, completion)) in enumerate(zip(examples, texts), 1)
+        if prompt and completion
+    ]
+    places, prompts, completions = zip(*joints[:: len(joints) // 256 + 1]) if joints else ((),) * 3
+    together = encode(tokenizer, [a + b for a, b in zip(prompts, completions)])
+    parts = zip(encode(tokenizer, prompts), encode(tokenizer, completions), strict=True)
+    decode = functools.partial(tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+    for place, one, other in zip(places, decode(together), decode([a + b for a, b in parts])):
+        if one != other:
+            at = len(os.path.commonprefix([one, other]))
+            near = slice(max(0, at - 20), at + 20)
+            raise InputError(
+                f"The tokenizer reads prompt and completion of {place} apart as {other[near]!r}, "
+                f"together as {one[near]!r}: use a byte-level tokenizer, or move the white space "
+                "between them to the beginning of the completion."
+            )
 
 
 def _ending(text: str, suffix: str | None) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_jax.data.chat import are_messages, contents
+from rlhf_jax.data.examples import Example, fault_at, with_columns
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
-    import datasets
+    from rlhf_jax.data.files import Table
 
-Example = dict[str, Any]
 Kind = Literal["text", "pairs", "rankings", "prompts", "references"]
 
 # The first alternative whose columns all exist is read.
@@ -28,30 +28,45 @@ COMPARISON_FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("prompt", "chosen"), ("chosen",)),
     "prompts": (("messages",), ("chosen",)),
 }
-CANONICAL = "text prompt completion messages chosen rejected margin responses".split()
+CANONICAL = "text prompt completion messages chosen rejected margin responses tools".split()
+KEEP_COLUMNS = ("prompts", "references")  # the kinds whose other columns functions receive
 NO_LIST = "is no list of two or more texts, best first"
 
 
 def examples_of(
-    table: datasets.Dataset, indices: list[int], kind: Kind, path: str
-) -> list[Example]:
-    """The examples at `indices` of a table, checked; errors number rows from 1, as in the file."""
-    columns = _format(table.column_names, kind, path)
-    if kind in ("pairs", "rankings"):
-        columns += tuple(c for c in ("prompt", "margin") if c in table.column_names)
-    if kind not in ("prompts", "references"):
-        table = table.select_columns(list(columns))
-    examples = []
-    for index, row in zip(indices, table.select(indices), strict=True):
-        fault = next(filter(None, (_fault(row[column], column) for column in columns)), None)
-        if kind == "pairs" and not fault and len(row.get("responses", ("", ""))) < 2:
-            fault = f"column 'responses' {NO_LIST}"
-        if kind == "references" and not fault and not contents(row["completion"]).strip():
+    table: Table, indices: Sequence[int], kind: Kind, path: str
+) -> list[dict[str, Any]]:
+    """The examples at `indices` of a table, checked."""
+    columns = _format(table.columns, kind, path)
+    optional = ("prompt", "margin", "tools") if kind in ("pairs", "rankings") else ("tools",)
+    columns += tuple(c for c in optional if c in table.columns)
+    examples: list[dict[str, Any]] = []
+    for example in table.read(indices):
+        if kind not in KEEP_COLUMNS:
+            example = Example({column: example[column] for column in columns}, example.place)
+        fault = next(filter(None, (_fault(example[column], column) for column in columns)), None)
+        if kind == "pairs" and not fault and len(example.get("responses", ("", ""))) < 2:
+            fault = f"column 'responses' {NO_LIST}: {example['responses']}"
+        if kind == "references" and not fault and not contents(example["completion"]).strip():
             fault = "column 'completion' is an empty text"
+        broken = next((column for column in example if not _is_unicode(example[column])), None)
+        if broken:
+            fault = f"column {broken!r} has half of a surrogate pair, which is no character"
         if fault:
-            raise InputError(f"Row {index + 1} of {path}: {fault}.")
-        examples.extend(_canonical(dict(row), kind))
+            raise fault_at(str(example.place), f": {fault}.")
+        examples.extend(_canonical(example, kind))
     return examples
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all texts in a value can be written in UTF-8, unlike "\\ud83d" alone."""
+    values = [value]
+    for each in values:  # which grows, so that depth is no matter
+        if isinstance(each, Mapping | list):
+            values.extend(each.values() if isinstance(each, Mapping) else each)
+        elif isinstance(each, str) and each.encode("utf-8", "ignore").decode() != each:
+            return False
+    return True
 
 
 def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
@@ -71,71 +86,90 @@ def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
     )
 
 
-def _canonical(row: Example, kind: Kind) -> list[Example]:
-    """The examples of one row of the file: one, or one for each pair of its responses."""
+def _canonical(example: Example, kind: Kind) -> list[Example]:
+    """The examples of a kind that one of a file stands for: one, or each pair of its responses."""
     if kind == "references":
-        return [row]
+        return [example]
     if kind == "text":
-        return [_text_of_comparison(row) if "chosen" in row else row]
+        return [_text_of_comparison(example) if "chosen" in example else example]
     if kind == "prompts":
-        return [row if "prompt" in row or "text" in row else _prompt_of_messages(row)]
-    ranking = ranking_of(row)
+        has_prompt = "prompt" in example or "text" in example
+        return [example if has_prompt else _prompt_of_messages(example)]
+    ranking = ranking_of(example)
     if kind == "rankings":
         return [ranking]
     responses = ranking.pop("responses")
     return [
-        {**ranking, "chosen": better, "rejected": worse}
+        with_columns(ranking, chosen=better, rejected=worse)
         for rank, better in enumerate(responses)
         for worse in responses[rank + 1 :]
     ]
 
 
-def _text_of_comparison(row: Example) -> Example:
+def _text_of_comparison(example: Example) -> Example:
     """The preferred response as a completion, or the preferred conversation as a text."""
-    if "prompt" in row:
-        return {"prompt": row["prompt"], "completion": row["chosen"]}
-    return {"text" if isinstance(row["chosen"], str) else "messages": row["chosen"]}
+    chosen = example.pop("chosen")
+    if "prompt" in example:
+        return with_columns(example, completion=chosen)
+    return with_columns(example, **{"text" if isinstance(chosen, str) else "messages": chosen})
 
 
-def _prompt_of_messages(row: Example) -> Example:
-    """The row with its messages as the prompt, without a last turn of the assistant."""
-    turns = row["messages"] if "messages" in row else row["chosen"]
+def _prompt_of_messages(example: Example) -> Example:
+    """The example with its messages as the prompt, without a last turn of the assistant."""
+    turns = example["messages"] if "messages" in example else example["chosen"]
     if isinstance(turns, str):
-        return row  # split later, by `split_conversations`
+        return example  # split later, by `split_conversations`
     is_answered = len(turns) > 1 and turns[-1]["role"] == "assistant"
-    return {**row, "prompt": turns[:-1] if is_answered else turns}
+    return with_columns(example, prompt=turns[:-1] if is_answered else turns)
 
 
-def ranking_of(row: Example) -> Example:
-    """A row as a ranking: its responses in one list, best first; their number is not checked."""
-    responses = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
-    margin = float(row.get("margin") or 0.0)
-    return {"prompt": row.get("prompt", ""), "responses": responses, "margin": margin}
+def ranking_of(example: Mapping[str, Any]) -> Example:
+    """A comparison as a ranking: its responses in one list, best first, of any number."""
+    columns = {"prompt": "", **example, "margin": _margin(example.get("margin"))}
+    responses = columns.get("responses") or [columns.pop("chosen"), columns.pop("rejected")]
+    return Example({**columns, "responses": responses}, getattr(example, "place", None))
+
+
+def _margin(value: Any) -> float:
+    """A margin, in a CSV file a text; 0 if there is none, NaN if it is no number."""
+    try:
+        return float(value or 0.0)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _fault(value: Any, column: str) -> str | None:
     """Why a value cannot be one of its column; None if it can."""
-    if column == "margin":
-        is_number = value is None or (isinstance(value, int | float) and math.isfinite(value))
-        return None if is_number else f"column 'margin' holds {value!r}, not a finite number"
-    if column == "messages":
-        turns = 'list of turns such as {"role": "user", "content": "text"}'
-        return None if are_messages(value) else f"column 'messages' is no {turns}"
+    if column in ("margin", "tools"):  # tools are read where messages are rendered
+        is_number = column == "tools" or math.isfinite(_margin(value))
+        return None if is_number else f"column 'margin' holds {_shown(value)}, no finite number"
     if column == "responses" and not isinstance(value, list):
-        return f"column 'responses' {NO_LIST}"
+        return f"column 'responses' {NO_LIST}: {_shown(value)}"
     for text in value if column == "responses" else [value]:
-        if not isinstance(text, str) and (column == "text" or not are_messages(text)):
-            return not_text(column, text)
+        is_text = isinstance(text, str) and column != "messages"
+        if not is_text and (column == "text" or not are_messages(text)):
+            return f"column {column!r} {_not_text(text, column)}"
     return None
 
 
-def not_text(column: str, value: Any) -> str:
-    """Why a value that is not a text cannot be used."""
-    if value is None:
-        return f"column {column!r} holds nothing: give it a text"
+def _not_text(value: Any, column: str) -> str:
+    """Why a value is neither a text nor a list of messages."""
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
-    if column != "text" and any(turn.get("content") is None for turn in turns):
-        return f"column {column!r} holds a message without content: each has a role and a content"
+    for content in (turn.get("content") for turn in turns if column != "text"):
+        if content is None:
+            return f"holds a message without content: {_shown(turns)}"
+        for part in content if isinstance(content, list) else []:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                return f"holds a part {_shown(part)} of a message: only text can be read"
+    if column == "messages":
+        turn = '{"role": "user", "content": "text"}'
+        return f"is no list of turns such as {turn}: {_shown(value)}"
+    if value is None:
+        return "holds nothing: give it a text"
     names = {int: "a number", float: "a number", bool: "a truth value", list: "a list"}
-    name = names.get(type(value), "an object")
-    return f"column {column!r} holds {name} ({str(value)[:40]}), not text"
+    return f"holds {names.get(type(value), 'an object')} ({_shown(value)}), not text"
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, in a message."""
+    return " ".join(repr(value).split())[:60]

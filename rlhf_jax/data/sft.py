@@ -11,6 +11,7 @@ from rlhf_jax.batches import TextBatch
 from rlhf_jax.data.chat import text_parts
 from rlhf_jax.data.encoding import (
     Prompt,
+    check_joints,
     encode,
     is_empty,
     tokenize_prompts,
@@ -88,10 +89,12 @@ def tokenize_texts(
     last_turn = settings.completion_only
     parts = [text_parts(each, n, tokenizer, last_turn) for n, each in enumerate(examples, 1)]
     heads = [prompt or "" for prompt, _ in parts]
+    completions = [completion for _, completion in parts]
+    check_joints(tokenizer, examples, list(zip(heads, completions, strict=True)))
     prompts = tokenize_prompts(tokenizer, heads, settings)
-    completions = encode(tokenizer, [completion for _, completion in parts])
+    encoded = zip(parts, prompts, encode(tokenizer, completions), strict=True)
     texts, truncated_prompts, num_truncated, num_dropped = [], [], 0, 0
-    for (head, _), prompt, completion in zip(parts, prompts, completions, strict=True):
+    for (head, _), prompt, completion in encoded:
         if is_empty(completion, tokenizer.eos_token_id):
             num_dropped += 1
             continue

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
+MODEL_INPUTS = ["input_ids", "attention_mask"]  # and no token types
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 
 
@@ -41,7 +42,7 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None
         # The extension of transformers, {% generation %}, marks text and adds none.
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
         jinja2.Environment(extensions=[loopcontrols]).parse(plain)
-    except jinja2.TemplateSyntaxError as error:
+    except (jinja2.TemplateSyntaxError, RecursionError) as error:
         raise InputError(f"{name} is no Jinja template: {error}.") from error
     tokenizer.chat_template = text
 
@@ -56,25 +57,47 @@ def _portable_class() -> type[PreTrainedTokenizerFast]:
     import transformers
 
     class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
-        """A fast tokenizer whose saved folder opens with transformers 4 and 5."""
+        """A fast tokenizer whose saved folder opens with transformers 4 and 5.
+
+        Attributes:
+          source: settings of the `tokenizer_config.json` that it was loaded from.
+          truncation, padding: of the `tokenizer.json` that it was loaded from.
+        """
+
+        source: Mapping[str, Any] = {}
+        truncation: Mapping[str, Any] | None = None
+        padding: Mapping[str, Any] | None = None
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            # Calls with other limits change both in the backend, which is saved.
+            self.backend_tokenizer.no_truncation()
+            self.backend_tokenizer.no_padding()
+            if self.truncation is not None:
+                self.backend_tokenizer.enable_truncation(**self.truncation)
+            if self.padding is not None:
+                self.backend_tokenizer.enable_padding(**self.padding)
             files = super().save_pretrained(save_directory, *args, **kwargs)
-            _make_portable(Path(save_directory) / "tokenizer_config.json")
+            _make_portable(Path(save_directory) / "tokenizer_config.json", self)
             return files
 
     return PreTrainedTokenizerFast
 
 
-def _make_portable(file: Path) -> None:
-    """Rewrites a saved tokenizer's configuration without the keys of transformers 5 only."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+def _make_portable(file: Path, tokenizer: Any) -> None:
+    """Rewrites a saved tokenizer's configuration for transformers 4, with the source's settings."""
+    written = json.loads(file.read_text(encoding="utf-8"))
+    config = {**tokenizer.source, **written, "tokenizer_class": "PreTrainedTokenizerFast"}
     for key in ("backend", "is_local", "local_files_only"):
         config.pop(key, None)
     # Transformers 4 expects a dict under this name, and a list under the older one.
-    if isinstance(config.get("extra_special_tokens"), list):
+    if isinstance(written.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # Transformers 4 would add token_type_ids, which a decoder adds to its embeddings.
+    config["model_input_names"] = tokenizer.model_input_names
+    for side in ("padding_side", "truncation_side"):
+        config[side] = getattr(tokenizer, side)
+    clean_up = tokenizer.source.get("clean_up_tokenization_spaces", False)
+    config["clean_up_tokenization_spaces"] = clean_up
     file.write_text(
         json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
     )
@@ -111,10 +134,39 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"The tokenizer of {name} has no end-of-sequence token, which responses need to end: "
             "set eos_token in its tokenizer_config.json."
         )
-    return _portable(loaded)
+    return _portable(loaded, _source(name))
 
 
-def _portable(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+# Settings of classes and files that are not exported, or that are written anew.
+_NOT_KEPT = {
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "auto_map",
+    "chat_template",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_class",
+    "tokenizer_file",
+}
+
+
+def _source(name: str) -> dict[str, Any]:
+    """The settings in the `tokenizer_config.json` of a folder or hub name; {} without the file."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        name,
+        "tokenizer_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return {}
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    return {key: value for key, value in settings.items() if key not in _NOT_KEPT}
+
+
+def _portable(loaded: PreTrainedTokenizerFast, source: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The same tokenizer as an object of the portable class."""
     named: dict[str, Any] = {
         key: value for key, value in loaded.special_tokens_map.items() if value
@@ -124,13 +176,20 @@ def _portable(loaded: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     extra = extra or getattr(loaded, "extra_special_tokens", None)
     if extra:
         named["additional_special_tokens"] = list(extra)
+    backend = loaded.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
     tokenizer = _portable_class()(
-        tokenizer_object=loaded.backend_tokenizer,
+        tokenizer_object=backend,
         model_max_length=loaded.model_max_length,
         clean_up_tokenization_spaces=False,
+        model_input_names=source.get("model_input_names", MODEL_INPUTS),
+        padding_side=loaded.padding_side,
+        truncation_side=loaded.truncation_side,
+        split_special_tokens=loaded.split_special_tokens,
         **named,
     )
     tokenizer.chat_template = loaded.chat_template
+    tokenizer.source, tokenizer.truncation, tokenizer.padding = source, truncation, padding
     return tokenizer
 
 
@@ -200,4 +259,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
         clean_up_tokenization_spaces=False,
+        model_input_names=MODEL_INPUTS,
     )

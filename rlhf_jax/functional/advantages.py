@@ -17,7 +17,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"
       scores: float[B], one per response.
       logprobs: float[B, T] of the sampled tokens under the policy, in nats.
       ref_logprobs: float[B, T], the same under the reference.
-      mask: bool[B, T], True then False.
+      mask: bool[B, T], True on real tokens.
       kl_coef: the coefficient of the penalty, per nat.
       kl_kind: the estimate of the KL, as in `kl_estimate`.
 
@@ -45,15 +45,17 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, *, kl_coef, kl_kind="k1"
 
 
 def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
-    """Generalized advantage estimates of right-padded responses.
+    """Generalized advantage estimates of responses.
 
         delta_t = r_t + gamma * V_{t+1} - V_t
         A_t     = delta_t + gamma * lam * A_{t+1},     A_T = V_T = 0
 
+    where t + 1 is the next real token, across any masked ones between them.
+
     Args:
       rewards: float[B, T] per-token rewards.
       values: float[B, T] value of the state in which token t is chosen.
-      mask: bool[B, T], True then False.
+      mask: bool[B, T]; masked tokens, such as those of a tool, count as if they were not there.
       gamma: the discount per token.
       lam: 0 gives one-step temporal differences, 1 Monte Carlo returns minus values.
 
@@ -72,9 +74,19 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
     """
     rewards, values = masked_tokens(mask, rewards=rewards, values=values)
     expect_scalars(gamma=gamma, lam=lam)
-    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-    deltas = rewards + gamma * next_values - values
-    advantages = _discounted_sums(deltas, gamma * lam)
+    gamma, lam = (jnp.asarray(x, jnp.float32) for x in (gamma, lam))
+
+    def step(following, token):
+        next_value, next_advantage = following
+        reward, value, is_real = token
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        own = (jnp.where(is_real, value, next_value), jnp.where(is_real, advantage, next_advantage))
+        return own, advantage
+
+    # Derived from the rewards, so that the carry has the sharding of the batch.
+    zeros = jnp.zeros_like(jnp.sum(rewards, axis=1))
+    tokens = (rewards.T, values.T, mask.T)
+    advantages = jax.lax.scan(step, (zeros, zeros), tokens, reverse=True)[1].T
     return zero_off_mask(mask, advantages, advantages + values)
 
 
@@ -83,9 +95,11 @@ def rewards_to_go(rewards, mask, *, gamma=1.0):
 
         G_t = r_t + gamma * G_{t+1},     G_T = 0
 
+    where t + 1 is the next real token, as in `gae`.
+
     Args:
       rewards: float[B, T] per-token rewards.
-      mask: bool[B, T], True then False.
+      mask: bool[B, T]; masked tokens count as if they were not there.
       gamma: the discount per token.
 
     Returns:
@@ -97,9 +111,9 @@ def rewards_to_go(rewards, mask, *, gamma=1.0):
     >>> print(rewards_to_go(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[True, True, False]])))
     [[3. 2. 0.]]
     """
-    (rewards,) = masked_tokens(mask, rewards=rewards)
-    expect_scalars(gamma=gamma)
-    return zero_off_mask(mask, _discounted_sums(rewards, gamma))[0]
+    expect(rewards=(rewards, "BT", float), mask=(mask, "BT", bool))
+    # Advantages over values of 0.
+    return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
 
 
 def leave_one_out_advantages(scores):
@@ -175,16 +189,3 @@ def _centred(scores):
     # almost 0 would amplify the difference. With the minimum subtracted first, they are zeros.
     scores -= jax.lax.stop_gradient(jnp.min(scores, axis=1, keepdims=True))
     return scores - jnp.mean(scores, axis=1, keepdims=True)
-
-
-def _discounted_sums(x, decay):
-    """y_t = x_t + decay * y_{t+1} along the last axis of f32[B, T]."""
-    decay = jnp.asarray(decay, jnp.float32)
-
-    def step(total, x_t):
-        total = x_t + decay * total
-        return total, total
-
-    # Derived from x, so that the carry has the sharding of the batch.
-    zeros = jnp.zeros_like(jnp.sum(x, axis=1))
-    return jax.lax.scan(step, zeros, x.T, reverse=True)[1].T

@@ -22,6 +22,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     k3 is constant below d = -40, to stay within the range of float32.
 
+    In a reward, without a gradient, k1 is the unbiased one. In a loss, differentiated by the
+    policy, the expected gradient for a token given its prefix is 0 with k1, that of KL(policy ||
+    reference) with k2, and that of KL(reference || policy) with k3.
+
     Args:
       logprobs: float[...] of the sampled tokens under the policy, in nats.
       ref_logprobs: float[...], the same under the reference.

@@ -3,28 +3,45 @@
 import numbers
 
 import jax.numpy as jnp
+from jax import lax
 
 from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
-from rlhf_jax.functional.kl import MAX_LOG_RATIO, exp_minus_linear
+from rlhf_jax.functional.kl import KINDS, MAX_LOG_RATIO, exp_minus_linear, kl_estimate
 from rlhf_jax.functional.masking import batch_mean, count_or_one, masked_tokens, zero_off_mask
 
 REDUCTIONS = ("sequence", "token", "constant")
 
 
-def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2, denominator=None):
+def ppo_policy_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    *,
+    clip_range=0.2,
+    clip_range_high=None,
+    dual_clip=None,
+    denominator=None,
+):
     """PPO's clipped surrogate loss, a mean over real tokens.
 
         r_t    = exp(logprobs_t - old_logprobs_t)
-        loss_t = max(-A_t * r_t, -A_t * clip(r_t, 1 - clip_range, 1 + clip_range))
+        loss_t = max(-A_t * r_t, -A_t * clip(r_t, 1 - clip_range, 1 + clip_range_high))
+        loss_t = min(loss_t, -A_t * dual_clip)        where A_t < 0, with a dual_clip
 
     r_t is limited to e^40, within the range of float32; beyond it the gradient is 0.
 
     Args:
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
-      old_logprobs: float[B, T], the same under the policy that sampled them.
+      old_logprobs: float[B, T], the same under the policy that sampled them, without a gradient;
+        None: on-policy, `stop_gradient(logprobs)`. With `logprobs` itself as the old ones the
+        gradient is 0.
       advantages: float[B, T].
       mask: bool[B, T], True on real tokens.
-      clip_range: distance of the ratio from 1 beyond which the surrogate is clipped.
+      clip_range: distance of the ratio below 1 beyond which the surrogate is clipped.
+      clip_range_high: the same above 1; None: clip_range. DAPO uses 0.28.
+      dual_clip: the largest ratio that raises the loss of a negative advantage, above 1; None: no
+        limit.
       denominator: divisor of the sums, instead of the number of real tokens.
 
     Returns:
@@ -33,9 +50,12 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2,
       mean of r_t. All are 0 if no token is real.
 
     Raises:
-      ValueError: naming the argument whose shape or dtype is wrong.
+      ValueError: naming the argument whose shape or dtype is wrong, or a dual_clip of 1 or less,
+        if it is not traced.
 
-    Schulman et al., Proximal Policy Optimization Algorithms, eq. 7 (arXiv:1707.06347).
+    Schulman et al., Proximal Policy Optimization Algorithms, eq. 7 (arXiv:1707.06347); two ranges:
+    Yu et al., DAPO, section 3.1 (arXiv:2503.14476); dual clip: Ye et al., Mastering Complex Control
+    in MOBA Games with Deep Reinforcement Learning (arXiv:1912.09729).
 
     >>> loss, metrics = ppo_policy_loss(
     ...     jnp.log(jnp.array([[0.5, 0.4]])), jnp.log(jnp.array([[0.25, 0.4]])),
@@ -43,14 +63,14 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip_range=0.2,
     >>> print(loss, metrics["clipfrac"], metrics["ratio"])
     -1.1 0.5 1.5
     """
+    old_logprobs = _old(logprobs, old_logprobs)
     logprobs, old_logprobs, advantages = masked_tokens(
         mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
-    expect_scalars(clip_range=clip_range)
     log_ratio, ratio = _ratio(logprobs, old_logprobs)
-    unclipped, clipped = _surrogates(ratio, advantages, clip_range, clip_range)
-    return batch_mean(jnp.maximum(unclipped, clipped), mask, denominator), {
-        "clipfrac": batch_mean(clipped > unclipped, mask, denominator),
+    losses, is_clipped = _clipped(ratio, advantages, clip_range, clip_range_high, dual_clip)
+    return batch_mean(losses, mask, denominator), {
+        "clipfrac": batch_mean(is_clipped, mask, denominator),
         "approxkl": 0.5 * batch_mean(jnp.square(log_ratio), mask, denominator),
         "ratio": batch_mean(ratio, mask, denominator),
     }
@@ -110,7 +130,8 @@ def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef,
 
     Args:
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
-      old_logprobs: float[B, T], the same under the policy that sampled them.
+      old_logprobs: float[B, T], the same under the policy that sampled them; None: on-policy, as
+        in `ppo_policy_loss`.
       advantages: float[B, T].
       mask: bool[B, T], True on real tokens.
       kl_coef: the coefficient of the penalty, per nat; `penalty_kl_update` adapts it.
@@ -132,6 +153,7 @@ def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef,
     >>> print(f"{loss:.4f}", f"{metrics['kl']:.4f}", f"{metrics['ratio']:.1f}")
     -1.1931 0.1534 1.5
     """
+    old_logprobs = _old(logprobs, old_logprobs)
     logprobs, old_logprobs, advantages = masked_tokens(
         mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
@@ -181,18 +203,19 @@ def grpo_loss(
     *,
     ref_logprobs=None,
     kl_coef=0.0,
+    kl_kind="k3",
+    kl_bias_correction=False,
     clip_range=0.2,
     clip_range_high=None,
+    dual_clip=None,
     reduction="sequence",
     denominator=None,
 ):
     """PPO's clipped loss with one advantage per response, plus a KL penalty.
 
         r_t    = exp(logprobs_t - old_logprobs_t)
-        d_t    = logprobs_t - ref_logprobs_t
-        kl_t   = e^-d_t - 1 + d_t
-        loss_t = max(-A * r_t, -A * clip(r_t, 1 - clip_range, 1 + clip_range_high))
-                 + kl_coef * kl_t
+        kl_t   = kl_estimate(logprobs_t, ref_logprobs_t, kl_kind)   (* r_t, kl_bias_correction)
+        loss_t = `ppo_policy_loss` of A and r_t + kl_coef * kl_t
 
         "sequence"   mean over responses of the mean over tokens   (GRPO)
         "token"      mean over tokens                              (DAPO)
@@ -200,15 +223,22 @@ def grpo_loss(
 
     r_t and kl_t are limited to e^40, within the range of float32; beyond it the gradient is 0.
 
+    On-policy the penalty has, for each token given its prefix, the expected gradient of
+    KL(ref || policy) with "k3", as published, of KL(policy || ref) with "k2", and none with "k1".
+    With `kl_bias_correction` that of "k1" and "k3" is the gradient of KL(policy || ref), off-policy
+    too. All leave out how the policy changes the distribution of the prefix.
+
     Args:
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
-      old_logprobs: float[B, T], the same under the policy that sampled them.
+      old_logprobs: float[B, T], the same under the policy that sampled them; None: on-policy, as
+        in `ppo_policy_loss`.
       advantages: float[B], one per response: `group_advantages(scores).reshape(-1)`.
       mask: bool[B, T], True on real tokens.
       ref_logprobs: float[B, T], the same under the reference; None: no penalty.
       kl_coef: the coefficient of the penalty, per nat.
-      clip_range: distance of the ratio below 1 beyond which the surrogate is clipped.
-      clip_range_high: the same above 1; None: clip_range. DAPO uses 0.28.
+      kl_kind: "k1", "k2" or "k3".
+      kl_bias_correction: weights kl_t by r_t, as TRL's `use_bias_correction_kl`.
+      clip_range, clip_range_high, dual_clip: as in `ppo_policy_loss`.
       reduction: "sequence", "token" or "constant".
       denominator: divisor instead of the number of responses with a real token ("sequence"), of
         real tokens ("token"), or of B * T ("constant").
@@ -222,13 +252,14 @@ def grpo_loss(
       in B. All are 0 if no token is real.
 
     Raises:
-      ValueError: naming the argument whose shape or dtype is wrong, an unknown reduction, or a
-        kl_coef other than 0 without ref_logprobs. The value of a traced kl_coef is not known at
-        trace time: if it is not 0, the loss and its gradients are NaN.
+      ValueError: naming the argument whose shape or dtype is wrong, an unknown reduction or kind,
+        a dual_clip of 1 or less, or a kl_coef other than 0 without ref_logprobs. The value of a
+        traced kl_coef is not known at trace time: if it is not 0, the loss and its gradients are
+        NaN.
 
     Shao et al., DeepSeekMath, eq. 3 and 4 (arXiv:2402.03300); Yu et al., DAPO, eq. 8
     (arXiv:2503.14476); Liu et al., Understanding R1-Zero-Like Training, section 3.2
-    (arXiv:2503.20783).
+    (arXiv:2503.20783); weighted penalty: DeepSeek-AI, DeepSeek-V3.2 (arXiv:2512.02556).
 
     >>> old = jnp.log(jnp.array([[0.25, 0.4], [0.5, 0.5]]))
     >>> new = jnp.log(jnp.array([[0.5, 0.4], [0.5, 0.5]]))
@@ -240,19 +271,15 @@ def grpo_loss(
     -0.4000 1.3333
     -0.3000 1.2500
     """
+    old_logprobs = _old(logprobs, old_logprobs)
     expect(
         logprobs=(logprobs, "BT", float),
         old_logprobs=(old_logprobs, "BT", float),
         advantages=(advantages, "B", float),
         mask=(mask, "BT", bool),
     )
-    expect_one_of(reduction=(reduction, REDUCTIONS))
-    expect_scalars(
-        kl_coef=kl_coef,
-        clip_range=clip_range,
-        clip_range_high=clip_range_high,
-        denominator=denominator,
-    )
+    expect_one_of(reduction=(reduction, REDUCTIONS), kl_kind=(kl_kind, KINDS))
+    expect_scalars(kl_coef=kl_coef, denominator=denominator)
     if ref_logprobs is not None:
         expect(logprobs=(logprobs, "BT", float), ref_logprobs=(ref_logprobs, "BT", float))
     elif isinstance(kl_coef, numbers.Real) and kl_coef != 0:
@@ -263,18 +290,18 @@ def grpo_loss(
         mask, logprobs, old_logprobs, advantages[:, None]
     )
     log_ratio, ratio = _ratio(logprobs, old_logprobs)
-    high = clip_range if clip_range_high is None else clip_range_high
-    unclipped, clipped = _surrogates(ratio, advantages, clip_range, high)
-    losses = jnp.maximum(unclipped, clipped)
+    losses, is_clipped = _clipped(ratio, advantages, clip_range, clip_range_high, dual_clip)
     if ref_logprobs is None:
         kl = jnp.zeros_like(losses)
         losses *= jnp.where(kl_coef == 0, 1.0, jnp.nan)
     else:
-        kl = exp_minus_linear(zero_off_mask(mask, ref_logprobs)[0] - logprobs)
+        (ref_logprobs,) = zero_off_mask(mask, ref_logprobs)
+        kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
+        kl = kl * ratio if kl_bias_correction else kl
         losses += kl_coef * kl
     loss_weights, metric_weights = _weights(mask, reduction, denominator)
     return jnp.sum(loss_weights * losses), {
-        "clipfrac": jnp.sum(metric_weights * (clipped > unclipped)),
+        "clipfrac": jnp.sum(metric_weights * is_clipped),
         "approxkl": 0.5 * jnp.sum(metric_weights * jnp.square(log_ratio)),
         "ratio": jnp.sum(metric_weights * ratio),
         "kl": jnp.sum(metric_weights * kl),
@@ -287,9 +314,22 @@ def _ratio(logprobs, old_logprobs):
     return log_ratio, jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
 
 
-def _surrogates(ratio, advantages, low, high):
-    """The losses of each token (unclipped, clipped)."""
-    return -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - low, 1.0 + high)
+def _old(logprobs, old_logprobs):
+    return lax.stop_gradient(logprobs) if old_logprobs is None else old_logprobs
+
+
+def _clipped(ratio, advantages, clip_range, clip_range_high, dual_clip):
+    """(loss of each token, whether the clipped term is the larger one)."""
+    expect_scalars(clip_range=clip_range, clip_range_high=clip_range_high, dual_clip=dual_clip)
+    high = clip_range if clip_range_high is None else clip_range_high
+    unclipped = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1.0 - clip_range, 1.0 + high)
+    losses = jnp.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        if isinstance(dual_clip, numbers.Real) and dual_clip <= 1:
+            raise ValueError(f"dual_clip must be above 1, but is {dual_clip}.")
+        losses = jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip), losses)
+    return losses, clipped > unclipped
 
 
 def _weights(mask, reduction, denominator):

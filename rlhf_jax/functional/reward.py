@@ -71,17 +71,17 @@ def tokenwise_pairwise_loss(
 
     `first` is the first position at which the responses differ, in a token or in the mask; `end` is
     the end of the longer one, the common end. The loss is the mean over pairs of these means.
-    Between its own end and the common end the shorter response has no tokens. There it keeps the
-    score at its last token ("last"), or has the score on its padding ("published"), as in the
-    published code. In the latter case the score must be finite, and it depends on the padding token
-    and on the attention to it.
+    Past its own end, and at any other masked position, a response has no token. There it keeps the
+    score at its last token before ("last"), or has the score on its padding ("published"), as in
+    the published code. In the latter case the score must be finite, and it depends on the padding
+    token and on the attention to it.
 
     Args:
       chosen_scores: float[B, T], a score at each token of the preferred responses.
       rejected_scores: float[B, T], the same for the other responses.
       chosen_tokens: int[B, T], the responses, optionally after a prompt that both share.
       rejected_tokens: int[B, T].
-      chosen_mask: bool[B, T], True then False; padding before the prompt is allowed.
+      chosen_mask: bool[B, T], True on real tokens.
       rejected_mask: bool[B, T], the same.
       past_end: "last" or "published".
       mask: bool[B], False on padding entries of the batch; None: all are real. A pair
@@ -196,7 +196,13 @@ def ranking_loss(scores, mask, *, denominator=None):
 
 
 def _extended_past_end(scores, mask):
-    """f32[B, T]: the scores, with the last real one repeated on the padding after it."""
+    """f32[B, T]: the scores, with the last real one before repeated on masked positions."""
     (scores,) = zero_off_mask(mask, scores)
-    (last,) = zero_off_mask(is_last(mask), scores)
-    return jnp.where(mask, scores, jnp.sum(last, axis=1, keepdims=True))
+
+    def step(last, position):
+        score, is_real = position
+        last = jnp.where(is_real, score, last)
+        return last, last
+
+    zeros = jnp.zeros_like(jnp.sum(scores, axis=1))
+    return jax.lax.scan(step, zeros, (scores.T, mask.T))[1].T

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import json
+import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,6 +16,7 @@ from rlhf_jax.models.settings import ModelSettings
 
 Config = TypeVar("Config")
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SCORE = "score.weight"  # the head of a classifier
 _WITHOUT_PREFIX = (SCORE, "lm_head.weight")
 
@@ -46,7 +48,8 @@ class Family:
       model_type: in config.json, such as "gpt2".
       language_model, classifier: the two architectures in config.json, such as "GPT2LMHeadModel".
       config: the class of the configuration.
-      model: the class of the model, model(config, dtype, remat, attention).
+      model: the class of the model, model(config, dtype, remat, attention,
+        generation_config).
       read_config: from the object in config.json to the configuration; raises an InputError.
       write_config: from the configuration to the object in config.json, without `model_type`,
         `architectures` and dtypes.
@@ -99,6 +102,15 @@ def check_fixed(data: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             )
 
 
+def check_highest(config: Any, highest: int, names: Sequence[str]) -> None:
+    """Raises an InputError if one of these values of a configuration is above the highest."""
+    for name in names:
+        if (getattr(config, name) or 0) > highest:
+            raise InputError(
+                f"config.{name} must be at most {highest}, but is {getattr(config, name)}."
+            )
+
+
 def known_fields(config: type[Config], data: Mapping[str, Any]) -> dict[str, Any]:
     """The values of config.json that have a field of the same name, by that name.
 
@@ -114,7 +126,7 @@ def _typed(field: dataclasses.Field, value: Any) -> Any:
     if value is None and field.default is None:
         return None
     if kind is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 2**63 else math.inf
     if type(value) is not kind:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         allowed = names[kind] + (" or null" if field.default is None else "")

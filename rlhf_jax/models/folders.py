@@ -35,7 +35,7 @@ def _download(name: str) -> pathlib.Path:
             f"There is no folder {name}, and fetching it from the hub needs huggingface_hub: "
             "pip install huggingface_hub, or give a local folder."
         ) from error
-    files = ["config.json", "model*.safetensors", INDEX]
+    files = ["config.json", "generation_config.json", "model*.safetensors", INDEX]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:  # no network, no such model, no access
@@ -60,6 +60,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             raise InputError(f"{folder / INDEX} has no weight_map; save or download it again.")
         files = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
         for file in files:
+            if file.parent != folder or file.suffix != ".safetensors":
+                raise InputError(
+                    f"{folder / INDEX} names {str(file)!r}, but weights are safetensors files in "
+                    "the folder itself; download it again."
+                )
             if not file.is_file():
                 raise InputError(
                     f"{folder} lacks {file.name}, which its {INDEX} names; download it again."
@@ -86,7 +91,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise InputError(f"{path.parent} holds no {path.name}; give the folder of a saved model.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); save or download it again.") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a JSON object; save or download it again.")

@@ -7,7 +7,7 @@ the token embedding.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.checks import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+)
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import Memory, attend_to_cache, self_attention
 from rlhf_jax.models.attention_mask import AttentionMask
@@ -22,13 +30,23 @@ from rlhf_jax.models.cudnn_attention import check_dropout
 from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import drop, start_dropout
 from rlhf_jax.models.embedding import lookup, padded_vocab_size
-from rlhf_jax.models.family import Family, Slot, check_fixed, known_fields, leaf_at, param_shapes
+from rlhf_jax.models.family import (
+    TOKEN_IDS,
+    Family,
+    Slot,
+    check_fixed,
+    check_highest,
+    known_fields,
+    leaf_at,
+    param_shapes,
+)
 from rlhf_jax.models.interface import Params
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.stacked import StackedModel
 from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
 
+Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": functools.partial(nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
@@ -53,37 +71,30 @@ PARTITION_RULES: Rules = (
 class GPT2Config:
     """Sizes and constants of a GPT-2, under Hugging Face's names. The default is GPT-2 small."""
 
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    resid_pdrop: float = 0.1
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
+    vocab_size: PositiveInt = 50257
+    n_positions: PositiveInt = 1024
+    n_embd: PositiveInt = 768
+    n_layer: PositiveInt = 12
+    n_head: PositiveInt = 12
+    n_inner: PositiveInt | None = None
+    activation_function: Activation = "gelu_new"
+    resid_pdrop: FractionBelowOne = 0.1
+    embd_pdrop: FractionBelowOne = 0.1
+    attn_pdrop: FractionBelowOne = 0.1
+    layer_norm_epsilon: PositiveFloat = 1e-5
+    initializer_range: NonNegativeFloat = 0.02
+    bos_token_id: NonNegativeInt | None = None
+    eos_token_id: NonNegativeInt | None = None
+    pad_token_id: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if (size := getattr(self, name)) < 1:
-                raise InputError(f"{name} must be at least 1, but is {size}.")
+        check_fields("config", self)
+        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_inner")
+        check_highest(self, 2**31 - 1, sizes)
+        check_highest(self, self.vocab_size - 1, TOKEN_IDS)
         if self.n_embd % self.n_head:
             raise InputError(
                 f"n_embd must be a multiple of n_head, but {self.n_embd} is none of {self.n_head}."
-            )
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0 <= (rate := getattr(self, name)) < 1:
-                raise InputError(f"{name} must be at least 0 and below 1, but is {rate}.")
-        if self.activation_function not in ACTIVATIONS:
-            raise InputError(
-                f"activation_function {self.activation_function!r} is unknown; "
-                f"known are {', '.join(sorted(ACTIVATIONS))}."
             )
 
     @property
@@ -242,6 +253,7 @@ class GPT2(StackedModel):
     config: GPT2Config
 
     table, final_norm, norms = "wte", "ln_f", "ln_"
+    no_weight_decay = ("bias", "scale")
 
     @property
     def partition_rules(self) -> Rules:

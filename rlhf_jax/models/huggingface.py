@@ -7,7 +7,6 @@ and in written files, whatever type they were stored in, since an optimizer upda
 """
 
 import contextlib
-import copy
 import dataclasses
 import pathlib
 from typing import Any, NamedTuple
@@ -22,8 +21,14 @@ from rlhf_jax.models import gpt2
 from rlhf_jax.models.family import SCORE, Family, Slot, param_shapes
 from rlhf_jax.models.folders import find_folder, read_json
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.models.reading import find_tensors, read_params
+from rlhf_jax.models.reading import check_sizes, find_tensors, read_params
 from rlhf_jax.models.settings import Attention, ModelSettings, Remat
+from rlhf_jax.models.special_tokens import (
+    GENERATION_CONFIG,
+    generation_config,
+    read_generation_config,
+    with_pad_token,
+)
 from rlhf_jax.models.writing import check_params, save_model
 from rlhf_jax.parallel.partition import tree_shardings
 
@@ -201,12 +206,10 @@ def save_pretrained(
     """
     check_params(param_shapes(model), params)
     family = _family_of(model)
-    config = _config_json(family, model.config, family.language_model)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: config[name] for name in names if config[name] is not None}
-    texts = {"config.json": config}
-    if ids:
-        texts["generation_config.json"] = {"_from_model_config": True, **ids}
+    texts = {
+        "config.json": _config_json(family, model.config, family.language_model),
+        GENERATION_CONFIG: generation_config(model),
+    }
     slots = _slots(family, model, with_head=False)
     save_model(folder, family, slots, slots, {"model": params}, texts, tokenizer)
 
@@ -217,7 +220,7 @@ def save_reward_model(
     """Writes a folder of a sequence classifier with one label, in float32.
 
     transformers scores the last token that is not the pad token, the one before EOS if EOS is the
-    pad token. The folder therefore declares another one: the model's, else the tokenizer's, else a
+    pad token. The folder therefore declares another one: the tokenizer's, else the model's, else a
     new one, for which `vocab_size` and the token embedding grow by one vector of zeros. The
     tokenizer is written with that pad token, padding on the right (transformers does not shift the
     positions of this model under left padding).
@@ -229,7 +232,7 @@ def save_reward_model(
       tokenizer: a transformers tokenizer, which is not changed.
 
     Raises:
-      InputError: the tokenizer pads with another token than the model, or has too many tokens.
+      InputError: the tokenizer has more tokens than the model.
       ValueError: the parameters are not those of the model, or the head has a bias.
       OSError: the folder cannot be written.
     """
@@ -237,7 +240,7 @@ def save_reward_model(
     if set(params["head"]) != {"kernel"}:
         raise ValueError(f"a reward head is {{'kernel': [D]}}, but has {sorted(params['head'])}.")
     family = _family_of(model)
-    config, tokenizer = _with_pad_token(model.config, tokenizer)
+    config, tokenizer = with_pad_token(model.config, tokenizer)
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     texts = {"config.json": {**_config_json(family, config, family.classifier), **labels}}
     own, slots = (_slots(family, m, with_head=True) for m in (model, family.model(config)))
@@ -257,7 +260,10 @@ def _open(name, dtype, remat, attention) -> _Opened:
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = find_folder(name)
     family, config = _read_config(folder / "config.json")
-    return _Opened(folder, family, family.model(config, dtype, remat, attention))
+    check_sizes(folder, config)
+    generation = read_generation_config(folder, config)
+    model = family.model(config, dtype, remat, attention, generation)
+    return _Opened(folder, family, model)
 
 
 def _load(opened: _Opened, shapes: Params, mesh, label) -> tuple[Model, Params]:
@@ -322,28 +328,3 @@ def _config_json(family: Family, config: Any, architecture: str) -> dict[str, An
         "dtype": "float32",  # read by transformers 5
         "torch_dtype": "float32",  # and by transformers 4
     }
-
-
-def _with_pad_token(config: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The configuration with a pad id that is not EOS, and a tokenizer that knows it."""
-    unusable, pad = {None, config.eos_token_id}, config.pad_token_id
-    if tokenizer is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token_id in {*unusable, tokenizer.eos_token_id}:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if pad in unusable:
-        pad = config.vocab_size if tokenizer is None else tokenizer.pad_token_id
-    assert pad is not None
-    if pad > config.vocab_size:
-        raise InputError(
-            f"The pad token has the id {pad}, but the vocabulary of the model ends at "
-            f"{config.vocab_size - 1}; use the tokenizer that the model was trained with."
-        )
-    if tokenizer is not None and tokenizer.pad_token_id != pad:
-        raise InputError(
-            f"The tokenizer pads with id {tokenizer.pad_token_id}, but the model declares "
-            f"pad_token_id {pad}; make them the same."
-        )
-    vocab_size = max(config.vocab_size, pad + 1)
-    return dataclasses.replace(config, vocab_size=vocab_size, pad_token_id=pad), tokenizer

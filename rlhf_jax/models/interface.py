@@ -3,6 +3,7 @@
 An NNX, Equinox or hand-written network fits if it has these methods over a pytree of parameters.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -61,12 +62,26 @@ class ModelConfig(Protocol):
 
 
 class Model(Protocol):
-    """A causal language model over a pytree of parameters. Hashable: a static argument of jit."""
+    """A causal language model over a pytree of parameters. Hashable: a static argument of jit.
+
+    It may have an attribute `no_weight_decay`, a tuple of regular expressions over the end of a
+    parameter's path, as in `partition_rules`: those do not decay (`training.make_optimizer`).
+    """
 
     def __hash__(self) -> int: ...
 
     @property
     def config(self) -> ModelConfig: ...
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The object in `generation_config.json`, for exports; {} without the file."""
+        ...
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: EOS, and perhaps further ones."""
+        ...
 
     @property
     def partition_rules(self) -> Rules:

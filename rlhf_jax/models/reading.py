@@ -6,6 +6,7 @@ large stack of layers at most some layers, at a time.
 
 import contextlib
 import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.family import SCORE, Family, Slot
 from rlhf_jax.models.folders import weight_files
-from rlhf_jax.models.interface import Params
+from rlhf_jax.models.interface import ModelConfig, Params
 
 PART_BYTES = 2**28  # of a leaf read at a time, or one index of axis 0 if that is more
 
@@ -33,6 +34,7 @@ class TensorFile(NamedTuple):
     """A tensor of an open file: `safe_open(...).get_slice`, with reversed axes if transposed."""
 
     file: pathlib.Path
+    name: str
     data: Any
     transposed: bool = False
 
@@ -46,10 +48,16 @@ class TensorFile(NamedTuple):
         """float32 of the part at these slices; no other part of the file is read."""
         try:
             values = np.asarray(self.data[index[::-1] if self.transposed else index])
-            values = values.astype(np.float32, copy=False)
-            return values.T if self.transposed else values
         except SafetensorError as error:
             raise _unreadable(self.file, error) from error
+        with np.errstate(over="ignore"):  # of float64
+            values = values.astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{self.file}: the tensor {self.name!r} holds values that are not finite in "
+                "float32; train or download the model again."
+            )
+        return values.T if self.transposed else values
 
 
 def read_params(
@@ -173,6 +181,34 @@ def _read_one(tensor: TensorFile, label: int, width: int, index: Index) -> np.nd
     return part
 
 
+def check_sizes(folder: pathlib.Path, config: ModelConfig) -> None:
+    """Raises an InputError if the sizes are far beyond the tensors of a folder.
+
+    A layer has a tensor at least. `find_tensors` compares exactly, but only after it has listed the
+    tensors of all layers.
+    """
+    count, largest = 0, 0
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                names = opened.keys()
+                shapes = [opened.get_slice(name).get_shape() for name in names]
+        except SafetensorError as error:
+            raise _unreadable(file, error) from error
+        count += len(shapes)
+        largest = max([largest, *itertools.chain(*shapes)])
+    for name, limit, kind in (
+        ("n_layer", count, "number of tensors"),
+        ("n_embd", largest, "longest axis of a tensor"),
+        ("vocab_size", largest, "longest axis of a tensor"),
+    ):
+        if (size := getattr(config, name)) > limit:
+            raise InputError(
+                f"{folder}: config.json has {name} {size}, but the {kind} in the weights is "
+                f"{limit}; save or download the model again."
+            )
+
+
 def find_tensors(
     folder: pathlib.Path,
     family: Family,
@@ -201,7 +237,8 @@ def find_tensors(
                 slot = slots.get(family.tied.get(short, short))
                 data = opened.get_slice(name)
                 _check_fits(family, f"{file}: the tensor {name!r}", short, data, slot, label)
-                tensors[short] = TensorFile(file, data, slot is not None and slot.transposed)
+                is_transposed = slot is not None and slot.transposed
+                tensors[short] = TensorFile(file, name, data, is_transposed)
         except SafetensorError as error:
             raise _unreadable(file, error) from error
     missing = slots.keys() - tensors.keys()

@@ -1,8 +1,9 @@
 """Settings of models, without an import of JAX."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
+from rlhf_jax.checks import FractionBelowOne, PositiveInt, check_fields
 from rlhf_jax.errors import InputError
 
 Remat = Literal["none", "full", "dots"]
@@ -23,49 +24,29 @@ class ModelSettings:
       n_layer, n_head, n_embd, n_positions: of a fresh model.
       dropout: of a fresh model, in supervised fine-tuning alone.
       dtype: of products; "auto" is bfloat16 on accelerators and float32 on the CPU.
-      remat: what the backward pass of training computes again instead of keeping it, to save
-        memory: "dots", norms and activations; "full", all of each layer but its input; "none".
-      attention: what computes it but for single tokens of decoding: "blocks", this library on any
-        device, or "cudnn" on an NVIDIA GPU, in bfloat16 and without dropout of its weights.
+      remat: values that the backward pass of training computes again instead of keeping them, to
+        save memory: "dots", norms and activations; "full", all of each layer but its input; "none".
+      attention: its implementation, except for single tokens in decoding: "blocks", on any device,
+        or "cudnn" on an NVIDIA GPU, in bfloat16 and without dropout of its weights.
     """
 
     path: str | None = None
     reward_path: str | None = None
     reference_path: str | None = None
     value_path: str | None = None
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    n_positions: int = 256
-    dropout: float = 0.1
+    n_layer: PositiveInt = 4
+    n_head: PositiveInt = 4
+    n_embd: PositiveInt = 128
+    n_positions: PositiveInt = 256
+    dropout: FractionBelowOne = 0.1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Remat = "dots"
     attention: Attention = "blocks"
 
     def __post_init__(self) -> None:
-        check_remat("model.remat", self.remat)
-        check_attention("model.attention", self.attention)
+        check_fields("model", self)
         if self.attention == "cudnn" and self.dtype != "auto":
             check_cudnn_dtype(self.dtype)
-        if not 0 <= self.dropout < 1:
-            raise InputError(
-                f"model.dropout must be at least 0 and below 1, but is {self.dropout}."
-            )
-
-
-def check_remat(name: str, remat: str) -> None:
-    """Raises an InputError that names the setting if the rematerialization is unknown."""
-    _check_choice(name, remat, get_args(Remat))
-
-
-def check_attention(name: str, attention: str) -> None:
-    """Raises an InputError that names the setting if the attention is unknown."""
-    _check_choice(name, attention, get_args(Attention))
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
 
 
 def check_cudnn_dtype(dtype: str) -> None:

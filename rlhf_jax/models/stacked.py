@@ -7,6 +7,7 @@ import abc
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.backend import is_on_one_cpu
+from rlhf_jax.checks import check_fields
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import embedding
 from rlhf_jax.models.attention import ATTENDED
@@ -21,13 +23,7 @@ from rlhf_jax.models.attention_mask import AttentionMask, attention_mask, causal
 from rlhf_jax.models.cache import Cache, empty_cache, fill, is_empty, visible_in_cache
 from rlhf_jax.models.cudnn_attention import FORWARD, check_head_width
 from rlhf_jax.models.interface import Params, positions_from
-from rlhf_jax.models.settings import (
-    Attention,
-    Remat,
-    check_attention,
-    check_cudnn_dtype,
-    check_remat,
-)
+from rlhf_jax.models.settings import Attention, Remat, check_cudnn_dtype
 from rlhf_jax.parallel.constraints import all_gather, constrain_cache, remat_all_gather
 from rlhf_jax.parallel.partition import Rules, path_name
 
@@ -83,6 +79,8 @@ class StackedModel(abc.ABC):
       remat: the values that the backward pass computes again, as in `rematerialized`.
       attention: "blocks", as in `models/attention.py`, or "cudnn", as in
         `models/cudnn_attention.py`; decoding attends as by the first either way.
+      generation_config: the object in `generation_config.json`, for exports; its eos_token_id may
+        be a list. Models that differ in it alone are equal.
 
     Attributes of the class:
       table: the name of the token embedding among the parameters, also the unembedding.
@@ -94,6 +92,9 @@ class StackedModel(abc.ABC):
     dtype: str = "float32"
     remat: Remat = "dots"
     attention: Attention = "blocks"
+    generation_config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     table: ClassVar[str]
     final_norm: ClassVar[str]
@@ -101,11 +102,16 @@ class StackedModel(abc.ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        check_remat("remat", self.remat)
-        check_attention("attention", self.attention)
+        check_fields("model", self)
         if self.attention == "cudnn":
             check_cudnn_dtype(self.dtype)
             check_head_width(self.config.head_width)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        ids = self.generation_config.get("eos_token_id", self.config.eos_token_id)
+        ids = [ids] if isinstance(ids, int) else ids or []
+        return tuple(ids)
 
     @property
     @abc.abstractmethod

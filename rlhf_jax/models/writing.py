@@ -52,7 +52,7 @@ def save_model(
     Args:
       slots: of the written model.
       own: of the parameters, which may have a smaller vocabulary; zeros follow in the files.
-      texts: name of a JSON file -> its object.
+      texts: name of a JSON file -> its object; none is written if that is empty.
       tokenizer: anything with `save_pretrained(folder)`, or None.
 
     Raises:
@@ -73,7 +73,8 @@ def save_model(
             if tokenizer is not None:
                 tokenizer.save_pretrained(name)
             for file, data in texts.items():
-                write_json(temporary / file, data)
+                if data:
+                    write_json(temporary / file, data)
             _write_weights(temporary, family, slots, files, tensors)
             _publish(temporary, path)
 

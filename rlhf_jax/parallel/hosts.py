@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 import os
-import pickle
 import sys
 import threading
 import time
@@ -22,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.parallel import messages
 
 Result = TypeVar("Result")
 
@@ -124,35 +125,30 @@ def from_first(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), called by the first process and broadcast to the others, which wait.
 
     Its exception is raised by all. All hosts have to call this, in the same order.
+
+    Args:
+      function: its result is one that `messages.encode` accepts.
     """
     if not several():
         return function(*args)
     key = f"rlhf_jax/from_first/{next(_numbers)}"
     client = _client()
+    result, error = None, None
     if is_first():
         try:
-            result, error = function(*args), None
+            result = function(*args)
+            message = messages.encode(result)
         except Exception as raised:
-            result, error = None, _marked(raised)
-        client.key_value_set_bytes(key, _pickled(result, error))
+            error, message = raised, messages.encode(None, raised)
+        client.key_value_set_bytes(key, message)
     else:
-        result, error = pickle.loads(client.blocking_key_value_get_bytes(key, WAIT))
+        result, error = messages.decode(client.blocking_key_value_get_bytes(key, WAIT))
     client.wait_at_barrier(key, WAIT)
     if is_first():
         client.key_value_delete(key)
     if error is not None:
-        raise error
+        raise _marked(error)
     return result  # type: ignore[return-value]
-
-
-def _pickled(result: Any, error: BaseException | None) -> bytes:
-    try:
-        data = pickle.dumps((result, error))
-        pickle.loads(data)  # some exceptions can be pickled but not unpickled
-        return data
-    except Exception:
-        text = f"{type(error).__name__}: {error}" if error is not None else "no plain result"
-        return pickle.dumps((None, _marked(RuntimeError(text))))
 
 
 def _marked(error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from rlhf_jax.checks import PositiveInt, check_fields
 from rlhf_jax.errors import InputError
 
 
@@ -52,9 +53,10 @@ class DistributedSettings:
     process_id: int | None = None
     local_device_ids: tuple[int, ...] = ()
     auto: bool = True
-    timeout: int = 300
+    timeout: PositiveInt = 300
 
     def __post_init__(self) -> None:
+        check_fields("distributed", self)
         values = (self.coordinator, self.num_processes, self.process_id)
         if any(x is None for x in values) and any(x is not None for x in values):
             raise InputError(
@@ -70,10 +72,10 @@ class DistributedSettings:
                 "distributed.num_processes must be at least 1 and distributed.process_id from 0 to "
                 f"one less than that, but they are {count} and {index}."
             )
-        if self.timeout < 1 or any(number < 0 for number in self.local_device_ids):
+        if any(number < 0 for number in self.local_device_ids):
             raise InputError(
-                "distributed.timeout must be at least 1 and distributed.local_device_ids from 0 "
-                f"on, but are {self.timeout} and {list(self.local_device_ids)}."
+                "distributed.local_device_ids must be from 0 on, but are "
+                f"{list(self.local_device_ids)}."
             )
 
     @staticmethod

@@ -52,8 +52,10 @@ def generate(
     """Samples one response to each prompt.
 
     A response ends with the first stop token, which belongs to it, or at its limit; the loop ends
-    when all have ended. Step t draws with `fold_in(key, t)`, one uniform number for each response,
-    so that the tokens depend neither on the number of devices nor on the other responses.
+    when all have ended. Step t draws with `fold_in(key, t)`, one uniform number for each index of
+    the batch, so that the tokens depend neither on the number of devices nor on the other prompts.
+    Parts of a batch that are sampled apart need a key each: with one key, equal prompts at equal
+    indices of two parts have equal responses.
 
     Args:
       model, params: a language model; params may be sharded, and may be the result of

@@ -13,7 +13,7 @@ def filtered_logprobs(
 
     The logits are divided by the temperature; then all but the `top_k` largest are dropped (0 keeps
     all; ties with the smallest kept one stay), then all but the smallest set of largest ones whose
-    probability reaches `top_p` (the one that crosses it is kept), and the rest is normalised.
+    probability reaches `top_p` (of ties those with the lower ids), and the rest is normalised.
 
     Args:
       logits: f32[B, V]; -inf is a token of probability 0.
@@ -34,13 +34,15 @@ def filtered_logprobs(
         smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if top_p < 1.0:
-        ordered = jax.lax.top_k(logits, logits.shape[-1])[0]
+        ordered, ids = jax.lax.top_k(logits, logits.shape[-1])
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The largest one is kept even where rounding, or top_p = 0, would drop all.
-        kept = (before < top_p).at[:, 0].set(True)
-        smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        kept = jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True), 1)
+        smallest, last = (jnp.take_along_axis(x, kept - 1, axis=-1) for x in (ordered, ids))
+        # Equal logits are in order of their ids.
+        is_tie_after = (logits == smallest) & (jnp.arange(logits.shape[-1]) > last)
+        logits = jnp.where((logits < smallest) | is_tie_after, -jnp.inf, logits)
     return jax.nn.log_softmax(logits, axis=-1)
 
 

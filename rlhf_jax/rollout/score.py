@@ -105,7 +105,8 @@ def end_scores(
       frozen: the lower half of the language model, if `params["model"]` is the upper one.
     """
     x, mask = _scored_hidden(model, params["model"], sequences, frozen)
-    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+    # Not the number of real tokens, which a mask with holes has before the last one.
+    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     scores = apply_head(params["head"], model.final(params["model"], x))
     return scores.reshape(sequences.mask.shape[:-1])

@@ -22,7 +22,7 @@ class GenerationSettings:
       max_new_tokens: the longest response.
       min_new_tokens: EOS cannot come before this many tokens.
       temperature: 0 is greedy decoding.
-      top_k, top_p: 0 and 1 keep the whole distribution.
+      top_k, top_p: 0 and 1 keep the full distribution.
       batch_size: prompts at a time.
     """
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from rlhf_jax import training
+from rlhf_jax import checks, training
 from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.settings import ModelSettings
@@ -36,7 +36,7 @@ class CommandConfig:
     """Settings that every command has.
 
     Attributes:
-      seed: of all random numbers.
+      seed: of all random numbers, from 0 to 2^32 - 1.
     """
 
     model: ModelSettings = ModelSettings()
@@ -44,6 +44,11 @@ class CommandConfig:
     data: DataSettings = DataSettings()
     mesh: MeshSettings = MeshSettings()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # JAX's keys of other seeds are those of seed modulo 2^32
+            raise InputError(f"seed must be from 0 to 2^32 - 1, but is {self.seed}.")
+        checks.check_finite(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,8 @@ class RunConfig(CommandConfig):
     run_dir: str = "runs/run"
 
     trainer: ClassVar[Trainer]
+    # Settings of the number of steps, which may change when a run continues.
+    length_settings: ClassVar[tuple[str, ...]] = ()
 
     def section(self, name: str) -> Any:
         """The settings of a section that not every run has."""
@@ -77,7 +84,8 @@ class RunConfig(CommandConfig):
 
 
 def _check_texts(config: RunConfig) -> None:
-    """Raises an InputError where texts are to be mixed in, but there are none."""
+    """The `__post_init__` of trainers that may mix in texts: an InputError if there are none."""
+    CommandConfig.__post_init__(config)
     name, texts, coef = config.trainer.name, config.section("ptx"), config.settings.ptx_coef
     if coef and texts == DataSettings() and config.data.path != texts.path:
         raise InputError(
@@ -104,7 +112,12 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
     fields += [("run_dir", str, f"runs/{trainer.name}")]
     summary = trainer.summary[:1].upper() + trainer.summary[1:]
     attributes = "".join(f"\n  {note}" for note in notes)
-    namespace = {"__doc__": f"{summary}.\n\nAttributes:{attributes}\n", "trainer": trainer}
+    namespace: dict[str, Any] = {
+        "__doc__": f"{summary}.\n\nAttributes:{attributes}\n",
+        "trainer": trainer,
+    }
+    length = "total_episodes" if trainer.online else "num_epochs"
+    namespace["length_settings"] = (f"{trainer.name}.{length}",)
     if trainer.mixes_texts:
         namespace["__post_init__"] = _check_texts
     kind = dataclasses.make_dataclass(
@@ -176,6 +189,8 @@ class RLHFConfig(RunConfig):
     generation: GenerationSettings = GenerationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     run_dir: str = "runs/rlhf"
+
+    length_settings: ClassVar[tuple[str, ...]] = ("ppo.total_episodes",)
 
 
 @dataclasses.dataclass(frozen=True)

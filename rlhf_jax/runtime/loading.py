@@ -24,6 +24,7 @@ from rlhf_jax.models.huggingface import (
 )
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.models.special_tokens import with_special_tokens
 from rlhf_jax.runtime.program import Placement
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def load_model(
         with local_folder(settings.path) as folder:
             model, params = load_pretrained(folder, mesh=mesh, **_options(settings))
         check_vocabulary(model, tokenizer, settings.path)
-        return model, params
+        return with_special_tokens(model, tokenizer, settings.path), params
     model = fresh_model(
         settings,
         vocab_size=len(tokenizer),
@@ -140,10 +141,11 @@ def shares_tokens(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast
 
 def check_vocabulary(model: Model, tokenizer: PreTrainedTokenizerFast, path: str) -> None:
     """Raises an InputError if the tokenizer makes ids that the model does not have."""
-    if len(tokenizer) > model.config.vocab_size:
+    count = 1 + max(tokenizer.get_vocab().values())  # more than its length, where ids are left out
+    if count > model.config.vocab_size:
         raise InputError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model in {path} has a vocab_size "
-            f"of {model.config.vocab_size}; use the tokenizer that the model was made with."
+            f"The tokenizer has {count} tokens, but the model in {path} has a vocab_size of "
+            f"{model.config.vocab_size}; use the tokenizer that the model was made with."
         )
 
 

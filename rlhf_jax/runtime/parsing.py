@@ -6,6 +6,7 @@ dicts, and dataclasses as sections.
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import yaml
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml, read_yaml, shown
 
 Values = dict[str, Any]
 
@@ -55,22 +57,6 @@ def split_flags(argv: Sequence[str]) -> Flags:
     return flags
 
 
-def read_yaml(path: str) -> Any:
-    """The content of a YAML file; an InputError if it cannot be read, or is no YAML."""
-    from etils import epath  # here, so that --help does without it
-
-    try:
-        return yaml.safe_load(epath.Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"The configuration {path} cannot be read ({reason}); give --config a YAML file."
-        ) from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid YAML: {reason}.") from None
-
-
 # Settings of earlier versions, which may stand in a `config.yaml` with this value.
 REMOVED = {"num_seeds": 1}
 
@@ -109,7 +95,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
 def checked_section(content: Any, name: str) -> Mapping[Any, Any]:
     """The content, if it holds keys and values; else an InputError."""
     if not isinstance(content, Mapping):
-        held = "is empty" if content is None else f"holds {str(content)[:40]!r}"
+        held = "is empty" if content is None else f"holds {shown(content, str)[:40]!r}"
         raise InputError(f"{name} {held}; write one `key: value` to a line.")
     return content
 
@@ -147,7 +133,7 @@ def build(
     hints = get_type_hints(kind)
     for name in values:
         if not isinstance(name, str):
-            raise InputError(f"{prefix}{name!r} is no key; keys are the names of settings.")
+            raise InputError(f"{prefix}{shown(name)} is no key; keys are the names of settings.")
         if name not in _field_names(kind):
             raise InputError(_unknown(kind, prefix.removesuffix("."), name, root or kind))
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
@@ -173,8 +159,8 @@ def _convert(annotation: Any, value: Any, key: str, default: Any, root: Any) -> 
         fits, converted = _fit(kind, value, key)
         if fits:
             return converted
-    shown = "null" if value is None or value == "null" else repr(value)
-    raise InputError(f"{key} must be {type_name(annotation, key)}, but is {shown}.")
+    text = "null" if value is None or value == "null" else shown(value)
+    raise InputError(f"{key} must be {type_name(annotation, key)}, but is {text}.")
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -188,7 +174,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     """(whether a value is of a type, the value converted)."""
     if kind is str:
-        return isinstance(value, str), str(value)
+        return isinstance(value, str), checked_path(key, value)
     if isinstance(value, Text) and get_origin(kind) is not Literal:
         value = _from_yaml(value)
     if kind is type(None):
@@ -196,9 +182,12 @@ def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     if kind is bool:
         return isinstance(value, bool), value
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        if fits and abs(value) >= 2**63:
+            raise InputError(f"{key} must be an int of 64 bits, but is {shown(value)}.")
+        return fits, value
     if kind is float:
-        return _fit_float(value)
+        return _fit_float(value, key)
     if get_origin(kind) is Literal:
         return value in get_args(kind), str(value) if isinstance(value, Text) else value
     if get_origin(kind) is dict:
@@ -209,13 +198,18 @@ def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     return _fit_tuple(kind, value, key)
 
 
-def _fit_float(value: Any) -> tuple[bool, Any]:
+def _fit_float(value: Any, key: str) -> tuple[bool, Any]:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return False, value
     try:
-        return True, float(value)  # YAML takes 1e-3 for a text
+        number = float(value)  # YAML reads 1e-3 as a text
     except ValueError:
         return False, value
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{key} must be a finite number, but is {shown(value)}.")
+    return True, number
 
 
 def _fit_tuple(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
@@ -237,7 +231,8 @@ def _element(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping) or not value:
         raise InputError(
             f"{key}: each element has at least one key, such as {{path: folder}}, or "
-            f"{{weight: 1.0}} for the reward model of model.reward_path, but one is {value!r}."
+            f"{{weight: 1.0}} for the reward model of model.reward_path, but one is "
+            f"{shown(value)}."
         )
     return build(kind, value, None, f"{key}: ")
 
@@ -273,8 +268,8 @@ def type_name(annotation: Any, key: str = "") -> str:
 
 def _from_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parsed_yaml(text)
+    except ValueError:
         return text
 
 

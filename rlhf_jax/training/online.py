@@ -188,7 +188,8 @@ def sample_responses(
 ) -> Rollout:
     """Responses from the full distribution, with the limits and the truncation of the settings.
 
-    `settings.truncate_token` has to be an id.
+    `settings.truncate_token` has to be an id. Draws depend on the index in the batch, as in
+    `generate`: each batch, and each part of one, needs a key of its own.
     """
     limit_key, key = jax.random.split(key)
     limits = None

@@ -246,7 +246,9 @@ def _text_minibatches(settings, texts, key):
         )
     actual, size = texts.tokens.shape[0], settings.num_texts
     if actual != size:
-        raise ValueError(f"the batch has {actual} rows of texts, but ppo.ptx_batch_size is {size}.")
+        raise ValueError(
+            f"the batch has {actual} sequences of texts, but ppo.ptx_batch_size is {size}."
+        )
     key = jax.random.fold_in(key, _TEXTS)
     order = minibatch_indices(key, settings.num_ppo_epochs, settings.num_mini_batches, size)
     return jax.tree.map(lambda x: x[order], texts)

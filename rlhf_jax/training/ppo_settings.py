@@ -32,8 +32,8 @@ class Settings(OnlineSettings):
       entropy_coef: weight of the entropy of the next token, in nats, which is maximized.
       ptx_coef: weight of the cross entropy of texts in every update (PPO-ptx: Ouyang et al.,
         InstructGPT, eq. 2), in nats per token; 0 reads no texts.
-      ptx_batch_size: rows of texts in one iteration (a packed row holds several), split over its
-        minibatches anew in each epoch; null takes `batch_size`.
+      ptx_batch_size: sequences of texts in one iteration (a packed one holds several), split over
+        its minibatches anew in each epoch; null takes `batch_size`.
       value_model: "shared", a head on the policy's layers; "policy", a model of its own that starts
         as the policy, its head at zero; "reward", one that starts as the reward model, head
         included. With `num_layers_unfrozen` that of "policy" shares the frozen layers, while all of
@@ -72,7 +72,7 @@ class Settings(OnlineSettings):
 
     @property
     def num_texts(self) -> int:
-        """Rows of texts that an iteration of PPO-ptx reads."""
+        """Sequences of texts that an iteration of PPO-ptx reads."""
         return self.batch_size if self.ptx_batch_size is None else self.ptx_batch_size
 
     @property

@@ -54,6 +54,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, from a language model's parameters.
 
+    The state holds `params` themselves: a step that donates it consumes them.
+
     Args:
       params: a language model's full parameters, to which a fresh head is added, or
         {"model": ..., "head": ...} of a reward model to be trained further.

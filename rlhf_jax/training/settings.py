@@ -25,8 +25,9 @@ class OptimizerSettings:
     Attributes:
       learning_rate: after the warm-up.
       schedule: "constant", or a "linear" or "cosine" decay to 0 at the end of the run.
-      warmup_steps: updates over which the learning rate rises linearly from 0.
-      weight_decay: of matrices and embeddings; biases and layer norms do not decay.
+      warmup_steps: updates over which the learning rate rises linearly from 0, which the first one
+        has, as in transformers and optax.
+      weight_decay: of all parameters but those that a model excludes: biases and norms.
       b1, b2, eps: Adam's. openai/lm-human-preferences uses eps = 1e-5.
       max_grad_norm: gradients with a larger global norm are scaled down to it; null leaves them.
     """
@@ -49,7 +50,7 @@ class OfflineSettings:
     """Settings that training on a data set shares, whatever its loss.
 
     Attributes:
-      batch_size: examples a step; a packed row of several texts is one.
+      batch_size: examples a step; several packed texts are one.
       gradient_accumulation_steps: microbatches that a batch is split into, one after another, to
         save memory; the step is that of the full batch, but each has its own dropout.
       num_epochs: passes over the data; may be a fraction.
@@ -73,7 +74,7 @@ class OnlineSettings(ShapingSettings):
     """Settings that training on sampled responses shares, whatever its loss.
 
     Attributes:
-      total_episodes: responses sampled in the whole run; the last iteration is a full one.
+      total_episodes: responses sampled in the run; the last iteration is a full one.
       batch_size: responses sampled in one iteration.
       gradient_accumulation_steps: microbatches that the responses of each optimizer step are split
         into, one after another, to save memory; the step is that of all of them.
@@ -82,7 +83,7 @@ class OnlineSettings(ShapingSettings):
         Null scores all at once.
       kl_coef: weight of the KL penalty in the rewards.
       kl_estimator: "k1", "k2" or "k3", of the penalty.
-      exact_kl: adds the metric `objective/kl_exact`, the KL over the whole vocabulary; it holds the
+      exact_kl: adds the metric `objective/kl_exact`, the KL over the full vocabulary; it holds the
         logits of policy and reference at once, 8 bytes for each token of a response and entry of
         the vocabulary.
       num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm
@@ -138,5 +139,5 @@ class OnlineSettings(ShapingSettings):
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps in the whole run."""
+        """Optimizer steps in the run."""
         return self.num_iterations * self.updates_per_iteration

@@ -38,6 +38,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step.
 
+    The state holds `params` themselves: a step that donates it consumes them.
+
     Args:
       params: the model's full parameters.
       key: unused, as nothing is random; every trainer has it.

@@ -1,14 +1,16 @@
 """The state of an offline trainer, and the optimizer of all trainers."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.models.interface import Params
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel.partition import path_name
 from rlhf_jax.training.accumulate import Metrics, accumulated_gradients
 from rlhf_jax.training.settings import OptimizerSettings
 
@@ -30,7 +32,12 @@ class TrainState(NamedTuple):
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:
-    """Learning rate by update: a linear warm-up, then constant or decaying to 0."""
+    """Learning rate by update, from 0 on: a linear warm-up, then constant or decaying to 0.
+
+        peak * update / warmup_steps          before update `warmup_steps`, which has the peak
+
+    as in optax and transformers; the first update of a warm-up has a rate of 0.
+    """
     peak, rest = settings.learning_rate, max(total_updates - settings.warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -39,17 +46,21 @@ def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> o
     }[settings.schedule]
     if not settings.warmup_steps:
         return after
-    # Starts at peak / warmup_steps: an update with a learning rate of 0 would be lost.
-    warmup = optax.linear_schedule(
-        peak / settings.warmup_steps, peak, max(settings.warmup_steps - 1, 1)
-    )
+    warmup = optax.linear_schedule(0.0, peak, settings.warmup_steps)
     return optax.join_schedules([warmup, after], [settings.warmup_steps])
 
 
 def make_optimizer(
-    settings: OptimizerSettings, total_updates: int = 1
+    settings: OptimizerSettings, total_updates: int = 1, *, models: Sequence[Model] = ()
 ) -> optax.GradientTransformation:
-    """The optax transformation of the settings; a decay ends at `total_updates`."""
+    """The optax transformation of the settings.
+
+    Args:
+      total_updates: where a decay of the learning rate ends.
+      models: those whose parameters it trains. Weights decay but for those that a model names in
+        `no_weight_decay`; if one has no such attribute, or without models, also but for arrays of
+        one axis, that of stacked layers left out. The kernels of heads decay.
+    """
     limit = settings.max_grad_norm
     clip = optax.identity() if limit is None else clip_by_global_norm(limit)
     adamw = optax.adamw(
@@ -58,7 +69,7 @@ def make_optimizer(
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        mask=_decayed,
+        mask=functools.partial(_decay_mask, models),
     )
     return optax.chain(clip, adamw)
 
@@ -84,15 +95,23 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _decayed(params: Params) -> Params:
-    """True on matrices and embeddings, by name: stacking gives biases a second axis."""
+def _decay_mask(models: Sequence[Model], params: Params) -> Params:
+    """True on the parameters that decay."""
+    named = [getattr(model, "no_weight_decay", None) for model in models]
+    patterns = "|".join(pattern for each in named if each is not None for pattern in each)
+    by_axes = not models or None in named
 
-    def is_matrix(path, leaf):
-        # The key's text, since a model of another family need not keep its parameters in dicts.
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return name in ("kernel", "embedding") and leaf.ndim >= 2
+    def decays(path, leaf):
+        name = path_name(path)
+        if re.search(r"(^|/)(value_)?head/kernel$", name):
+            return True
+        if patterns and re.search(rf"(^|/)({patterns})$", name):
+            return False
+        # A number after "layers" is that of a layer, whose arrays are not stacked.
+        is_stacked = re.search(r"(^|/)layers/(?!\d)", name) is not None
+        return not by_axes or leaf.ndim - is_stacked > 1
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def init_train_state(

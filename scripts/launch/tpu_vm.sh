@@ -59,7 +59,9 @@ create() {
 }
 
 setup() {
-  local archive=/tmp/rlhf_jax.tar.gz
+  # A name that nobody else on this machine can know before.
+  archive="$(mktemp)"
+  trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
   run "${tpu[@]}" tpu-vm scp "$archive" "$name:rlhf_jax.tar.gz" "${where[@]}" --worker=all
   everywhere "mkdir -p rlhf_jax && tar -xzf rlhf_jax.tar.gz -C rlhf_jax && cd rlhf_jax && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --clear --python 3.12 .venv && ~/.local/bin/uv pip install --quiet -e '.[train,tpu]' gcsfs"

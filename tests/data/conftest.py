@@ -55,6 +55,6 @@ def write_csv(path, examples):
 
 
 def as_json(name, examples):
-    if ".jsonl" in name:
+    if ".jsonl" in name.lower():
         return "".join(json.dumps(row) + "\n" for row in examples)
     return json.dumps(examples)

@@ -87,7 +87,9 @@ def test_examples_that_cannot_be_split_are_one_sentence(write):
         load(path, "prompts")
     message = [{"role": "user", "content": "Hi."}]
     path = write("b.jsonl", [{"chosen": message, "rejected": message}])
-    with pytest.raises(InputError, match="Row 1 holds messages, .*: leave out data.split_at"):
+    with pytest.raises(
+        InputError, match="Line 1 of .* holds messages, .*: leave out data.split_at"
+    ):
         load(path, "pairs", split_at=MARK)
     for key in ("split_at", "prompt_suffix"):
         with pytest.raises(InputError, match=f"data.{key} is empty: give it a text"):

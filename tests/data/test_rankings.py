@@ -104,14 +104,14 @@ def test_rankings_are_read_from_responses_and_from_pairs(write):
     assert load(write("a.jsonl", [ranking])) == [expected]
     single = {"prompt": "p", "responses": ["a"]}
     assert load(write("b.jsonl", [ranking, single]))[1]["responses"] == ["a"]
-    with pytest.raises(InputError, match="Row 2 of .*'responses' is no list of two or more"):
+    with pytest.raises(InputError, match="Line 2 of .*'responses' is no list of two or more"):
         load(write("b.jsonl", [ranking, single]), "pairs")
     pair = {"chosen": "a", "rejected": "b", "margin": 2}
     assert load(write("c.jsonl", [pair])) == [
         {"prompt": "", "responses": ["a", "b"], "margin": 2.0}
     ]
     for responses, what in (("text", "is no list"), (["a", None], "holds nothing")):
-        with pytest.raises(InputError, match=f"Row 1 of .*'responses' {what}"):
+        with pytest.raises(InputError, match=f"Line 1 of .*'responses' {what}"):
             load(write("d.jsonl", [{"responses": responses}]))
 
 

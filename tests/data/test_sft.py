@@ -153,13 +153,15 @@ def test_messages_without_a_template(tokenizer):
 
 def test_messages_that_end_with_the_user(chat):
     examples = [{"messages": turns("Hi.", "Hello.")}, {"messages": turns("Hi.")}]
-    with pytest.raises(InputError, match="messages of row 2 end with a turn of 'user'"):
+    with pytest.raises(InputError, match="messages of example 2 end with a turn of 'user'"):
         encode_texts(examples, chat, DataSettings())
 
 
 def test_a_template_that_cannot_be_split(chat, monkeypatch):
     monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
-    with pytest.raises(InputError, match=r"row 1 differently .* set data.completion_only to false"):
+    with pytest.raises(
+        InputError, match=r"example 1 differently .* set data.completion_only to false"
+    ):
         encode_texts([{"messages": turns("Hi.", "Hello.")}], chat, DataSettings())
 
 

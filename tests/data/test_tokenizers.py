@@ -99,6 +99,75 @@ def test_chat_template_and_further_special_tokens_survive(tmp_path):
         assert len(tokenizer("<|user|>")["input_ids"]) == 1
 
 
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_every_setting_survives(tmp_path):
+    import transformers
+
+    first, second = tmp_path / "1", tmp_path / "2"
+    TOKENIZER.save_pretrained(first)
+    settings = {
+        "padding_side": "left",
+        "truncation_side": "left",
+        "clean_up_tokenization_spaces": True,
+        "model_max_length": 77,
+        "split_special_tokens": True,
+        "errors": "replace",
+        "custom": {"key": [1, "a"]},
+    }
+    limits = {
+        "truncation": {
+            "direction": "Left",
+            "max_length": 7,
+            "strategy": "LongestFirst",
+            "stride": 2,
+        },
+        "padding": {
+            "strategy": {"Fixed": 9},
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            "pad_id": TOKENIZER.pad_token_id,
+            "pad_type_id": 0,
+            "pad_token": PAD_TOKEN,
+        },
+    }
+    edit(first / "tokenizer_config.json", **settings)
+    edit(first / "tokenizer.json", **limits)
+    loaded = load_tokenizer(first)
+    assert loaded.decode(loaded("a , b")["input_ids"]) == "a , b"  # which a clean-up would change
+    loaded(["a", "a b"], padding=True, truncation=True, max_length=1)
+    loaded.save_pretrained(second)
+    before, after = (
+        json.loads((folder / "tokenizer_config.json").read_text()) for folder in (first, second)
+    )
+    assert {key: after[key] for key in before} == before
+    file = json.loads((second / "tokenizer.json").read_text())
+    assert {key: file[key] for key in limits} == limits
+    opened = transformers.AutoTokenizer.from_pretrained(second)
+    assert (opened.padding_side, opened.truncation_side) == ("left", "left")
+
+
+@pytest.mark.parametrize("names", [None, ["input_ids"]])
+def test_inputs_of_the_model_are_always_written(tmp_path, names):
+    """Transformers 4 passes token types otherwise, which GPT-2 adds to its embeddings."""
+    import transformers
+
+    first, second = tmp_path / "1", tmp_path / "2"
+    TOKENIZER.save_pretrained(first)
+    config = json.loads((first / "tokenizer_config.json").read_text())
+    assert config.pop("model_input_names") == ["input_ids", "attention_mask"]
+    config |= {} if names is None else {"model_input_names": names}
+    (first / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(first)
+    loaded.save_pretrained(second)
+    expected = names or ["input_ids", "attention_mask"]
+    opened = transformers.AutoTokenizer.from_pretrained(second)
+    assert opened.model_input_names == loaded.model_input_names == expected
+    assert list(opened("a")) == list(loaded("a")) == expected
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(InputError, match=r"^There is no folder .*nowhere: give a folder"):
         load_tokenizer(tmp_path / "nowhere")

@@ -171,7 +171,14 @@ def policy_cases(rng, batch):
     of_values = {name: floats(rng, B, T) for name in ("values", "old_values", "returns")}
     masks, count = under("mask", *names), float(batch.mask.sum())
     cases = {
-        "ppo_policy_loss": Case(arrays, {}, {"clip_range": 0.3}, names, masks, count),
+        "ppo_policy_loss": Case(
+            arrays,
+            {},
+            {"clip_range": 0.3, "clip_range_high": 0.4, "dual_clip": 2.5},
+            names,
+            masks,
+            count,
+        ),
         "kl_penalty_policy_loss": Case(arrays, {}, {"kl_coef": 0.3}, names, masks, count),
         "ppo_value_loss": Case(
             {**of_values, **batch.of("mask")},
@@ -196,11 +203,11 @@ def policy_cases(rng, batch):
         ("logprobs", "old_logprobs", "ref_logprobs"),
     )
     counts = {"sequence": batch.valid.sum(), "token": mask.sum(), "constant": mask.size}
-    for reduction, count in counts.items():
+    for (reduction, count), kl_kind in zip(counts.items(), ("k3", "k2", "k1"), strict=True):
         cases[f"grpo_loss/{reduction}"] = Case(
             {**batch.of(*of_tokens), "advantages": floats(rng, B), "mask": mask},
-            {"reduction": reduction},
-            {"kl_coef": 0.3, "clip_range": 0.2, "clip_range_high": 0.3},
+            {"reduction": reduction, "kl_kind": kl_kind, "kl_bias_correction": kl_kind == "k2"},
+            {"kl_coef": 0.3, "clip_range": 0.2, "clip_range_high": 0.3, "dual_clip": 2.5},
             (*of_tokens, "advantages"),
             under("mask", *of_tokens),
             float(count),

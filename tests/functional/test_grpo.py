@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -127,6 +128,51 @@ def test_extreme_ratios_have_finite_losses_and_gradients(log_ratio, advantage, r
     assert all(np.isfinite(x).all() for x in gradients)
 
 
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ({}, "ref to policy"),  # k3 is the default
+        ({"kl_kind": "k2"}, "policy to ref"),
+        ({"kl_kind": "k1"}, "none"),
+        ({"kl_kind": "k1", "kl_bias_correction": True}, "policy to ref"),
+        ({"kl_kind": "k3", "kl_bias_correction": True}, "policy to ref"),
+    ],
+)
+@pytest.mark.parametrize("is_on_policy", [True, False])
+def test_the_expected_gradient_of_the_penalty_by_enumeration(rng, options, target, is_on_policy):
+    """The expectation over all tokens of the gradient of each, against those of both divergences.
+
+    Off-policy, sampled by a third distribution, only a corrected penalty keeps its gradient.
+    """
+    logits, ref, old = rng.normal(size=(3, 7)).astype(np.float32)
+    ref, sampled = jax.nn.log_softmax(ref), jax.nn.log_softmax(logits if is_on_policy else old)
+    zero, mask = np.zeros(1, np.float32), np.ones((1, 1), bool)
+
+    def expected_penalty(logits):
+        def penalty(logprob, old, ref):
+            columns = (x[None, None] for x in (logprob, old))
+            return rlhf.grpo_loss(
+                *columns, zero, mask, ref_logprobs=ref[None, None], kl_coef=1.0, **options
+            )[0]
+
+        losses = jax.vmap(penalty)(jax.nn.log_softmax(logits), sampled, ref)
+        return np.exp(sampled) @ losses
+
+    def divergence(p, q):
+        return jnp.exp(p) @ (p - q)
+
+    gradient = jax.grad(expected_penalty)(logits)
+    divergences = {
+        "policy to ref": lambda x: divergence(jax.nn.log_softmax(x), ref),
+        "ref to policy": lambda x: divergence(ref, jax.nn.log_softmax(x)),
+        "none": lambda x: jnp.zeros(()),
+    }
+    has_target = is_on_policy or "kl_bias_correction" in options
+    for name, each in divergences.items():
+        distance = np.abs(jax.grad(each)(logits) - gradient).max()
+        assert (distance < 2e-6) == (name == target and has_target), (name, distance)
+
+
 @pytest.mark.parametrize("kl_coef", [0.1, -1, np.float32(0.5), np.float64(0.5)])
 def test_a_penalty_without_a_reference_is_named(batch, kl_coef):
     logprobs, old, _, advantages, mask = batch
@@ -137,6 +183,7 @@ def test_a_penalty_without_a_reference_is_named(batch, kl_coef):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("kl_kind", "k4", "kl_kind must be one of 'k1', 'k2', 'k3', but is 'k4'"),
         ("reduction", "mean", "reduction must be one of 'sequence', 'token', 'constant'"),
         ("ref_logprobs", np.zeros((5, 6), np.float32), r"ref_logprobs must be float\[B, T\] with"),
         ("ref_logprobs", np.zeros((5, 7), int), r"ref_logprobs must be float\[B, T\] with"),

@@ -44,6 +44,17 @@ def test_whitening_of_equal_entries_is_finite():
     assert np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("value", [0.1, 100.3, 4321.1, 9999.9, -1e6 / 3])
+def test_equal_entries_have_no_variance_and_are_whitened_to_zero(ragged_mask, value):
+    """The rounding of their mean is no deviation, whatever the mean."""
+    x = np.where(ragged_mask, np.float32(value), np.nan)
+    np.testing.assert_allclose(rlhf.masked_whiten(x, ragged_mask), 0, atol=1e-5)
+    kept = rlhf.masked_whiten(x, ragged_mask, shift_mean=False)
+    np.testing.assert_allclose(kept[ragged_mask], np.float32(value), rtol=1e-6)
+    for axis in (None, 0, 1):
+        assert np.all(rlhf.masked_var(x, ragged_mask, axis) <= 1e-16 * value**2)
+
+
 @given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=1))
 def test_a_response_ends_with_its_first_stop_token(examples):
     mask = rlhf.response_mask(np.array(examples, np.int32), (0, 3))

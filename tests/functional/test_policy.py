@@ -1,11 +1,13 @@
 """Policy and value losses against loops, and at extremes."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import rlhf_jax as rlhf
+from rlhf_jax import functional
 
 
 def policy_by_loop(logprobs, old_logprobs, advantages, mask, clip_range):
@@ -39,6 +41,44 @@ def penalized_by_loop(logprobs, old_logprobs, advantages, mask, kl_coef):
         kls.append(ratios[-1] - 1 - log_ratio)
         losses.append(kl_coef * kls[-1] - ratios[-1] * float(advantages[b, t]))
     return np.mean(losses), np.mean(kls), np.mean(ratios)
+
+
+def test_a_dual_clip_limits_the_loss_of_negative_advantages_alone():
+    """At ratios of 2 and 5, and one below both ranges (Ye et al. 2020, figure 2)."""
+    logprobs, mask = np.log(np.float32([[2.0, 5.0, 0.5, 5.0]])), np.ones((1, 4), bool)
+    advantages, old = np.float32([[-1, -1, -1, 1]]), np.zeros((1, 4), np.float32)
+
+    def losses(**options):
+        loss = lambda x: rlhf.ppo_policy_loss(x, old, advantages, mask, **options)[0] * 4  # noqa: E731
+        return jax.value_and_grad(loss)(logprobs)
+
+    value, gradient = losses(dual_clip=3.0)
+    np.testing.assert_allclose(value, 2 + 3 + 0.8 - 1.2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[2, 0, 0, 0]], rtol=1e-6)
+    value, gradient = losses(dual_clip=3.0, clip_range=0.6, clip_range_high=4.5)
+    np.testing.assert_allclose(value, 2 + 3 + 0.5 - 5, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[2, 0, 0.5, -5]], rtol=1e-6)
+    with pytest.raises(ValueError, match="^dual_clip must be above 1, but is 1.0."):
+        functional.ppo_policy_loss(logprobs, old, advantages, mask, dual_clip=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ppo_policy_loss", {}), ("kl_penalty_policy_loss", {"kl_coef": 0.5}), ("grpo_loss", {})],
+)
+def test_without_old_logprobs_the_loss_is_on_policy(rng, ragged_mask, name, options):
+    """Its gradient is that of constant old ones; with `logprobs` for both it would be 0."""
+    logprobs = rng.normal(size=ragged_mask.shape).astype(np.float32)
+    advantages = logprobs[:, 0] if name == "grpo_loss" else logprobs[::-1]
+
+    def outputs(x, old):
+        return getattr(rlhf, name)(x, old, advantages, ragged_mask, **options)
+
+    on_policy = jax.value_and_grad(lambda x: outputs(x, None), has_aux=True)(logprobs)
+    expected = jax.value_and_grad(lambda x: outputs(x, logprobs), has_aux=True)(logprobs)
+    chex.assert_trees_all_close(on_policy, expected)
+    assert np.any(on_policy[1])
+    assert not np.any(jax.grad(lambda x: outputs(x, x)[0])(logprobs))
 
 
 @pytest.mark.parametrize("clip_range", [None, 0.05, 0.5])

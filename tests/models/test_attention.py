@@ -140,7 +140,7 @@ def test_gradients_equal_those_of_the_plain_form(block, kind, length):
     )
 
 
-def test_what_nothing_is_seen_by_has_no_gradient():
+def test_invisible_keys_have_no_gradient():
     q, k, v, visible, past = arrays()
     unseen = ~visible.any(axis=2)
     grads = jax.grad(lambda k, v: jnp.sum(attend(q, k, v, visible, past) ** 2), (0, 1))(k, v)

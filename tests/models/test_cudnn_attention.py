@@ -135,7 +135,7 @@ def test_the_flops_of_the_kernel_are_counted(cuda, remat, forward):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"attention": "flash"}, "attention must be one of blocks, cudnn, but is 'flash'"),
+        ({"attention": "flash"}, "model.attention must be blocks or cudnn, but is 'flash'"),
         ({"dtype": "float32"}, "needs the dtype bfloat16 or float16, but it is float32; set"),
         ({"config": dataclasses.replace(SIZES, n_embd=12)}, "a multiple of 8 and at most 128, but"),
         ({"config": dataclasses.replace(SIZES, n_embd=512)}, "at most 128, but it is 256; set"),

@@ -56,7 +56,7 @@ def test_results_and_gradients_are_those_of_a_loop(features):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
-def test_one_cpu_computes_what_other_devices_do(monkeypatch, dtype, tolerance):
+def test_one_cpu_computes_as_other_devices_do(monkeypatch, dtype, tolerance):
     made = make((3, 8), dtype, (2, 16, 8))
     here = gradients(*made), made[0].apply({"params": made[1]}, made[2])
     monkeypatch.setattr(dense, "is_on_one_cpu", lambda: False)

@@ -95,7 +95,7 @@ def test_a_part_drops_as_the_full_array():
     np.testing.assert_array_equal(mask(4, (3, 2, 4, 7), 0.5, 6), full[..., 6:, :7])
 
 
-def test_what_stays_is_scaled_in_the_dtype_of_the_array():
+def test_kept_entries_are_scaled_in_the_dtype_of_the_array():
     x = jnp.full((2, 4, 8), 3.0, jnp.bfloat16)
     dropped = drop(start_dropout(jax.random.key(0), 0.5), x)
     assert dropped.dtype == jnp.bfloat16

@@ -46,7 +46,7 @@ def test_layers_one_by_one_decode_as_a_stack_does(params, texts):
     )
 
 
-def test_what_is_ready_for_decoding_stays_as_it_is(params):
+def test_parameters_for_decoding_stay_as_they_are(params):
     ready = MODEL.for_decoding(params)
     assert all(
         one is other

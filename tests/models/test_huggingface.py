@@ -114,7 +114,7 @@ def assert_one_sentence(error):
 # Round trips
 
 
-def test_what_was_saved_is_loaded(folder):
+def test_a_saved_model_is_loaded(folder):
     model, params = load_pretrained(folder)
     assert model == MODEL
     assert_equal(params, PARAMS)
@@ -317,7 +317,7 @@ def test_silent_configurations_have_the_end_of_text_of_gpt2(tmp_path, vocab_size
     [
         ({"model_type": "llama"}, "model_type is 'llama', but only 'gpt2' is supported"),
         ({"model_type": None}, "model_type is None"),
-        ({"activation_function": "silu"}, "activation_function 'silu' is unknown; known are gelu"),
+        ({"activation_function": "silu"}, "must be gelu_new, gelu_pytorch_tanh, gelu or relu, but"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
         ({"scale_attn_weights": False}, "scale_attn_weights is False, but only True"),
@@ -337,6 +337,21 @@ def test_silent_configurations_have_the_end_of_text_of_gpt2(tmp_path, vocab_size
             r"'transformer.h.1.attn.c_attn.bias' \[24\] is no part of the GPT-2 .* check its num",
         ),
         ({"n_layer": 3}, r"lacks the tensor 'h.2.attn.c_attn.bias' \(12 missing in all\)"),
+        # Before anything of these sizes is computed.
+        ({"n_layer": 10**9}, "has n_layer 1000000000, but the number of tensors .* is 28"),
+        ({"n_embd": 10**9}, "has n_embd 1000000000, but the longest axis of a tensor .* is 24"),
+        ({"vocab_size": 10**9}, "has vocab_size 1000000000, but the longest axis .* is 24"),
+        ({"n_positions": 10**9}, r"'transformer.wpe.weight' has .* asks for \[1000000000, 8\]"),
+        ({"n_positions": 10**99}, "n_positions must be at most 2147483647, but is 1000"),
+        ({"n_inner": 0}, "config.n_inner must be above 0, but is 0"),
+        ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon must be above 0, but is -1e-05"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon must be above 0, but is 0.0"),
+        ({"layer_norm_epsilon": np.nan}, "layer_norm_epsilon must be a finite number, but is nan"),
+        ({"initializer_range": np.inf}, "initializer_range must be a finite number, but is inf"),
+        ({"initializer_range": 10**400}, "initializer_range must be a finite number, but is inf"),
+        ({"resid_pdrop": np.nan}, "resid_pdrop must be a finite number, but is nan"),
+        ({"eos_token_id": -1}, "eos_token_id must not be negative, but is -1"),
+        ({"pad_token_id": 11}, "pad_token_id must be at most 10, but is 11"),
     ],
 )
 def test_configurations_that_cannot_be_represented(folder, changes, message):
@@ -373,6 +388,29 @@ def test_tensors_that_do_not_fit(folder, change, message):
         load_pretrained(folder)
     assert str(folder) in str(error.value)
     assert_one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(np.nan, np.float32), (-np.inf, np.float32), (np.inf, np.float16), (1e300, np.float64)],
+)
+def test_weights_that_are_not_finite(folder, reward_folder, value, dtype):
+    def broken(tensors):
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        name = "score.weight" if "score.weight" in tensors else "transformer.h.1.mlp.c_fc.weight"
+        tensors[name].flat[-1] = value
+        return tensors
+
+    for path, load, name in (
+        (folder, load_pretrained, "transformer.h.1.mlp.c_fc.weight"),
+        (reward_folder, load_reward_model, "score.weight"),
+    ):
+        edit_tensors(path, broken)
+        with pytest.raises(
+            InputError, match=f"the tensor '{name}' holds values .* not finite"
+        ) as e:
+            load(path)
+        assert_one_sentence(e)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +452,15 @@ def lost_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def index_of(name):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        index = {"weight_map": {"wte.weight": name.replace("FOLDER", str(folder.parent))}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -426,6 +473,10 @@ def lost_shard(folder):
         (only_pytorch, r"pytorch_model.bin only.* convert it .*save_pretrained\(folder\)"),
         (broken_index, "has no weight_map"),
         (lost_shard, "lacks model-00001-of-00002.safetensors, which its .*index.json names"),
+        (index_of("../outside.safetensors"), "names '.*outside.safetensors', but weights are"),
+        (index_of("FOLDER/outside.safetensors"), "names '.*outside.safetensors', but weights are"),
+        (index_of("config.json"), "names '.*config.json', but weights are safetensors files in"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), r"config.json is not JSON \("),
     ],
 )
 def test_damaged_folders(folder, damage, message):
@@ -447,7 +498,7 @@ def test_a_truncated_file_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "a/b/c", "two words"])
-def test_what_is_neither_a_folder_nor_a_hub_name(name):
+def test_names_of_neither_a_folder_nor_a_hub_model(name):
     with pytest.raises(InputError, match=f"There is no folder {re.escape(name)}; give one"):
         load_pretrained(name)
 
@@ -460,7 +511,12 @@ def test_a_file_is_no_folder(folder):
 def test_hub_names_are_fetched(folder, monkeypatch):
     def snapshot_download(name, *, allow_patterns):
         assert name == "owner/name"
-        assert allow_patterns == ["config.json", "model*.safetensors", folders.INDEX]
+        assert allow_patterns == [
+            "config.json",
+            "generation_config.json",
+            "model*.safetensors",
+            folders.INDEX,
+        ]
         return str(folder)
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
@@ -643,8 +699,6 @@ def test_a_pad_token_of_the_tokenizer_becomes_the_models(tmp_path):
 @pytest.mark.parametrize(
     ("size", "special", "pad", "message"),
     [
-        (11, {"pad_token": "w10"}, 9, "tokenizer pads with id 10, .* declares pad_token_id 9"),
-        (11, {}, 9, "tokenizer pads with id 11, .* declares pad_token_id 9"),
         (13, {}, None, "pad token has the id 13, but the vocabulary of the model ends at 10"),
     ],
 )

@@ -87,5 +87,5 @@ def test_decoding_and_equality():
     """It is part of a model, so that equal models share a trace, and of no folder."""
     assert with_remat("full") != PLAIN
     assert with_remat("none") == PLAIN
-    with pytest.raises(InputError, match="remat must be one of none, full, dots, but is 'some'"):
+    with pytest.raises(InputError, match="model.remat must be none, full or dots, but is 'some'"):
         with_remat("some")

@@ -73,7 +73,7 @@ def test_a_large_stack_is_read_by_layers(folder, monkeypatch, part_bytes):
     assert_equal(reward, {"model": PARAMS, "head": HEAD})
 
 
-def test_what_is_loaded_can_be_donated(folder, monkeypatch):
+def test_loaded_parameters_can_be_donated(folder, monkeypatch):
     for part_bytes in (1, 2**28):
         monkeypatch.setattr(reading, "PART_BYTES", part_bytes)
         _, params = load_pretrained(folder / "model")

@@ -65,11 +65,22 @@ def make_configs(folder, before, processes, kind):
     }
 
 
+def _raise(error):
+    raise error
+
+
 def check_what_is_shared():
     """Whatever is known to one process, and arrays that lie on several."""
     place = jax.process_index()
     assert hosts.is_first() == (place == 0)
     assert hosts.from_first(lambda: place) == 0
+    table = hosts.from_first(lambda: {3: (0.1, np.float32([0.1, np.nan])), "a": [None, Path("b")]})
+    np.testing.assert_equal(table[3], (0.1, np.float32([0.1, np.nan])))
+    assert (str(table["a"][1]), table[3][1].dtype) == ("b", np.float32)
+    with pytest.raises(TypeError, match="may not hold a object"):
+        hosts.from_first(object)
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: 'x'"):
+        hosts.from_first(_raise, OSError(28, "No space left on device", "x"))
     with pytest.raises(ZeroDivisionError) as error:
         hosts.from_first(lambda: 1 / place)
     assert hosts.is_raised_on_all_hosts(error.value)

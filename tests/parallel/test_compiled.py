@@ -53,7 +53,7 @@ def of_layers(found, program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_parameters_are_collected_layer_by_layer(found, program):
+def test_parameters_are_gathered_layer_by_layer(found, program):
     collected = of_layers(found, program)
     assert {layers for _, layers in collected} == {1}
     assert LAYERS > 1
@@ -62,7 +62,7 @@ def test_parameters_are_collected_layer_by_layer(found, program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_no_device_holds_the_collected_matrices_of_all_layers(found, program):
+def test_no_device_holds_the_gathered_matrices_of_all_layers(found, program):
     """Not even for the backward pass, which collects those of each layer once more."""
     full = {f"f32[{LAYERS},{','.join(map(str, kernel))}]" for kernel in KERNELS[int(program[-1])]}
     stacks = found["stacks"][program]
@@ -78,7 +78,7 @@ def test_decoding_leaves_parameters_where_they_are(found, program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_logits_are_never_collected_over_the_vocabulary(found, program):
+def test_logits_are_never_gathered_over_the_vocabulary(found, program):
     table = [PADDED // int(program[-1]), WIDTH]
     shapes = found["gathered"][program]
     wide = [s for s in shapes if {VOCABULARY, PADDED} & set(s) and s != table]

@@ -90,7 +90,7 @@ def test_one_process_on_a_machine_has_all_its_gpus(environment, calls, monkeypat
     assert ("jax_cuda_visible_devices", "all") in changed
 
 
-def test_open_mpi_is_found_by_what_its_version_has(environment, calls, monkeypatch):
+def test_open_mpi_is_detected_in_both_versions(environment, calls, monkeypatch):
     environment(MPI)
     join(DistributedSettings())
     monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")
@@ -121,7 +121,7 @@ def test_hosts_of_tpus_are_counted(environment, monkeypatch):
         ({"coordinator": "h:0", "num_processes": 2, "process_id": 0}, "must be host:port"),
         ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "they are 2 and 2"),
         ({"coordinator": "h:1", "num_processes": 0, "process_id": 0}, "they are 0 and 0"),
-        ({"timeout": 0}, "distributed.timeout must be at least 1"),
+        ({"timeout": 0}, "distributed.timeout must be above 0, but is 0"),
         ({"local_device_ids": (-1,)}, "from 0 on"),
     ],
 )

@@ -82,6 +82,18 @@ def test_a_score_is_read_at_the_last_real_token(model, params, reward_params, pr
     )
 
 
+def test_a_hole_in_the_mask_changes_no_score(model, reward_params, prompts, responses):
+    """Such as tool output: the score is that of the tokens around it, at the last of them."""
+    tokens, mask = (np.insert(x, 1, fill, axis=2)[..., :6] for x, fill in zip(responses, (3, 0)))
+    scores, expected = (
+        np.asarray(scores_of(model, reward_params, Sequences(*prompts, *arrays)))
+        for arrays in ((tokens, mask), responses)
+    )
+    fits = responses[1].sum(axis=2) < 6
+    assert (mask[..., 0] & ~mask[..., 1] & mask[..., 2]).any()
+    np.testing.assert_allclose(scores[fits], expected[fits], rtol=1e-4, atol=1e-4)
+
+
 def test_responses_are_scored_alone_or_together(model, reward_params, prompts, responses):
     together = np.asarray(scores_of(model, reward_params, Sequences(*prompts, *responses)))
     for k in range(3):

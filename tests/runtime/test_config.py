@@ -1,6 +1,8 @@
 """Configurations from files, flags and dicts, and what is said of wrong ones."""
 
 import dataclasses
+import itertools
+import math
 import typing
 
 import pytest
@@ -18,7 +20,9 @@ from rlhf_jax.runtime.config import (
     resolve,
 )
 from rlhf_jax.runtime.parsing import to_dict, to_yaml
+from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.run.folder import claim_run_dir
+from rlhf_jax.runtime.yaml_files import parsed_yaml
 
 KINDS = (SFTConfig, RewardConfig, PPOConfig, RLHFConfig, GenerateConfig, EvaluateConfig)
 
@@ -183,6 +187,102 @@ def test_wrong_files_are_named_in_one_sentence(written, text, said):
     assert message(parse, PPOConfig, flags).startswith(said.replace("FILE", flags[1]))
 
 
+BOMB = "a: &a [1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join(10 * [f'*{below}'])}]\n"
+    for below, name in itertools.pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "line 6 unfolds to more than 100000 values"),
+        ("a: &a {b: *a}", "line 1 has an alias of the value that it is part of"),
+        ("seed: " + 3000 * "[", "line 1 is nested more than 50 deep"),
+        ("seed: 1\nmodel: {n_layer: 2}\nseed: 3", "the key 'seed' of line 1 is in line 3 too"),
+        ("model:\n  n_layer: 2\n  n_layer: 4", "the key 'n_layer' of line 2 is in line 3 too"),
+        ("seed: " + 5000 * "9", "Exceeds the limit (4300 digits)"),
+        ("seed: 2024-13-45", "month must be in 1..12"),
+    ],
+)
+def test_files_that_unfold_repeat_or_nest_are_named_at_once(written, text, said):
+    flags = written(text)
+    assert message(parse, SFTConfig, flags).startswith(f"{flags[1]} is not valid YAML: {said}")
+
+
+def test_anchors_and_merged_keys_are_read(written):
+    text = "x: &x {n_layer: 2, n_head: 2}\nmodel: {<<: *x, n_layer: 4}\n".replace(
+        "x: ", "data: ", 1
+    )
+    assert parsed_yaml(text)["model"] == {"n_layer": 4, "n_head": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_float_is_finite(kind):
+    """In each section, whatever its own limits are."""
+    for key, annotation in settings_of(kind):
+        if float in (annotation, *typing.get_args(annotation)):
+            said = f"{key} must be a finite number, but is nan."
+            assert message(parse, kind, [f"--{key}=.nan"]) == said
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", "nan", "1e999", "1" + 400 * "0"])
+def test_every_way_to_write_a_float_that_is_not_finite_is_seen(value):
+    said = message(parse, SFTConfig, ["--sft.num_epochs", value])
+    assert said.startswith("sft.num_epochs must be a finite number, but is ")
+
+
+def settings_of(kind, prefix=""):
+    for name, annotation in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(annotation):
+            yield from settings_of(annotation, f"{prefix}{name}.")
+        elif name != "trainer":
+            yield f"{prefix}{name}", annotation
+
+
+def test_floats_of_a_configuration_built_in_python_are_finite_too():
+    class Loose(RewardSource):
+        """Without the checks of its own."""
+
+        def __post_init__(self):
+            pass
+
+    with pytest.raises(
+        InputError, match=r"^rewards\.weight must be a finite number, but is nan\.$"
+    ):
+        PPOConfig(rewards=(Loose(function="a:b", weight=math.nan),))
+    with pytest.raises(InputError, match=r"^seed must be from 0 to 2\^32 - 1, but is -1\.$"):
+        PPOConfig(seed=-1)
+
+
+def test_values_too_large_to_show_are_named():
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    said = "data.path must be str, but is a dict that is too large to show."
+    assert message(resolve, SFTConfig, {"data": {"path": deep}}) == said
+    said = "seed must be an int of 64 bits, but is a int that is too large to show."
+    assert message(resolve, SFTConfig, {"seed": 10**5000}) == said
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 10**30])
+def test_a_seed_has_a_key_of_its_own(seed):
+    assert message(parse, SFTConfig, ["--seed", str(seed)]).startswith("seed must be ")
+    assert parse(SFTConfig, ["--seed", str(2**32 - 1)]).seed == 2**32 - 1
+
+
+@pytest.mark.parametrize("key", ["run_dir", "model.path", "data.path", "tokenizer.path", "config"])
+def test_a_path_is_one_that_can_be_opened(key, written):
+    value = "http://x/y"
+    said = f"is {value}: give a local path, or an address of gs://, s3://, az://, hf://."
+    assert message(parse, PPOConfig, [f"--{key}", value]).endswith(f"{key} {said}")
+    if key != "config":
+        section, _, name = key.rpartition(".")
+        text = f'{name}: "a\\0b"' if not section else f'{section}: {{{name}: "a\\0b"}}'
+        said = f"{key} is 'a\\x00b', but a path has no NUL characters."
+        assert message(parse, PPOConfig, written(text)) == said
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_bytes(b"\xff\xfe\x00")
@@ -310,6 +410,30 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to .*/file/run: Not a directory; give"):
         claim(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("run_dir", ["", "http://x/y", "a\0b"])
+def test_a_folder_of_a_configuration_built_in_python_is_checked_too(run_dir):
+    assert message(claim_run_dir, SFTConfig(run_dir=run_dir)).startswith("run_dir is ")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xec\x00\xff", "'utf-8' codec can't decode byte 0xec in position 0"),
+        (b"a:\n\tb", "while scanning for the next token found character"),
+        (b"- 1", "it holds '[1]'; write one `key: value` to a line."),
+        (b"", "it is empty; write one `key: value` to a line."),
+    ],
+)
+def test_a_damaged_configuration_without_any_checkpoint_is_named(tmp_path, content, reason):
+    (tmp_path / "config.yaml").write_bytes(content)
+    (tmp_path / "metrics.jsonl").touch()
+    said = message(lambda: claim(tmp_path))
+    assert said.startswith(f"{tmp_path}/config.yaml is damaged ({reason}")
+    assert said.endswith("put it back from a copy, or choose another --run_dir.")
+    (tmp_path / "metrics.jsonl").unlink()
+    assert claim(tmp_path)["seed"] == 0
 
 
 def test_the_sections_of_the_contract_are_there():

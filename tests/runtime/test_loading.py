@@ -1,5 +1,6 @@
 """What the stages load: keys, checksums, folders behind an address."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 from etils import epath
 
+from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data.settings import TokenizerSettings
-from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.models.huggingface import save_reward_model
+from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
+from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import PPOConfig, SFTConfig
+from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.run.records import fingerprint
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_run
@@ -70,6 +74,36 @@ def test_a_folder_behind_an_address_is_copied_and_a_local_one_is_not(tmp_path, m
         assert (Path(folder) / "config.json").read_text() == "{}"
         assert not folder.startswith(str(tmp_path))
     assert not Path(folder).exists()
+
+
+def test_a_model_has_the_special_tokens_of_its_tokenizer(tmp_path, caplog):
+    tokenizer = train_tokenizer(["a b"] * 2, 300)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = GPT2Config(len(tokenizer), 8, 8, 1, 1, eos_token_id=3, pad_token_id=0)
+    saved = GPT2(config, generation_config={"eos_token_id": [3, pad], "top_k": 7})
+    save_pretrained(tmp_path, saved, saved.init(jax.random.key(0)))
+    settings = ModelSettings(path=str(tmp_path))
+    model, params = loading.load_model(settings, tokenizer, jax.random.key(0))
+    assert model.config == dataclasses.replace(
+        config, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad
+    )
+    assert model.stop_token_ids == (eos, pad)
+    assert "eos_token_id 3 and not" in caplog.records[0].message
+    assert len(caplog.records) == 1
+    # Every response ends with the first token if all of them are stop tokens.
+    ids = {"eos_token_id": list(range(len(tokenizer)))}
+    model = dataclasses.replace(model, generation_config=ids)
+    sample = sampler(model, GenerationSettings(max_new_tokens=4))
+    prompts = np.zeros((2, 3), np.int32)
+    rollout = sample(params, PromptBatch(prompts, prompts == 0, np.arange(2)), jax.random.key(0))
+    assert np.asarray(rollout.mask).sum(axis=1).tolist() == [1, 1]
+
+
+def test_a_vocabulary_is_as_large_as_its_highest_id():
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 9}, __len__=lambda: 2)
+    loading.check_vocabulary(GPT2(GPT2Config(10, 8, 8, 1, 1)), tokenizer, "here")
+    with pytest.raises(InputError, match="The tokenizer has 10 tokens, but the model in here has"):
+        loading.check_vocabulary(GPT2(GPT2Config(9, 8, 8, 1, 1)), tokenizer, "here")
 
 
 def test_a_chat_template_of_the_settings_stays_with_the_tokenizer(tmp_path):

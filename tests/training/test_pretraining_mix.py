@@ -142,7 +142,7 @@ def test_texts_that_are_missing_or_miscounted_are_told_while_tracing(model, stat
     step = ppo.make_update_step(model, MIXED, stop_token_ids=(EOS,))
     for texts, message in (
         (None, r"ppo.ptx_coef is 0.7, but the batch has no texts: put a TextBatch into"),
-        (text_batch([ROWS[0]] * 3), "has 3 examples of texts, but ppo.ptx_batch_size is 2"),
+        (text_batch([ROWS[0]] * 3), "has 3 sequences of texts, but ppo.ptx_batch_size is 2"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(step, state, batch._replace(texts=texts), rollout, SCORES, KEY)

@@ -1,6 +1,8 @@
 """The optimizer: schedules, what decays, and clipping."""
 
 import functools
+import math
+import types
 from typing import NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel.partition import path_name
 from rlhf_jax.training import OptimizerSettings, make_optimizer
 from rlhf_jax.training.state import apply_gradients, init_train_state, learning_rate_schedule
 
@@ -17,15 +20,18 @@ from rlhf_jax.training.state import apply_gradients, init_train_state, learning_
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]),
-        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.853553, 0.5, 0.146447, 0.0]),
+        ("constant", [0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [0, 0.25, 0.5, 0.75, 1.0, 0.853553, 0.5, 0.146447, 0.0]),
     ],
 )
 def test_a_warmup_rises_and_a_decay_ends_at_zero(schedule, expected):
     settings = OptimizerSettings(learning_rate=2.0, schedule=schedule, warmup_steps=4)
     rates = [float(learning_rate_schedule(settings, 8)(update)) for update in range(9)]
     np.testing.assert_allclose(rates, 2.0 * np.array(expected), rtol=1e-5, atol=1e-6)
+    if schedule == "cosine":
+        published = optax.warmup_cosine_decay_schedule(0.0, 2.0, 4, 8)
+        np.testing.assert_allclose(rates, [published(update) for update in range(9)], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("constant", 3.0), ("linear", 0.0), ("cosine", 0.0)])
@@ -39,25 +45,52 @@ def test_without_a_warmup_the_first_update_has_the_whole_rate(schedule, end):
 
 def test_a_warmup_of_one_update_or_longer_than_the_run_stays_in_range():
     one = learning_rate_schedule(OptimizerSettings(learning_rate=1.0, warmup_steps=1), 4)
-    assert [float(one(update)) for update in range(3)] == [1.0, 1.0, 1.0]
+    assert [float(one(update)) for update in range(3)] == [0.0, 1.0, 1.0]
     settings = OptimizerSettings(learning_rate=1.0, schedule="linear", warmup_steps=10)
     rates = [float(learning_rate_schedule(settings, 4)(update)) for update in range(4)]
-    np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4], rtol=1e-5)
+    np.testing.assert_allclose(rates, [0.0, 0.1, 0.2, 0.3], rtol=1e-5)
 
 
-def test_only_matrices_and_embeddings_decay(model):
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
-    params = {"model": ones, "head": {"kernel": jnp.ones(16)}, "value": {"bias": jnp.ones(())}}
+def decayed(params, models=()):
+    """Paths of the parameters that an update without gradients changes, all by the decay."""
     settings = OptimizerSettings(learning_rate=0.5, weight_decay=0.1)
-    optimizer = make_optimizer(settings)
+    optimizer = make_optimizer(settings, models=models)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
     grads = jax.tree.map(jnp.zeros_like, params)
     apply = jax.jit(functools.partial(apply_gradients, optimizer))
     after, _, _ = apply(params, optimizer.init(params), grads)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
-        name = jax.tree_util.keystr(path)
-        is_matrix = ("kernel" in name and "layers" in name) or "embedding" in name
-        np.testing.assert_allclose(leaf, 0.95 if is_matrix else 1.0, err_msg=name)
+    leaves = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(after)}
+    paths = {path for path, x in leaves.items() if np.all(x < 1)}
+    for path in paths:
+        np.testing.assert_allclose(leaves[path], 0.95, err_msg=path)
+    return leaves.keys(), paths
+
+
+def test_all_but_biases_and_norms_decay(model):
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    head = {"kernel": jnp.ones(16), "bias": jnp.ones(())}
+    params = {"model": shapes, "head": head, "value_head": head}
+    leaves, paths = decayed(params, [model])
+    assert paths == {path for path in leaves if path.endswith(("kernel", "embedding"))}
+    assert {"head/kernel", "value_head/kernel", "model/wte/embedding"} < paths
+
+
+def test_of_a_model_that_does_not_say_arrays_of_one_axis_do_not_decay(model):
+    """Whatever their names; the axis of stacked layers is not counted, one layer has none."""
+    params = {
+        "tokens": jnp.ones((5, 3)),
+        "gain": jnp.ones(3),
+        "layers": {"w": jnp.ones((2, 3, 3)), "norm": {"w": jnp.ones((2, 3))}},
+        "tower": {"layers": [{"w": jnp.ones((3, 3)), "b": jnp.ones(3)}]},
+        "head": {"kernel": jnp.ones(3)},
+    }
+    expected = {"tokens", "layers/w", "tower/layers/0/w", "head/kernel"}
+    other = types.SimpleNamespace()
+    for models in ((), [other], [other, model]):
+        assert decayed(params, models)[1] == expected
+    says = types.SimpleNamespace(no_weight_decay=("norm/w", "tokens"))
+    changed = decayed(params, [says])[1]
+    assert changed == set(decayed(params)[0]) - {"tokens", "layers/norm/w"}
 
 
 class Dense(NamedTuple):
@@ -72,7 +105,7 @@ def test_parameters_may_be_any_pytree():
     after, _, _ = apply_gradients(optimizer, params, optimizer.init(params), grads)
     np.testing.assert_allclose(after[0].kernel, 0.95)
     np.testing.assert_allclose(after[0].bias, 1.0)
-    np.testing.assert_allclose(after[1][0], 1.0)
+    np.testing.assert_allclose(after[1][0], 0.95)
 
 
 def adam_by_loop(gradients, settings):
@@ -122,6 +155,11 @@ def test_a_state_starts_at_step_zero():
     ("change", "message"),
     [
         ({"learning_rate": -1.0}, "learning_rate must not be negative, but is -1.0"),
+        (
+            {"learning_rate": math.nan},
+            "optimizer.learning_rate must be a finite number, but is nan",
+        ),
+        ({"eps": None}, "optimizer.eps must have a value, but is null"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
         ({"b1": 1.0}, "b1 must be at least 0 and below 1, but is 1.0"),
         ({"schedule": "step"}, "constant, linear or cosine, but is 'step'"),

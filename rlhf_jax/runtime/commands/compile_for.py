@@ -11,7 +11,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.compilation import TOPOLOGIES
 from rlhf_jax.runtime.config import RLHFConfig, RunConfig, config_of, parse, trainer_named
-from rlhf_jax.runtime.parsing import read_yaml, split_flags
+from rlhf_jax.runtime.parsing import split_flags
+from rlhf_jax.runtime.yaml_files import read_yaml
 
 
 def main(argv: Sequence[str]) -> int:

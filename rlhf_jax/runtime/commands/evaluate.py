@@ -21,6 +21,7 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.special_tokens import with_special_tokens
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
@@ -146,7 +147,7 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         return policies.PolicyEvaluator(
             sampled,
             tokenizer,
-            sampler(sampled, tokenizer, config.generation),
+            sampler(sampled, config.generation),
             temperature=config.generation.temperature or 1.0,
             batch_size=config.evaluation.batch_size,
             reference_model=reference_model,
@@ -255,7 +256,7 @@ def _load_reference(
         model, params = load_pretrained(folder, dtype=dtype, mesh=mesh)
     model.check_mesh(mesh)
     loading.check_vocabulary(model, tokenizer, path)
-    return model, params
+    return with_special_tokens(model, tokenizer, path), params
 
 
 def _required(path: str | None, name: str) -> str:

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf_jax.data.conversations import Examples
 from rlhf_jax.data.datasets import load_examples
-from rlhf_jax.data.formats import Example, Kind
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands.terminal import INPUT_ERROR
@@ -50,10 +51,12 @@ def pair_by_label(
                 f"{source} has no column {column!r}; its columns are {', '.join(texts[0])}."
             )
     random.Random(seed).shuffle(texts)
-    sides = [[each["text"] for each in texts if each[label] == side] for side in (preferred, other)]
+    # In a CSV file labels are texts.
+    labelled = [(str(each[label]).strip(), each["text"]) for each in texts]
+    sides = [[text for name, text in labelled if name == str(side)] for side in (preferred, other)]
     pairs = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in zip(*sides)]
     if not pairs:
-        labels = sorted({str(each[label]) for each in texts})
+        labels = sorted({name for name, _ in labelled})
         raise InputError(
             f"No pair with the labels {preferred} and {other}: there are {', '.join(labels)}."
         )
@@ -80,7 +83,9 @@ def pair_by_prompt(source: str, output: str, *, split: str = "train", seed: int 
     """
     texts = _load(source, split, "text")
     if "completion" not in texts[0] or len(texts) < 2:
-        raise InputError(f"{source} has no two rows with the columns `prompt` and `completion`.")
+        raise InputError(
+            f"{source} has no two examples with the columns `prompt` and `completion`."
+        )
     random.Random(seed).shuffle(texts)
     pairs = [
         {"prompt": each["prompt"], "chosen": each["completion"], "rejected": other["completion"]}
@@ -146,12 +151,12 @@ def _add_arguments(parser: argparse.ArgumentParser, function: Callable[..., int]
             )
 
 
-def _load(source: str, split: str, kind: Kind) -> list[Example]:
+def _load(source: str, split: str, kind: Kind) -> Examples:
     """All examples of a file or of a split of a hub data set."""
     return load_examples(DataSettings(path=source, split=split, eval_rows=0), kind)[0]
 
 
-def _write(pairs: list[Example], output: str) -> int:
+def _write(pairs: Examples, output: str) -> int:
     """Writes the pairs as JSONL; returns their number."""
     lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     try:

@@ -28,6 +28,7 @@ from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources
 from rlhf_jax.runtime.run.folder import claim_run_dir, disk_errors, is_finished
+from rlhf_jax.runtime.run.lock import locked
 from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult
 from rlhf_jax.runtime.stages import shared
@@ -56,7 +57,7 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> StageResult:
     """
     config = resolve(RLHFConfig, config)
     join(config.distributed)
-    with hosts.failing_together():
+    with hosts.failing_together(), locked(config.run_dir):
         return _run(config)
 
 
@@ -64,7 +65,7 @@ def _run(config: RLHFConfig) -> StageResult:
     hosts.from_first(claim_run_dir, config)
     metrics: dict[str, float] = {}
     stages = stage_configs(config)
-    if not hosts.from_first(is_finished, stages[0].run_dir):
+    if not hosts.from_first(is_finished, stages[0]):
         shown = config.logging.progress and hosts.is_first()
         with preparing("run", "checking the data and the models of all stages", shown=shown):
             _check_ahead(config, stages)

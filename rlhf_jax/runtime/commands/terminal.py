@@ -2,6 +2,7 @@
 
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -9,7 +10,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-INPUT_ERROR, DIVERGED, FAILED, INTERRUPTED = 2, 1, 1, 130
+CONTINUES = "the same command continues from the last checkpoint, if any."
+INPUT_ERROR, DIVERGED, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 1, 130, 141
 
 
 def run_command(
@@ -42,9 +44,13 @@ def run_command(
 
         settings: Any = config.parse(kind, argv)
         from rlhf_jax.runtime.commands.compilation_cache import keep_compiled
+        from rlhf_jax.runtime.run import signals
 
         keep_compiled()
-        work(settings)
+        try:
+            work(settings)
+        except SystemExit as exit:
+            raise signals.exit_error(exit) from exit
 
     return _until_terminated(configured) if trains else run(configured)
 
@@ -53,7 +59,7 @@ def _until_terminated(work: Callable[[], object]) -> int:
     """`run`, with status 0 at SIGTERM: the run continues from its checkpoint."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return run(work)
+        return run(work, trains=True)
     except _TerminatedHere as terminated:
         from rlhf_jax.parallel import hosts
 
@@ -72,12 +78,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _TerminatedHere
 
 
-def run(work: Callable[[], object]) -> int:
+def run(work: Callable[[], object], *, trains: bool = False) -> int:
     """Runs the work of a command; errors become one sentence on standard error.
 
     Returns:
       The exit status: 0 on success and when training was terminated by SIGTERM, 2 for an
-      `InputError`, 1 for a diverged run, 130 after Ctrl-C.
+      `InputError`, 1 for a diverged run, 130 after Ctrl-C. Where the reader of the output has
+      closed it, such as `head`: 141 if the command trains, else 0.
     """
     # transformers warns of PyTorch, which is not needed, and huggingface_hub of each attempt.
     for library in ("TRANSFORMERS", "HF_HUB"):
@@ -99,15 +106,28 @@ def run(work: Callable[[], object]) -> int:
     except Terminated as terminated:
         return _ended(terminated, str(terminated), 0)
     except KeyboardInterrupt as interrupt:
-        default = "Interrupted; the same command continues from the last checkpoint, if any."
+        default = f"Interrupted; {CONTINUES}"
         return _ended(interrupt, str(interrupt) or default, INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _silence_closed_output():
+            text = "error: The output was closed before the run was finished; " + CONTINUES
+            return _ended(error, text, BROKEN_PIPE) if trains else 0
         if not hosts.several():
             raise
         return _ended(error, traceback.format_exc().rstrip(), FAILED)
     return 0
+
+
+def _silence_closed_output() -> bool:
+    """Whether a pipe of the output is closed; what is written to it later is dropped."""
+    closed = False
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            closed = True
+    return closed
 
 
 def _ended(error: BaseException, text: str, status: int) -> int:
@@ -129,3 +149,10 @@ def _set_up_logging() -> None:
     # Orbax also logs the traceback of each exception that it raises.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(raised: Any) -> None:
+    """Without the writes that Orbax gives up at the first error, of a full disk say."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)

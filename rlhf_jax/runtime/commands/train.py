@@ -1,5 +1,6 @@
 """Training as a Python call, for every trainer in `TRAINERS`."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
+from rlhf_jax.runtime.stages.shared import data_fingerprints
 from rlhf_jax.training.trainer import Trainer
 
 RewardFunction = Callable[..., list[float]]
@@ -51,7 +53,8 @@ def train(
         with preparing(trainer.name, "loading the data and the model", shown=shown):
             return OnlineStage(settings, reward_fn) if trainer.online else OfflineStage(settings)
 
-    return loop.run(make_stage, settings)
+    fingerprints = functools.partial(data_fingerprints, settings)
+    return loop.run(make_stage, settings, fingerprints)
 
 
 def print_result(trainer: Trainer, result: StageResult) -> None:

@@ -70,7 +70,8 @@ def programs(
 
 
 def _offline(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> Program:
-    steps, optimizer, key = config.trainer.steps, make_optimizer(config.optimizer), _key()
+    steps, key = config.trainer.steps, _key()
+    optimizer = make_optimizer(config.optimizer, models=[model])
     init = functools.partial(steps.init_state, model, settings=config.settings, optimizer=optimizer)
     place = Placement(mesh, model.partition_rules)
     state = jax.eval_shape(init, jax.eval_shape(model.init, key), key=key)
@@ -82,7 +83,7 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     steps, key, settings = config.trainer.steps, _key(), config.settings
     if isinstance(settings.truncate_token, str):  # its id makes no difference to the program
         settings = dataclasses.replace(settings, truncate_token=0)
-    optimizer = make_optimizer(config.optimizer, settings.num_updates)
+    optimizer = make_optimizer(config.optimizer, settings.num_updates, models=[model])
     eos = model.config.eos_token_id
     stops = (model.config.vocab_size - 1 if eos is None else eos,)
     num_scorers, is_single = _reward_models(config)

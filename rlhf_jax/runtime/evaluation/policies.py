@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import PromptBatch, Rollout, Sequences
 from rlhf_jax.data.batching import eval_batches
+from rlhf_jax.data.examples import source_of
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.score import end_scores, response_logprobs
@@ -94,7 +95,7 @@ class PolicyEvaluator:
         gold_fn: ScoreFunction | None = None,
         batch_sharding: NamedSharding | None = None,
     ) -> None:
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.batch_sharding, self.gold_fn = batch_sharding, gold_fn
         self.rewards = None if reward_model is not None else rewards
 
@@ -143,6 +144,7 @@ class PolicyEvaluator:
             [(rollout.tokens, rollout.mask)],
             columns_of(examples, prompts.indices),
             prompts.indices,
+            self.model.stop_token_ids,
         )
         if self.rewards is not None:
             scores, _ = self.rewards(reward_params or (), responses, self.batch_size)
@@ -153,8 +155,8 @@ class PolicyEvaluator:
 
 
 def columns_of(examples: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:
-    """The columns of these examples other than the prompt, as lists."""
-    chosen = [examples[index] for index in np.asarray(indices).tolist()]
+    """The columns of the data other than the prompt, as lists."""
+    chosen = [source_of(examples[index]) for index in np.asarray(indices).tolist()]
     names = [name for name in chosen[0] if name != "prompt"]
     return {name: [example.get(name) for example in chosen] for name in names}
 

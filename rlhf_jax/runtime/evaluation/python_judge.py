@@ -1,5 +1,6 @@
 """A judge in Python, which compares two responses to a prompt."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
+from rlhf_jax.runtime.rewards.functions import call_function, shown
 
 JudgeFunction = Callable[..., list[float]]
 
@@ -81,31 +83,25 @@ def call_judge(
 def _call_judge(
     judge: JudgeFunction, texts: tuple[list[str], ...], columns: dict[str, list[Any]]
 ) -> np.ndarray:
-    name, prompts = getattr(judge, "__name__", "the judge"), texts[0]
+    name, prompts = f"The judge {getattr(judge, '__name__', '')}", texts[0]
     expected = "one number from 0 (a is better) to 1 (b is better) for each prompt"
+    values = call_function(
+        judge,
+        name,
+        texts,
+        columns,
+        call="f(prompts, responses_a, responses_b, **columns)",
+        nouns=("answers", "prompts"),
+        expected=expected,
+    )
     try:
-        result = judge(*texts, **columns)
-    except Exception as error:
-        error.add_note(
-            f"This was raised by the judge {name}, which is called as f(prompts, responses_a, "
-            "responses_b, **columns)."
-        )
-        raise
-    try:
-        answers = [_number(answer) for answer in result]
+        answers = [_number(value) for value in values]
     except (TypeError, ValueError):
-        line = " ".join(str(result).split())[:80]
-        raise InputError(f"The judge {name} gave {line}; it has to give {expected}.") from None
-    if len(answers) != len(prompts):
-        raise InputError(
-            f"The judge {name} gave {len(answers)} answers for {len(prompts)} prompts; it has to "
-            f"give {expected}."
-        )
+        raise InputError(f"{name} gave {shown(values)}; it has to give {expected}.") from None
     for answer, prompt in zip(answers, prompts, strict=True):
         if not 0 <= answer <= 1:  # NaN is neither
             raise InputError(
-                f"The judge {name} gave {answer} for the prompt {prompt[:80]!r}; it has to give "
-                f"{expected}."
+                f"{name} gave {answer} for the prompt {prompt[:80]!r}; it has to give {expected}."
             )
     return np.asarray(answers, np.float64)
 
@@ -114,4 +110,7 @@ def _number(answer: Any) -> float:
     """The answer as a float; a text is refused, even one that `float` would read."""
     if isinstance(answer, str | bytes):
         raise TypeError(answer)
-    return float(answer)
+    try:
+        return float(answer)
+    except OverflowError:
+        return math.inf

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def sampler(
-    model: Model, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings
+    model: Model, settings: GenerationSettings
 ) -> Callable[[Params, PromptBatch, jax.Array], Rollout]:
     """A pure (params, batch, key) -> Rollout that samples by the section `generation`."""
 
@@ -38,7 +38,7 @@ def sampler(
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            stop_token_ids=(tokenizer.eos_token_id,),
+            stop_token_ids=model.stop_token_ids,
             min_new_tokens=settings.min_new_tokens,
         )
 
@@ -69,7 +69,7 @@ class Responder:
             )
         self.tokenizer, self.batch_size = tokenizer, settings.batch_size
         self.data = DataSettings(max_prompt_length=max_prompt_length, prompt_suffix=prompt_suffix)
-        self._respond = jax.jit(sampler(model, tokenizer, settings))
+        self._respond = jax.jit(sampler(model, settings))
 
     def __call__(self, params: Params, prompts: Sequence[str], key: jax.Array) -> list[str]:
         """One response to each prompt, without EOS; long prompts are cut as in PPO."""

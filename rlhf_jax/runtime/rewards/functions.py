@@ -2,8 +2,10 @@
 
 import importlib
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,23 @@ def load_function(name: str) -> ScoreFunction:
     """The function that "module:function" names.
 
     Raises:
-      InputError: there is no such module or function.
+      InputError: there is no such module or function, or the module cannot be imported.
     """
     module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
+        raise InputError(f"{name!r} names no function; write it as module:function, not as a path.")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise InputError(
             f"{name!r} names no function ({error}); write it as module:function, importable from "
             "here."
+        ) from error
+    except (Exception, SystemExit) as error:  # of the module's own lines
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f", {line.filename}, line {line.lineno}"
+        raise InputError(
+            f"The module of {name!r} cannot be imported ({type(error).__name__}: {error}{where})."
         ) from error
     if not callable(function):
         raise InputError(f"{name!r} is not a function; write it as module:function.")
@@ -55,10 +65,12 @@ def call_scores(
 ) -> list[float]:
     """function(prompts, completions, **columns), checked: one finite number for each completion.
 
-    With several hosts the first one calls the function. Its exceptions get a note with its name.
+    The function receives lists of its own. With several hosts the first one calls it. Its
+    exceptions get a note with its name.
 
     Raises:
-      InputError: the result is not a list of finite numbers of the right length.
+      InputError: the result is not a list of finite numbers of the right length, or the function
+        ends the program.
     """
     return hosts.from_first(_call_scores, function, prompts, completions, columns)
 
@@ -67,26 +79,71 @@ def _call_scores(
     function: ScoreFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
 ) -> list[float]:
     name = getattr(function, "__name__", "the score function")
-    try:
-        result = function(prompts, completions, **columns)
-    except Exception as error:
-        error.add_note(f"This was raised by {name}, which was to score {len(completions)} texts.")
-        raise
-    if isinstance(result, (str, bytes, Mapping)) or not isinstance(result, Iterable):
-        raise InputError(
-            f"{name} gave {str(result)[:80]}; it has to give a list of numbers, one for each "
-            "completion."
-        )
-    values = list(result)
-    if len(values) != len(completions):
-        raise InputError(
-            f"{name} gave {len(values)} scores for {len(completions)} completions; it has to give "
-            "one for each."
-        )
+    values = call_function(
+        function,
+        name,
+        (prompts, completions),
+        columns,
+        call="f(prompts, completions, **columns)",
+        nouns=("scores", "completions"),
+        expected="a list of numbers, one for each completion",
+    )
     return [
         _finite_number(name, index, value, completion)
         for index, (value, completion) in enumerate(zip(values, completions, strict=True))
     ]
+
+
+def call_function(
+    function: Callable[..., Any],
+    name: str,
+    texts: Sequence[Sequence[str]],
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    call: str,
+    nouns: tuple[str, str],
+    expected: str,
+) -> list[Any]:
+    """function(*texts, **columns), a value for each text; the function has lists of its own.
+
+    Args:
+      name: of the function, in messages.
+      call: a description of the call.
+      nouns: the names of values and of texts.
+      expected: the description of a valid result.
+
+    Raises:
+      InputError: the result is not a list of that length, or the function ends the program.
+    """
+    count, copies = len(texts[0]), {key: list(values) for key, values in columns.items()}
+    try:
+        result = function(*(list(each) for each in texts), **copies)
+        # The order of a set is undefined.
+        is_list = isinstance(result, Iterable) and not isinstance(
+            result, str | bytes | Mapping | Set
+        )
+        values = list(itertools.islice(result, count + 1)) if is_list else []
+    except SystemExit as error:
+        raise InputError(f"{name} ends the program by sys.exit({error.code!r}).") from error
+    except Exception as error:
+        error.add_note(f"{name} raised this; it is called as {call}.")
+        raise
+    if not is_list:
+        raise InputError(f"{name} gave {shown(result)}; it has to give {expected}.")
+    if len(values) != count:
+        number = f"more than {count}" if len(values) > count else len(values)
+        raise InputError(
+            f"{name} gave {number} {nouns[0]} for {count} {nouns[1]}; it has to give {expected}."
+        )
+    return values
+
+
+def shown(value: Any) -> str:
+    """A value in a message; an integer of more than 4,300 digits has no `repr`."""
+    try:
+        return " ".join(repr(value).split())[:80]
+    except ValueError:
+        return "a number beyond all bounds"
 
 
 def _finite_number(name: str, index: int, value: Any, completion: str) -> float:
@@ -96,12 +153,14 @@ def _finite_number(name: str, index: int, value: Any, completion: str) -> float:
         score = float(value)
     except (TypeError, ValueError):
         raise InputError(
-            f"{name} gave {repr(value)[:80]} at index {index}; it has to give a number for each "
+            f"{name} gave {shown(value)} at index {index}; it has to give a number for each "
             "completion."
         ) from None
+    except OverflowError:
+        score = math.inf
     if not math.isfinite(score):
         raise InputError(
-            f"{name} gave the score {score} for the completion {completion[:80]!r} at index "
-            f"{index}; it has to give a finite number."
+            f"{name} gave the score {shown(value)} for the completion {completion[:80]!r} at "
+            f"index {index}; it has to give a finite number."
         )
     return score

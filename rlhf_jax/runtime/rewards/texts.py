@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.data.chat import completion_texts
-from rlhf_jax.data.encoding import encode, pad_right, warn_of_long_responses, width, with_eos
+from rlhf_jax.data.chat import text_parts
+from rlhf_jax.data.encoding import (
+    check_joints,
+    encode,
+    pad_right,
+    warn_of_long_responses,
+    width,
+    with_eos,
+)
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.parallel import hosts
 
@@ -40,6 +47,7 @@ class Responses:
       candidates: the policy's responses, optionally followed by the reference responses; K in all.
       columns: the other columns of the data set, N values each.
       indices: int[N], the example of the data set that each prompt comes from.
+      stop_token_ids: that end a response; by default the tokenizer's EOS.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -48,6 +56,7 @@ class Responses:
     candidates: Sequence[Tokens]
     columns: dict[str, list[Any]]
     indices: Any
+    stop_token_ids: tuple[int, ...] = ()
 
     @functools.cached_property
     def prompt_texts(self) -> list[str]:
@@ -61,11 +70,11 @@ class Responses:
 
     @functools.cached_property
     def ended(self) -> list[np.ndarray]:
-        """K arrays bool[N]: whether EOS is the last token of each response."""
-        eos, all_ended = self.tokenizer.eos_token_id, []
+        """K arrays bool[N]: whether a stop token is the last one of each response."""
+        stops, all_ended = self.stop_token_ids or (self.tokenizer.eos_token_id,), []
         for tokens, mask in ((np.asarray(x), np.asarray(y)) for x, y in self.candidates):
             is_last = mask & (np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True))
-            all_ended.append(((tokens == eos) & is_last).any(axis=1))
+            all_ended.append((np.isin(tokens, stops) & is_last).any(axis=1))
         return all_ended
 
 
@@ -79,10 +88,9 @@ def reference_tokens(
     Each keeps its first `max_response_length` tokens, as the responses of pairs do.
     """
     limit, eos = settings.max_response_length, tokenizer.eos_token_id
-    texts = [
-        completion_texts(example["prompt"], example["completion"], number, tokenizer)[1]
-        for number, example in enumerate(examples, 1)
-    ]
+    parts = [text_parts(each, n, tokenizer, True) for n, each in enumerate(examples, 1)]
+    check_joints(tokenizer, examples, [(prompt or "", text) for prompt, text in parts])
+    texts = [text for _, text in parts]
     responses = [with_eos(ids, eos) for ids in encode(tokenizer, texts)]
     warn_of_long_responses(responses, limit, "reference responses")
     return pad_right([ids[:limit] for ids in responses], width(list(map(len, responses)), limit))

@@ -255,6 +255,11 @@ class Checkpoints:
         """The arrays that this host holds of a checkpoint, and the record."""
         folder, target = self._folder / str(step), _without_empty(target)
         record = read_record(folder)
+        if record["step"] != step:
+            raise InputError(
+                f"{folder} holds the checkpoint of step {record['step']}: rename it to "
+                f"{record['step']}, or move it away, to continue."
+            )
         check(record)
         saved = {name: spec[:2] for name, spec in record["arrays"].items()}
         name = f"The checkpoint of step {step} in {self._run_dir}"

@@ -4,18 +4,24 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import yaml
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.parsing import to_dict, to_yaml, without_removed
-from rlhf_jax.runtime.run.records import config_in
+from rlhf_jax.runtime.parsing import checked_section, to_dict, to_yaml, without_removed
+from rlhf_jax.runtime.run.records import newest_record
+from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml
+
+logger = logging.getLogger("rlhf_jax.runtime.run")
+
+# Values, such as a number or a checksum, of data and tokenizer by their names in words.
+Fingerprints = Mapping[str, Mapping[str, Any]]
 
 # --- errors of the disk ---------------------------------------------------------------------------
 
@@ -128,7 +134,7 @@ def _parse(data: bytes, path: epath.Path) -> tuple[list[dict[str, Any]], bool]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if isinstance(entry, dict):
             entries.append(entry)
@@ -161,10 +167,12 @@ def read_progress(
     return evaluations, any(line["step"] == step for line in read_lines(folder / "samples.jsonl"))
 
 
-def is_finished(run_dir: str | os.PathLike[str]) -> bool:
-    """Whether the last files that a stage writes exist."""
-    folder = epath.Path(run_dir)
-    return (folder / "hf" / "config.json").exists() and (folder / "report.html").exists()
+def is_finished(config: Any) -> bool:
+    """Whether the last files that a stage writes exist, and the run is not to be extended."""
+    folder = epath.Path(config.run_dir)
+    if not ((folder / "hf" / "config.json").exists() and (folder / "report.html").exists()):
+        return False
+    return not changed_length(config, newest_record(folder).get("config"))
 
 
 # --- config.yaml ----------------------------------------------------------------------------------
@@ -182,35 +190,60 @@ _FREE_TO_CHANGE = (
 )
 
 
+def make_run_dir(run_dir: str) -> epath.Path:
+    """The run folder, made if missing; an InputError if that cannot be."""
+    if not checked_path("run_dir", run_dir):
+        raise InputError("run_dir is empty; give --run_dir the folder that the run is to write.")
+    with disk_errors(run_dir):
+        try:
+            folder = epath.Path(run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+        except ImportError as error:
+            raise InputError(
+                f"--run_dir {run_dir} needs a package that opens such addresses ({error}); install "
+                "it, or give a local folder."
+            ) from error
+    return folder
+
+
 def claim_run_dir(config: Any) -> None:
     """Makes the run folder and writes `config.yaml`, or checks that the folder has the same one.
 
     Raises an InputError if the folder cannot be written, or holds a run with another configuration.
     """
-    try:
-        folder = epath.Path(config.run_dir)
-        folder.exists()
-    except ImportError as error:
-        raise InputError(
-            f"--run_dir {config.run_dir} needs a package that opens such addresses ({error}); "
-            "install it, or give a local folder."
-        ) from error
+    folder = make_run_dir(config.run_dir)
     # The processes are no part of a run: a repetition may have others.
     config = dataclasses.replace(config, distributed=type(config.distributed)())
-    file = folder / "config.yaml"
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = yaml.safe_load(file.read_text()) if file.exists() else None
-        saved = config_in(folder / "checkpoints") if saved is None else saved
-        if saved is not None and _has_results(folder):
+        if _has_results(folder) and (saved := _saved_config(folder)) is not None:
             check_same_config(config, saved)
-        replace_file(file, to_yaml(config).encode())
+        replace_file(folder / "config.yaml", to_yaml(config).encode())
+
+
+def _saved_config(folder: epath.Path) -> Mapping[str, Any] | None:
+    """The configuration in `config.yaml`; that of the newest checkpoint, if the file is damaged."""
+    file = folder / "config.yaml"
+    reason = None
+    if file.exists():
+        try:
+            return checked_section(parsed_yaml(file.read_text()), "it")
+        except ValueError as error:
+            reason = error
+    saved = newest_record(folder).get("config")
+    if reason is not None and saved is None:
+        raise InputError(
+            f"{file} is damaged ({reason}), and no checkpoint holds the configuration: put it back "
+            "from a copy, or choose another --run_dir."
+        )
+    if reason is not None:
+        logger.warning("%s is damaged (%s); that of the newest checkpoint is used.", file, reason)
+    return saved
 
 
 def _has_results(folder: epath.Path) -> bool:
-    """Whether a folder holds any file but `config.yaml`; else its configuration may change."""
+    """Whether a folder holds results of a run; else its configuration may change."""
     return any(
-        _has_results(path) if path.is_dir() else path.name != "config.yaml"
+        _has_results(path) if path.is_dir() else path.name not in ("config.yaml", "lock")
         for path in folder.iterdir()
     )
 
@@ -220,16 +253,56 @@ def check_same_config(config: Any, saved: Mapping[str, Any]) -> None:
 
     Keys that an earlier version did not have count as the defaults.
     """
+    for key, (old, new) in _differences(config, saved).items():
+        if not key.startswith((*_FREE_TO_CHANGE, *config.length_settings)):
+            raise InputError(
+                f"The run folder {config.run_dir} was made with another configuration: {key} is "
+                f"{old!r} there and {new!r} here; choose another --run_dir, or give the same "
+                "configuration to continue that run."
+            )
+
+
+def changed_length(config: Any, saved: Mapping[str, Any] | None, schedule: str = "constant") -> str:
+    """The settings of the length of a run that differ from the saved ones, in words; "" if none."""
+    differences = {} if saved is None else _differences(config, saved)
+    changed = [key for key in differences if key in config.length_settings]
+    notes = [
+        f"; {key} is {differences[key][1]} now and was {differences[key][0]}" for key in changed
+    ]
+    if changed and schedule != "constant":
+        notes.append(f"; from here on the {schedule} schedule is that of the new length")
+    return "".join(notes)
+
+
+def _differences(config: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(saved value, value here) of each setting that differs."""
     old = _flat(to_dict(type(config)())) | _flat(without_removed(saved))
     new = _flat(to_dict(config))
-    for key in sorted({*old, *new}):
-        if key.startswith(_FREE_TO_CHANGE) or old.get(key) == new.get(key):
-            continue
-        raise InputError(
-            f"The run folder {config.run_dir} was made with another configuration: {key} is "
-            f"{old.get(key)!r} there and {new.get(key)!r} here; choose another --run_dir, or give "
-            "the same configuration to continue that run."
-        )
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return {key: (old.get(key), new.get(key)) for key in keys}
+
+
+def finished_note(run_dir: str, fingerprints: Callable[[], Fingerprints]) -> str:
+    """The sentence on a complete run; an InputError if its data changed."""
+    saved, note = newest_record(epath.Path(run_dir)).get("fingerprints", {}), ""
+    try:
+        ours = fingerprints() if saved else {}
+    except InputError as error:
+        ours, note = {}, f" Its data were not compared: {error}"
+    check_same_data(run_dir, saved, ours)
+    return f"{run_dir} is complete; nothing is left to do.{note}"
+
+
+def check_same_data(run_dir: str, saved: Fingerprints, ours: Fingerprints) -> None:
+    """Raises an InputError that names the first difference of two fingerprints of data."""
+    for name, here in ours.items():
+        for part, value in here.items():
+            there = saved.get(name, {}).get(part, value)
+            if there != value:
+                raise InputError(
+                    f"{name} changed since the run in {run_dir} began: {part} was {there} then and "
+                    f"is {value} now; put it back, or choose another --run_dir to start anew."
+                )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

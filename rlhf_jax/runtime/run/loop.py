@@ -16,16 +16,27 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.parsing import to_dict
 from rlhf_jax.runtime.run.checkpoint import Checkpoints, freed
 from rlhf_jax.runtime.run.folder import (
+    Fingerprints,
+    changed_length,
     check_same_config,
+    check_same_data,
     claim_run_dir,
     disk_errors,
+    finished_note,
     is_finished,
     last_metrics,
     read_progress,
 )
+from rlhf_jax.runtime.run.lock import Lock, locked
 from rlhf_jax.runtime.run.metrics import make_writer
 from rlhf_jax.runtime.run.progress import Progress, Throughput, show_phase
-from rlhf_jax.runtime.run.signals import EvaluationTerminated, Interrupted, Signals, Terminated
+from rlhf_jax.runtime.run.signals import (
+    EvaluationTerminated,
+    Interrupted,
+    Signals,
+    Terminated,
+    exit_error,
+)
 from rlhf_jax.runtime.run.stage import Metrics, Samples, Stage, StageResult
 
 
@@ -35,26 +46,37 @@ class DivergedError(FloatingPointError):
     raised_on_all_hosts = True  # all hosts have the same metrics
 
 
-def run(make_stage: Callable[[], Stage], config: Any) -> StageResult:
+def run(
+    make_stage: Callable[[], Stage],
+    config: Any,
+    data_fingerprints: Callable[[], Fingerprints] = dict,
+) -> StageResult:
     """Trains a stage to its end, from its newest checkpoint if there is one.
 
-    `make_stage` reads the data and the models; a run that is complete does not call it.
+    Args:
+      make_stage: reads the data and the models; not called when the run is complete.
+      config: the configuration of the stage.
+      data_fingerprints: those of `Stage.fingerprints` that need no model, to tell whether a run
+        that is complete had the same data.
 
     Raises:
-      InputError: the folder cannot be written, holds a run with another configuration, or has
-        checkpoints of which none can be used.
+      InputError: the folder cannot be written, is in use by another process, holds a run with
+        another configuration or other data, or has checkpoints of which none can be used.
       DivergedError: a loss or gradient is NaN or infinite.
       Interrupted: Ctrl-C or, as `Terminated`, SIGTERM, after the state was saved.
     """
-    with Signals() as signals, hosts.failing_together():
+    with Signals() as signals, hosts.failing_together(), locked(config.run_dir) as lock:
         hosts.from_first(claim_run_dir, config)
         _check_shared(config.run_dir)
-        if not hosts.from_first(is_finished, config.run_dir):
-            stage = make_stage()
-            with jax.set_mesh(stage.mesh):
-                _train(stage, config, signals)
+        if not hosts.from_first(is_finished, config):
+            try:
+                stage = make_stage()
+                with jax.set_mesh(stage.mesh):
+                    _train(stage, config, signals, lock)
+            except SystemExit as exit:  # of a user's function
+                raise exit_error(exit) from exit
         elif hosts.is_first():
-            print(f"{config.run_dir} is complete; nothing is left to do.", file=sys.stderr)
+            print(finished_note(config.run_dir, data_fingerprints), file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
 
 
@@ -67,31 +89,40 @@ def _check_shared(run_dir: str) -> None:
         )
 
 
-def _train(stage: Stage, config: Any, signals: Signals) -> None:
+def _train(stage: Stage, config: Any, signals: Signals, lock: Lock) -> None:
     """Trains from the newest checkpoint, or from the beginning, and exports the model."""
     folder = epath.Path(config.run_dir)
     with disk_errors(folder):
         checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     try:
         state, start = _restore(stage, checkpoints, config)
+        if hosts.is_first():
+            with disk_errors(folder):  # of an earlier end of a run that is extended
+                (folder / "report.html").unlink(missing_ok=True)
         shown = config.logging.progress and hosts.is_first()
         with (
             signals.phase("step"),
             make_writer(config, stage.name, start) as writer,
             Progress(stage.total_steps, start, stage.name, shown) as progress,
         ):
-            state = _Loop(stage, config, checkpoints, writer, progress, signals).run(state, start)
+            outputs = (checkpoints, writer, progress)
+            state = _Loop(stage, config, *outputs, signals, lock).run(state, start)
         if shown:
             show_phase(stage.name, "writing the model and the report")
         with disk_errors(folder), signals.phase("interruptible"):
-            report = stage.finish(_exported(stage, state, checkpoints, config))
+            state = _exported(stage, state, checkpoints, config)
+            lock.check()
+            report = stage.finish(state)
         if hosts.is_first():
             where = f"the model is in {folder / 'hf'}"
             where += f", the report in {report}" if report else ""
             print(f"{stage.name}: {where}", file=sys.stderr)
-    finally:
-        with disk_errors(folder):
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to report
             checkpoints.close()
+        raise
+    with disk_errors(folder):
+        checkpoints.close()
 
 
 def _restore(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, int]:
@@ -100,10 +131,23 @@ def _restore(stage: Stage, checkpoints: Checkpoints, config: Any) -> tuple[Any, 
     if checkpoints.latest_step() is None:
         return state, 0
     target = freed(stage.saved(state))
-    restored = checkpoints.restore(
-        target, lambda record: check_same_config(config, record["config"])
-    )
+
+    def check(record):
+        check_same_config(config, record["config"])
+        check_same_data(config.run_dir, record.get("fingerprints", {}), stage.fingerprints)
+        if record["step"] > stage.total_steps:
+            raise InputError(
+                f"The run in {config.run_dir} has taken {record['step']} steps already, but is to "
+                f"end at step {stage.total_steps}; set {' or '.join(config.length_settings)} "
+                "higher, or choose another --run_dir."
+            )
+
+    restored = checkpoints.restore(target, check)
     assert restored is not None  # there is a checkpoint: it is used, or an error is raised
+    if hosts.is_first():
+        step = f"step {restored.step} of {stage.total_steps}"
+        note = changed_length(config, restored.record["config"], stage.schedule)
+        print(f"{stage.name}: continuing from {step}{note}", file=sys.stderr)
     return stage.resumed(state, restored.state), restored.step
 
 
@@ -130,9 +174,9 @@ class _Loop:
       unlogged: (step, metrics, output) of the steps that are not logged yet.
     """
 
-    def __init__(self, stage, config, checkpoints, writer, progress, signals) -> None:
+    def __init__(self, stage, config, checkpoints, writer, progress, signals, lock) -> None:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
-        self.writer, self.progress, self.signals = writer, progress, signals
+        self.writer, self.progress, self.signals, self.lock = writer, progress, signals, lock
         self.throughput = Throughput(stage.flops_per_token, stage.flops_per_step)
         self.saved_at, self.unlogged = time.monotonic(), list[tuple[int, Any, Any]]()
         self.agree, self.terminated, self.rescuing = hosts.Agreement(3), False, False
@@ -153,7 +197,7 @@ class _Loop:
                 if len(self.unlogged) > 1:
                     self._log()  # the previous step, while this one runs on the device
                 self._pause()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._rescue(error)
             raise
         with disk_errors(self.config.run_dir):
@@ -200,8 +244,7 @@ class _Loop:
             sampling = sampling and output is None
             evaluation, more, stopping = self._evaluate(evaluating, sampling)
             samples += more
-        self._log(evaluation)
-        self.writer.samples(self.step, samples)
+        self._log(evaluation, samples)
         # Last, so that a checkpoint is of a step whose lines are written.
         if saving or stopping or evaluation.get("best/step") == self.step:
             with self.throughput.pause():
@@ -257,8 +300,13 @@ class _Loop:
 
     def _save(self) -> None:
         """Starts to save a checkpoint, but none with parameters that are not finite."""
+        self.lock.check()
         self.writer.flush()
-        metadata = {"config": to_dict(self.config), "stage": self.stage.name}
+        metadata = {
+            "config": to_dict(self.config),
+            "stage": self.stage.name,
+            "fingerprints": self.stage.fingerprints,
+        }
         with disk_errors(self.config.run_dir):
             saved = self.checkpoints.save(self.step, self.stage.saved(self.state), metadata)
         if not saved:
@@ -277,7 +325,7 @@ class _Loop:
         stopped.raised_on_all_hosts = True  # all hosts have agreed to stop
         raise stopped
 
-    def _rescue(self, error: Exception) -> None:
+    def _rescue(self, error: BaseException) -> None:
         """Logs and saves the last step after an error, such as one in a reward function."""
         if isinstance(error, DivergedError) or isinstance(error.__cause__, OSError):
             return  # no step can follow; or the disk is full, and the lines of this step are lost
@@ -288,9 +336,7 @@ class _Loop:
         self.rescuing = True
         with contextlib.suppress(Exception):  # the first error is the one to report
             while self.unlogged:
-                step, samples = self.unlogged[0][0], self._output_samples()
-                self._log()
-                self.writer.samples(step, samples)
+                self._log(samples=self._output_samples())
             self._save()
             self.checkpoints.wait()
             if hosts.is_first():
@@ -301,8 +347,9 @@ class _Loop:
 
     # --- metrics ----------------------------------------------------------------------------------
 
-    def _log(self, evaluation: Metrics | None = None) -> None:
+    def _log(self, evaluation: Metrics | None = None, samples: Samples | None = None) -> None:
         """Logs the oldest step that is not logged yet."""
+        self.lock.check()
         step, metrics, output = self.unlogged[0]
         values = {key: float(value) for key, value in hosts.to_host(dict(metrics)).items()}
         self._check(step, values)
@@ -311,8 +358,10 @@ class _Loop:
         if self._is_due(logging.eval_every, step) or self._is_due(logging.log_every, step):
             values |= self._observe(output) | (evaluation or {}) | self.throughput.metrics()
             self.writer.write(step, values)
+        self.writer.samples(step, samples or [])
         del self.unlogged[0]
-        self.progress.update(step, values)
+        if not self.rescuing:  # perhaps from a closed output
+            self.progress.update(step, values)
 
     def _observe(self, output: Any) -> Metrics:
         """The metrics of a step's output; {} where that fails in a rescue."""

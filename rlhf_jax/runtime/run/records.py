@@ -52,14 +52,14 @@ def read_record(folder: epath.Path) -> Record:
     return record
 
 
-def config_in(folder: epath.Path) -> Any:
-    """The configuration in the newest checkpoint of a folder that can be read, or None."""
+def newest_record(run_dir: epath.Path) -> Record:
+    """The record of the newest checkpoint of a run that can be read; {} without any."""
+    folder = run_dir / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
     for step in sorted(steps, reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            if config := read_record(folder / str(step)).get("config"):
-                return config
-    return None
+            return read_record(folder / str(step))
+    return {}
 
 
 def short_reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Literal
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 
 Phase = Literal["interruptible", "step", "evaluation"]
@@ -88,6 +89,14 @@ class Signals:
         if self._phase == "evaluation" and not hosts.several():
             raise EvaluationTerminated
         _print(b"\nSIGTERM: saving after this step.\n")
+
+
+def exit_error(exit: SystemExit) -> InputError:
+    """The error of a run in which a user's function or module ended the process."""
+    return InputError(
+        f"A function or a module that the settings name called sys.exit({exit.code!r}), which ends "
+        "the command before its work is done; let it raise an error, or return."
+    )
 
 
 def _print(text: bytes) -> None:

@@ -7,7 +7,6 @@ import jax
 from etils import epath
 
 from rlhf_jax.data.batching import Batches, eval_batches
-from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime import program
@@ -26,7 +25,7 @@ class OfflineStage(shared.BaseStage):
         super().__init__(config)
         settings, data = config.settings, config.data
         kind = self.trainer.reads(settings)
-        train, held_out = load_examples(data, kind)
+        train, held_out = self.load_examples(data, kind)
         self.load_policy(lambda: map(shared.text_of, train))
         train_batch = encode_examples(kind, train, self.tokenizer, data)
         self.batches = Batches(
@@ -41,7 +40,7 @@ class OfflineStage(shared.BaseStage):
 
     def _compile(self) -> None:
         steps, settings = self.steps, self.config.settings
-        optimizer = make_optimizer(self.config.optimizer, self.total_steps)
+        optimizer = make_optimizer(self.config.optimizer, self.total_steps, models=[self.model])
 
         def init(params):
             return steps.init_state(self.model, params, settings, self.key, optimizer=optimizer)

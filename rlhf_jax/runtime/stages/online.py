@@ -14,7 +14,6 @@ from etils import epath
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import Batches
-from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.data.settings import DataSettings
@@ -90,9 +89,8 @@ class OnlineStage(shared.BaseStage):
             None if name is None else load_function(name) for name in names
         )
         kind = self.trainer.reads(settings)
-        self.examples, self.held_out_examples = load_examples(data, kind)
+        self.examples, self.held_out_examples = self.load_examples(data, kind)
         self.load_policy(list)
-        self.stops = (self.tokenizer.eos_token_id,)
         self.settings = step_settings(config, self.tokenizer)
         for function in (*(each.function for each in self.sources), self.gold_fn):
             if function is not None:
@@ -102,7 +100,7 @@ class OnlineStage(shared.BaseStage):
         self.batches = self._batches(kind, self.examples, data, settings.batch_size, config.seed)
         self.texts = None
         if self.trainer.mixes_texts and settings.ptx_coef:
-            texts = load_examples(config.section("ptx"), "text")[0]
+            texts, _ = self.load_examples(config.section("ptx"), "text")
             # Another seed than that of the prompts, which may be as many.
             self.texts = self._batches(
                 "text", texts, config.section("ptx"), settings.num_texts, config.seed + 1
@@ -133,9 +131,11 @@ class OnlineStage(shared.BaseStage):
         self.reward_params = params[0] if self.reward_model is not None else params or None
 
     def _compile(self) -> None:
-        config, stops = self.config, self.stops
-        self.optimizer = make_optimizer(config.optimizer, config.settings.num_updates)
-        models = [self.model, *self.rewards.models, *filter(None, [self.value_model])]
+        config, stops = self.config, self.model.stop_token_ids
+        trained = [self.model, *filter(None, [self.value_model])]
+        updates = config.settings.num_updates
+        self.optimizer = make_optimizer(config.optimizer, updates, models=trained)
+        models = [*trained, *self.rewards.models]
         rules = sum((model.partition_rules for model in dict.fromkeys(models)), ())
         place = self._place = program.Placement(self.mesh, rules)
         self.batch_sharding = place.batch
@@ -177,7 +177,7 @@ class OnlineStage(shared.BaseStage):
 
     def _sample_for_evaluation(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         return online.sample_responses(
-            self.model, params, batch, key, self.settings, stop_token_ids=self.stops
+            self.model, params, batch, key, self.settings, stop_token_ids=self.model.stop_token_ids
         )
 
     def _init(self, params: Any, reward_params: Any, value_params: Any) -> Any:
@@ -236,6 +236,7 @@ class OnlineStage(shared.BaseStage):
             candidates,
             columns_of(self.examples, batch.indices),
             batch.indices,
+            self.model.stop_token_ids,
         )
         size = self.config.settings.score_batch_size or self.config.settings.batch_size
         return self.rewards(state.frozen.get("reward", ()), scored, size)

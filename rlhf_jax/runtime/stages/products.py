@@ -197,9 +197,7 @@ class RewardModelProduct(Product):
 
 
 def prompt_of(example: Mapping[str, Any], number: int, tokenizer: Any) -> str:
-    """The start of a sample: the prompt, or the first words of a text."""
-    if "messages" in example:
-        return example["messages"][0]["content"]
-    if "prompt" in example:
+    """The start of a sample: the prompt, also of the last turn, or the first words of a text."""
+    if "prompt" in example or "messages" in example:
         return prompt_text(example, number, tokenizer)
     return " ".join(example["text"].split()[:8])

@@ -1,6 +1,8 @@
 """Parts of the stages: keys, models, batches on the mesh, saved states, the export."""
 
 import functools
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,6 +14,9 @@ from jax.sharding import NamedSharding
 from rlhf_jax import training
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.chat import contents
+from rlhf_jax.data.datasets import load_examples
+from rlhf_jax.data.formats import Kind
+from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
@@ -47,12 +52,26 @@ class BaseStage:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.trainer, self.steps = config, config.trainer, config.trainer.steps
         self.name, self.losses = self.trainer.name, self.trainer.losses
-        self.flops_per_step = 0.0
+        self.flops_per_step, self.schedule = 0.0, str(config.optimizer.schedule)
+        self.fingerprints: dict[str, dict[str, Any]] = {}
+
+    def load_examples(
+        self, data: DataSettings, kind: Kind
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The training and the held-out examples, of which the fingerprint is kept."""
+        train, held_out = load_examples(data, kind)
+        self.fingerprints |= examples_fingerprint(data, kind, train, held_out)
+        return train, held_out
 
     def load_policy(self, texts: Callable[[], Iterable[str]]) -> None:
         """Tokenizer, which may be trained on texts, mesh, keys and model; checks the sizes."""
         config = self.config
         self.tokenizer = choose_tokenizer(config.tokenizer, config.model.path, texts)
+        content = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
+        self.fingerprints["The tokenizer"] = {
+            "the number of tokens": len(self.tokenizer),
+            "its SHA-256": _digest(content),
+        }
         model_key, self.key, self.eval_key = stage_keys(config.seed, self.name)
         self.mesh = make_mesh(config.mesh)
         self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
@@ -82,6 +101,37 @@ class BaseStage:
                 "with; put it back, or choose another --run_dir."
             )
         return state._replace(**{**saved, "frozen": frozen})
+
+
+def data_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The fingerprints of the examples that a stage of this configuration would read."""
+    kinds = [(config.data, config.trainer.reads(config.settings))]
+    if config.trainer.mixes_texts and config.settings.ptx_coef:
+        kinds.append((config.section("ptx"), "text"))
+    fingerprints: dict[str, dict[str, Any]] = {}
+    for data, kind in kinds:
+        fingerprints |= examples_fingerprint(data, kind, *load_examples(data, kind, quiet=True))
+    return fingerprints
+
+
+def examples_fingerprint(
+    data: DataSettings, kind: Kind, train: list[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Numbers and a checksum of examples, under a name for messages."""
+    return {
+        f"The {kind.removesuffix('s')}s in {data.path}": {
+            "the number of training examples": len(train),
+            "the number of held-out examples": len(held_out),
+            "the SHA-256 of the examples": _digest([*train, None, *held_out]),
+        }
+    }
+
+
+def _digest(values: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:

@@ -46,7 +46,7 @@ def message(function, *arguments):
     ("content", "said"),
     [
         ('{"words": "a"}\n', "has the columns words, but text examples need `prompt`"),
-        ("", "is empty: give a file with at least one row."),
+        ("", "is empty: give a file with at least one example."),
         ('{"text": "a"}\n{"text": 5}\n', "column 'text' holds a number (5), not text."),
         ('{"text": "a"}\n{"text": null}\n', "column 'text' holds nothing: give it a text."),
         ('{"text": "a"}\n{"text"\n', "is no JSON"),
@@ -92,7 +92,7 @@ def test_nothing_left_of_the_rankings(tmp_path, jsonl, sft_run):
     )
     pairs = {**config, "run_dir": str(tmp_path / "pairs"), "reward": {}}
     assert message(train_reward, pairs) == (
-        f"Row 1 of {path}: column 'responses' is no list of two or more texts, best first."
+        f"Line 1 of {path}: column 'responses' is no list of two or more texts, best first."
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -193,6 +194,13 @@ def raises(prompts, responses_a, responses_b):
         (lambda p, a, b: [0.5, math.nan], "gave nan for the prompt 'q'; it has to give"),
         (lambda p, a, b: ["0.5", "B"], "gave ['0.5', 'B']; it has to give one number from 0 (a"),
         (lambda p, a, b: None, "gave None; it has to give one number"),
+        (lambda p, a, b: {0.5, 1.0}, "it has to give one number from 0 (a"),
+        (
+            lambda p, a, b: itertools.repeat(0.5),
+            "gave more than 2 answers for 2 prompts; it has to",
+        ),
+        (lambda p, a, b: [10**400, 0.5], "gave inf for the prompt 'p'; it has to give one number"),
+        (lambda p, a, b: sys.exit(0), "ends the program by sys.exit(0)."),
         (lambda p, a, b: [None, 0.5], "gave [None, 0.5]; it has to give"),
     ],
 )
@@ -208,8 +216,8 @@ def test_an_exception_of_a_judge_gets_a_note(judge, kind):
     with pytest.raises(kind) as error:
         call_judge(judge, ["p", "q"], ["a", "b"], ["c", "d"], {})
     assert error.value.__notes__ == [
-        f"This was raised by the judge {judge.__name__}, which is called as f(prompts, "
-        "responses_a, responses_b, **columns)."
+        f"The judge {judge.__name__} raised this; it is called as f(prompts, responses_a, "
+        "responses_b, **columns)."
     ]
 
 

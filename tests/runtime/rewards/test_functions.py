@@ -1,10 +1,16 @@
 """Score functions in Python: which results they may return, and how they are called."""
 
+import itertools
+import json
+import sys
+
 import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.runtime.rewards.functions import call_scores, check_call
+from rlhf_jax.data import DataSettings, load_examples
+from rlhf_jax.runtime.evaluation.policies import columns_of
+from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
 from tests.runtime.messages import message
 
 
@@ -28,9 +34,19 @@ def test_numbers_of_any_kind_are_scores(result):
     [
         (None, "judge gave None; it has to give a list of numbers, one for each completion."),
         (0.5, "judge gave 0.5; it has to give a list of numbers, one for each completion."),
-        ("12", "judge gave 12; it has to give a list of numbers, one for each completion."),
+        ("12", "judge gave '12'; it has to give a list of numbers, one for each completion."),
         ({}, "judge gave {}; it has to give a list of numbers, one for each completion."),
-        ([1.0], "judge gave 1 scores for 2 completions; it has to give one for each."),
+        ({1.0, 2.0}, "judge gave {1.0, 2.0}; it has to give a list of numbers, one for each compl"),
+        (
+            itertools.repeat(1.0),
+            "judge gave more than 2 scores for 2 completions; it has to give a",
+        ),
+        (
+            [1.0, 10**400],
+            f"judge gave the score 1{'0' * 79} for the completion 'b' at index 1; it has to",
+        ),
+        ([10**5000] * 2, "judge gave the score a number beyond all bounds for the completion 'a'"),
+        ([1.0], "judge gave 1 scores for 2 completions; it has to give a list"),
         ([1.0, "2.0"], "judge gave '2.0' at index 1; it has to give a number for each completion."),
         ([None, 1.0], "judge gave None at index 0; it has to give a number for each completion."),
         ([1.0, [2.0]], "judge gave [2.0] at index 1; it has to give a number for each completion."),
@@ -42,7 +58,8 @@ def test_numbers_of_any_kind_are_scores(result):
     ],
 )
 def test_results_that_are_no_list_of_numbers(result, expected):
-    assert message(call_scores, constant(result), ["p"] * 2, ["a", "b"], {}) == expected
+    error = message(call_scores, constant(result), ["p"] * 2, ["a", "b"], {})
+    assert error.startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +76,70 @@ def test_a_function_that_cannot_be_called_with_the_data_is_refused(function, col
     assert error.endswith("let it take **columns, and call no column prompts or completions.")
     check_call(lambda p, c, **columns: [], ["label", "completion"])
     check_call(max, ["label"])  # its signature is unknown
+
+
+def test_a_function_cannot_change_the_texts_that_it_scores():
+    def clears(prompts, completions, *, label):
+        scores = [len(text) for text in completions]
+        for values in (prompts, completions, label):
+            values.clear()
+        return scores
+
+    texts, columns = ["a", "bc"], {"label": [0, 1]}
+    assert call_scores(clears, texts, texts, columns) == [1.0, 2.0]
+    assert (texts, columns) == (["a", "bc"], {"label": [0, 1]})
+
+
+def test_a_function_that_ends_the_program_is_an_error():
+    def leaves(prompts, completions):
+        sys.exit(0)
+
+    expected = "leaves ends the program by sys.exit(0)."
+    assert message(call_scores, leaves, ["p"], ["a"], {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "../../etc/passwd:x",
+            "'../../etc/passwd:x' names no function; write it as module:function",
+        ),
+        (".scores:f", "'.scores:f' names no function; write it as module:function, not as a path."),
+        ("scores", "'scores' names no function; write it as module:function, not as a path."),
+        ("no_such.scores:f", "'no_such.scores:f' names no function (No module named 'no_such')"),
+        (
+            "broken:f",
+            "The module of 'broken:f' cannot be imported (SyntaxError: '(' was never clos",
+        ),
+        ("failing:f", "The module of 'failing:f' cannot be imported (ZeroDivisionError: division "),
+        ("leaving:f", "The module of 'leaving:f' cannot be imported (SystemExit: 0, "),
+    ],
+)
+def test_names_of_no_function_are_one_sentence(tmp_path, monkeypatch, name, expected):
+    for module, text in (("broken", "f("), ("failing", "1 / 0"), ("leaving", "exit(0)")):
+        (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    error = message(load_function, name)
+    assert error.startswith(expected)
+    assert "\n" not in error
+
+
+def test_functions_receive_the_columns_of_the_data_alone(tmp_path):
+    """As they are in the file, also where the prompt is a part of one."""
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    for columns in (
+        {"text": "Q: a A: b", "id": 7},
+        {"chosen": "Q: a A: b", "rejected": "Q: a A: c", "id": 7},
+        {"prompt": "Q: a A:", "id": 7},
+    ):
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps(columns) + "\n")
+        settings = DataSettings(path=str(path), eval_rows=0, split_at="A:", prompt_suffix="A:")
+        examples = load_examples(settings, "prompts")[0]
+        assert examples[0]["prompt"] == "Q: a A:"
+        expected = {name: [value] for name, value in columns.items() if name != "prompt"}
+        assert columns_of(examples, [0]) == expected
+    path.write_text(json.dumps({"messages": turns, "id": 7}) + "\n")
+    examples = load_examples(DataSettings(path=str(path), eval_rows=0), "prompts")[0]
+    assert columns_of(examples, [0]) == {"messages": [turns], "id": [7]}

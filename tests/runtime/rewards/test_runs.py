@@ -160,11 +160,11 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
         ([{"prompt": "a"}], "has the columns prompt, but ppo.subtract_reference_score needs `pr"),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
-            "Row 2 of {path}: column 'completion' holds nothing: give it a text.",
+            "Line 2 of {path}: column 'completion' holds nothing: give it a text.",
         ),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}],
-            "Row 2 of {path}: column 'completion' is an empty text.",
+            "Line 2 of {path}: column 'completion' is an empty text.",
         ),
     ],
 )

@@ -104,6 +104,15 @@ def by_hand(folder, tokenizer, texts=(ANSWERS,), ended=(ENDED,)):
     return scores
 
 
+def test_responses_end_with_any_stop_token(bytes_tokenizer):
+    tokens = np.array([[5, 7, 0], [7, 5, 0], [5, 3, 0], [3, 5, 8]])
+    candidates = [(tokens, np.array([[1, 1, 0]] * 3 + [[1, 1, 1]], bool))]
+    responses = Responses(bytes_tokenizer, None, None, candidates, {}, [], (3, 7))
+    assert responses.ended[0].tolist() == [True, False, True, False]
+    eos = dataclasses.replace(responses, stop_token_ids=())
+    assert not eos.ended[0].any()
+
+
 # --- reward models -------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.settings import CheckpointSettings, LoggingSettings
 from tests import small
 
+EXAMPLES = 5
 SIZE = 40_000  # floats, which do not compress
 
 
@@ -27,10 +29,13 @@ class Config:
     """A configuration with all that a run needs."""
 
     rate: float = 0.5
+    steps: int = small.STEPS
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     distributed: Distributed = Distributed()
     run_dir: str = "-"
+
+    length_settings: ClassVar[tuple[str, ...]] = ("steps",)
 
 
 @jax.jit
@@ -47,16 +52,21 @@ def update(state, rate, index):
 update = jax.jit(update, donate_argnums=0)
 
 
+def fingerprints():
+    return {"The data in counting": {"the number of examples": EXAMPLES}}
+
+
 class CountingStage:
     """Its samples are made of the state; see `loop.Stage`."""
 
     name = "counting"
     losses = ("train/loss",)
-    total_steps = small.STEPS
+    schedule = "linear"
     flops_per_token = flops_per_step = 0.0
 
     def __init__(self, config):
         self.config, self.mesh = config, make_mesh(MeshSettings())
+        self.total_steps, self.fingerprints = config.steps, fingerprints()
 
     def init_state(self):
         return initial(jax.random.key(0))
@@ -102,8 +112,9 @@ class SamplingStage(CountingStage):
         return [] if output is None else [{"response": str(x)} for x in np.asarray(output[:count])]
 
 
-def train(run_dir, stage=CountingStage, *, logging=None, checkpoint=None, rate=0.5):
+def train(run_dir, stage=CountingStage, *, logging=None, checkpoint=None, **settings):
     """A run of four steps in a folder; evaluations, samples and logs as in `small`."""
     logging = LoggingSettings(**{**small.LOGGING, **(logging or {})})
-    config = Config(rate, logging, CheckpointSettings(**checkpoint or {}), run_dir=str(run_dir))
-    return loop.run(lambda: stage(config), config)
+    checkpoint = CheckpointSettings(**checkpoint or {})
+    config = Config(logging=logging, checkpoint=checkpoint, run_dir=str(run_dir), **settings)
+    return loop.run(lambda: stage(config), config, fingerprints)

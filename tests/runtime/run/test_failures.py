@@ -5,18 +5,25 @@ import math
 import os
 import shutil
 import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
 
 import jax
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime import train_ppo
+from rlhf_jax.runtime import config, train_ppo
+from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.evaluation import policies as judging
 from rlhf_jax.runtime.run import checkpoint as checkpoints
 from rlhf_jax.runtime.run import loop
 from tests import small
 from tests.runtime.run import counting
 from tests.runtime.run.counting import CountingStage, SamplingStage
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def message(function, *arguments, error=InputError):
@@ -158,7 +165,7 @@ def without_evaluation(folder, sft_run):
         (lambda scores: [float("nan"), *scores[1:]], "my_reward gave the score nan for the compl"),
         (
             lambda scores: scores[1:],
-            "my_reward gave 7 scores for 8 completions; it has to give one",
+            "my_reward gave 7 scores for 8 completions; it has to give a",
         ),
     ],
 )
@@ -172,6 +179,51 @@ def test_a_wrong_score_is_named_and_costs_no_step(tmp_path, sft_run, capsys, fai
     assert saved_steps(tmp_path) == [2]
 
 
+def test_a_function_that_ends_the_process_does_not_end_the_run_with_status_0(tmp_path, monkeypatch):
+    original = SamplingStage.observe
+
+    def leaving(self, output):
+        return (
+            original(self, output) if self.calls.append(1) or len(self.calls) != 2 else sys.exit(0)
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingStage, "calls", [], raising=False)
+        patch.setattr(SamplingStage, "observe", leaving)
+        assert message(counting.train, tmp_path, SamplingStage) == (
+            "A function or a module that the settings name called sys.exit(0), which ends the "
+            "command before its work is done; let it raise an error, or return."
+        )
+    assert saved_steps(tmp_path) == [2]
+
+
+def test_a_module_that_ends_the_process_is_an_error_of_every_command(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_set_up_logging", lambda: None)
+    kind = config.GenerateConfig
+    assert terminal.run_command("rlhf generate", kind, lambda settings: sys.exit(0), []) == 2
+    assert capsys.readouterr().err.startswith("error: A function or a module that the settings")
+
+
+PIPED = """
+    import sys
+    from rlhf_jax.runtime.commands import terminal
+    from tests.runtime.run import counting
+
+    sys.exit(terminal.run(lambda: counting.train(sys.argv[1]), trains=True))
+"""
+
+
+def test_a_run_whose_output_is_closed_is_saved_and_has_a_status_of_its_own(tmp_path, counting_run):
+    command = [sys.executable, "-c", textwrap.dedent(PIPED), str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    process.stderr.close()
+    assert process.wait() == 141
+    assert len(saved_steps(tmp_path)) == 1
+    assert not (tmp_path / "hf").exists()
+    counting.train(tmp_path)
+    small.assert_same_run(counting_run, tmp_path)
+
+
 def test_an_error_in_a_reward_function_keeps_its_traceback_and_the_run_goes_on(tmp_path, sft_run):
     def divide(scores):
         return [score / 0 for score in scores]
@@ -179,7 +231,8 @@ def test_an_error_in_a_reward_function_keeps_its_traceback_and_the_run_goes_on(t
     with pytest.raises(ZeroDivisionError) as raised:
         train_ppo(without_evaluation(tmp_path / "parts", sft_run), failing_at(4, divide))
     assert raised.traceback[-1].path == raised.traceback[-2].path  # our file, not the library's
-    assert raised.value.__notes__ == ["This was raised by my_reward, which was to score 8 texts."]
+    note = "my_reward raised this; it is called as f(prompts, completions, **columns)."
+    assert raised.value.__notes__ == [note]
     assert saved_steps(tmp_path / "parts") == [3]
     train_ppo(without_evaluation(tmp_path / "parts", sft_run), small.short_response)
     train_ppo(without_evaluation(tmp_path / "full", sft_run), small.short_response)
@@ -260,6 +313,14 @@ def test_a_full_disk_under_a_checkpoint(small_disk, counting_run):
     resize("30m")
     counting.train(folder / "run")
     small.assert_same_run(counting_run, folder / "run")
+
+
+def test_writes_that_were_given_up_print_nothing(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    for text in ("Event loop is closed", "another one"):
+        terminal._unraisable(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(raised.exc_value) for raised in printed] == ["another one"]
 
 
 def test_a_disk_that_fills_under_a_later_checkpoint_leaves_the_one_before(small_disk, counting_run):

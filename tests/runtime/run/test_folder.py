@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.run import folder
+from tests.runtime.run import counting
 
 
 def write_steps(path, steps, tail=b""):
@@ -106,6 +107,7 @@ def test_an_evaluation_after_a_restart_is_merged_into_its_step(tmp_path):
 def test_a_run_is_finished_when_its_model_and_its_report_are_there(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").touch()
-    assert not folder.is_finished(tmp_path)
+    config = counting.Config(run_dir=str(tmp_path))
+    assert not folder.is_finished(config)
     (tmp_path / "report.html").touch()
-    assert folder.is_finished(tmp_path)
+    assert folder.is_finished(config)

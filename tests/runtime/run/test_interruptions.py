@@ -279,8 +279,26 @@ def test_a_run_continues_from_before_a_damaged_checkpoint(stopped, counting_run,
     assert steps_of(stopped) == ["2", "4", "bad-3"]
 
 
-def test_another_configuration_is_named_without_config_yaml_too(stopped):
-    (stopped / "config.yaml").unlink()
+def test_a_renamed_checkpoint_is_named_and_continues_under_its_own_name(stopped, counting_run):
+    folder = stopped / "checkpoints"
+    (folder / "3").rename(folder / "999")
+    with pytest.raises(InputError) as raised:
+        counting.train(stopped)
+    assert str(raised.value) == (
+        f"{folder}/999 holds the checkpoint of step 3: rename it to 3, or move it away, to "
+        "continue."
+    )
+    (folder / "999").rename(folder / "3")
+    counting.train(stopped)
+    small.assert_same_run(counting_run, stopped)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_configuration_is_named_without_config_yaml_too(stopped, caplog, damaged):
+    if damaged:
+        (stopped / "config.yaml").write_text("a:\n\tb")
+    else:
+        (stopped / "config.yaml").unlink()
     with pytest.raises(InputError) as raised:
         counting.train(stopped, rate=0.25)
     assert str(raised.value).startswith(
@@ -288,6 +306,7 @@ def test_another_configuration_is_named_without_config_yaml_too(stopped):
         "here; choose another --run_dir, or"
     )
     assert steps_of(stopped) == ["2", "3"]
+    assert ("config.yaml is damaged (while scanning" in caplog.text) == damaged
 
 
 # --- the best ------------------------------------------------------------------------------------
@@ -315,7 +334,7 @@ def test_the_best_model_is_exported_and_known_after_a_restart(
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == np.asarray(saved).tobytes()
     metadata = json.loads((tmp_path / "checkpoints" / "4" / "_CHECKPOINT_METADATA").read_text())
     record = metadata["custom_metadata"]["rlhf_jax"]["record"]
-    assert record.keys() == {"step", "stage", "config", "arrays"}
+    assert record.keys() == {"step", "stage", "config", "fingerprints", "arrays"}
     uninterrupted = small.metrics_by_step(counting_run)
     assert all(uninterrupted[each].items() <= steps[each].items() for each in uninterrupted)
 

@@ -1,6 +1,8 @@
 """A run that was stopped and started again equals one that was not, bit for bit."""
 
 import collections
+import contextlib
+import dataclasses
 import functools
 import os
 import shutil
@@ -17,6 +19,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.run.settings import LoggingSettings
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
@@ -190,6 +193,81 @@ def test_another_reference_than_before_is_refused(tmp_path, monkeypatch, sft_run
     save_pretrained(policy / "hf", model, params)
     with pytest.raises(InputError, match="is not the one that the run in .* began with"):
         train_ppo(config)
+
+
+def test_a_finished_run_is_extended_and_equals_a_longer_one(tmp_path, counting_run, capsys):
+    counting.train(tmp_path / "long", steps=6)
+    shutil.copytree(counting_run, tmp_path / "short")
+    capsys.readouterr()
+    counting.train(tmp_path / "short", steps=6)
+    assert capsys.readouterr().err.startswith(
+        "counting: continuing from step 4 of 6; steps is 6 now and was 4; from here on the linear "
+        "schedule is that of the new length\n"
+    )
+    small.assert_same_run(tmp_path / "long", tmp_path / "short", step=6)
+    counting.train(tmp_path / "short", steps=6)
+    assert "is complete; nothing is left to do." in capsys.readouterr().err
+    with pytest.raises(InputError) as raised:
+        counting.train(tmp_path / "short", steps=5)
+    assert str(raised.value) == (
+        f"The run in {tmp_path}/short has taken 6 steps already, but is to end at step 5; set steps"
+        " higher, or choose another --run_dir."
+    )
+
+
+def test_an_extension_that_was_interrupted_is_not_complete(tmp_path, monkeypatch, counting_run):
+    shutil.copytree(counting_run, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(counting.CountingStage, "__init__", lambda *args: 1 / 0)  # while it loads
+        with pytest.raises(ZeroDivisionError):
+            counting.train(tmp_path / "run", steps=6)
+    with monkeypatch.context() as patch:
+        small.interrupt_in(patch, counting.CountingStage, "step", 1)
+        with pytest.raises(loop.Interrupted, match="after step 5 of 6"):
+            counting.train(tmp_path / "run", steps=6)
+    counting.train(tmp_path / "run", steps=6)
+    assert small.rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
+
+
+def test_the_learning_rate_of_an_extended_run_is_that_of_the_longer_one(tmp_path):
+    """With a constant schedule bit for bit."""
+    epochs = {"short": 0.5, "long": 1.0}
+    config = {name: small.sft(tmp_path / name, sft={"num_epochs": epochs[name]}) for name in epochs}
+    for each in config.values():
+        each["optimizer"] = {"schedule": "constant"}
+    train_sft(config["long"])
+    train_sft(config["short"])
+    train_sft({**config["long"], "run_dir": str(tmp_path / "short")})
+    small.assert_same_run(tmp_path / "long", tmp_path / "short")
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_other_data_than_before_are_named(tmp_path, monkeypatch, interrupted):
+    with monkeypatch.context() as patch:
+        if interrupted:
+            small.interrupt_in(patch, counting.CountingStage, "step", 2)
+        with pytest.raises(loop.Interrupted) if interrupted else contextlib.nullcontext():
+            counting.train(tmp_path)
+    monkeypatch.setattr(counting, "EXAMPLES", 25)
+    with pytest.raises(InputError) as raised:
+        counting.train(tmp_path)
+    assert str(raised.value) == (
+        f"The data in counting changed since the run in {tmp_path} began: the number of examples "
+        "was 5 then and is 25 now; put it back, or choose another --run_dir to start anew."
+    )
+
+
+def test_a_complete_run_whose_data_are_gone_says_that_they_were_not_compared(counting_run, capsys):
+    def missing():
+        raise InputError("There is no file data.jsonl.")
+
+    config = counting.Config(run_dir=str(counting_run))
+    config = dataclasses.replace(config, logging=LoggingSettings(**small.LOGGING))
+    loop.run(lambda: 1 / 0, config, missing)
+    assert capsys.readouterr().err == (
+        f"{counting_run} is complete; nothing is left to do. Its data were not compared: There is "
+        "no file data.jsonl.\n"
+    )
 
 
 def test_sigkill_costs_the_steps_since_the_last_checkpoint(tmp_path, counting_run):
