@@ -126,6 +126,8 @@ class ScoredRollout(NamedTuple):
       ref_logprobs: f32[B, T], of the reference, likewise.
       values: f32[B, T], of the state in which each token was chosen; None without a value model.
       scores: f32[B], one number for each response, penalised, clipped and scaled.
+      advantages: f32[B, T], as the policy loss reads them; None before they are computed, and from
+        trainers without any of tokens.
     """
 
     prompts: jax.Array
@@ -136,3 +138,4 @@ class ScoredRollout(NamedTuple):
     ref_logprobs: jax.Array
     values: jax.Array | None
     scores: jax.Array
+    advantages: jax.Array | None = None

@@ -11,7 +11,7 @@ import numpy as np
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64, "dropout": 0.1}
 TOKENIZER = {"vocab_size": 300}
 # Something is evaluated, sampled and saved on the way, and again at the end, after four steps.
-LOGGING = {"tensorboard": False, "eval_every": 2, "samples_every": 2, "num_samples": 2}
+LOGGING = {"eval_every": 2, "samples_every": 2, "num_samples": 2}
 STEPS = 4
 
 

@@ -33,6 +33,7 @@ RUNTIME_ROOMS = (
     "parsing",
     "run",
     "help",
+    "inherit",
     "config",
     "program",
     "loading",

@@ -52,7 +52,7 @@ BATCH = {
         "response_length": 16,
     },
 }
-LOGGING = {"tensorboard": False, "num_samples": 2}
+LOGGING = {"num_samples": 2}
 
 WORDS = ("tea", "chess", "trees", "trains", "bread", "rain", "maps", "cats")
 POSTS = [

@@ -19,7 +19,14 @@ from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime.evaluation.settings import CommandEvaluationSettings, EvaluationSettings
 from rlhf_jax.runtime.help import help_text
-from rlhf_jax.runtime.parsing import build, checked_section, read_values, split_flags, to_yaml
+from rlhf_jax.runtime.inherit import with_data_of_run
+from rlhf_jax.runtime.parsing import (
+    build,
+    checked_section,
+    read_values,
+    split_flags,
+    to_yaml,
+)
 from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.run.settings import CheckpointSettings, LoggingSettings
 from rlhf_jax.training.ppo_settings import Settings as PPOSettings
@@ -49,6 +56,11 @@ class CommandConfig:
         if not 0 <= self.seed < 2**32:  # JAX's keys of other seeds are those of seed modulo 2^32
             raise InputError(f"seed must be from 0 to 2^32 - 1, but is {self.seed}.")
         checks.check_finite(self)
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Given values, with those laid under them that follow from other files."""
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,13 +210,21 @@ class GenerateConfig(CommandConfig):
     """Responses of a model to prompts, as JSON lines.
 
     Attributes:
-      prompt: one prompt to answer; where given, `data` is not read.
+      data: settings that are not given are those of the run whose model is opened.
+      prompt: one prompt to answer; where given, no data set is read.
       output: a JSONL file to write; null writes to standard output.
     """
 
+    # The length of prompts is bounded by the positions of the model, unless it is set.
+    data: DataSettings = DataSettings(max_prompt_length=2**20)
     generation: GenerationSettings = GenerationSettings()
     prompt: str | None = None
     output: str | None = None
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With the section `data` of the model's run."""
+        return with_data_of_run(values, "path", quiet="prompt" in values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +237,7 @@ class EvaluateConfig(CommandConfig):
         responses of `model.path`, against those of `model.reference_path` where given, by the
         score, the gold score, a judge and ROUGE, and the best of several. The KL is that of the
         unfiltered distributions, also where top-k, top-p or greedy decoding sampled.
+      data: settings that are not given are those of the run whose model is opened.
       rewards: sources of scores, beside `model.reward_path` and added up; for "policy".
       run_dir: the folder that `evaluation.json` and the report are written to.
     """
@@ -226,6 +247,12 @@ class EvaluateConfig(CommandConfig):
     generation: GenerationSettings = GenerationSettings()
     evaluation: CommandEvaluationSettings = CommandEvaluationSettings()
     run_dir: str = "runs/evaluation"
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With the section `data` of the run of the model that is evaluated."""
+        name = "reward_path" if values.get("kind") == "pairs" else "path"
+        return with_data_of_run(values, name)
 
 
 def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -237,7 +264,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     if "help" in flags.switches:
         sys.stdout.write(help_text(kind, "COMMAND"))
         raise SystemExit(0)
-    config = build(kind, read_values(kind, flags))
+    config = _built(kind, read_values(kind, flags))
     if "print_config" in flags.switches:
         sys.stdout.write(to_yaml(config))
         raise SystemExit(0)
@@ -250,4 +277,10 @@ def resolve(kind: type[Config], config: Config | str | os.PathLike | Mapping[str
         return config
     if isinstance(config, (str, os.PathLike)):
         return parse(kind, ["--config", os.fspath(config)])
-    return build(kind, checked_section(config, "The configuration"))
+    return _built(kind, checked_section(config, "The configuration"))
+
+
+def _built(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    if issubclass(kind, CommandConfig):
+        values = kind.completed(values)
+    return build(kind, values)

@@ -88,7 +88,8 @@ def checked_path(key: str, value: Any) -> str:
             raise InputError(f"{key} is {shown(text)}, but a path has no NUL characters.")
         if separator and scheme not in ADDRESSES:
             names = ", ".join(f"{each}://" for each in ADDRESSES)
-            raise InputError(f"{key} is {text}: give a local path, or an address of {names}.")
+            local = "a path or hub name" if key.endswith("path") else "a local path"
+            raise InputError(f"{key} is {text}: give {local}, or an address of {names}.")
     return text
 
 

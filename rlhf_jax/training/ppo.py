@@ -199,13 +199,14 @@ def make_update_step(
             score_stats=state.score_stats,
             values=functools.partial(response_values, settings, value_model, state.params),
         )
+        targets = _make_targets(settings, experience)
         params, opt_state, update_metrics = run_epochs(
             functools.partial(_loss, model, value_model, settings, state),
             _count,
             optimizer,
             state.params,
             state.opt_state,
-            _make_targets(settings, experience),
+            targets,
             key,
             num_epochs=settings.num_ppo_epochs,
             num_minibatches=settings.num_mini_batches,
@@ -218,7 +219,8 @@ def make_update_step(
         new_state = PPOState(
             state.step + 1, params, opt_state, kl_coef, state.frozen, score_stats, penalty_coef
         )
-        return new_state, {**metrics, **update_metrics, **penalty}, experience.rollout
+        scored = experience.rollout._replace(advantages=targets.advantages)
+        return new_state, {**metrics, **update_metrics, **penalty}, scored
 
     return update_step
 

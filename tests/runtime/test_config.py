@@ -274,7 +274,8 @@ def test_a_seed_has_a_key_of_its_own(seed):
 @pytest.mark.parametrize("key", ["run_dir", "model.path", "data.path", "tokenizer.path", "config"])
 def test_a_path_is_one_that_can_be_opened(key, written):
     value = "http://x/y"
-    said = f"is {value}: give a local path, or an address of gs://, s3://, az://, hf://."
+    local = "a path or hub name" if key.endswith("path") else "a local path"
+    said = f"is {value}: give {local}, or an address of gs://, s3://, az://, hf://."
     assert message(parse, PPOConfig, [f"--{key}", value]).endswith(f"{key} {said}")
     if key != "config":
         section, _, name = key.rpartition(".")

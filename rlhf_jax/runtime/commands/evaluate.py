@@ -25,19 +25,20 @@ from rlhf_jax.models.special_tokens import with_special_tokens
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
+from rlhf_jax.runtime.commands.generate import check_output
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.evaluation import policies, teacher_forced
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
-from rlhf_jax.runtime.evaluation.pairs import pair_evaluation, score_pairs
+from rlhf_jax.runtime.evaluation.pairs import curve_table, pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
 from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
-from rlhf_jax.runtime.parsing import to_yaml
-from rlhf_jax.runtime.report.content import format_table, holds_config_of_a_run
 from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.report.stages import holds_config_of_a_run
+from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
-from rlhf_jax.runtime.run.folder import disk_errors, replace_file
+from rlhf_jax.runtime.run.folder import config_text, disk_errors, replace_file
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
       InputError: one sentence about what is wrong with the configuration or the data.
     """
     config = resolve(EvaluateConfig, config)
+    if sys.stdout is not None:
+        check_output(None, "redirect it to a file that can be written")
     kinds = {"text": _evaluate_text, "pairs": _evaluate_pairs, "policy": _evaluate_policy}
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)
@@ -64,7 +67,8 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
         evaluation = kinds[config.kind](config)
     _save_config(config)
     policies.save_evaluation(config.run_dir, evaluation)
-    print(format_table(evaluation["table"]))
+    curves = curve_table(evaluation) if config.kind == "pairs" else []
+    print(format_table([*evaluation["table"], *curves]))
     print(f"evaluation: the report is in {write_report(config.run_dir)}", file=sys.stderr)
     return evaluation
 
@@ -75,7 +79,7 @@ def _save_config(config: EvaluateConfig) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not holds_config_of_a_run(folder):
-            replace_file(folder / "config.yaml", to_yaml(config).encode())
+            replace_file(folder / "config.yaml", config_text(config).encode())
 
 
 def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:

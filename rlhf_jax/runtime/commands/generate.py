@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import json
+import os
+import re
+import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -20,9 +26,14 @@ from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import GenerateConfig, resolve
 from rlhf_jax.runtime.evaluation.responses import Responder
+from rlhf_jax.runtime.run.folder import is_remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+# Characters that a terminal obeys or that UTF-8 lacks; JSON has escapes for them.
+_UNSAFE = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
 def run_generate(config: GenerateConfig | str | Mapping[str, object]) -> int:
@@ -37,38 +48,30 @@ def run_generate(config: GenerateConfig | str | Mapping[str, object]) -> int:
     config = resolve(GenerateConfig, config)
     if config.model.path is None:
         raise InputError("generate needs a model: give --model.path a folder or hub name.")
+    check_output(config.output)
     tokenizer = loading.choose_tokenizer(config.tokenizer, config.model.path, list)
     key = jax.random.key(config.seed)
     mesh = make_mesh(config.mesh)
     model, params = loading.load_model(config.model, tokenizer, key, mesh)
     model.check_mesh(mesh)
     check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
-    responder = Responder(model, tokenizer, config.generation, config.data.prompt_suffix)
+    data = config.data
+    responder = Responder(
+        model, tokenizer, config.generation, data.prompt_suffix, data.max_prompt_length
+    )
     prompts = _prompts(config, tokenizer)
-    lines = _lines(responder, mesh, params, prompts, key)
-    if config.output is None:
-        sys.stdout.writelines(lines)
-        return len(prompts)
-    output = epath.Path(config.output)
-    try:
-        with output.open("w") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {output}: {error.strerror or error}; give --output a file that can "
-            "be written."
-        ) from error
+    write_lines(config.output, _entries(responder, mesh, params, prompts, key))
     return len(prompts)
 
 
-def _lines(
+def _entries(
     responder: Responder, mesh: Mesh, params: Params, prompts: Sequence[str], key: jax.Array
-) -> Iterator[str]:
-    """One line of JSON for each prompt, as the responses are ready."""
+) -> Iterator[dict[str, str]]:
+    """Each prompt with its response, as the responses are ready."""
     with jax.set_mesh(mesh):
         texts = (text for batch in responder.batches(params, prompts, key) for text in batch)
         for prompt, response in zip(prompts, texts, strict=True):
-            yield json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n"
+            yield {"prompt": prompt, "response": response}
 
 
 def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -77,3 +80,74 @@ def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> list
     train, held_out = load_examples(config.data, "prompts")
     examples = enumerate(held_out or train, 1)
     return [prompt_text(example, number, tokenizer) for number, example in examples]
+
+
+REMEDY = "give --output a file that can be written"
+
+
+def check_output(path: str | None, remedy: str = REMEDY) -> None:
+    """Raises an InputError if the file, or standard output for None, cannot be written."""
+    if path is not None and is_remote(epath.Path(path)):
+        return
+    try:
+        if path is not None:
+            with open(path, "ab") as file:
+                _check(file.fileno())
+        elif sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        else:
+            _check(sys.stdout.fileno())
+    except io.UnsupportedOperation:
+        return  # standard output is no file, but an object in Python
+    except OSError as error:
+        raise _cannot_write(path, error, remedy) from error
+
+
+def _check(descriptor: int) -> None:
+    """Raises an OSError if no byte can be written: a device says so, a file by its disk."""
+    os.write(descriptor, b"")
+    if stat.S_ISREG(os.fstat(descriptor).st_mode) and hasattr(os, "fstatvfs"):
+        disk = os.fstatvfs(descriptor)
+        if disk.f_blocks > 0 and disk.f_bfree == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def write_lines(path: str | None, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Writes each entry as a line of JSON when it comes, to a file in UTF-8 or to standard output.
+
+    Where the encoding of standard output lacks a character, its JSON escape is written.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        if path is None:
+            ascii_only = codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"
+            for entry in entries:
+                sys.stdout.write(json_line(entry, ascii_only))
+                sys.stdout.flush()
+            return
+        target = epath.Path(path)
+        with target.open("w") if is_remote(target) else open(path, "w", encoding="utf-8") as file:
+            file.writelines(map(json_line, entries))
+    except BrokenPipeError:
+        raise  # the reader, such as `head`, wants no more
+    except OSError as error:
+        if path is None:  # else the interpreter tries again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _cannot_write(path, error) from error
+
+
+def json_line(entry: Mapping[str, Any], ascii_only: bool = False) -> str:
+    r"""A line of JSON without control characters.
+
+    >>> json_line({"a": "\u00e9\x9b"}), json_line({"a": "\u00e9"}, ascii_only=True)
+    ('{"a": "é\\u009b"}\n', '{"a": "\\u00e9"}\n')
+    """
+    text = json.dumps(entry, ensure_ascii=ascii_only)
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def _cannot_write(path: str | None, error: OSError, remedy: str = REMEDY) -> InputError:
+    name = "standard output" if path is None else path
+    return InputError(f"cannot write to {name}: {error.strerror or error}; {remedy}.")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax import runtime, training
 from rlhf_jax.runtime import config
-from rlhf_jax.runtime.commands import compile_for, pairs, terminal
+from rlhf_jax.runtime.commands import compile_for, pairs, report, terminal
 from rlhf_jax.training.trainer import Trainer
 
 WIDTH = 80
@@ -83,6 +83,7 @@ def all_commands() -> list[Command]:
             compile_for.main,
         ),
         Command("pairs", "preference pairs from texts with labels, or from prompts", pairs.main),
+        Command("report", "the page of a run, or one page of several runs", report.main),
     ]
 
 

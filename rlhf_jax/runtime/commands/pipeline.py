@@ -23,8 +23,8 @@ from rlhf_jax.runtime.config import (
 )
 from rlhf_jax.runtime.evaluation.policies import read_evaluation, save_evaluation
 from rlhf_jax.runtime.loading import check_reward, choose_tokenizer, shares_tokens
-from rlhf_jax.runtime.report.content import format_table
 from rlhf_jax.runtime.report.page import write_report
+from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources
 from rlhf_jax.runtime.run.folder import claim_run_dir, disk_errors, is_finished

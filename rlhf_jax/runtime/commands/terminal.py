@@ -1,8 +1,10 @@
 """Help, configuration, and errors in one line with an exit status, for all commands."""
 
+import io
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 import traceback
@@ -44,8 +46,9 @@ def run_command(
 
         settings: Any = config.parse(kind, argv)
         from rlhf_jax.runtime.commands.compilation_cache import keep_compiled
-        from rlhf_jax.runtime.run import signals
+        from rlhf_jax.runtime.run import folder, signals
 
+        folder.COMMAND.set(shlex.join([*name.split(), *argv]))
         keep_compiled()
         try:
             work(settings)
@@ -95,6 +98,8 @@ def run(work: Callable[[], object], *, trains: bool = False) -> int:
     from rlhf_jax.runtime.run.signals import Terminated
 
     _set_up_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # tables have dashes that ASCII lacks
     sys.path.append(os.getcwd())  # for functions that settings name
     try:
         work()

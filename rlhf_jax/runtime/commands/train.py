@@ -10,7 +10,7 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.runtime.config import RunConfig, config_of, resolve, trainer_named
 from rlhf_jax.runtime.evaluation.policies import read_evaluation
-from rlhf_jax.runtime.report.content import format_table
+from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult

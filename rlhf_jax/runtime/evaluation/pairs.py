@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -65,14 +65,9 @@ def pair_evaluation(pairs: ScoredPairs) -> dict[str, Any]:
     metrics["num_pairs"] = float(len(pairs.differences))
     curve = diagnostics.calibration(pairs.differences)
     lengths = diagnostics.accuracy_by_length(pairs.differences, pairs.length_differences)
-    values = {_NAMES.get(key, key): value for key, value in metrics.items()}
-    for c in curve:
-        values[f"right, confidence {c.low:.2f} to {c.high:.2f} ({c.num_pairs} pairs)"] = c.correct
-    for b in lengths:
-        values[f"accuracy, preferred one {_range(b)} ({b.num_pairs} pairs)"] = b.accuracy
     return {
         "metrics": metrics,
-        "table": [{"metric": name, "after": value} for name, value in values.items()],
+        "table": [{"metric": _NAMES.get(key, key), "after": x} for key, x in metrics.items()],
         "samples": [],
         "pairs": {
             "calibration": [b._asdict() for b in curve],
@@ -81,7 +76,20 @@ def pair_evaluation(pairs: ScoredPairs) -> dict[str, Any]:
     }
 
 
+def curve_table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The two curves of `pair_evaluation` as entries of a table for a terminal."""
+    values = {}
+    for each in evaluation["pairs"]["calibration"]:
+        b = diagnostics.CalibrationBin(**each)
+        values[f"right, confidence {b.low:.2f} to {b.high:.2f} ({b.num_pairs} pairs)"] = b.correct
+    for each in evaluation["pairs"]["lengths"]:
+        c = diagnostics.LengthBin(**each)
+        values[f"accuracy, preferred one {_range(c)} ({c.num_pairs} pairs)"] = c.accuracy
+    return [{"metric": name, "after": value} for name, value in values.items()]
+
+
 _NAMES = {
+    "loss": "loss (nats per pair)",
     "margin": "mean margin",
     "calibration_error": "expected calibration error",
     "longer_wins": "accuracy of the rule that longer wins",

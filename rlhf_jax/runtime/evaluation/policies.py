@@ -269,7 +269,7 @@ def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
     return {
         "metrics": {**comparison.metrics, "num_prompts": len(before.prompts)},
         "table": table_of(comparison),
-        "samples": _entries(samples, num_samples),
+        "samples": first_entries(samples, num_samples),
     }
 
 
@@ -288,11 +288,11 @@ def evaluation_of_one(responses: EvaluatedResponses, num_samples: int) -> dict[s
         "table": [
             {"metric": _NAMES.get(name, "prompts"), "after": x} for name, x in metrics.items()
         ],
-        "samples": _entries(samples, num_samples),
+        "samples": first_entries(samples, num_samples),
     }
 
 
-def _entries(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def first_entries(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """The first `count` entries of columns of texts and numbers, null where a column is None."""
     return [
         {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -45,10 +45,58 @@ def sampler(
     return sample
 
 
+def token_entries(
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Any,
+    mask: Any,
+    measures: Mapping[str, Any],
+    count: int,
+) -> list[dict[str, list[Any]]]:
+    """{"text": of each token, NAME: a number for each token} of the first responses.
+
+    Args:
+      tokens, mask: i32[B, T] and bool[B, T], NumPy arrays.
+      measures: f32[B, T] each; those that are None are left out.
+    """
+    entries = []
+    for index in range(min(count, len(tokens))):
+        real = mask[index]
+        numbers: dict[str, list[Any]] = {
+            name: [float(f"{x:.4g}") for x in values[index][real].tolist()]
+            for name, values in measures.items()
+            if values is not None
+        }
+        entries.append({"text": token_texts(tokenizer, tokens[index][real].tolist()), **numbers})
+    return entries
+
+
+def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
+    """The text of each token, special ones included; together they are the text of all.
+
+    Of a character in several tokens the last one has the text, and the others have none.
+    """
+
+    def decoded(sequences: list[Sequence[int]]) -> list[str]:
+        return tokenizer.batch_decode(sequences, clean_up_tokenization_spaces=False)
+
+    texts, (full,) = decoded([[each] for each in ids]), decoded([ids])
+    if "".join(texts) == full:
+        return texts
+    texts, done = [], 0
+    for text in decoded([ids[:end] for end in range(1, len(ids) + 1)]):
+        complete = text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not complete
+        texts.append(complete[done:])
+        done = max(done, len(complete))
+    if texts:
+        texts[-1] += full[done:]
+    return texts
+
+
 class Responder:
     """Responses of a model to texts; one compiled program for all batches of a call.
 
-    Prompts that are too long are cut before the `prompt_suffix` of the section `data`.
+    Prompts that exceed the positions of the model, or `max_prompt_length`, lose their left end, or
+    their right end before `prompt_suffix`.
 
     Raises:
       InputError: the response alone would fill all positions of the model.
@@ -60,15 +108,17 @@ class Responder:
         tokenizer: PreTrainedTokenizerFast,
         settings: GenerationSettings,
         prompt_suffix: str | None = None,
+        max_prompt_length: int | None = None,
     ) -> None:
-        max_prompt_length = model.config.n_positions - settings.max_new_tokens
-        if max_prompt_length < 1:
+        room = model.config.n_positions - settings.max_new_tokens
+        if room < 1:
             raise InputError(
                 f"generation.max_new_tokens = {settings.max_new_tokens} leaves no room for a "
                 f"prompt in the model's n_positions = {model.config.n_positions}; shorten it."
             )
         self.tokenizer, self.batch_size = tokenizer, settings.batch_size
-        self.data = DataSettings(max_prompt_length=max_prompt_length, prompt_suffix=prompt_suffix)
+        length = room if max_prompt_length is None else min(room, max_prompt_length)
+        self.data = DataSettings(max_prompt_length=length, prompt_suffix=prompt_suffix)
         self._respond = jax.jit(sampler(model, settings))
 
     def __call__(self, params: Params, prompts: Sequence[str], key: jax.Array) -> list[str]:

@@ -4,6 +4,7 @@ Paths have coordinates in a square of 1000 x 1000 units, which the page stretche
 labels are placed in percent. So lines stay sharp and text keeps its size on any screen.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -27,18 +28,20 @@ class Series(NamedTuple):
       label: in the legend.
       points: in the order of x, for a line.
       last: the value in the legend; None: that of the last finite point.
+      colour: its number; None: the place among the series of the chart.
     """
 
     label: str
     points: Sequence[Point]
     last: str | None = None
+    colour: int | None = None
 
 
 class Curve(NamedTuple):
     """A series as drawn, of SVG paths in the square of `SIDE`; "" where one is not drawn.
 
     Attributes:
-      label, last: name and value in the legend.
+      label, last, colour: name, value and number of the colour in the legend.
       path: the main line, or the dots.
       raw: the values behind a smoothed main line.
       trend: the smoothed line through dots.
@@ -47,6 +50,7 @@ class Curve(NamedTuple):
 
     label: str
     last: str
+    colour: int
     path: str
     raw: str = ""
     trend: str = ""
@@ -59,7 +63,7 @@ class Chart(NamedTuple):
     Attributes:
       title: of the chart.
       note: unit or explanation, one line.
-      curves: in the order of their colours.
+      curves: the lines, or dots.
       x_ticks, y_ticks: (percent from the left or the top, text).
       x_label: the name of the horizontal axis.
       data: JSON for the tooltip: `x` and `y` ranges and the points of each series.
@@ -92,7 +96,11 @@ def chart_of(
       dots: dots with a smoothed line through them.
     """
     finite = [[point for point in each.points if _is_finite(point)] for each in series]
-    shown = [(each, points) for each, points in zip(series, finite, strict=True) if points]
+    shown = [
+        (each._replace(colour=place if each.colour is None else each.colour), points)
+        for place, (each, points) in enumerate(zip(series, finite, strict=True))
+        if points
+    ]
     if not shown:
         return None
     x_range = _padded([x for _, points in shown for x, _ in points], 0.03 if dots else 0.0)
@@ -100,7 +108,14 @@ def chart_of(
     data = {
         "x": x_range,
         "y": y_range,
-        "series": [{"label": s.label, "points": _rounded(thin(points))} for s, points in shown],
+        "series": [
+            {
+                "label": each.label,
+                "colour": (each.colour or 0) % 8,
+                "points": _rounded(thin(points)),
+            }
+            for each, points in shown
+        ],
     }
     return Chart(
         title=title,
@@ -173,15 +188,16 @@ def _curve(series: Series, x_range: Point, y_range: Point, dots: bool) -> Curve:
     last = series.last
     if last is None:
         last = short_number([point for point in series.points if _is_finite(point)][-1][1])
+    curve = functools.partial(Curve, series.label, last, series.colour or 0)
     span = max(1.5, len(points) / 40)
     if dots:
         points.sort()
         trend = _line(_smoothed(points, 2 * span)) if len(points) >= 8 else ""
-        return Curve(series.label, last, _dots(thin(points)), trend=trend)
+        return curve(_dots(thin(points)), trend=trend)
     if len(points) < SMOOTH_FROM:
         lone = [run[0] for run in _runs(placed) if len(run) == 1]
-        return Curve(series.label, last, _line(placed), lone=_dots(lone))
-    return Curve(series.label, last, _line(_smoothed(points, span)), raw=_line(thin(points)))
+        return curve(_line(placed), lone=_dots(lone))
+    return curve(_line(_smoothed(points, span)), raw=_line(thin(points)))
 
 
 def _place(point: Point, x_range: Point, y_range: Point) -> Point:

@@ -1,4 +1,4 @@
-"""`report.html`: the results of a run on one self-contained page.
+"""`report.html`: the results of a run, or of several side by side, on one self-contained page.
 
 The page is written from the files of the run folder alone (`metrics.jsonl`, `samples.jsonl`,
 `config.yaml`, `evaluation.json`), so that it can be written again at any time, also for a run that
@@ -9,20 +9,31 @@ contains.
 
 import base64
 import contextlib
-import datetime
 import hashlib
 import importlib.metadata
 import importlib.resources
 import os
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
+import markupsafe
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.report import content
+from rlhf_jax.runtime.report.comparison import (
+    differing_settings,
+    headline_table,
+    run_names,
+    steps_of,
+)
+from rlhf_jax.runtime.report.header import Fact, facts_of_run, linked_files, utc
 from rlhf_jax.runtime.report.plots import best_of_charts, pair_charts
+from rlhf_jax.runtime.report.samples import evaluation_samples
+from rlhf_jax.runtime.report.stages import compared_stages, read_log, stage_folders, stage_of
+from rlhf_jax.runtime.report.tables import evaluation_table, read_evaluation
+from rlhf_jax.runtime.report.values import file_text
 from rlhf_jax.runtime.run.folder import disk_errors, replace_file
 
 PACKAGES = (
@@ -52,48 +63,100 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
     Raises:
       InputError: there is no such folder, or it cannot be written.
     """
-    folder = epath.Path(run_dir)
-    if not folder.is_dir():
-        raise InputError(f"there is no run folder {run_dir}; give the --run_dir of a run")
-    notes: list[str] = []
-    places = content.stage_folders(folder)
-    evaluations = {
-        each: content.read_evaluation(each / "evaluation.json", notes)
-        for each in (folder, *(place for _, place in places))
-    }
-    stages = [content.read_stage(*place, evaluations[place[1]], notes) for place in places]
-    evaluation = evaluations[folder]
-    table, samples = evaluation.get("table", []), evaluation.get("samples", [])
-    page = _template().render(
+    folder, notes = _run_folder(run_dir), list[str]()
+    evaluation = read_evaluation(folder / "evaluation.json", notes)
+    table = evaluation_table(evaluation)
+    logs, stages = [read_log(*place, notes) for place in stage_folders(folder)], []
+    for log in logs:
+        key, own, own_table = "run", evaluation, []
+        if log.folder != folder:
+            key, own = log.trainer.name, read_evaluation(log.folder / "evaluation.json", notes)
+            own_table = evaluation_table(own)
+        stages.append(stage_of(log, key, own, own_table if own_table != table else [], notes))
+    samples = evaluation.get("samples", [])
+    of_two = len(table[0]) > 2 if table else not any("response" in entry for entry in samples)
+    page = _render(
         title=folder.name,
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        facts=facts_of_run(folder, logs),
         notes=notes,
         tiles=[tile for stage in stages for tile in stage.tiles],
         tradeoff=next((stage.tradeoff for stage in stages if stage.tradeoff), None),
         curves=(*best_of_charts(evaluation), *(() if stages else pair_charts(evaluation))),
-        table=content.table_cells(table) if table else [],
-        table_title="Evaluation" if content.is_of_one(table) else "Before and after",
-        metrics=content.metric_cells(evaluation),
-        samples=[content.evaluation_sample(entry) for entry in samples[: content.MAX_SAMPLES]],
-        samples_title="Samples before and after" if content.are_of_two(samples) else "Samples",
+        tables={"Before and after" if of_two else "Evaluation": table} if table else {},
+        samples=evaluation_samples(samples),
+        samples_title="Samples before and after" if of_two else "Samples",
         samples_total=len(samples),
         stages=stages,
-        configs=_configs(folder, [place for _, place in places]),
-        versions=_versions(),
+        configs=_configs(folder, [log.folder for log in logs]),
     )
-    path = folder / "report.html"
-    with disk_errors(folder):
+    return _write(folder / "report.html", page)
+
+
+def write_comparison(
+    run_dirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
+) -> epath.Path:
+    """Writes a page with the curves of several runs together, and returns its path.
+
+    It has a table of their last headline metrics, and one of the settings that differ.
+
+    Raises:
+      InputError: a folder is missing or given twice, or the page cannot be written.
+    """
+    folders, path, notes = [_run_folder(each) for each in run_dirs], epath.Path(output), list[str]()
+    names = run_names(folders)
+    places = dict(zip(names, folders, strict=True))
+    runs = {
+        name: [read_log(*place, notes) for place in stage_folders(folder)]
+        for name, folder in places.items()
+    }
+    facts = [
+        Fact(name, steps_of(runs[name]), linked_files(folder, path.parent))
+        for name, folder in places.items()
+    ]
+    settings = differing_settings(places, notes)
+    page = _render(
+        title=f"{len(folders)} runs",
+        facts=[*facts, Fact("page written", utc())],
+        notes=notes,
+        tables={"Metrics": headline_table(runs), "Settings that differ": settings},
+        stages=compared_stages(runs),
+    )
+    return _write(path, page)
+
+
+def _run_folder(run_dir: str | os.PathLike[str]) -> epath.Path:
+    folder = epath.Path(run_dir)
+    if not folder.is_dir():
+        raise InputError(f"there is no run folder {run_dir}; give the --run_dir of a run")
+    return folder
+
+
+def _write(path: epath.Path, page: str) -> epath.Path:
+    with disk_errors(path.parent):
         replace_file(path, page.encode("utf-8", "replace"))
     return path
+
+
+def _render(**content: Any) -> str:
+    """The page; parts that are not in `content` are left out."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["csp_hash"] = csp_hash
+    source = importlib.resources.files("rlhf_jax.runtime.report")
+    parts: dict[str, Any] = dict.fromkeys(("tiles", "curves", "samples"), ())
+    parts |= {"tradeoff": None, "configs": None, "versions": _versions()}
+    for name, file in (("script", "report.js"), ("style", "report.css")):
+        parts[name] = markupsafe.Markup(source.joinpath(file).read_text("utf-8"))
+    template = environment.from_string(source.joinpath("report.html.j2").read_text("utf-8"))
+    return template.render(parts | content)
 
 
 def _configs(folder: epath.Path, stages: Sequence[epath.Path]) -> list[tuple[str, str]]:
     """(name, text) of the run's `config.yaml`, or without one, of those of its stages."""
     folders = [folder] if (folder / "config.yaml").exists() else stages
     paths = [each / "config.yaml" for each in folders]
-    return [
-        (f"{path.parent.name}/{path.name}", path.read_text()) for path in paths if path.exists()
-    ]
+    return [(f"{path.parent.name}/{path.name}", file_text(path)) for path in paths if path.exists()]
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -103,15 +166,6 @@ def _versions() -> list[tuple[str, str]]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append((package, importlib.metadata.version(package)))
     return versions
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["csp_hash"] = csp_hash
-    source = importlib.resources.files("rlhf_jax.runtime.report").joinpath("report.html.j2")
-    return environment.from_string(source.read_text("utf-8"))
 
 
 def csp_hash(script: str) -> str:

@@ -20,18 +20,32 @@ class Plot(NamedTuple):
     lines: Mapping[str, str]
 
 
+def _both(metric: str) -> dict[str, str]:
+    """A metric of training batches, and the same on held-out examples."""
+    return {metric: "training", f"eval/{metric.partition('/')[2]}": "held-out"}
+
+
 MAIN = (
-    Plot("Loss", "nats", {"train/loss": "train", "eval/loss": "evaluation"}),
-    Plot("Accuracy", "", {"train/accuracy": "train", "eval/accuracy": "evaluation"}),
-    Plot("Margin", "chosen − rejected", {"train/margin": "train", "eval/margin": "evaluation"}),
-    Plot("Perplexity", "", {"eval/perplexity": "evaluation"}),
+    Plot("Loss", "nats", _both("train/loss")),
+    Plot("Accuracy", "", _both("train/accuracy")),
+    Plot("Margin", "chosen − rejected", _both("train/margin")),
+    Plot("Perplexity", "", {"eval/perplexity": "held-out"}),
     Plot("ROUGE", "", {f"eval/rouge{name}": f"ROUGE-{name}" for name in ("1", "2", "L", "Lsum")}),
-    Plot("Score", "mean per response", {"objective/scores": "score"}),
-    Plot("Gold score", "mean per response", {"objective/gold": "gold score"}),
+    Plot("Score", "mean per response", _both("objective/scores")),
+    Plot("Gold score", "mean per response", _both("objective/gold")),
     Plot(
         "KL to the reference",
         "nats per response",
-        {"objective/kl": "KL", "objective/kl_exact": "over the vocabulary"},
+        _both("objective/kl") | {"objective/kl_exact": "over the vocabulary"},
+    ),
+    Plot(
+        "Win rate",
+        "over the initial policy",
+        {
+            "eval/win_rate": "by the gold score",
+            "eval/win_rate_scores": "by the score",
+            "eval/win_rate_judge": "by the judge",
+        },
     ),
     Plot("RLHF reward", "score − KL penalty", {"objective/rlhf_reward": "reward"}),
     Plot("Entropy", "nats per response", {"objective/entropy": "entropy"}),
@@ -52,20 +66,34 @@ DIAGNOSTICS = (
 )
 
 
-def metric_charts(plots: Iterable[Plot], metrics: Metrics) -> tuple[Chart, ...]:
+def metric_charts(plots: Iterable[Plot], metrics: Metrics) -> list[Chart]:
     """Lines over the step, of the plots with at least one finite point."""
     charts = []
     for title, unit, names in plots:
         lines = [Series(label, metrics[name]) for name, label in names.items() if name in metrics]
         charts.append(chart_of(title, lines, note=unit))
-    return tuple(filter(None, charts))
+    return [chart for chart in charts if chart is not None]
 
 
-def other_charts(metrics: Metrics) -> tuple[Chart, ...]:
-    """A chart of each metric that is on none of the plots above, by name."""
+def compared_charts(plots: Iterable[Plot], runs: Mapping[str, Metrics]) -> list[Chart]:
+    """A chart of each metric of the plots, with a line for each run by name."""
+    charts = []
+    for title, unit, names in plots:
+        for name, label in names.items():
+            lines = [
+                Series(run, metrics.get(name, ()), colour=index)
+                for index, (run, metrics) in enumerate(runs.items())
+            ]
+            charts.append(
+                chart_of(f"{title}, {label}" if len(names) > 1 else title, lines, note=unit)
+            )
+    return [chart for chart in charts if chart is not None]
+
+
+def other_plots(runs: Iterable[Metrics]) -> list[Plot]:
+    """A plot of each metric that is on none of the plots above, by name."""
     plotted = {name for plot in (*MAIN, *DIAGNOSTICS) for name in plot.lines}
-    others = sorted(set(metrics) - plotted)
-    return metric_charts([Plot(name, "", {name: name}) for name in others], metrics)
+    return [Plot(name, "", {name: name}) for name in sorted(set().union(*runs) - plotted)]
 
 
 def tradeoff_chart(steps: list[dict[str, Any]]) -> Chart | None:
@@ -135,7 +163,8 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return short_number(value) if isinstance(value, int | float) else ""
+    x = number(value)
+    return "" if x is None else short_number(x)
 
 
 def _points(entries: Any, x: str, y: str) -> list[Point]:

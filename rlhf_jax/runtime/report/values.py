@@ -4,13 +4,23 @@ import json
 import math
 from typing import Any
 
+from etils import epath
+
 from rlhf_jax.runtime.run.progress import short_number
+
+
+def file_text(path: epath.Path) -> str:
+    """The text of a file, "" without one; bytes that are not UTF-8 are replacement characters."""
+    return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
 
 
 def number(value: Any) -> float | None:
     """A JSON value as a float, including the strings for NaN and infinities, or None."""
     if isinstance(value, bool | int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer beyond floats
+            return math.inf if value > 0 else -math.inf
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
 
 

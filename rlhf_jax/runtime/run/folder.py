@@ -1,8 +1,10 @@
 """The run folder: `config.yaml`, JSONL files, and errors of the disk as one sentence."""
 
 import contextlib
+import contextvars
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import logging
 import math
@@ -22,6 +24,9 @@ logger = logging.getLogger("rlhf_jax.runtime.run")
 
 # Values, such as a number or a checksum, of data and tokenizer by their names in words.
 Fingerprints = Mapping[str, Mapping[str, Any]]
+
+# The command that this process runs, such as "rlhf ppo --seed 1"; empty for a call from Python.
+COMMAND: contextvars.ContextVar[str] = contextvars.ContextVar("COMMAND", default="")
 
 # --- errors of the disk ---------------------------------------------------------------------------
 
@@ -217,7 +222,13 @@ def claim_run_dir(config: Any) -> None:
     with disk_errors(folder):
         if _has_results(folder) and (saved := _saved_config(folder)) is not None:
             check_same_config(config, saved)
-        replace_file(folder / "config.yaml", to_yaml(config).encode())
+            note, has_model = changed_length(config, saved), (folder / "hf").exists()
+            if note and has_model and not newest_record(folder):
+                raise InputError(
+                    f"The run in {folder} cannot get another length, as it has no checkpoint to "
+                    f"continue from{note}; choose another --run_dir."
+                )
+        replace_file(folder / "config.yaml", config_text(config).encode())
 
 
 def _saved_config(folder: epath.Path) -> Mapping[str, Any] | None:
@@ -238,6 +249,13 @@ def _saved_config(folder: epath.Path) -> Mapping[str, Any] | None:
     if reason is not None:
         logger.warning("%s is damaged (%s); that of the newest checkpoint is used.", file, reason)
     return saved
+
+
+def config_text(config: Any) -> str:
+    """The content of `config.yaml`: version and command as a comment, and all settings."""
+    command = "".join(each if each.isprintable() else " " for each in COMMAND.get())
+    name = f"rlhf-jax {importlib.metadata.version('rlhf-jax')}"
+    return f"# {name}: {command}\n{to_yaml(config)}" if command else f"# {name}\n{to_yaml(config)}"
 
 
 def _has_results(folder: epath.Path) -> bool:

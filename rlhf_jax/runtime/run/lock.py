@@ -28,7 +28,7 @@ class Lock:
         self._file: int | None = None
 
     def acquire(self) -> None:
-        """Makes the folder and takes its lock; an InputError names another process that has it."""
+        """Makes and locks the folder; an InputError names another process that has the lock."""
         make_run_dir(self._run_dir)
         with disk_errors(self._run_dir):
             while self._file is None and not is_remote(self._run_dir):
@@ -46,8 +46,12 @@ class Lock:
         is_there = self._is_there(file)
         if holder is None and is_there:
             named = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
-            os.truncate(file, 0)
-            os.pwrite(file, json.dumps(named).encode(), 0)
+            try:
+                os.truncate(file, 0)
+                os.pwrite(file, json.dumps(named).encode(), 0)
+            except OSError:
+                os.close(file)
+                raise
             return file
         os.close(file)
         if holder is not None and _is_alive(holder):
@@ -100,11 +104,12 @@ def locked(run_dir: str) -> Iterator[Lock]:
 
 
 def _holder(file: int) -> dict[str, Any]:
-    """The process that a lock names; {} where it is being written."""
-    try:
-        return dict(json.loads(os.pread(file, 1000, 0)))
-    except ValueError:
-        return {}
+    """The process that a lock names; {} if it names none for half a second."""
+    for _ in range(10):
+        with contextlib.suppress(ValueError, TypeError):
+            return dict(json.loads(os.pread(file, 1000, 0)))
+        time.sleep(0.05)
+    return {}
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:

@@ -75,8 +75,10 @@ def run(
                     _train(stage, config, signals, lock)
             except SystemExit as exit:  # of a user's function
                 raise exit_error(exit) from exit
-        elif hosts.is_first():
-            print(finished_note(config.run_dir, data_fingerprints), file=sys.stderr)
+        else:
+            note = hosts.from_first(finished_note, config.run_dir, data_fingerprints)
+            if hosts.is_first():
+                print(note, file=sys.stderr)
         return StageResult(config.run_dir, hosts.from_first(last_metrics, config.run_dir))
 
 
@@ -217,10 +219,15 @@ class _Loop:
         minutes, waited = self.config.checkpoint.minutes, time.monotonic() - self.saved_at
         return minutes > 0 and waited >= 60.0 * minutes
 
-    def _is_due(self, period: int, step: int | None = None) -> bool:
-        """Whether something is due after a step: the last one, or each `period` steps."""
-        step = self.step if step is None else step
-        return step == self.stage.total_steps or (period > 0 and step % period == 0)
+    def _is_due(self, period: int | None, step: int | None = None) -> bool:
+        """Whether something is due after a step: the last one, and each `period` steps.
+
+        Where `period` is None, ten times a run, or after each step of a shorter one.
+        """
+        step, total = self.step if step is None else step, self.stage.total_steps
+        if period is None:
+            return 10 * step // total > 10 * (step - 1) // total
+        return step == total or (period > 0 and step % period == 0)
 
     def _pause(self) -> None:
         """Evaluates, samples, logs and saves, each where it is due, and stops after a signal.
@@ -255,14 +262,14 @@ class _Loop:
             self._stop()
 
     def _complete(self) -> None:
-        """Evaluates and samples at the step of a checkpoint, where the run was stopped before."""
+        """Samples before the first step; evaluates and samples where the run was stopped before."""
         evaluations, has_samples = hosts.from_first(read_progress, self.config.run_dir, self.step)
         self.checkpoints.evaluations = evaluations
-        if self.step == 0:
-            return
+        logging, started = self.config.logging, self.step > 0
+        sampling = self._is_due(logging.samples_every) if started else logging.samples_every != 0
         evaluation, samples, terminated = self._evaluate(
-            self._is_due(self.config.logging.eval_every) and self.step not in evaluations,
-            self._is_due(self.config.logging.samples_every) and not has_samples,
+            started and self._is_due(logging.eval_every) and self.step not in evaluations,
+            sampling and not has_samples,
         )
         if evaluation:
             self.writer.write(self.step, evaluation)
@@ -334,7 +341,7 @@ class _Loop:
         if not hosts.reach_barrier(f"rescue/{self.stage.name}/{self.step}", 10.0):
             return  # the other hosts, which hold parts of the state, have not failed
         self.rescuing = True
-        with contextlib.suppress(Exception):  # the first error is the one to report
+        with contextlib.suppress(Exception, SystemExit):  # the first error is the one to report
             while self.unlogged:
                 self._log(samples=self._output_samples())
             self._save()
@@ -367,7 +374,7 @@ class _Loop:
         """The metrics of a step's output; {} where that fails in a rescue."""
         try:
             return self.stage.observe(output)
-        except Exception:
+        except (Exception, SystemExit):
             if not self.rescuing:
                 raise
             return {}

@@ -44,7 +44,7 @@ class MetricsWriter:
 
     >>> import json, pathlib, tempfile
     >>> folder = tempfile.mkdtemp()
-    >>> with MetricsWriter(folder, LoggingSettings(tensorboard=False), {}, name="demo") as writer:
+    >>> with MetricsWriter(folder, LoggingSettings(), {}, name="demo") as writer:
     ...     writer.write(1, {"train/loss": 2.5, "train/grad_norm": math.nan})
     >>> json.loads(pathlib.Path(folder, "metrics.jsonl").read_text())["train/grad_norm"]
     'NaN'

@@ -12,13 +12,15 @@ from typing import TextIO
 import jax
 from tqdm import tqdm
 
+PHASE_SECONDS = 5.0  # of a phase that is named off a terminal
+
 
 class Progress:
     """The progress of a run on standard error; a context manager.
 
     On a terminal it is one line that is updated: step, total, time left, and the metrics and the
     speed that fit beside a bar of ten characters. Elsewhere (a log file, CI) it is plain lines: the
-    first step, the last, at most one every ten seconds between them, and each phase.
+    first step, the last, at most one every ten seconds between them, and phases of more than five.
 
     Args:
       initial_step: the step that the run starts or continues from.
@@ -56,6 +58,7 @@ class Progress:
         self._plain = enabled and not self._file.isatty()
         self._printed_step: int | None = None
         self._printed_time = self._first_time = 0.0
+        self._phase: threading.Timer | None = None
         self._first_step = initial_step
         self._bar = tqdm(
             total=total_steps,
@@ -73,6 +76,7 @@ class Progress:
         shown = {*self.SHOWN, "perf/tokens_per_sec"}
         self._values |= {k: float(v) for k, v in (metrics or {}).items() if k in shown}
         if self._plain:
+            self._end_phase()
             self._update_plain(step)
         elif not self._bar.disable:
             self._describe(self._description)
@@ -82,7 +86,8 @@ class Progress:
     def phase(self, name: str) -> None:
         """Shows until the next step what the run does, such as "evaluating"."""
         if self._plain:
-            show_phase(self._description, name, file=self._file)
+            self._end_phase()
+            self._phase = _delayed(self._description, name, PHASE_SECONDS, self._file)
         elif not self._bar.disable:
             self._describe(f"{self._description}, {name}")
             self._bar.refresh()
@@ -93,6 +98,7 @@ class Progress:
 
     def close(self) -> None:
         """Prints the last state; called on leaving the `with` block."""
+        self._end_phase()
         if self._plain and self._printed_step not in (None, self._step):
             self._print_plain(self._step)
         self._bar.close()
@@ -102,6 +108,10 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _end_phase(self) -> None:
+        if self._phase is not None:
+            self._phase.cancel()
 
     def _metrics(self, digits: int) -> list[str]:
         known = [(label, self._values.get(name)) for name, label in self.SHOWN.items()]
@@ -155,19 +165,27 @@ def show_phase(name: str, phase: str, *, file: TextIO | None = None) -> None:
 
 
 @contextlib.contextmanager
-def preparing(name: str, phase: str, *, shown: bool, seconds: float = 5.0) -> Iterator[None]:
+def preparing(name: str, phase: str, *, shown: bool) -> Iterator[None]:
     """Shows the phase of the block, on a terminal at once and elsewhere after some seconds.
 
     A mistake of the user is mostly found before, and is then the only line of a log.
     """
-    timer = threading.Timer(0.0 if sys.stderr.isatty() else seconds, show_phase, (name, phase))
-    timer.daemon = True
-    if shown:
-        timer.start()
+    if not shown:
+        yield
+        return
+    timer = _delayed(name, phase, 0.0 if sys.stderr.isatty() else PHASE_SECONDS, sys.stderr)
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _delayed(name: str, phase: str, seconds: float, file: TextIO) -> threading.Timer:
+    """A timer that shows the phase after some seconds, unless it is cancelled before."""
+    timer = threading.Timer(seconds, show_phase, (name, phase), {"file": file})
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 class Throughput:

@@ -47,8 +47,9 @@ class LoggingSettings:
     Attributes:
       log_every: steps between two lines of `metrics.jsonl`; a step with an evaluation has one in
         any case.
-      eval_every: steps between two evaluations; 0 evaluates only at the end.
-      samples_every: steps between two entries of `samples.jsonl`; 0 writes them only at the end.
+      eval_every: steps between two evaluations; null: ten evaluations a run; 0: only at the end.
+      samples_every: steps between two entries of `samples.jsonl`; null: ten a run; 0: only at the
+        end. Unless it is 0, there are samples of the model before the first step too.
       num_samples: responses per entry of `samples.jsonl`.
       progress: show the progress line on standard error.
       tensorboard: write TensorBoard event files to `run_dir/tensorboard`.
@@ -57,11 +58,11 @@ class LoggingSettings:
     """
 
     log_every: PositiveInt = 1
-    eval_every: NonNegativeInt = 0
-    samples_every: NonNegativeInt = 0
+    eval_every: NonNegativeInt | None = None
+    samples_every: NonNegativeInt | None = None
     num_samples: NonNegativeInt = 8
     progress: bool = True
-    tensorboard: bool = True
+    tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "rlhf_jax"
 

@@ -13,7 +13,7 @@ from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct, StageExamples
+from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct
 from rlhf_jax.training.flops import offline_flops
 from rlhf_jax.training.state import make_optimizer
 
@@ -35,8 +35,16 @@ class OfflineStage(shared.BaseStage):
         self.total_steps = math.ceil(settings.num_epochs * self.batches.steps_per_epoch)
         self._compile()
         product = RewardModelProduct if self.trainer.trains == "reward_model" else PolicyProduct
-        examples = StageExamples(train, held_out, train_batch, self.held_out)
-        self.product = product(config, self.model, self.tokenizer, self.mesh, examples)
+        self.product = product(
+            config,
+            self.model,
+            self.tokenizer,
+            self.mesh,
+            train,
+            held_out,
+            train_batch,
+            self.held_out,
+        )
 
     def _compile(self) -> None:
         steps, settings = self.steps, self.config.settings

@@ -29,8 +29,10 @@ from rlhf_jax.runtime.evaluation.policies import (
     columns_of,
     compare,
     evaluation_of,
+    first_entries,
     save_evaluation,
 )
+from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
@@ -267,27 +269,46 @@ class OnlineStage(shared.BaseStage):
         if self._compared is not None and self._compared[0] == step:
             return self._compared[1]
         assert prompts is not None
-        policy = online.policy_params(self.model, state)
-        ref = online.reference_params(self.model, state)
-        rest = (prompts, self.held_out_examples, ref, state.frozen.get("reward"), self.eval_key)
-        if self._before is None:
-            self._before = self.evaluator(ref, *rest)
         columns = columns_of(self.held_out_examples, prompts.indices)
-        after = self.evaluator(policy, *rest)
-        self._compared = (step, compare(self._before, after, self.judge_fn, columns))
+        after = self._respond(state, online.policy_params(self.model, state))
+        self._compared = (step, compare(self._reference(state), after, self.judge_fn, columns))
         return self._compared[1]
 
+    def _reference(self, state: Any) -> EvaluatedResponses:
+        """The responses of the reference, sampled once a run."""
+        if self._before is None:
+            self._before = self._respond(state, online.reference_params(self.model, state))
+        return self._before
+
+    def _respond(self, state: Any, params: Any) -> EvaluatedResponses:
+        """Responses to the held-out prompts."""
+        ref, reward = online.reference_params(self.model, state), state.frozen.get("reward")
+        assert self.held_out is not None
+        rest = (self.held_out_examples, ref, reward, self.eval_key)
+        return self.evaluator(params, self.held_out, *rest)
+
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
-        """Responses of the last iteration, with score, and KL in nats; [] after a restart."""
+        """Responses of the last iteration, with score, and KL in nats; [] after a restart.
+
+        Before the first iteration they are those of the reference to held-out prompts.
+        """
         if output is None:
-            return []
+            if int(state.step) > 0 or self.held_out is None:
+                return []
+            before = self._reference(state)
+            columns = {"prompt": before.prompts, "response": before.responses}
+            return first_entries({**columns, "score": before.scores, "kl": before.kl}, count)
         rollout = hosts.to_host(output[0])
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
-        kl = (rollout.logprobs - rollout.ref_logprobs).sum(axis=1)
+        kl = rollout.logprobs - rollout.ref_logprobs
+        measures = {"kl": kl, "value": rollout.values, "advantage": rollout.advantages}
+        tokens = token_entries(self.tokenizer, rollout.tokens, rollout.mask, measures, count)
         return [
-            {"prompt": prompt, "response": text, "score": float(score), "kl": float(nats)}
-            for prompt, text, score, nats in zip(prompts, texts, rollout.scores, kl, strict=False)
+            {"prompt": prompt, "response": text, "score": score, "kl": nats, "tokens": tokens}
+            for prompt, text, score, nats, tokens in zip(
+                prompts, texts, rollout.scores, kl.sum(axis=1), tokens, strict=False
+            )
         ]
 
     def frozen_paths(self) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,33 +34,23 @@ from rlhf_jax.runtime.stages import shared
 Examples = Sequence[Mapping[str, Any]]
 
 
-class StageExamples(NamedTuple):
-    """The examples of an offline stage.
-
-    Attributes:
-      train, held_out: as they were read.
-      train_batch, held_out_batch: all of them as arrays; the second is None without any.
-    """
-
-    train: Examples
-    held_out: Examples
-    train_batch: Any
-    held_out_batch: Any
-
-
 @dataclasses.dataclass
 class Product:
     """What a kind of trained model is evaluated, sampled and exported by.
 
     Attributes:
-      examples: of the stage, which loaded the rest.
+      train, held_out: the examples as they were read.
+      train_batch, held_out_batch: all of them as arrays; the second is None without any.
     """
 
     config: RunConfig
     model: Model
     tokenizer: Any
     mesh: Mesh
-    examples: StageExamples
+    train: Examples
+    held_out: Examples
+    train_batch: Any
+    held_out_batch: Any
 
     def __post_init__(self) -> None:
         """Prepares evaluation and samples."""
@@ -78,7 +68,7 @@ class PolicyProduct(Product):
     """A language model: it answers held-out prompts, and is exported as it is."""
 
     def __post_init__(self) -> None:
-        config, held_out = self.config, self.examples.held_out
+        config, held_out = self.config, self.held_out
         shown = held_out[: config.logging.num_samples]
         self.prompts = [prompt_of(each, n, self.tokenizer) for n, each in enumerate(shown, 1)]
         generation, suffix = config.section("generation"), config.data.prompt_suffix
@@ -130,16 +120,13 @@ class RewardModelProduct(Product):
     """
 
     def __post_init__(self) -> None:
-        settings, examples = self.config.settings, self.examples
-        self.held_out = examples.held_out_batch
-        self.normalize = Normalizer(
-            self.model, self.mesh, examples.train_batch, settings, self.config.seed
-        )
+        settings, seed = self.config.settings, self.config.seed
+        self.normalize = Normalizer(self.model, self.mesh, self.train_batch, settings, seed)
         self._score = jax.jit(end_scores, static_argnums=0)
         if settings.objective != "last_token":
             unused = f"examples have a margin, which reward.objective {settings.objective} ignores."
-            with_margin = sum(each["margin"] != 0 for each in examples.train)
-            warn(with_margin, len(examples.train), unused)
+            with_margin = sum(each["margin"] != 0 for each in self.train)
+            warn(with_margin, len(self.train), unused)
 
     def prepare(self, state: Any) -> Any:
         """The state, normalized where `normalize_before` says so."""
@@ -158,9 +145,9 @@ class RewardModelProduct(Product):
 
     def samples(self, params: Params, key: jax.Array, count: int) -> list[dict[str, Any]]:
         """Held-out pairs or rankings with the scores of all their responses."""
-        if self.held_out is None or count == 0:
+        if self.held_out_batch is None or count == 0:
             return []
-        batch = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out)
+        batch = jax.tree.map(lambda array: np.asarray(array[:count]), self.held_out_batch)
         sequences = jax.tree.map(np.asarray, self.config.trainer.steps.sequences_of(batch))
         responses, masks = sequences.tokens, sequences.mask
         scores = hosts.to_host(self._score(self.model, params, sequences))
@@ -184,15 +171,14 @@ class RewardModelProduct(Product):
 
     def finish(self, params: Params) -> None:
         """Writes `evaluation.json` of the held-out pairs, and `hf/`."""
-        if self.held_out is not None:
+        if self.held_out_batch is not None:
             step = jax.jit(self.config.trainer.steps.make_score_step(self.model))
             sharding = batch_sharding(self.mesh)
             pairs = score_pairs(
                 lambda batch: hosts.to_host(step(params, hosts.put(batch, sharding))),
-                eval_batches(self.held_out, self.config.settings.eval_batch_size),
+                eval_batches(self.held_out_batch, self.config.settings.eval_batch_size),
             )
-            # The table is for a terminal; the charts of the report show the same.
-            save_evaluation(self.config.run_dir, {**pair_evaluation(pairs), "table": []})
+            save_evaluation(self.config.run_dir, pair_evaluation(pairs))
         shared.export(self.config.run_dir, save_reward_model, self.model, params, self.tokenizer)
 
 

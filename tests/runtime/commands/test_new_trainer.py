@@ -32,8 +32,8 @@ def test_it_is_a_command_with_help(reinforce, capsys):
     assert main.main(["reinforce", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: rlhf reinforce ")
-    assert "--reinforce.baseline_decay\n" in text
-    assert "--evaluation.batch_size\n" in text
+    assert "  --reinforce.baseline_decay 0.9 " in text
+    assert "  --evaluation.batch_size 128 " in text
 
 
 def test_its_random_keys_are_its_own(reinforce):

@@ -7,9 +7,9 @@ import pytest
 
 from rlhf_jax.batches import PairBatch, RankingBatch
 from rlhf_jax.runtime.evaluation import diagnostics, pairs
-from rlhf_jax.runtime.report.content import format_table
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.report.plots import pair_charts
+from rlhf_jax.runtime.report.tables import format_table
 
 
 @pytest.fixture
@@ -177,7 +177,8 @@ def test_the_page_and_the_table_show_the_curves(tmp_path, scored):
     page = write_report(tmp_path).read_text()
     for text in ("Held-out pairs", "Calibration", "Accuracy by length", "rule: longer wins"):
         assert text in page, text
-    table = format_table(evaluation["table"])
+    table = format_table(pairs.curve_table(evaluation))
+    assert "expected calibration error" in format_table(evaluation["table"])
     first = evaluation["pairs"]["calibration"][0]
     assert f"right, confidence 0.50 to 0.55 ({first['num_pairs']} pairs)" in table
     assert "preferred one as long (" in table

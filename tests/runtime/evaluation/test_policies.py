@@ -13,9 +13,9 @@ from rlhf_jax.runtime.evaluation import best_of, policies
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses, bootstrap_interval
 from rlhf_jax.runtime.evaluation.python_judge import call_judge, judge_both_orders
 from rlhf_jax.runtime.evaluation.rouge import rouge_scores
-from rlhf_jax.runtime.report.content import format_table
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.report.plots import best_of_charts
+from rlhf_jax.runtime.report.tables import format_table
 
 # --- ROUGE ---------------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ import json
 import re
 
 import pytest
+from etils import epath
 
 from rlhf_jax import training
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.report import content
-from rlhf_jax.runtime.report.page import csp_hash, write_report
+from rlhf_jax.runtime.report import samples, stages, tables
+from rlhf_jax.runtime.report.page import csp_hash, write_comparison, write_report
 from rlhf_jax.training.trainer import Headline
 
 EVIL = "<script>alert('x')</script>\"'><img src=http://evil.example/a.png onerror=alert(1)>"
@@ -108,7 +109,7 @@ def test_a_full_run_shows_all_results(full_run):
     page = read(full_run)
     for text in (
         "demo", "Supervised fine-tuning", "Reward model", "PPO", "40 steps in 2 min",
-        "SFT, loss", "1.25", "Reward, accuracy", "PPO, gold score",
+        "SFT, held-out loss", "1.25", "Reward, held-out accuracy", "PPO, training gold score",
         "Score and gold score over KL", "gold score", "+1.5", "A prompt", "The first answer",
         "The second answer", "Policy loss", "Throughput", "my/own", "seed: 17 # <b>", "python",
     ):  # fmt: skip
@@ -119,8 +120,16 @@ def test_a_full_run_shows_all_results(full_run):
 @pytest.mark.parametrize(
     ("entries", "shown", "absent"),
     [
-        ([{"step": 1, "train/loss": 2.0, "eval/loss": 2.5}], "SFT, loss", "Score and gold"),
-        ([{"step": 1, "eval/accuracy": 0.7, "eval/margin": 0.1}], "Reward, accuracy", "SFT"),
+        (
+            [{"step": 1, "train/loss": 2.0, "eval/loss": 2.5}],
+            "SFT, held-out loss",
+            "Score and gold",
+        ),
+        (
+            [{"step": 1, "eval/accuracy": 0.7, "eval/margin": 0.1}],
+            "Reward, held-out accuracy",
+            "SFT",
+        ),
         (ppo_lines(), "Score and gold score over KL", "SFT"),
     ],
 )
@@ -152,7 +161,7 @@ def test_nothing_is_loaded_and_nothing_injected(full_run):
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         assert attributes.get("src") is None
-        assert tag == "link" or attributes.get("href", "#").startswith("#")
+        assert tag == "link" or re.fullmatch(r"#\w+|[\w.]+", attributes.get("href", "#x"))
         assert "url(" not in attributes.get("style", "")
 
 
@@ -184,11 +193,21 @@ def test_the_policy_of_the_page_allows_its_own_script_only(full_run):
             "train/loss is not finite in 1 of 1",
         ),
         ({"samples.jsonl": '{"prompt": "no step"}\n'}, "metrics.jsonl is missing"),
+        (
+            {"metrics.jsonl": f'{{"step": 1, "train/loss": {10**400}}}\n'},
+            "train/loss is not finite in 1 of 1",
+        ),
+        (
+            {"evaluation.json": f'{{"metrics": {{"a": {10**400}}}, "table": []}}'},
+            "ainf",
+        ),
+        ({"evaluation.json": "[" * 10**5}, "evaluation.json cannot be read"),
+        ({"config.yaml": "run_dir: caf\udce9\n"}, "metrics.jsonl is missing"),
     ],
 )
 def test_missing_and_broken_files_are_named(tmp_path, files, note):
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     assert note in read(tmp_path).text
 
 
@@ -212,13 +231,41 @@ def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
         {"step": 9, "prompt": "p", "response": "new", "score": 2.0, "reference": "human"},
         {"step": 9, "prompt": "q", "response": "other", "score": "NaN"},
     ]
-    (first, second), title = content.logged_samples(entries)
+    (first, second), title = samples.logged_samples(entries)
     assert title == "Samples of step 9"
-    headings = [(side.heading, side.text) for side in first.sides]
-    assert headings == [("Step 0", "old"), ("Step 9", "new"), ("reference", "human")]
-    assert first.sides[1].numbers == (("score", "2.00", ""),)
+    headings = [(side.heading, side.text, side.latest) for side in first.sides]
+    assert headings == [
+        ("Step 0", "old", False),
+        ("Step 9", "new", True),
+        ("reference", "human", False),
+    ]
+    assert first.sides[1].numbers == (("score", "2.00", "up", ""),)
+    assert json.loads(first.keys) == {"score": 2.0, "length": 3}
     assert [side.text for side in second.sides] == ["other"]
-    assert second.sides[0].numbers == (("score", "nan", ""),)
+    assert second.sides[0].numbers == (("score", "nan", "", ""),)
+    assert json.loads(second.keys) == {"length": 5}
+
+
+def test_responses_with_labels_are_one_sample_and_the_label_is_no_text():
+    """What is scored anew but did not change stands once, with its earlier score."""
+    scores = {("chosen", 0): 0.25, ("rejected", 0): 0.5, ("chosen", 9): 1.5, ("rejected", 9): -1}
+    entries = [
+        {"step": step, "prompt": "p", "response": f"the {label}", "label": label, "score": score}
+        for (label, step), score in scores.items()
+    ]
+    twice = [*entries[:2], *entries[:2], *entries[2:], *entries[2:]]  # two pairs of one prompt
+    shown, _ = samples.logged_samples(twice)
+    assert len(shown) == 2
+    for sample in shown:
+        assert [(side.heading, side.text) for side in sample.sides] == [
+            ("chosen", "the chosen"),
+            ("rejected", "the rejected"),
+        ]
+        assert [side.numbers for side in sample.sides] == [
+            (("score", "1.50", "up", "0.25"),),
+            (("score", "-1.00", "down", "0.50"),),
+        ]
+        assert json.loads(sample.keys)["margin"] == 2.5
 
 
 def test_several_responses_to_a_prompt_stand_beside_their_own_first_ones():
@@ -228,10 +275,67 @@ def test_several_responses_to_a_prompt_stand_beside_their_own_first_ones():
         for step in (0, 9)
         for place in places
     ]
-    samples, _ = content.logged_samples(entries)
-    for sample, place in zip(samples, places, strict=True):
-        texts = [side.text for side in sample.sides if side.heading.startswith("Step")]
-        assert texts == [f"{place} at 0", f"{place} at 9"]
+    ((_, sides, _),), _ = samples.logged_samples(entries)
+    assert [(side.heading, side.text) for side in sides] == [
+        (f"{place}, step {step}", f"{place} at {step}") for place in places for step in (0, 9)
+    ]
+
+
+def test_tokens_are_on_the_page_with_their_numbers(tmp_path):
+    tokens = {
+        "text": [" a", "<b>", "c"],
+        "kl": [0.5, -0.25, 1],
+        "value": [1, 2, "NaN"],  # not one finite number a token
+        "advantage": [0.0, 1.0, -1.0],
+    }
+    entry = {"step": 3, "prompt": "p", "response": " a<b>c", "kl": 1.25, "tokens": tokens}
+    write_lines(tmp_path / "samples.jsonl", [entry])
+    page = read(tmp_path)
+    (measures,) = (a["data-measures"] for _, a in page.tags if "data-measures" in a)
+    assert json.loads(measures) == {"KL": [0.5, -0.25, 1], "advantage": [0.0, 1.0, -1.0]}
+    assert (
+        "<span> a</span><span>&lt;b&gt;</span><span>c</span>"
+        in (tmp_path / "report.html").read_text()
+    )
+    (keys,) = (a["data-keys"] for _, a in page.tags if "data-keys" in a)
+    assert json.loads(keys) == {"KL": 1.25, "length": 6}
+
+
+@pytest.mark.parametrize("tokens", [3, {}, {"text": 3}, {"text": ["a"], "kl": [1, 2]}])
+def test_invalid_tokens_are_left_out(tmp_path, tokens):
+    entry = {"step": 1, "prompt": "p", "response": "a", "tokens": tokens}
+    write_lines(tmp_path / "samples.jsonl", [entry])
+    assert "KL" not in [a.get("data-measures") for _, a in read(tmp_path).tags]
+
+
+def test_tiles_are_held_out_numbers_under_their_own_name(tmp_path):
+    lines = [
+        {"step": 1, "objective/scores": 1.0, "objective/gold": 7.5, "eval/scores": 2.0},
+        {"step": 2, "objective/scores": 3.0, "objective/gold": 8.5, "eval/scores": 4.0},
+    ]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    notes = []
+    (place,) = stages.stage_folders(epath.Path(tmp_path))
+    assert stages.tiles(stages.read_log(*place, notes)) == [
+        ("PPO, training gold score", "8.5", "7.5"),
+        ("PPO, held-out score", "4", "2"),
+    ]
+
+
+def test_the_header_has_command_seed_version_time_and_files(full_run):
+    config = "# rlhf-jax 1.2.3: rlhf run --config 'a b.yaml'\nseed: 17\n"
+    (full_run / "config.yaml").write_text(config)
+    page = read(full_run)
+    text = re.sub(r"\s+", " ", page.text)
+    for shown in (
+        "command rlhf run --config 'a b.yaml'", "seed 17", "rlhf-jax 1.2.3",
+        "started 2001-09-09 01:46 UTC", "PPO 40 steps in 2 min",
+    ):  # fmt: skip
+        assert shown in text, shown
+    addresses = [a["href"] for _, a in page.tags if "/" in a.get("href", "")]
+    assert addresses == [f"{stage}/metrics.jsonl" for stage in ("sft", "reward", "ppo")]
+    assert {"config.yaml", "evaluation.json"} <= {a.get("href") for _, a in page.tags}
+    assert all((full_run / address).exists() for address in addresses)
 
 
 def test_scores_are_those_before_scaling():
@@ -239,7 +343,7 @@ def test_scores_are_those_before_scaling():
         {"step": 1, "objective/scores": 4.0, "objective/unscaled_scores": 1.5},
         {"step": 2, "objective/scores": 4.0},
     ]
-    points = content.series(content.merge_steps(lines))
+    points = stages.series(stages.merge_steps(lines))
     assert points["objective/scores"] == [(1.0, 1.5), (2.0, 4.0)]
 
 
@@ -252,7 +356,7 @@ def test_lines_of_one_step_are_merged(tmp_path):
         {"step": 1, "time": 61.0, "objective/gold": 5.0},
         {"no": "step"},
     ]
-    assert content.series(content.merge_steps(lines)) == {
+    assert stages.series(stages.merge_steps(lines)) == {
         "objective/scores": [(1.0, 1.0), (2.0, 2.0)],
         "objective/kl": [(1.0, 0.5), (2.0, 0.75)],
         "objective/gold": [(1.0, 5.0)],
@@ -278,8 +382,8 @@ def test_stages_and_tiles_are_those_of_the_trainers(tmp_path, monkeypatch):
     (tmp_path / "alone/config.yaml").write_text("model:\n  sft: 1\nbest_pairs: {a: 1}\n")
     for name in ("run", "alone"):
         page = read(tmp_path / name)
-        assert "Best pairs: 2 steps" in page.text
-        assert "BP, margin0.25" in re.sub(r"\s+", "", page.text).replace("BP,", "BP, ")
+        assert "Best pairs 2 steps" in re.sub(r"\s+", " ", page.text)
+        assert "BP,held-outmargin0.25" in re.sub(r"\s+", "", page.text)
         assert "from 0.12" not in page.text
         assert "Reward model" not in page.text
 
@@ -291,7 +395,7 @@ def test_format_table_aligns_values_of_json():
         {"metric": "length", "before": 20000, "after": None},
         {"metric": "same", "before": 1, "after": 1},
     ]
-    lines = content.format_table(entries).splitlines()
+    lines = tables.format_table(entries).splitlines()
     assert [re.split(r"\s{2,}", line) for line in lines] == [
         ["metric", "before", "after", "change"],
         ["-" * 10, "-" * 6, "-" * 5, "-" * 6],
@@ -301,12 +405,12 @@ def test_format_table_aligns_values_of_json():
         ["same", "1", "1", "0"],
     ]
     assert len({len(line) for line in lines}) == 1
-    assert content.format_table([]).splitlines()[0] == "metric  before  after  change"
+    assert tables.format_table([]).splitlines()[0] == "metric  before  after  change"
 
 
 def test_an_evaluation_of_one_model_has_one_column_and_no_number_twice(tmp_path):
     table = [{"metric": "gold score", "after": 0.25}, {"metric": "prompts", "after": 8}]
-    assert content.format_table(table).splitlines()[0] == "metric      value"
+    assert tables.format_table(table).splitlines()[0] == "metric      value"
     evaluation = {
         "metrics": {"gold": 0.25, "num_prompts": 8},
         "table": table,
@@ -318,9 +422,9 @@ def test_an_evaluation_of_one_model_has_one_column_and_no_number_twice(tmp_path)
         assert shown in text, shown
     for absent in ("efore", "change", "num_prompts"):
         assert absent not in text, absent
-    evaluation["metrics"]["kl"] = 4.5
+    evaluation["metrics"]["kl"] = 4.5  # a metric that the table leaves out
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    assert "num_prompts" in read(tmp_path).text
+    assert "num_prompts" not in read(tmp_path).text
 
 
 def test_the_page_escapes_what_the_curves_are_called(tmp_path):
@@ -329,3 +433,36 @@ def test_the_page_escapes_what_the_curves_are_called(tmp_path):
     data = [a["data-chart"] for _, a in page.tags if "data-chart" in a]
     assert json.loads(data[0])["series"][0]["label"] == 'a"b'
     assert html.escape('a"b') not in page.text
+
+
+def test_several_runs_are_on_one_page(tmp_path):
+    for name, seed, slope in (("a", 0, 1.0), ("b", 1, 2.0)):
+        lines = [{"step": s, "train/loss": slope * s, "eval/loss": slope} for s in range(1, 4)]
+        write_lines(tmp_path / f"runs/{name}/sft/metrics.jsonl", lines)
+        config = f"model: {{n_layer: 2}}\nseed: {seed}\nrun_dir: {name}\nsft: {{x: [1, {seed}]}}\n"
+        (tmp_path / f"runs/{name}/sft/config.yaml").write_text(config)
+    write_lines(tmp_path / "runs/b/ppo/metrics.jsonl", ppo_lines())
+    paths = [tmp_path / "runs/a/sft", tmp_path / "runs/b/sft"]
+    page = Page(write_comparison(paths, tmp_path / "both.html").read_text())
+    text = re.sub(r"\s+", "", page.text)
+    assert "2runs" in text
+    assert "settinga/sftb/sftseed01sft.x[1,0][1,1]Supervised" in text
+    assert "run_dir" not in text
+    assert "n_layer" not in text
+    assert "metrica/sftb/sftSFT,held-outloss12" in text
+    charts = [json.loads(a["data-chart"]) for _, a in page.tags if "data-chart" in a]
+    drawn = [[(x["label"], x["points"]) for x in chart["series"]] for chart in charts]
+    assert drawn[0] == [
+        ("a/sft", [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]),
+        ("b/sft", [[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]),
+    ]
+    assert "runs/a/sft/config.yaml" in [a.get("href") for _, a in page.tags]
+
+    # A run without the stage keeps its colour.
+    paths = [tmp_path / "runs/a", tmp_path / "runs/b"]
+    page = Page(write_comparison(paths, tmp_path / "x.html").read_text())
+    charts = [json.loads(a["data-chart"]) for _, a in page.tags if "data-chart" in a]
+    assert [(x["label"], x["colour"]) for x in charts[-1]["series"]] == [("b", 1)]
+    assert "a/config.yaml cannot be read" in page.text
+    with pytest.raises(InputError, match="given twice"):
+        write_comparison([tmp_path / "runs/a"] * 2, tmp_path / "x.html")

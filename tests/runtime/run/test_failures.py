@@ -180,20 +180,15 @@ def test_a_wrong_score_is_named_and_costs_no_step(tmp_path, sft_run, capsys, fai
 
 
 def test_a_function_that_ends_the_process_does_not_end_the_run_with_status_0(tmp_path, monkeypatch):
-    original = SamplingStage.observe
+    def leaving(self, output, calls=[], original=SamplingStage.observe):  # noqa: B006
+        calls.append(1)
+        return original(self, output) if len(calls) == 1 else sys.exit(0)
 
-    def leaving(self, output):
-        return (
-            original(self, output) if self.calls.append(1) or len(self.calls) != 2 else sys.exit(0)
-        )
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SamplingStage, "calls", [], raising=False)
-        patch.setattr(SamplingStage, "observe", leaving)
-        assert message(counting.train, tmp_path, SamplingStage) == (
-            "A function or a module that the settings name called sys.exit(0), which ends the "
-            "command before its work is done; let it raise an error, or return."
-        )
+    monkeypatch.setattr(SamplingStage, "observe", leaving)
+    assert message(counting.train, tmp_path, SamplingStage) == (
+        "A function or a module that the settings name called sys.exit(0), which ends the command "
+        "before its work is done; let it raise an error, or return."
+    )
     assert saved_steps(tmp_path) == [2]
 
 
@@ -209,14 +204,24 @@ PIPED = """
     from rlhf_jax.runtime.commands import terminal
     from tests.runtime.run import counting
 
-    sys.exit(terminal.run(lambda: counting.train(sys.argv[1]), trains=True))
+    class Waiting(counting.CountingStage):
+        def step(self, state, index):
+            if index == 1:
+                sys.stdin.read()
+            return super().step(state, index)
+
+    sys.exit(terminal.run(lambda: counting.train(sys.argv[1], Waiting), trains=True))
 """
 
 
 def test_a_run_whose_output_is_closed_is_saved_and_has_a_status_of_its_own(tmp_path, counting_run):
     command = [sys.executable, "-c", textwrap.dedent(PIPED), str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    while b"compiling" not in process.stderr.readline():  # the last line before the first step
+        assert process.poll() is None
     process.stderr.close()
+    process.stdin.close()  # it waits for this in its second step
     assert process.wait() == 141
     assert len(saved_steps(tmp_path)) == 1
     assert not (tmp_path / "hf").exists()

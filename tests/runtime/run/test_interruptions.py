@@ -64,7 +64,7 @@ ALL = [(1, False), (2, True), (3, False), (4, True)]
         ("step", 4, 4, [*ALL[:3], (4, False)], 1),  # the evaluation that is due is left out
         ("evaluate", 1, 2, [(1, False), (2, False)], 0),
         ("evaluate", 2, 4, [*ALL[:3], (4, False)], 1),
-        ("samples", 1, 2, ALL[:2], 1),
+        ("samples", 2, 2, ALL[:2], 1),  # after those before the first step
         ("saved", 1, 4, ALL, 2),  # during a save
     ],
 )
@@ -176,7 +176,19 @@ def test_samples_after_a_restart_write_no_line_of_metrics(tmp_path, monkeypatch)
             counting.train(tmp_path, logging=logging)
     counting.train(tmp_path, logging=logging)
     assert lines_of(tmp_path) == [(4, True)]
-    assert [row["step"] for row in small.rows(tmp_path / "samples.jsonl")] == [2, 2, 4, 4]
+    steps = [line["step"] for line in small.rows(tmp_path / "samples.jsonl")]
+    assert steps == [0, 0, 2, 2, 4, 4]
+
+
+def test_sigterm_in_the_first_samples_leaves_a_run_that_can_begin(
+    tmp_path, monkeypatch, counting_run
+):
+    with monkeypatch.context() as patch:
+        send_signal_in(patch, CountingStage, "samples")
+        with pytest.raises(Terminated, match="Stopped after step 0 of 4"):
+            counting.train(tmp_path)
+    counting.train(tmp_path)
+    small.assert_same_run(counting_run, tmp_path)
 
 
 @pytest.mark.parametrize("call", [1, 2])  # an evaluation and samples are due after step 2

@@ -17,7 +17,7 @@ from rlhf_jax.runtime.run.folder import read_lines
 from rlhf_jax.runtime.run.metrics import MetricsWriter
 from rlhf_jax.runtime.run.settings import LoggingSettings
 
-PLAIN = LoggingSettings(tensorboard=False)
+PLAIN, BOARD = LoggingSettings(), LoggingSettings(tensorboard=True)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_full_disk_under_tensorboard_neither_hangs_nor_hides(tmp_path, monkeyp
 
     open_file = record_writer.open_file
     monkeypatch.setattr(record_writer, "open_file", lambda path: open_file("/dev/full"))
-    writer = MetricsWriter(tmp_path, LoggingSettings(), {}, name="x")
+    writer = MetricsWriter(tmp_path, BOARD, {}, name="x")
     with pytest.raises(InputError, match="No space left on device"):
         write_both(writer)
 
@@ -163,9 +163,7 @@ def read_events(folder):
 def test_tensorboard_gets_the_same_numbers_and_hides_the_repeated_ones(tmp_path):
     pytest.importorskip("tensorboardX")
     for initial_step in (0, 1):  # two writers within one second do not share a file
-        with MetricsWriter(
-            tmp_path, LoggingSettings(), {}, name="x", initial_step=initial_step
-        ) as writer:
+        with MetricsWriter(tmp_path, BOARD, {}, name="x", initial_step=initial_step) as writer:
             writer.write(initial_step + 1, {"train/loss": 0.5 + initial_step})
     events = read_events(tmp_path / "tensorboard")
     values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
@@ -176,7 +174,7 @@ def test_tensorboard_gets_the_same_numbers_and_hides_the_repeated_ones(tmp_path)
 @pytest.mark.parametrize(("key", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch, key, package):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    settings = LoggingSettings(**{"tensorboard": False, key: True})
+    settings = LoggingSettings(**{key: True})
     with pytest.raises(InputError, match=f"logging.{key} is true, but {package} is not installed"):
         MetricsWriter(tmp_path / "run", settings, {}, name="x")
     assert not (tmp_path / "run").exists()
@@ -199,7 +197,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init, fake.__spec__ = init, types.SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    settings = LoggingSettings(tensorboard=False, wandb=True, wandb_project="p")
+    settings = LoggingSettings(wandb=True, wandb_project="p")
     for _ in range(2):
         with MetricsWriter(tmp_path, settings, {"seed": 1}, name="n") as writer:
             writer.write(7, {"x": 1.0})

@@ -13,6 +13,7 @@ import types
 import jax
 import pytest
 
+from rlhf_jax.runtime.run import progress
 from rlhf_jax.runtime.run.progress import Progress, Throughput, preparing
 
 
@@ -33,11 +34,9 @@ class Terminal(io.StringIO):
 
 def test_progress_off_a_terminal_is_a_line_every_ten_seconds():
     clock, out = Clock(), io.StringIO()
-    with Progress(100, 0, "ppo", file=out, clock=clock) as progress:
+    with Progress(100, 0, "ppo", file=out, clock=clock) as shown:
         for step in range(1, 101):
-            progress.update(
-                step, {"perf/tokens_per_sec": 12345.0, "objective/kl": step / 10, "x": 1}
-            )
+            shown.update(step, {"perf/tokens_per_sec": 12345.0, "objective/kl": step / 10, "x": 1})
             clock.now += 1.0
     lines = out.getvalue().splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, *range(11, 100, 10), 100]
@@ -48,17 +47,17 @@ def test_progress_off_a_terminal_is_a_line_every_ten_seconds():
 
 def test_progress_prints_the_last_step_of_a_run_that_stops_early():
     out = io.StringIO()
-    with Progress(100, 40, "sft", file=out, clock=Clock()) as progress:
+    with Progress(100, 40, "sft", file=out, clock=Clock()) as shown:
         for step in (41, 42, 43):
-            progress.update(step)
+            shown.update(step)
     assert [line[:10] for line in out.getvalue().splitlines()] == ["sft 41/100", "sft 43/100"]
 
 
 def test_progress_on_a_terminal_renews_one_line():
     out = Terminal()
-    with Progress(10, 2, "ppo", file=out) as progress:
-        progress.update(3, {"objective/scores": 1.25, "perf/tokens_per_sec": 980.0})
-        progress.update(10)  # a step without metrics keeps those shown
+    with Progress(10, 2, "ppo", file=out) as shown:
+        shown.update(3, {"objective/scores": 1.25, "perf/tokens_per_sec": 980.0})
+        shown.update(10)  # a step without metrics keeps those shown
     last = out.getvalue().rstrip().split("\r")[-1]
     assert last.startswith("ppo 100%|")
     assert "| 10/10 [" in last
@@ -66,13 +65,14 @@ def test_progress_on_a_terminal_renews_one_line():
     assert out.getvalue().count("\n") == 1
 
 
-def test_loading_is_shown_where_it_takes_long(capsys):
+def test_loading_is_shown_where_it_takes_long(capsys, monkeypatch):
     with preparing("sft", "loading", shown=True):
         pass
-    with preparing("sft", "loading", shown=False, seconds=0.0):
+    monkeypatch.setattr(progress, "PHASE_SECONDS", 0.0)
+    with preparing("sft", "loading", shown=False):
         time.sleep(0.2)
     assert capsys.readouterr().err == ""
-    with preparing("sft", "loading", shown=True, seconds=0.0):
+    with preparing("sft", "loading", shown=True):
         time.sleep(0.2)
     assert capsys.readouterr().err == "sft: loading\n"
 
@@ -88,7 +88,7 @@ REWARD = {"train/loss": 0.612345, "train/accuracy": 0.8, "eval/loss": 0.6, "eval
 
 
 @pytest.mark.parametrize(
-    ("columns", "name", "metrics", "shown"),
+    ("columns", "name", "metrics", "fields"),
     [
         (80, "ppo", PPO, "score -12.3  kl 123  gold 0.123"),
         (100, "ppo", PPO, "score -12.3  kl 123  gold 0.123  entropy 45.7"),
@@ -97,42 +97,45 @@ REWARD = {"train/loss": 0.612345, "train/accuracy": 0.8, "eval/loss": 0.6, "eval
         (50, "reward", REWARD, ""),
     ],
 )
-def test_fields_fit_the_columns_beside_a_bar_of_ten(columns, name, metrics, shown):
+def test_fields_fit_the_columns_beside_a_bar_of_ten(columns, name, metrics, fields):
     """On a terminal of the system, whose size tqdm and the fields read."""
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(writer, "w") as out:
-        with Progress(1000, 0, name, file=out) as progress:
-            progress.update(1000, metrics)
+        with Progress(1000, 0, name, file=out) as shown:
+            shown.update(1000, metrics)
         text = b""
         while not text.endswith(b"\n"):
             text += os.read(reader, 65536)
         last = text.decode().rstrip().split("\r")[-1]
     os.close(reader)
-    assert last.partition("]")[2] == (f", {shown}" if shown else "")
+    assert last.partition("]")[2] == (f", {fields}" if fields else "")
     assert len(last) <= columns
     assert len(last.split("|")[1]) >= 10
 
 
-def test_a_phase_is_shown_until_the_next_step():
+def test_a_phase_is_shown_until_the_next_step(monkeypatch):
     out = Terminal()
-    with Progress(10, 0, "sft", file=out) as progress:
-        progress.phase("compiling")
+    with Progress(10, 0, "sft", file=out) as shown:
+        shown.phase("compiling")
         assert out.getvalue().split("\r")[-1].startswith("sft, compiling   0%|")
-        progress.update(10)
+        shown.update(10)
     assert out.getvalue().rstrip().split("\r")[-1].startswith("sft 100%|")
     lines = io.StringIO()
-    with Progress(10, 0, "sft", file=lines) as progress:
-        progress.phase("compiling")
-        progress.update(1)
-    assert lines.getvalue() == "sft: compiling\nsft 1/10 (10%)\n"
+    with Progress(10, 0, "sft", file=lines) as shown:
+        shown.phase("compiling")  # shorter than PHASE_SECONDS
+        shown.update(1)
+        monkeypatch.setattr(progress, "PHASE_SECONDS", 0.0)
+        shown.phase("evaluating")
+        time.sleep(0.2)
+    assert lines.getvalue() == "sft 1/10 (10%)\nsft: evaluating\n"
 
 
 @pytest.mark.parametrize("out", [Terminal(), io.StringIO()])
 def test_progress_can_be_silent(out):
-    with Progress(10, 0, "ppo", enabled=False, file=out) as progress:
-        progress.phase("compiling")
-        progress.update(10, {"objective/kl": 1.0})
+    with Progress(10, 0, "ppo", enabled=False, file=out) as shown:
+        shown.phase("compiling")
+        shown.update(10, {"objective/kl": 1.0})
     assert out.getvalue() == ""
 
 

@@ -215,6 +215,18 @@ def test_a_finished_run_is_extended_and_equals_a_longer_one(tmp_path, counting_r
     )
 
 
+def test_a_run_without_checkpoints_has_the_length_that_it_had(tmp_path, counting_run):
+    shutil.copytree(counting_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(InputError) as raised:
+        counting.train(tmp_path / "run", steps=6)
+    assert str(raised.value) == (
+        f"The run in {tmp_path}/run cannot get another length, as it has no checkpoint to continue "
+        "from; steps is 6 now and was 4; choose another --run_dir."
+    )
+    counting.train(tmp_path / "run")
+
+
 def test_an_extension_that_was_interrupted_is_not_complete(tmp_path, monkeypatch, counting_run):
     shutil.copytree(counting_run, tmp_path / "run")
     with monkeypatch.context() as patch:

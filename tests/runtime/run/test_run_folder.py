@@ -36,7 +36,7 @@ def test_the_folder_holds_what_is_promised(finished):
     assert files <= {path.name for path in folder.iterdir()}
     assert [row["step"] for row in small.rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     samples = small.rows(folder / "samples.jsonl")
-    assert {row["step"] for row in samples} == {2, 4}
+    assert {row["step"] for row in samples} == {0, 2, 4}
     assert all(isinstance(row["prompt"] + row["response"], str) for row in samples)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["run_dir"] == str(folder)
@@ -113,8 +113,43 @@ def test_a_run_may_continue_with_another_logging_section(tmp_path, monkeypatch):
 
 
 def test_samples_of_responses_need_the_output_of_a_step():
-    """The loop asks for samples without one where a run continues with another `samples_every`."""
-    assert OnlineStage.samples(None, None, None, 2) == []
+    """Without one, as after a restart, there are none; before the first step there may be."""
+    for stage, state in (({"held_out": None}, {"step": 0}), ({"held_out": 1}, {"step": 3})):
+        stage, state = types.SimpleNamespace(**stage), types.SimpleNamespace(**state)
+        assert OnlineStage.samples(stage, state, None, 2) == []
+
+
+def test_tokens_of_ppo_samples_have_kl_value_and_advantage(ppo_run):
+    lines = [line for line in small.rows(ppo_run[0] / "samples.jsonl") if line["step"] > 0]
+    for line in lines:
+        tokens = line["tokens"]
+        assert tokens.keys() == {"text", "kl", "value", "advantage"}
+        assert len({len(values) for values in tokens.values()}) == 1
+        assert "".join(tokens["text"]).startswith(line["response"])
+        assert sum(tokens["kl"]) == pytest.approx(line["kl"], abs=1e-3)
+    assert any(line["tokens"]["advantage"] for line in lines)
+    assert "data-measures" in (ppo_run[0] / "report.html").read_text()
+
+
+def test_the_first_samples_of_ppo_are_of_the_initial_policy(ppo_run):
+    first, *_ = [line for line in small.rows(ppo_run[0] / "samples.jsonl") if line["step"] == 0]
+    compared = json.loads((ppo_run[0] / "evaluation.json").read_text())["samples"][0]
+    assert (first["prompt"], first["response"]) == (compared["prompt"], compared["before"])
+    assert first["score"] == pytest.approx(compared["before_score"], rel=1e-6)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluated"),
+    [(3, [1, 2, 3]), (10, list(range(1, 11))), (25, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25])],
+)
+def test_a_run_is_evaluated_and_sampled_ten_times_by_default(tmp_path, steps, evaluated):
+    logging = {"eval_every": None, "samples_every": None}
+    counting.train(tmp_path, logging=logging, steps=steps)
+    lines = small.rows(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
+    sampled = dict.fromkeys(line["step"] for line in small.rows(tmp_path / "samples.jsonl"))
+    assert list(sampled) == [0, *evaluated]
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
