@@ -18,7 +18,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.attention import Memory, attend_to_cache, self_attention
 from rlhf_jax.models.attention_mask import AttentionMask
 from rlhf_jax.models.cudnn_attention import check_dropout
-from rlhf_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
+from rlhf_jax.models.decoder_config import ACTIVATIONS, NORMS, DecoderConfig
 from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import start_dropout
 from rlhf_jax.models.embedding import lookup
@@ -28,18 +28,6 @@ from rlhf_jax.models.rope import rotate, rotations
 from rlhf_jax.models.stacked import StackedModel
 from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
-
-# The names in Hugging Face of the norms before and after attention, and before and after the MLP.
-NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
-    "before": ("input_layernorm", None, "post_attention_layernorm", None),
-    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "both": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
 
 PARTITION_RULES: Rules = (
     (r"(embed_tokens|lm_head)/embedding", P("tensor", "fsdp")),
@@ -119,9 +107,7 @@ class Block(nn.Module):
         return self._add(x, _optional(self.after_mlp, h))
 
     def _add(self, x, branch):
-        scale = self.config.residual_scale
-        branch = branch if scale == 1 else branch * np.asarray(scale, branch.dtype)
-        return self._place(x + branch)
+        return self._place(x + _scaled(branch, self.config.residual_scale))
 
     def _place(self, x):
         return constrain_batch_over_data(x, last="fsdp") if self.decode else constrain_batch(x)
@@ -129,6 +115,11 @@ class Block(nn.Module):
 
 def _optional(norm, x):
     return x if norm is None else norm(x)
+
+
+def _scaled(x, scale):
+    """The product in float32, in the dtype of x."""
+    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class _Attention(nn.Module):
@@ -183,9 +174,8 @@ class _Attention(nn.Module):
         q, k, v = (self._heads_of(part) for part in parts)
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
         scale = config.attention_scale or config.head_dim**-0.5
-        return q * np.asarray(scale, q.dtype), k, v
+        return rotate(q, rotation, scale), rotate(k, rotation), v
 
     def _heads_of(self, x):
         """[B, H, S, d] of [B, S, H * d]."""
@@ -280,7 +270,9 @@ class Decoder(StackedModel):
         has_rope = np.array(config.no_rope_layers or [1] * config.num_hidden_layers)
         kinds = LayerKinds(sliding, np.where(has_rope == 0, 2, sliding).astype(np.int32))
         kinds = LayerKinds(*(kind[layers] for kind in kinds))
-        window = config.sliding_window if any(config.is_sliding) else None
+        window = None
+        if any(config.is_sliding):
+            window = min(config.sliding_window or 0, config.max_position_embeddings)
         if window is None and not config.no_rope_layers:
             return Context(rotations(ropes[:1], positions, config.head_dim))
         return Context(rotations(ropes, positions, config.head_dim), kinds, window)
@@ -298,10 +290,10 @@ class Decoder(StackedModel):
         x, mask = jnp.zeros((1, 1, size[1])), AttentionMask(jnp.ones((1, 1, 1, 1), bool))
         angle = jnp.zeros((1, 1, config.head_dim // 2))
         block = Block(config, self.dtype)  # its parameters are the same for any attention
-        init = lambda key: block.init(key, x, mask, (angle, angle))["params"]  # noqa: E731
+        init = functools.partial(block.init, x=x, mask=mask, rotation=(angle, angle))
         params = {
             "embed_tokens": {"embedding": jnp.where(is_token, normal(embed_key, size), 0.0)},
-            "layers": jax.vmap(init)(jnp.stack(keys)),
+            "layers": jax.vmap(init)(jnp.stack(keys))["params"],
             "norm": {"scale": jnp.full(size[1:], 1.0 - config.norm_offset)},
         }
         if not config.tie_word_embeddings:
@@ -313,8 +305,10 @@ class Decoder(StackedModel):
         tables = {self.table: params[self.table]}
         tables = tables if decode else all_gather(tables, self.dtype, PARTITION_RULES)
         x = lookup(tables[self.table], tokens).astype(self.dtype)
-        if self.config.embedding_scale != 1:
-            x *= np.asarray(self.config.embedding_scale, x.dtype)
+        scale = self.config.embedding_scale
+        if self.config.rounds_embedding_scale:
+            scale = np.asarray(scale, x.dtype).astype(np.float32)
+        x = _scaled(x, scale)
         return constrain_batch_over_data(x, last="fsdp") if decode else constrain_batch(x)
 
     def final(self, params, x):

@@ -8,13 +8,36 @@ import flax.linen as nn
 import jax
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.config_values import LARGEST_SIZE, integer, positive
 from rlhf_jax.models.embedding import padded_vocab_size
+from rlhf_jax.models.family import TOKEN_IDS
 from rlhf_jax.models.rope import Rope
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+}
+
+# The names in Hugging Face of the norms before and after attention, and before and after the MLP.
+NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+# The largest sizes: a larger one is a mistake, found before anything is allocated for it.
+SIZES = {
+    "vocab_size": LARGEST_SIZE,
+    "hidden_size": LARGEST_SIZE,
+    "intermediate_size": LARGEST_SIZE,
+    "num_hidden_layers": 100_000,
+    "num_attention_heads": LARGEST_SIZE,
 }
 
 
@@ -40,9 +63,10 @@ class DecoderConfig:
       attention_scale: of q . k.
       attention_softcap, logit_softcap: c in c * tanh(x / c) for q . k and for logits.
       embedding_scale, residual_scale: multiply the embedding, and what a block adds.
+      rounds_embedding_scale: whether the first of them is rounded to the compute dtype.
       logit_divisor: divides the logits.
-      source: the config.json that this was read from, as JSON text, whose further keys are written
-        again; configurations are equal whatever it is.
+      source: the config.json that this was read from, as JSON text, whose keys are written again;
+        ignored in comparisons.
     """
 
     vocab_size: int
@@ -76,6 +100,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     bos_token_id: int | None = None
@@ -84,36 +109,55 @@ class DecoderConfig:
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-        heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        for name in (*sizes, *heads):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name, highest in SIZES.items():
+            integer(name, getattr(self, name), 1, highest)
+        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+            integer(name, getattr(self, name))
+        for name in TOKEN_IDS:
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), 0, self.vocab_size - 1)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, but "
-                f"{self.num_attention_heads} is none of {self.num_key_value_heads}."
+                f"{self.num_attention_heads} is not a multiple of {self.num_key_value_heads}."
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary positions, but is {self.head_dim}.")
-        if not self.rms_norm_eps > 0:
-            raise InputError(f"rms_norm_eps must be above 0, but is {self.rms_norm_eps}.")
-        if not 0 <= self.attention_dropout < 1:
-            raise InputError(
-                f"attention_dropout must be at least 0 and below 1, but is "
-                f"{self.attention_dropout}."
-            )
+        self._check_numbers()
+        self._check_choices()
+        self._check_layers()
+
+    def _check_numbers(self) -> None:
+        for name in ("rms_norm_eps", "embedding_scale", "residual_scale", "logit_divisor"):
+            positive(name, getattr(self, name))
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+        if type(self.initializer_range) not in (int, float) or self.initializer_range != 0:
+            positive("initializer_range", self.initializer_range)
+        rate = self.attention_dropout
+        if type(rate) not in (int, float) or not 0 <= rate < 1:
+            raise InputError(f"attention_dropout must be at least 0 and below 1, but is {rate!r}.")
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("norm_position", tuple(NORMS)),
+            ("qk_norm", ("none", "head", "projection")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name} must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}."
+                )
         if self.hidden_act not in ACTIVATIONS:
             raise InputError(
                 f"The activation {self.hidden_act!r} is unknown; known are "
                 f"{', '.join(sorted(ACTIVATIONS))}."
             )
-        self._check_layers()
 
     def _check_layers(self) -> None:
         for name, allowed in (
-            ("layer_types", ("full_attention", "sliding_attention")),
             ("no_rope_layers", (0, 1)),
+            ("layer_types", ("full_attention", "sliding_attention")),
         ):
             values = getattr(self, name)
             if values and (len(values) != self.num_hidden_layers or set(values) - set(allowed)):
@@ -121,11 +165,8 @@ class DecoderConfig:
                     f"{name} must hold {' or '.join(map(str, allowed))} for each of the "
                     f"{self.num_hidden_layers} layers, but is {list(values)}."
                 )
-        if any(self.is_sliding) and not (self.sliding_window or 0) > 0:
-            raise InputError(
-                f"sliding_window must be at least 1 where layers are sliding, but is "
-                f"{self.sliding_window}."
-            )
+        if any(self.is_sliding):
+            integer("sliding_window", self.sliding_window)
 
     @property
     def n_embd(self) -> int:

@@ -51,8 +51,8 @@ class Family:
       model: the class of the model, model(config, dtype, remat, attention,
         generation_config).
       read_config: from the object in config.json to the configuration; raises an InputError.
-      write_config: from the configuration to the object in config.json, without `model_type`,
-        `architectures` and dtypes.
+      write_config: from the configuration, and whether it is one of a classifier, to the object in
+        config.json, without `model_type`, `architectures` and dtypes.
       fresh_config: from the settings of a fresh model and its vocab_size to the configuration.
       slots: every tensor of the model without a head, by its name without the prefix, in the order
         written.
@@ -69,7 +69,7 @@ class Family:
     config: type
     model: Callable[..., Model]
     read_config: Callable[[Mapping[str, Any]], Any]
-    write_config: Callable[[Any], dict[str, Any]]
+    write_config: Callable[[Any, bool], dict[str, Any]]
     fresh_config: Callable[[ModelSettings, int], Any]
     slots: Callable[[Any], dict[str, Slot]]
     prefix: str

@@ -353,7 +353,7 @@ def _read_config(data: Mapping[str, Any]) -> GPT2Config:
     return GPT2Config(**values)
 
 
-def _write_config(config: GPT2Config) -> dict[str, Any]:
+def _write_config(config: GPT2Config, is_classifier: bool) -> dict[str, Any]:
     return {**dataclasses.asdict(config), **_FIXED, "use_cache": True}
 
 

@@ -30,6 +30,7 @@ from rlhf_jax.models.special_tokens import (
     generation_config,
     read_generation_config,
     with_known_ids,
+    with_listed_ends,
     with_pad_token,
 )
 from rlhf_jax.models.writing import check_params, save_model
@@ -98,7 +99,7 @@ def described_model(
             f"There is no model {str(name_or_path)!r} here: give one of "
             f"{', '.join(named_sizes())}, or a folder with a config.json."
         )
-    family, config = _read_config(file)
+    family, config, _ = _read_config(file)
     return family.model(config, dtype, remat)
 
 
@@ -297,9 +298,9 @@ def _open(name, dtype, remat, attention) -> _Opened:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = find_folder(name)
-    family, config = _read_config(folder / "config.json")
+    family, config, data = _read_config(folder / "config.json")
     check_sizes(folder, config)
-    generation = read_generation_config(folder, config)
+    generation = with_listed_ends(read_generation_config(folder, config), data)
     model = family.model(config, dtype, remat, attention, generation)
     return _Opened(folder, family, model)
 
@@ -352,13 +353,13 @@ def _slots(family: Family, model: Model, *, with_head: bool) -> dict[str, Slot]:
     return slots
 
 
-def _read_config(path: pathlib.Path) -> tuple[Family, Any]:
-    """The family and the configuration that a config.json describes."""
+def _read_config(path: pathlib.Path) -> tuple[Family, Any, dict[str, Any]]:
+    """The family and the configuration that a config.json describes, and its object."""
     data = read_json(path)
     data = with_known_ids(data, data.get("vocab_size"), path)
     try:
         family = _family_of_type(data.get("model_type"))
-        return family, family.read_config(data)
+        return family, family.read_config(data), data
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -383,8 +384,10 @@ def _family_of(model: Model) -> Family:
 
 
 def _config_json(family: Family, config: Any, architecture: str) -> dict[str, Any]:
+    data = family.write_config(config, architecture == family.classifier)
+    data.pop(SCORE_BIAS, None)  # that of a head read before
     return {
-        **family.write_config(config),
+        **data,
         "architectures": [architecture],
         "model_type": family.model_type,
         "dtype": "float32",  # read by transformers 5

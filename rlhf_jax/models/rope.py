@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.config_values import integer, is_true, positive
 
 _TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -73,8 +74,8 @@ class Rope:
 
     def _dimension(self, width, turns):
         """The dimension that turns so often within the original context."""
-        length = self.original_max_position_embeddings / (turns * 2 * math.pi)
-        return width * math.log(length) / (2 * math.log(self.rope_theta))
+        length = math.log(self.original_max_position_embeddings) - math.log(2 * math.pi)
+        return width * (length - math.log(turns)) / (2 * math.log(self.rope_theta))
 
 
 def rotations(ropes: tuple[Rope | None, ...], positions: jax.Array, width: int):
@@ -90,12 +91,15 @@ def rotations(ropes: tuple[Rope | None, ...], positions: jax.Array, width: int):
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """[B, H, L, d] turned by (cosines, sines) [B, L, d / 2], in float32, in the dtype of x."""
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array], scale: float = 1.0) -> jax.Array:
+    """[B, H, L, d] turned by (cosines, sines) [B, L, d / 2] and multiplied by the scale.
+
+    Both in float32; the result has the dtype of x.
+    """
     cos, sin = (part[:, None] for part in rotation)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = first * cos - second * sin, second * cos + first * sin
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return (jnp.concatenate(turned, axis=-1) * scale).astype(x.dtype)
 
 
 def read_rope(data: Mapping[str, Any], default_theta: float, layer_type: str | None = None) -> Rope:
@@ -110,56 +114,102 @@ def read_rope(data: Mapping[str, Any], default_theta: float, layer_type: str | N
     Raises:
       InputError: of a type that is not supported, or a value that is no number in range.
     """
+    values = _rope_values(data, layer_type)
+    kind = _kind(values)
+    if values.get("partial_rotary_factor", data.get("partial_rotary_factor")) not in (None, 1):
+        raise InputError("partial_rotary_factor is not 1, which is not supported.")
     theta = data.get("rope_theta")
-    values = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    if not isinstance(values, Mapping):
-        raise InputError(f"rope_parameters must be an object, but is {values!r}.")
-    if layer_type is not None and isinstance(values.get(layer_type), Mapping):
-        values = values[layer_type]
-    kind = values.get("rope_type", values.get("type")) or "default"
+    theta = values.get("rope_theta", default_theta if theta is None else theta)
+    rope = Rope(positive("rope_theta", theta), kind)
+    if kind == "default":
+        return rope
+    for name in _NEEDED[kind]:
+        if values.get(name) is None:
+            raise InputError(f"rope_type {kind!r} needs a {name}, but config.json has none.")
+    keys = (*_NEEDED[kind], *_OPTIONAL[kind])
+    known = {name: positive(name, values[name]) for name in keys if values.get(name) is not None}
+    if kind == "linear":
+        return dataclasses.replace(rope, **known)
+    name = "original_max_position_embeddings"
+    value = values.get(name)
+    value = data.get("max_position_embeddings") if value is None else value
+    known[name] = integer(name, value)
+    rope = dataclasses.replace(rope, **known)
+    if kind == "llama3":
+        if rope.high_freq_factor <= rope.low_freq_factor:
+            raise InputError(
+                f"high_freq_factor must be above low_freq_factor = {rope.low_freq_factor}, but is "
+                f"{rope.high_freq_factor}."
+            )
+        return rope
+    if rope.rope_theta <= 1:
+        raise InputError(f"rope_theta must be above 1 for yarn, but is {rope.rope_theta}.")
+    factor = _attention_factor(rope, values)
+    return dataclasses.replace(
+        rope, truncate=is_true(values, "truncate", True), attention_factor=factor
+    )
+
+
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor",),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "llama3": (),
+    "yarn": ("beta_slow", "beta_fast"),
+}
+
+
+def _rope_values(data: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:
+    """The object that holds the type of the embedding and its numbers; {} without one."""
+    values: Mapping[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        own = data.get(name)
+        if own is not None and not isinstance(own, Mapping):
+            raise InputError(f"{name} must be an object or null, but is {own!r}.")
+        values = own or values
+    if layer_type is None or layer_type not in values:
+        return values
+    own = values[layer_type]
+    if not isinstance(own, Mapping):
+        raise InputError(f"rope_parameters.{layer_type} must be an object, but is {own!r}.")
+    return own
+
+
+def _kind(values: Mapping[str, Any]) -> str:
+    kind, old = values.get("rope_type"), values.get("type")
+    if None not in (kind, old) and kind != old:
+        raise InputError(
+            f"rope_type is {kind!r}, but type is {old!r}; remove one of the two from config.json."
+        )
+    kind = "default" if kind is None and old is None else kind or old
     if kind not in _TYPES:
         raise InputError(
             f"rope_type is {kind!r}, but only {', '.join(_TYPES)} are supported; choose another "
             "model."
         )
-    if values.get("partial_rotary_factor", data.get("partial_rotary_factor")) not in (None, 1):
-        raise InputError("partial_rotary_factor is not 1, which is not supported.")
-    theta = values.get("rope_theta", default_theta if theta is None else theta)
-    if kind == "default":
-        return Rope(_positive("rope_theta", theta))
-    original = values.get("original_max_position_embeddings") or data.get("max_position_embeddings")
-    known = {
-        name: _positive(name, values[name])
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast")
-        if values.get(name) is not None
-    }
-    if "factor" not in known:
-        raise InputError(f"rope_type {kind!r} needs a factor, but config.json has none.")
-    rope = Rope(
-        _positive("rope_theta", theta),
-        kind,
-        original_max_position_embeddings=int(_positive("max_position_embeddings", original)),
-        truncate=bool(values.get("truncate", True)),
-        **known,
-    )
-    return dataclasses.replace(rope, attention_factor=_attention_factor(rope, values))
+    return kind
 
 
 def _attention_factor(rope: Rope, values: Mapping[str, Any]) -> float:
-    if rope.rope_type != "yarn":
+    """The given factor, or the one of `mscale` and `mscale_all_dim`, or that of the paper."""
+    names = ("attention_factor", "mscale", "mscale_all_dim")
+    given, *scales = (
+        None if values.get(name) is None else positive(name, values[name]) for name in names
+    )
+    if given is not None:
+        return given
+    if rope.factor <= 1:
         return 1.0
-    if values.get("attention_factor") is not None:
-        return _positive("attention_factor", values["attention_factor"])
-
-    def at(scale: Any) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * float(scale) * math.log(rope.factor) + 1.0
-
-    if values.get("mscale") and values.get("mscale_all_dim"):
-        return at(values["mscale"]) / at(values["mscale_all_dim"])
-    return at(1.0)
-
-
-def _positive(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise InputError(f"{name} must be a number above 0, but is {value!r}.")
-    return float(value)
+    numerator, denominator = (1.0, 0.0) if None in scales else scales
+    factor = (0.1 * numerator * math.log(rope.factor) + 1.0) / (
+        0.1 * denominator * math.log(rope.factor) + 1.0
+    )
+    return positive("mscale / mscale_all_dim", factor)

@@ -57,6 +57,16 @@ def ids_of(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def with_listed_ends(generation: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """A generation config with the eos_token_id of config.json if only that one lists several."""
+    if not isinstance(data.get("eos_token_id"), list) or "eos_token_id" in generation:
+        return generation
+    if not generation:
+        ids = {name: data[name] for name in TOKEN_IDS if data.get(name) is not None}
+        return {"_from_model_config": True, **ids}
+    return {**generation, "eos_token_id": data["eos_token_id"]}
+
+
 def generation_config(model: Model) -> dict[str, Any]:
     """The object to write: that of the model, else one of its ids, perhaps {}."""
     if model.generation_config:

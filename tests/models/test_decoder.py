@@ -12,6 +12,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import load_reward_model, save_pretrained, save_reward_model
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.decoder_config import DecoderConfig
+from rlhf_jax.models.decoder_families import FAMILIES
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import fresh_model, load_pretrained
 from rlhf_jax.models.interface import positions_from
@@ -206,7 +207,7 @@ def test_reward_models_without_a_bias_in_the_final_norm(tied, tmp_path, caplog):
 
 def test_fresh_models_of_every_family():
     settings = ModelSettings(n_layer=2, n_embd=32, n_head=2, n_positions=16)
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"):
+    for family in (family.model_type for family in FAMILIES):
         model = fresh_model(settings, vocab_size=20, model_type=family)
         assert (model.config.model_type, model.config.n_layer) == (family, 2)
     with pytest.raises(InputError, match="'llama5', but only 'gpt2', 'llama'"):

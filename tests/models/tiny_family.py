@@ -138,7 +138,7 @@ def read_config(data):
     return TinyConfig(**known_fields(TinyConfig, data))
 
 
-def write_config(config):
+def write_config(config, is_classifier):
     names = {ours: theirs for theirs, ours in NAMES.items()}
     return {names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
 
