@@ -307,7 +307,7 @@ class Decoder(StackedModel):
         x = lookup(tables[self.table], tokens).astype(self.dtype)
         scale = self.config.embedding_scale
         if self.config.rounds_embedding_scale:
-            scale = np.asarray(scale, x.dtype).astype(np.float32)
+            scale = float(np.asarray(scale, x.dtype))
         x = _scaled(x, scale)
         return constrain_batch_over_data(x, last="fsdp") if decode else constrain_batch(x)
 

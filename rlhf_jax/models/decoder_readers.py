@@ -147,6 +147,7 @@ def _gemma(data: Data) -> dict[str, Any]:
             "another model."
         )
     bias = is_true(data, "attention_bias")
+    scalar = positive("query_pre_attn_scalar", data.get("query_pre_attn_scalar", 256))
     return {
         "hidden_act": _activation(data, "hidden_activation", "gelu_pytorch_tanh"),
         "norm_position": "both",
@@ -155,8 +156,7 @@ def _gemma(data: Data) -> dict[str, Any]:
         "qkv_bias": bias,
         "o_bias": bias,
         "sliding_window": data.get("sliding_window", 4096),
-        "attention_scale": positive("query_pre_attn_scalar", data.get("query_pre_attn_scalar", 256))
-        ** -0.5,
+        "attention_scale": scalar**-0.5,
         "embedding_scale": data["hidden_size"] ** 0.5,
         "rounds_embedding_scale": True,
     }

@@ -14,6 +14,23 @@ from rlhf_jax.models.config_values import integer, is_true, positive
 
 _TYPES = ("default", "linear", "llama3", "yarn")
 
+# The numbers of config.json, all above 0, that a type needs or may have.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor",),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "llama3": (),
+    "yarn": ("beta_slow", "beta_fast"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -121,19 +138,23 @@ def read_rope(data: Mapping[str, Any], default_theta: float, layer_type: str | N
     theta = data.get("rope_theta")
     theta = values.get("rope_theta", default_theta if theta is None else theta)
     rope = Rope(positive("rope_theta", theta), kind)
-    if kind == "default":
-        return rope
+    return rope if kind == "default" else _scaled(rope, values, data.get("max_position_embeddings"))
+
+
+def _scaled(rope: Rope, values: Mapping[str, Any], positions: Any) -> Rope:
+    """The embedding with the numbers of its type; `positions` is the context by default."""
+    kind = rope.rope_type
     for name in _NEEDED[kind]:
         if values.get(name) is None:
             raise InputError(f"rope_type {kind!r} needs a {name}, but config.json has none.")
     keys = (*_NEEDED[kind], *_OPTIONAL[kind])
-    known = {name: positive(name, values[name]) for name in keys if values.get(name) is not None}
+    known: dict[str, Any] = {
+        name: positive(name, values[name]) for name in keys if values.get(name) is not None
+    }
     if kind == "linear":
         return dataclasses.replace(rope, **known)
     name = "original_max_position_embeddings"
-    value = values.get(name)
-    value = data.get("max_position_embeddings") if value is None else value
-    known[name] = integer(name, value)
+    known[name] = integer(name, positions if values.get(name) is None else values[name])
     rope = dataclasses.replace(rope, **known)
     if kind == "llama3":
         if rope.high_freq_factor <= rope.low_freq_factor:
@@ -148,23 +169,6 @@ def read_rope(data: Mapping[str, Any], default_theta: float, layer_type: str | N
     return dataclasses.replace(
         rope, truncate=is_true(values, "truncate", True), attention_factor=factor
     )
-
-
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": ("factor",),
-}
-_OPTIONAL: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "llama3": (),
-    "yarn": ("beta_slow", "beta_fast"),
-}
 
 
 def _rope_values(data: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:
@@ -201,15 +205,11 @@ def _kind(values: Mapping[str, Any]) -> str:
 def _attention_factor(rope: Rope, values: Mapping[str, Any]) -> float:
     """The given factor, or the one of `mscale` and `mscale_all_dim`, or that of the paper."""
     names = ("attention_factor", "mscale", "mscale_all_dim")
-    given, *scales = (
-        None if values.get(name) is None else positive(name, values[name]) for name in names
-    )
-    if given is not None:
-        return given
-    if rope.factor <= 1:
-        return 1.0
-    numerator, denominator = (1.0, 0.0) if None in scales else scales
-    factor = (0.1 * numerator * math.log(rope.factor) + 1.0) / (
-        0.1 * denominator * math.log(rope.factor) + 1.0
-    )
-    return positive("mscale / mscale_all_dim", factor)
+    known = {name: positive(name, values[name]) for name in names if values.get(name) is not None}
+    if "attention_factor" in known or rope.factor <= 1:
+        return known.get("attention_factor", 1.0)
+    step = 0.1 * math.log(rope.factor)
+    if len(known) == 2:
+        factor = (step * known["mscale"] + 1.0) / (step * known["mscale_all_dim"] + 1.0)
+        return positive("mscale / mscale_all_dim", factor)
+    return step + 1.0
