@@ -46,9 +46,9 @@ def wrong_loss(logits, targets, mask, **others):
     return cross_entropy_loss(logits * 1.001, targets, mask, **others)
 
 
-def wrong_blocks(queries, k, v, block, *others, right=attention._block_backward):
+def wrong_blocks(softcap, queries, k, v, block, *others, right=attention._block_backward):
     """Gradients that are wrong in all blocks but the first."""
-    for_q, for_k, for_v = right(queries, k, v, block, *others)
+    for_q, for_k, for_v = right(softcap, queries, k, v, block, *others)
     return for_q, for_k, for_v * (1.001 if block.start else 1.0)
 
 

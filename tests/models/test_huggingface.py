@@ -636,8 +636,8 @@ def test_parameters_of_another_model_are_refused(tmp_path):
     rest = {key: value for key, value in PARAMS.items() if key != "ln_f"}
     with pytest.raises(ValueError, match=r"params\['ln_f'\]\['bias'\] .* but has None"):
         save_pretrained(tmp_path, MODEL, rest)
-    head = {**HEAD, "bias": jnp.zeros(())}
-    with pytest.raises(ValueError, match=r"reward head .* but has \['bias', 'kernel'\]"):
+    head = {**HEAD, "scale": jnp.zeros(())}
+    with pytest.raises(ValueError, match=r"reward head .* but has \['kernel', 'scale'\]"):
         save_reward_model(tmp_path, MODEL, {"model": PARAMS, "head": head})
     assert not any(tmp_path.iterdir())
 

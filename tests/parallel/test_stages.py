@@ -61,7 +61,7 @@ def test_metrics_are_those_of_one_device(runs, sizes, stage):
 def test_the_same_tokens_are_sampled(runs, sizes, stage):
     one, several = (sampled(runs[0] / mesh_name(mesh) / stage) for mesh in (ONE, sizes))
     assert one == several
-    assert len(several) == 8 * STEPS
+    assert len([sample for sample in several if sample[0] > 0]) == 8 * STEPS
 
 
 @pytest.mark.parametrize(("sizes", "stage"), RUNS, ids=name_of)

@@ -92,7 +92,8 @@ def test_nothing_left_of_the_rankings(tmp_path, jsonl, sft_run):
     )
     pairs = {**config, "run_dir": str(tmp_path / "pairs"), "reward": {}}
     assert message(train_reward, pairs) == (
-        f"Line 1 of {path}: column 'responses' is no list of two or more texts, best first."
+        f"Line 1 of {path}: column 'responses' is no list of two or more texts, best "
+        "first: ['one']."
     )
 
 
@@ -310,14 +311,28 @@ def test_generate_and_evaluate_say_what_they_need(tmp_path, sft_run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "data", "said"),
     [
-        ("text", "data.max_length = 256 exceeds the model's n_positions = 64;"),
-        ("pairs", "data.max_prompt_length + data.max_response_length = 256 exceeds"),
-        ("policy", "data.max_prompt_length + generation.max_new_tokens = 192 exceeds"),
+        (
+            "text",
+            {"max_length": 256},
+            "data.max_length = 256 exceeds the model's n_positions = 64;",
+        ),
+        (
+            "pairs",
+            {"max_prompt_length": 64, "max_response_length": 192},
+            "data.max_prompt_length + data.max_response_length = 256 exceeds",
+        ),
+        (
+            "policy",
+            {"max_prompt_length": 128},
+            "data.max_prompt_length + generation.max_new_tokens = 192 exceeds",
+        ),
     ],
 )
-def test_evaluation_does_not_read_past_the_positions(tmp_path, sft_run, reward_run, kind, said):
+def test_evaluation_does_not_read_past_the_positions(
+    tmp_path, sft_run, reward_run, kind, data, said
+):
     model = {"path": f"{sft_run[0]}/hf", "reward_path": f"{reward_run[0]}/hf"}
-    config = {"kind": kind, "model": model, "run_dir": str(tmp_path)}
+    config = {"kind": kind, "model": model, "data": data, "run_dir": str(tmp_path)}
     assert message(run_evaluate, config).startswith(said)
