@@ -254,6 +254,17 @@ def test_scales_multiply_in_float32():
     assert (found != x * jnp.bfloat16(0.3003)).any()
 
 
+@pytest.mark.parametrize(("rounds", "scale"), [(False, 3.3), (True, float(jnp.bfloat16(3.3)))])
+def test_the_embedding_scale_of_gemma_is_rounded(rounds, scale):
+    config = DecoderConfig(**SIZES, head_dim=8, embedding_scale=3.3, rounds_embedding_scale=rounds)
+    model = Decoder(config, "bfloat16")
+    params = model.init(jax.random.key(0))
+    tokens = jnp.arange(61)[None]
+    found = model.embed(params, tokens, tokens)
+    table = params["embed_tokens"]["embedding"][:61].astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(found[0], (table * scale).astype(jnp.bfloat16))
+
+
 def test_a_window_ends_with_the_positions(tmp_path):
     config = read(tmp_path, {"model_type": "gemma2", **SIZES, "sliding_window": 100})
     assert Decoder(config).context(jnp.zeros((1, 1), int), slice(4)).window == 64
