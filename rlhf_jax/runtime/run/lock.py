@@ -121,5 +121,5 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        return True  # it is another user's
     return True
