@@ -23,7 +23,7 @@ from rlhf_jax.models.dense import Dense
 from rlhf_jax.models.dropout import start_dropout
 from rlhf_jax.models.embedding import lookup
 from rlhf_jax.models.interface import Params
-from rlhf_jax.models.layers import Context, LayerKinds, Rotation
+from rlhf_jax.models.layers import Context, LayerKinds, Rotation, merged_heads
 from rlhf_jax.models.rope import rotate, rotations
 from rlhf_jax.models.stacked import StackedModel
 from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
@@ -185,10 +185,7 @@ class _Attention(nn.Module):
 
     def merge(self, out):
         """[B, S, D] of [B, H, S, d]."""
-        out = jnp.swapaxes(out, 1, 2)
-        out = constrain_batch(out.reshape(*out.shape[:2], -1), last="tensor")
-        out = constrain_batch_over_data(out, last="tensor") if self.decode else out
-        return self.o_proj(out)
+        return self.o_proj(merged_heads(out, decode=self.decode))
 
 
 class _MLP(nn.Module):

@@ -41,6 +41,7 @@ from rlhf_jax.models.family import (
     param_shapes,
 )
 from rlhf_jax.models.interface import Params
+from rlhf_jax.models.layers import merged_heads
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.stacked import StackedModel
 from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
@@ -190,10 +191,7 @@ class _Attention(nn.Module):
 
     def merge(self, out):
         """[B, S, D] of [B, H, S, d]."""
-        out = jnp.swapaxes(out, 1, 2)
-        out = constrain_batch(out.reshape(*out.shape[:2], -1), last="tensor")
-        out = constrain_batch_over_data(out, last="tensor") if self.decode else out
-        return self.c_proj(out)
+        return self.c_proj(merged_heads(out, decode=self.decode))
 
 
 class _MLP(nn.Module):

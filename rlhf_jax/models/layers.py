@@ -11,7 +11,12 @@ from rlhf_jax.models.attention import ATTENDED
 from rlhf_jax.models.attention_mask import AttentionMask
 from rlhf_jax.models.cudnn_attention import FORWARD
 from rlhf_jax.models.settings import Remat
-from rlhf_jax.parallel.constraints import constrain_cache, remat_all_gather
+from rlhf_jax.parallel.constraints import (
+    constrain_batch,
+    constrain_batch_over_data,
+    constrain_cache,
+    remat_all_gather,
+)
 
 MAX_UNSTACKED_LAYERS = 16  # each is compiled by itself
 
@@ -93,6 +98,13 @@ def depth(stack: Any) -> int:
     if isinstance(stack, UnstackedLayers):
         return len(stack.layers)
     return jax.tree.leaves(stack)[0].shape[0]
+
+
+def merged_heads(out: jax.Array, *, decode: bool) -> jax.Array:
+    """[B, S, H * d] of [B, H, S, d], heads over `tensor`; `decode` as in `Model.embed`."""
+    out = jnp.swapaxes(out, 1, 2)
+    out = constrain_batch(out.reshape(*out.shape[:2], -1), last="tensor")
+    return constrain_batch_over_data(out, last="tensor") if decode else out
 
 
 def layer_at(stack: Any, index: int) -> Any:
