@@ -57,6 +57,8 @@ def parsed_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except (IndexError, KeyError, AttributeError) as error:
+        raise ValueError(f"a tag does not fit its value ({error})") from None
     except ValueError as error:  # a number or a date that cannot be
         raise ValueError(str(error).partition(";")[0]) from None
 

@@ -203,6 +203,9 @@ BOMB = "a: &a [1, 1]\n" + "".join(
         ("model:\n  n_layer: 2\n  n_layer: 4", "the key 'n_layer' of line 2 is in line 3 too"),
         ("seed: " + 5000 * "9", "Exceeds the limit (4300 digits)"),
         ("seed: 2024-13-45", "month must be in 1..12"),
+        ('seed: !!int ""', "a tag does not fit its value"),
+        ("seed: !!bool foo", "a tag does not fit its value"),
+        ("seed: !!timestamp foo", "a tag does not fit its value"),
     ],
 )
 def test_files_that_unfold_repeat_or_nest_are_named_at_once(written, text, said):

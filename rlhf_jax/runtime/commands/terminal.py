@@ -103,7 +103,7 @@ def run(work: Callable[[], object], *, trains: bool = False) -> int:
     sys.path.append(os.getcwd())  # for functions that settings name
     try:
         work()
-        sys.stdout.flush()  # an error is still reported here
+        _flush()  # an error is still reported here
     except InputError as error:
         return _ended(error, f"error: {error}", INPUT_ERROR)
     except loop.DivergedError as error:
@@ -123,10 +123,15 @@ def run(work: Callable[[], object], *, trains: bool = False) -> int:
     return 0
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None where the command began without one
+        sys.stdout.flush()
+
+
 def _silence_closed_output() -> bool:
     """Whether a pipe of the output is closed; what is written to it later is dropped."""
     closed = False
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):

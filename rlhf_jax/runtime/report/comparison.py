@@ -6,6 +6,7 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.parsing import flat
 from rlhf_jax.runtime.report.stages import Log, tiles
 from rlhf_jax.runtime.report.tables import Cells
 from rlhf_jax.runtime.report.values import text
@@ -49,7 +50,7 @@ def headline_table(runs: Mapping[str, Sequence[Log]]) -> Cells:
 
 def differing_settings(folders: Mapping[str, epath.Path], notes: list[str]) -> Cells:
     """The settings of which not all runs have the same value; a missing one is "–"."""
-    settings = [_flat(_config(folder, notes)) for folder in folders.values()]
+    settings = [flat(_config(folder, notes)) for folder in folders.values()]
     keys = dict.fromkeys(key for each in settings for key in each if key != "run_dir")
     lines = [(key, *(text(each[key]) if key in each else "–" for each in settings)) for key in keys]
     return [("setting", *folders), *(line for line in lines if len(set(line[1:])) > 1)]
@@ -62,11 +63,3 @@ def _config(folder: epath.Path, notes: list[str]) -> Any:
     except (OSError, ValueError) as error:
         notes.append(f"{folder.name}/config.yaml cannot be read: {' '.join(str(error).split())}.")
         return {}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with keys such as "model.path"."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree} if prefix else {}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
-    return {key: value for part in parts for key, value in part.items()}

@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.parsing import checked_section, to_dict, to_yaml, without_removed
+from rlhf_jax.runtime.parsing import checked_section, flat, to_dict, to_yaml, without_removed
 from rlhf_jax.runtime.run.records import newest_record
 from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml
 
@@ -294,8 +294,8 @@ def changed_length(config: Any, saved: Mapping[str, Any] | None, schedule: str =
 
 def _differences(config: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(saved value, value here) of each setting that differs."""
-    old = _flat(to_dict(type(config)())) | _flat(without_removed(saved))
-    new = _flat(to_dict(config))
+    old = flat(to_dict(type(config)())) | flat(without_removed(saved))
+    new = flat(to_dict(config))
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in keys}
 
@@ -321,11 +321,3 @@ def check_same_data(run_dir: str, saved: Fingerprints, ours: Fingerprints) -> No
                     f"{name} changed since the run in {run_dir} began: {part} was {there} then and "
                     f"is {value} now; put it back, or choose another --run_dir to start anew."
                 )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with keys such as "model.path"."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
-    return {key: value for part in parts for key, value in part.items()}

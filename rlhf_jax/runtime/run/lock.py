@@ -53,15 +53,17 @@ class Lock:
                 os.close(file)
                 raise
             return file
-        os.close(file)
         if holder is not None and _is_alive(holder):
+            os.close(file)
             raise InputError(
                 f"Another process writes the run folder {self._run_dir}: process "
                 f"{holder.get('pid', 'unknown')} on {holder.get('host', 'unknown')}, since "
-                f"{holder.get('since', 'unknown')}; wait for its end, or choose another --run_dir."
+                f"{holder.get('since', 'unknown')}; wait for its end, or choose another --run_dir; "
+                f"if it has ended, delete {self._path}."
             )
-        if holder is not None and is_there:  # of a dead process, whose children may have it open
+        if self._is_there(file):  # of a dead process, whose children may have it open
             self._path.unlink(missing_ok=True)
+        os.close(file)
         return None
 
     def _is_there(self, file: int) -> bool:

@@ -100,7 +100,8 @@ def _train(stage: Stage, config: Any, signals: Signals, lock: Lock) -> None:
         state, start = _restore(stage, checkpoints, config)
         if hosts.is_first():
             with disk_errors(folder):  # of an earlier end of a run that is extended
-                (folder / "report.html").unlink(missing_ok=True)
+                for name in ("report.html", "evaluation.json", "hf/config.json"):
+                    (folder / name).unlink(missing_ok=True)
         shown = config.logging.progress and hosts.is_first()
         with (
             signals.phase("step"),
@@ -111,8 +112,9 @@ def _train(stage: Stage, config: Any, signals: Signals, lock: Lock) -> None:
             state = _Loop(stage, config, *outputs, signals, lock).run(state, start)
         if shown:
             show_phase(stage.name, "writing the model and the report")
-        with disk_errors(folder), signals.phase("interruptible"):
-            state = _exported(stage, state, checkpoints, config)
+        with signals.phase("interruptible"):
+            with disk_errors(folder):
+                state = _exported(stage, state, checkpoints, config)
             lock.check()
             report = stage.finish(state)
         if hosts.is_first():
@@ -245,7 +247,8 @@ class _Loop:
             return
         ((_, metrics, output),) = self.unlogged
         self._check(self.step, hosts.to_host(metrics))
-        samples = self._output_samples()
+        with self.throughput.pause():
+            samples = self._output_samples()
         evaluation: Metrics = {}
         if not stopping:
             sampling = sampling and output is None
@@ -301,7 +304,8 @@ class _Loop:
         step, _, output = self.unlogged[0]
         if output is None or not self._is_due(self.config.logging.samples_every, step):
             return []
-        return self.stage.samples(self.state, output, self.config.logging.num_samples)
+        count = self.config.logging.num_samples
+        return self._call([], self.stage.samples, self.state, output, count)
 
     # --- checkpoints and the end ------------------------------------------------------------------
 
@@ -334,7 +338,8 @@ class _Loop:
 
     def _rescue(self, error: BaseException) -> None:
         """Logs and saves the last step after an error, such as one in a reward function."""
-        if isinstance(error, DivergedError) or isinstance(error.__cause__, OSError):
+        on_disk = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
+        if isinstance(error, DivergedError) or on_disk:
             return  # no step can follow; or the disk is full, and the lines of this step are lost
         if self.step == 0 or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             return  # before the first step, or the failed step has donated the state
@@ -347,10 +352,8 @@ class _Loop:
             self._save()
             self.checkpoints.wait()
             if hosts.is_first():
-                where = f"is saved in {self.config.run_dir}"
-                self.progress.message(
-                    f"Step {self.step} {where}; the same command continues from there."
-                )
+                text = f"Step {self.step} is saved in {self.config.run_dir}; the same command "
+                self.progress.message(text + "continues from there.")
 
     # --- metrics ----------------------------------------------------------------------------------
 
@@ -363,21 +366,22 @@ class _Loop:
         self.throughput.add(int(values.pop("perf/tokens", 0.0)))
         logging = self.config.logging
         if self._is_due(logging.eval_every, step) or self._is_due(logging.log_every, step):
-            values |= self._observe(output) | (evaluation or {}) | self.throughput.metrics()
+            values |= self._call({}, self.stage.observe, output) | (evaluation or {})
+            values |= self.throughput.metrics()
             self.writer.write(step, values)
         self.writer.samples(step, samples or [])
         del self.unlogged[0]
         if not self.rescuing:  # perhaps from a closed output
             self.progress.update(step, values)
 
-    def _observe(self, output: Any) -> Metrics:
-        """The metrics of a step's output; {} where that fails in a rescue."""
+    def _call(self, empty: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of a function of the stage; `empty` where it fails in a rescue."""
         try:
-            return self.stage.observe(output)
+            return function(*args)
         except (Exception, SystemExit):
             if not self.rescuing:
                 raise
-            return {}
+            return empty
 
     def _check(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Raises a DivergedError where a loss or the gradient norm is not finite."""

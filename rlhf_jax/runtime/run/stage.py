@@ -69,5 +69,8 @@ class Stage(Protocol):
         ...
 
     def finish(self, state: Any) -> os.PathLike[str] | None:
-        """Writes `hf/` and, last of all, `report.html`; returns the path of the report, if any."""
+        """Writes `hf/` and, last of all, `report.html`; returns the path of the report, if any.
+
+        Raises an InputError where the run folder cannot be written (`disk_errors`).
+        """
         ...

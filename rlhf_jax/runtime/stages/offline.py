@@ -11,6 +11,7 @@ from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.evaluation.teacher_forced import sum_metrics
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct
@@ -89,12 +90,8 @@ class OfflineStage(shared.BaseStage):
         if self.held_out is None:
             return {}
         params = self.full_params(self._at_end(state))
-        sums: dict[str, float] = {}
         batches = eval_batches(self.held_out, self.config.settings.eval_batch_size)
-        parts = [self._evaluate(params, self._place.put(batch)) for batch in batches]
-        for part in hosts.to_host(parts):
-            for name, value in part.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+        sums = sum_metrics(self._evaluate(params, self._place.put(batch)) for batch in batches)
         count = sums.pop("count")
         means = {f"eval/{name}": value / count for name, value in sums.items()}
         return means | self.product.metrics(params, means)

@@ -22,7 +22,7 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.loading import choose_tokenizer, load_model
-from rlhf_jax.runtime.run.folder import is_remote
+from rlhf_jax.runtime.run.folder import disk_errors, is_remote
 from rlhf_jax.runtime.run.records import fingerprint
 from rlhf_jax.runtime.stages.checks import check_run
 
@@ -142,9 +142,10 @@ def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
     """
     target = epath.Path(run_dir) / "hf"
     if not is_remote(target) or not hosts.is_first():
-        save(str(target), *args)
+        with disk_errors(run_dir):
+            save(str(target), *args)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with disk_errors(run_dir), tempfile.TemporaryDirectory() as folder:
         save(folder, *args)
         target.mkdir(parents=True, exist_ok=True)
         # The configuration last: where it is, the weights are complete.

@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_jax.parallel import make_mesh
 from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.run.folder import disk_errors
 from rlhf_jax.runtime.run.settings import CheckpointSettings, LoggingSettings
 from tests import small
 
@@ -92,11 +93,16 @@ class CountingStage:
 
     def finish(self, state):
         folder = Path(self.config.run_dir)
-        (folder / "hf").mkdir(exist_ok=True)
-        (folder / "hf" / "model.safetensors").write_bytes(np.asarray(state["x"]).tobytes())
-        (folder / "hf" / "config.json").write_text(json.dumps({"count": int(state["count"])}))
-        (folder / "report.html").write_text("<html></html>")
+        with disk_errors(folder):
+            write_hf(folder / "hf", state)
+            (folder / "report.html").write_text("<html></html>")
         return folder / "report.html"
+
+
+def write_hf(folder, state):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(np.asarray(state["x"]).tobytes())
+    (folder / "config.json").write_text(json.dumps({"count": int(state["count"])}))
 
 
 class SamplingStage(CountingStage):

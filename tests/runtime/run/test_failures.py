@@ -140,6 +140,21 @@ def test_an_error_loses_no_step(
     small.assert_same_run(counting_run if stage is CountingStage else sampling_run, tmp_path)
 
 
+def test_a_connection_that_fails_in_a_function_loses_no_step(tmp_path, monkeypatch):
+    """Only errors of the disk leave nothing to save."""
+
+    def failing(self, state, output, count):
+        if output is None:  # before the first step
+            return []
+        raise RuntimeError("no answer") from ConnectionError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingStage, "samples", failing)
+        with pytest.raises(RuntimeError, match="no answer"):
+            counting.train(tmp_path, SamplingStage)
+    assert saved_steps(tmp_path) == [2]
+
+
 # --- reward functions ----------------------------------------------------------------------------
 
 
@@ -367,7 +382,7 @@ def no_space_says_orbax(*arguments, **keywords):
 @pytest.mark.parametrize(
     ("module", "name", "how"),
     [
-        (CountingStage, "finish", no_space),
+        (counting, "write_hf", no_space),
         (checkpoints.ocp.CheckpointManager, "save", no_space_says_orbax),
     ],
 )

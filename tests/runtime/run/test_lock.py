@@ -45,7 +45,9 @@ def test_another_process_is_named_until_it_is_dead(tmp_path, seconds_of_child):
     said = message(acquire, folder)
     who = f"process {process.pid} on {socket.gethostname()}, since "
     assert said.startswith(f"Another process writes the run folder {folder}: {who}")
-    assert said.endswith("; wait for its end, or choose another --run_dir.")
+    assert said.endswith(
+        f"; wait for its end, or choose another --run_dir; if it has ended, delete {folder}/lock."
+    )
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()

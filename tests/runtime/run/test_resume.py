@@ -19,6 +19,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.run.folder import is_finished
 from rlhf_jax.runtime.run.settings import LoggingSettings
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
@@ -237,6 +238,8 @@ def test_an_extension_that_was_interrupted_is_not_complete(tmp_path, monkeypatch
         small.interrupt_in(patch, counting.CountingStage, "step", 1)
         with pytest.raises(loop.Interrupted, match="after step 5 of 6"):
             counting.train(tmp_path / "run", steps=6)
+    (tmp_path / "run" / "report.html").touch()  # by `rlhf report`
+    assert not is_finished(counting.Config(run_dir=str(tmp_path / "run"), steps=6))
     counting.train(tmp_path / "run", steps=6)
     assert small.rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
