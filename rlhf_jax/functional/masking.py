@@ -91,6 +91,7 @@ def masked_whiten(x, mask, *, shift_mean=True, unbiased=True, eps=1e-8):
 
 def _centred(x, mask, axis):
     """(mean, x - mean), with the reduced axes kept; the differences are 0 off the mask."""
+    expect(x=(x, "...", float), mask=(mask, "...", bool))
     axes = tuple(range(x.ndim)) if axis is None else axis
     mean = jnp.expand_dims(masked_mean(x, mask, axis), axes)
     residuals = jnp.where(mask, zero_off_mask(mask, x)[0] - mean, 0.0)

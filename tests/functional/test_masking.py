@@ -86,3 +86,9 @@ def test_batch_mean_counts_what_is_real_and_divides_by_what_it_is_given():
     x, mask = np.array([1.0, 2.0, np.nan], np.float32), np.array([True, True, False])
     assert batch_mean(x, mask) == 1.5
     assert batch_mean(x, mask, 4) == 0.75
+
+
+@pytest.mark.parametrize("function", [functional.masked_var, functional.masked_whiten])
+def test_what_is_no_array_is_named(function):
+    with pytest.raises(ValueError, match="^x must be "):
+        function([1.0, 2.0], [True, True])
