@@ -27,7 +27,8 @@ def init_values(settings: Settings, model: Model, policy: Params, start: Params 
     if settings.value_model == "shared":
         return {"value_head": head}
     if settings.value_model == "policy":
-        return {"value_model": {"model": jax.tree.map(jnp.copy, policy), "head": head}}
+        own = jax.tree.map(jnp.copy, model.without_unembedding(policy))
+        return {"value_model": {"model": own, "head": head}}
     if start is None:
         raise InputError(
             "ppo.value_model reward needs a reward model in JAX to start from: give value_params "

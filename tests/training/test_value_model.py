@@ -10,9 +10,9 @@ import pytest
 
 from rlhf_jax.batches import ScoredRollout
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import online, ppo
-from rlhf_jax.training.values import response_values
+from rlhf_jax.training.values import init_values, response_values
 from tests.training.ppo_by_loop import (
     EOS,
     KEY,
@@ -194,3 +194,10 @@ def test_what_values_cannot_start_from_is_refused(model, reward_model, params):
         ppo.make_step(model, OF_REWARD, reward_model=fewer)
     with pytest.raises(InputError, match="must be shared, policy or reward, but is 'own'"):
         dataclasses.replace(SETTINGS, value_model="own")
+
+
+def test_a_value_model_has_no_unembedding_of_its_own():
+    model = GPT2(GPT2Config(11, 8, 8, 1, 1, tie_word_embeddings=False))
+    settings = dataclasses.replace(SETTINGS, value_model="policy", num_layers_unfrozen=None)
+    values = init_values(settings, model, model.init(KEY), None)
+    assert "lm_head" not in values["value_model"]["model"]
