@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +104,13 @@ def _evaluation(settings: DataSettings, kind: Kind) -> Examples:
     return examples_of(table, range(min(count, table.size)), kind, path)
 
 
+def _without_nulls(value: Any) -> Any:
+    """Messages or tools without the nulls that fill the keys of other examples' objects."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _read(path: str, split: str, settings: DataSettings, kind: Kind) -> Table:
     """The table of a file, a folder or a data set on the hub, with canonical column names.
 
@@ -123,9 +131,13 @@ def _read(path: str, split: str, settings: DataSettings, kind: Kind) -> Table:
     sources = {c: c for c in table.columns if c not in {*names, *names.values()}} | names
     kept = {name: column for name, column in sources.items() if used is None or column in used}
 
+    def value_of(each: Example, name: str) -> Any:
+        value = each.get(kept[name])
+        return _without_nulls(value) if table.has_one_schema and name in CANONICAL else value
+
     def read(indices: Sequence[int]) -> list[Example]:
         return [
-            Example({name: each.get(column) for name, column in kept.items()}, each.place)
+            Example({name: value_of(each, name) for name in kept}, each.place)
             for each in table.read(indices)
         ]
 

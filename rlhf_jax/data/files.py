@@ -33,11 +33,13 @@ class Table(NamedTuple):
       columns: the names of all columns.
       size: number of examples.
       read: indices -> the examples, with the columns that are used as far as they have them.
+      has_one_schema: whether objects in a column have all keys of all examples, filled with null.
     """
 
     columns: Sequence[str]
     size: int
     read: Callable[[Sequence[int]], list[Example]]
+    has_one_schema: bool = False
 
 
 def read_table(path: str, name: str | None, split: str, columns: set[str] | None) -> Table:
@@ -132,16 +134,23 @@ def _read_files(files: Sequence[Path], columns: set[str] | None) -> Table:
         raise InputError(f"{files[0]} cannot be read: data files end in {ENDINGS}.")
     names: dict[str, None] = {}
     examples: list[Example] = []
+    is_parquet = reader is _read_parquet
     for file in files:
         count = len(examples)
-        for example in reader(file):
+        if is_parquet:
+            names.update(dict.fromkeys(_parquet_columns(file)))
+        for example in _read_parquet(file, columns) if is_parquet else reader(file):
             names.update(dict.fromkeys(example))
             for name in example.keys() - columns if columns is not None else ():
                 del example[name]
             examples.append(example)
         if len(examples) == count:
             raise InputError(f"{file} is empty: give a file with at least one example.")
-    return Table(list(names), len(examples), lambda indices: [examples[i] for i in indices])
+
+    def read(indices: Sequence[int]) -> list[Example]:
+        return [examples[i] for i in indices]
+
+    return Table(list(names), len(examples), read, has_one_schema=is_parquet)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -227,11 +236,22 @@ def _read_csv(file: Path) -> Iterator[Example]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(file: Path) -> Iterator[Example]:
+def _parquet_columns(file: Path) -> list[str]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
+        return list(pyarrow.parquet.read_schema(file).names)
+    except Exception as error:  # its type depends on the fault
+        raise InputError(f"{file} cannot be read: {_reason(error)}.") from error
+
+
+def _read_parquet(file: Path, columns: set[str] | None = None) -> Iterator[Example]:
+    import pyarrow.parquet
+
+    used = [name for name in _parquet_columns(file) if columns is None or name in columns]
+    try:
+        rows = pyarrow.parquet.read_table(file, columns=used).to_pylist()
+        rows = rows if used else [{}] * pyarrow.parquet.read_metadata(file).num_rows
     except Exception as error:  # its type depends on the fault
         raise InputError(f"{file} cannot be read: {_reason(error)}.") from error
     for number, row in enumerate(rows, 1):
@@ -257,7 +277,7 @@ def _of_library(dataset: datasets.Dataset, path: str, columns: set[str] | None) 
         rows = zip(indices, used.select(indices), strict=True)
         return [Example(row, f"row {index + 1} of {path}") for index, row in rows]
 
-    return Table(names, len(dataset), read)
+    return Table(names, len(dataset), read, has_one_schema=True)
 
 
 def _read_saved(folder: Path, base: str) -> datasets.Dataset:

@@ -225,3 +225,39 @@ def test_deeply_nested_json_is_read_or_refused_by_its_line(write, depth):
         message = str(error)
         if not message.startswith("Line 1 of") or len(message) > 500:
             raise
+
+
+def test_unread_columns_of_parquet_cannot_fail(write, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    moment = pyarrow.array([0], pyarrow.timestamp("ns", tz="Mars/Phobos"))
+    table = pyarrow.table({"text": ["one"], "moment": moment})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert load(str(tmp_path / "a.parquet"), "text") == [{"text": "one"}]
+
+
+def test_nulls_that_fill_the_objects_of_a_column_are_no_data(write):
+    """A column of Parquet has one schema; in JSON a null is meant."""
+    examples = [
+        {
+            "messages": [
+                {"role": "user", "content": "go"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {name: 1}}}],
+                },
+            ]
+        }
+        for name in ("a", "b")
+    ]
+    calls = [
+        each["messages"][1]["tool_calls"][0]["function"]["arguments"]
+        for each in load(write("a.parquet", examples), "text")
+    ]
+    assert calls == [{"a": 1}, {"b": 1}]
+    meant = examples[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    meant["a"] = None
+    (read, _) = load(write("a.jsonl", examples), "text")
+    assert read["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
