@@ -230,7 +230,7 @@ def normalize_scores(
     return {
         **params,
         "model": model.shift_final(params["model"], shift),
-        "head": {**params["head"], "kernel": kernel / deviation},
+        "head": jax.tree.map(lambda leaf: leaf / deviation, params["head"]),  # a bias, too
     }
 
 

@@ -21,7 +21,7 @@ from tests.training.ppo_by_loop import (
     experience_by_loop,
 )
 from tests.training.scans import scans
-from tests.training.test_pretraining_mix import ROWS, text_batch
+from tests.training.test_ppo_texts import ROWS, text_batch
 
 RATE = 0.05
 TWICE = dataclasses.replace(SETTINGS, num_ppo_epochs=2, num_mini_batches=2)

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.errors import InputError
+from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.rollout.shaping import empty_score_stats
 from rlhf_jax.training import reward
 from rlhf_jax.training.reward import make_stats_step, normalize_scores, score_moments
@@ -103,3 +104,13 @@ def test_the_trained_half_alone_can_be_normalized(reward_model, reward_params, n
         if is_changed
     ]
     assert names == ["head/kernel", "model/ln_f/bias"]
+
+
+def test_a_bias_of_the_head_is_normalized_too(reward_model, reward_params):
+    params = {**reward_params, "head": {**reward_params["head"], "bias": jnp.float32(5.0)}}
+    batch = batch_of(PAIRS, len(PAIRS))
+    scores = [
+        end_scores(reward_model, each, reward.sequences_of(batch))
+        for each in (params, normalize_scores(reward_model, params, 3.0, 2.0))
+    ]
+    np.testing.assert_allclose(scores[1], (scores[0] - 3.0) / 2.0, rtol=1e-4, atol=1e-4)
