@@ -41,6 +41,8 @@ class PairBatch(NamedTuple):
       rejected, rejected_mask: the same for the other response.
       margin: f32[B], the required difference of scores; 0 if unknown.
       valid: bool[B], False on the padding of a short last batch.
+      ref_chosen, ref_rejected: f32[B], log-probabilities of the responses under a reference, in
+        nats: sums over their tokens. None where they are not read, or computed in the step.
     """
 
     prompts: jax.Array
@@ -51,6 +53,8 @@ class PairBatch(NamedTuple):
     rejected_mask: jax.Array
     margin: jax.Array
     valid: jax.Array
+    ref_chosen: jax.Array | None = None
+    ref_rejected: jax.Array | None = None
 
 
 class RankingBatch(NamedTuple):

@@ -86,3 +86,8 @@ class Placement:
         """A jitted (params, batch) -> replicated metrics; of `params`, shapes are enough."""
         places = (self.shardings(params), self.batch)
         return jax.jit(evaluate, in_shardings=places, out_shardings=self.replicated)
+
+    def scores(self, score: Step, params: Any) -> Any:
+        """A jitted (params, batch) -> arrays with the axis of the batch."""
+        places = (self.shardings(params), self.batch)
+        return jax.jit(score, in_shardings=places, out_shardings=self.batch)

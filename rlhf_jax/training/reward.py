@@ -125,12 +125,15 @@ def make_step(
     return step
 
 
-def make_eval_step(model: Model) -> Callable[[Params, Batch], Metrics]:
+def make_eval_step(
+    model: Model, settings: Settings | None = None
+) -> Callable[[Params, Batch], Metrics]:
     """A pure (params, batch) -> {"loss", "accuracy", "margin", "count"}: sums over pairs.
 
     The parameters are full. The loss is that of "last_token" on every pair, also of a
-    `RankingBatch`, so that all objectives are evaluated alike.
+    `RankingBatch`, so that all objectives are evaluated alike, and the settings are not read.
     """
+    del settings
 
     def evaluate(params, batch):
         scores = end_scores(model, params, sequences_of(batch))

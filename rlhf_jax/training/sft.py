@@ -91,12 +91,15 @@ def make_step(
     return step
 
 
-def make_eval_step(model: Model) -> Callable[[Params, TextBatch], Metrics]:
+def make_eval_step(
+    model: Model, settings: Settings | None = None
+) -> Callable[[Params, TextBatch], Metrics]:
     """A pure (params, batch) -> {"loss", "accuracy", "count"}: sums over tokens, and their number.
 
     The parameters are full. Sums of several batches, divided by the summed count, are exact
-    whatever the batch size.
+    whatever the batch size. The settings are not read: the loss is the negative log-likelihood.
     """
+    del settings
 
     def evaluate(params, batch):
         _, metrics = text_loss(model, Trainable(params), batch, denominator=1.0)

@@ -23,12 +23,15 @@ class TrainState(NamedTuple):
       params: the trained parameters, float32.
       opt_state: of the optimizer.
       frozen: the frozen parameters (`training.trainable`); None where all are trained.
+      reference: the trained parameters of a reference that the loss compares with, of the shapes of
+        `params`; None where the loss has none, or the batches hold its log-probabilities.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     frozen: Params | None = None
+    reference: Params | None = None
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_updates: int) -> optax.Schedule:
@@ -130,7 +133,9 @@ def offline_step(
     key: jax.Array | None,
     accumulation_steps: int,
 ) -> tuple[TrainState, Metrics]:
-    """(new state, metrics) of one optimizer step, the metrics as "train/...", with "grad_norm".
+    """(new state, metrics) of one optimizer step, with "grad_norm".
+
+    Names of metrics become "train/...", unless they have a prefix of their own.
 
     Args:
       loss_fn, count, key: as in `accumulated_gradients`; the first argument of `loss_fn`, before
@@ -140,8 +145,11 @@ def offline_step(
     arguments = (loss_fn, count, state.params, batch, key, accumulation_steps)
     grads, metrics = accumulated_gradients(*arguments)
     params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
-    metrics = {f"train/{name}": x for name, x in {**metrics, "grad_norm": norm}.items()}
-    return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
+    named = {
+        name if "/" in name else f"train/{name}": x
+        for name, x in {**metrics, "grad_norm": norm}.items()
+    }
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), named
 
 
 def apply_gradients(

@@ -43,6 +43,8 @@ class Trainer:
       first_settings: names of its settings that the help lists first.
       headlines: metrics of the report's tiles.
       losses: metrics that must stay finite; training stops where one is not.
+      has_reference: whether its loss may compare with a reference: `has_reference` and
+        `precompute_ref` of its settings tell when, and its module has `make_reference_step`.
       has_rouge: whether it has `rouge_rows`: ROUGE of held-out completions in each evaluation.
       has_value_model: whether it may start a value model from `model.value_path`.
       mixes_texts: whether it may train on texts beside the responses (the section `ptx`).
@@ -61,6 +63,7 @@ class Trainer:
     first_settings: tuple[str, ...] = ("batch_size",)
     headlines: tuple[Headline, ...] = ()
     losses: tuple[str, ...] = ("train/loss",)
+    has_reference: bool = False
     has_rouge: bool = False
     has_value_model: bool = False
     mixes_texts: bool = False

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.rollout.shaping import check_stop_tokens
@@ -86,3 +87,17 @@ def check_scorer(config: RunConfig, scorer: Model) -> None:
     for key, length in lengths.items():
         key = f"data.max_prompt_length + {key}, to be scored by the reward model,"
         check_positions(scorer, data.max_prompt_length + length, key)
+
+
+def check_prompts(kind: str, *batches: Any) -> None:
+    """Raises an InputError for pairs of which the first response token has no context."""
+    if kind != "pairs":
+        return
+    present = [batch.prompt_mask.any(axis=1) for batch in batches if batch is not None]
+    empty = sum(int((~each).sum()) for each in present)
+    if empty:
+        raise InputError(
+            f"{empty} of {sum(map(len, present))} pairs have an empty prompt, so that nothing "
+            "predicts the first token of their responses; give them a prompt, such as the text of "
+            "the BOS token."
+        )

@@ -1,5 +1,6 @@
 """The stage of every offline trainer: examples through one compiled step."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,7 +15,9 @@ from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.teacher_forced import sum_metrics
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.stages import shared
+from rlhf_jax.runtime.stages.checks import check_prompts
 from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct
+from rlhf_jax.runtime.stages.reference import with_reference
 from rlhf_jax.training.flops import offline_flops
 from rlhf_jax.training.state import make_optimizer
 
@@ -33,6 +36,8 @@ class OfflineStage(shared.BaseStage):
             train_batch, settings.batch_size, config.seed, buckets=data.length_buckets
         )
         self.held_out = encode_examples(kind, held_out, self.tokenizer, data) if held_out else None
+        if self.trainer.trains == "policy":
+            check_prompts(kind, train_batch, self.held_out)
         self.total_steps = math.ceil(settings.num_epochs * self.batches.steps_per_epoch)
         self._compile()
         product = RewardModelProduct if self.trainer.trains == "reward_model" else PolicyProduct
@@ -61,7 +66,7 @@ class OfflineStage(shared.BaseStage):
         shapes = jax.eval_shape(init, self.params)
         self._step = place.step(step, shapes)
         full = jax.eval_shape(self.full_params, shapes)
-        self._evaluate = place.evaluation(steps.make_eval_step(self.model), full)
+        self._evaluate = place.evaluation(steps.make_eval_step(self.model, settings), full)
         unembeds = self.trainer.trains == "policy"
         self.flops_per_token = offline_flops(self.model, shapes, unembeds=unembeds)
 
@@ -71,9 +76,22 @@ class OfflineStage(shared.BaseStage):
 
     def init_state(self) -> Any:
         """The state before the first step, sharded; the loaded parameters are freed."""
+        if self.trainer.has_reference and self.config.settings.has_reference:
+            self._compute_reference()
         state = self._place.initialise(self._init, self.params)
         self.params = None
         return self.product.prepare(state)
+
+    def _compute_reference(self) -> None:
+        """Adds the log-probabilities of the reference to the examples that need them."""
+        batches = {"eval": self.held_out} if self.held_out is not None else {}
+        if self.config.settings.precompute_ref:
+            batches["train"] = self.batches.examples
+        step = self.steps.make_reference_step(self.model, self.config.settings)
+        batches = with_reference(batches, self.params, self.config, self._place, step)
+        self.held_out = batches.get("eval")
+        if "train" in batches:
+            self.batches = dataclasses.replace(self.batches, examples=batches["train"])
 
     def step(self, state: Any, index: int) -> Any:
         """One optimizer step on batch number `index`."""

@@ -93,9 +93,10 @@ class PolicyProduct(Product):
         )
 
     def metrics(self, params: Params, means: Mapping[str, float]) -> dict[str, float]:
-        """Perplexity, and ROUGE where it is computed."""
-        rouge = {} if self.rouge is None else self.rouge(params)
-        metrics = {"perplexity": perplexity(means["eval/loss"]), **rouge}
+        """Perplexity of texts, and ROUGE where it is computed."""
+        metrics = {} if self.rouge is None else self.rouge(params)
+        if self.config.trainer.reads(self.config.settings) == "text":
+            metrics = {"perplexity": perplexity(means["eval/loss"]), **metrics}
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def samples(self, params: Params, key: jax.Array, count: int) -> list[dict[str, Any]]:

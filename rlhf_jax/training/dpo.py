@@ -1,0 +1,253 @@
+"""Preference optimization on pairs of responses, without a reward model: DPO and its family."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import functional
+from rlhf_jax.batches import PairBatch
+from rlhf_jax.errors import InputError
+from rlhf_jax.functional.masking import batch_mean
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.rollout.score import response_logprobs
+from rlhf_jax.training import trainable
+from rlhf_jax.training.dpo_settings import TRAINER, Settings
+from rlhf_jax.training.reward import sequences_of
+from rlhf_jax.training.state import TrainState, init_train_state, make_optimizer, offline_step
+from rlhf_jax.training.trainable import Trainable
+
+__all__ = [
+    "Settings",
+    "full_params",
+    "init_state",
+    "make_eval_step",
+    "make_reference_step",
+    "make_step",
+]
+
+Metrics = dict[str, jax.Array]
+
+# Kinds whose `logps` are means over the tokens of a response.
+MEANS = ("simpo", "orpo")
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of the responses of a batch, in nats; the chosen ones come first.
+
+    Attributes:
+      sums: f32[B, 2], over the tokens of a response.
+      lengths: f32[B, 2], the number of its tokens.
+    """
+
+    sums: jax.Array
+    lengths: jax.Array
+
+
+def init_state(
+    model: Model,
+    params: Params,
+    settings: Settings,
+    key: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    The state holds `params` themselves: a step that donates it consumes them. Without
+    `precompute_ref` it holds a copy of their trained part as well, the reference.
+
+    Args:
+      params: the model's full parameters.
+      key: unused, as nothing is random; every trainer has it.
+
+    Raises:
+      InputError: more layers are to be trained than the model has.
+    """
+    del key
+    trained, frozen = trainable.split(
+        model, params, settings.num_layers_unfrozen, settings.section
+    )
+    state = init_train_state(trained, optimizer or make_optimizer(TRAINER.optimizer), frozen)
+    if settings.has_reference and not settings.precompute_ref:
+        # A copy, since a step that donates its state must not hold one buffer twice.
+        state = state._replace(reference=jax.tree.map(jnp.copy, trained))
+    return state
+
+
+def full_params(model: Model, state: TrainState) -> Params:
+    """The model's full parameters."""
+    return trainable.full_params(model, Trainable(state.params, state.frozen))
+
+
+def make_step(
+    model: Model, settings: Settings, *, optimizer: optax.GradientTransformation | None = None
+) -> Callable[[TrainState, PairBatch, jax.Array], tuple[TrainState, Metrics]]:
+    """A pure step (state, batch, key) -> (state, metrics) of preference optimization.
+
+    A prompt runs once for both of its responses. The metrics, f32[] each and means over pairs where
+    nothing else is said, have the names of TRL:
+
+        train/loss, train/grad_norm     the norm is that before clipping
+        rewards/chosen, rewards/rejected
+                                        beta * (policy - reference), of sums over tokens; without a
+                                        reference beta * logps
+        rewards/margins                 rewards/chosen - rewards/rejected
+        rewards/accuracies              share of pairs with a positive margin, above the rounding of
+                                        the sums: 2^-19 of the log-probabilities of a pair
+        logps/chosen, logps/rejected    log-probabilities in nats: sums over tokens, for "simpo" and
+                                        "orpo" means
+        perf/tokens                     real tokens of the batch
+
+    Args:
+      model: the policy; it runs without dropout.
+      settings: of the loss.
+      optimizer: by default that of the trainer's record.
+
+    The batch holds `ref_chosen` and `ref_rejected`, of `make_reference_step`, where the loss has a
+    reference and the state does not hold it.
+    """
+    optimizer = optimizer or make_optimizer(TRAINER.optimizer)
+    steps = settings.gradient_accumulation_steps
+
+    def step(state, batch, key):
+        del key
+        _check_reference(settings, state, batch)
+        loss_fn = functools.partial(_loss, model, settings, state.reference)
+        state, metrics = offline_step(loss_fn, _counts, optimizer, state, batch, None, steps)
+        masks = (batch.prompt_mask, batch.chosen_mask, batch.rejected_mask)
+        tokens = sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks)
+        return state, {**metrics, "perf/tokens": tokens}
+
+    return step
+
+
+def make_reference_step(
+    model: Model, settings: Settings
+) -> Callable[[Params, PairBatch], dict[str, jax.Array]]:
+    """A pure (params, batch) -> {"ref_chosen": f32[B], "ref_rejected": f32[B]} of a reference.
+
+    The parameters are full. The results are fields of the batch that `make_step` reads.
+    """
+
+    def reference(params, batch):
+        logprobs = _logprobs(model, Trainable(params), sequences_of(batch), None)
+        return _reference_fields(logprobs)
+
+    return reference
+
+
+def make_eval_step(model: Model, settings: Settings) -> Callable[[Params, PairBatch], Metrics]:
+    """A pure (params, batch) -> sums over pairs of "loss", "accuracy" and others, and "count".
+
+    The parameters are full; a batch has its reference log-probabilities, where the loss reads any.
+    The sums are those of the loss, of the metrics "accuracy" and "margin" of the rewards, and of
+    "longer_wins": the accuracy of the rule that the longer response, in tokens, is the chosen one,
+    ties counting half.
+    """
+
+    def evaluate(params, batch):
+        count = _counts(batch)
+        ones = jax.tree.map(jnp.ones_like, count)
+        loss, metrics = _loss(model, settings, None, None, params, batch, None, ones)
+        lengths = [jnp.sum(x, axis=1) for x in (batch.chosen_mask, batch.rejected_mask)]
+        longer = 0.5 + 0.5 * jnp.sign(lengths[0] - lengths[1])
+        return {
+            "loss": loss,
+            "accuracy": metrics["rewards/accuracies"],
+            "margin": metrics["rewards/margins"],
+            "longer_wins": jnp.sum(jnp.where(batch.valid, longer, 0.0)),
+            "count": count["pairs"],
+        }
+
+    return evaluate
+
+
+
+def _loss(model, settings, reference, frozen, params, batch, key, denominator):
+    """(loss, metrics) of a kind; `reference` has the shape of `params`, or is None."""
+    del key
+    sequences, parts = sequences_of(batch), Trainable(params, frozen)
+    states = trainable.frozen_states(model, parts, sequences)
+    policy = _logprobs(model, parts, sequences, states)
+    if reference is not None:
+        own = _logprobs(model, Trainable(reference, frozen), sequences, states)
+        batch = batch._replace(**_reference_fields(own))
+    pairs = None if denominator is None else denominator["pairs"]
+    loss = _objective(settings, policy, batch, denominator)
+    return loss, {"loss": loss, **_metrics(settings, policy, batch, pairs)}
+
+
+def _logprobs(model, params, sequences, states):
+    upper, lower = trainable.stacks(params)
+    tokens, _, _ = response_logprobs(
+        model, upper, sequences, temperature=1.0, frozen=lower, states=states
+    )
+    mask = sequences.mask
+    return Logprobs(
+        jnp.sum(jnp.where(mask, tokens, 0.0), axis=2), jnp.sum(mask, axis=2, dtype=jnp.float32)
+    )
+
+
+def _reference_fields(logprobs):
+    return {"ref_chosen": logprobs.sums[:, 0], "ref_rejected": logprobs.sums[:, 1]}
+
+
+def _objective(settings, policy, batch, denominator):
+    """f32[]: the loss of a kind."""
+    counts = denominator or {"pairs": None, "tokens": None}
+    options = {"beta": settings.beta, "mask": batch.valid, "denominator": counts["pairs"]}
+    sums, means = policy.sums, policy.sums / jnp.maximum(policy.lengths, 1.0)
+    if settings.kind == "simpo":
+        loss, _ = functional.simpo_loss(*means.T, gamma=settings.gamma, **options)
+        return loss
+    loss, _ = functional.dpo_loss(
+        *sums.T,
+        batch.ref_chosen,
+        batch.ref_rejected,
+        kind=settings.kind,
+        label_smoothing=settings.label_smoothing,
+        lengths=tuple(policy.lengths.T) if settings.kind == "ipo" else None,
+        **options,
+    )
+    return loss
+
+
+def _metrics(settings, policy, batch, denominator):
+    """The metrics of `make_step` under TRL's names."""
+    logps, beta = policy.sums, settings.beta
+    if settings.kind in MEANS:
+        logps = logps / jnp.maximum(policy.lengths, 1.0)
+    rewards = beta * logps
+    if settings.has_reference:
+        rewards -= beta * jnp.stack([batch.ref_chosen, batch.ref_rejected], axis=1)
+    margins = rewards[:, 0] - rewards[:, 1]
+    # Before the first step policy and reference differ by the rounding of two compiled programs.
+    rounding = beta * 2.0**-19 * jnp.max(jnp.abs(logps), axis=1)
+    values = {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > rounding,
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+    }
+    return {name: batch_mean(x, batch.valid, denominator) for name, x in values.items()}
+
+
+def _counts(batch):
+    """The divisors of the sums over pairs, and over tokens of chosen responses: f32[] each."""
+    tokens = jnp.sum(batch.chosen_mask & batch.valid[:, None], dtype=jnp.float32)
+    return {"pairs": jnp.sum(batch.valid, dtype=jnp.float32), "tokens": tokens}
+
+
+def _check_reference(settings, state, batch):
+    """Raises an InputError where the loss has a reference, and neither state nor batch has."""
+    if settings.has_reference and state.reference is None and batch.ref_chosen is None:
+        raise InputError(
+            f"dpo.kind {settings.kind} compares with a reference: give the batch ref_chosen and "
+            "ref_rejected, from make_reference_step, or set dpo.precompute_ref to false."
+        )
