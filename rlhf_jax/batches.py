@@ -57,6 +57,32 @@ class PairBatch(NamedTuple):
     ref_rejected: jax.Array | None = None
 
 
+class UnpairedBatch(NamedTuple):
+    """One response to each prompt, desirable or not.
+
+    Attributes:
+      prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.
+      responses, mask: i32[B, T] and bool[B, T], right-padded, EOS included.
+      other, other_mask: the same for the response of another example, to another prompt; their
+        log-probabilities after this prompt estimate the KL divergence from a reference.
+      labels: bool[B], True for desirable responses.
+      valid: bool[B], False on the padding of a short last batch.
+      ref_response, ref_other: f32[B], log-probabilities of both under a reference, in nats: sums
+        over their tokens. None where they are computed in the step.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    responses: jax.Array
+    mask: jax.Array
+    other: jax.Array
+    other_mask: jax.Array
+    labels: jax.Array
+    valid: jax.Array
+    ref_response: jax.Array | None = None
+    ref_other: jax.Array | None = None
+
+
 class RankingBatch(NamedTuple):
     """Up to K responses to one prompt, the best one first.
 

@@ -11,12 +11,12 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch, UnpairedBatch
 from rlhf_jax.data.encoding import MULTIPLE
 from rlhf_jax.data.settings import MAX_BUCKETS
 from rlhf_jax.errors import InputError
 
-Batch = TypeVar("Batch", TextBatch, PairBatch, RankingBatch, PromptBatch)
+Batch = TypeVar("Batch", TextBatch, PairBatch, RankingBatch, UnpairedBatch, PromptBatch)
 
 # Fields of batches that share their last axis. An example is as long as the longest of them, which
 # are its masks and segments: other fields may hold zeros on real positions.
@@ -24,6 +24,7 @@ GROUPS = (
     ("prompts", "prompt_mask"),
     ("chosen", "chosen_mask", "rejected", "rejected_mask"),
     ("responses", "mask"),
+    ("other", "other_mask"),
     ("tokens", "segments", "loss_mask"),
     ("target_positions",),
 )
@@ -130,7 +131,7 @@ def eval_batches(examples: Batch, batch_size: int) -> Iterator[Batch]:
     """The examples, NumPy arrays [N, ...], in their order, in batches [batch_size, ...].
 
     The last one is padded with 0 and False in all arrays: tokens, masks, segments,
-    `PairBatch.valid`, and `PromptBatch.indices`, where the mask and not the index shows padding.
+    `valid`, and `PromptBatch.indices`, where the mask and not the index shows padding.
     """
     for start in range(0, examples[0].shape[0], batch_size):
         yield _map_arrays(functools.partial(_padded, start, start + batch_size), examples)

@@ -1,4 +1,4 @@
-"""Comparisons of the responses to one prompt: pairs, and rankings of several."""
+"""Judged responses: pairs, rankings of several to one prompt, and single ones with a label."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.batches import PairBatch, RankingBatch
+from rlhf_jax.batches import PairBatch, RankingBatch, UnpairedBatch
 from rlhf_jax.data.chat import response_texts
 from rlhf_jax.data.encoding import (
     Prompt,
@@ -144,6 +144,60 @@ def encode_rankings(
     ):
         warn(count, total, f"ranked responses were dropped because {reason}.")
     return RankingBatch(*_arrays(kept, settings))
+
+
+def encode_unpaired(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
+) -> UnpairedBatch:
+    """All examples of the kind "unpaired" of `load_examples` as one batch of NumPy arrays.
+
+    Tokens, EOS and limits are those of `encode_pairs`. Dropped are empty responses, and those of
+    fewer than `min_response_words`, each logged in one counted warning. The other response of an
+    example is that of the nearest example before it with another prompt, the last example standing
+    before the first one; where all prompts are equal, that of the example before it.
+
+    Returns:
+      A batch with the widths of `encode_pairs`. Token 0 and False on padding; `valid` is True
+      everywhere.
+
+    Raises:
+      InputError: no example is left, or messages cannot be rendered.
+    """
+    singles = [with_columns(e, responses=[e["completion"]]) for e in examples]
+    all_tokenized = list(_tokenize(singles, tokenizer, settings))
+    kept = [n for n, each in enumerate(all_tokenized) if each.responses]
+    short = sum(each.short for each in all_tokenized)
+    dropped = len(all_tokenized) - len(kept) - short
+    words = f"they have fewer than {settings.min_response_words} words"
+    warn(short, len(all_tokenized), f"responses were dropped because {words}.")
+    warn(dropped, len(all_tokenized), "responses were dropped because they are empty.")
+    if not kept:
+        raise InputError(f"No response is left: all {len(all_tokenized)} are empty or too short.")
+    prompts, prompt_mask, tokens, mask = _arrays([all_tokenized[n] for n in kept], settings)
+    tokens, mask = tokens[:, 0], mask[:, 0]
+    labels: Any = np.asarray([examples[n]["label"] for n in kept], bool)
+    other = _previous_with_another_prompt(prompts)
+    valid: Any = np.ones(len(kept), bool)
+    return UnpairedBatch(
+        prompts, prompt_mask, tokens, mask, tokens[other], mask[other], labels, valid
+    )
+
+
+def _previous_with_another_prompt(prompts: Any) -> Any:
+    """For each row of i32[N, P] the nearest row before it that differs, the last before the first.
+
+    i64[N]; the row before it where all are equal.
+    """
+    before = np.roll(np.arange(len(prompts)), 1)
+    differs = np.any(prompts != prompts[before], axis=1)
+    if not differs.any():
+        return before
+    # The newest row that differs from the one before it; the search goes around the start once.
+    rows = np.where(np.tile(differs, 2), np.arange(2 * len(prompts)), -1)
+    newest = np.maximum.accumulate(rows)[len(prompts) :]
+    return before[newest % len(prompts)]
 
 
 def _tokenize(

@@ -11,7 +11,7 @@ from rlhf_jax.data import builtin
 from rlhf_jax.data.conversations import Examples, split_conversations
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.files import Table, is_one_split, read_table
-from rlhf_jax.data.formats import CANONICAL, FORMATS, KEEP_COLUMNS, Kind, examples_of, ranking_of
+from rlhf_jax.data.formats import CANONICAL, FORMATS, KEEP_COLUMNS, Kind, examples_of, labelled, ranking_of
 from rlhf_jax.data.settings import BUILTIN, DataSettings
 from rlhf_jax.errors import InputError
 
@@ -25,7 +25,7 @@ def load_examples(
 
     Args:
       settings: the source and the number of examples.
-      kind: "text", "pairs", "rankings", "prompts" or "references".
+      kind: "text", "pairs", "rankings", "unpaired", "prompts" or "references".
       quiet: whether to skip the warning of dropped examples, for a second pass over the same data.
 
     Returns:
@@ -33,7 +33,8 @@ def load_examples(
       `messages`, or `text`; of comparisons, the preferred response or conversation. "pairs" have
       `chosen`, `rejected`, `margin` (0.0 if the file has none) and `prompt` ("" if it has none);
       every two of `responses`, best first, make one. "rankings" have `responses` instead of
-      `chosen` and `rejected`, a list of any length. "prompts" have `prompt` or `text` and every
+      `chosen` and `rejected`, a list of any length. "unpaired" have `prompt`, `completion` and
+      `label`, True for a desirable one; a pair makes two. "prompts" have `prompt` or `text` and every
       other column of the file, for reward functions, "references" have `prompt`, `completion` and
       every other column. Each text except `text` may be messages instead.
 
@@ -76,6 +77,8 @@ def _builtin(settings: DataSettings, kind: Kind, count: int, split: builtin.Spli
     if kind == "prompts":
         return builtin.prompts(settings.seed, count, split)
     pairs = builtin.pairs(settings.seed, count, split)
+    if kind == "unpaired":
+        return [example for pair in pairs for example in labelled(pair)]
     return pairs if kind == "pairs" else [ranking_of(pair) for pair in pairs]
 
 

@@ -13,13 +13,14 @@ from rlhf_jax.errors import InputError
 if TYPE_CHECKING:
     from rlhf_jax.data.files import Table
 
-Kind = Literal["text", "pairs", "rankings", "prompts", "references"]
+Kind = Literal["text", "pairs", "rankings", "unpaired", "prompts", "references"]
 
 # The first alternative whose columns all exist is read.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("prompt", "completion"), ("messages",), ("text",)),
     "pairs": (("chosen", "rejected"), ("responses",)),
     "rankings": (("responses",), ("chosen", "rejected")),
+    "unpaired": (("prompt", "completion", "label"),),
     "prompts": (("prompt",), ("text",)),
     "references": (("prompt", "completion"),),
 }
@@ -27,8 +28,9 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
 COMPARISON_FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("prompt", "chosen"), ("chosen",)),
     "prompts": (("messages",), ("chosen",)),
+    "unpaired": (("chosen", "rejected"),),
 }
-CANONICAL = "text prompt completion messages chosen rejected margin responses tools".split()
+CANONICAL = "text prompt completion label messages chosen rejected margin responses tools".split()
 KEEP_COLUMNS = ("prompts", "references")  # the kinds whose other columns functions receive
 NO_LIST = "is no list of two or more texts, best first"
 
@@ -38,7 +40,7 @@ def examples_of(
 ) -> list[dict[str, Any]]:
     """The examples at `indices` of a table, checked."""
     columns = _format(table.columns, kind, path)
-    optional = ("prompt", "margin", "tools") if kind in ("pairs", "rankings") else ("tools",)
+    optional = ("prompt", "margin", "tools") if kind in ("pairs", "rankings", "unpaired") else ("tools",)
     columns += tuple(c for c in optional if c in table.columns)
     examples: list[dict[str, Any]] = []
     for example in table.read(indices):
@@ -47,6 +49,8 @@ def examples_of(
         fault = next(filter(None, (_fault(example[column], column) for column in columns)), None)
         if kind == "pairs" and not fault and len(example.get("responses", ("", ""))) < 2:
             fault = f"column 'responses' {NO_LIST}: {example['responses']}"
+        if kind == "unpaired" and not fault and not isinstance(_label(example), bool):
+            fault = f"column 'label' holds {_shown(example['label'])}, neither true nor false"
         if kind == "references" and not fault and not contents(example["completion"]).strip():
             fault = "column 'completion' is an empty text"
         broken = next((column for column in example if not _is_unicode(example[column])), None)
@@ -95,6 +99,10 @@ def _canonical(example: Example, kind: Kind) -> list[Example]:
     if kind == "prompts":
         has_prompt = "prompt" in example or "text" in example
         return [example if has_prompt else _prompt_of_messages(example)]
+    if kind == "unpaired" and "label" in example:
+        return [with_columns(example, label=_label(example))]
+    if kind == "unpaired":
+        return labelled(example)
     ranking = ranking_of(example)
     if kind == "rankings":
         return [ranking]
@@ -123,11 +131,25 @@ def _prompt_of_messages(example: Example) -> Example:
     return with_columns(example, prompt=turns[:-1] if is_answered else turns)
 
 
+def labelled(pair: Mapping[str, Any]) -> list[Example]:
+    """A pair as a desirable and an undesirable example."""
+    columns = {"prompt": "", **pair}
+    responses = (columns.pop("chosen"), True), (columns.pop("rejected"), False)
+    example = Example(columns, getattr(pair, "place", None))
+    return [with_columns(example, completion=text, label=label) for text, label in responses]
+
+
 def ranking_of(example: Mapping[str, Any]) -> Example:
     """A comparison as a ranking: its responses in one list, best first, of any number."""
     columns = {"prompt": "", **example, "margin": _margin(example.get("margin"))}
     responses = columns.get("responses") or [columns.pop("chosen"), columns.pop("rejected")]
     return Example({**columns, "responses": responses}, getattr(example, "place", None))
+
+
+def _label(example: Mapping[str, Any]) -> Any:
+    """The label, which is a text in a CSV file; True where there is none."""
+    value = example.get("label", True)
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _margin(value: Any) -> float:
@@ -140,8 +162,8 @@ def _margin(value: Any) -> float:
 
 def _fault(value: Any, column: str) -> str | None:
     """Why a value cannot be one of its column; None if it can."""
-    if column in ("margin", "tools"):  # tools are read where messages are rendered
-        is_number = column == "tools" or math.isfinite(_margin(value))
+    if column in ("margin", "tools", "label"):  # the last two are read elsewhere
+        is_number = column != "margin" or math.isfinite(_margin(value))
         return None if is_number else f"column 'margin' holds {_shown(value)}, no finite number"
     if column == "responses" and not isinstance(value, list):
         return f"column 'responses' {NO_LIST}: {_shown(value)}"

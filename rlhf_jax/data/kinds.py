@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
-from rlhf_jax.data.comparisons import encode_pairs, encode_rankings
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch, UnpairedBatch
+from rlhf_jax.data.comparisons import encode_pairs, encode_rankings, encode_unpaired
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.prompts import encode_prompts
 from rlhf_jax.data.settings import DataSettings
@@ -15,12 +15,13 @@ from rlhf_jax.data.sft import encode_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-AnyBatch = TextBatch | PairBatch | RankingBatch | PromptBatch
+AnyBatch = TextBatch | PairBatch | RankingBatch | UnpairedBatch | PromptBatch
 
 ENCODERS: dict[Kind, Callable[..., AnyBatch]] = {
     "text": encode_texts,
     "pairs": encode_pairs,
     "rankings": encode_rankings,
+    "unpaired": encode_unpaired,
     "prompts": encode_prompts,
     "references": encode_prompts,
 }
@@ -35,8 +36,9 @@ def encode_examples(
     """All examples of a kind, as `load_examples` returns them, as one batch of NumPy arrays.
 
     Returns:
-      A `TextBatch`, `PairBatch`, `RankingBatch` or `PromptBatch`, as `encode_texts`,
-      `encode_pairs`, `encode_rankings` and `encode_prompts` return it; "references" are encoded as
+      A `TextBatch`, `PairBatch`, `RankingBatch`, `UnpairedBatch` or `PromptBatch`, as
+      `encode_texts`, `encode_pairs`, `encode_rankings`, `encode_unpaired` and `encode_prompts`
+      return it; "references" are encoded as
       prompts.
 
     Raises:

@@ -7,7 +7,13 @@ they are first used.
 from typing import TYPE_CHECKING
 
 from rlhf_jax.lazy import lazy_names
-from rlhf_jax.training import dpo_settings, ppo_settings, reward_settings, sft_settings
+from rlhf_jax.training import (
+    dpo_settings,
+    kto_settings,
+    ppo_settings,
+    reward_settings,
+    sft_settings,
+)
 from rlhf_jax.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ TRAINERS: tuple[Trainer, ...] = (
     reward_settings.TRAINER,
     ppo_settings.TRAINER,
     dpo_settings.TRAINER,
+    kto_settings.TRAINER,
 )
 
 __getattr__, __dir__, __all__ = lazy_names(

@@ -2,8 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,11 +11,11 @@ from rlhf_jax.batches import PairBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.score import response_logprobs
 from rlhf_jax.training import trainable
 from rlhf_jax.training.dpo_settings import TRAINER, Settings
 from rlhf_jax.training.reward import sequences_of
-from rlhf_jax.training.state import TrainState, init_train_state, make_optimizer, offline_step
+from rlhf_jax.training.responses import exceeds, init_state_with_reference, logprobs_of
+from rlhf_jax.training.state import TrainState, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
 
 __all__ = [
@@ -33,18 +31,6 @@ Metrics = dict[str, jax.Array]
 
 # Kinds whose `logps` are means over the tokens of a response.
 MEANS = ("simpo", "orpo")
-
-
-class Logprobs(NamedTuple):
-    """Log-probabilities of the responses of a batch, in nats; the chosen ones come first.
-
-    Attributes:
-      sums: f32[B, 2], over the tokens of a response.
-      lengths: f32[B, 2], the number of its tokens.
-    """
-
-    sums: jax.Array
-    lengths: jax.Array
 
 
 def init_state(
@@ -68,14 +54,9 @@ def init_state(
       InputError: more layers are to be trained than the model has.
     """
     del key
-    trained, frozen = trainable.split(
-        model, params, settings.num_layers_unfrozen, settings.section
+    return init_state_with_reference(
+        model, params, settings, optimizer or make_optimizer(TRAINER.optimizer)
     )
-    state = init_train_state(trained, optimizer or make_optimizer(TRAINER.optimizer), frozen)
-    if settings.has_reference and not settings.precompute_ref:
-        # A copy, since a step that donates its state must not hold one buffer twice.
-        state = state._replace(reference=jax.tree.map(jnp.copy, trained))
-    return state
 
 
 def full_params(model: Model, state: TrainState) -> Params:
@@ -134,7 +115,7 @@ def make_reference_step(
     """
 
     def reference(params, batch):
-        logprobs = _logprobs(model, Trainable(params), sequences_of(batch), None)
+        logprobs = logprobs_of(model, Trainable(params), sequences_of(batch))
         return _reference_fields(logprobs)
 
     return reference
@@ -172,24 +153,13 @@ def _loss(model, settings, reference, frozen, params, batch, key, denominator):
     del key
     sequences, parts = sequences_of(batch), Trainable(params, frozen)
     states = trainable.frozen_states(model, parts, sequences)
-    policy = _logprobs(model, parts, sequences, states)
+    policy = logprobs_of(model, parts, sequences, states)
     if reference is not None:
-        own = _logprobs(model, Trainable(reference, frozen), sequences, states)
+        own = logprobs_of(model, Trainable(reference, frozen), sequences, states)
         batch = batch._replace(**_reference_fields(own))
     pairs = None if denominator is None else denominator["pairs"]
     loss = _objective(settings, policy, batch, denominator)
     return loss, {"loss": loss, **_metrics(settings, policy, batch, pairs)}
-
-
-def _logprobs(model, params, sequences, states):
-    upper, lower = trainable.stacks(params)
-    tokens, _, _ = response_logprobs(
-        model, upper, sequences, temperature=1.0, frozen=lower, states=states
-    )
-    mask = sequences.mask
-    return Logprobs(
-        jnp.sum(jnp.where(mask, tokens, 0.0), axis=2), jnp.sum(mask, axis=2, dtype=jnp.float32)
-    )
 
 
 def _reference_fields(logprobs):
@@ -200,12 +170,11 @@ def _objective(settings, policy, batch, denominator):
     """f32[]: the loss of a kind."""
     counts = denominator or {"pairs": None, "tokens": None}
     options = {"beta": settings.beta, "mask": batch.valid, "denominator": counts["pairs"]}
-    sums, means = policy.sums, policy.sums / jnp.maximum(policy.lengths, 1.0)
     if settings.kind == "simpo":
-        loss, _ = functional.simpo_loss(*means.T, gamma=settings.gamma, **options)
+        loss, _ = functional.simpo_loss(*policy.means.T, gamma=settings.gamma, **options)
         return loss
     loss, _ = functional.dpo_loss(
-        *sums.T,
+        *policy.sums.T,
         batch.ref_chosen,
         batch.ref_rejected,
         kind=settings.kind,
@@ -218,20 +187,16 @@ def _objective(settings, policy, batch, denominator):
 
 def _metrics(settings, policy, batch, denominator):
     """The metrics of `make_step` under TRL's names."""
-    logps, beta = policy.sums, settings.beta
-    if settings.kind in MEANS:
-        logps = logps / jnp.maximum(policy.lengths, 1.0)
+    logps, beta = policy.means if settings.kind in MEANS else policy.sums, settings.beta
     rewards = beta * logps
     if settings.has_reference:
         rewards -= beta * jnp.stack([batch.ref_chosen, batch.ref_rejected], axis=1)
-    margins = rewards[:, 0] - rewards[:, 1]
-    # Before the first step policy and reference differ by the rounding of two compiled programs.
-    rounding = beta * 2.0**-19 * jnp.max(jnp.abs(logps), axis=1)
+    size = beta * jnp.max(jnp.abs(logps), axis=1)
     values = {
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
-        "rewards/margins": margins,
-        "rewards/accuracies": margins > rounding,
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": exceeds(*rewards.T, size),
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }

@@ -89,15 +89,24 @@ def check_scorer(config: RunConfig, scorer: Model) -> None:
         check_positions(scorer, data.max_prompt_length + length, key)
 
 
-def check_prompts(kind: str, *batches: Any) -> None:
-    """Raises an InputError for pairs of which the first response token has no context."""
-    if kind != "pairs":
+def check_judged(kind: str, train: Any, held_out: Any | None) -> None:
+    """Raises an InputError for judged responses that a policy cannot be trained on.
+
+    That is responses of which the first token has no context, and labels that are all equal.
+    """
+    if kind not in ("pairs", "unpaired"):
         return
-    present = [batch.prompt_mask.any(axis=1) for batch in batches if batch is not None]
+    present = [b.prompt_mask.any(axis=1) for b in (train, held_out) if b is not None]
     empty = sum(int((~each).sum()) for each in present)
     if empty:
         raise InputError(
-            f"{empty} of {sum(map(len, present))} pairs have an empty prompt, so that nothing "
+            f"{empty} of {sum(map(len, present))} examples have an empty prompt, so that nothing "
             "predicts the first token of their responses; give them a prompt, such as the text of "
             "the BOS token."
+        )
+    if kind == "unpaired" and train.labels.all() == train.labels.any():
+        raise InputError(
+            f"All {len(train.labels)} training examples have the label "
+            f"{str(bool(train.labels[0])).lower()}, so that there is nothing to tell apart; give "
+            "desirable and undesirable ones."
         )

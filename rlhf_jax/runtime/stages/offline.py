@@ -15,7 +15,7 @@ from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.teacher_forced import sum_metrics
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.checks import check_prompts
+from rlhf_jax.runtime.stages.checks import check_judged
 from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct
 from rlhf_jax.runtime.stages.reference import with_reference
 from rlhf_jax.training.flops import offline_flops
@@ -37,7 +37,7 @@ class OfflineStage(shared.BaseStage):
         )
         self.held_out = encode_examples(kind, held_out, self.tokenizer, data) if held_out else None
         if self.trainer.trains == "policy":
-            check_prompts(kind, train_batch, self.held_out)
+            check_judged(kind, train_batch, self.held_out)
         self.total_steps = math.ceil(settings.num_epochs * self.batches.steps_per_epoch)
         self._compile()
         product = RewardModelProduct if self.trainer.trains == "reward_model" else PolicyProduct

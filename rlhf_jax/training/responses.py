@@ -1,0 +1,95 @@
+"""The parts that losses on judged responses share: the state, and log-probabilities of responses."""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.batches import Sequences
+from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.rollout.score import response_logprobs
+from rlhf_jax.training import trainable
+from rlhf_jax.training.state import TrainState, init_train_state
+from rlhf_jax.training.trainable import Trainable
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of responses, in nats.
+
+    Attributes:
+      sums: f32[B, K] or f32[B], over the tokens of a response; 0 of one without any.
+      lengths: the number of its tokens, likewise.
+    """
+
+    sums: jax.Array
+    lengths: jax.Array
+
+    @property
+    def means(self) -> jax.Array:
+        """The means over tokens; 0 of a response without any."""
+        return self.sums / jnp.maximum(self.lengths, 1.0)
+
+
+class ReferenceSettings(Protocol):
+    """The settings of a trainer with a reference."""
+
+    section: str
+    num_layers_unfrozen: int | None
+    precompute_ref: bool
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        ...
+
+
+def init_state_with_reference(
+    model: Model,
+    params: Params,
+    settings: ReferenceSettings,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The state before the first step, with a reference where the steps have to compute with it.
+
+    The state holds `params` themselves: a step that donates it consumes them. The reference is a
+    copy of their trained part, without `precompute_ref`.
+
+    Args:
+      params: the model's full parameters.
+
+    Raises:
+      InputError: more layers are to be trained than the model has.
+    """
+    trained, frozen = trainable.split(
+        model, params, settings.num_layers_unfrozen, settings.section
+    )
+    state = init_train_state(trained, optimizer, frozen)
+    if not settings.has_reference or settings.precompute_ref:
+        return state
+    # A copy, since a step that donates its state must not hold one buffer twice.
+    return state._replace(reference=jax.tree.map(jnp.copy, trained))
+
+
+def logprobs_of(
+    model: Model, params: Trainable, sequences: Sequences, states: jax.Array | None = None
+) -> Logprobs:
+    """Log-probabilities of responses at temperature 1, without dropout.
+
+    Args:
+      states: `trainable.frozen_states` of these sequences, if they are computed already.
+    """
+    upper, lower = trainable.stacks(params)
+    tokens, _, _ = response_logprobs(
+        model, upper, sequences, temperature=1.0, frozen=lower, states=states
+    )
+    sums = jnp.sum(jnp.where(sequences.mask, tokens, 0.0), axis=-1)
+    return Logprobs(sums, jnp.sum(sequences.mask, axis=-1, dtype=jnp.float32))
+
+
+def exceeds(first: jax.Array, second: jax.Array, size: jax.Array) -> jax.Array:
+    """bool: first > second by more than the rounding of sums of this size, 2^-19 of it.
+
+    Before the first step policy and reference differ by the rounding of two compiled programs.
+    """
+    return first - second > 2.0**-19 * jnp.abs(size)
