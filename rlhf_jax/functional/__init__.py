@@ -21,12 +21,21 @@ from rlhf_jax.functional.policy import (
     ppo_value_loss,
     reinforce_loss,
 )
-from rlhf_jax.functional.preference import dpo_loss, kto_loss, orpo_loss, simpo_loss
+from rlhf_jax.functional.preference import dpo_loss, mixed_dpo_loss
+from rlhf_jax.functional.reference_free import cpo_loss, orpo_loss, simpo_loss
+from rlhf_jax.functional.responses import (
+    length_desensitized_logprobs,
+    token_collision_entropy,
+    wpo_weights,
+)
 from rlhf_jax.functional.reward import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
 from rlhf_jax.functional.sft import cross_entropy_loss
+from rlhf_jax.functional.unpaired import bco_loss, kto_loss
 
 __all__ = [
     "adaptive_kl_update",
+    "bco_loss",
+    "cpo_loss",
     "cross_entropy_loss",
     "dpo_loss",
     "gae",
@@ -36,10 +45,12 @@ __all__ = [
     "kl_penalty_policy_loss",
     "kto_loss",
     "leave_one_out_advantages",
+    "length_desensitized_logprobs",
     "linear_token_logprobs",
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "mixed_dpo_loss",
     "orpo_loss",
     "pairwise_loss",
     "penalty_kl_update",
@@ -50,9 +61,11 @@ __all__ = [
     "response_mask",
     "rewards_to_go",
     "simpo_loss",
+    "token_collision_entropy",
     "token_entropy",
     "token_kl",
     "token_logprobs",
     "token_rewards",
     "tokenwise_pairwise_loss",
+    "wpo_weights",
 ]
