@@ -11,6 +11,7 @@ from rlhf_jax.batches import PairBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.rollout.score import response_logits
 from rlhf_jax.training import trainable
 from rlhf_jax.training.dpo_settings import TRAINER, Settings
 from rlhf_jax.training.reward import sequences_of
@@ -81,6 +82,7 @@ def make_step(
                                         the sums: 2^-19 of the log-probabilities of a pair
         logps/chosen, logps/rejected    log-probabilities in nats: sums over tokens, for "simpo" and
                                         "orpo" means
+        train/nll_loss                  of kinds with a likelihood loss, in nats per token
         perf/tokens                     real tokens of the batch
 
     Args:
@@ -99,6 +101,8 @@ def make_step(
         _check_reference(settings, state, batch)
         loss_fn = functools.partial(_loss, model, settings, state.reference)
         state, metrics = offline_step(loss_fn, _counts, optimizer, state, batch, None, steps)
+        if settings.sync_ref_model:
+            state = state._replace(reference=_synchronised(settings, state))
         masks = (batch.prompt_mask, batch.chosen_mask, batch.rejected_mask)
         tokens = sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks)
         return state, {**metrics, "perf/tokens": tokens}
@@ -116,7 +120,7 @@ def make_reference_step(
 
     def reference(params, batch):
         logprobs = logprobs_of(model, Trainable(params), sequences_of(batch))
-        return _reference_fields(logprobs)
+        return _reference_fields(settings, logprobs)
 
     return reference
 
@@ -156,38 +160,99 @@ def _loss(model, settings, reference, frozen, params, batch, key, denominator):
     policy = logprobs_of(model, parts, sequences, states)
     if reference is not None:
         own = logprobs_of(model, Trainable(reference, frozen), sequences, states)
-        batch = batch._replace(**_reference_fields(own))
-    pairs = None if denominator is None else denominator["pairs"]
-    loss = _objective(settings, policy, batch, denominator)
-    return loss, {"loss": loss, **_metrics(settings, policy, batch, pairs)}
-
-
-def _reference_fields(logprobs):
-    return {"ref_chosen": logprobs.sums[:, 0], "ref_rejected": logprobs.sums[:, 1]}
-
-
-def _objective(settings, policy, batch, denominator):
-    """f32[]: the loss of a kind."""
+        batch = batch._replace(**_reference_fields(settings, own))
     counts = denominator or {"pairs": None, "tokens": None}
+    nll = -batch_mean(policy.tokens[:, 0], policy.mask[:, 0], counts["tokens"])
     options = {"beta": settings.beta, "mask": batch.valid, "denominator": counts["pairs"]}
-    if settings.kind == "simpo":
-        loss, _ = functional.simpo_loss(*policy.means.T, gamma=settings.gamma, **options)
-        return loss
-    loss, _ = functional.dpo_loss(
-        *policy.sums.T,
+    if settings.has_reference:
+        weights = _wpo_weights(model, parts, policy) if settings.use_weighting else None
+        loss = _dpo_loss(settings, policy, batch, nll, weights, options)
+    elif settings.kind == "simpo":
+        smoothing = settings.label_smoothing
+        loss, _ = functional.simpo_loss(
+            *policy.means.T, gamma=settings.gamma, label_smoothing=smoothing, **options
+        )
+    else:
+        loss, _ = functional.cpo_loss(
+            *policy.sums.T,
+            nll,
+            nll_weight=settings.nll_weight,
+            label_smoothing=settings.label_smoothing,
+            **options,
+        )
+    metrics = {"loss": loss, **_metrics(settings, policy, batch, counts["pairs"])}
+    if settings.reads_nll:
+        metrics["nll_loss"] = nll
+    return loss, metrics
+
+
+def _dpo_loss(settings, policy, batch, nll, weights, options):
+    """f32[]: the weighted sum of kinds with a reference."""
+    kinds = settings.all_kinds
+    loss, _ = functional.mixed_dpo_loss(
+        *_response_sums(settings, policy).T,
         batch.ref_chosen,
         batch.ref_rejected,
-        kind=settings.kind,
+        kinds=kinds,
+        kind_weights=settings.loss_weights or None,
         label_smoothing=settings.label_smoothing,
-        lengths=tuple(policy.lengths.T) if settings.kind == "ipo" else None,
+        lengths=tuple(policy.lengths.T) if "ipo" in kinds else None,
+        divergence=settings.f_divergence_type,
+        divergence_alpha=settings.f_alpha_divergence_coef,
+        discopop_tau=settings.discopop_tau,
+        nll=nll if "sft" in kinds else None,
+        weights=weights,
         **options,
     )
     return loss
 
 
+def _response_sums(settings, logprobs):
+    """f32[B, 2]: sums over tokens, in which the excess length of a response may weigh less."""
+    if settings.ld_alpha is None:
+        return logprobs.sums
+    lengths = logprobs.lengths
+    sums = [
+        functional.length_desensitized_logprobs(
+            logprobs.tokens[:, k], logprobs.mask[:, k], lengths[:, 1 - k], alpha=settings.ld_alpha
+        )
+        for k in range(2)
+    ]
+    return jnp.stack(sums, axis=1)
+
+
+def _wpo_weights(model, params, policy):
+    """f32[B]: the products of both responses' weights, without a gradient."""
+    full = jax.lax.stop_gradient(trainable.full_params(model, params))
+    hidden, tokens = jax.lax.stop_gradient((policy.hidden, policy.tokens))
+    entropy = functional.token_collision_entropy(
+        response_logits(model, full, hidden, temperature=1.0)
+    )
+    weights = [
+        functional.wpo_weights(tokens[:, k], entropy[:, k], policy.mask[:, k]) for k in range(2)
+    ]
+    return weights[0] * weights[1]
+
+
+def _reference_fields(settings, logprobs):
+    chosen, rejected = _response_sums(settings, logprobs).T
+    return {"ref_chosen": chosen, "ref_rejected": rejected}
+
+
+def _synchronised(settings, state):
+    """The reference after the step: mixed with the policy every so many steps (TR-DPO)."""
+    alpha, is_due = settings.ref_model_mixup_alpha, state.step % settings.ref_model_sync_steps == 0
+
+    def mixed(reference, param):
+        return jnp.where(is_due, alpha * param + (1.0 - alpha) * reference, reference)
+
+    return jax.tree.map(mixed, state.reference, state.params)
+
+
 def _metrics(settings, policy, batch, denominator):
     """The metrics of `make_step` under TRL's names."""
-    logps, beta = policy.means if settings.kind in MEANS else policy.sums, settings.beta
+    beta, has_means = settings.beta, settings.all_kinds[0] in MEANS
+    logps = policy.means if has_means else _response_sums(settings, policy)
     rewards = beta * logps
     if settings.has_reference:
         rewards -= beta * jnp.stack([batch.ref_chosen, batch.ref_rejected], axis=1)

@@ -1,15 +1,45 @@
 """The section `dpo` of a configuration, and the record of preference optimization on pairs."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal, get_args
 
-from rlhf_jax.checks import FractionBelowOne, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from rlhf_jax.checks import (
+    Fraction,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+)
 from rlhf_jax.errors import InputError
 from rlhf_jax.training.settings import OfflineSettings, OptimizerSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
-WithReference = Literal["sigmoid", "hinge", "ipo", "robust"]
-WithoutReference = Literal["simpo", "cpo", "orpo"]
+# The kinds of `functional.dpo_loss`; that needs jax, which this file does not import.
+DPOKind = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+]
+ReferenceFree = Literal["simpo", "cpo", "orpo"]
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo")
+OF_DIFFERENCE = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sft")
+SORTING = ("aot", "aot_unpaired")
+FREE = get_args(ReferenceFree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +49,27 @@ class Settings(OfflineSettings):
     Attributes:
       kind: of the loss, by TRL's name. Those of `functional.dpo_loss` compare with a reference, the
         model that the run begins with; "simpo", "cpo" and "orpo" have none.
+      kinds, loss_weights: kinds of `functional.dpo_loss` whose weighted sum is the loss, in place of
+        `kind`, and their weights, by default 1: [sigmoid, sft] and [1.0, 0.5].
       beta: strength of the KL constraint to the reference; for kinds without one the scale of the
         rewards.
-      label_smoothing: the assumed share of pairs with swapped labels, for kinds that read it.
+      label_smoothing: the assumed share of pairs with swapped labels, for the kinds that read it.
       gamma: target margin of the rewards, of "simpo" alone.
-      precompute_ref: computes the log-probabilities of the reference once before the first step, and
-        keeps them in `reference.npz` of the run; else in each step, with the parameters of the
+      nll_weight: weight of the likelihood loss, of "cpo" alone.
+      discopop_tau: of "discopop".
+      f_divergence_type, f_alpha_divergence_coef: the divergence from the reference, for kinds of a
+        difference of two responses, and the parameter of "alpha_divergence".
+      ld_alpha: weight of the tokens by which a response is longer than the other one; null: 1.
+      use_weighting: weights pairs by the probability of their responses under the policy (WPO). It
+        holds the logits of all response tokens at once.
+      precompute_ref: computes the log-probabilities of the reference once before the first step,
+        and keeps them in `reference.npz` of the run; else in each step, with the parameters of the
         reference in memory.
+      sync_ref_model: moves the reference towards the policy during training (TR-DPO), every
+        `ref_model_sync_steps` steps to ref_model_mixup_alpha * policy + (1 - ref_model_mixup_alpha)
+        * reference; needs `precompute_ref` to be false. Evaluations compare with the model that the
+        run begins with.
+      ref_model_mixup_alpha, ref_model_sync_steps: of `sync_ref_model`.
       num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm; 0
         trains this alone. The layers below and the embeddings are frozen, and policy and reference
         share them. Null trains all.
@@ -33,25 +77,80 @@ class Settings(OfflineSettings):
 
     section = "dpo"  # of the configuration; without an annotation it is no field
 
-    kind: Literal[WithReference, WithoutReference] = "sigmoid"
+    kind: Literal[DPOKind, ReferenceFree] = "sigmoid"
+    kinds: tuple[DPOKind, ...] = ()
+    loss_weights: tuple[float, ...] = ()
     beta: PositiveFloat = 0.1
     label_smoothing: FractionBelowOne = 0.0
     gamma: NonNegativeFloat = 1.0
+    nll_weight: NonNegativeFloat = 1.0
+    discopop_tau: PositiveFloat = 0.05
+    f_divergence_type: Divergence = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: Fraction | None = None
+    use_weighting: bool = False
     precompute_ref: bool = True
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: PositiveFraction = 0.6
+    ref_model_sync_steps: PositiveInt = 512
     num_layers_unfrozen: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label_smoothing and self.kind not in ("sigmoid", "robust"):
-            raise InputError(
-                f"dpo.label_smoothing is {self.label_smoothing}, but the kind {self.kind} has none;"
-                " set it to 0."
-            )
+        for name, reason in (*_faults_of_kinds(self), *_faults_of_reference(self)):
+            raise InputError(f"dpo.{name} is {getattr(self, name)}, {reason}.")
+
+    @property
+    def all_kinds(self) -> tuple[str, ...]:
+        """The kinds whose sum is the loss."""
+        return self.kinds or (self.kind,)
 
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares with a reference."""
-        return self.kind in get_args(WithReference)
+        return self.all_kinds[0] in get_args(DPOKind)
+
+    @property
+    def reads_nll(self) -> bool:
+        """Whether a likelihood loss of the chosen responses is part of the loss."""
+        return any(kind in ("sft", "cpo", "orpo") for kind in self.all_kinds)
+
+
+def _faults_of_kinds(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(name, reason) of settings that the kinds do not support."""
+    kinds, smoothing = settings.all_kinds, settings.label_smoothing
+    names = " with ".join(kinds)
+    if settings.loss_weights and len(settings.loss_weights) != len(settings.kinds):
+        yield "loss_weights", f"but dpo.kinds has {len(settings.kinds)}; give a weight for each"
+    if smoothing and not any(kind in SMOOTHED for kind in kinds):
+        yield "label_smoothing", f"but {names} has none; set it to 0"
+    if "exo_pair" in kinds and not smoothing:
+        yield "label_smoothing", "and the loss exo_pair is then infinite; its authors take 0.001"
+    if "robust" in kinds and smoothing >= 0.5:
+        yield "label_smoothing", "but robust divides by 1 - 2 * label_smoothing; set it below 0.5"
+    if settings.gradient_accumulation_steps > 1 and any(kind in SORTING for kind in kinds):
+        reason = f"but {names} sorts the batch, which its parts cannot; set it to 1"
+        yield "gradient_accumulation_steps", reason
+    weighted = [kind for kind in kinds if kind != "sft"]
+    is_unfit = not weighted or any(kind in (*SORTING, *FREE) for kind in weighted)
+    if settings.use_weighting and is_unfit:
+        yield "use_weighting", f"but {names} has no loss of single pairs to weight; set it to false"
+
+
+def _faults_of_reference(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(name, reason) of settings that do not fit the reference."""
+    names = " with ".join(settings.all_kinds)
+    is_of_difference = all(kind in OF_DIFFERENCE for kind in settings.all_kinds)
+    if settings.f_divergence_type != "reverse_kl" and not is_of_difference:
+        allowed = ", ".join(OF_DIFFERENCE)
+        yield "f_divergence_type", f"but {names} needs reverse_kl; others go with {allowed}"
+    if settings.ld_alpha is not None and not settings.has_reference:
+        yield "ld_alpha", f"but {names} has no reference and reads all tokens; leave it out"
+    if settings.sync_ref_model and not settings.has_reference:
+        yield "sync_ref_model", f"but {names} has no reference; set it to false"
+    if settings.sync_ref_model and settings.precompute_ref:
+        reason = "but a reference that moves cannot be computed once before the first step"
+        yield "sync_ref_model", f"{reason}; set dpo.precompute_ref to false"
 
 
 TRAINER = Trainer(

@@ -18,12 +18,24 @@ class Logprobs(NamedTuple):
     """Log-probabilities of responses, in nats.
 
     Attributes:
-      sums: f32[B, K] or f32[B], over the tokens of a response; 0 of one without any.
-      lengths: the number of its tokens, likewise.
+      tokens: f32[B, K, T] or f32[B, T], 0 off the mask.
+      mask: bool, of the same shape.
+      hidden: [..., T, D] in which each token is chosen.
     """
 
-    sums: jax.Array
-    lengths: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+    hidden: jax.Array
+
+    @property
+    def lengths(self) -> jax.Array:
+        """i32[B, K] or i32[B]: the number of tokens of each response."""
+        return jnp.sum(self.mask, axis=-1, dtype=jnp.int32)
+
+    @property
+    def sums(self) -> jax.Array:
+        """f32[B, K] or f32[B]: the sums over the tokens of each response."""
+        return jnp.sum(self.tokens, axis=-1)
 
     @property
     def means(self) -> jax.Array:
@@ -80,11 +92,10 @@ def logprobs_of(
       states: `trainable.frozen_states` of these sequences, if they are computed already.
     """
     upper, lower = trainable.stacks(params)
-    tokens, _, _ = response_logprobs(
+    tokens, _, hidden = response_logprobs(
         model, upper, sequences, temperature=1.0, frozen=lower, states=states
     )
-    sums = jnp.sum(jnp.where(sequences.mask, tokens, 0.0), axis=-1)
-    return Logprobs(sums, jnp.sum(sequences.mask, axis=-1, dtype=jnp.float32))
+    return Logprobs(jnp.where(sequences.mask, tokens, 0.0), sequences.mask, hidden)
 
 
 def exceeds(first: jax.Array, second: jax.Array, size: jax.Array) -> jax.Array:
