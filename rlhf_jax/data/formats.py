@@ -149,7 +149,8 @@ def ranking_of(example: Mapping[str, Any]) -> Example:
 def _label(example: Mapping[str, Any]) -> Any:
     """The label, which is a text in a CSV file; True where there is none."""
     value = example.get("label", True)
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+    text = value.lower() if isinstance(value, str) else None
+    return {"true": True, "false": False}.get(text, value) if text else value
 
 
 def _margin(value: Any) -> float:
