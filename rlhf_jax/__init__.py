@@ -25,6 +25,7 @@ _STATIC_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "kl_penalty_policy_loss": (),
     "kto_loss": (),
     "leave_one_out_advantages": (),
+    "linear_cross_entropy_loss": ("chunk_size", "vocab_size"),
     "linear_token_logprobs": ("chunk_size", "vocab_size"),
     "masked_mean": ("axis",),
     "masked_var": ("axis", "unbiased"),
