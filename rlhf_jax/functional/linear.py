@@ -33,7 +33,8 @@ def linear_token_logprobs(
     """Log-probabilities of tokens and entropies of their distributions, from hidden states.
 
         x_t      = logit_scale * unembedding @ hidden_t
-        logits_t = softcap * tanh(x_t / softcap) / temperature,     x_t / temperature without softcap
+        y_t      = softcap * tanh(x_t / softcap),     x_t without softcap
+        logits_t = y_t / temperature
         logprobs = token_logprobs(logits, tokens),     entropy = token_entropy(logits)
 
     In chunks, logits are computed, used and freed, and computed again in the backward pass: memory
@@ -46,7 +47,7 @@ def linear_token_logprobs(
       hidden: float[B, T, D], the hidden state from which each token is predicted.
       unembedding: float[V, D].
       tokens: int[B, T]; a token below 0, or vocab_size and above, gives NaN.
-      temperature: divisor of the logits, above 0. It divides what the soft-cap yields.
+      temperature: divisor of the logits, above 0; after scale and soft-cap, as in sampling.
       softcap: limits logits to (-softcap, softcap), as `final_logit_softcapping` of Gemma 2 does;
         above 0. None: no limit.
       logit_scale: factor of the products, before the soft-cap; above 0. Granite's `logits_scaling`

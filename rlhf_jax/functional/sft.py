@@ -162,7 +162,10 @@ def _chunk_sums(products, coefficients, targets, mask, vocab_size):
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     if vocab_size < logits.shape[-1]:
         logits = jnp.where(token_ids(logits) < vocab_size, logits, -jnp.inf)
-    terms = {"label_smoothing": 0.0 if label_smoothing is None else label_smoothing, "z_loss": 0.0 if z_loss is None else z_loss}
+    terms = {
+        "label_smoothing": 0.0 if label_smoothing is None else label_smoothing,
+        "z_loss": 0.0 if z_loss is None else z_loss,
+    }
     loss, metrics = cross_entropy_loss(logits, targets, mask, **terms, denominator=1.0)
     return loss, (metrics["nll"], metrics["accuracy"])
 

@@ -1,4 +1,4 @@
-"""Makes tests/golden/decoder_training.npz: ten steps of PyTorch's AdamW on decoders of transformers.
+"""Makes tests/golden/decoder_training.npz: ten AdamW steps of PyTorch on transformers' decoders.
 
     python tests/golden/make_decoder_training.py
 
@@ -65,7 +65,7 @@ def train(model, tokens, mask, steps=STEPS):
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return np.array(losses), np.array(norms)
 
 

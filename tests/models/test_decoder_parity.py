@@ -19,7 +19,7 @@ CASES = sorted({name.split("/")[0] for name in GOLDEN.files if "/" in name})
 
 
 def write_folder(folder, config):
-    """The tensors of a folder as transformers would write it, with the weights of the golden runs."""
+    """The tensors of a folder as transformers would write it, with the weights of golden runs."""
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {}
     for name, slot in language_model_slots(described_model(folder)).items():

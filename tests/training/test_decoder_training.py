@@ -1,4 +1,4 @@
-"""Ten steps of fine-tuning equal those of PyTorch's AdamW: tests/golden/make_decoder_training.py."""
+"""Ten steps of fine-tuning equal PyTorch's (tests/golden/make_decoder_training.py)."""
 
 import json
 import pathlib

@@ -186,7 +186,7 @@ def _hidden_with_padding(
 def _read(
     model: Model, params: Params, hidden: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(likeliest i32[B, T], nll f32[B, T]) of [B, T, D] states, at most `CHUNK` positions at once."""
+    """(likeliest i32[B, T], nll f32[B, T]) of [B, T, D] states, in chunks of positions."""
     size = min(CHUNK, positions_per_chunk(*targets.shape, model.config.vocab_size))
 
     def read(position):
