@@ -28,6 +28,7 @@ _STATIC_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "kto_loss": ("kind",),
     "leave_one_out_advantages": (),
     "length_desensitized_logprobs": (),
+    "linear_cross_entropy_loss": ("chunk_size", "vocab_size"),
     "linear_token_logprobs": ("chunk_size", "vocab_size"),
     "masked_mean": ("axis",),
     "masked_var": ("axis", "unbiased"),

@@ -12,7 +12,8 @@ from rlhf_jax.functional.advantages import (
     token_rewards,
 )
 from rlhf_jax.functional.kl import adaptive_kl_update, kl_estimate, penalty_kl_update, token_kl
-from rlhf_jax.functional.logprobs import linear_token_logprobs, token_entropy, token_logprobs
+from rlhf_jax.functional.linear import linear_token_logprobs
+from rlhf_jax.functional.logprobs import token_entropy, token_logprobs
 from rlhf_jax.functional.masking import masked_mean, masked_var, masked_whiten, response_mask
 from rlhf_jax.functional.policy import (
     grpo_loss,
@@ -29,7 +30,7 @@ from rlhf_jax.functional.responses import (
     wpo_weights,
 )
 from rlhf_jax.functional.reward import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
-from rlhf_jax.functional.sft import cross_entropy_loss
+from rlhf_jax.functional.sft import cross_entropy_loss, linear_cross_entropy_loss
 from rlhf_jax.functional.unpaired import bco_loss, kto_loss
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "kto_loss",
     "leave_one_out_advantages",
     "length_desensitized_logprobs",
+    "linear_cross_entropy_loss",
     "linear_token_logprobs",
     "masked_mean",
     "masked_var",

@@ -316,10 +316,12 @@ class Decoder(StackedModel):
         """Raises a ValueError: the final norm has no bias."""
         raise ValueError(f"The final norm of {self.config.model_type} has no bias.")
 
-    def scaled_logits(self, logits: jax.Array) -> jax.Array:
-        """Logits divided and then soft-capped."""
-        if self.config.logit_divisor != 1:
-            logits /= self.config.logit_divisor
-        if (cap := self.config.logit_softcap) is not None:
-            logits = cap * jnp.tanh(logits / cap)
-        return logits
+    @property
+    def logit_scale(self) -> float:
+        """The factor of products with the unembedding."""
+        return 1.0 / self.config.logit_divisor
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The limit of logits."""
+        return self.config.logit_softcap

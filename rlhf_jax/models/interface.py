@@ -187,7 +187,20 @@ class Model(Protocol):
         ...
 
     def unembedding(self, params: Params) -> jax.Array:
-        """[Vp, D], one vector for each token; those from `config.vocab_size` on are padding."""
+        """[Vp, D] in the compute dtype, as products need it: gathered over `fsdp`.
+
+        One vector for each token; those from `config.vocab_size` on are padding.
+        """
+        ...
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the products of hidden states with the unembedding; 1.0 for none."""
+        ...
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """c in c * tanh(x / c), which bounds the scaled products; None where logits are these."""
         ...
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:

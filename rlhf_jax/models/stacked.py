@@ -105,9 +105,13 @@ class StackedModel(abc.ABC):
         """What some layers share at i32[B, L] positions."""
         return Context()
 
-    def scaled_logits(self, logits: jax.Array) -> jax.Array:
-        """The logits, from products of hidden states with the unembedding."""
-        return logits
+    @property
+    def logit_scale(self) -> float:
+        return 1.0
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return None
 
     @property
     def output(self) -> str:
@@ -222,7 +226,9 @@ class StackedModel(abc.ABC):
 
     def unembedding(self, params: Params) -> jax.Array:
         self._check_trainable(params)
-        return params[self.output]["embedding"]
+        tables = {self.output: params[self.output]}
+        tables = all_gather(tables, self.dtype, self.partition_rules)
+        return tables[self.output]["embedding"].astype(self.dtype)
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
         return self.padded_logits(params, hidden, decode=decode)[..., : self.config.vocab_size]
@@ -232,7 +238,11 @@ class StackedModel(abc.ABC):
     ) -> jax.Array:
         name, rules = self.output, self.partition_rules
         logits = embedding.unembed(name, params[name], hidden, self.dtype, rules, decode=decode)
-        return embedding.mask_padding(self.scaled_logits(logits), self.config.vocab_size)
+        if self.logit_scale != 1:
+            logits *= self.logit_scale
+        if (cap := self.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return embedding.mask_padding(logits, self.config.vocab_size)
 
     def hidden(
         self,

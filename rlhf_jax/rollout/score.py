@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import functional
 from rlhf_jax.batches import Sequences
 from rlhf_jax.models.heads import apply_head
 from rlhf_jax.models.interface import Model, Params, SharedPrompt, positions_from
+from rlhf_jax.models.readout import token_logprobs
 
 
 class _Inputs(NamedTuple):
@@ -41,9 +41,9 @@ def response_logprobs(
     if frozen is not None and states is None:
         states = frozen_states(model, frozen, sequences)
     hidden = response_hidden(model, params, sequences, states=states)
-    logits = response_logits(model, params, hidden, temperature=temperature, frozen=frozen)
-    logprobs = functional.token_logprobs(logits, sequences.tokens)
-    return logprobs, functional.token_entropy(logits), hidden
+    full = params if frozen is None else model.merge(frozen, params)
+    arrays = (hidden, sequences.tokens)
+    return *token_logprobs(model, full, *arrays, temperature=temperature), hidden
 
 
 def response_logits(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.readout import cross_entropy_loss
 from rlhf_jax.training import trainable
 from rlhf_jax.training.sft_settings import TRAINER, Settings
 from rlhf_jax.training.state import TrainState, init_train_state, make_optimizer, offline_step
@@ -135,7 +135,9 @@ def text_loss(
     )
     states, targets, mask = _predictions(batch, hidden)
     return cross_entropy_loss(
-        model.padded_logits(trainable.full_params(model, params), states),
+        model,
+        trainable.full_params(model, params),
+        states,
         targets,
         mask,
         label_smoothing=settings.label_smoothing,

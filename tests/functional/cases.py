@@ -119,12 +119,20 @@ def logprob_cases(rng, batch):
     }
     hidden, unembedding = floats(rng, B, T, D), floats(rng, V, D)
     pieces = {"complete": {}, "chunks": {"chunk_size": 4, "vocab_size": V - 1}}
+    arrays, both = {"hidden": hidden, "unembedding": unembedding}, ("hidden", "unembedding")
+    limits = {"softcap": 2.0, "logit_scale": 0.8}
     for kind, options in pieces.items():
+        coefficients = {"temperature": 0.7, **(limits if kind == "chunks" else {})}
         cases[f"linear_token_logprobs/{kind}"] = Case(
-            {"hidden": hidden, "unembedding": unembedding, "tokens": batch.targets},
+            {**arrays, "tokens": batch.targets}, options, coefficients, both
+        )
+        cases[f"linear_cross_entropy_loss/{kind}"] = Case(
+            {**arrays, **batch.of("targets", "mask")},
             options,
-            {"temperature": 0.7},
-            ("hidden", "unembedding"),
+            {"label_smoothing": 0.1, "z_loss": 0.01, **limits} if kind == "chunks" else {},
+            both,
+            under("mask", "hidden", "targets"),
+            float(batch.mask.sum()),
         )
     for kind in ("k1", "k2", "k3"):
         names = ("logprobs", "ref_logprobs")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax import functional
-from rlhf_jax.functional import logprobs
+from rlhf_jax.functional import linear
 from tests.functional.cases import SHARED, function_name, make_cases
 
 LOGITS = ("logits", "ref_logits")
@@ -121,11 +121,11 @@ def linear_logprobs_by_hand():
     sizes = []
     gpt2 = (8, 1024, 50257)
     with jax.set_mesh(mesh):
-        sizes.append(logprobs._chunk_size(*gpt2))
+        sizes.append(linear.positions_per_chunk(*gpt2))
         jax.shard_map(
-            lambda: sizes.append(logprobs._chunk_size(*gpt2)), in_specs=(), out_specs=None
+            lambda: sizes.append(linear.positions_per_chunk(*gpt2)), in_specs=(), out_specs=None
         )()
-    assert sizes == [1024, logprobs._chunk_size(*gpt2)] == [1024, 83], sizes
+    assert sizes == [512, 83], sizes
 
 
 if __name__ == "__main__":

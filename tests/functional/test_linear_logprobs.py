@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import rlhf_jax as rlhf
-from rlhf_jax.functional import logprobs
+from rlhf_jax.functional import linear
 
 B, T, D, V = 3, 7, 6, 11
+# Without a soft-cap, and with one that bends the logits.
+LIMITS = [{}, {"softcap": 2.0, "logit_scale": 0.6}]
 
 
 @pytest.fixture
@@ -21,9 +23,12 @@ def inputs(rng):
     return arrays, tokens, rng.normal(size=(2, B, T)).astype(np.float32)
 
 
-def from_logits(hidden, unembedding, tokens, temperature):
+def from_logits(hidden, unembedding, tokens, temperature, softcap=None, logit_scale=1.0):
     """Both outputs by way of an array of all logits."""
     logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
+    logits *= logit_scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     logits /= temperature
     return rlhf.token_logprobs(logits, tokens), rlhf.token_entropy(logits)
 
@@ -50,28 +55,50 @@ def test_values_and_gradients_are_those_from_logits(inputs, used, chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_the_values_are_those_of_a_loop(inputs, chunk_size):
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_gradients_pass_through_the_softcap_to_all_that_it_reads(inputs, used, chunk_size):
+    (hidden, unembedding, temperature), tokens, cotangents = inputs
+
+    def loss(function, arrays, **options):
+        hidden, unembedding, temperature, softcap, scale = arrays
+        scalars = {"temperature": temperature, "softcap": softcap, "logit_scale": scale}
+        outputs = function(hidden, unembedding, tokens, **scalars, **options)
+        return sum(jnp.vdot(cotangents[i], outputs[i]) for i in used)
+
+    arrays = (hidden, unembedding, temperature, np.float32(2.0), np.float32(0.6))
+    expected = jax.grad(loss, 1)(from_logits, arrays)
+    actual = jax.grad(loss, 1)(rlhf.linear_token_logprobs, arrays, chunk_size=chunk_size)
+    assert min(np.abs(x).max() for x in jax.tree.leaves(expected)) > 0.01
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_the_values_are_those_of_a_loop(inputs, chunk_size, limits):
     (hidden, unembedding, temperature), tokens, _ = inputs
     logprobs, entropy = rlhf.linear_token_logprobs(
-        hidden, unembedding, tokens, temperature=temperature, chunk_size=chunk_size
+        hidden, unembedding, tokens, temperature=temperature, chunk_size=chunk_size, **limits
     )
     for b, t in np.ndindex(B, T):
-        logits = np.array([np.float64(row) @ hidden[b, t] for row in unembedding]) / temperature
+        logits = np.array([np.float64(row) @ hidden[b, t] for row in unembedding])
+        if limits:  # first scaled, then bounded, as in transformers; the temperature divides last
+            logits = 2.0 * np.tanh(0.6 * logits / 2.0)
+        logits /= temperature
         p = np.exp(logits) / np.exp(logits).sum()
         np.testing.assert_allclose(logprobs[b, t], np.log(p[tokens[b, t]]), rtol=1e-5)
         np.testing.assert_allclose(entropy[b, t], -np.sum(p * np.log(p)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("chunk_size", [None, 3])
-def test_padding_of_the_vocabulary_has_no_effect(inputs, chunk_size, garbage):
+@pytest.mark.parametrize(("chunk_size", "limits"), [(None, {}), (3, {}), (None, LIMITS[1])])
+def test_padding_of_the_vocabulary_has_no_effect(inputs, chunk_size, garbage, limits):
     (hidden, unembedding, temperature), tokens, cotangents = inputs
     padding = np.full((5, D), garbage, np.float32)
     padded = ((hidden, np.concatenate([unembedding, padding]), temperature), tokens, cotangents)
     outputs, (for_hidden, for_unembedding, _) = gradients(
-        rlhf.linear_token_logprobs, padded, chunk_size=chunk_size, vocab_size=V
+        rlhf.linear_token_logprobs, padded, chunk_size=chunk_size, vocab_size=V, **limits
     )
-    expected, expected_gradients = gradients(rlhf.linear_token_logprobs, inputs)
+    expected, expected_gradients = gradients(rlhf.linear_token_logprobs, inputs, **limits)
     chex.assert_trees_all_close(outputs, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(for_hidden, expected_gradients[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(for_unembedding[:V], expected_gradients[1], rtol=1e-5, atol=1e-5)
@@ -88,7 +115,8 @@ def test_padding_below_all_other_logits_does_not_underflow_them():
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_positions_that_nothing_reads_are_inert(inputs, ragged_mask, chunk_size, garbage):
+@pytest.mark.parametrize("limits", LIMITS)
+def test_positions_that_nothing_reads_are_inert(inputs, ragged_mask, chunk_size, garbage, limits):
     (hidden, unembedding, temperature), tokens, cotangents = inputs
     mask = ragged_mask[:B]
     poisoned = np.where(mask[..., None], hidden, garbage).astype(np.float32)
@@ -98,7 +126,12 @@ def test_positions_that_nothing_reads_are_inert(inputs, ragged_mask, chunk_size,
 
         def loss(hidden, unembedding, temperature):
             outputs = rlhf.linear_token_logprobs(
-                hidden, unembedding, tokens, temperature=temperature, chunk_size=chunk_size
+                hidden,
+                unembedding,
+                tokens,
+                temperature=temperature,
+                chunk_size=chunk_size,
+                **limits,
             )
             kept = [jnp.where(mask, x, 0) for x in outputs]
             return sum(jnp.vdot(a, x) for a, x in zip(cotangents, kept, strict=True))
@@ -133,8 +166,8 @@ def test_extreme_logits_have_finite_values_and_gradients(inputs, scale, chunk_si
     chex.assert_trees_all_close(actual[1], expected[1], rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 3])
-def test_bfloat16_products_are_summed_in_float32(inputs, chunk_size):
+@pytest.mark.parametrize(("chunk_size", "limits"), [(None, {}), (3, {}), (3, LIMITS[1])])
+def test_bfloat16_products_are_summed_in_float32(inputs, chunk_size, limits):
     (hidden, unembedding, temperature), tokens, cotangents = inputs
     halved = tuple(jnp.asarray(x, jnp.bfloat16) for x in (hidden, unembedding))
     widened = tuple(np.asarray(x, np.float32) for x in halved)
@@ -142,9 +175,10 @@ def test_bfloat16_products_are_summed_in_float32(inputs, chunk_size):
         rlhf.linear_token_logprobs,
         ((*halved, temperature), tokens, cotangents),
         chunk_size=chunk_size,
+        **limits,
     )
     expected, expected_gradients = gradients(
-        rlhf.linear_token_logprobs, ((*widened, temperature), tokens, cotangents)
+        rlhf.linear_token_logprobs, ((*widened, temperature), tokens, cotangents), **limits
     )
     chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-5)
     for gradient, wide in zip((for_hidden, for_unembedding), expected_gradients, strict=False):
@@ -183,8 +217,8 @@ def test_logits_are_saved_if_they_fit_and_recomputed_if_not(monkeypatch):
     product = 2 * 2 * 64 * 512 * 32
     counts = {}
     for limit in (2**30, 2**10):
-        monkeypatch.setattr(logprobs, "MAX_SAVED", limit)
-        monkeypatch.setattr(logprobs, "CHUNK", 2 * 64 * 512 * 4 // 2)
+        monkeypatch.setattr(linear, "MAX_SAVED", limit)
+        monkeypatch.setattr(linear, "CHUNK", 2 * 64 * 512 * 4 // 2)
         arrays = {name: jax.ShapeDtypeStruct(x, jnp.float32) for name, x in shape.items()}
         tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
         jaxpr = jax.make_jaxpr(gradient_of_sum(rlhf.functional.linear_token_logprobs))(

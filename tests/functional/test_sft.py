@@ -1,6 +1,10 @@
 """Cross entropy against a loop."""
 
+import functools
+
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,6 +36,42 @@ def test_cross_entropy_matches_a_loop(rng, ragged_mask, label_smoothing, z_loss)
     expected = cross_entropy_by_loop(logits, targets, ragged_mask, label_smoothing, z_loss)
     assert 0 < expected[2] < 1
     np.testing.assert_allclose([loss, metrics["nll"], metrics["accuracy"]], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
+@pytest.mark.parametrize("terms", [{}, {"label_smoothing": 0.1, "z_loss": 0.03}])
+@pytest.mark.parametrize("limits", [{}, {"softcap": 2.0, "logit_scale": 0.6}])
+def test_cross_entropy_from_hidden_states(rng, ragged_mask, chunk_size, terms, limits):
+    """Against the loop, its gradients against those of all logits; rows from 6 on are padding."""
+    hidden = rng.normal(size=(*ragged_mask.shape, 4)).astype(np.float32)
+    unembedding = rng.normal(size=(9, 4)).astype(np.float32)
+    unembedding[6:] = np.nan
+    targets = rng.integers(0, 6, size=ragged_mask.shape)
+
+    def from_logits(hidden, unembedding, terms, limits):
+        logits = limits.get("logit_scale", 1.0) * (hidden @ unembedding[:6].T)
+        if limits:
+            logits = limits["softcap"] * jnp.tanh(logits / limits["softcap"])
+        loss, metrics = rlhf.cross_entropy_loss(logits, targets, ragged_mask, **terms)
+        return loss, (metrics, logits)
+
+    def linear(hidden, unembedding, terms, limits):
+        arrays, sizes = (hidden, unembedding, targets, ragged_mask), (chunk_size, 6)
+        options = dict(zip(("chunk_size", "vocab_size"), sizes, strict=True))
+        return rlhf.linear_cross_entropy_loss(*arrays, **terms, **limits, **options)
+
+    poisoned = np.where(ragged_mask[..., None], hidden, np.nan)
+    arguments = (unembedding, terms, limits)
+    gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3), has_aux=True)
+    (loss, metrics), found = gradient(linear)(poisoned, *arguments)
+    (_, (_, logits)), expected = gradient(from_logits)(hidden, *arguments)
+    smoothing, z_loss = terms.get("label_smoothing", 0.0), terms.get("z_loss", 0.0)
+    by_loop = cross_entropy_by_loop(logits, targets, ragged_mask, smoothing, z_loss)
+    found_values = [loss, metrics["nll"], metrics["accuracy"]]
+    np.testing.assert_allclose(found_values, by_loop, rtol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    only_value = linear(poisoned, *arguments)
+    chex.assert_trees_all_close(only_value, (loss, metrics), rtol=1e-6)
 
 
 def test_the_gradient_is_probability_less_target(rng):

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.models import huggingface, reading
+from rlhf_jax.models import huggingface, reading, readout
 from rlhf_jax.models.huggingface import (
     fresh_model,
     load_pretrained,
@@ -87,11 +87,14 @@ def main(base):
     for name in ("olmo2", "phi3", "gemma2"):  # norms of full projections, fused ones, two kinds
         model = fresh_model(sizes, vocab_size=11, model_type=name)
         leaf = ("qkv_proj" if name == "phi3" else "k_proj", "kernel")
-        check_family(folder / name, model, ("self_attn", *leaf))
+        check_family(folder / name, model, ("self_attn", *leaf), is_linear=name == "gemma2")
 
 
-def check_family(folder, model, leaf):
-    """A step of a family on a mesh equals one device, from a folder to a folder."""
+def check_family(folder, model, leaf, is_linear=False):
+    """A step of a family on a mesh equals one device, from a folder to a folder.
+
+    With `is_linear` the mesh makes no array of all logits, and one device does.
+    """
     save_pretrained(folder / "base", model, model.init(jax.random.key(1)))
     settings = sft.Settings(batch_size=8, dropout=False)
     optimizer = optax.sgd(0.1)  # Adam would scale up the rounding of gradients that are zero
@@ -112,6 +115,7 @@ def check_family(folder, model, leaf):
     one = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(one):
         expected = train(one, load_pretrained(folder / "base", mesh=one)[1])
+    readout.LINEAR_VOCABULARY = 1 if is_linear else 100
     mesh = make_mesh(MeshSettings(2, 2, 2))
     with jax.set_mesh(mesh):
         _, params = load_pretrained(folder / "base", mesh=mesh)

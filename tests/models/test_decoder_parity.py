@@ -18,9 +18,8 @@ GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "decoders.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files if "/" in name})
 
 
-def write_folder(folder, case):
-    """A folder as transformers would write it."""
-    config = json.loads(str(GOLDEN[f"{case}/config"]))
+def write_folder(folder, config):
+    """The tensors of a folder as transformers would write it, with the weights of golden runs."""
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {}
     for name, slot in language_model_slots(described_model(folder)).items():
@@ -28,7 +27,7 @@ def write_folder(folder, case):
         if "norm" in name:
             tensors[name] += np.float32(not config["model_type"].startswith("gemma"))
     save_file(tensors, folder / "model.safetensors")
-    return config, tensors
+    return tensors
 
 
 def slope(grads, name, slot):
@@ -43,7 +42,8 @@ def slope(grads, name, slot):
 
 @pytest.mark.parametrize("case", CASES)
 def test_decoders_equal_those_of_pytorch(case, tmp_path):
-    config, tensors = write_folder(tmp_path, case)
+    config = json.loads(str(GOLDEN[f"{case}/config"]))
+    tensors = write_folder(tmp_path, config)
     model, params = load_pretrained(tmp_path)
     tokens, slopes = GOLDEN["tokens"], json.loads(str(GOLDEN[f"{case}/slopes"]))
     assert slopes.keys() == tensors.keys()

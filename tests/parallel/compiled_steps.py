@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
+from rlhf_jax.models import readout
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
@@ -127,10 +128,17 @@ def bytes_per_device(sizes):
 
 
 def main():
-    parts = {"sft": sft_parts, "reward": reward_parts, "ppo": ppo_parts, "rollout": rollout_parts}
+    parts = {
+        "sft": sft_parts,
+        "linear": sft_parts,
+        "reward": reward_parts,
+        "ppo": ppo_parts,
+        "rollout": rollout_parts,
+    }
     steps, stacks = {}, {}
     for program in sys.argv[1:]:
         name, mesh = program.split()
+        readout.LINEAR_VOCABULARY = 1 if name == "linear" else VOCABULARY + 1
         sizes = tuple(map(int, mesh.split("x")))
         text = compiled(parts[name](), sizes).as_text()
         steps[program] = gathered(text)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLLOUTS = ("rollout 1x8x1", "rollout 2x2x2")
-PROGRAMS = ("sft 1x8x1", "reward 2x2x2", "ppo 2x2x2", *ROLLOUTS)
+PROGRAMS = ("sft 1x8x1", "linear 2x2x2", "reward 2x2x2", "ppo 2x2x2", *ROLLOUTS)
 # By the tensor axis: what a device has of each matrix of a layer once it is gathered over fsdp.
 KERNELS = {
     tensor: [

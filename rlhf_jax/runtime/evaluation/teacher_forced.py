@@ -18,6 +18,7 @@ from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.functional import token_logprobs
+from rlhf_jax.functional.linear import positions_per_chunk
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.evaluation.rouge import rouge_scores
@@ -26,7 +27,7 @@ from rlhf_jax.runtime.rewards.texts import decode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CHUNK = 64  # positions with logits in memory at a time
+CHUNK = 64  # positions with logits in memory at a time, fewer where these take over 128 MiB
 
 
 def perplexity(loss: float) -> float:
@@ -185,12 +186,13 @@ def _hidden_with_padding(
 def _read(
     model: Model, params: Params, hidden: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(likeliest i32[B, T], nll f32[B, T]) of [B, T, D] states; `CHUNK` positions at a time."""
+    """(likeliest i32[B, T], nll f32[B, T]) of [B, T, D] states, in chunks of positions."""
+    size = min(CHUNK, positions_per_chunk(*targets.shape, model.config.vocab_size))
 
     def read(position):
         logits = model.logits(params, position[0])
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), -token_logprobs(logits, position[1])
 
     positions = (jnp.moveaxis(hidden, 1, 0), targets.T)
-    likeliest, nll = jax.lax.map(read, positions, batch_size=CHUNK)
+    likeliest, nll = jax.lax.map(read, positions, batch_size=size)
     return likeliest.T, nll.T
