@@ -87,6 +87,7 @@ def make_cases(seed):
         | reward_cases(rng, batch)
         | tokenwise_cases(rng, batch)
         | preference_cases(rng, batch.valid)
+        | response_cases(rng, batch)
     )
 
 
@@ -287,16 +288,42 @@ def preference_cases(rng, valid):
     pairs = {name: logprobs(B) for name in names}
     num_valid = float(valid.sum())
     cases = {}
-    for kind in ("sigmoid", "hinge", "ipo", "robust"):
-        smoothing = {"label_smoothing": 0.2} if kind in ("sigmoid", "robust") else {}
+    weights = {"weights": np.exp(floats(rng, B))}
+    kinds = {
+        "sigmoid": (weights, {}, {"label_smoothing": 0.2}),
+        "hinge": ({}, {}, {}),
+        "ipo": ({}, {}, {}),
+        "robust": ({}, {}, {"label_smoothing": 0.2}),
+        "exo_pair": (
+            {},
+            {"divergence": "alpha_divergence"},
+            {"label_smoothing": 0.2, "divergence_alpha": 0.4},
+        ),
+        "nca_pair": ({}, {}, {}),
+        "discopop": ({}, {}, {"discopop_tau": 0.5}),
+        # These sort the batch, and parts do not add up.
+        "aot": ({}, {}, {"label_smoothing": 0.2}),
+        "aot_unpaired": ({}, {}, {}),
+    }
+    for kind, (arrays, options, coefficients) in kinds.items():
         cases[f"dpo_loss/{kind}"] = Case(
-            {**pairs, "mask": valid},
-            {"kind": kind},
-            {"beta": 0.3, **smoothing},
+            {**pairs, **arrays, "mask": valid},
+            {"kind": kind, **options},
+            {"beta": 0.3, **coefficients},
             tuple(pairs),
-            under("mask", *pairs),
-            num_valid,
+            under("mask", *pairs, *arrays),
+            None if kind.startswith("aot") else num_valid,
         )
+    # nll is 0, so that an empty mask leaves nothing, and parts of a batch do not count it twice.
+    nll = {"nll": np.zeros((), np.float32)}
+    cases["mixed_dpo_loss"] = Case(
+        {**pairs, **weights, **nll, "mask": valid},
+        {"kinds": ("sppo_hard", "robust", "sft")},
+        {"beta": 0.3, "label_smoothing": 0.2},
+        tuple(pairs),
+        under("mask", *pairs, *weights),
+        num_valid,
+    )
     policy = {name: pairs[name] for name in ("policy_chosen", "policy_rejected")}
     cases["simpo_loss"] = Case(
         {**policy, "mask": valid},
@@ -306,30 +333,66 @@ def preference_cases(rng, valid):
         under("mask", *policy),
         num_valid,
     )
-    # nll is 0, so that an empty mask leaves nothing, and parts of a batch do not count it twice.
+    cases["cpo_loss"] = Case(
+        {**policy, **nll, "mask": valid},
+        {},
+        {"beta": 0.8, "label_smoothing": 0.2, "nll_weight": 0.7},
+        tuple(policy),
+        under("mask", *policy),
+        num_valid,
+    )
     cases["orpo_loss"] = Case(
-        {**policy, "nll": np.zeros((), np.float32), "mask": valid},
+        {**policy, **nll, "mask": valid},
         {},
         {"beta": 0.8},
         tuple(policy),
         under("mask", *policy),
         num_valid,
     )
+    return cases | unpaired_cases(logprobs, pairs, valid)
+
+
+def unpaired_cases(logprobs, pairs, valid):
+    """Losses of desirable and undesirable responses."""
     # Three real responses of each group, the undesirable ones with more padding.
     undesirable = {name: logprobs(2 * B) for name in ("policy_rejected", "ref_rejected")}
-    cases["kto_loss"] = Case(
-        {
-            **pairs,
-            **undesirable,
-            "kl": np.float32(0.4 + rng.random()),
-            "chosen_mask": valid,
-            "rejected_mask": np.arange(2 * B) % 3 == 0,
-        },
-        {},
-        {"beta": 0.6, "desirable_weight": 1.2, "undesirable_weight": 0.8},
-        tuple(pairs),
-        under("chosen_mask", "policy_chosen", "ref_chosen")
-        | under("rejected_mask", "policy_rejected", "ref_rejected"),
-        2 * num_valid,
-    )
+    masks = {"chosen_mask": valid, "rejected_mask": np.arange(2 * B) % 3 == 0}
+    arrays = {**pairs, **undesirable, **masks}
+    weights = {"desirable_weight": 1.2, "undesirable_weight": 0.8}
+    cases = {}
+    for name, more, options, coefficients in (
+        ("kto_loss", {"kl": np.float32(0.9)}, {}, weights),
+        ("kto_loss/apo_zero_unpaired", {}, {"kind": "apo_zero_unpaired"}, weights),
+        ("bco_loss", {"delta": np.float32(0.2)}, {}, {}),
+    ):
+        cases[name] = Case(
+            {**arrays, **more},
+            options,
+            {"beta": 0.6, **coefficients},
+            tuple(pairs),
+            under("chosen_mask", "policy_chosen", "ref_chosen")
+            | under("rejected_mask", "policy_rejected", "ref_rejected"),
+            2.0 * valid.sum(),
+        )
     return cases
+
+
+def response_cases(rng, batch):
+    """Numbers of responses from those of their tokens."""
+    return {
+        "length_desensitized_logprobs": Case(
+            {
+                **batch.of("logprobs", "mask"),
+                "other_lengths": rng.integers(1, T, size=B).astype(np.int32),
+            },
+            {},
+            {"alpha": 0.4},
+            ("logprobs",),
+            under("mask", "logprobs"),
+        ),
+        "token_collision_entropy": Case(batch.of("logits")),
+        # Without masks here: the weight of a response without a token is 1.
+        "wpo_weights": Case(
+            {**batch.of("logprobs", "mask"), "collision_entropy": np.exp(floats(rng, B, T))}
+        ),
+    }
