@@ -11,7 +11,15 @@ from rlhf_jax.data import builtin
 from rlhf_jax.data.conversations import Examples, split_conversations
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.files import Table, is_one_split, read_table
-from rlhf_jax.data.formats import CANONICAL, FORMATS, KEEP_COLUMNS, Kind, examples_of, labelled, ranking_of
+from rlhf_jax.data.formats import (
+    CANONICAL,
+    FORMATS,
+    KEEP_COLUMNS,
+    Kind,
+    examples_of,
+    labelled,
+    ranking_of,
+)
 from rlhf_jax.data.settings import BUILTIN, DataSettings
 from rlhf_jax.errors import InputError
 
@@ -34,9 +42,9 @@ def load_examples(
       `chosen`, `rejected`, `margin` (0.0 if the file has none) and `prompt` ("" if it has none);
       every two of `responses`, best first, make one. "rankings" have `responses` instead of
       `chosen` and `rejected`, a list of any length. "unpaired" have `prompt`, `completion` and
-      `label`, True for a desirable one; a pair makes two. "prompts" have `prompt` or `text` and every
-      other column of the file, for reward functions, "references" have `prompt`, `completion` and
-      every other column. Each text except `text` may be messages instead.
+      `label`, True for a desirable one; a pair makes two. "prompts" have `prompt` or `text` and
+      every other column of the file, for reward functions, "references" have `prompt`,
+      `completion` and every other column. Each text except `text` may be messages instead.
 
     Raises:
       InputError: naming the file, if it is missing, empty or unreadable, lacks the columns, or has

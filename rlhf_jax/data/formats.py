@@ -40,7 +40,9 @@ def examples_of(
 ) -> list[dict[str, Any]]:
     """The examples at `indices` of a table, checked."""
     columns = _format(table.columns, kind, path)
-    optional = ("prompt", "margin", "tools") if kind in ("pairs", "rankings", "unpaired") else ("tools",)
+    optional = (
+        ("prompt", "margin", "tools") if kind in ("pairs", "rankings", "unpaired") else ("tools",)
+    )
     columns += tuple(c for c in optional if c in table.columns)
     examples: list[dict[str, Any]] = []
     for example in table.read(indices):

@@ -6,6 +6,7 @@ from rlhf_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rlhf_jax.rollout.generation import generate as generate
+    from rlhf_jax.rollout.score import all_logprobs as all_logprobs
     from rlhf_jax.rollout.score import end_scores as end_scores
     from rlhf_jax.rollout.score import frozen_states as frozen_states
     from rlhf_jax.rollout.score import response_hidden as response_hidden
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "all_logprobs": "rlhf_jax.rollout.score",
         "end_scores": "rlhf_jax.rollout.score",
         "frozen_states": "rlhf_jax.rollout.score",
         "generate": "rlhf_jax.rollout.generation",

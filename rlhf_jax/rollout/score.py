@@ -68,17 +68,53 @@ def response_hidden(
     first one at the end of the prompt, so that P is at least 1. Only these states pass the final
     layer norm.
     """
+    return model.final(
+        params, _response_states(_results(model, params, sequences, states), sequences)
+    )
+
+
+def all_logprobs(
+    model: Model,
+    params: Params,
+    sequences: Sequences,
+    *,
+    frozen: Params | None = None,
+    states: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(prompt log-probabilities f32[B, P - 1], their mask, logprobs, hidden) at temperature 1.
+
+    The first two are of prompt tokens after the first, in nats, and their mask bool[B, P - 1]; the
+    last two are those of `response_logprobs`, from the same pass.
+    """
+    if frozen is not None and states is None:
+        states = frozen_states(model, frozen, sequences)
+    x = _results(model, params, sequences, states)
+    full = params if frozen is None else model.merge(frozen, params)
+    prompts, mask = sequences.prompts, sequences.prompt_mask
+    before = model.final(params, x[:, : prompts.shape[1] - 1])
+    prompt_logprobs, _ = token_logprobs(model, full, before, prompts[:, 1:])
+    hidden = model.final(params, _response_states(x, sequences))
+    logprobs, _ = token_logprobs(model, full, hidden, sequences.tokens)
+    return prompt_logprobs, mask[:, 1:] & mask[:, :-1], logprobs, hidden
+
+
+def _results(model, params, sequences, states):
+    """[B, L, D] of the last layer, before the final norm."""
     inputs = _prediction_inputs(sequences)
     x = model.embed(params, inputs.tokens, inputs.positions) if states is None else states
-    x = _apply_layers(model, params, x, inputs)
+    return _apply_layers(model, params, x, inputs)
+
+
+def _response_states(x, sequences):
+    """Those in which response tokens are chosen, [B, T, D] or [B, K, T, D]."""
     start = sequences.prompts.shape[1] - 1
     if sequences.tokens.ndim == 2:
-        return model.final(params, x[:, start:])
+        return x[:, start:]
     batch, count, length = sequences.tokens.shape
     width = x.shape[-1]
     first = jnp.broadcast_to(x[:, None, start : start + 1], (batch, count, 1, width))
     rest = x[:, start + 1 :].reshape(batch, count, length - 1, width)
-    return model.final(params, jnp.concatenate([first, rest], axis=2))
+    return jnp.concatenate([first, rest], axis=2)
 
 
 def frozen_states(model: Model, frozen: Params, sequences: Sequences) -> jax.Array:

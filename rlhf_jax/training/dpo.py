@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,8 +15,8 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_logits
 from rlhf_jax.training import trainable
 from rlhf_jax.training.dpo_settings import TRAINER, Settings
-from rlhf_jax.training.reward import sequences_of
 from rlhf_jax.training.responses import exceeds, init_state_with_reference, logprobs_of
+from rlhf_jax.training.reward import sequences_of
 from rlhf_jax.training.state import TrainState, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
 
@@ -94,13 +95,13 @@ def make_step(
     reference and the state does not hold it.
     """
     optimizer = optimizer or make_optimizer(TRAINER.optimizer)
-    steps = settings.gradient_accumulation_steps
+    steps, count = settings.gradient_accumulation_steps, functools.partial(_counts, settings)
 
     def step(state, batch, key):
         del key
         _check_reference(settings, state, batch)
         loss_fn = functools.partial(_loss, model, settings, state.reference)
-        state, metrics = offline_step(loss_fn, _counts, optimizer, state, batch, None, steps)
+        state, metrics = offline_step(loss_fn, count, optimizer, state, batch, None, steps)
         if settings.sync_ref_model:
             state = state._replace(reference=_synchronised(settings, state))
         masks = (batch.prompt_mask, batch.chosen_mask, batch.rejected_mask)
@@ -135,7 +136,7 @@ def make_eval_step(model: Model, settings: Settings) -> Callable[[Params, PairBa
     """
 
     def evaluate(params, batch):
-        count = _counts(batch)
+        count = _counts(settings, batch)
         ones = jax.tree.map(jnp.ones_like, count)
         loss, metrics = _loss(model, settings, None, None, params, batch, None, ones)
         lengths = [jnp.sum(x, axis=1) for x in (batch.chosen_mask, batch.rejected_mask)]
@@ -151,52 +152,65 @@ def make_eval_step(model: Model, settings: Settings) -> Callable[[Params, PairBa
     return evaluate
 
 
-
 def _loss(model, settings, reference, frozen, params, batch, key, denominator):
     """(loss, metrics) of a kind; `reference` has the shape of `params`, or is None."""
     del key
     sequences, parts = sequences_of(batch), Trainable(params, frozen)
     states = trainable.frozen_states(model, parts, sequences)
-    policy = logprobs_of(model, parts, sequences, states)
+    is_orpo = settings.all_kinds == ("orpo",)
+    policy = logprobs_of(model, parts, sequences, states, with_prompts=is_orpo)
     if reference is not None:
         own = logprobs_of(model, Trainable(reference, frozen), sequences, states)
         batch = batch._replace(**_reference_fields(settings, own))
     counts = denominator or {"pairs": None, "tokens": None}
-    nll = -batch_mean(policy.tokens[:, 0], policy.mask[:, 0], counts["tokens"])
+    nll = _nll(policy, counts["tokens"])
     options = {"beta": settings.beta, "mask": batch.valid, "denominator": counts["pairs"]}
     if settings.has_reference:
         weights = _wpo_weights(model, parts, policy) if settings.use_weighting else None
         loss = _dpo_loss(settings, policy, batch, nll, weights, options)
-    elif settings.kind == "simpo":
-        smoothing = settings.label_smoothing
-        loss, _ = functional.simpo_loss(
-            *policy.means.T, gamma=settings.gamma, label_smoothing=smoothing, **options
-        )
     else:
-        loss, _ = functional.cpo_loss(
-            *policy.sums.T,
-            nll,
-            nll_weight=settings.nll_weight,
-            label_smoothing=settings.label_smoothing,
-            **options,
-        )
+        loss = _reference_free_loss(settings, policy, nll, options)
     metrics = {"loss": loss, **_metrics(settings, policy, batch, counts["pairs"])}
     if settings.reads_nll:
         metrics["nll_loss"] = nll
     return loss, metrics
 
 
+def _reference_free_loss(settings, policy, nll, options):
+    """f32[]: the loss of a kind without a reference."""
+    chosen, rejected = _columns(policy.sums if settings.kind == "cpo" else policy.means)
+    if settings.kind == "orpo":
+        return functional.orpo_loss(chosen, rejected, nll, **options)[0]
+    options = {**options, "label_smoothing": settings.label_smoothing}
+    if settings.kind == "simpo":
+        return functional.simpo_loss(chosen, rejected, gamma=settings.gamma, **options)[0]
+    weight = settings.nll_weight
+    return functional.cpo_loss(chosen, rejected, nll, nll_weight=weight, **options)[0]
+
+
+def _nll(policy, denominator):
+    """f32[]: a mean over the tokens of chosen responses, and of their prompts where computed."""
+    logprobs, mask = policy.tokens[:, 0], policy.mask[:, 0]
+    if policy.prompt_mask is not None:
+        is_real = jnp.any(mask, axis=1, keepdims=True)
+        logprobs = jnp.concatenate([policy.prompt_tokens, logprobs], axis=1)
+        mask = jnp.concatenate([policy.prompt_mask & is_real, mask], axis=1)
+    return -batch_mean(logprobs, mask, denominator)
+
+
 def _dpo_loss(settings, policy, batch, nll, weights, options):
     """f32[]: the weighted sum of kinds with a reference."""
     kinds = settings.all_kinds
+    chosen, rejected = _columns(_response_sums(settings, policy))
     loss, _ = functional.mixed_dpo_loss(
-        *_response_sums(settings, policy).T,
+        chosen,
+        rejected,
         batch.ref_chosen,
         batch.ref_rejected,
         kinds=kinds,
         kind_weights=settings.loss_weights or None,
         label_smoothing=settings.label_smoothing,
-        lengths=tuple(policy.lengths.T) if "ipo" in kinds else None,
+        lengths=_columns(policy.lengths) if "ipo" in kinds else None,
         divergence=settings.f_divergence_type,
         divergence_alpha=settings.f_alpha_divergence_coef,
         discopop_tau=settings.discopop_tau,
@@ -235,7 +249,7 @@ def _wpo_weights(model, params, policy):
 
 
 def _reference_fields(settings, logprobs):
-    chosen, rejected = _response_sums(settings, logprobs).T
+    chosen, rejected = _columns(_response_sums(settings, logprobs))
     return {"ref_chosen": chosen, "ref_rejected": rejected}
 
 
@@ -261,16 +275,25 @@ def _metrics(settings, policy, batch, denominator):
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
         "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": exceeds(*rewards.T, size),
+        "rewards/accuracies": exceeds(rewards[:, 0], rewards[:, 1], size),
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }
     return {name: batch_mean(x, batch.valid, denominator) for name, x in values.items()}
 
 
-def _counts(batch):
-    """The divisors of the sums over pairs, and over tokens of chosen responses: f32[] each."""
-    tokens = jnp.sum(batch.chosen_mask & batch.valid[:, None], dtype=jnp.float32)
+def _columns(x):
+    """(chosen, rejected), [B] each, of an array [B, 2]."""
+    return x[:, 0], x[:, 1]
+
+
+def _counts(settings, batch):
+    """The divisors of the sums over pairs, and over the tokens of the likelihood: f32[] each."""
+    mask = batch.chosen_mask & batch.valid[:, None]
+    tokens = jnp.sum(mask, dtype=jnp.float32)
+    if settings.all_kinds == ("orpo",):
+        before = batch.prompt_mask[:, 1:] & batch.prompt_mask[:, :-1] & batch.valid[:, None]
+        tokens += jnp.sum(before, dtype=jnp.float32)
     return {"pairs": jnp.sum(batch.valid, dtype=jnp.float32), "tokens": tokens}
 
 

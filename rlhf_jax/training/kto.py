@@ -131,8 +131,8 @@ def make_reference_step(
 def make_eval_step(model: Model, settings: Settings) -> Callable[[Params, UnpairedBatch], Metrics]:
     """A pure (params, batch) -> sums over responses of "loss" and "accuracy", and their "count".
 
-    The parameters are full, and a batch has its reference log-probabilities. The KL estimate is that
-    of this batch.
+    The parameters are full, and a batch has its reference log-probabilities. The KL estimate is
+    that of this batch.
     """
 
     def evaluate(params, batch):
@@ -168,11 +168,10 @@ def _loss(model, settings, reference, frozen, params, batch, key, denominator):
         denominator=denominator,
     )
     ratios = logps - batch.ref_response
-    is_right = jnp.where(
-        batch.labels, exceeds(ratios, kl, logps), exceeds(kl, ratios, logps)
-    )
-    chosen, rejected = (None, None) if denominator is None else denominator
-    count = None if denominator is None else chosen + rejected
+    is_right = jnp.where(batch.labels, exceeds(ratios, kl, logps), exceeds(kl, ratios, logps))
+    chosen, rejected, count = (None,) * 3
+    if denominator is not None:
+        chosen, rejected, count = denominator[0], denominator[1], jnp.sum(denominator)
     return loss, {
         "loss": loss,
         "rewards/chosen": batch_mean(settings.beta * ratios, desirable, chosen),

@@ -14,14 +14,14 @@ class Settings(OfflineSettings):
     """The section `kto` of a configuration; examples are responses with a label.
 
     Attributes:
-      kind: of the loss. "kto" measures from an estimate of the KL divergence, a mean over the batch;
-        "apo_zero_unpaired" from 0.
+      kind: of the loss. "kto" measures from an estimate of the KL divergence, a mean over the
+        batch; "apo_zero_unpaired" from 0.
       beta: strength of the KL constraint to the reference, the model that the run begins with.
       desirable_weight, undesirable_weight: of the two groups. Their ratio should be that of the
         numbers of undesirable and desirable examples, up to a factor of 4/3 (Ethayarajh et al.,
         equation 9).
-      precompute_ref: computes the log-probabilities of the reference once before the first step, and
-        keeps them in `reference.npz` of the run; else in each step, with the parameters of the
+      precompute_ref: computes the log-probabilities of the reference once before the first step,
+        and keeps them in `reference.npz` of the run; else in each step, with the parameters of the
         reference in memory.
       num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm; 0
         trains this alone. The layers below and the embeddings are frozen, and policy and reference
@@ -42,8 +42,8 @@ class Settings(OfflineSettings):
         if self.kind == "kto" and self.gradient_accumulation_steps > 1:
             raise InputError(
                 f"kto.gradient_accumulation_steps is {self.gradient_accumulation_steps}, but the "
-                "loss kto reads a mean over the batch, which its parts do not have; set it to 1, or "
-                "take apo_zero_unpaired."
+                "loss kto reads a mean over the batch, which its parts do not have; set it to 1, "
+                "or take apo_zero_unpaired."
             )
 
     @property

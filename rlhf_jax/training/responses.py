@@ -1,6 +1,6 @@
-"""The parts that losses on judged responses share: the state, and log-probabilities of responses."""
+"""The parts that losses on judged responses share: the state, and log-probabilities."""
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 
 from rlhf_jax.batches import Sequences
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.score import response_logprobs
+from rlhf_jax.rollout.score import all_logprobs, response_logprobs
 from rlhf_jax.training import trainable
 from rlhf_jax.training.state import TrainState, init_train_state
 from rlhf_jax.training.trainable import Trainable
@@ -21,11 +21,16 @@ class Logprobs(NamedTuple):
       tokens: f32[B, K, T] or f32[B, T], 0 off the mask.
       mask: bool, of the same shape.
       hidden: [..., T, D] in which each token is chosen.
+      prompt_tokens: f32[B, P - 1], of the tokens of prompts after the first, 0 off their mask; None
+        where they are not computed.
+      prompt_mask: bool[B, P - 1].
     """
 
     tokens: jax.Array
     mask: jax.Array
     hidden: jax.Array
+    prompt_tokens: jax.Array | None = None
+    prompt_mask: jax.Array | None = None
 
     @property
     def lengths(self) -> jax.Array:
@@ -46,9 +51,17 @@ class Logprobs(NamedTuple):
 class ReferenceSettings(Protocol):
     """The settings of a trainer with a reference."""
 
-    section: str
-    num_layers_unfrozen: int | None
-    precompute_ref: bool
+    section: ClassVar[str]
+
+    @property
+    def num_layers_unfrozen(self) -> int | None:
+        """The number of layers that are trained; None for all."""
+        ...
+
+    @property
+    def precompute_ref(self) -> bool:
+        """Whether the log-probabilities of the reference are computed before the first step."""
+        ...
 
     @property
     def has_reference(self) -> bool:
@@ -73,9 +86,7 @@ def init_state_with_reference(
     Raises:
       InputError: more layers are to be trained than the model has.
     """
-    trained, frozen = trainable.split(
-        model, params, settings.num_layers_unfrozen, settings.section
-    )
+    trained, frozen = trainable.split(model, params, settings.num_layers_unfrozen, settings.section)
     state = init_train_state(trained, optimizer, frozen)
     if not settings.has_reference or settings.precompute_ref:
         return state
@@ -84,18 +95,31 @@ def init_state_with_reference(
 
 
 def logprobs_of(
-    model: Model, params: Trainable, sequences: Sequences, states: jax.Array | None = None
+    model: Model,
+    params: Trainable,
+    sequences: Sequences,
+    states: jax.Array | None = None,
+    *,
+    with_prompts: bool = False,
 ) -> Logprobs:
     """Log-probabilities of responses at temperature 1, without dropout.
 
     Args:
       states: `trainable.frozen_states` of these sequences, if they are computed already.
+      with_prompts: whether log-probabilities of the prompts are computed in the same pass.
     """
     upper, lower = trainable.stacks(params)
+    mask = sequences.mask
+    if with_prompts:
+        prompt_tokens, prompt_mask, tokens, hidden = all_logprobs(
+            model, upper, sequences, frozen=lower, states=states
+        )
+        before = jnp.where(prompt_mask, prompt_tokens, 0.0)
+        return Logprobs(jnp.where(mask, tokens, 0.0), mask, hidden, before, prompt_mask)
     tokens, _, hidden = response_logprobs(
         model, upper, sequences, temperature=1.0, frozen=lower, states=states
     )
-    return Logprobs(jnp.where(sequences.mask, tokens, 0.0), sequences.mask, hidden)
+    return Logprobs(jnp.where(mask, tokens, 0.0), mask, hidden)
 
 
 def exceeds(first: jax.Array, second: jax.Array, size: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from rlhf_jax.data.settings import DataSettings
 
 BATCHES = {
     "text": batches.TextBatch,
+    "unpaired": batches.UnpairedBatch,
     "pairs": batches.PairBatch,
     "rankings": batches.RankingBatch,
     "prompts": batches.PromptBatch,

@@ -59,7 +59,7 @@ def test_labels_of_a_csv_file_are_texts(tmp_path):
     assert [example["label"] for example in examples] == [True, False]
 
 
-@pytest.mark.parametrize("label, shown", [("1", "1"), ('"yes"', "'yes'"), ("null", "None")])
+@pytest.mark.parametrize(("label", "shown"), [("1", "1"), ('"yes"', "'yes'"), ("null", "None")])
 def test_labels_that_are_not_booleans_are_refused(tmp_path, label, shown):
     lines = [*LINES[:1], f'{{"prompt": "a", "completion": "b", "label": {label}}}']
     with pytest.raises(InputError, match="^Line 2 of .*data.jsonl: ") as error:

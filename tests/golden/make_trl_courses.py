@@ -67,7 +67,8 @@ def make_model():
         }
     model = transformers.GPT2LMHeadModel(make_config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    assert not unexpected, unexpected
+    assert set(missing) <= {"lm_head.weight"}, missing
     model.tie_weights()
     return model
 

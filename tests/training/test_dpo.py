@@ -106,9 +106,7 @@ def test_accumulated_gradients_are_those_of_the_batch(model, params, batch, opti
         settings = dataclasses.replace(settings, gradient_accumulation_steps=steps)
         state = dpo.init_state(model, params, settings, KEY, optimizer=SGD)
         results.append(jax.jit(dpo.make_step(model, settings, optimizer=SGD))(state, batch, KEY))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), *results
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), *results)
 
 
 @pytest.mark.parametrize("unfrozen", [None, 1, 0])
@@ -199,7 +197,7 @@ def test_a_step_without_reference_log_probabilities_is_refused(model, params, ba
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"kind": "dpo"}, "dpo.kind must be sigmoid, robust, "),
         ({"beta": 0.0}, "dpo.beta must be above 0, but is 0.0."),

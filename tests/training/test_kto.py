@@ -108,9 +108,7 @@ def test_accumulated_gradients_are_those_of_the_batch(model, params, batch):
         )
         state = kto.init_state(model, params, settings, KEY, optimizer=SGD)
         results.append(jax.jit(kto.make_step(model, settings, optimizer=SGD))(state, batch, KEY))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), *results
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), *results)
 
 
 def test_input_that_does_not_fit_is_one_sentence(model, params, batch):

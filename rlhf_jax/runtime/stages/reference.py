@@ -85,7 +85,9 @@ def _read(file: epath.Path, mark: str) -> dict[str, Fields]:
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InputError(f"{file} is damaged ({error}); delete it to compute it anew.") from error
     if found != mark:
-        other = "another reference" if found.split("-")[0] == mark.split("-")[0] else "other examples"
+        other = (
+            "another reference" if found.split("-")[0] == mark.split("-")[0] else "other examples"
+        )
         raise InputError(
             f"{file} holds log-probabilities of {other}: put back what the run began with, or "
             "choose another --run_dir."
