@@ -91,9 +91,10 @@ def wpo_weights(logprobs, collision_entropy, mask):
     Zhou et al., WPO, eq. 2 (arXiv:2406.11827).
 
     >>> logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))
-    >>> print(wpo_weights(
-    ...     jnp.log(jnp.array([[0.5]])), token_collision_entropy(logits), jnp.array([[True]])))
-    [1.3333334]
+    >>> weights = wpo_weights(
+    ...     jnp.log(jnp.array([[0.5]])), token_collision_entropy(logits), jnp.array([[True]]))
+    >>> print(f"{weights[0]:.4f}")
+    1.3333
     """
     logprobs, collision_entropy = masked_tokens(
         mask, logprobs=logprobs, collision_entropy=collision_entropy
