@@ -151,7 +151,7 @@ def _linear_sums(hidden, unembedding, targets, mask, coefficients, chunks, vocab
         loss, metrics = _chunk_sums(products, coefficients, *chunk[1:], vocab_size)
         return jax.tree.map(jnp.add, sums, (loss, *metrics)), None
 
-    zeros = (jnp.zeros_like(hidden, jnp.float32, shape=()),) * 3
+    zeros = (jnp.zeros_like(jnp.sum(mask), jnp.float32),) * 3
     return scan_chunks(add, zeros, (hidden, targets, mask), chunks)[0]
 
 
@@ -199,7 +199,7 @@ def _forward(hidden, unembedding, targets, mask, coefficients, chunks, vocab_siz
             "btv,vd->btd", gradient, weights, like=hidden
         )
 
-    zeros = (jnp.zeros_like(hidden, jnp.float32, shape=()),) * 3
+    zeros = (jnp.zeros_like(jnp.sum(mask), jnp.float32),) * 3
     start = jnp.zeros_like(unembedding.T, jnp.float32) if is_trained else None
     totals = (zeros, start, jax.tree.map(jnp.zeros_like, coefficients))
     arrays = (hidden, targets, mask)

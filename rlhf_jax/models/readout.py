@@ -5,20 +5,19 @@ From there on logits are made in chunks of positions, of 128 MiB a device and at
 freed again, so that no array holds the logits of all tokens.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax import functional
 from rlhf_jax.functional.linear import positions_per_chunk
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.parallel.constraints import map_examples
 
 # Vocabularies of 32,000 to 65,536 (Llama 2, GPT-2, SmolLM) are below, those of 100,000 to 262,144
 # (Llama 3, OLMo 2, Qwen, Gemma) above. See docs/performance.md, "Large vocabularies".
 LINEAR_VOCABULARY = 100_000
-
-
-def is_linear(model: Model) -> bool:
-    """Whether the vocabulary is so large that no array holds all logits."""
-    return model.config.vocab_size >= LINEAR_VOCABULARY
 
 
 def token_logprobs(
@@ -36,23 +35,26 @@ def token_logprobs(
       hidden: [..., T, D] after the final norm, from which each token is predicted.
       tokens: i32[..., T].
     """
-    if not is_linear(model):
+    if not _is_linear(model):
         logits = model.padded_logits(params, hidden) / temperature
         return functional.token_logprobs(logits, tokens), functional.token_entropy(logits)
     *_, length, width = hidden.shape
-    flat = hidden.reshape(-1, length, width)
-    unembedding = model.unembedding(params)
-    logprobs, entropy = functional.linear_token_logprobs(
-        flat,
-        unembedding,
-        tokens.reshape(-1, length),
-        temperature=temperature,
-        softcap=model.logit_softcap,
-        logit_scale=model.logit_scale,
-        chunk_size=positions_per_chunk(len(flat), length, len(unembedding)),
-        vocab_size=model.config.vocab_size,
-    )
-    return logprobs.reshape(tokens.shape), entropy.reshape(tokens.shape)
+
+    def logprobs_of(hidden, tokens, unembedding, temperature):
+        return functional.linear_token_logprobs(
+            hidden,
+            unembedding,
+            tokens,
+            temperature=temperature,
+            chunk_size=positions_per_chunk(*tokens.shape, len(unembedding)),
+            **_options(model),
+        )
+
+    flat = hidden.reshape(-1, length, width), tokens.reshape(-1, length)
+    shared = (model.unembedding(params), jnp.asarray(temperature, jnp.float32))
+    results = map_examples(logprobs_of, flat, shared)
+    logprobs, entropy = (x.reshape(tokens.shape) for x in results)
+    return logprobs, entropy
 
 
 def cross_entropy_loss(
@@ -71,17 +73,28 @@ def cross_entropy_loss(
     Args:
       params: the full parameters.
     """
-    terms = {"label_smoothing": label_smoothing, "z_loss": z_loss, "denominator": denominator}
-    if not is_linear(model):
-        logits = model.padded_logits(params, hidden)
-        return functional.cross_entropy_loss(logits, targets, mask, **terms)
-    return functional.linear_cross_entropy_loss(
-        hidden,
-        model.unembedding(params),
-        targets,
-        mask,
-        softcap=model.logit_softcap,
-        logit_scale=model.logit_scale,
-        vocab_size=model.config.vocab_size,
-        **terms,
-    )
+    terms = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    if not _is_linear(model):
+        arrays = (model.padded_logits(params, hidden), targets, mask)
+        return functional.cross_entropy_loss(*arrays, **terms, denominator=denominator)
+    count = jnp.sum(mask, dtype=jnp.float32) if denominator is None else denominator
+
+    def loss_of(hidden, targets, mask, unembedding, count):
+        arrays = (hidden, unembedding, targets, mask)
+        options = {**terms, **_options(model), "denominator": count}
+        return functional.linear_cross_entropy_loss(*arrays, **options)
+
+    shared = (model.unembedding(params), jnp.asarray(count, jnp.float32))
+    return map_examples(loss_of, (hidden, targets, mask), shared)
+
+
+def _is_linear(model: Model) -> bool:
+    return model.config.vocab_size >= LINEAR_VOCABULARY
+
+
+def _options(model: Model) -> dict[str, Any]:
+    return {
+        "softcap": model.logit_softcap,
+        "logit_scale": model.logit_scale,
+        "vocab_size": model.config.vocab_size,
+    }

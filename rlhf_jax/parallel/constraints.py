@@ -62,6 +62,42 @@ def constrain_heads(x: jax.Array) -> jax.Array:
     return _constrain(x, (0, BATCH_AXES), (2, "tensor"))
 
 
+def map_examples(
+    function: Callable[..., Any], examples: tuple[jax.Array, ...], shared: tuple[Any, ...]
+) -> Any:
+    """function(*examples, *shared), on each device for its examples alone.
+
+    The sums over examples inside of the function, and with them the gradients of what the examples
+    share, are then summed over devices once and not in each step of a loop. `tensor` stays with the
+    compiler.
+
+    Args:
+      function: its results of at least one axis are [B, ...] again; its scalars are sums over
+        examples, which are added up.
+      examples: arrays [B, ...].
+      shared: arrays that all examples share, split over `tensor` at most.
+
+    Without a mesh, or if B does not divide, the function is called as it is.
+    """
+    mesh = _mesh()
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if parts == 1 or examples[0].shape[0] % parts:
+        return function(*examples, *shared)
+    by_batch, full = PartitionSpec(BATCH_AXES), PartitionSpec()
+    shapes = jax.eval_shape(function, *examples, *shared)
+
+    def of_device(*arrays):
+        results = function(*arrays)
+        return jax.tree.map(lambda x: x if x.ndim else jax.lax.psum(x, BATCH_AXES), results)
+
+    return jax.shard_map(
+        of_device,
+        in_specs=(by_batch,) * len(examples) + (full,) * len(shared),
+        out_specs=jax.tree.map(lambda x: by_batch if x.ndim else full, shapes),
+        axis_names=set(BATCH_AXES),
+    )(*examples, *shared)
+
+
 def _constrain(x: jax.Array, *split: tuple[int, tuple[str, ...] | str | None]) -> jax.Array:
     """The array with these axes split over axes of the mesh, where they divide."""
     mesh = _mesh()
