@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config, run_evaluate, run_generate, run_rlhf
 from rlhf_jax.runtime.run import loop
@@ -79,6 +80,17 @@ def test_the_same_call_again_does_nothing_and_is_quick(finished, capsys):
     assert said.err.count("is complete; nothing is left to do.") == 3
     assert "warning" not in said.err.lower()
     assert "win rate" in said.out
+
+
+def test_a_refused_call_leaves_the_folder_as_it_was(finished):
+    """The first stage finds out, behind the checks of the outer folder, that it is too long."""
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["sft"]["num_epochs"] /= 2
+    with pytest.raises(InputError, match=r"sft has taken 4 steps already, but is to end at step 2"):
+        run_rlhf(config)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_the_configuration_fed_back_and_an_interrupt_change_nothing(

@@ -1,6 +1,7 @@
 """The rooms of the package: who may import whom, what stays light, and what the texts promise."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -83,12 +84,22 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imported_modules(path):
     """Full names of all that the file imports, at the top or inside functions."""
+    return [*_imported_modules(path)]
+
+
+def _imported_modules(path):
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -158,7 +169,7 @@ def test_the_runtime_is_no_flat_room_and_files_are_short():
 
 def test_function_bodies_are_short():
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 size = body[-1].end_lineno - body[0].lineno + 1 if body else 0

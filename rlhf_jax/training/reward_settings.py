@@ -25,8 +25,8 @@ class Settings(OfflineSettings):
         "last_token" alone.
       normalize_before: scales and shifts the reward model before its training, until its scores of
         preferred responses have mean 0 and variance 1.
-      normalize_after: likewise after its training: the model that is exported and evaluated at the
-        end.
+      normalize_after: likewise after its training: the model in `hf/` and `evaluation.json`.
+        Metrics and samples of training are of the model before that.
       normalize_rows: the number of training examples whose preferred responses are scored for it,
         at most all.
       num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm

@@ -9,77 +9,32 @@ given random ones. Log-probabilities are multiples of 1/512, so that sums over t
 float32 too; everything is computed in float64, but for ORPO, which TRL casts to float32.
 """
 
-import collections
 import importlib.metadata
 import pathlib
 import types
 
 import numpy as np
 import torch
-from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
+from groups import make_advantages, make_grpo
+from stand_ins import (
+    B,
+    T,
+    bind,
+    draw_logprobs,
+    fixed,
+    leaf,
+    logits_of,
+    number,
+    ragged,
+    stack,
+    stand_in,
+)
+from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.kto import KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 FILE = pathlib.Path(__file__).parent / "trl.npz"
-B, T = 5, 7
-
-
-def stand_in(**more):
-    """What every trainer reads of itself: one process, in training mode, with metrics to fill."""
-    accelerator = types.SimpleNamespace(
-        device=torch.device("cpu"),
-        gather=lambda x: x,
-        gather_for_metrics=lambda x: x,
-        num_processes=1,
-        process_index=0,
-    )
-    settings = {
-        "accelerator": accelerator,
-        "model": types.SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        "aux_loss_enabled": False,
-        "_metrics": {"train": collections.defaultdict(list)},
-        "_total_train_tokens": 0,
-    }
-    return types.SimpleNamespace(**settings | more)
-
-
-def bind(trainer, trainer_class, *names):
-    for name in names:
-        setattr(trainer, name, types.MethodType(getattr(trainer_class, name), trainer))
-
-
-def draw_logprobs(rng, *shape):
-    """float32 multiples of 1/512 below 0."""
-    return -np.maximum(np.round(512 * np.exp(rng.normal(size=shape))), 1).astype(np.float32) / 512
-
-
-def ragged(rng, rows):
-    """int64[rows, T], 1 on real tokens: the first row is full, each has one at least."""
-    lengths = np.concatenate([[T], rng.integers(1, T, rows - 1)])
-    return (np.arange(T) < lengths[:, None]).astype(np.int64)
-
-
-def leaf(x):
-    return torch.tensor(x, dtype=torch.float64, requires_grad=True)
-
-
-def fixed(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
-def stack(runs):
-    """One array per output, the runs along its first axis."""
-    return {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-
-
-def number(x):
-    return np.asarray(x.item() if hasattr(x, "item") else x)
-
-
-def logits_of(logprobs):
-    """Logits of two tokens, of which the first has these log-probabilities."""
-    return torch.stack([logprobs, torch.log(-torch.expm1(logprobs))], dim=-1)
 
 
 def make_dpo(rng):
@@ -106,54 +61,53 @@ def make_dpo(rng):
         ("robust", 0.1, 0.2),
         ("robust", 0.7, 0.45),
     ]
-    runs = []
-    for kind, beta, label_smoothing in settings:
-        trainer = stand_in(
-            args=types.SimpleNamespace(max_length=None),
-            ld_alpha=None,
-            precompute_ref_logps=True,
-            f_divergence_type="reverse_kl",
-            loss_types=[kind],
-            loss_weights=[1.0],
-            beta=beta,
-            label_smoothing=label_smoothing,
-            use_weighting=False,
-        )
-        bind(trainer, DPOTrainer, "_truncate_inputs")
-        logprobs = leaf(tokens)
-
-        def model(logprobs=logprobs, **_):
-            logits = logits_of(logprobs)
-            return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
-
-        loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
-        loss.backward()
-        # Every response has a first token, and the loss reads only sums: its gradient is the sum's.
-        gradient = logprobs.grad[:, 0].numpy()
-        metrics = trainer._metrics["train"]
-        runs.append(
-            {
-                "hp/kind": kind,
-                "hp/beta": beta,
-                "hp/label_smoothing": label_smoothing,
-                "out/loss": number(loss),
-                "out/grad_chosen": gradient[:B],
-                "out/grad_rejected": gradient[B:],
-                "out/accuracy": metrics["rewards/accuracies"][0],
-                "out/margin": metrics["rewards/margins"][0],
-                "out/chosen_reward": metrics["rewards/chosen"][0],
-                "out/rejected_reward": metrics["rewards/rejected"][0],
-            }
-        )
     policy, ref = (tokens * mask).sum(1).astype(np.float32), ref.astype(np.float32)
     lengths = mask.sum(1).astype(np.int32)
-    return stack(runs) | {
+    return stack([run_dpo(tokens, inputs, *each) for each in settings]) | {
         "policy_chosen": policy[:B],
         "policy_rejected": policy[B:],
         "ref_chosen": ref[:B],
         "ref_rejected": ref[B:],
         "chosen_lengths": lengths[:B],
         "rejected_lengths": lengths[B:],
+    }
+
+
+def run_dpo(tokens, inputs, kind, beta, label_smoothing):
+    trainer = stand_in(
+        args=types.SimpleNamespace(max_length=None),
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[kind],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=label_smoothing,
+        use_weighting=False,
+    )
+    bind(trainer, DPOTrainer, "_truncate_inputs")
+    logprobs = leaf(tokens)
+
+    def model(**_):
+        logits = logits_of(logprobs)
+        return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
+
+    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    loss.backward()
+    # Every response has a first token, and the loss reads only sums: its gradient is the sum's.
+    gradient = logprobs.grad[:, 0].numpy()
+    metrics = trainer._metrics["train"]
+    return {
+        "hp/kind": kind,
+        "hp/beta": beta,
+        "hp/label_smoothing": label_smoothing,
+        "out/loss": number(loss),
+        "out/grad_chosen": gradient[:B],
+        "out/grad_rejected": gradient[B:],
+        "out/accuracy": metrics["rewards/accuracies"][0],
+        "out/margin": metrics["rewards/margins"][0],
+        "out/chosen_reward": metrics["rewards/chosen"][0],
+        "out/rejected_reward": metrics["rewards/rejected"][0],
     }
 
 
@@ -259,134 +213,6 @@ def make_kto(rng):
         f"{name}_{key}": x[key]
         for name, x in (("policy", policy), ("ref", ref))
         for key in ("chosen", "rejected")
-    }
-
-
-def make_grpo(rng, loss_types, settings, *, with_empty_row):
-    """GRPOTrainer._compute_loss on given log-probabilities per token.
-
-    A row without a token is what `mask_truncated_completions` makes of a response without an end.
-    """
-    mask = ragged(rng, B)
-    if with_empty_row:
-        mask[-1] = 0
-    logprobs = draw_logprobs(rng, B, T)
-    steps = np.round(512 * 0.4 * rng.normal(size=(2, B, T))).astype(np.float32) / 512
-    old, ref = np.minimum(logprobs + steps, np.float32(-1 / 512))
-    advantages = rng.normal(size=B).astype(np.float32)
-    runs = []
-    for loss_type in loss_types:
-        for kl_coef, low, high in settings:
-            trainer = stand_in(
-                args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None),
-                top_entropy_quantile=1.0,
-                off_policy_mask_threshold=None,
-                importance_sampling_level="token",
-                beta=kl_coef,
-                loss_type=loss_type,
-                epsilon_low=low,
-                epsilon_high=high,
-                use_vllm=False,
-                current_gradient_accumulation_steps=1,
-                max_completion_length=T,
-            )
-            tokens = leaf(logprobs)
-            entropies = torch.zeros((B, T), dtype=torch.float64)
-            trainer._get_per_token_logps_and_entropies = lambda *_, out=(tokens, entropies), **__: (
-                out
-            )
-            ids = torch.zeros((B, T), dtype=torch.long)
-            inputs = {
-                "prompt_ids": ids[:, :1],
-                "prompt_mask": torch.ones_like(ids[:, :1]),
-                "completion_ids": ids,
-                "completion_mask": torch.tensor(mask),
-                "advantages": fixed(advantages),
-                "old_per_token_logps": fixed(old),
-                "ref_per_token_logps": fixed(ref),
-                "num_items_in_batch": torch.tensor(mask.sum()),
-            }
-            loss = GRPOTrainer._compute_loss(trainer, None, inputs)
-            loss.backward()
-            metrics = trainer._metrics["train"]
-            runs.append(
-                {
-                    "hp/loss_type": loss_type,
-                    "hp/kl_coef": kl_coef,
-                    "hp/clip_range": low,
-                    "hp/clip_range_high": high,
-                    "out/loss": number(loss),
-                    "out/grad": tokens.grad.numpy(),
-                    "out/kl": metrics["kl"][0] if kl_coef else np.nan,
-                    "out/clip_low": metrics["clip_ratio/low_mean"][0],
-                    "out/clip_high": metrics["clip_ratio/high_mean"][0],
-                    "out/clip_region": metrics["clip_ratio/region_mean"][0],
-                }
-            )
-    return stack(runs) | {
-        "logprobs": logprobs,
-        "old_logprobs": old,
-        "ref_logprobs": ref,
-        "advantages": advantages,
-        "mask": mask.astype(bool),
-    }
-
-
-def advantages_of(trainer_class, scores, **settings):
-    """The advantages that _generate_and_score_completions gives to these scores [B, K]."""
-    rows, size = scores.size, scores.shape[1]
-    per_function = fixed(scores.reshape(rows, 1))
-    ids, tokens = [[0]] * rows, torch.zeros((rows, 1), dtype=torch.float64)
-    generated = (ids, ids, [""] * rows)
-    if trainer_class is GRPOTrainer:
-        generated = (ids, ids, None, [""] * rows, rows, None, {})
-    trainer = stand_in(
-        args=types.SimpleNamespace(
-            per_device_train_batch_size=rows,
-            gradient_checkpointing_kwargs=None,
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
-        ),
-        _generate=lambda prompts: generated,
-        _get_per_token_logps_and_entropies=lambda *_, **__: (tokens, None),
-        _calculate_rewards=lambda *_: per_function,
-        processing_class=types.SimpleNamespace(batch_decode=lambda x, **_: [""] * rows),
-        _logs={
-            "prompt": [],
-            "completion": [],
-            "advantages": [],
-            "rewards": collections.defaultdict(list),
-        },
-        environments=None,
-        tools=None,
-        pad_token_id=0,
-        mask_truncated_completions=False,
-        num_iterations=1,
-        use_vllm=False,
-        beta=0.0,
-        reward_weights=torch.ones(1, dtype=torch.float64),
-        reward_func_names=["score"],
-        reward_funcs=[None],
-        num_generations=size,
-        multi_objective_aggregation="sum_then_normalize",
-        reward_clip_range=None,
-        **settings,
-    )
-    inputs = [{"prompt": ""} for _ in range(rows)]
-    output = trainer_class._generate_and_score_completions(trainer, inputs)
-    return output["advantages"].numpy().reshape(scores.shape)
-
-
-def make_advantages(rng):
-    scores = rng.normal(size=(4, 6)).astype(np.float32)
-    scores[1] = np.round(scores[1])  # ties
-    scores[2] = 0.7  # all equal
-    scores[3] *= 1e-3  # a spread for which the epsilon matters
-    return {
-        "scores": scores,
-        "out/grpo_group": advantages_of(GRPOTrainer, scores, scale_rewards="group"),
-        "out/grpo_none": advantages_of(GRPOTrainer, scores, scale_rewards="none"),
-        "out/rloo": advantages_of(RLOOTrainer, scores, normalize_advantages=False),
     }
 
 

@@ -35,8 +35,8 @@ from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.rollout import generate
 from rlhf_jax.training import sft
 from tests.models import tiny_family
+from tests.models.gpt2_folders import HEAD, MODEL, PARAMS
 from tests.models.split_kernel import check_split
-from tests.models.test_huggingface import HEAD, MODEL, PARAMS
 
 READ = []  # bytes of each piece of a file that was read
 

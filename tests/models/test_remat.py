@@ -11,7 +11,7 @@ from rlhf_jax.batches import Sequences
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.rollout.score import end_scores
-from tests.models.test_huggingface import random_params
+from tests.models.gpt2_folders import random_params
 
 PLAIN = GPT2(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2), remat="none")
 PARAMS = random_params(PLAIN)

@@ -15,7 +15,7 @@ from rlhf_jax.models.huggingface import (
     save_reward_model,
 )
 from rlhf_jax.models.special_tokens import with_special_tokens
-from tests.models.test_huggingface import (
+from tests.models.gpt2_folders import (
     CONFIG,
     HEAD,
     MODEL,

@@ -21,7 +21,7 @@ from rlhf_jax.models.huggingface import (
     save_pretrained,
     save_reward_model,
 )
-from tests.models.test_huggingface import HEAD, MODEL, PARAMS, adding, assert_equal, edit_tensors
+from tests.models.gpt2_folders import HEAD, MODEL, PARAMS, adding, assert_equal, edit_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 

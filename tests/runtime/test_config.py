@@ -21,7 +21,6 @@ from rlhf_jax.runtime.config import (
 )
 from rlhf_jax.runtime.parsing import to_dict, to_yaml
 from rlhf_jax.runtime.rewards.sources import RewardSource
-from rlhf_jax.runtime.run.folder import claim_run_dir
 from rlhf_jax.runtime.yaml_files import parsed_yaml
 
 KINDS = (SFTConfig, RewardConfig, PPOConfig, RLHFConfig, GenerateConfig, EvaluateConfig)
@@ -346,98 +345,12 @@ def test_configurations_are_frozen_and_hold_plain_values():
     assert to_dict(config)["data"]["prompt_tokens"] == [1, 2]
 
 
-# --- the run folder ------------------------------------------------------------------------------
-
-
-def claim(folder, **values):
-    claim_run_dir(resolve(SFTConfig, {**values, "run_dir": str(folder)}))
-    return yaml.safe_load((folder / "config.yaml").read_text())
-
-
-def test_a_folder_with_work_refuses_another_configuration(tmp_path):
-    claim(tmp_path, seed=1)
-    (tmp_path / "metrics.jsonl").touch()
-    assert message(lambda: claim(tmp_path, seed=2)) == (
-        f"The run folder {tmp_path} was made with another configuration: seed is 1 there and 2 "
-        "here; choose another --run_dir, or give the same configuration to continue that run."
-    )
-    nested = message(lambda: claim(tmp_path, seed=1, sft={"batch_size": 3}))
-    assert "sft.batch_size is 16 there and 3 here" in nested
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
-
-
-def test_what_computes_attention_may_change_and_an_earlier_version_had_one(tmp_path):
-    there = claim(tmp_path)
-    assert there["model"].pop("attention") == "blocks"
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(there))
-    (tmp_path / "metrics.jsonl").touch()
-    assert claim(tmp_path, model={"attention": "cudnn"})["model"]["attention"] == "cudnn"
-
-
-def test_a_key_that_an_earlier_version_had_not_is_as_by_default(tmp_path):
-    there = claim(tmp_path, seed=1)
-    del there["sft"]["batch_size"], there["seed"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(there))
-    (tmp_path / "metrics.jsonl").touch()
-    assert "seed is 0 there and 1 here" in message(lambda: claim(tmp_path, seed=1))
-    assert "sft.batch_size is 16 there" in message(lambda: claim(tmp_path, sft={"batch_size": 3}))
-    assert claim(tmp_path)["sft"]["batch_size"] == 16
-
-
 def test_a_token_is_a_text_or_an_id_and_stays_so_in_the_file(written):
     for text, token in ((".", "."), ("13", 13), ('"\\n"', "\n"), ("null", None)):
         config = parse(PPOConfig, written(f"ppo: {{truncate_token: {text}}}\n"))
         assert config.ppo.truncate_token == token
         assert parse(PPOConfig, written(to_yaml(config))) == config
     assert parse(PPOConfig, ["--ppo.truncate_token", "."]).ppo.truncate_token == "."
-
-
-def test_how_a_run_is_watched_saved_and_spread_may_change(tmp_path):
-    claim(tmp_path, seed=1)
-    (tmp_path / "metrics.jsonl").touch()
-    changed = {"logging": {"log_every": 5}, "checkpoint": {"every": 7}, "mesh": {"data": 1}}
-    there = claim(tmp_path, seed=1, **changed)
-    assert (there["logging"]["log_every"], there["checkpoint"]["every"]) == (5, 7)
-
-
-def test_a_folder_without_work_takes_another_configuration(tmp_path):
-    claim(tmp_path, seed=1)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "config.yaml").touch()
-    assert claim(tmp_path, seed=2)["seed"] == 2
-    (tmp_path / "sft" / "metrics.jsonl").touch()
-    assert "seed is 2 there and 3 here" in message(lambda: claim(tmp_path, seed=3))
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write to .*/file/run: Not a directory; give"):
-        claim(tmp_path / "file" / "run")
-
-
-@pytest.mark.parametrize("run_dir", ["", "http://x/y", "a\0b"])
-def test_a_folder_of_a_configuration_built_in_python_is_checked_too(run_dir):
-    assert message(claim_run_dir, SFTConfig(run_dir=run_dir)).startswith("run_dir is ")
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"\xec\x00\xff", "'utf-8' codec can't decode byte 0xec in position 0"),
-        (b"a:\n\tb", "while scanning for the next token found character"),
-        (b"- 1", "it holds '[1]'; write one `key: value` to a line."),
-        (b"", "it is empty; write one `key: value` to a line."),
-    ],
-)
-def test_a_damaged_configuration_without_any_checkpoint_is_named(tmp_path, content, reason):
-    (tmp_path / "config.yaml").write_bytes(content)
-    (tmp_path / "metrics.jsonl").touch()
-    said = message(lambda: claim(tmp_path))
-    assert said.startswith(f"{tmp_path}/config.yaml is damaged ({reason}")
-    assert said.endswith("put it back from a copy, or choose another --run_dir.")
-    (tmp_path / "metrics.jsonl").unlink()
-    assert claim(tmp_path)["seed"] == 0
 
 
 def test_the_sections_of_the_contract_are_there():

@@ -44,7 +44,7 @@ def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     print(as_text(numbers))
     if flags.json is not None:
         path = epath.Path(flags.json)
-        with disk_errors(path):
+        with disk_errors(path, "give --json a file that can be written"):
             path.write_text(json.dumps(numbers, indent=1) + "\n")
     return numbers
 

@@ -76,7 +76,7 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
 def _save_config(config: EvaluateConfig) -> None:
     """Writes `config.yaml`, over that of an earlier evaluation but not over that of a run."""
     folder = epath.Path(config.run_dir)
-    with disk_errors(folder):
+    with disk_errors(folder, "give a --run_dir that can be written"):
         folder.mkdir(parents=True, exist_ok=True)
         if not holds_config_of_a_run(folder):
             replace_file(folder / "config.yaml", config_text(config).encode())

@@ -27,7 +27,7 @@ from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.rewards.functions import load_function
 from rlhf_jax.runtime.rewards.scorers import find_sources
-from rlhf_jax.runtime.run.folder import claim_run_dir, disk_errors, is_finished
+from rlhf_jax.runtime.run.folder import claim_run_dir, is_finished, write_config
 from rlhf_jax.runtime.run.lock import locked
 from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult
@@ -173,13 +173,12 @@ def stage_configs(config: RLHFConfig) -> list[RunConfig]:
 
 
 def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:
-    """Writes the report of all stages into the outer folder, and prints the table."""
+    """Writes configuration and report of all stages into the outer folder, prints the table."""
     if (accuracy := metrics.get("reward/eval/accuracy")) is not None:
         print(f"Reward model: {accuracy:.1%} of the held-out pairs ranked as their label says")
+    write_config(config)
     compared = read_evaluation(f"{config.run_dir}/ppo")
     if compared is not None:
         save_evaluation(config.run_dir, compared)
         print(format_table(compared["table"]))
-    with disk_errors(config.run_dir):
-        report = write_report(config.run_dir)
-    print(f"Report: {report}")
+    print(f"Report: {write_report(config.run_dir)}")

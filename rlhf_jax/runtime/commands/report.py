@@ -33,7 +33,7 @@ def _write(runs: Sequence[str], output: str | None) -> None:
     if len(runs) > 1:
         path = write_comparison(runs, output or "comparison.html")
     elif output is None:
-        path = write_report(runs[0])
+        path = write_report(runs[0], "make the folder writable")
     else:
         raise InputError("--output is for the page of several runs; give another run folder.")
     print(f"report: {path}", file=sys.stderr)

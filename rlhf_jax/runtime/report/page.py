@@ -42,8 +42,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
+def write_report(run_dir: str | os.PathLike[str], remedy: str = "") -> epath.Path:
     """Writes `run_dir/report.html` and returns its path.
+
+    An error of the disk names `remedy`, see `disk_errors`.
 
     `run_dir` is the folder of one stage, or that of `run_rlhf` with the folders of its stages in
     it, named as their trainers, and optionally holds an `evaluation.json`; or it is that of
@@ -89,7 +91,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> epath.Path:
         stages=stages,
         configs=_configs(folder, [log.folder for log in logs]),
     )
-    return _write(folder / "report.html", page)
+    with disk_errors(folder, remedy):
+        return _write(folder / "report.html", page)
 
 
 def write_comparison(
@@ -121,7 +124,8 @@ def write_comparison(
         tables={"Metrics": headline_table(runs), "Settings that differ": settings},
         stages=compared_stages(runs),
     )
-    return _write(path, page)
+    with disk_errors(path, "give --output a file that can be written"):
+        return _write(path, page)
 
 
 def _run_folder(run_dir: str | os.PathLike[str]) -> epath.Path:
@@ -132,8 +136,7 @@ def _run_folder(run_dir: str | os.PathLike[str]) -> epath.Path:
 
 
 def _write(path: epath.Path, page: str) -> epath.Path:
-    with disk_errors(path.parent):
-        replace_file(path, page.encode("utf-8", "replace"))
+    replace_file(path, page.encode("utf-8", "replace"))
     return path
 
 

@@ -43,10 +43,11 @@ _REMEDIES = {
 
 
 @contextlib.contextmanager
-def disk_errors(run_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an `OSError` of the block into an `InputError` that names the folder and a remedy.
+def disk_errors(path: str | os.PathLike[str], remedy: str = "") -> Iterator[None]:
+    """Turns an `OSError` of the block into an `InputError` that names the path and a remedy.
 
-    For blocks that do nothing but access the run folder. The `OSError` becomes the `__cause__`.
+    For blocks that do nothing but access that path, by default the folder of a run that continues
+    from its checkpoints. The `OSError` becomes the `__cause__`.
 
     >>> with disk_errors("runs/demo"):
     ...     raise OSError(errno.ENOSPC, "No space left on device")
@@ -58,8 +59,8 @@ space and run the same command again: it continues from the last checkpoint
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        remedy = _REMEDIES.get(error.errno or 0, "mend that and")
-        raise InputError(f"cannot write to {run_dir}: {reason}; {remedy} {_CONTINUES}") from error
+        remedy = remedy or f"{_REMEDIES.get(error.errno or 0, 'mend that and')} {_CONTINUES}"
+        raise InputError(f"cannot write to {path}: {reason}; {remedy}") from error
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -212,34 +213,50 @@ def make_run_dir(run_dir: str) -> epath.Path:
 
 
 def claim_run_dir(config: Any) -> None:
-    """Makes the run folder and writes `config.yaml`, or checks that the folder has the same one.
+    """Makes the run folder with its `config.yaml`, or checks that a run with results may continue.
+
+    What such a run has is left as it is: a later check may refuse the command. `reopen`
+    follows when all is accepted.
 
     Raises an InputError if the folder cannot be written, or holds a run with another configuration.
     """
     folder = make_run_dir(config.run_dir)
-    # The processes are no part of a run: a repetition may have others.
-    config = dataclasses.replace(config, distributed=type(config.distributed)())
     with disk_errors(folder):
-        if _has_results(folder) and (saved := _saved_config(folder)) is not None:
-            check_same_config(config, saved)
-            note, has_model = changed_length(config, saved), (folder / "hf").exists()
-            if note and has_model and not newest_record(folder):
-                raise InputError(
-                    f"The run in {folder} cannot get another length, as it has no checkpoint to "
-                    f"continue from{note}; choose another --run_dir."
-                )
-        replace_file(folder / "config.yaml", config_text(config).encode())
+        saved = _saved_config(folder) if _has_results(folder) else None
+    if saved is not None:
+        check_same_config(config, saved)
+        note, has_model = changed_length(config, saved), (folder / "hf").exists()
+        if note and has_model and not newest_record(folder):
+            raise InputError(
+                f"The run in {folder} cannot get another length, as it has no checkpoint to "
+                f"continue from{note}; choose another --run_dir."
+            )
+    if saved is None or _config_in(folder)[0] is None:
+        write_config(config)
+
+
+def reopen(config: Any) -> None:
+    """Writes `config.yaml`, and removes the last files of an earlier end of a longer run."""
+    write_config(config)
+    folder = epath.Path(config.run_dir)
+    with disk_errors(folder):
+        for name in ("report.html", "evaluation.json", "hf/config.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_config(config: Any) -> None:
+    """Writes `config.yaml`, without the processes: a repetition may have others."""
+    config = dataclasses.replace(config, distributed=type(config.distributed)())
+    with disk_errors(config.run_dir):
+        replace_file(f"{config.run_dir}/config.yaml", config_text(config).encode())
 
 
 def _saved_config(folder: epath.Path) -> Mapping[str, Any] | None:
     """The configuration in `config.yaml`; that of the newest checkpoint, if the file is damaged."""
     file = folder / "config.yaml"
-    reason = None
-    if file.exists():
-        try:
-            return checked_section(parsed_yaml(file.read_text()), "it")
-        except ValueError as error:
-            reason = error
+    config, reason = _config_in(folder)
+    if config is not None:
+        return config
     saved = newest_record(folder).get("config")
     if reason is not None and saved is None:
         raise InputError(
@@ -249,6 +266,15 @@ def _saved_config(folder: epath.Path) -> Mapping[str, Any] | None:
     if reason is not None:
         logger.warning("%s is damaged (%s); that of the newest checkpoint is used.", file, reason)
     return saved
+
+
+def _config_in(folder: epath.Path) -> tuple[Mapping[str, Any] | None, ValueError | None]:
+    """(the content of `config.yaml`, None if missing or damaged; the damage)."""
+    file = folder / "config.yaml"
+    try:
+        return checked_section(parsed_yaml(file.read_text()), "it") if file.exists() else None, None
+    except ValueError as error:
+        return None, error
 
 
 def config_text(config: Any) -> str:

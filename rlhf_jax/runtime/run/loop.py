@@ -26,6 +26,7 @@ from rlhf_jax.runtime.run.folder import (
     is_finished,
     last_metrics,
     read_progress,
+    reopen,
 )
 from rlhf_jax.runtime.run.lock import Lock, locked
 from rlhf_jax.runtime.run.metrics import make_writer
@@ -98,10 +99,7 @@ def _train(stage: Stage, config: Any, signals: Signals, lock: Lock) -> None:
         checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     try:
         state, start = _restore(stage, checkpoints, config)
-        if hosts.is_first():
-            with disk_errors(folder):  # of an earlier end of a run that is extended
-                for name in ("report.html", "evaluation.json", "hf/config.json"):
-                    (folder / name).unlink(missing_ok=True)
+        hosts.from_first(reopen, config)
         shown = config.logging.progress and hosts.is_first()
         with (
             signals.phase("step"),

@@ -107,20 +107,16 @@ class OfflineStage(shared.BaseStage):
         """Metrics on the held-out examples, means over all their tokens or pairs; {} without."""
         if self.held_out is None:
             return {}
-        params = self.full_params(self._at_end(state))
+        params = self.full_params(state)
         batches = eval_batches(self.held_out, self.config.settings.eval_batch_size)
         sums = sum_metrics(self._evaluate(params, self._place.put(batch)) for batch in batches)
         count = sums.pop("count")
         means = {f"eval/{name}": value / count for name, value in sums.items()}
         return means | self.product.metrics(params, means)
 
-    def _at_end(self, state: Any) -> Any:
-        """The state that is evaluated: after the last step, the one that is exported."""
-        return state if int(state.step) < self.total_steps else self.product.exported(state)
-
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
         """Entries of `samples.jsonl`."""
-        return self.product.samples(self.full_params(self._at_end(state)), self.eval_key, count)
+        return self.product.samples(self.full_params(state), self.eval_key, count)
 
     def finish(self, state: Any) -> epath.Path:
         """Writes `hf/`, `evaluation.json` of a reward model, and the report."""

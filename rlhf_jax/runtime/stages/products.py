@@ -117,7 +117,8 @@ class PolicyProduct(Product):
 class RewardModelProduct(Product):
     """A reward model: it scores held-out pairs, and is normalized before or after training.
 
-    Checkpoints hold the model as it was trained, so that a run that continues normalizes it once.
+    Checkpoints, metrics and samples are of the model as it is trained, so that those of all steps
+    have one scale; the export and `evaluation.json` are of the normalized one.
     """
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from etils import epath
 from rlhf_jax.models.huggingface import load_reward_model
 from rlhf_jax.runtime import train_reward
 from rlhf_jax.runtime.config import RewardConfig, resolve
+from rlhf_jax.runtime.evaluation.normalization import Normalizer
 from rlhf_jax.runtime.evaluation.policies import read_evaluation
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.offline import OfflineStage
@@ -58,24 +59,40 @@ def test_training_starts_from_a_normalized_model(stage):
     scores = scores_of_first_rows(stage, state.params)
     assert scores[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
     assert scores[:, 0].std() == pytest.approx(1.0, abs=1e-5)
-    assert stage._at_end(state) is state  # and is left alone until the end
 
 
-def test_the_evaluation_is_of_the_exported_model(full, stage):
-    _, params = load_reward_model(full / "hf")
-    step = jax.jit(make_score_step(stage.model))
-    scores = np.asarray(step(params, stage.held_out), np.float64)
-    margin = (scores[:, 0] - scores[:, 1]).mean()
-    last = small.rows(full / "metrics.jsonl")[-1]
-    assert last["eval/margin"] == pytest.approx(margin, rel=1e-4)
+def held_out_scores(stage, params):
+    return np.asarray(jax.jit(make_score_step(stage.model))(params, stage.held_out), np.float64)
+
+
+def margin_of(scores):
+    return (scores[:, 0] - scores[:, 1]).mean()
+
+
+def test_the_evaluation_at_the_end_is_of_the_exported_model(full, stage):
+    exported = held_out_scores(stage, load_reward_model(full / "hf")[1])
+    trained = held_out_scores(stage, small.checkpoint(full)["params"])
     evaluation = read_evaluation(str(full))["metrics"]
-    assert evaluation["margin"] == pytest.approx(margin, rel=1e-4)
+    assert evaluation["margin"] == pytest.approx(margin_of(exported), rel=1e-4)
+    # The deviation was about 1 before, from the normalization at the start, and not by 1e-4.
+    assert abs(margin_of(trained) / margin_of(exported) - 1) > 1e-3
+
+
+def test_metrics_and_samples_of_all_steps_are_of_the_model_in_training(full, stage):
+    """So that the best step is found on one scale."""
+    scores = held_out_scores(stage, small.checkpoint(full)["params"])
+    last = small.rows(full / "metrics.jsonl")[-1]
+    assert last["eval/margin"] == pytest.approx(margin_of(scores), rel=1e-4)
     samples = [row for row in small.rows(full / "samples.jsonl") if row["step"] == small.STEPS]
     logged = [row["score"] for row in samples]
     np.testing.assert_allclose(logged, scores[:2].ravel(), rtol=1e-4, atol=1e-5)
-    # The deviation was about 1 before, from the normalization at the start, and not by 1e-4.
-    trained = np.asarray(step(small.checkpoint(full)["params"], stage.held_out), np.float64)
-    assert abs((trained[:, 0] - trained[:, 1]).mean() / margin - 1) > 1e-3
+
+
+def test_the_scores_for_the_normalization_are_computed_once(tmp_path, monkeypatch, sft_run):
+    calls, normalize = [], Normalizer.__call__
+    monkeypatch.setattr(Normalizer, "__call__", lambda *args: calls.append(1) or normalize(*args))
+    train_reward(config(tmp_path, sft_run, normalize_before=False))
+    assert len(calls) == 1
 
 
 def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, full):

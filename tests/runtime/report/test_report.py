@@ -11,65 +11,12 @@ from etils import epath
 
 from rlhf_jax import training
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.report import samples, stages, tables
-from rlhf_jax.runtime.report.page import csp_hash, write_comparison, write_report
+from rlhf_jax.runtime.report import stages
+from rlhf_jax.runtime.report.page import csp_hash, write_report
 from rlhf_jax.training.trainer import Headline
+from tests.runtime.report.pages import ppo_lines, read, write_lines
 
 EVIL = "<script>alert('x')</script>\"'><img src=http://evil.example/a.png onerror=alert(1)>"
-
-
-class Page(html.parser.HTMLParser):
-    """Tags, their attributes, the text, and whether all elements are closed in order."""
-
-    VOID = frozenset({"meta", "link", "path", "br", "img"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.text, self.scripts = [], [], "", []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag in ("p", "li"):  # closed by what follows
-            while self.open[-1] != tag:
-                self.open.pop()
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
-        elif self.open and self.open[-1] != "style":
-            self.text += data
-
-
-def write_lines(path, entries):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-
-
-def ppo_lines(steps=40):
-    return [
-        {
-            "step": step,
-            "time": 1e9 + 3 * step,
-            "objective/scores": step / 10,
-            "objective/gold": 2 - (step / 20 - 1) ** 2,
-            "objective/kl": step / 4,
-            "loss/policy_avg": -0.01,
-            "perf/tokens_per_sec": 5e3,
-            "my/own": 3.0,
-        }
-        for step in range(1, steps + 1)
-    ]
 
 
 @pytest.fixture
@@ -99,10 +46,6 @@ def full_run(tmp_path):
     }
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     return run
-
-
-def read(run):
-    return Page(write_report(run).read_text())
 
 
 def test_a_full_run_shows_all_results(full_run):
@@ -224,90 +167,6 @@ def test_a_folder_that_is_not_there_is_an_input_error(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
-def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
-    entries = [
-        {"step": 0, "prompt": "p", "response": "old", "score": 0.0},
-        {"step": 5, "prompt": "p", "response": "middle", "score": 1.0},
-        {"step": 9, "prompt": "p", "response": "new", "score": 2.0, "reference": "human"},
-        {"step": 9, "prompt": "q", "response": "other", "score": "NaN"},
-    ]
-    (first, second), title = samples.logged_samples(entries)
-    assert title == "Samples of step 9"
-    headings = [(side.heading, side.text, side.latest) for side in first.sides]
-    assert headings == [
-        ("Step 0", "old", False),
-        ("Step 9", "new", True),
-        ("reference", "human", False),
-    ]
-    assert first.sides[1].numbers == (("score", "2.00", "up", ""),)
-    assert json.loads(first.keys) == {"score": 2.0, "length": 3}
-    assert [side.text for side in second.sides] == ["other"]
-    assert second.sides[0].numbers == (("score", "nan", "", ""),)
-    assert json.loads(second.keys) == {"length": 5}
-
-
-def test_responses_with_labels_are_one_sample_and_the_label_is_no_text():
-    """What is scored anew but did not change stands once, with its earlier score."""
-    scores = {("chosen", 0): 0.25, ("rejected", 0): 0.5, ("chosen", 9): 1.5, ("rejected", 9): -1}
-    entries = [
-        {"step": step, "prompt": "p", "response": f"the {label}", "label": label, "score": score}
-        for (label, step), score in scores.items()
-    ]
-    twice = [*entries[:2], *entries[:2], *entries[2:], *entries[2:]]  # two pairs of one prompt
-    shown, _ = samples.logged_samples(twice)
-    assert len(shown) == 2
-    for sample in shown:
-        assert [(side.heading, side.text) for side in sample.sides] == [
-            ("chosen", "the chosen"),
-            ("rejected", "the rejected"),
-        ]
-        assert [side.numbers for side in sample.sides] == [
-            (("score", "1.50", "up", "0.25"),),
-            (("score", "-1.00", "down", "0.50"),),
-        ]
-        assert json.loads(sample.keys)["margin"] == 2.5
-
-
-def test_several_responses_to_a_prompt_stand_beside_their_own_first_ones():
-    places = ("place 1", "place 2")
-    entries = [
-        {"step": step, "prompt": "p", "response": f"{place} at {step}", "label": place}
-        for step in (0, 9)
-        for place in places
-    ]
-    ((_, sides, _),), _ = samples.logged_samples(entries)
-    assert [(side.heading, side.text) for side in sides] == [
-        (f"{place}, step {step}", f"{place} at {step}") for place in places for step in (0, 9)
-    ]
-
-
-def test_tokens_are_on_the_page_with_their_numbers(tmp_path):
-    tokens = {
-        "text": [" a", "<b>", "c"],
-        "kl": [0.5, -0.25, 1],
-        "value": [1, 2, "NaN"],  # not one finite number a token
-        "advantage": [0.0, 1.0, -1.0],
-    }
-    entry = {"step": 3, "prompt": "p", "response": " a<b>c", "kl": 1.25, "tokens": tokens}
-    write_lines(tmp_path / "samples.jsonl", [entry])
-    page = read(tmp_path)
-    (measures,) = (a["data-measures"] for _, a in page.tags if "data-measures" in a)
-    assert json.loads(measures) == {"KL": [0.5, -0.25, 1], "advantage": [0.0, 1.0, -1.0]}
-    assert (
-        "<span> a</span><span>&lt;b&gt;</span><span>c</span>"
-        in (tmp_path / "report.html").read_text()
-    )
-    (keys,) = (a["data-keys"] for _, a in page.tags if "data-keys" in a)
-    assert json.loads(keys) == {"KL": 1.25, "length": 6}
-
-
-@pytest.mark.parametrize("tokens", [3, {}, {"text": 3}, {"text": ["a"], "kl": [1, 2]}])
-def test_invalid_tokens_are_left_out(tmp_path, tokens):
-    entry = {"step": 1, "prompt": "p", "response": "a", "tokens": tokens}
-    write_lines(tmp_path / "samples.jsonl", [entry])
-    assert "KL" not in [a.get("data-measures") for _, a in read(tmp_path).tags]
-
-
 def test_tiles_are_held_out_numbers_under_their_own_name(tmp_path):
     lines = [
         {"step": 1, "objective/scores": 1.0, "objective/gold": 7.5, "eval/scores": 2.0},
@@ -388,81 +247,9 @@ def test_stages_and_tiles_are_those_of_the_trainers(tmp_path, monkeypatch):
         assert "Reward model" not in page.text
 
 
-def test_format_table_aligns_values_of_json():
-    entries = [
-        {"metric": "gold score", "before": -0.5, "after": 1.25},
-        {"metric": "KL", "before": 0, "after": "Infinity"},
-        {"metric": "length", "before": 20000, "after": None},
-        {"metric": "same", "before": 1, "after": 1},
-    ]
-    lines = tables.format_table(entries).splitlines()
-    assert [re.split(r"\s{2,}", line) for line in lines] == [
-        ["metric", "before", "after", "change"],
-        ["-" * 10, "-" * 6, "-" * 5, "-" * 6],
-        ["gold score", "-0.5", "1.25", "+1.75"],
-        ["KL", "0", "inf", "+inf"],
-        ["length", "20k", "–", "–"],
-        ["same", "1", "1", "0"],
-    ]
-    assert len({len(line) for line in lines}) == 1
-    assert tables.format_table([]).splitlines()[0] == "metric  before  after  change"
-
-
-def test_an_evaluation_of_one_model_has_one_column_and_no_number_twice(tmp_path):
-    table = [{"metric": "gold score", "after": 0.25}, {"metric": "prompts", "after": 8}]
-    assert tables.format_table(table).splitlines()[0] == "metric      value"
-    evaluation = {
-        "metrics": {"gold": 0.25, "num_prompts": 8},
-        "table": table,
-        "samples": [{"prompt": "A prompt", "response": "An answer", "gold": 1.5, "score": None}],
-    }
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    text = read(tmp_path).text
-    for shown in ("Evaluation", "gold score", "An answer", "1.50"):
-        assert shown in text, shown
-    for absent in ("efore", "change", "num_prompts"):
-        assert absent not in text, absent
-    evaluation["metrics"]["kl"] = 4.5  # a metric that the table leaves out
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    assert "num_prompts" not in read(tmp_path).text
-
-
 def test_the_page_escapes_what_the_curves_are_called(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", [{"step": 1, 'a"b': 1.0}, {"step": 2, 'a"b': 2.0}])
     page = read(tmp_path)
     data = [a["data-chart"] for _, a in page.tags if "data-chart" in a]
     assert json.loads(data[0])["series"][0]["label"] == 'a"b'
     assert html.escape('a"b') not in page.text
-
-
-def test_several_runs_are_on_one_page(tmp_path):
-    for name, seed, slope in (("a", 0, 1.0), ("b", 1, 2.0)):
-        lines = [{"step": s, "train/loss": slope * s, "eval/loss": slope} for s in range(1, 4)]
-        write_lines(tmp_path / f"runs/{name}/sft/metrics.jsonl", lines)
-        config = f"model: {{n_layer: 2}}\nseed: {seed}\nrun_dir: {name}\nsft: {{x: [1, {seed}]}}\n"
-        (tmp_path / f"runs/{name}/sft/config.yaml").write_text(config)
-    write_lines(tmp_path / "runs/b/ppo/metrics.jsonl", ppo_lines())
-    paths = [tmp_path / "runs/a/sft", tmp_path / "runs/b/sft"]
-    page = Page(write_comparison(paths, tmp_path / "both.html").read_text())
-    text = re.sub(r"\s+", "", page.text)
-    assert "2runs" in text
-    assert "settinga/sftb/sftseed01sft.x[1,0][1,1]Supervised" in text
-    assert "run_dir" not in text
-    assert "n_layer" not in text
-    assert "metrica/sftb/sftSFT,held-outloss12" in text
-    charts = [json.loads(a["data-chart"]) for _, a in page.tags if "data-chart" in a]
-    drawn = [[(x["label"], x["points"]) for x in chart["series"]] for chart in charts]
-    assert drawn[0] == [
-        ("a/sft", [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]),
-        ("b/sft", [[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]),
-    ]
-    assert "runs/a/sft/config.yaml" in [a.get("href") for _, a in page.tags]
-
-    # A run without the stage keeps its colour.
-    paths = [tmp_path / "runs/a", tmp_path / "runs/b"]
-    page = Page(write_comparison(paths, tmp_path / "x.html").read_text())
-    charts = [json.loads(a["data-chart"]) for _, a in page.tags if "data-chart" in a]
-    assert [(x["label"], x["colour"]) for x in charts[-1]["series"]] == [("b", 1)]
-    assert "a/config.yaml cannot be read" in page.text
-    with pytest.raises(InputError, match="given twice"):
-        write_comparison([tmp_path / "runs/a"] * 2, tmp_path / "x.html")

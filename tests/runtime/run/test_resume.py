@@ -192,8 +192,23 @@ def test_another_reference_than_before_is_refused(tmp_path, monkeypatch, sft_run
     model, params = load_pretrained(policy / "hf")
     params["ln_f"]["bias"] = params["ln_f"]["bias"].at[0].add(1e-3)
     save_pretrained(policy / "hf", model, params)
-    with pytest.raises(InputError, match="is not the one that the run in .* began with"):
-        train_ppo(config)
+    refused = pytest.raises(InputError, match="is not the one that the run in .* began with")
+    with refused, unchanged(tmp_path / "run"):
+        train_ppo(config | {"logging": {"log_every": 2}})
+
+
+@contextlib.contextmanager
+def unchanged(folder):
+    """After the block the folder has the same files with the same bytes."""
+
+    def contents():
+        return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+    before = contents()
+    try:
+        yield
+    finally:
+        assert contents() == before
 
 
 def test_a_finished_run_is_extended_and_equals_a_longer_one(tmp_path, counting_run, capsys):
@@ -208,7 +223,7 @@ def test_a_finished_run_is_extended_and_equals_a_longer_one(tmp_path, counting_r
     small.assert_same_run(tmp_path / "long", tmp_path / "short", step=6)
     counting.train(tmp_path / "short", steps=6)
     assert "is complete; nothing is left to do." in capsys.readouterr().err
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as raised, unchanged(tmp_path / "short"):
         counting.train(tmp_path / "short", steps=5)
     assert str(raised.value) == (
         f"The run in {tmp_path}/short has taken 6 steps already, but is to end at step 5; set steps"
@@ -219,7 +234,7 @@ def test_a_finished_run_is_extended_and_equals_a_longer_one(tmp_path, counting_r
 def test_a_run_without_checkpoints_has_the_length_that_it_had(tmp_path, counting_run):
     shutil.copytree(counting_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as raised, unchanged(tmp_path / "run"):
         counting.train(tmp_path / "run", steps=6)
     assert str(raised.value) == (
         f"The run in {tmp_path}/run cannot get another length, as it has no checkpoint to continue "
@@ -264,8 +279,8 @@ def test_other_data_than_before_are_named(tmp_path, monkeypatch, interrupted):
         with pytest.raises(loop.Interrupted) if interrupted else contextlib.nullcontext():
             counting.train(tmp_path)
     monkeypatch.setattr(counting, "EXAMPLES", 25)
-    with pytest.raises(InputError) as raised:
-        counting.train(tmp_path)
+    with pytest.raises(InputError) as raised, unchanged(tmp_path):
+        counting.train(tmp_path, logging={"log_every": 2})
     assert str(raised.value) == (
         f"The data in counting changed since the run in {tmp_path} began: the number of examples "
         "was 5 then and is 25 now; put it back, or choose another --run_dir to start anew."
