@@ -382,7 +382,5 @@ FAMILY = Family(
         "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
         "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
         "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
-        "7b": GPT2Config(n_positions=2048, n_embd=4096, n_layer=32, n_head=32),
-        "70b": GPT2Config(n_positions=2048, n_embd=8192, n_layer=80, n_head=64, n_inner=36864),
     },
 )
