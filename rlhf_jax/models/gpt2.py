@@ -44,7 +44,7 @@ from rlhf_jax.models.interface import Params
 from rlhf_jax.models.layers import merged_heads
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.stacked import StackedModel
-from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
+from rlhf_jax.parallel.constraints import constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
 
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
@@ -288,11 +288,10 @@ class GPT2(StackedModel):
         return params
 
     def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
-        tables = {name: params[name] for name in ("wte", "wpe")}
-        tables = tables if decode else all_gather(tables, self.dtype, PARTITION_RULES)
-        x = lookup(tables["wte"], tokens).astype(self.dtype)
-        x += lookup(tables["wpe"], positions).astype(self.dtype)
-        x = constrain_batch_over_data(x, last="fsdp") if decode else constrain_batch(x)
+        x = lookup(params["wte"], constrain_batch_over_data(tokens)).astype(self.dtype)
+        x += lookup(params["wpe"], constrain_batch_over_data(positions)).astype(self.dtype)
+        x = constrain_batch_over_data(x, last="fsdp")
+        x = x if decode else constrain_batch(x)
         if dropout_key is None or not self.config.embd_pdrop:
             return x
         return drop(start_dropout(dropout_key, self.config.embd_pdrop), x)
