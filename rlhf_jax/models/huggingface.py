@@ -75,7 +75,7 @@ def fresh_model(
 
 
 def named_sizes() -> list[str]:
-    """The names that `described_model` knows, such as "gpt2-xl"."""
+    """The names that `described_model` knows, such as "gpt2-xl" and "Qwen/Qwen3-8B"."""
     return [name for family in FAMILIES for name in family.sizes]
 
 
