@@ -59,7 +59,7 @@ def flags_of(row: list[str], common: dict[str, str]) -> list[str]:
     return [
         *("--topology", topology, "--model", model, "--stage", stage),
         *(part for axis, size in sizes for part in (f"--mesh.{axis}", size)),
-        *shlex.split(common[f"{model} {stage}"]),
+        *shlex.split(common[stage]),
         *shlex.split(settings),
     ]
 

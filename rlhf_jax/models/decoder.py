@@ -26,7 +26,7 @@ from rlhf_jax.models.interface import Params
 from rlhf_jax.models.layers import Context, LayerKinds, Rotation, merged_heads
 from rlhf_jax.models.rope import rotate, rotations
 from rlhf_jax.models.stacked import StackedModel
-from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
+from rlhf_jax.parallel.constraints import constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
 
 PARTITION_RULES: Rules = (
@@ -299,14 +299,12 @@ class Decoder(StackedModel):
 
     def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
         """Token embedding, [B, L, D] in the compute dtype; there is no dropout of it."""
-        tables = {self.table: params[self.table]}
-        tables = tables if decode else all_gather(tables, self.dtype, PARTITION_RULES)
-        x = lookup(tables[self.table], tokens).astype(self.dtype)
+        x = lookup(params[self.table], constrain_batch_over_data(tokens)).astype(self.dtype)
         scale = self.config.embedding_scale
         if self.config.rounds_embedding_scale:
             scale = float(np.asarray(scale, x.dtype))
-        x = _scaled(x, scale)
-        return constrain_batch_over_data(x, last="fsdp") if decode else constrain_batch(x)
+        x = constrain_batch_over_data(_scaled(x, scale), last="fsdp")
+        return x if decode else constrain_batch(x)
 
     def final(self, params, x):
         """The final norm, in the compute dtype."""

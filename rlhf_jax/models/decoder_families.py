@@ -10,6 +10,7 @@ import jax
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.decoder_config import DecoderConfig
 from rlhf_jax.models.decoder_readers import DEFAULTS, Data, read_config
+from rlhf_jax.models.decoder_sizes import SIZES
 from rlhf_jax.models.family import TOKEN_IDS, Family, Slot, param_shapes
 from rlhf_jax.models.settings import ModelSettings
 
@@ -113,6 +114,11 @@ def _family(
         prefix="model.",
         tied={"lm_head.weight": "embed_tokens.weight"},
         ignored=("rotary_emb.inv_freq",),  # in old checkpoints
+        sizes={
+            hub_name: read_config(data)
+            for hub_name, data in SIZES.items()
+            if data["model_type"] == model_type
+        },
     )
 
 

@@ -44,7 +44,7 @@ from rlhf_jax.models.interface import Params
 from rlhf_jax.models.layers import merged_heads
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.stacked import StackedModel
-from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain_batch_over_data
+from rlhf_jax.parallel.constraints import constrain_batch, constrain_batch_over_data
 from rlhf_jax.parallel.partition import Rules
 
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
@@ -288,11 +288,10 @@ class GPT2(StackedModel):
         return params
 
     def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
-        tables = {name: params[name] for name in ("wte", "wpe")}
-        tables = tables if decode else all_gather(tables, self.dtype, PARTITION_RULES)
-        x = lookup(tables["wte"], tokens).astype(self.dtype)
-        x += lookup(tables["wpe"], positions).astype(self.dtype)
-        x = constrain_batch_over_data(x, last="fsdp") if decode else constrain_batch(x)
+        x = lookup(params["wte"], constrain_batch_over_data(tokens)).astype(self.dtype)
+        x += lookup(params["wpe"], constrain_batch_over_data(positions)).astype(self.dtype)
+        x = constrain_batch_over_data(x, last="fsdp")
+        x = x if decode else constrain_batch(x)
         if dropout_key is None or not self.config.embd_pdrop:
             return x
         return drop(start_dropout(dropout_key, self.config.embd_pdrop), x)
@@ -382,7 +381,5 @@ FAMILY = Family(
         "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
         "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
         "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
-        "7b": GPT2Config(n_positions=2048, n_embd=4096, n_layer=32, n_head=32),
-        "70b": GPT2Config(n_positions=2048, n_embd=8192, n_layer=80, n_head=64, n_inner=36864),
     },
 )

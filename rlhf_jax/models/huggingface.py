@@ -51,9 +51,11 @@ def fresh_model(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
     dtype: DTypeLike = jnp.float32,
-    model_type: str = "gpt2",
+    model_type: str | None = None,
 ) -> Model:
-    """A model of the sizes in the settings, without parameters.
+    """A model of the sizes and, unless `model_type` is given, the family in the settings.
+
+    It has no parameters.
 
     Raises:
       InputError: no family has this `model_type`, or no model of it these sizes.
@@ -62,7 +64,7 @@ def fresh_model(
     >>> fresh_model(settings, vocab_size=10).config.n_layer
     2
     """
-    family = _family_of_type(model_type)
+    family = _family_of_type(model_type or settings.family)
     config = dataclasses.replace(
         family.fresh_config(settings, vocab_size),
         bos_token_id=bos_token_id,
@@ -73,7 +75,7 @@ def fresh_model(
 
 
 def named_sizes() -> list[str]:
-    """The names that `described_model` knows, such as "gpt2-xl"."""
+    """The names that `described_model` knows, such as "gpt2-xl" and "Qwen/Qwen3-8B"."""
     return [name for family in FAMILIES for name in family.sizes]
 
 

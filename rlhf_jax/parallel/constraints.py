@@ -39,8 +39,9 @@ def constrain_batch(x: jax.Array, *, last: str | None = None) -> jax.Array:
 def constrain_batch_over_data(x: jax.Array, *, last: str | None = None) -> jax.Array:
     """The array with axis 0 split over `data` alone, so that parameters stay split over `fsdp`.
 
-    In decoding, moving the activations of single tokens costs less than gathering parameters.
-    Otherwise as `constrain_batch`.
+    In decoding, moving the activations of single tokens costs less than gathering parameters. For
+    the token embedding it does in training too: a vocabulary is larger than a device's part of the
+    batch, and the gradient of a gathered table is as large again. Otherwise as `constrain_batch`.
     """
     return _constrain(x, (0, ("data",)), (-1, last))
 

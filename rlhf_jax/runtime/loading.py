@@ -77,7 +77,6 @@ def load_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype=_options(settings)["dtype"],
-        model_type=settings.family,
     )
     if mesh is None:
         return model, jax.jit(model.init)(key)

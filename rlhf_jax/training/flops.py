@@ -8,19 +8,37 @@ is trained, and 2 where only a gradient passes through it. Attention and recompu
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_jax.batches import TextBatch
 from rlhf_jax.models.interface import Model
 from rlhf_jax.training.settings import OnlineSettings
 from rlhf_jax.training.state import TrainState
 
 
-def offline_flops(model: Model, state: TrainState, *, unembeds: bool) -> float:
+def offline_flops(model: Model, state: TrainState, *, target_share: float) -> float:
     """A step of an offline trainer, for one token: a forward and a backward pass.
 
     Args:
-      unembeds: whether the loss reads logits.
+      target_share: the share of tokens whose logits the loss reads, `target_share(batch)`; 0 where
+        it reads none.
     """
-    trained = model.flops_per_token(state.params, unembeds=unembeds)
-    return model.flops_per_token(state.frozen, unembeds=False) + 3.0 * trained
+    layers, table = _layers_and_table(model, state.params)
+    frozen = model.flops_per_token(state.frozen, unembeds=False)
+    return frozen + 3.0 * (layers + target_share * table)
+
+
+def target_share(batch: Any) -> float:
+    """Targets over real tokens: of texts those of the loss, elsewhere all tokens of responses.
+
+    Args:
+      batch: a batch of `rlhf_jax.batches` with NumPy arrays, or all examples in one.
+    """
+    if isinstance(batch, TextBatch):
+        targets, tokens = batch.loss_mask.sum(), (batch.segments > 0).sum()
+    else:
+        masks = {name: x.sum() for name, x in batch._asdict().items() if name.endswith("mask")}
+        tokens = sum(masks.values())
+        targets = tokens - masks["prompt_mask"]
+    return float(targets) / max(float(tokens), 1.0)
 
 
 def online_flops(
@@ -28,21 +46,24 @@ def online_flops(
     state: Any,
     settings: OnlineSettings,
     *,
+    prompt_length: float,
     reward_models: Sequence[Model] = (),
     value_model: Model | None = None,
 ) -> float:
     """An iteration of an online trainer, for one token of prompts and responses.
 
     Sampling and scoring are forward passes, the epochs forward and backward passes. Frozen layers
-    run twice: to sample, and for everything that follows. Prompt tokens count like those of
-    responses, though their logits are never computed.
+    run twice: to sample, and for everything that follows. Logits are those of responses, which are
+    taken to be `settings.response_length` long.
 
     Args:
       state: see `training/online.py`.
+      prompt_length: real tokens of a prompt on average.
       reward_models: in the order of their parameters in the state.
       value_model: of `state.params["value_model"]`, by default as the policy.
     """
-    base, table, policy = _policy_flops(model, state)
+    share = settings.response_length / (prompt_length + settings.response_length)
+    base, table, policy = _policy_flops(model, state, share)
     own = state.params.get("value_model")
     value = (value_model or model).flops_per_token(own, unembeds=False)
     rewards = state.frozen.get("reward")
@@ -56,15 +77,28 @@ def online_flops(
     return scoring + reward + settings.num_epochs * update
 
 
-def mixed_text_flops(model: Model, state: Any, settings: OnlineSettings) -> float:
-    """The epochs, for one token of texts that are mixed into the updates."""
-    base, table, policy = _policy_flops(model, state)
+def mixed_text_flops(
+    model: Model, state: Any, settings: OnlineSettings, *, target_share: float
+) -> float:
+    """The epochs, for one token of texts that are mixed into the updates.
+
+    Args:
+      target_share: as in `offline_flops`.
+    """
+    base, table, policy = _policy_flops(model, state, target_share)
     return settings.num_epochs * (base + 2.0 * table + 3.0 * policy)
 
 
-def _policy_flops(model: Model, state: Any) -> tuple[float, float, float]:
-    """A forward pass for one token: (frozen layers, frozen unembedding, trained part)."""
-    base = state.frozen.get("base")
-    layers = model.flops_per_token(base, unembeds=False)
-    table = model.flops_per_token(base, unembeds=True) - layers
-    return layers, table, model.flops_per_token(state.params["model"], unembeds=True)
+def _policy_flops(model: Model, state: Any, share: float) -> tuple[float, float, float]:
+    """A forward pass for one token: (frozen layers, frozen unembedding, trained part).
+
+    Logits are those of a share of the tokens.
+    """
+    base, base_table = _layers_and_table(model, state.frozen.get("base"))
+    layers, table = _layers_and_table(model, state.params["model"])
+    return base, share * base_table, layers + share * table
+
+
+def _layers_and_table(model: Model, params: Any) -> tuple[float, float]:
+    layers = model.flops_per_token(params, unembeds=False)
+    return layers, model.flops_per_token(params, unembeds=True) - layers

@@ -14,6 +14,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import load_pretrained, save_pretrained, save_reward_model
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.decoder_config import DecoderConfig
+from rlhf_jax.models.family import param_shapes
 from rlhf_jax.models.huggingface import described_model
 from rlhf_jax.models.rope import Rope, rotate
 from tests.models.test_decoder_parity import CASES, GOLDEN
@@ -45,6 +46,22 @@ def rope(**values):
 def read(folder, data) -> DecoderConfig:
     (folder / "config.json").write_text(json.dumps(data))
     return described_model(folder).config
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("meta-llama/Llama-3.1-70B", 70_553_706_496),
+    ],
+)
+def test_published_models_have_their_number_of_parameters(name, count):
+    """Those of the model cards and of the index of their tensors; no vocabulary is padded here."""
+    shapes = param_shapes(described_model(name))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
 from rlhf_jax.models import readout
+from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.decoder_config import DecoderConfig
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
@@ -27,12 +29,23 @@ from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.training import ppo, reward, sft
 
 # No two sizes are the same, nor are they divided by 2, 4 or 8; nor 3, the queries, keys and values.
-LAYERS, WIDTH, VOCABULARY, PADDED, ROWS = 5, 320, 1100, 1152, 16
-MODEL = GPT2(
-    GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=8, n_inner=1216
-    )
-)
+LAYERS, WIDTH, HIDDEN, VOCABULARY, PADDED, ROWS = 5, 320, 1216, 1100, 1152, 16
+QUERIES, KEYS = 12 * 28, 4 * 28
+MODELS = {
+    "gpt2": GPT2(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=8,
+            n_inner=HIDDEN,
+        )
+    ),
+    "qwen3": Decoder(
+        DecoderConfig(VOCABULARY, WIDTH, HIDDEN, LAYERS, 12, 4, 28, 64, qk_norm="head")
+    ),
+}
 PROMPT, RESPONSE = 24, 16
 
 
@@ -44,7 +57,7 @@ def tokens(length):
     return array(length), array(length, dtype=bool)
 
 
-def sft_parts(model=MODEL):
+def sft_parts(model):
     """(init, step, batch, whether the step returns a rollout) of supervised fine-tuning."""
     settings = sft.Settings(batch_size=ROWS)
     batch = TextBatch(array(40), array(40), array(40, dtype=bool), array(24))
@@ -56,46 +69,47 @@ def sft_parts(model=MODEL):
     )
 
 
-def reward_parts():
+def reward_parts(model):
     """The same of the reward model."""
     settings = reward.Settings(batch_size=ROWS)
     pairs = (*tokens(PROMPT), *tokens(RESPONSE), *tokens(RESPONSE))
     batch = PairBatch(*pairs, array(dtype=jnp.float32), array(dtype=bool))
     return (
-        lambda key: reward.init_state(MODEL, MODEL.init(key), settings, key),
-        reward.make_step(MODEL, settings),
+        lambda key: reward.init_state(model, model.init(key), settings, key),
+        reward.make_step(model, settings),
         batch,
         False,
     )
 
 
-def ppo_parts():
+def ppo_parts(model):
     """The same of a full iteration of PPO."""
     settings = ppo.Settings(batch_size=ROWS, num_mini_batches=1, response_length=RESPONSE)
 
     def init(key):
-        scorer = {"model": MODEL.init(key), "head": {"kernel": jnp.ones(WIDTH)}}
-        return ppo.init_state(MODEL, MODEL.init(key), settings, key, reward_params=scorer)
+        own = model.without_unembedding(model.init(key))
+        scorer = {"model": own, "head": {"kernel": jnp.ones(WIDTH)}}
+        return ppo.init_state(model, model.init(key), settings, key, reward_params=scorer)
 
-    step = ppo.make_step(MODEL, settings, stop_token_ids=(5,))
+    step = ppo.make_step(model, settings, stop_token_ids=(5,))
     return init, step, PromptBatch(*tokens(PROMPT), array()), True
 
 
-def rollout_parts():
+def rollout_parts(model):
     """The same of PPO's sampling alone."""
-    init, _, batch, _ = ppo_parts()
+    init, _, batch, _ = ppo_parts(model)
     settings = ppo.Settings(batch_size=ROWS, num_mini_batches=1, response_length=RESPONSE)
-    sample = ppo.make_rollout_step(MODEL, settings, stop_token_ids=(5,))
+    sample = ppo.make_rollout_step(model, settings, stop_token_ids=(5,))
     return init, lambda *args: (None, None, sample(*args)), batch, True
 
 
-def compiled(parts, sizes):
-    """The program of a step on a mesh."""
+def compiled(model, parts, sizes):
+    """The program of a step of a model on a mesh."""
     init, step, batch, returns_rollout = parts
     mesh = make_mesh(MeshSettings(*sizes))
     key = jax.eval_shape(lambda: jax.random.key(0))
     shape = jax.eval_shape(init, key)
-    state = tree_shardings(mesh, shape, MODEL.partition_rules)
+    state = tree_shardings(mesh, shape, model.partition_rules)
     by_batch, full = batch_sharding(mesh), replicated(mesh)
     made = jax.eval_shape(step, shape, batch, key)
     outs = (None if made[0] is None else state, full, *([by_batch] if returns_rollout else []))
@@ -122,7 +136,7 @@ def bytes_per_device(sizes):
     parts = sft_parts(model)
     state = jax.eval_shape(parts[0], jax.eval_shape(lambda: jax.random.key(0)))
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    analysis = compiled(parts, sizes).memory_analysis()
+    analysis = compiled(model, parts, sizes).memory_analysis()
     batch = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts[2]))
     return analysis.argument_size_in_bytes - batch // math.prod(sizes[:2]), total
 
@@ -137,10 +151,10 @@ def main():
     }
     steps, stacks = {}, {}
     for program in sys.argv[1:]:
-        name, mesh = program.split()
+        family, name, mesh = program.split()
         readout.LINEAR_VOCABULARY = 1 if name == "linear" else VOCABULARY + 1
-        sizes = tuple(map(int, mesh.split("x")))
-        text = compiled(parts[name](), sizes).as_text()
+        model, sizes = MODELS[family], tuple(map(int, mesh.split("x")))
+        text = compiled(model, parts[name](model), sizes).as_text()
         steps[program] = gathered(text)
         stacks[program] = sorted(set(re.findall(rf"f32\[{LAYERS},[\d,]*\]", text)))
     found = {"gathered": steps, "stacks": stacks, "bytes": bytes_per_device((1, 8, 1))}

@@ -18,7 +18,6 @@ import jax
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.gpt2 import PARTITION_RULES
 from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.runtime import train_sft
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
@@ -26,21 +25,21 @@ from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
-from tests.parallel.meshes import make_configs, mesh_name
+from tests.parallel.meshes import make_configs, model_of
 
 KINDS = {
     "sft": (SFTConfig, OfflineStage),
     "reward": (RewardConfig, OfflineStage),
-    "ppo": (PPOConfig, OnlineStage),
-    "frozen": (PPOConfig, OnlineStage),
+    **dict.fromkeys(("ppo", "frozen", "trunk"), (PPOConfig, OnlineStage)),
 }
 
 
-def assert_in_place(mesh, state):
+def assert_in_place(stage, state):
     """Each array is split as the rules say, and no device holds more than its part."""
+    mesh, rules = stage.mesh, stage.model.partition_rules
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = partition_spec(name, leaf.ndim, PARTITION_RULES)
+        spec = partition_spec(name, leaf.ndim, rules)
         parts = [mesh.shape[axis] if axis else 1 for axis in spec]
         parts += [1] * (leaf.ndim - len(parts))
         part = tuple(size // n for size, n in zip(leaf.shape, parts, strict=True))
@@ -53,27 +52,27 @@ def checked(stage_class):
     class Checked(stage_class):
         def init_state(self):
             state = super().init_state()
-            assert_in_place(self.mesh, state)
+            assert_in_place(self, state)
             return state
 
         def step(self, state, index):
             state, metrics, output = super().step(state, index)
-            assert_in_place(self.mesh, state)
+            assert_in_place(self, state)
             return state, metrics, output
 
     return Checked
 
 
 def main(base, plan):
-    """Runs a plan, a JSON list of [mesh, stages], beside the runs on one device."""
-    for sizes, stages in json.loads(plan):
-        folder = Path(base) / mesh_name(sizes)
-        configs = make_configs(folder, Path(base) / mesh_name((1, 1, 1)), sizes)
+    """Runs a plan, a JSON list of [family, mesh, stages], beside the runs on one device."""
+    for family, sizes, stages in json.loads(plan):
+        configs = make_configs(base, family, sizes)
         for name in stages:
             kind, stage = KINDS[name]
             config = resolve(kind, configs[name])
             loop.run(lambda stage=stage, config=config: checked(stage)(config), config)
     for values in (
+        {"mesh": {"data": 1, "fsdp": 1, "tensor": 8}, "model": model_of("qwen3", base)},
         {"mesh": {"data": 1, "fsdp": 1, "tensor": 8}, "model": {"n_embd": 36, "n_head": 4}},
         {"mesh": {"data": 1, "fsdp": 8}, "model": {"n_embd": 36, "n_head": 4}},
         {"mesh": {"data": 8}, "sft": {"batch_size": 12}},

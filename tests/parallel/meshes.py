@@ -1,10 +1,14 @@
 """All stages on one device and on eight, and the comparison of their results."""
 
 import itertools
+import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from rlhf_jax.data.tokenizers import train_tokenizer
+from rlhf_jax.models.huggingface import described_model, save_pretrained
 from tests import small
 
 # Every way to write 8 as a product of three.
@@ -12,27 +16,57 @@ FACTORISATIONS = tuple(
     sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8
 )
 STEPS = 10
-STAGES = ("sft", "reward", "ppo", "frozen")
+STAGES = ("sft", "reward", "ppo", "frozen", "trunk")
 # Sums in another order differ in their last bits, which Adam's early steps, of nearly the sign of
 # the gradient, enlarge.
 TOLERANCE = 1e-5
+# Families by `model_type`. Of the decoders, keys and values have half as many heads as queries.
+FAMILIES = ("gpt2", "qwen3", "llama")
+DECODER = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
 
 
 def mesh_name(sizes):
     return "x".join(map(str, sizes))
 
 
-def make_configs(folder, one_device, sizes):
-    """The stages on a mesh, each from the results of the stages on one device, by name.
+def model_of(family, base):
+    """The section "model": sizes of a fresh GPT-2, or the folder of a fresh decoder, written here.
+
+    The decoder has a tokenizer; its output is tied to the embedding but for Qwen3.
+    """
+    if family == "gpt2":
+        return {"n_layer": 2, "n_head": 8, "n_embd": 64}
+    folder = Path(base) / family / "base"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        config = {**DECODER, "model_type": family, "tie_word_embeddings": family != "qwen3"}
+        (folder / "config.json").write_text(json.dumps(config))
+        tokenizer = train_tokenizer(["A dog sees a small cat in the old house."], 300)
+        model = described_model(folder)
+        save_pretrained(folder, model, model.init(jax.random.key(0)), tokenizer)
+    return {"path": str(folder)}
+
+
+def make_configs(base, family, sizes):
+    """The stages of a family on a mesh, each from the results of those on one device, by name.
 
     "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
-    computes layers again;
+    computes layers again; "trunk" has frozen layers, and a value head on the layers of the policy.
     """
+    folder, one_device = (run_folder(base, family, mesh) for mesh in (sizes, (1, 1, 1)))
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     logging = {"eval_every": 0, "samples_every": 1, "num_samples": 8, "progress": False}
     shared = {"mesh": mesh, "logging": logging}
     data = {"builtin_rows": 8 * STEPS, "eval_rows": 0}
-    model = {"n_layer": 2, "n_head": 8, "n_embd": 64}
     sft, rewarded = one_device / "sft", one_device / "reward"
     options = {"normalize_before": True, "normalize_after": True, "num_layers_unfrozen": 1}
     texts = {"builtin_rows": 32, "eval_rows": 0, "max_length": 16}
@@ -44,12 +78,19 @@ def make_configs(folder, one_device, sizes):
         )
 
     frozen = {"num_layers_unfrozen": 1, "value_model": "policy"}
+    model = model_of(family, base)
     return {
         "sft": small.sft(folder / "sft", **shared, data=data, model=model),
         "reward": small.reward(folder / "reward", sft, **shared, data=data, reward=options),
         "ppo": ppo("ppo", ppo={"ptx_coef": 0.5}, ptx=texts),
         "frozen": ppo("frozen", data={**data, "eval_rows": 8}, ppo=frozen, model={"remat": "full"}),
+        "trunk": ppo("trunk", ppo={"num_layers_unfrozen": 1}),
     }
+
+
+def run_folder(base, family, sizes):
+    """The folder of the runs of a family on a mesh."""
+    return Path(base) / family / mesh_name(sizes)
 
 
 def differences(one, several):

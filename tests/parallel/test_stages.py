@@ -6,12 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
-from tests.parallel.meshes import STEPS, differences, make_configs, mesh_name, sampled
+from tests.parallel.meshes import (
+    STEPS,
+    differences,
+    make_configs,
+    mesh_name,
+    run_folder,
+    sampled,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -19,10 +28,16 @@ ROOT = Path(__file__).resolve().parents[2]
 ONE = (1, 1, 1)
 # tools/check_meshes.py trains all stages on all factorisations.
 # Here each stage where all axes are split, and each axis alone with one stage.
-STAGES = ("sft", "reward", "ppo", "frozen")
-PLAN = {(8, 1, 1): ("ppo",), (1, 8, 1): ("sft",), (1, 2, 4): ("reward",), (2, 2, 2): STAGES}
-RUNS = [(sizes, stage) for sizes, stages in PLAN.items() for stage in stages]
-SAMPLED = [(sizes, stage) for sizes, stage in RUNS if stage not in ("sft", "reward")]
+PLAN = (
+    ("gpt2", (1, 8, 1), ("sft",)),
+    ("gpt2", (1, 2, 4), ("reward",)),
+    ("gpt2", (2, 2, 2), ("ppo",)),
+    ("qwen3", (2, 2, 2), ("sft", "reward", "frozen")),
+    ("llama", (8, 1, 1), ("reward",)),
+    ("llama", (2, 2, 2), ("sft", "trunk")),
+)
+RUNS = [(family, sizes, stage) for family, sizes, stages in PLAN for stage in stages]
+SAMPLED = [run for run in RUNS if run[2] not in ("sft", "reward")]
 
 
 def name_of(value):
@@ -31,17 +46,16 @@ def name_of(value):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder with the runs on one device in `1x1x1/` and on eight in the others."""
+    """The folder with the runs on one device and on eight, and what the latter printed."""
     base = tmp_path_factory.mktemp("meshes")
     trains = {"sft": train_sft, "reward": train_reward}
-    configs = make_configs(base / mesh_name(ONE), base / mesh_name(ONE), ONE)
-    for name in STAGES:
-        trains.get(name, train_ppo)(configs[name])
+    for family in dict.fromkeys(family for family, _, _ in RUNS):
+        configs = make_configs(base, family, ONE)
+        for name, config in configs.items():
+            if any(run[::2] == (family, name) for run in RUNS):
+                trains.get(name, train_ppo)(config)
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.parallel.eight_devices", str(base)),
-            json.dumps(list(PLAN.items())),
-        ],
+        [*(sys.executable, "-m", "tests.parallel.eight_devices", str(base)), json.dumps(PLAN)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -51,31 +65,40 @@ def runs(tmp_path_factory):
     return base, done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("sizes", "stage"), RUNS, ids=name_of)
-def test_metrics_are_those_of_one_device(runs, sizes, stage):
-    found = differences(runs[0] / mesh_name(ONE) / stage, runs[0] / mesh_name(sizes) / stage)
+def both(runs, family, sizes, stage):
+    """The folders of a run on one device and on eight."""
+    return [run_folder(runs[0], family, mesh) / stage for mesh in (ONE, sizes)]
+
+
+@pytest.mark.parametrize(("family", "sizes", "stage"), RUNS, ids=name_of)
+def test_metrics_are_those_of_one_device(runs, family, sizes, stage):
+    found = differences(*both(runs, family, sizes, stage))
     assert {name: share for name, share in found.items() if share > 1} == {}
 
 
-@pytest.mark.parametrize(("sizes", "stage"), SAMPLED, ids=name_of)
-def test_the_same_tokens_are_sampled(runs, sizes, stage):
-    one, several = (sampled(runs[0] / mesh_name(mesh) / stage) for mesh in (ONE, sizes))
+@pytest.mark.parametrize(("family", "sizes", "stage"), SAMPLED, ids=name_of)
+def test_the_same_tokens_are_sampled(runs, family, sizes, stage):
+    one, several = map(sampled, both(runs, family, sizes, stage))
     assert one == several
     assert len([sample for sample in several if sample[0] > 0]) == 8 * STEPS
 
 
-@pytest.mark.parametrize(("sizes", "stage"), RUNS, ids=name_of)
-def test_the_exported_model_is_full(runs, sizes, stage):
+@pytest.mark.parametrize(("family", "sizes", "stage"), RUNS, ids=name_of)
+def test_the_exported_model_is_full(runs, family, sizes, stage):
     load = load_reward_model if stage == "reward" else load_pretrained
-    trees = (load(runs[0] / mesh_name(mesh) / stage / "hf")[1] for mesh in (sizes, ONE))
-    params, expected = (tree.get("model", tree) for tree in trees)
-    assert params["wte"]["embedding"].shape == expected["wte"]["embedding"].shape
-    scale = params["ln_f"]["scale"], expected["ln_f"]["scale"]
-    np.testing.assert_allclose(*scale, rtol=1e-3)
+    trees = [load(folder / "hf")[1] for folder in both(runs, family, sizes, stage)]
+    expected, params = (tree.get("model", tree) for tree in trees)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
+    norm = "ln_f" if family == "gpt2" else "norm"
+    np.testing.assert_allclose(params[norm]["scale"], expected[norm]["scale"], rtol=1e-3)
 
 
 def test_sizes_that_do_not_divide_are_named(runs):
-    heads, width, batch, devices = runs[1][-4:]
+    own, heads, width, batch, devices = runs[1][-5:]
+    assert own == (
+        "The model has num_key_value_heads = 4 heads of attention, which are not divisible by "
+        "mesh.tensor = 8; choose a tensor that divides them, or use fsdp instead."
+    )
     assert heads == (
         "The model has n_head = 4 heads of attention, which are not divisible by mesh.tensor = 8; "
         "choose a tensor that divides them, or use fsdp instead."

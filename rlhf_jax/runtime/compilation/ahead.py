@@ -89,7 +89,7 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     num_scorers, is_single = _reward_models(config)
     params = jax.eval_shape(model.init, key)
     head = {"kernel": _array(jnp.float32, model.config.n_embd)}
-    scorer = {"model": params, "head": head}
+    scorer = {"model": model.without_unembedding(params), "head": head}
     scorers: dict[str, Any] = {
         "reward_params": scorer if is_single else (scorer,) * num_scorers or None
     }

@@ -18,7 +18,7 @@ from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_judged
 from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct
 from rlhf_jax.runtime.stages.reference import with_reference
-from rlhf_jax.training.flops import offline_flops
+from rlhf_jax.training.flops import offline_flops, target_share
 from rlhf_jax.training.state import make_optimizer
 
 
@@ -67,8 +67,9 @@ class OfflineStage(shared.BaseStage):
         self._step = place.step(step, shapes)
         full = jax.eval_shape(self.full_params, shapes)
         self._evaluate = place.evaluation(steps.make_eval_step(self.model, settings), full)
-        unembeds = self.trainer.trains == "policy"
-        self.flops_per_token = offline_flops(self.model, shapes, unembeds=unembeds)
+        trains_policy = self.trainer.trains == "policy"
+        share = target_share(self.batches.examples) if trains_policy else 0.0
+        self.flops_per_token = offline_flops(self.model, shapes, target_share=share)
 
     def full_params(self, state: Any) -> Any:
         """The parameters of the full model, or reward model."""

@@ -42,7 +42,7 @@ from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_scorer
 from rlhf_jax.runtime.stages.values import load_value_model
 from rlhf_jax.training import online
-from rlhf_jax.training.flops import mixed_text_flops, online_flops
+from rlhf_jax.training.flops import mixed_text_flops, online_flops, target_share
 from rlhf_jax.training.state import make_optimizer
 
 RewardFunction = Callable[..., list[float]]
@@ -146,12 +146,16 @@ class OnlineStage(shared.BaseStage):
             self.model,
             shapes,
             self.settings,
+            prompt_length=float(self.batches.examples.prompt_mask.sum(axis=1).mean()),
             reward_models=self.rewards.models,
             value_model=self.value_model,
         )
         if self.texts is not None:  # an iteration's texts, on average
             tokens = np.mean((self.texts.examples.segments > 0).sum(axis=1)) * self.texts.batch_size
-            flops_per_text_token = mixed_text_flops(self.model, shapes, self.settings)
+            share = target_share(self.texts.examples)
+            flops_per_text_token = mixed_text_flops(
+                self.model, shapes, self.settings, target_share=share
+            )
             self.flops_per_step = flops_per_text_token * float(tokens)
         options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
         if self.trainer.has_value_model:

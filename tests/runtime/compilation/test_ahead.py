@@ -3,6 +3,10 @@
 import jax
 import pytest
 
+from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.decoder_config import DecoderConfig
+from rlhf_jax.parallel.mesh import make_mesh
+from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime.compilation import ahead
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
 from rlhf_jax.runtime.stages.offline import OfflineStage
@@ -71,3 +75,14 @@ def test_the_halves_of_ppo_around_other_rewards_are_those_of_the_stage(tmp_path,
         stage._update.lower(shapes, batch, rollout, scores, KEY).as_text(),
     ]
     assert [program.name for program in programs] == ["rollout", "update"]
+
+
+def test_reward_models_of_an_untied_policy_have_no_unembedding():
+    model = Decoder(DecoderConfig(300, 8, 16, 2, 2, 1, 4, 64))
+    values = small.ppo("run", "sft", ppo={"value_model": "reward"})
+    mesh = make_mesh(MeshSettings(), jax.devices()[:1])
+    (step,) = ahead.programs(resolve(PPOConfig, values), model, mesh)
+    state = step.arguments[0]
+    assert "lm_head" in state.params["model"]
+    for scorer in (state.frozen["reward"], state.params["value_model"]):
+        assert set(scorer["model"]) == {"embed_tokens", "layers", "norm"}

@@ -49,6 +49,20 @@ def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
     assert "seconds" not in step
 
 
+def test_a_fresh_model_is_of_the_family_in_the_settings():
+    config = sft_config(model={"family": "qwen3", "n_layer": 1, "n_embd": 64, "n_positions": 32})
+    costs = cost.stage_cost(config, "local")
+    hidden = -(-8 * 64 // 3 // 8) * 8
+    matrices = 4 * 64**2 + 3 * 64 * hidden
+    vocabulary = -(-config.tokenizer.vocab_size // 128) * 128
+    assert (
+        costs["parameters"] == matrices + vocabulary * 64 + 3 * 64 + 2 * 16
+    )  # norms, also of heads
+    tokens = 16 * LENGTH
+    products = 3 * 2 * (tokens * matrices + 16 * (LENGTH - 1) * vocabulary * 64)
+    assert costs["programs"][0]["flops"] == products + 7 * 2 * tokens * LENGTH * 64
+
+
 def test_what_is_computed_again_counts_again():
     """A forward pass is a third of a step, except for the logits, which are not recomputed."""
     flops = {}

@@ -1,13 +1,20 @@
-"""FLOPs against counts by hand."""
+"""FLOPs against counts by hand, and against those that the utilization of a device is of."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
-from rlhf_jax.batches import TextBatch
+from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
+from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.decoder_config import DecoderConfig
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.rollout.generation import generate
 from rlhf_jax.runtime.compilation.flops import count_flops
-from rlhf_jax.training import sft
+from rlhf_jax.training import ppo, reward, sft
+from rlhf_jax.training.flops import offline_flops, online_flops, target_share
 
 MODEL = GPT2(GPT2Config(vocab_size=60, n_positions=16, n_embd=8, n_layer=3, n_head=2), remat="none")
 
@@ -52,3 +59,84 @@ def test_flops_of_decoding_count_every_step():
     # Attention: of the prompt, and of each decoded token to the 11 positions of the cache.
     attention = 3 * 2 * 2 * (8 * 2 * 8 * 11 + 2 * 4 * 4 * 8)
     assert flops == (4 + 8) * per_token + (1 + 8) * logits + attention
+
+
+# Two query heads read each key/value head. One layer of three sees a window, which saves nothing:
+# attention multiplies all pairs of a block.
+TIED = DecoderConfig(
+    vocab_size=100,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    max_position_embeddings=16,
+    tie_word_embeddings=True,
+    qk_norm="head",
+    layer_types=("sliding_attention", "full_attention", "full_attention"),
+    sliding_window=3,
+)
+UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False)
+QUERIES, KEYS_AND_VALUES, OUTPUT, GATED = 24 * 40, 2 * 24 * 20, 40 * 24, 3 * 24 * 40
+DECODER_LAYER = 2 * (QUERIES + KEYS_AND_VALUES + OUTPUT + GATED)
+DECODER_TABLE = 2 * 128 * 24
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_flops_of_a_decoder_by_hand_and_in_the_program(config):
+    """Logits of 5 of 16 positions."""
+    model, key = Decoder(config, remat="none"), jax.random.key(0)
+    settings = sft.Settings(batch_size=4, dropout=False)
+    state = jax.eval_shape(lambda: sft.init_state(model, model.init(key), settings, key))
+    tokens = np.ones((4, 16), np.int32)
+    positions = np.tile(np.arange(11, 16), (4, 1))
+    batch = TextBatch(tokens, tokens, np.arange(16) >= tokens * 11, positions)
+    share = target_share(batch)
+    assert share == 5 / 16
+    expected = 4 * 16 * 3 * DECODER_LAYER + 4 * 5 * DECODER_TABLE
+    assert offline_flops(model, state, target_share=share) * 4 * 16 == 3 * expected
+    attention = 3 * 7 * 2 * 4 * 16**2 * 4 * 10  # two products forwards, five backwards
+    flops = count_flops(jax.make_jaxpr(sft.make_step(model, settings))(state, batch, key))
+    assert flops == 3 * expected + attention
+
+
+def test_a_reward_model_of_a_decoder_reads_no_table():
+    model, key = Decoder(UNTIED, remat="none"), jax.random.key(0)
+    settings = reward.Settings(batch_size=4)
+    state = jax.eval_shape(lambda: reward.init_state(model, model.init(key), settings, key))
+    layers = 3 * DECODER_LAYER + 2 * 24  # and the head
+    assert offline_flops(model, state, target_share=0.0) == 3 * layers
+    tokens, mask = np.ones((4, 5), np.int32), np.ones((4, 5), bool)
+    pairs = PairBatch(*(tokens, mask) * 3, np.zeros(4, np.float32), np.ones(4, bool))
+    assert target_share(pairs) == 2 / 3
+    flops = count_flops(jax.make_jaxpr(reward.make_step(model, settings))(state, pairs, key))
+    # Of both responses to themselves, of the prompt to itself, and of the responses to it.
+    attention = 3 * 7 * 2 * 4 * (2 * 5 * 5 + 5 * 5 + 10 * 5) * 4 * 10
+    # The head reads the ends of the eight responses alone.
+    assert flops == 3 * (4 * 15 * 3 * DECODER_LAYER + 8 * 2 * 24) + attention
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers_unfrozen": 1}, {"value_model": "policy"}])
+def test_an_iteration_of_ppo_has_the_flops_that_utilization_counts(options):
+    """But for attention, little beside this width, and the ends of responses, which predict none.
+
+    Two fifths of the products of a token of a response are those with the unembedding.
+    """
+    sizes = {"vocab_size": 10_000, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    config = dataclasses.replace(UNTIED, max_position_embeddings=128, **sizes)
+    model, key = Decoder(config, remat="none"), jax.random.key(0)
+    settings = ppo.Settings(batch_size=4, num_mini_batches=2, response_length=64, **options)
+    prompts = jnp.ones((4, 64), jnp.int32)
+
+    def init(key):
+        params = model.init(key)
+        scorer = {"model": model.without_unembedding(params), "head": {"kernel": jnp.zeros(512)}}
+        return ppo.init_state(model, params, settings, key, reward_params=scorer)
+
+    state = jax.eval_shape(init, key)
+    batch = PromptBatch(prompts, prompts > 0, jnp.arange(4))
+    step = ppo.make_step(model, settings)
+    counted = count_flops(jax.make_jaxpr(step)(state, batch, key))
+    expected = online_flops(model, state, settings, prompt_length=64.0, reward_models=(model,))
+    assert counted == pytest.approx(expected * 4 * 128, rel=0.05)

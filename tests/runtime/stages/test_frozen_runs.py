@@ -101,12 +101,16 @@ def test_a_reward_model_goes_on_and_exports_the_lower_layers_as_they_were(
 
 def test_flops_count_what_is_frozen_once(policy, reward_run, tmp_path):
     """By hand: D = 32, 12 D^2 weights in a layer, and V = 300 padded to 384."""
-    layer, table = 12 * 32 * 32, 384 * 32
+
+    def stage(**options):
+        config = small.ppo(tmp_path, policy, reward_run[0], ppo=options)
+        return OnlineStage(resolve(PPOConfig, config))
 
     def flops(**options):
-        config = small.ppo(tmp_path, policy, reward_run[0], ppo=options)
-        return OnlineStage(resolve(PPOConfig, config)).flops_per_token
+        return pytest.approx(stage(**options).flops_per_token, rel=1e-6)
 
+    prompts = stage().batches.examples.prompt_mask.sum(axis=1).mean()
+    layer, table = 12 * 32 * 32, 384 * 32 * 8 / (prompts + 8)  # logits of the responses alone
     reward = layer + 32
     full = 2 * layer + table
     assert flops() == 2 * (3 * full + reward) + 2 * 6 * full

@@ -33,9 +33,11 @@ def test_texts_are_read_in_an_order_of_their_own(stage):
 
 
 def test_texts_count_for_the_share_of_the_peak_and_not_for_the_tokens(stage):
-    real = stage.texts.examples.segments > 0
-    policy = stage.model.flops_per_token(stage.params, unembeds=True)
-    expected = 3 * 2 * policy * real.sum(axis=1).mean() * 4  # two epochs, four texts
+    real, targets = stage.texts.examples.segments > 0, stage.texts.examples.loss_mask
+    layers = stage.model.flops_per_token(stage.params, unembeds=False)
+    table = stage.model.flops_per_token(stage.params, unembeds=True) - layers
+    mean = layers * real.sum(axis=1).mean() + table * targets.sum(axis=1).mean()
+    expected = 3 * 2 * mean * 4  # two epochs, four texts
     assert stage.flops_per_step == pytest.approx(expected)
 
 
