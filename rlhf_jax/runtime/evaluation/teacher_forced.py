@@ -18,7 +18,7 @@ from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.functional import token_logprobs
-from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.interface import Model, Params, SharedPrompt
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.evaluation.rouge import rouge_scores
 from rlhf_jax.runtime.rewards.texts import decode
@@ -175,10 +175,10 @@ def _hidden_with_padding(
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     x = model.embed(params, tokens, positions)
-    empty = model.init_cache(batch, length)
-    real, cache = model.layers(params["layers"], x, mask, positions, empty)
-    nothing = jnp.zeros_like(mask)
-    padding, _ = model.layers(params["layers"], x, nothing, positions, prefix=cache)
+    pairs = (x, x), (mask, jnp.zeros_like(mask)), (positions, positions)
+    inputs = (jnp.concatenate(pair, axis=1) for pair in pairs)
+    states, _ = model.layers(params["layers"], *inputs, shared=SharedPrompt(length, 1))
+    real, padding = jnp.split(states, 2, axis=1)
     return model.final(params, jnp.where(mask[..., None], real, padding))
 
 
