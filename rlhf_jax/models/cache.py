@@ -43,6 +43,11 @@ class Cache(NamedTuple):
         sliding = (self.sliding_keys, self.sliding_values)
         return (full,) if self.sliding_keys is None else (full, sliding)
 
+    def updated(self, memories: tuple[Any, ...], mask: jax.Array, length: Any) -> "Cache":
+        """A cache with other `memories`, mask and length."""
+        (keys, values), (sliding_keys, sliding_values) = (*memories, (None, None))[:2]
+        return Cache(keys, values, mask, length, sliding_keys, sliding_values)
+
 
 def empty_cache(
     shape: tuple[int, int, int, int, int],
@@ -87,11 +92,11 @@ def fill(
     if cache.sliding_keys is None:
         keys, values = _in_slots(memory, length)
         return Cache(keys, values, written, mask.shape[1])
-    full, sliding = (
+    (keys, values), (sliding_keys, sliding_values) = (
         _in_slots(tuple(_chosen(part, is_sliding == kind) for part in memory), slots)
         for kind, slots in ((False, length), (True, window))
     )
-    return Cache(*full, written, mask.shape[1], *sliding)
+    return Cache(keys, values, written, mask.shape[1], sliding_keys, sliding_values)
 
 
 def _chosen(stack, where):

@@ -19,7 +19,7 @@ from rlhf_jax.parallel.constraints import (
     remat_all_gather,
 )
 
-MAX_UNSTACKED_LAYERS = 16  # each is compiled by itself
+MAX_UNSTACKED_LAYERS = 48  # each is compiled by itself
 
 
 class UnstackedLayers(NamedTuple):
@@ -164,7 +164,8 @@ def decode_stacked(block, stack, x, context, cache, places):
 
     def body(carry, layer):
         x, memories = carry
-        params, kind, branch, index = {"params": layer[0]}, *layer[1:]
+        params, kind, branch, index = layer
+        params = {"params": params}
         q, *new = block.apply(params, x, context.rotation(kind), method="heads")
         # Written first and then read: XLA copies a cache that is read and then written, and one
         # that is written in a branch.

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -210,8 +209,7 @@ class StackedModel(abc.ABC):
             places.append((cache.length % window, in_slots))
         decode = decode_unstacked if isinstance(stack, UnstackedLayers) else decode_stacked
         x, memories = decode(self.block.clone(decode=True), stack, x, context, cache, places)
-        length = cache.length + x.shape[1]
-        return x, Cache(*memories[0], new_mask, length, *itertools.chain(*memories[1:]))
+        return x, cache.updated(memories, new_mask, cache.length + x.shape[1])
 
     def _decode_one_by_one(self, stack, x, mask, positions, cache, first):
         """`_decode` of tokens of which the later ones take slots that the earlier ones read."""

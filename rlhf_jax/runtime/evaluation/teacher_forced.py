@@ -176,8 +176,9 @@ def _hidden_with_padding(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     x = model.embed(params, tokens, positions)
     pairs = (x, x), (mask, jnp.zeros_like(mask)), (positions, positions)
-    inputs = (jnp.concatenate(pair, axis=1) for pair in pairs)
-    states, _ = model.layers(params["layers"], *inputs, shared=SharedPrompt(length, 1))
+    x, mask_of_both, positions = (jnp.concatenate(pair, axis=1) for pair in pairs)
+    shared = SharedPrompt(length, 1)
+    states, _ = model.layers(params["layers"], x, mask_of_both, positions, shared=shared)
     real, padding = jnp.split(states, 2, axis=1)
     return model.final(params, jnp.where(mask[..., None], real, padding))
 
