@@ -1,8 +1,7 @@
 """The key-value cache of decoding.
 
-Layers with a window keep as many positions as it has, in a ring: a new one takes the slot of the
-one that leaves the window. Keys are stored after their rotation, so that a slot has no position of
-its own to be known.
+Layers with a window keep as many positions as the window has, in a ring: a new one takes the slot
+of the one that leaves the window. Keys are stored after their rotation, which says their position.
 """
 
 import itertools
