@@ -25,7 +25,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
     "tie_word_embeddings": True,
-    "sliding_window": 4,
+    "sliding_window": 5,  # does not divide the width of the prompts
     "query_pre_attn_scalar": 8,
 }
 CONFIGS = {
