@@ -1,9 +1,15 @@
-"""The key-value cache of decoding."""
+"""The key-value cache of decoding.
 
+Layers with a window keep as many positions as the window has, in a ring: a new one takes the slot
+of the one that leaves the window. Keys are stored after their rotation, which says their position.
+"""
+
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.parallel.constraints import constrain_cache
 
@@ -17,19 +23,51 @@ class Cache(NamedTuple):
       mask: bool[B, C], True where a real token was written.
       length: the number of positions written, the same for the full batch (prompts are
         left-padded). A Python 0 says at trace time that the cache is empty.
+      sliding_keys, sliding_values: of M layers with a window of W < C positions, which are not
+        among those N, with W in the place of C: position p is in slot p % W, until p + W is. None
+        where no window is shorter than the cache.
     """
 
     keys: Any
     values: Any
     mask: jax.Array
     length: jax.Array | int
+    sliding_keys: Any = None
+    sliding_values: Any = None
+
+    @property
+    def memories(self) -> tuple[tuple[Any, Any], ...]:
+        """(keys, values) of the layers without a window, and of those with one if they differ."""
+        full = (self.keys, self.values)
+        sliding = (self.sliding_keys, self.sliding_values)
+        return (full,) if self.sliding_keys is None else (full, sliding)
+
+    def updated(self, memories: tuple[Any, ...], mask: jax.Array, length: Any) -> "Cache":
+        """A cache with other `memories`, mask and length."""
+        (keys, values), (sliding_keys, sliding_values) = (*memories, (None, None))[:2]
+        return Cache(keys, values, mask, length, sliding_keys, sliding_values)
 
 
-def empty_cache(shape: tuple[int, int, int, int, int], dtype: str) -> Cache:
-    """A cache [N, B, H, C, d] to which nothing was written."""
-    _, batch, _, length, _ = shape
-    keys = jnp.zeros(shape, dtype)
-    return Cache(keys, jnp.zeros_like(keys), jnp.zeros((batch, length), bool), 0)
+def empty_cache(
+    shape: tuple[int, int, int, int, int],
+    dtype: str,
+    is_sliding: tuple[bool, ...] = (),
+    window: int | None = None,
+) -> Cache:
+    """A cache [N, B, H, C, d] to which nothing was written.
+
+    Args:
+      is_sliding: of all N layers, if a window is given.
+      window: of the sliding layers.
+    """
+    layers, batch, *heads, length, width = shape
+    mask = jnp.zeros((batch, length), bool)
+    if window is None or window >= length:
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), mask, 0)
+    sliding = (sum(is_sliding), batch, *heads, window, width)
+    full = (layers - sum(is_sliding), *shape[1:])
+    keys, values, *others = (jnp.zeros(shape, dtype) for shape in (full, full, sliding, sliding))
+    return Cache(keys, values, mask, 0, *others)
 
 
 def is_empty(cache: Cache) -> bool:
@@ -37,16 +75,67 @@ def is_empty(cache: Cache) -> bool:
     return isinstance(cache.length, int) and cache.length == 0
 
 
-def fill(cache: Cache, memory: tuple[Any, Any], mask: jax.Array) -> Cache:
-    """An empty cache with the keys and values [N, B, H, L, d] of its first L positions."""
-    missing = (0, cache.mask.shape[1] - mask.shape[1])
-    keys, values = jax.tree.map(
-        lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [missing, (0, 0)]), memory
+def fill(
+    cache: Cache,
+    memory: tuple[Any, Any],
+    mask: jax.Array,
+    is_sliding: np.ndarray | None,
+    window: int | None,
+) -> Cache:
+    """An empty cache with the keys and values [N, B, H, L, d] of its first L positions.
+
+    Those of all layers are given, of which bool[N] `is_sliding` and the window say what is kept.
+    """
+    length = cache.mask.shape[1]
+    written = jnp.pad(mask.astype(bool), ((0, 0), (0, length - mask.shape[1])))
+    if cache.sliding_keys is None:
+        keys, values = _in_slots(memory, length)
+        return Cache(keys, values, written, mask.shape[1])
+    (keys, values), (sliding_keys, sliding_values) = (
+        _in_slots(tuple(_chosen(part, is_sliding == kind) for part in memory), slots)
+        for kind, slots in ((False, length), (True, window))
     )
-    if not isinstance(keys, tuple):
-        keys, values = constrain_cache(keys), constrain_cache(values)
-    written = jnp.pad(mask.astype(bool), ((0, 0), missing))
-    return Cache(keys, values, written, mask.shape[1])
+    return Cache(keys, values, written, mask.shape[1], sliding_keys, sliding_values)
+
+
+def _chosen(stack, where):
+    """The layers of a stack, or a tuple of layers, where a bool[N] is True."""
+    if isinstance(stack, tuple):
+        return tuple(itertools.compress(stack, where))
+    return stack if where.all() else stack[np.flatnonzero(where)]
+
+
+def _in_slots(memory, slots):
+    """Of positions [..., L, d] the last ones, each in the slot of its index modulo `slots`."""
+
+    def place(part):
+        length = part.shape[-2]
+        if length <= slots:
+            part = jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, slots - length), (0, 0)])
+        else:
+            part = jnp.roll(part[..., length - slots :, :], length % slots, axis=-2)
+        return constrain_cache(part) if part.ndim == 5 else part
+
+    return jax.tree.map(place, memory)
+
+
+def prefix_memory(
+    cache: Cache, is_sliding: np.ndarray | None, window: int | None
+) -> tuple[Any, Any]:
+    """(keys, values) [N, B, H, C, d] of all layers in their order, 0 where a window has passed."""
+    if cache.sliding_keys is None:
+        return cache.keys, cache.values
+    assert is_sliding is not None  # as in `init_cache`
+    assert window is not None
+    position = jnp.arange(cache.mask.shape[1])
+    kept = (position < cache.length) & (position >= cache.length - window)
+    order = np.argsort(np.argsort(is_sliding, kind="stable"))
+
+    def merged(full, sliding):
+        spread = jnp.take(sliding, position % window, axis=-2)
+        return jnp.concatenate([full, jnp.where(kept[:, None], spread, 0)])[order]
+
+    return jax.tree.map(merged, *cache.memories)
 
 
 def visible_in_cache(cache: Cache, new: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -64,8 +153,11 @@ def visible_in_cache(cache: Cache, new: jax.Array, mask: jax.Array) -> tuple[jax
     return visible, new_mask
 
 
-def within_window(cache: Cache, visible: jax.Array, window: int) -> jax.Array:
-    """The visible positions bool[B, L, C] of L new tokens that are less than a window away."""
-    index = jnp.arange(visible.shape[2])
-    new = cache.length + jnp.arange(visible.shape[1])
-    return visible & (new[:, None] - index < window)
+def visible_in_slots(visible: jax.Array, newest: jax.Array | int, window: int) -> jax.Array:
+    """bool[B, 1, W]: of the visible positions bool[B, 1, C] of one token those in a ring.
+
+    Args:
+      newest: the position of the token, which is in its slot already.
+    """
+    position = newest - (newest - jnp.arange(window)) % window
+    return jnp.take(visible, jnp.maximum(position, 0), axis=2) & (position >= 0)

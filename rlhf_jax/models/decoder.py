@@ -96,10 +96,13 @@ class Block(nn.Module):
         """Scaled queries [B, H, S, d], and keys and values [B, Hk, S, d], of [B, S, D]."""
         return self.self_attn.heads(self._place(_optional(self.before, x)), rotation)
 
-    def attend(self, x, q, keys, values, visible):
-        """The rest of the block, of queries on a cache [B, Hk, C, d] visible as bool[B, S, C]."""
-        out = attend_to_cache(q, keys, values, visible, softcap=self.config.attention_softcap)
-        return self._rest(x, self.self_attn.merge(out))
+    def attend(self, q, keys, values, visible):
+        """Attention [B, H, L, d] of queries on a cache [B, Hk, C, d] visible as bool[B, L, C]."""
+        return attend_to_cache(q, keys, values, visible, softcap=self.config.attention_softcap)
+
+    def rest(self, x, attended):
+        """The result [B, S, D] of the block, of its input and of attention [B, H, S, d]."""
+        return self._rest(x, self.self_attn.merge(attended))
 
     def _rest(self, x, attended):
         x = self._add(x, _optional(self.after, attended))
@@ -259,17 +262,26 @@ class Decoder(StackedModel):
         """The module of one layer."""
         return Block(self.config, self.dtype, self.attention)
 
+    @property
+    def is_sliding(self) -> tuple[bool, ...]:
+        """Whether each layer attends within the window."""
+        return self.config.is_sliding
+
+    @property
+    def window(self) -> int | None:
+        """The positions that a sliding layer sees; None where there are none."""
+        if not any(self.is_sliding):
+            return None
+        return min(self.config.sliding_window or 0, self.config.max_position_embeddings)
+
     def context(self, positions: jax.Array, layers: slice) -> Context:
         """Rotations and kinds of the layers."""
-        config = self.config
+        config, window = self.config, self.window
         ropes = (config.rope, config.sliding_rope or config.rope, None)
         sliding = np.array(config.is_sliding)
         has_rope = np.array(config.no_rope_layers or [1] * config.num_hidden_layers)
         kinds = LayerKinds(sliding, np.where(has_rope == 0, 2, sliding).astype(np.int32))
         kinds = LayerKinds(*(kind[layers] for kind in kinds))
-        window = None
-        if any(config.is_sliding):
-            window = min(config.sliding_window or 0, config.max_position_embeddings)
         if window is None and not config.no_rope_layers:
             return Context(rotations(ropes[:1], positions, config.head_dim))
         return Context(rotations(ropes, positions, config.head_dim), kinds, window)

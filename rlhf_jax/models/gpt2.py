@@ -147,8 +147,11 @@ class Block(nn.Module):
     def heads(self, x: jax.Array, rotation: None) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.attn.heads(self._place(self.ln_1(x)))
 
-    def attend(self, x, q, keys, values, visible):
-        return self._rest(x, self.attn.merge(attend_to_cache(q, keys, values, visible)), True)
+    def attend(self, q, keys, values, visible):
+        return attend_to_cache(q, keys, values, visible)
+
+    def rest(self, x, attended):
+        return self._rest(x, self.attn.merge(attended), True)
 
     def _rest(self, x, attended, deterministic):
         rate = self.config.resid_pdrop

@@ -153,8 +153,8 @@ class Model(Protocol):
           positions: i32[B, L].
           cache: past tokens of the same B sequences, read and then extended by these L: a step of
             decoding. An empty one is only filled, and may have more layers than the stack.
-          prefix: past tokens of B / K prompts, read only; sequences b * K to b * K + K - 1 follow
-            prompt b.
+          prefix: past tokens of B / K left-padded prompts, read only; sequences b * K to
+            b * K + K - 1 follow prompt b.
           shared: how the L positions are divided where each sequence is a prompt with several
             responses that all see it; None for one text, or several packed ones.
           dropout_key: trains with dropout; None runs without.
@@ -242,7 +242,7 @@ class Model(Protocol):
         ...
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of `length` positions for a batch."""
+        """An empty cache of `length` positions for a batch, fewer in layers with a window."""
         ...
 
     def split(self, params: Params, num_layers_unfrozen: int) -> tuple[Params, Params]:

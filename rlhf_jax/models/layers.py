@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax.models.attention import ATTENDED
 from rlhf_jax.models.attention_mask import AttentionMask
+from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.cudnn_attention import FORWARD
 from rlhf_jax.models.settings import Remat
 from rlhf_jax.parallel.constraints import (
@@ -18,7 +19,7 @@ from rlhf_jax.parallel.constraints import (
     remat_all_gather,
 )
 
-MAX_UNSTACKED_LAYERS = 16  # each is compiled by itself
+MAX_UNSTACKED_LAYERS = 48  # each is compiled by itself
 
 
 class UnstackedLayers(NamedTuple):
@@ -62,7 +63,7 @@ class Context(NamedTuple):
 
 
 class Block(Protocol):
-    """A layer as a Linen module; in decoding, with `decode` True, by `heads` and then `attend`.
+    """A layer as a Linen module; in decoding, with `decode` True, by `heads`, `attend` and `rest`.
 
     `rotation` is `Context.rotation`, which a family without rotary positions does not read.
     """
@@ -87,9 +88,13 @@ class Block(Protocol):
         ...
 
     def attend(
-        self, x: jax.Array, q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+        self, q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
     ) -> jax.Array:
-        """The rest of the block [B, L, D], of queries on a cache [B, Hk, C, d]."""
+        """Attention [B, H, L, d] of queries on a cache [B, Hk, C, d] visible as bool[B, L, C]."""
+        ...
+
+    def rest(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The result of the block [B, L, D], of its input and of attention."""
         ...
 
 
@@ -119,6 +124,17 @@ def of_kind(kind: Any, parts: list[Any]) -> Any:
     return jax.tree.map(lambda full, near: jnp.where(kind.is_sliding, near, full), *parts)
 
 
+def memory_of_layers(
+    cache: Cache, kinds: LayerKinds | None, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """i32[N] each: which of `Cache.memories` a layer has, and its index there."""
+    which = np.zeros(count, np.int32)
+    if cache.sliding_keys is not None:
+        assert kinds is not None  # there are no sliding layers without
+        which = kinds.is_sliding.astype(np.int32)
+    return which, np.where(which, np.cumsum(which), np.cumsum(1 - which)).astype(np.int32) - 1
+
+
 def run_layers(body: Any, x: jax.Array, stack: Any, others: Any) -> tuple[jax.Array, Any]:
     """`jax.lax.scan` of body(x, (layer, *others)) over a stack, or a loop over `UnstackedLayers`.
 
@@ -133,42 +149,77 @@ def run_layers(body: Any, x: jax.Array, stack: Any, others: Any) -> tuple[jax.Ar
     return x, jax.tree.map(lambda *leaves: leaves, *outputs)
 
 
-def decode_stacked(block, stack, x, context, cache, masks):
-    """(x [B, L, D], keys, values) after a scan over a stack and the cache of its layers."""
+def decode_stacked(block, stack, x, context, cache, places):
+    """(x [B, L, D], `Cache.memories`) after a scan over a stack and the cache of its layers.
+
+    Args:
+      places: (slot, visible) for each of the memories: where the new tokens are written, and
+        bool[B, L, C] what they see.
+    """
+    which, index = memory_of_layers(cache, context.kinds, depth(stack))
+    used, branch = np.unique(which, return_inverse=True)
+    if not used.size:
+        return x, cache.memories
+    places = [places[i] for i in used]
 
     def body(carry, layer):
-        x, keys, values, i = carry
-        params, kind = {"params": layer[0]}, layer[1]
+        x, memories = carry
+        params, kind, branch, index = layer
+        params = {"params": params}
         q, *new = block.apply(params, x, context.rotation(kind), method="heads")
-        # Written first and then read: XLA copies a cache that is read and then written.
-        keys, values = (
-            jax.lax.dynamic_update_slice(memory, part[None], (i, 0, 0, cache.length, 0))
-            for memory, part in zip((keys, values), new, strict=True)
-        )
-        past = (jax.lax.dynamic_index_in_dim(m, i, keepdims=False) for m in (keys, values))
-        x = block.apply(params, x, q, *past, of_kind(kind, masks), method="attend")
-        return (x, keys, values, i + 1), None
+        # Written first and then read: XLA copies a cache that is read and then written, and one
+        # that is written in a branch.
+        memories = [
+            tuple(
+                _written(stack, part, (index, 0, 0, slot, 0), len(used) == 1 or branch == i)
+                for stack, part in zip(memory, new, strict=True)
+            )
+            for i, (memory, (slot, _)) in enumerate(zip(memories, places, strict=True))
+        ]
+        branches = [
+            functools.partial(_attend_in_stack, block, q, memory, index, visible)
+            for memory, (_, visible) in zip(memories, places, strict=True)
+        ]
+        out = jax.lax.switch(branch, branches)
+        return (block.apply(params, x, out, method="rest"), memories), None
 
-    past = (constrain_cache(cache.keys), constrain_cache(cache.values))
-    (x, keys, values, _), _ = jax.lax.scan(body, (x, *past, 0), (stack, context.kinds))
-    return x, keys, values
+    memories = jax.tree.map(constrain_cache, [cache.memories[i] for i in used])
+    layers = (stack, context.kinds, branch, index)
+    (x, memories), _ = jax.lax.scan(body, (x, memories), layers)
+    merged = dict(enumerate(cache.memories)) | dict(zip(used.tolist(), memories, strict=True))
+    return x, tuple(merged.values())
 
 
-def decode_unstacked(block, stack, x, context, cache, masks):
+def _written(stack, part, at, where):
+    """The stack of layers with a part [B, H, L, d] at an index, where a bool is True."""
+    part = part[None]
+    if where is not True:
+        part = jnp.where(where, part, jax.lax.dynamic_slice(stack, at, part.shape))
+    return jax.lax.dynamic_update_slice(stack, part, at)
+
+
+def _attend_in_stack(block, q, memory, index, visible):
+    """Attention [B, H, L, d] to one layer of the stacks (keys, values)."""
+    past = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in memory)
+    return block.apply({}, q, *past, visible, method="attend")
+
+
+def decode_unstacked(block, stack, x, context, cache, places):
     """As `decode_stacked`, of `UnstackedLayers`, whose keys and values are tuples."""
-    at, memories = (0, 0, cache.length, 0), []
-    for i, (params, *past) in enumerate(zip(stack.layers, cache.keys, cache.values, strict=True)):
-        kind = layer_at(context.kinds, i)
+    memories: list[Any] = [([], []) for _ in cache.memories]
+    layers = zip(stack.layers, *memory_of_layers(cache, context.kinds, depth(stack)), strict=True)
+    for i, (params, which, index) in enumerate(layers):
+        kind, (slot, visible) = layer_at(context.kinds, i), places[which]
         q, *new = block.apply({"params": params}, x, context.rotation(kind), method="heads")
         past = [
-            jax.lax.dynamic_update_slice(memory, part, at)
-            for memory, part in zip(past, new, strict=True)
+            jax.lax.dynamic_update_slice(memory[index], part, (0, 0, slot, 0))
+            for memory, part in zip(cache.memories[which], new, strict=True)
         ]
-        visible = of_kind(kind, masks)
-        x = block.apply({"params": params}, x, q, *past, visible, method="attend")
-        memories.append(past)
-    keys, values = zip(*memories, strict=True)
-    return x, keys, values
+        out = block.apply({}, q, *past, visible, method="attend")
+        x = block.apply({"params": params}, x, out, method="rest")
+        for parts, part in zip(memories[which], past, strict=True):
+            parts.append(part)
+    return x, tuple((tuple(keys), tuple(values)) for keys, values in memories)
 
 
 def _is_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:

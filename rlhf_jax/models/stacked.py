@@ -20,8 +20,9 @@ from rlhf_jax.models.cache import (
     empty_cache,
     fill,
     is_empty,
+    prefix_memory,
     visible_in_cache,
-    within_window,
+    visible_in_slots,
 )
 from rlhf_jax.models.cudnn_attention import check_head_width
 from rlhf_jax.models.interface import Params, positions_from
@@ -114,6 +115,16 @@ class StackedModel(abc.ABC):
         return None
 
     @property
+    def is_sliding(self) -> tuple[bool, ...]:
+        """Whether each layer attends within the window; () where none does."""
+        return ()
+
+    @property
+    def window(self) -> int | None:
+        """The positions that a sliding layer sees; None where there are none."""
+        return None
+
+    @property
     def output(self) -> str:
         """The name of the unembedding among the parameters: the token embedding if it is tied."""
         return self.table if self.config.tie_word_embeddings else "lm_head"
@@ -164,7 +175,10 @@ class StackedModel(abc.ABC):
             x = x.reshape(prefix.mask.shape[0], -1, shape[-1])
         positions = positions.reshape(x.shape[:2])
         context = self.context(positions, slice(first, first + count))
+        is_sliding = None if context.kinds is None else context.kinds.is_sliding
         if cache is not None and not is_empty(cache):
+            if cache.sliding_keys is not None and x.shape[1] > 1:
+                return self._decode_one_by_one(stack, x, mask, positions, cache, first)
             return self._decode(stack, x, mask, context, cache)
         windows = (None,) if context.window is None else (None, context.window)
         masks = [
@@ -182,22 +196,37 @@ class StackedModel(abc.ABC):
             )
             return x, memory if cache is not None else None
 
-        past = None if prefix is None else (prefix.keys, prefix.values)
+        past = None if prefix is None else prefix_memory(prefix, is_sliding, context.window)
         keys = None if dropout_key is None else jax.random.split(dropout_key, count)
         beside = past, keys, context.kinds
         x, memory = run_layers(rematerialized(body, self.remat), x, stack, beside)
-        return x.reshape(shape), None if cache is None else fill(cache, memory, mask)
+        if cache is not None:
+            cache = fill(cache, memory, mask, is_sliding, context.window)
+        return x.reshape(shape), cache
 
     def _decode(self, stack, x, mask, context, cache) -> tuple[jax.Array, Cache]:
         """Writes L tokens into the cache and attends to it, layer by layer."""
         visible, new_mask = visible_in_cache(cache, causal_mask(mask), mask)
-        masks = [visible]
-        if context.window is not None:
-            masks.append(within_window(cache, visible, context.window))
+        places = [(cache.length, visible)]
+        if (window := context.window) is not None and cache.sliding_keys is not None:
+            in_slots = visible_in_slots(visible, cache.length, window)
+            places.append((cache.length % window, in_slots))
         decode = decode_unstacked if isinstance(stack, UnstackedLayers) else decode_stacked
-        block = self.block.clone(decode=True)
-        x, keys, values = decode(block, stack, x, context, cache, masks)
-        return x, Cache(keys, values, new_mask, cache.length + x.shape[1])
+        x, memories = decode(self.block.clone(decode=True), stack, x, context, cache, places)
+        return x, cache.updated(memories, new_mask, cache.length + x.shape[1])
+
+    def _decode_one_by_one(self, stack, x, mask, positions, cache, first):
+        """`_decode` of tokens of which the later ones take slots that the earlier ones read."""
+
+        def step(cache, token):
+            x, mask, positions = (part[:, None] for part in token)
+            x, cache = self.layers(stack, x, mask, positions, cache, first_layer=first)
+            return cache, x[:, 0]
+
+        tokens = tuple(jnp.moveaxis(part, 1, 0) for part in (x, mask, positions))
+        cache = cache._replace(length=jnp.int32(cache.length))
+        cache, x = jax.lax.scan(step, cache, tokens)
+        return jnp.moveaxis(x, 0, 1), cache
 
     def for_decoding(self, params: Params) -> Params:
         """In the compute dtype but for norms; on one CPU unstacked, the unembedding in columns.
@@ -267,8 +296,8 @@ class StackedModel(abc.ABC):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         config = self.config
-        heads, width = config.num_key_value_heads, config.head_width
-        return empty_cache((config.n_layer, batch, heads, length, width), self.dtype)
+        shape = (config.n_layer, batch, config.num_key_value_heads, length, config.head_width)
+        return empty_cache(shape, self.dtype, self.is_sliding, self.window)
 
     def split(self, params: Params, num_layers_unfrozen: int) -> tuple[Params, Params]:
         """The embeddings, and with them the unembedding, freeze with any layer."""

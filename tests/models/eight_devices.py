@@ -10,7 +10,9 @@ if __name__ == "__main__":  # and not when it is looked through for doctests
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
+import dataclasses
 import functools
+import json
 import operator
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ import optax
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.models import huggingface, reading, readout
+from rlhf_jax.models.decoder_readers import read_config
 from rlhf_jax.models.huggingface import (
     fresh_model,
     load_pretrained,
@@ -86,6 +89,9 @@ def main(base):
     sizes = ModelSettings(n_layer=2, n_embd=16, n_head=4, n_positions=16, dropout=0.0)
     for name in ("olmo2", "phi3", "gemma2"):  # norms of full projections, fused ones, two kinds
         model = fresh_model(sizes, vocab_size=11, model_type=name)
+        if name == "gemma2":
+            data = {**json.loads(model.config.source), "sliding_window": 3}
+            model = dataclasses.replace(model, config=read_config(data))
         leaf = ("qkv_proj" if name == "phi3" else "k_proj", "kernel")
         check_family(folder / name, model, ("self_attn", *leaf), is_linear=name == "gemma2")
 

@@ -63,7 +63,7 @@ class Block(nn.Module):
     def __call__(self, x, mask, rotation, past=None, deterministic=True):
         q, k, v = self.heads(x, rotation)
         out = self_attention(q, k, v, mask, past, implementation=self.attention)
-        return self._rest(x, out), (k, v)
+        return self.rest(x, out), (k, v)
 
     def heads(self, x, rotation):
         h = self._place(self.norm_1(x))
@@ -72,10 +72,10 @@ class Block(nn.Module):
         q, k, v = (jnp.swapaxes(h.reshape(*h.shape[:2], -1, width), 1, 2) for h in parts)
         return q * width**-0.5, k, v
 
-    def attend(self, x, q, keys, values, visible):
-        return self._rest(x, attend_to_cache(q, keys, values, visible))
+    def attend(self, q, keys, values, visible):
+        return attend_to_cache(q, keys, values, visible)
 
-    def _rest(self, x, out):
+    def rest(self, x, out):
         out = jnp.swapaxes(out, 1, 2).reshape(x.shape)
         x = self._place(x + self.out(out))
         return self._place(x + self.down(nn.silu(self.up(self._place(self.norm_2(x))))))

@@ -19,7 +19,7 @@ from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import encode_texts
 from rlhf_jax.functional import token_logprobs
 from rlhf_jax.functional.linear import positions_per_chunk
-from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.interface import Model, Params, SharedPrompt
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.evaluation.rouge import rouge_scores
 from rlhf_jax.runtime.rewards.texts import decode
@@ -176,10 +176,11 @@ def _hidden_with_padding(
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     x = model.embed(params, tokens, positions)
-    empty = model.init_cache(batch, length)
-    real, cache = model.layers(params["layers"], x, mask, positions, empty)
-    nothing = jnp.zeros_like(mask)
-    padding, _ = model.layers(params["layers"], x, nothing, positions, prefix=cache)
+    pairs = (x, x), (mask, jnp.zeros_like(mask)), (positions, positions)
+    x, mask_of_both, positions = (jnp.concatenate(pair, axis=1) for pair in pairs)
+    shared = SharedPrompt(length, 1)
+    states, _ = model.layers(params["layers"], x, mask_of_both, positions, shared=shared)
+    real, padding = jnp.split(states, 2, axis=1)
     return model.final(params, jnp.where(mask[..., None], real, padding))
 
 
