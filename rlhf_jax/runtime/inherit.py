@@ -1,4 +1,4 @@
-"""Settings of data and tokenizer of `generate` and `evaluate` from the run whose model they open."""
+"""Settings of `generate` and `evaluate` from the run whose model they open."""
 
 import dataclasses
 import sys
