@@ -188,7 +188,7 @@ def _raise(failure: Exception | None) -> None:
 
 
 def _gather(leaf: Any, slot: Slot) -> np.ndarray | None:
-    """The tensor of a slot, shaped as in the file and float32, on the first host; None on others."""
+    """The tensor of a slot as in the file, but float32, on the first host; None on the others."""
     if not isinstance(leaf, jax.Array):
         values = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
     elif leaf.is_fully_addressable:
