@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 def test_the_parts_are_those_of_the_state_and_of_the_compiled_step():
     matrix = jnp.ones((512, 256))
-    state = State(matrix, (matrix, matrix), {"ref": jnp.ones((3, 256))}, jnp.zeros(()))
+    state = State(matrix, (matrix * 0.5, matrix * 2.0), {"ref": jnp.ones((3, 256))}, jnp.zeros(()))
     traces = []
 
     def step(state, batch, key):
