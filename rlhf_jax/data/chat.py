@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_jax.data.examples import fault_at, place_of
@@ -71,7 +72,7 @@ def prompt_text(example: Mapping[str, Any], number: int, tokenizer: PreTrainedTo
     prompt = example.get("prompt", example.get("text"))
     if isinstance(prompt, str):
         return prompt
-    chat = _Chat.of(example, number, tokenizer)
+    chat = Chat.of(example, number, tokenizer)
     if prompt is None:
         turns = example["messages"]
         prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
@@ -100,9 +101,9 @@ def text_parts(
         return None, example["text"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
-    chat = _Chat.of(example, number, tokenizer)
+    chat = Chat.of(example, number, tokenizer)
     if completion is not None:
-        return chat.parts(_turns(prompt, "user"), _turns(completion, "assistant"))
+        return chat.parts(turns_of(prompt, "user"), turns_of(completion, "assistant"))
     messages = example["messages"]
     if not last_turn:
         return None, chat.up_to_eos(messages)
@@ -137,22 +138,28 @@ def response_texts(
         return prompt, list(responses)
     if not responses:
         return None
-    turns = [_turns(response, "assistant") for response in responses]
-    before = _turns(prompt, "user")
+    turns = [turns_of(response, "assistant") for response in responses]
+    before = turns_of(prompt, "user")
     if not before:
         before = turns[0][:-1]
         if not before or any(not _same(each[:-1], before) for each in turns):
             return None
-    chat = _Chat.of(example, number, tokenizer)
+    chat = Chat.of(example, number, tokenizer)
     parts = [chat.parts(before, each) for each in turns]
     return parts[0][0], [response for _, response in parts]
 
 
-def _turns(value: Any, role: str) -> list[Message]:
+def turns_of(value: Any, role: str) -> list[Message]:
     """Messages unchanged, a text as one message, an empty text as no message."""
     if isinstance(value, str):
         return [{"role": role, "content": value}] if value else []
     return value
+
+
+def without_prompt(after: list[Message], before: list[Message]) -> list[Message]:
+    """The turns of a completion without those of its prompt, which it may begin with."""
+    repeats = len(after) > len(before) and _same(after[: len(before)], before)
+    return after[len(before) :] if repeats else after
 
 
 def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
@@ -164,8 +171,8 @@ def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
     return one == other
 
 
-class _Chat(NamedTuple):
-    """The chat template with the tools of an example."""
+class Chat(NamedTuple):
+    """The chat template with the tools of an example, which stands at `place`."""
 
     tokenizer: PreTrainedTokenizerFast
     tools: Any
@@ -174,7 +181,7 @@ class _Chat(NamedTuple):
     @classmethod
     def of(
         cls, example: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerFast
-    ) -> _Chat:
+    ) -> Chat:
         place, tools = place_of(example, number), example.get("tools") or None
         if tokenizer.chat_template is None:
             raise InputError(
@@ -200,9 +207,7 @@ class _Chat(NamedTuple):
 
         Turns that begin with those of the prompt lose them.
         """
-        if len(after) > len(before) and _same(after[: len(before)], before):
-            after = after[len(before) :]
-        full = self.up_to_eos([*before, *after])
+        full = self.up_to_eos([*before, *without_prompt(after, before)])
         prompt = self.rendered(before, add_generation_prompt=True)
         if not full.startswith(prompt):
             raise InputError(
@@ -212,13 +217,40 @@ class _Chat(NamedTuple):
         return prompt, full[len(prompt) :]
 
     def up_to_eos(self, messages: list[Message]) -> str:
-        """The text without the line break that many templates write after the last EOS."""
+        """The text without the line break that many templates write after an end-of-turn token."""
         text = self.rendered(messages)
         stripped = text.rstrip()
-        return stripped if stripped.endswith(self.tokenizer.eos_token) else text
+        return stripped if stripped.endswith(special_tokens(self.tokenizer)) else text
 
     def rendered(self, messages: list[Message], **options: bool) -> str:
         """The text of the messages; a template may raise any error, and may be endless."""
+        render = self.tokenizer.apply_chat_template
+        text = self._call(render, messages, tools=self.tools, tokenize=False, **options)
+        return str(text)
+
+    def marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]] | None:
+        """The text, and where in it the template has marked what the assistant wrote.
+
+        None if the template has no {% generation %}. Those are the spans of transformers'
+        `return_assistant_tokens_mask`.
+        """
+        template = self.tokenizer.get_chat_template(None, self.tools)
+        if not re.search(r"{%-?\s*generation\s*-?%}", template):
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = self._call(
+            lambda turns, **options: render_jinja_template([turns], **options),
+            messages,
+            tools=self.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return texts[0], spans[0]
+
+    def _call(self, render: Callable[..., Any], messages: list[Message], **options: Any) -> Any:
+        """render(messages, ...), with the example's place in what it raises."""
         template = str(self.tokenizer.chat_template)
         uses_calls = any(message.get("tool_calls") for message in messages)
         for name, is_used in (("tools", self.tools is not None), ("tool_calls", uses_calls)):
@@ -228,20 +260,21 @@ class _Chat(NamedTuple):
                     f" has {name}, which the chat template does not render: use another "
                     "tokenizer.chat_template.",
                 )
+        variables = getattr(self.tokenizer, "chat_template_kwargs", {})
         try:
             with _time_limit(MAX_SECONDS):
-                text = self.tokenizer.apply_chat_template(
-                    [_plain(message) for message in messages],
-                    tools=self.tools,
-                    tokenize=False,
-                    **options,
-                )
+                return render([_plain(message) for message in messages], **options, **variables)
         except Exception as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise InputError(
                 f"The chat template cannot render the messages of {self.place}: {reason}."
             ) from error
-        return str(text)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """The tokens that the tokenizer marks as special, such as those that end a turn."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return (*tokenizer.all_special_tokens, *added)
 
 
 @contextlib.contextmanager

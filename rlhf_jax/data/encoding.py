@@ -85,7 +85,7 @@ def tokenize_prompts(
 def check_joints(
     tokenizer: PreTrainedTokenizerFast,
     examples: Sequence[Mapping[str, Any]],
-    texts: Sequence[tuple[str, str]],
+    texts: Sequence[Sequence[str]],
 ) -> None:
     """Raises if prompt ids + completion ids are another text than prompt and completion together.
 
@@ -94,18 +94,19 @@ def check_joints(
 
     Args:
       examples: for the place of the fault.
-      texts: the prompt and a completion of each example, either of which may be empty.
+      texts: the prompt and a completion of each example, either of which may be empty; or the
+        parts of a conversation.
     """
     joints = [
-        (place_of(example, number), prompt, completion)
-        for number, (example, (prompt, completion)) in enumerate(zip(examples, texts), 1)
-        if prompt and completion
+        (place_of(example, number), [part for part in parts if part])
+        for number, (example, parts) in enumerate(zip(examples, texts), 1)
+        if sum(map(bool, parts)) > 1
     ]
-    places, prompts, completions = zip(*joints[:: len(joints) // 256 + 1]) if joints else ((),) * 3
-    together = encode(tokenizer, [a + b for a, b in zip(prompts, completions)])
-    parts = zip(encode(tokenizer, prompts), encode(tokenizer, completions), strict=True)
+    joints = joints[:: len(joints) // 256 + 1]
+    together = encode(tokenizer, ["".join(parts) for _, parts in joints])
+    apart = [list(itertools.chain(*encode(tokenizer, parts))) for _, parts in joints]
     decode = functools.partial(tokenizer.batch_decode, clean_up_tokenization_spaces=False)
-    for place, one, other in zip(places, decode(together), decode([a + b for a, b in parts])):
+    for (place, _), one, other in zip(joints, decode(together), decode(apart), strict=True):
         if one != other:
             at = len(os.path.commonprefix([one, other]))
             near = slice(max(0, at - 20), at + 20)

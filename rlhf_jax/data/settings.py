@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any, Literal
 
 from rlhf_jax.data.formats import CANONICAL
 from rlhf_jax.errors import InputError
@@ -11,6 +12,14 @@ from rlhf_jax.errors import InputError
 BUILTIN = "builtin"
 MAX_BUCKETS = 4
 MIN_VOCABULARY = 258  # 256 bytes and the two special tokens
+# The arguments of transformers' `apply_chat_template` and of templates that the program gives.
+GIVEN_TO_TEMPLATES = (
+    "add_generation_prompt", "additional_special_tokens", "bos_token", "chat_template",
+    "cls_token", "continue_final_message", "conversation", "eos_token", "extra_special_tokens",
+    "mask_token", "max_length", "messages", "pad_token", "padding", "return_assistant_tokens_mask",
+    "return_dict", "return_tensors", "sanitize_control_tokens", "sep_token", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation", "unk_token",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,10 @@ class DataSettings:
         ones lose their right end.
       completion_only: compute the loss on the completion of a prompt only (the last turn of
         messages), not on the prompt.
+      assistant_turns: with `completion_only`, whether in conversations of messages the "last" turn
+        alone is the completion, or the turns of the assistant are targets, "all" of them, each with
+        its end-of-turn token (of a prompt with a completion, those of the completion). A
+        conversation is then one text, of which `max_length` alone is the limit.
       packing: pack several short texts into one sequence.
       length_buckets: maximum number of different batch widths, 1 to 4; each is compiled once. With
         more than one, padding that no example of a batch needs is removed.
@@ -74,6 +87,7 @@ class DataSettings:
     max_prompt_length: int = 128
     max_response_length: int = 128
     completion_only: bool = True
+    assistant_turns: Literal["last", "all"] = "last"
     packing: bool = True
     length_buckets: int = 1
     prompt_tokens: tuple[int, int] | None = None
@@ -108,6 +122,7 @@ class DataSettings:
                 'data.path and data.split must not be empty: for example "builtin" and "train".'
             )
         self._check_prompt_tokens()
+        self._check_assistant_turns()
         self._check_builtin()
         for canonical in self.columns:
             if canonical not in CANONICAL:
@@ -122,6 +137,17 @@ class DataSettings:
             raise InputError(
                 f"data.prompt_tokens is {bounds}: give (low, high) with 1 <= low <= high <= "
                 f"data.max_prompt_length ({limit})."
+            )
+
+    def _check_assistant_turns(self) -> None:
+        if self.assistant_turns not in ("last", "all"):
+            raise InputError(
+                f"data.assistant_turns is {self.assistant_turns!r}: set it to last or all."
+            )
+        if self.assistant_turns == "all" and not self.completion_only:
+            raise InputError(
+                "data.assistant_turns is all, but without data.completion_only all tokens are "
+                "targets: leave one of the two out."
             )
 
     def _check_builtin(self) -> None:
@@ -149,15 +175,19 @@ class TokenizerSettings:
         a small corpus may give fewer.
       chat_template: Jinja template that renders messages as text, or a file with one; it replaces
         the tokenizer's own.
+      chat_template_kwargs: further variables of the template, such as {enable_thinking: false} of
+        Qwen3's.
 
     Raises:
-      InputError: if `vocab_size` cannot hold every byte and the special tokens, or the template is
-        neither a file nor a Jinja template.
+      InputError: if `vocab_size` cannot hold every byte and the special tokens, the template is
+        neither a file nor a Jinja template, or a variable is one that the program gives to
+        templates.
     """
 
     path: str | None = None
     vocab_size: int = 1024
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCABULARY:
@@ -176,4 +206,10 @@ class TokenizerSettings:
                 raise InputError(
                     f"tokenizer.chat_template {self.chat_template!r} is neither a file nor a Jinja "
                     "template, which has {{ }} or {% %} in it."
+                )
+        for name in self.chat_template_kwargs:
+            if name in GIVEN_TO_TEMPLATES:
+                raise InputError(
+                    f"tokenizer.chat_template_kwargs has {name!r}, which the program gives to the "
+                    "template itself: leave it out, or use another tokenizer.chat_template."
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from rlhf_jax.data.encoding import (
     with_eos,
 )
 from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.turns import conversation_of
 from rlhf_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,11 +38,11 @@ class Text(NamedTuple):
 
     Attributes:
       tokens: the ids, EOS included unless it was truncated.
-      target_start: the first target position; never 0, because the first token has no context.
+      is_target: of each token; never of the first one, because it has no context.
     """
 
     tokens: list[int]
-    target_start: int
+    is_target: list[bool]
 
 
 def encode_texts(
@@ -83,9 +85,15 @@ def tokenize_texts(
     the first ones and the suffix. Truncated prompts, truncated texts and dropped examples are
     logged in one counted warning each.
 
+    Under `assistant_turns` "all" a conversation is one text, whose parts are tokenized separately.
+    EOS is appended after a last turn of the assistant. It keeps its first `max_length` tokens, and
+    is dropped if no target is among them.
+
     Raises:
       InputError: if no text is left, or messages cannot be rendered.
     """
+    if settings.assistant_turns == "all":
+        return _tokenize_conversations(examples, tokenizer, settings)
     last_turn = settings.completion_only
     parts = [text_parts(each, n, tokenizer, last_turn) for n, each in enumerate(examples, 1)]
     heads = [prompt or "" for prompt, _ in parts]
@@ -107,13 +115,47 @@ def tokenize_texts(
         if len(prompt.tokens) > room:
             truncated_prompts.append(prompt)
         context = prompt.truncated(room)
+        tokens = context + kept
         target_start = max(1, len(context)) if settings.completion_only else 1
-        texts.append(Text(context + kept, target_start))
+        texts.append(Text(tokens, [place >= target_start for place in range(len(tokens))]))
     _warn(truncated_prompts, num_truncated, num_dropped, len(parts), settings)
     if not texts:
         raise InputError(
             f"No text is left to train on: all {len(parts)} examples are empty (an empty "
             "completion counts as an empty example)."
+        )
+    return texts
+
+
+def _tokenize_conversations(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: DataSettings,
+) -> list[Text]:
+    """The token ids of each conversation that has a target, which are those of the assistant."""
+    conversations = [conversation_of(each, n, tokenizer) for n, each in enumerate(examples, 1)]
+    check_joints(tokenizer, examples, [[text for text, _ in each.parts] for each in conversations])
+    encoded = iter(encode(tokenizer, [text for each in conversations for text, _ in each.parts]))
+    texts, num_truncated, limit = [], 0, settings.max_length
+    for conversation in conversations:
+        parts = [(next(encoded), is_target) for _, is_target in conversation.parts]
+        tokens = list(itertools.chain.from_iterable(ids for ids, _ in parts))
+        is_target = [flag for ids, flag in parts for _ in ids]
+        if conversation.is_answered and tokens[-1] != tokenizer.eos_token_id:
+            tokens.append(tokenizer.eos_token_id)
+            is_target.append(True)
+        is_target[0] = False
+        num_truncated += len(tokens) > limit
+        if any(is_target[:limit]):
+            texts.append(Text(tokens[:limit], is_target[:limit]))
+    limits, total = f"data.max_length ({limit} tokens)", len(examples)
+    warn(num_truncated, total, f"texts lost their right end: they exceed {limits}.")
+    reason = f"they have no token of an assistant's turn within {limits}"
+    warn(total - len(texts), total, f"texts were dropped because {reason}.")
+    if not texts:
+        raise InputError(
+            f"No text is left to train on: all {total} examples have no token of an assistant's "
+            f"turn within {limits}."
         )
     return texts
 
@@ -189,12 +231,13 @@ def target_width(counts: Sequence[int], length: int) -> int | None:
 def max_targets(settings: DataSettings) -> int:
     """Number of targets in a sequence whose prompts and completions have their maximum lengths.
 
-    In plain texts all tokens are targets; packed sequences have more targets if prompts are short.
+    In plain texts all tokens are targets, in conversations with all turns of the assistant perhaps
+    nearly all; packed sequences have more targets if prompts are short.
 
     >>> max_targets(DataSettings(max_length=256, max_prompt_length=100, max_response_length=20))
     40
     """
-    if not settings.completion_only:
+    if not settings.completion_only or settings.assistant_turns == "all":
         return settings.max_length
     text = settings.max_prompt_length + settings.max_response_length
     count = max(1, settings.max_length // text) if settings.packing else 1
@@ -213,7 +256,7 @@ def _arrays(texts: Sequence[Text], packed: Sequence[Sequence[int]], max_length: 
             end = start + len(text.tokens)
             tokens[place, start:end] = text.tokens
             segments[place, start:end] = segment
-            loss_mask[place, start + text.target_start : end] = True
+            loss_mask[place, start:end] = text.is_target
             start = end
     counts, positions = loss_mask.sum(axis=1), None
     if columns := target_width(counts.tolist(), shape[1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 MODEL_INPUTS = ["input_ids", "attention_mask"]  # and no token types
+logger = logging.getLogger("rlhf_jax.data")
+
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 
 
@@ -29,7 +32,6 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None
       InputError: the file cannot be read, or the template is invalid.
     """
     import jinja2
-    from jinja2.ext import loopcontrols
 
     name, text = "tokenizer.chat_template", template
     if "{" not in template:
@@ -39,12 +41,43 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{name} cannot be read: {error}.") from error
     try:
-        # The extension of transformers, {% generation %}, marks text and adds none.
-        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
-        jinja2.Environment(extensions=[loopcontrols]).parse(plain)
+        _parsed(text)
     except (jinja2.TemplateSyntaxError, RecursionError) as error:
         raise InputError(f"{name} is no Jinja template: {error}.") from error
     tokenizer.chat_template = text
+
+
+def use_chat_template_kwargs(tokenizer: PreTrainedTokenizerFast, kwargs: Mapping[str, Any]) -> None:
+    """Sets further variables of the tokenizer's chat template.
+
+    Those that the template never reads, and that have no effect, are logged in one warning.
+    """
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    tokenizer.chat_template_kwargs = dict(kwargs)  # type: ignore[attr-defined]
+    template: Any = tokenizer.chat_template or ""
+    texts = [*template.values()] if isinstance(template, dict) else [template]
+    try:
+        read: set[str] = set().union(*(find_undeclared_variables(_parsed(text)) for text in texts))
+    except (TemplateError, RecursionError):
+        return  # which is reported where it renders
+    if unread := sorted(kwargs.keys() - read):
+        logger.warning(
+            "The chat template never reads %s of tokenizer.chat_template_kwargs, which has no "
+            "effect.",
+            ", ".join(unread),
+        )
+
+
+def _parsed(template: str) -> Any:
+    """The syntax tree of a template."""
+    import jinja2
+    from jinja2.ext import loopcontrols
+
+    # The extension of transformers, {% generation %}, marks text and adds none.
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
+    return jinja2.Environment(extensions=[loopcontrols]).parse(plain)
 
 
 @functools.cache
@@ -62,11 +95,13 @@ def _portable_class() -> type[PreTrainedTokenizerFast]:
         Attributes:
           source: settings of the `tokenizer_config.json` that it was loaded from.
           truncation, padding: of the `tokenizer.json` that it was loaded from.
+          chat_template_kwargs: further variables of the chat template.
         """
 
         source: Mapping[str, Any] = {}
         truncation: Mapping[str, Any] | None = None
         padding: Mapping[str, Any] | None = None
+        chat_template_kwargs: Mapping[str, Any] = {}
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
             # Calls with other limits change both in the backend, which is saved.

@@ -18,6 +18,7 @@ Config = TypeVar("Config")
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SCORE = "score.weight"  # the head of a classifier
+SCORE_BIAS = "score_bias"  # its bias, in config.json
 _WITHOUT_PREFIX = (SCORE, "lm_head.weight")
 
 
@@ -49,7 +50,7 @@ class Family:
       language_model, classifier: the two architectures in config.json, such as "GPT2LMHeadModel".
       config: the class of the configuration.
       model: the class of the model, model(config, dtype, remat, attention,
-        generation_config).
+        generation_config, stored_types).
       read_config: from the object in config.json to the configuration; raises an InputError.
       write_config: from the configuration, and whether it is one of a classifier, to the object in
         config.json, without `model_type`, `architectures` and dtypes.

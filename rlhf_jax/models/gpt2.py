@@ -6,6 +6,7 @@ tied to the token embedding, or not.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -70,7 +71,10 @@ PARTITION_RULES: Rules = (
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Sizes and constants of a GPT-2, under Hugging Face's names. The default is GPT-2 small."""
+    """Sizes and constants of a GPT-2, under Hugging Face's names. The default is GPT-2 small.
+
+    `source` is the config.json that it was read from, as that of `DecoderConfig`.
+    """
 
     vocab_size: PositiveInt = 50257
     n_positions: PositiveInt = 1024
@@ -88,6 +92,7 @@ class GPT2Config:
     eos_token_id: NonNegativeInt | None = None
     pad_token_id: NonNegativeInt | None = None
     tie_word_embeddings: bool = True
+    source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields("config", self)
@@ -347,14 +352,15 @@ def _slots(model: GPT2) -> dict[str, Slot]:
 
 def _read_config(data: Mapping[str, Any]) -> GPT2Config:
     check_fixed(data, _FIXED)
-    values = known_fields(GPT2Config, data)
+    values = known_fields(GPT2Config, {**data, "source": json.dumps(dict(data), sort_keys=True)})
     if values.get("vocab_size", GPT2Config.vocab_size) > _EOS:
         values = {"bos_token_id": _EOS, "eos_token_id": _EOS, **values}
     return GPT2Config(**values)
 
 
 def _write_config(config: GPT2Config, is_classifier: bool) -> dict[str, Any]:
-    return {**dataclasses.asdict(config), **_FIXED, "use_cache": True}
+    own = dataclasses.asdict(config)
+    return {"use_cache": True, **json.loads(own.pop("source")), **own, **_FIXED}
 
 
 def _fresh_config(settings: ModelSettings, vocab_size: int) -> GPT2Config:

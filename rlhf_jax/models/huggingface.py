@@ -2,15 +2,16 @@
 
 A folder holds `config.json` and the weights as `model.safetensors` (or several such files and their
 index). Its `model_type` determines the family, one of `FAMILIES`. Reward models are sequence
-classifiers with one label, e.g. `GPT2ForSequenceClassification`. Parameters are float32 in memory
-and in written files, whatever type they were stored in, since an optimizer updates them.
+classifiers with one label, e.g. `GPT2ForSequenceClassification`. Parameters are float32 in memory,
+whatever type they were stored in, since an optimizer updates them. They are written in the types
+that they were stored in where those lose nothing (`models/stored_types.py`), else in float32.
 """
 
 import contextlib
 import dataclasses
 import logging
-import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,10 @@ from jax.typing import DTypeLike
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder_families, gpt2
-from rlhf_jax.models.family import SCORE, Family, Slot, param_shapes
+from rlhf_jax.models.family import SCORE, SCORE_BIAS, Family, Slot, param_shapes
 from rlhf_jax.models.folders import find_folder, read_json
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.models.reading import check_sizes, find_tensors, read_params
+from rlhf_jax.models.reading import check_sizes, find_tensors, read_params, read_score_bias
 from rlhf_jax.models.settings import Attention, ModelSettings, Remat
 from rlhf_jax.models.special_tokens import (
     GENERATION_CONFIG,
@@ -33,10 +34,9 @@ from rlhf_jax.models.special_tokens import (
     with_listed_ends,
     with_pad_token,
 )
+from rlhf_jax.models.stored_types import dtype_in_config, written_types
 from rlhf_jax.models.writing import check_params, save_model
 from rlhf_jax.parallel.partition import tree_shardings
-
-SCORE_BIAS = "score_bias"  # of a reward head, in config.json
 
 logger = logging.getLogger("rlhf_jax.models")
 
@@ -178,7 +178,7 @@ def load_reward_model(
     kernel = jax.ShapeDtypeStruct((opened.model.config.n_embd,), jnp.float32)
     shapes = {"model": param_shapes(opened.model), "head": {"kernel": kernel}}
     model, params = _load(opened, shapes, mesh, label)
-    if (bias := _score_bias(opened.folder)) is not None:
+    if (bias := read_score_bias(opened.folder)) is not None:
         bias = bias if mesh is None else jax.device_put(bias, NamedSharding(mesh, PartitionSpec()))
         params["head"]["bias"] = bias
     return model, params
@@ -205,14 +205,17 @@ def check_reward_model(
 ) -> Model:
     """The model of `load_reward_model`, without its parameters; raises as that does."""
     opened = _open_classifier(folder_or_hub_name, dtype, remat, attention)
-    _score_bias(opened.folder)
+    read_score_bias(opened.folder)
     return _check(opened, with_head=True, label=label)
 
 
 def save_pretrained(
     folder: str | pathlib.Path, model: Model, params: Params, tokenizer: Any = None
 ) -> None:
-    """Writes a folder in Hugging Face's format, e.g. of `GPT2LMHeadModel`, in float32.
+    """Writes a folder in Hugging Face's format, e.g. of `GPT2LMHeadModel`.
+
+    Its tensors have the types of the folder that the model was read from if the parameters are
+    exact in them, as those that were not trained are; otherwise, and for fresh models, float32.
 
     An interrupted save leaves no incomplete file behind; weights of an earlier save are replaced.
     The parameters may be sharded: one tensor at a time is gathered to the first host, which alone
@@ -229,18 +232,19 @@ def save_pretrained(
     """
     check_params(param_shapes(model), params)
     family = _family_of(model)
+    slots = _slots(family, model, with_head=False)
+    types = written_types(model.stored_types, slots, {"model": params})
     texts = {
-        "config.json": _config_json(family, model.config, family.language_model),
+        "config.json": _config_json(family, model.config, family.language_model, types),
         GENERATION_CONFIG: generation_config(model),
     }
-    slots = _slots(family, model, with_head=False)
-    save_model(folder, family, slots, slots, {"model": params}, texts, tokenizer)
+    save_model(folder, family, slots, slots, {"model": params}, types, texts, tokenizer)
 
 
 def save_reward_model(
     folder: str | pathlib.Path, model: Model, params: Params, tokenizer: Any = None
 ) -> None:
-    """Writes a folder of a sequence classifier with one label, in float32.
+    """Writes a folder of a sequence classifier with one label, in the types of `save_pretrained`.
 
     transformers scores the last token that is not the pad token, the one before EOS if EOS is the
     pad token. The folder therefore declares another one: the tokenizer's, else the model's, else a
@@ -271,8 +275,10 @@ def save_reward_model(
         )
     family = _family_of(model)
     config, tokenizer = with_pad_token(model.config, tokenizer)
+    own, slots = (_slots(family, m, with_head=True) for m in (model, family.model(config)))
+    types = written_types(model.stored_types, own, params)
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    json_object = {**_config_json(family, config, family.classifier), **labels}
+    json_object = {**_config_json(family, config, family.classifier, types), **labels}
     if "bias" in params["head"]:
         json_object[SCORE_BIAS] = bias = float(params["head"]["bias"])
         if bias:
@@ -284,8 +290,7 @@ def save_reward_model(
                 bias,
             )
     texts = {"config.json": json_object}
-    own, slots = (_slots(family, m, with_head=True) for m in (model, family.model(config)))
-    save_model(folder, family, slots, own, params, texts, tokenizer)
+    save_model(folder, family, slots, own, params, types, texts, tokenizer)
 
 
 class _Opened(NamedTuple):
@@ -301,9 +306,9 @@ def _open(name, dtype, remat, attention) -> _Opened:
         raise InputError(f"dtype must be float32, bfloat16 or float16, but is {dtype}.")
     folder = find_folder(name)
     family, config, data = _read_config(folder / "config.json")
-    check_sizes(folder, config)
+    types = check_sizes(folder, family, config)
     generation = with_listed_ends(read_generation_config(folder, config), data)
-    model = family.model(config, dtype, remat, attention, generation)
+    model = family.model(config, dtype, remat, attention, generation, types)
     return _Opened(folder, family, model)
 
 
@@ -316,17 +321,6 @@ def _tied(model: Model) -> Model:
     """The architecture without an unembedding of its own."""
     config: Any = dataclasses.replace(model.config, tie_word_embeddings=True)  # type: ignore[type-var]
     return dataclasses.replace(model, config=config)  # type: ignore[type-var]
-
-
-def _score_bias(folder: pathlib.Path) -> jax.Array | None:
-    value = read_json(folder / "config.json").get(SCORE_BIAS)
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InputError(
-            f"{folder / 'config.json'}: {SCORE_BIAS} must be a finite number, but is {value!r}."
-        )
-    return jnp.float32(value)
 
 
 def _load(opened: _Opened, shapes: Params, mesh, label) -> tuple[Model, Params]:
@@ -385,13 +379,15 @@ def _family_of(model: Model) -> Family:
     raise ValueError(f"no family in FAMILIES has the configuration {type(model.config).__name__}.")
 
 
-def _config_json(family: Family, config: Any, architecture: str) -> dict[str, Any]:
+def _config_json(
+    family: Family, config: Any, architecture: str, types: Mapping[str, str]
+) -> dict[str, Any]:
     data = family.write_config(config, architecture == family.classifier)
     data.pop(SCORE_BIAS, None)  # that of a head read before
     return {
         **data,
         "architectures": [architecture],
         "model_type": family.model_type,
-        "dtype": "float32",  # read by transformers 5
-        "torch_dtype": "float32",  # and by transformers 4
+        # The second is read by transformers 4.
+        **dict.fromkeys(("dtype", "torch_dtype"), dtype_in_config(types.values())),
     }

@@ -79,6 +79,11 @@ class Model(Protocol):
         ...
 
     @property
+    def stored_types(self) -> Mapping[str, str]:
+        """The type of each tensor in the folder that it was read from, for exports; {} of none."""
+        ...
+
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text: EOS, and perhaps further ones."""
         ...

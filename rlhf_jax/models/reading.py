@@ -19,9 +19,10 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.family import SCORE, Family, Slot
-from rlhf_jax.models.folders import weight_files
+from rlhf_jax.models.family import SCORE, SCORE_BIAS, Family, Slot
+from rlhf_jax.models.folders import read_json, weight_files
 from rlhf_jax.models.interface import ModelConfig, Params
+from rlhf_jax.models.stored_types import NUMPY
 
 PART_BYTES = 2**28  # of a leaf read at a time, or one index of axis 0 if that is more
 
@@ -181,18 +182,25 @@ def _read_one(tensor: TensorFile, label: int, width: int, index: Index) -> np.nd
     return part
 
 
-def check_sizes(folder: pathlib.Path, config: ModelConfig) -> None:
-    """Raises an InputError if the sizes are far beyond the tensors of a folder.
+def check_sizes(folder: pathlib.Path, family: Family, config: ModelConfig) -> dict[str, str]:
+    """The type of each tensor of a folder, by its name without the prefix: F32, F16 or BF16.
 
     A layer has a tensor at least. `find_tensors` compares exactly, but only after it has listed the
     tensors of all layers.
+
+    Raises:
+      InputError: the sizes are far beyond the tensors.
     """
+    types: dict[str, str] = {}
     count, largest = 0, 0
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="numpy") as opened:
-                names = opened.keys()
-                shapes = [opened.get_slice(name).get_shape() for name in names]
+                tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                shapes = [tensor.get_shape() for tensor in tensors.values()]
+                for name, tensor in tensors.items():
+                    kind = tensor.get_dtype()
+                    types[name.removeprefix(family.prefix)] = kind if kind in NUMPY else "F32"
         except SafetensorError as error:
             raise _unreadable(file, error) from error
         count += len(shapes)
@@ -207,6 +215,19 @@ def check_sizes(folder: pathlib.Path, config: ModelConfig) -> None:
                 f"{folder}: config.json has {name} {size}, but the {kind} in the weights is "
                 f"{limit}; save or download the model again."
             )
+    return types
+
+
+def read_score_bias(folder: pathlib.Path) -> jax.Array | None:
+    """The bias of a reward head, f32[], from the config.json of a folder; None without one."""
+    value = read_json(folder / "config.json").get(SCORE_BIAS)
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(
+            f"{folder / 'config.json'}: {SCORE_BIAS} must be a finite number, but is {value!r}."
+        )
+    return jnp.float32(value)
 
 
 def find_tensors(

@@ -59,7 +59,8 @@ class StackedModel(abc.ABC):
       attention: "blocks", as in `models/attention.py`, or "cudnn", as in
         `models/cudnn_attention.py`; decoding attends as by the first either way.
       generation_config: the object in `generation_config.json`, for exports; its eos_token_id may
-        be a list. Models that differ in it alone are equal.
+        be a list. Models that differ in it alone are equal, as are those that differ in the next.
+      stored_types: the types of the tensors in the folder that it was read from, for exports.
 
     Attributes of the class:
       table: the name of the token embedding among the parameters.
@@ -73,6 +74,9 @@ class StackedModel(abc.ABC):
     remat: Remat = "dots"
     attention: Attention = "blocks"
     generation_config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
+    stored_types: Mapping[str, str] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
 

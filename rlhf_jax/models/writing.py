@@ -20,6 +20,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.family import Family, Slot, leaf_at
 from rlhf_jax.models.folders import INDEX, WEIGHTS
 from rlhf_jax.models.interface import Params
+from rlhf_jax.models.stored_types import NUMPY
 from rlhf_jax.parallel import hosts
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -44,6 +45,7 @@ def save_model(
     slots: Mapping[str, Slot],
     own: Mapping[str, Slot],
     params: Params,
+    types: Mapping[str, str],
     texts: Mapping[str, Any],
     tokenizer: Any,
 ) -> None:
@@ -52,6 +54,7 @@ def save_model(
     Args:
       slots: of the written model.
       own: of the parameters, which may have a smaller vocabulary; zeros follow in the files.
+      types: of the tensors in the files, as from `written_types`.
       texts: name of a JSON file -> its object; none is written if that is empty.
       tokenizer: anything with `save_pretrained(folder)`, or None.
 
@@ -59,7 +62,10 @@ def save_model(
       InputError: the folder is not local.
       OSError: it cannot be written.
     """
-    files = _files(slots)
+    shapes = {
+        name: jax.ShapeDtypeStruct(slot.shape, NUMPY[types[name]]) for name, slot in slots.items()
+    }
+    files = _files(shapes)
     order = [own[name] for names in files.values() for name in names]
     tensors = (_gather(leaf_at(params, slot.path), slot) for slot in order)
 
@@ -75,18 +81,23 @@ def save_model(
             for file, data in texts.items():
                 if data:
                     write_json(temporary / file, data)
-            _write_weights(temporary, family, slots, files, tensors)
+            _write_weights(temporary, family, shapes, files, tensors)
             _publish(temporary, path)
 
     write_on_first_host(write, tensors)
 
 
-def _files(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
+def _size(shape: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array."""
+    return shape.dtype.itemsize * math.prod(shape.shape)
+
+
+def _files(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, list[str]]:
     """The tensors of each file, in the order written: one file, or some of `MAX_SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     room = MAX_SHARD_BYTES
-    for name, slot in slots.items():
-        size = 4 * math.prod(slot.shape)
+    for name, shape in shapes.items():
+        size = _size(shape)
         if size > room and shards[-1]:
             shards.append([])
             room = MAX_SHARD_BYTES
@@ -98,52 +109,54 @@ def _files(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
     return {file: sorted(names) for file, names in zip(files, shards, strict=True)}
 
 
-def _write_weights(folder, family, slots, files, tensors) -> None:
+def _write_weights(folder, family, shapes, files, tensors) -> None:
     """The files, with an index where there are several."""
     if len(files) > 1:
         weight_map = {family.full_name(n): file for file, names in files.items() for n in names}
-        total_size = sum(4 * math.prod(slot.shape) for slot in slots.values())
+        total_size = sum(map(_size, shapes.values()))
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
     for file, names in files.items():
-        shapes = {family.full_name(name): slots[name].shape for name in names}
-        write_safetensors(folder / file, shapes, tensors)
+        named = {family.full_name(name): shapes[name] for name in names}
+        write_safetensors(folder / file, named, tensors)
 
 
 def write_safetensors(
     file: pathlib.Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
     tensors: Iterator[np.ndarray | None],
 ) -> None:
-    """A file of float32 tensors, each written when it is gathered.
+    """A file of tensors, each written when it is gathered.
 
         8 bytes: length of the header, little-endian
         the header: JSON, {name: {"dtype", "shape", "data_offsets"}}, filled up to a multiple of 8
         the tensors, one after another
 
     Args:
-      shapes: of each tensor, in the order written.
+      shapes: of each tensor, with a dtype of `NUMPY`, in the order written.
       tensors: their values; zeros follow one that is smaller than its shape.
 
     Raises an OSError if the file cannot be written.
 
     The format of safetensors, https://huggingface.co/docs/safetensors.
     """
-    sizes = [4 * math.prod(shape) for shape in shapes.values()]
+    sizes = [_size(shape) for shape in shapes.values()]
+    names = {dtype: name for name, dtype in NUMPY.items()}
     stops = np.cumsum(sizes, dtype=np.int64).tolist()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for (name, shape), size, stop in zip(shapes.items(), sizes, stops, strict=True):
         offsets = [stop - size, stop]
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}
+        dtype = names[np.dtype(shape.dtype)]
+        header[name] = {"dtype": dtype, "shape": list(shape.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
-        for size in sizes:
+        for shape, size in zip(shapes.values(), sizes, strict=True):
             tensor = next(tensors)
             assert tensor is not None
-            values = np.ascontiguousarray(tensor, "<f4")
-            target.write(values.data)
+            values = np.ascontiguousarray(tensor, shape.dtype)
+            target.write(values.view(np.uint8).data)
             target.write(bytes(size - values.nbytes))
             del tensor, values  # before the next one comes
 
@@ -175,7 +188,7 @@ def _raise(failure: Exception | None) -> None:
 
 
 def _gather(leaf: Any, slot: Slot) -> np.ndarray | None:
-    """The tensor of a slot, float32 as in the file, on the first host; None on the others."""
+    """The tensor of a slot as in the file, but float32, on the first host; None on the others."""
     if not isinstance(leaf, jax.Array):
         values = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
     elif leaf.is_fully_addressable:

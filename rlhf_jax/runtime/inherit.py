@@ -1,19 +1,19 @@
-"""Data settings of `generate` and `evaluate` from the run whose model they open."""
+"""Settings of `generate` and `evaluate` from the run whose model they open."""
 
 import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.data.settings import DataSettings
+from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.parsing import Values, merge, to_dict
 from rlhf_jax.runtime.yaml_files import parsed_yaml
 
 # How texts become tokens; the other settings say where the examples are, and how many.
 OF_TEXTS = (
-    "max_length", "max_prompt_length", "max_response_length", "completion_only", "packing",
-    "prompt_tokens", "split_at", "prompt_suffix", "min_response_words",
+    "max_length", "max_prompt_length", "max_response_length", "completion_only", "assistant_turns",
+    "packing", "prompt_tokens", "split_at", "prompt_suffix", "min_response_words",
 )  # fmt: skip
 
 
@@ -21,40 +21,58 @@ def with_data_of_run(values: Mapping[str, Any], name: str, *, quiet: bool = Fals
     """The values over the section `data` of the run that exported a model, if there is one.
 
     That run's `config.yaml` stands beside the folder `hf/` that `model.NAME` is. With another
-    `data.path` only the settings in `OF_TEXTS` are those of the run. Unless `quiet`, those that are
-    not the defaults are printed to standard error.
+    `data.path` only the settings in `OF_TEXTS` are those of the run. `tokenizer` has the run's
+    `chat_template_kwargs`, the one setting of it that `hf/` does not hold. Unless `quiet`, those
+    that are not the defaults are printed to standard error.
 
     Raises:
       InputError: the run's `config.yaml` cannot be read.
     """
     from etils import epath  # here, so that --help does without it
 
-    model, own = values.get("model"), values.get("data", {})
+    sections = {section: values.get(section, {}) for section in ("data", "tokenizer")}
+    model = values.get("model")
     path = model.get(name) if isinstance(model, Mapping) else None
-    if not isinstance(path, str) or not isinstance(own, Mapping):
+    if not isinstance(path, str) or not all(isinstance(x, Mapping) for x in sections.values()):
         return dict(values)
     folder = epath.Path(path)
     file = folder.parent / "config.yaml"
     if folder.name != "hf" or not (folder / "config.json").exists() or not file.exists():
         return dict(values)
-    data = _data_of(file)
+    run, own = _sections_of(file), sections["data"]
+    data = run["data"]
     if own.get("path", data.get("path")) != data.get("path"):
-        data = {key: value for key, value in data.items() if key in OF_TEXTS}
-    defaults = to_dict(DataSettings())
-    shown = [f"{key} {x!r}" for key, x in data.items() if key not in own and x != defaults[key]]
-    if shown and not quiet:
+        run["data"] = {key: value for key, value in data.items() if key in OF_TEXTS}
+    if not quiet:
+        _print_differences(run, sections, file)
+    return merge(values, merge(run, sections))
+
+
+def _print_differences(run: Values, own: Values, file: Any) -> None:
+    """Prints the settings that are taken from a run and differ from the defaults."""
+    defaults = {"data": to_dict(DataSettings()), "tokenizer": to_dict(TokenizerSettings())}
+    shown = [
+        f"{key} {x!r}"
+        for section in run
+        for key, x in run[section].items()
+        if key not in own[section] and x != defaults[section][key]
+    ]
+    if shown:
         print(f"data settings of {file}: {', '.join(shown)}", file=sys.stderr)
-    return merge(values, {"data": merge(data, own)})
 
 
-def _data_of(file: Any) -> Values:
-    """The section `data` of a run; without settings that are not known any more."""
+def _sections_of(file: Any) -> Values:
+    """The sections `data` and `tokenizer` of a run, without settings that are not inherited."""
     try:
         content = parsed_yaml(file.read_text())
         if "kind" in content:  # of an evaluation, not of a run
-            return {}
+            return {"data": {}, "tokenizer": {}}
         names = {field.name for field in dataclasses.fields(DataSettings)}
-        return {key: value for key, value in content["data"].items() if key in names}
+        tokenizer = content.get("tokenizer", {})
+        return {
+            "data": {key: value for key, value in content["data"].items() if key in names},
+            "tokenizer": {k: x for k, x in tokenizer.items() if k == "chat_template_kwargs"},
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(

@@ -13,7 +13,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from rlhf_jax.data.settings import TokenizerSettings
-from rlhf_jax.data.tokenizers import load_tokenizer, train_tokenizer, use_chat_template
+from rlhf_jax.data.tokenizers import (
+    load_tokenizer,
+    train_tokenizer,
+    use_chat_template,
+    use_chat_template_kwargs,
+)
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.cudnn_attention import check_device
 from rlhf_jax.models.huggingface import (
@@ -50,6 +55,7 @@ def choose_tokenizer(
         tokenizer = train_tokenizer(texts(), settings.vocab_size)
     if settings.chat_template is not None:
         use_chat_template(tokenizer, settings.chat_template)
+    use_chat_template_kwargs(tokenizer, settings.chat_template_kwargs)
     return tokenizer
 
 

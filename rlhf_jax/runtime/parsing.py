@@ -191,11 +191,28 @@ def _fit(kind: Any, value: Any, key: str) -> tuple[bool, Any]:
     if get_origin(kind) is Literal:
         return value in get_args(kind), str(value) if isinstance(value, Text) else value
     if get_origin(kind) is dict:
-        fits = isinstance(value, Mapping) and all(
-            isinstance(part, str) for item in value.items() for part in item
-        )
-        return fits, dict(value) if fits else value
+        return _fit_dict(get_args(kind)[1], value)
     return _fit_tuple(kind, value, key)
+
+
+def _fit_dict(kind: Any, value: Any) -> tuple[bool, Any]:
+    """The same of a dict with keys that are texts, and values that are too, or any of JSON."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False, value
+    if kind is str:
+        return all(isinstance(part, str) for part in value.values()), dict(value)
+    parts = {k: _from_yaml(v) if isinstance(v, Text) else v for k, v in value.items()}
+    return _is_json(parts), parts
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON can represent a value, whose mappings have keys that are texts."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value is None or (is_finite and isinstance(value, (bool, int, float, str)))
 
 
 def _fit_float(value: Any, key: str) -> tuple[bool, Any]:
@@ -243,6 +260,7 @@ _EXAMPLES = {
     "prompt_tokens": "[2, 8]",
     "local_device_ids": "[0, 1]",
     "columns": "{prompt: question}",
+    "chat_template_kwargs": "{enable_thinking: false}",
 }
 
 

@@ -6,6 +6,7 @@ metrics are replicated, and the old state is donated to the new one. Stages run 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,14 @@ class Placement:
     def shardings(self, tree: Any) -> Any:
         """The sharding of each array of a state or of parameters, of which shapes are enough."""
         return tree_shardings(self.mesh, tree, self.rules)
+
+    def bytes_on_device(self, tree: Any) -> int:
+        """Bytes of a state or of parameters on one device; shapes are enough."""
+
+        def size(leaf: Any, sharding: NamedSharding) -> int:
+            return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+        return sum(jax.tree.leaves(jax.tree.map(size, tree, self.shardings(tree))))
 
     def put(self, batch: Any) -> Any:
         """A batch of NumPy arrays on the devices, where one process does not hold all of them."""
@@ -91,3 +100,20 @@ class Placement:
         """A jitted (params, batch) -> arrays with the axis of the batch."""
         places = (self.shardings(params), self.batch)
         return jax.jit(score, in_shardings=places, out_shardings=self.batch)
+
+
+def held_bytes(memory: Any, state_bytes: int, platform: str) -> int:
+    """Bytes that are held on a device at one time at most while a compiled program runs.
+
+    With all of the state, also the part that the program does not read.
+
+    Args:
+      memory: the `memory_analysis` of the program.
+      state_bytes: of its first argument.
+    """
+    arguments = memory.argument_size_in_bytes
+    held = arguments + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    held -= memory.alias_size_in_bytes
+    if platform == "tpu":
+        held = memory.peak_memory_in_bytes
+    return held + max(0, state_bytes - arguments)

@@ -182,9 +182,7 @@ def test_packing_loses_no_token(tokenizer, packing):
     examples = builtin.texts(0, 60)
     batch = encode_texts(examples, tokenizer, settings)
     texts = tokenize_texts(examples, tokenizer, settings)
-    expected = [
-        (tuple(t.tokens), tuple(i >= t.target_start for i in range(len(t.tokens)))) for t in texts
-    ]
+    expected = [(tuple(text.tokens), tuple(text.is_target)) for text in texts]
     assert sorted(unpacked(batch)) == sorted(expected)
     assert len(texts) == 60
     assert sum(len(t.tokens) for t in texts) == (batch.segments > 0).sum()

@@ -70,6 +70,10 @@ CASES = {
         },
     ),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "smollm3_sliding": (
+        "smollm3",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5},
+    ),
     "smollm3_list": ("smollm3", {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": False}),
     "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {"sliding_window": 5}),
@@ -83,6 +87,9 @@ CASES = {
         },
     ),
 }
+
+# Also in bfloat16, weights and products.
+IN_BFLOAT16 = ("qwen3_bias", "gemma2")
 
 
 def main() -> None:
@@ -115,6 +122,12 @@ def main() -> None:
         }
         arrays[f"{case}/slopes"] = np.array(json.dumps(slopes))
         arrays[f"{case}/greedy"] = greedy(model, tokens, masks["left"])
+        if case in IN_BFLOAT16:
+            for name, dtype in (("bfloat16", torch.bfloat16), ("of_bfloat16", torch.float32)):
+                for parameter in model.parameters():  # buffers stay float32, as when it is loaded
+                    parameter.data = parameter.data.to(dtype)
+                with torch.no_grad():
+                    arrays[f"{case}/{name}"] = logits(model, tokens, right).float().numpy()
     np.savez_compressed(FOLDER / "decoders.npz", **arrays)
 
 

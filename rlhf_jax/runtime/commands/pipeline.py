@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.data.datasets import load_examples
+from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import check_pretrained, fresh_model
 from rlhf_jax.models.interface import Model
@@ -157,10 +158,14 @@ def stage_configs(config: RLHFConfig) -> list[RunConfig]:
         **shared_by("sft"),
     )
     tuned = dataclasses.replace(config.model, path=f"{sft.run_dir}/hf")
+    # Which the tuned model's folder does not hold, unlike its tokenizer.
+    variables = config.tokenizer.chat_template_kwargs
+    tokenizer = TokenizerSettings(chat_template_kwargs=variables)
     trains_reward = trains_reward_model(config)
     reward_path = _trained(config) if trains_reward else config.model.reward_path
     ppo = PPOConfig(
         model=dataclasses.replace(tuned, reward_path=reward_path),
+        tokenizer=tokenizer,
         ptx=config.data.ptx_texts,
         ppo=config.ppo,
         rewards=config.rewards,
@@ -169,7 +174,8 @@ def stage_configs(config: RLHFConfig) -> list[RunConfig]:
     )
     if not trains_reward:
         return [sft, ppo]
-    return [sft, RewardConfig(model=tuned, reward=config.reward, **shared_by("reward")), ppo]
+    parts = {"model": tuned, "tokenizer": tokenizer, "reward": config.reward}
+    return [sft, RewardConfig(**parts, **shared_by("reward")), ppo]
 
 
 def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:

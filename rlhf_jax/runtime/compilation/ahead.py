@@ -6,7 +6,6 @@ recipe (`runtime/program.py`).
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +75,7 @@ def _offline(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> Program
     place = Placement(mesh, model.partition_rules)
     state = jax.eval_shape(init, jax.eval_shape(model.init, key), key=key)
     step = place.step(steps.make_step(model, config.settings, optimizer=optimizer), state)
-    return Program("step", step, (state, batch, key), _bytes_on_device(place, state))
+    return Program("step", step, (state, batch, key), place.bytes_on_device(state))
 
 
 def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Program]:
@@ -99,7 +98,7 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     init = functools.partial(steps.init_state, model, settings=settings, optimizer=optimizer)
     state = jax.eval_shape(init, params, key=key, **scorers)
     place = Placement(mesh, model.partition_rules)
-    size = _bytes_on_device(place, state)
+    size = place.bytes_on_device(state)
     update = steps.make_update_step(model, settings, **options)
     if is_single:
         step = online.make_step(model, settings, update, stop_token_ids=stops)
@@ -132,15 +131,6 @@ def _reward_models(config: RunConfig) -> tuple[int, bool]:
 
 def _key() -> Any:
     return jax.eval_shape(functools.partial(jax.random.key, 0))
-
-
-def _bytes_on_device(place: Placement, tree: Any) -> int:
-    """Bytes of a state on one device."""
-
-    def size(leaf, sharding):
-        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, tree, place.shardings(tree))))
 
 
 def _batch(kind: Kind, batch_size: int, data: DataSettings, num_responses: int) -> AnyBatch:

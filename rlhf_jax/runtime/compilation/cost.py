@@ -14,6 +14,7 @@ from rlhf_jax.runtime.compilation.flops import count_flops
 from rlhf_jax.runtime.compilation.topologies import find_devices
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.loading import compute_dtype
+from rlhf_jax.runtime.program import held_bytes
 from rlhf_jax.runtime.run.progress import peak_flops
 
 
@@ -96,17 +97,12 @@ def program_cost(program: Program, devices: list[jax.Device]) -> dict[str, Any]:
         memory = traced.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         return cost | {"fits": False} | _memory_sizes(error)
-    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    temporaries = memory.temp_size_in_bytes
-    held = arguments + outputs + temporaries - memory.alias_size_in_bytes
-    if devices[0].platform == "tpu":
-        held = memory.peak_memory_in_bytes
     return cost | {
         "fits": True,
-        "arguments": arguments,
-        "outputs": outputs,
-        "temporaries": temporaries,
-        "peak": held + max(0, program.state_bytes - arguments),
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": held_bytes(memory, program.state_bytes, devices[0].platform),
     }
 
 

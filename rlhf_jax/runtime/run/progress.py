@@ -164,6 +164,11 @@ def show_phase(name: str, phase: str, *, file: TextIO | None = None) -> None:
     print(f"{name}: {phase}", file=sys.stderr if file is None else file, flush=True)
 
 
+def show_note(text: str) -> None:
+    """Prints a line to standard error, above the progress line if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def preparing(name: str, phase: str, *, shown: bool) -> Iterator[None]:
     """Shows the phase of the block, on a terminal at once and elsewhere after some seconds.

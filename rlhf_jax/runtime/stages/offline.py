@@ -98,6 +98,7 @@ class OfflineStage(shared.BaseStage):
         """One optimizer step on batch number `index`."""
         key = jax.random.fold_in(self.key, index)
         batch = shared.batch_at(self.batches, index, self.batch_sharding)
+        self.show_memory(state, [(self._step, (state, batch, key))])
         return *self._step(state, batch, key), None
 
     def observe(self, output: Any) -> dict[str, float]:

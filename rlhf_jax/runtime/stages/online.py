@@ -208,6 +208,7 @@ class OnlineStage(shared.BaseStage):
     def step(self, state: Any, index: int) -> Any:
         """One iteration on batch number `index`; its output is the rollout and its examples."""
         batch, key = self._batch(index), jax.random.fold_in(self.key, index)
+        self.show_memory(state, self._programs(state, batch, key))
         if self.reward_model is not None:
             state, metrics, rollout = self._step(state, batch, key)
             return state, metrics, (rollout, batch.indices)
@@ -218,6 +219,15 @@ class OnlineStage(shared.BaseStage):
         state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
         metrics |= {name: np.mean(values) for name, values in parts.items()}
         return state, metrics, (rollout, batch.indices)
+
+    def _programs(self, state: Any, batch: PromptBatch, key: jax.Array) -> list[tuple[Any, Any]]:
+        """The compiled parts of an iteration, and their arguments or the shapes of these."""
+        if self.reward_model is not None:
+            return [(self._step, (state, batch, key))]
+        responses = jax.eval_shape(self._sample, state, batch, key)
+        scores = jax.ShapeDtypeStruct((self.settings.batch_size,), "float32")
+        rest = (batch, responses, scores, key)
+        return [(self._sample, (state, batch, key)), (self._update, (state, *rest))]
 
     def _batch(self, index: int) -> PromptBatch:
         batch = shared.batch_at(self.batches, index, self.batch_sharding)

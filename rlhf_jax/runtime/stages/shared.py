@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,11 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.loading import choose_tokenizer, load_model
+from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.run.folder import disk_errors, is_remote
+from rlhf_jax.runtime.run.progress import show_note
 from rlhf_jax.runtime.run.records import fingerprint
+from rlhf_jax.runtime.stages import memory
 from rlhf_jax.runtime.stages.checks import check_run
 
 
@@ -49,11 +52,14 @@ def batch_at(batches: Batches, step: int, sharding: NamedSharding) -> Any:
 class BaseStage:
     """The parts that the stages of offline and online trainers share; see `run.stage.Stage`."""
 
+    _place: Placement
+
     def __init__(self, config: RunConfig) -> None:
         self.config, self.trainer, self.steps = config, config.trainer, config.trainer.steps
         self.name, self.losses = self.trainer.name, self.trainer.losses
         self.flops_per_step, self.schedule = 0.0, str(config.optimizer.schedule)
         self.fingerprints: dict[str, dict[str, Any]] = {}
+        self._has_shown_memory = False
 
     def load_examples(
         self, data: DataSettings, kind: Kind
@@ -76,6 +82,22 @@ class BaseStage:
         self.mesh = make_mesh(config.mesh)
         self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
         check_run(config, self.model, self.mesh)
+
+    def show_memory(self, state: Any, programs: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
+        """Prints the memory that is needed, once, before the first step; warns if it is too much.
+
+        Args:
+          programs: as for `memory.estimate`.
+        """
+        if self._has_shown_memory:
+            return
+        self._has_shown_memory = True
+        estimate = memory.estimate(self._place, state, programs)
+        if hosts.is_first():
+            if self.config.logging.progress:
+                on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+                show_note(memory.as_line(self.name, estimate, 1 if on_cpu else self.mesh.size))
+            memory.check(self.name, estimate)
 
     def frozen_paths(self) -> list[str | None]:
         """The folders that the frozen parts of the state were read from."""
