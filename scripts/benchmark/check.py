@@ -90,7 +90,11 @@ def small_workload(workload: Workload, lengths: tuple[int, int] | None = None) -
         name=_title(workload),
         n_layer=2,
         n_embd=32,
-        n_head=2,
+        n_head=2 if workload.llama is None else 4,
+        llama=workload.llama
+        and dataclasses.replace(
+            workload.llama, num_key_value_heads=2, intermediate_size=48, path=None
+        ),
         batch_size=4,
         prompt_length=prompt_length,
         response_length=response_length,
@@ -112,6 +116,8 @@ def small_workload(workload: Workload, lengths: tuple[int, int] | None = None) -
 
 def _title(workload: Workload) -> str:
     parts: list[str] = [workload.kind]
+    if workload.llama is not None:
+        parts.append("Llama")
     if workload.num_layers_unfrozen is not None:
         parts.append("lower layers frozen")
     if workload.kind == "ppo":
@@ -168,7 +174,9 @@ def relative(ours: Any, theirs: Any) -> float:
 
 
 def _sizes(small: Workload) -> plain.Sizes:
-    return plain.Sizes(small.n_head, small.vocab_size)
+    llama = small.llama
+    others = () if llama is None else (llama.rope_theta, llama.rms_norm_eps)
+    return plain.Sizes(small.n_head, small.vocab_size, *others)
 
 
 def _run_step(small):

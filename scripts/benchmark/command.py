@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.huggingface import described_model
 from rlhf_jax.runtime.config import resolve
 from rlhf_jax.runtime.run.folder import replace_file
 from scripts.benchmark import check, environment
@@ -22,6 +23,7 @@ from scripts.benchmark.check_attention import check_attention
 from scripts.benchmark.floor import Phase, phases_of
 from scripts.benchmark.isolation import isolated
 from scripts.benchmark.machine import best_of, busy_cores, hardware, measure_machine
+from scripts.benchmark.programs import make_model
 from scripts.benchmark.results import Sides, summarize
 from scripts.benchmark.settings import BenchmarkConfig
 from scripts.benchmark.sides import (
@@ -51,6 +53,7 @@ def run_benchmark(config: BenchmarkConfig | Mapping[str, Any]) -> dict[str, Any]
     config = resolve(BenchmarkConfig, config)
     _check_file(config.json)  # now, and not after an hour
     chosen = config.chosen(jax.default_backend())
+    _check_model(config.model_path, chosen)
     commands = _commands(config)
     busy = [busy_cores()]
     description = _description(config) | _checks(config, chosen)
@@ -171,6 +174,28 @@ def _check_file(path: str | None) -> None:
             f"json is {path}, which is a folder or in none; give --json a file in a folder that "
             "exists."
         )
+
+
+def _check_model(path: str | None, workloads: Sequence[Workload]) -> None:
+    """Raises an InputError if the folder holds another model than that of a workload."""
+    if path is None:
+        return
+    using = [each for each in workloads if each.llama is not None]
+    if not using:
+        raise InputError(
+            "model_path is for workloads of SmolLM2, and none was chosen; leave it out, or add "
+            "sft_smollm2 to --workloads."
+        )
+    given = described_model(path).config
+    for each in using:
+        wanted = make_model(each).config
+        for field in dataclasses.fields(wanted):
+            values = [getattr(config, field.name, None) for config in (given, wanted)]
+            if field.compare and not field.name.endswith("token_id") and values[0] != values[1]:
+                raise InputError(
+                    f"model_path {path} has {field.name} {values[0]}, but {each.name} needs "
+                    f"{values[1]}; give the folder of SmolLM2-135M-Instruct."
+                )
 
 
 def _write(path: str | None, result: dict[str, Any]) -> None:

@@ -85,6 +85,6 @@ def _flops(program: Program, shapes: Any) -> int:
 def _generation_bytes(workload: Workload, params: Any, dtype: str) -> float:
     """Bytes of a generation: one pass for the prompts, then one for each token but the last."""
     sizes, length = sum(leaf.size for leaf in jax.tree.leaves(params)), workload.response_length
-    position = 2 * workload.n_layer * workload.n_embd * workload.batch_size
+    position = 2 * workload.n_layer * workload.cached_width * workload.batch_size
     positions = np.sum(workload.prompt_length + np.arange(1, length))
     return jnp.dtype(dtype).itemsize * float(sizes * length + position * positions)

@@ -52,7 +52,8 @@ class Worker:
 
     def __init__(self, program: Program) -> None:
         self.program, self.key = program, jax.random.key(0)
-        self.state = jax.block_until_ready(jax.jit(program.init)(self.key))
+        init = jax.jit(program.init) if program.is_pure else program.init
+        self.state = jax.block_until_ready(init(self.key))
         jax.clear_caches()  # a run restores a checkpoint instead of running this program
         self.compiled: Any = None
         self.steps = self.compilations = 0

@@ -1,6 +1,6 @@
 """The plain path: the same losses from full sequences, all logits, and no cache.
 
-Written from the formulas, with nothing of the library but its parameters: GPT-2 as a Python loop
+Written from the formulas, with nothing of the library but its parameters: GPT-2 and Llama as loops
 over layers, log-probabilities from logits [B, L, V], a pair as two full sequences, and PPO with
 full forward passes in each epoch. Sequences have no padding. It is slow, and is what the checks of
 the benchmark compare with.
@@ -20,14 +20,23 @@ class Sizes(NamedTuple):
     Attributes:
       n_head: attention heads.
       vocab_size: tokens of the embedding, without its padding.
+      rope_theta, rms_norm_eps: of a Llama; None of a GPT-2.
     """
 
     n_head: int
     vocab_size: int
+    rope_theta: float | None = None
+    rms_norm_eps: float | None = None
 
 
 def hidden(sizes: Sizes, params: Params, tokens: jax.Array) -> jax.Array:
-    """f32[B, L, D] after the final layer norm (Radford et al. 2019)."""
+    """f32[B, L, D] after the final norm."""
+    model = _gpt2 if sizes.rope_theta is None else _llama
+    return model(sizes, params, tokens)
+
+
+def _gpt2(sizes, params, tokens):
+    """Radford et al. 2019."""
     length = tokens.shape[1]
     x = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][:length]
     for i in range(params["layers"]["ln_1"]["scale"].shape[0]):
@@ -39,15 +48,56 @@ def hidden(sizes: Sizes, params: Params, tokens: jax.Array) -> jax.Array:
 
 
 def _attention(sizes, params, x):
-    batch, length, width = x.shape
+    batch, length, _ = x.shape
     qkv = jnp.einsum("bld,dce->cble", x, params["c_attn"]["kernel"])
     qkv = qkv + params["c_attn"]["bias"][:, None, None]
     heads = qkv.reshape(3, batch, length, sizes.n_head, -1).transpose(0, 1, 3, 2, 4)
-    q, k, v = heads
-    weights = q @ k.swapaxes(-1, -2) / jnp.sqrt(float(width // sizes.n_head))
+    return _dense(params["c_proj"], _attend(*heads))
+
+
+def _attend(q, k, v):
+    """[B, L, H * d] of causal attention, from [B, H, L, d] each."""
+    batch, _, length, width = q.shape
+    weights = q @ k.swapaxes(-1, -2) / jnp.sqrt(float(width))
     weights = jnp.where(jnp.tril(jnp.ones((length, length), bool)), weights, -jnp.inf)
     out = jax.nn.softmax(weights, axis=-1) @ v
-    return _dense(params["c_proj"], out.transpose(0, 2, 1, 3).reshape(batch, length, width))
+    return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def _llama(sizes, params, tokens):
+    """Touvron et al. 2023 (arXiv:2302.13971), grouped heads and tied embeddings."""
+    x = params["embed_tokens"]["embedding"][tokens]
+    for i in range(params["layers"]["input_layernorm"]["scale"].shape[0]):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        h = _rms_norm(sizes, layer["input_layernorm"], x)
+        x = x + _grouped_attention(sizes, layer["self_attn"], h)
+        h = _rms_norm(sizes, layer["post_attention_layernorm"], x)
+        gate, up = (h @ layer["mlp"][name]["kernel"] for name in ("gate_proj", "up_proj"))
+        x = x + (gate / (1.0 + jnp.exp(-gate)) * up) @ layer["mlp"]["down_proj"]["kernel"]
+    return _rms_norm(sizes, params["norm"], x)
+
+
+def _grouped_attention(sizes, params, x):
+    heads = [x @ params[f"{name}_proj"]["kernel"] for name in "qkv"]
+    width = heads[0].shape[-1] // sizes.n_head
+    q, k, v = (part.reshape(*x.shape[:2], -1, width).transpose(0, 2, 1, 3) for part in heads)
+    groups = sizes.n_head // k.shape[1]
+    k, v = (jnp.repeat(part, groups, axis=1) for part in (_turned(sizes, k), v))
+    return _attend(_turned(sizes, q), k, v) @ params["o_proj"]["kernel"]
+
+
+def _turned(sizes, x):
+    """Rotary positions of [B, H, L, d] (Su et al. 2021), each pair a complex number."""
+    half = x.shape[-1] // 2
+    frequencies = sizes.rope_theta ** (-jnp.arange(half) / half)
+    turn = jnp.exp(1j * jnp.arange(x.shape[2])[:, None] * frequencies)
+    turned = (x[..., :half] + 1j * x[..., half:]) * turn
+    return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def _rms_norm(sizes, params, x):
+    square = jnp.mean(x**2, axis=-1, keepdims=True)
+    return x / jnp.sqrt(square + sizes.rms_norm_eps) * params["scale"]
 
 
 def _dense(params, x):
@@ -66,7 +116,8 @@ def _norm(params, x):
 
 def next_logprobs(sizes: Sizes, params: Params, states: jax.Array) -> jax.Array:
     """f32[B, L, V] of all next tokens."""
-    table = params["wte"]["embedding"][: sizes.vocab_size]
+    name = "wte" if sizes.rope_theta is None else "embed_tokens"
+    table = params[name]["embedding"][: sizes.vocab_size]
     return jax.nn.log_softmax(states @ table.T, axis=-1)
 
 

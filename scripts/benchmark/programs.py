@@ -10,12 +10,17 @@ import optax
 
 from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
+from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.decoder_config import DecoderConfig
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.huggingface import load_pretrained
+from rlhf_jax.models.interface import Params
+from rlhf_jax.models.rope import Rope
 from rlhf_jax.rollout.generation import generate
 from rlhf_jax.training import ppo, reward, sft
 from rlhf_jax.training.reward import init_params as init_reward
 from rlhf_jax.training.state import OptimizerSettings, make_optimizer
-from scripts.benchmark.workloads import LEARNING_RATE, Workload
+from scripts.benchmark.workloads import LEARNING_RATE, Llama, Workload
 
 
 class Program(NamedTuple):
@@ -23,18 +28,20 @@ class Program(NamedTuple):
 
     Attributes:
       model: the language model.
-      init: a pure function key -> state.
+      init: a function key -> state; pure unless it reads weights from a folder.
       step: a pure function (state, batch, key) -> output. The output is (next state, metrics, ...),
         or of a generation a `Rollout`.
       batch: NumPy arrays, as in a command.
       loss: the key of the loss in the metrics; None for generation.
+      is_pure: whether `init` may be compiled.
     """
 
-    model: GPT2
+    model: GPT2 | Decoder
     init: Callable[[jax.Array], Any]
     step: Callable[[Any, Any, jax.Array], Any]
     batch: Any
     loss: str | None
+    is_pure: bool = True
 
     @property
     def jitted(self) -> Any:
@@ -62,7 +69,7 @@ def make_program(
       optimizer: by default AdamW with gradients clipped to a norm of 1, as in TRL.
       dropout: whether supervised fine-tuning has the dropout of the workload.
     """
-    model = _model(workload, dtype)
+    model = make_model(workload, dtype)
     optimizer = optimizer or make_optimizer(OptimizerSettings(learning_rate=LEARNING_RATE))
     if workload.kind == "sft":
         return _sft(workload, arrays, model, optimizer, dropout)
@@ -86,7 +93,11 @@ def without_remat(workload: Workload) -> Workload:
     return dataclasses.replace(workload, ours=ours)
 
 
-def _model(workload: Workload, dtype: str) -> GPT2:
+def make_model(workload: Workload, dtype: str = "float32") -> GPT2 | Decoder:
+    """The model of a workload, without parameters."""
+    ours = workload.ours
+    if workload.llama is not None:
+        return Decoder(_decoder_config(workload, workload.llama), dtype, ours.remat, ours.attention)
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
     config = GPT2Config(
         **{name: getattr(workload, name) for name in names},
@@ -94,7 +105,34 @@ def _model(workload: Workload, dtype: str) -> GPT2:
         embd_pdrop=workload.dropout,
         attn_pdrop=workload.dropout,
     )
-    return GPT2(config, dtype, workload.ours.remat, workload.ours.attention)
+    return GPT2(config, dtype, ours.remat, ours.attention)
+
+
+def _decoder_config(workload: Workload, llama: Llama) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=workload.vocab_size,
+        hidden_size=workload.n_embd,
+        intermediate_size=llama.intermediate_size,
+        num_hidden_layers=workload.n_layer,
+        num_attention_heads=workload.n_head,
+        num_key_value_heads=llama.num_key_value_heads,
+        head_dim=workload.n_embd // workload.n_head,
+        max_position_embeddings=workload.n_positions,
+        rms_norm_eps=llama.rms_norm_eps,
+        tie_word_embeddings=True,
+        rope=Rope(llama.rope_theta),
+    )
+
+
+def _has_random_weights(workload: Workload) -> bool:
+    return workload.llama is None or workload.llama.path is None
+
+
+def _init_params(workload: Workload, model: GPT2 | Decoder, key: jax.Array) -> Params:
+    """Random parameters, or those of the folder."""
+    if workload.llama is None or workload.llama.path is None:
+        return model.init(key)
+    return load_pretrained(workload.llama.path)[1]
 
 
 def _sft(workload, arrays, model, optimizer, dropout):
@@ -109,11 +147,11 @@ def _sft(workload, arrays, model, optimizer, dropout):
     batch = TextBatch(tokens, np.ones_like(tokens), loss_mask, target_positions)
 
     def init(key):
-        return sft.init_state(model, model.init(key), settings, key, optimizer=optimizer)
+        params = _init_params(workload, model, key)
+        return sft.init_state(model, params, settings, key, optimizer=optimizer)
 
-    return Program(
-        model, init, sft.make_step(model, settings, optimizer=optimizer), batch, "train/loss"
-    )
+    step = sft.make_step(model, settings, optimizer=optimizer)
+    return Program(model, init, step, batch, "train/loss", _has_random_weights(workload))
 
 
 def _reward(workload, arrays, model, optimizer):
@@ -147,12 +185,21 @@ def _generate(workload, arrays, model):
 
     def step(params, batch, key):
         prompts, mask = batch
-        return generate(model, params, prompts, mask, key, max_new_tokens=workload.response_length)
+        return generate(
+            model,
+            params,
+            prompts,
+            mask,
+            key,
+            max_new_tokens=workload.response_length,
+            temperature=0.0 if workload.greedy else 1.0,
+        )
 
     def init(key):
-        return model.for_decoding(model.init(key))
+        return model.for_decoding(_init_params(workload, model, key))
 
-    return Program(model, init, step, (prompts, _full_mask(prompts)), None)
+    batch = prompts, _full_mask(prompts)
+    return Program(model, init, step, batch, None, _has_random_weights(workload))
 
 
 def ppo_settings(workload: Workload) -> ppo.Settings:

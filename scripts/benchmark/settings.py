@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rlhf_jax.errors import InputError
-from scripts.benchmark.workloads import GPU_WORKLOADS, WORKLOADS, Workload
+from scripts.benchmark.workloads import GPU_WORKLOADS, WORKLOADS, Workload, with_weights
 
 NAMES = tuple(workload.name for workload in (*WORKLOADS, *GPU_WORKLOADS))
 
@@ -44,6 +44,8 @@ class BenchmarkConfig:
       warmup: steps of each side before the measured ones; this library compiles before the first.
       dtype: "bfloat16" measures this library in bfloat16 too, beside float32.
       check: first compares losses, gradients and samples with the plain path, on small models.
+      model_path: a folder with the weights of SmolLM2-135M, for both sides of the workloads that
+        end in smollm2; null gives them random weights of the same sizes.
       json: a file for all numbers, written after each workload; null writes none.
     """
 
@@ -53,6 +55,7 @@ class BenchmarkConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     check: bool = True
     peer: PeerSettings = PeerSettings()
+    model_path: str | None = None
     json: str | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +81,8 @@ class BenchmarkConfig:
                     f"The workload {each.name} needs an NVIDIA GPU, but JAX runs on {platform}; "
                     "install jax for CUDA, or leave it out."
                 )
-        return tuple(each for each in available if each.name in (self.workloads or NAMES))
+        chosen = (each for each in available if each.name in (self.workloads or NAMES))
+        return tuple(with_weights(each, self.model_path) for each in chosen)
 
 
 def expand_peer_flag(argv: Sequence[str]) -> list[str]:

@@ -146,6 +146,8 @@ def _foot(result: dict[str, Any]) -> list[str]:
         load = f"Other processes kept {before:.1f} cores busy before and {after:.1f} after"
         effect = ", which slows PyTorch's threads down more than ours"
         lines.append(f"{load}{effect if _has_peer(result) else ''}.")
+    if result["model_path"] is not None:
+        lines.append(f"Weights of SmolLM2: {result['model_path']}.")
     if _has_peer(result):
         scope = " elsewhere" if in_bfloat16 else ""
         lines.insert(3, f"TRL computes in {result['peer']['dtype']}{scope}.")

@@ -135,7 +135,21 @@ class Steps(transformers.TrainerCallback):
 
 
 def config_of(request):
-    """The configuration of GPT-2 with the sizes and the dropout of a request."""
+    """The configuration of a Llama or GPT-2 with the sizes and the dropout of a request."""
+    if request["llama"] is not None:
+        return transformers.LlamaConfig(
+            vocab_size=request["vocab_size"],
+            hidden_size=request["n_embd"],
+            intermediate_size=request["llama"]["intermediate_size"],
+            num_hidden_layers=request["n_layer"],
+            num_attention_heads=request["n_head"],
+            num_key_value_heads=request["llama"]["num_key_value_heads"],
+            max_position_embeddings=request["n_positions"],
+            rms_norm_eps=request["llama"]["rms_norm_eps"],
+            rope_theta=request["llama"]["rope_theta"],
+            tie_word_embeddings=True,
+            pad_token_id=request["pad_token_id"],
+        )
     names = ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head")
     sizes = {name: request[name] for name in names}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), request["dropout"])
@@ -143,8 +157,13 @@ def config_of(request):
 
 
 def policy_of(request):
-    """A language model with random weights."""
-    return transformers.GPT2LMHeadModel(config_of(request))
+    """A language model in float32, with the weights of a folder if the request has one."""
+    if request["llama"] is None:
+        return transformers.GPT2LMHeadModel(config_of(request))
+    if request["llama"]["path"] is None:
+        return transformers.LlamaForCausalLM(config_of(request))
+    path = request["llama"]["path"]
+    return transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def scorer_of(request):
@@ -240,23 +259,23 @@ def train(trainer, model, arguments, examples, request, connection):
 
 
 def generate(request, arrays, connection):
-    """`generate` of transformers, as TRL samples; no token ends a response."""
+    """`generate` of transformers, sampling as TRL does, or greedy; no token ends a response."""
     model = policy_of(request).eval()
     if torch.cuda.is_available():
         model = model.cuda()
     if request["dtype"] == "bfloat16":
         model = model.to(torch.bfloat16)
     prompts = torch.tensor(arrays["prompts"]).long().to(model.device)
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     settings = transformers.GenerationConfig(
         max_new_tokens=request["response_length"],
         min_new_tokens=request["response_length"],
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        do_sample=not request["greedy"],
+        **({} if request["greedy"] else sampling),
         pad_token_id=request["pad_token_id"],
         eos_token_id=None,
     )
+    model.generation_config = settings  # that of the folder has an end of text
     while True:
         connection.wait()
         with torch.no_grad():

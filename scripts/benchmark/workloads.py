@@ -28,13 +28,30 @@ class Ours:
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama:
+    """The sizes and the weights that a Llama has beside the sizes of a GPT-2.
+
+    Attributes:
+      num_key_value_heads, intermediate_size, rope_theta, rms_norm_eps: as in config.json.
+      path: the folder of its weights, for both sides; with None each side has random weights.
+    """
+
+    num_key_value_heads: int
+    intermediate_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
     """One line of the table.
 
     Attributes:
       name: its name in `--workloads`.
       kind: of the step.
-      n_layer, n_embd, n_head, vocab_size, n_positions: of a GPT-2 with random weights.
+      n_layer, n_embd, n_head, vocab_size, n_positions: of the model.
+      llama: of a Llama with tied embeddings; None is a GPT-2 with random weights.
       batch_size: texts, pairs, or prompts of a step.
       prompt_length, response_length: in tokens, without padding; no token ends a response.
       num_layers_unfrozen: of `reward` in both libraries, of `ppo` in this one; TRL's PPO trains all
@@ -45,6 +62,7 @@ class Workload:
       fixed_dtype: the compute dtype of both sides; None if the settings of the command choose it.
       dropout: of supervised fine-tuning in both libraries, whose default is 0.1; other steps have
         none.
+      greedy: whether a generation takes the most likely tokens; otherwise it samples.
       has_peer: whether TRL is measured too.
       to_reach, towards: target ratios of TRL's time to that of this library, a first and a later.
       peak_to_reach: target share of the measured peak rate.
@@ -66,14 +84,22 @@ class Workload:
     num_mini_batches: int = 2
     vocab_size: int = 50257
     n_positions: int = 1024
+    llama: Llama | None = None
     fixed_dtype: Literal["bfloat16"] | None = None
     dropout: float = 0.1
+    greedy: bool = False
     has_peer: bool = True
     to_reach: float | None = None
     towards: float | None = None
     peak_to_reach: float | None = None
     floor_to_reach: float | None = None
     ours: Ours = Ours()
+
+    @property
+    def cached_width(self) -> int:
+        """Numbers of the keys of one position in one layer."""
+        heads = self.n_head if self.llama is None else self.llama.num_key_value_heads
+        return heads * (self.n_embd // self.n_head)
 
     @property
     def tokens(self) -> int:
@@ -85,6 +111,10 @@ class Workload:
 
 _MID = {"n_layer": 6, "n_embd": 512, "n_head": 8}
 _SMALL = {"n_layer": 12, "n_embd": 768, "n_head": 12}
+
+# SmolLM2-135M.
+_SMOLLM2 = {"n_layer": 30, "n_embd": 576, "n_head": 9, "vocab_size": 49152, "n_positions": 8192}
+_DECODER: dict[str, Any] = {"llama": Llama(3, 1536, 100_000.0, 1e-5), "dropout": 0.0}
 
 
 def _of(name: str, sizes: dict[str, int], batch: tuple[int, int, int], **others: Any) -> Workload:
@@ -148,6 +178,8 @@ WORKLOADS: tuple[Workload, ...] = (
         towards=8.0,
         ours=Ours(score_batch_size=8),
     ),
+    _of("sft_smollm2", _SMOLLM2, (2, 448, 64), to_reach=1.25, towards=1.5, **_DECODER),
+    _of("generate_smollm2", _SMOLLM2, (16, 128, 64), to_reach=1.5, greedy=True, **_DECODER),
 )
 
 _XL = {"n_layer": 48, "n_embd": 1600, "n_head": 25}
@@ -173,6 +205,13 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
         **_FAST,
     ),
 )
+
+
+def with_weights(workload: Workload, path: str | None) -> Workload:
+    """The same workload with the weights of a folder, if its model is a Llama."""
+    if workload.llama is None:
+        return workload
+    return dataclasses.replace(workload, llama=dataclasses.replace(workload.llama, path=path))
 
 
 def in_float32(workload: Workload) -> Workload:
@@ -227,4 +266,7 @@ def read_request(request: dict[str, Any]) -> tuple[Workload, str]:
     """(workload, dtype) of a request."""
     names = [field.name for field in dataclasses.fields(Workload)]
     values = {name: request[name] for name in names}
-    return Workload(**values | {"ours": Ours(**request["ours"])}), request["dtype"]
+    values["ours"] = Ours(**request["ours"])
+    if request["llama"] is not None:
+        values["llama"] = Llama(**request["llama"])
+    return Workload(**values), request["dtype"]

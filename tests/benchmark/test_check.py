@@ -22,22 +22,23 @@ def several_blocks(monkeypatch):
 
 def test_workloads_with_the_same_settings_are_checked_once_with_several_blocks():
     distinct = {check.small_workload(workload) for workload in WORKLOADS}
-    assert len(distinct) == len(set(SMALL.values())) == 6
+    assert len(distinct) == len(set(SMALL.values())) == 8
     for small_workload in distinct:
         assert small_workload.prompt_length > BLOCK or small_workload.kind == "generate"
         assert small_workload.response_length > BLOCK or small_workload.kind != "reward"
 
 
-# Frozen layers, a shared base, sampled tokens, and two epochs; the second one clips.
-@pytest.mark.parametrize("name", ["reward_frozen_small", "ppo_shared_mid"])
+# Frozen layers, a shared base, sampled tokens, and two epochs, of which the second clips; a Llama.
+@pytest.mark.parametrize("name", ["reward_frozen_small", "ppo_shared_mid", "sft_smollm2"])
 def test_steps_equal_the_plain_path(name):
     result = check.difference(SMALL[name])
     assert result.loss < 1e-5
     assert result.gradients < 1e-4
 
 
-def test_greedy_tokens_and_logprobs_are_those_of_full_passes():
-    result = check.difference(replace(SMALL["generate_mid"], n_layer=1, response_length=3))
+@pytest.mark.parametrize("name", ["generate_mid", "generate_smollm2"])
+def test_greedy_tokens_and_logprobs_are_those_of_full_passes(name):
+    result = check.difference(replace(SMALL[name], n_layer=1, response_length=3))
     assert result.loss < 1e-5
     assert result.gradients == 0.0
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,14 @@ from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark import command, environment
 from scripts.benchmark.programs import abstract, make_program
 from scripts.benchmark.settings import NAMES, BenchmarkConfig, PeerSettings
-from scripts.benchmark.workloads import GPU_WORKLOADS, WORKLOADS, in_float32, make_arrays
+from scripts.benchmark.workloads import (
+    GPU_WORKLOADS,
+    WORKLOADS,
+    in_float32,
+    make_arrays,
+    make_request,
+    read_request,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +40,7 @@ def test_workloads_are_chosen_in_the_order_of_the_table():
     for platform in ("cpu", "gpu"):
         assert [each.name for each in config.chosen(platform)] == ["sft_mid", "ppo_mid"]
     assert BenchmarkConfig().chosen("cpu") == WORKLOADS
-    assert len(NAMES) == 15
+    assert len(NAMES) == 17
 
 
 def test_workloads_for_a_gpu_need_a_gpu():
@@ -118,6 +126,8 @@ def test_sizes_of_workloads():
     assert by_name["sft_small"].tokens == 2 * 496
     assert by_name["reward_mid"].tokens == 4 * (192 + 2 * 32)
     assert by_name["generate_mid"].tokens == 16 * 32
+    assert by_name["sft_smollm2"].tokens == 2 * 512
+    assert by_name["generate_smollm2"].cached_width == 3 * 64
 
 
 def test_the_environment_of_the_peer_has_the_extra_bench_and_no_jax():
@@ -217,3 +227,37 @@ def test_workloads_for_a_gpu_call_the_kernel_of_cudnn(monkeypatch):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "@__cudnn$fmhaScaleBiasSoftmax(" in text
         assert ("@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text) == (each.kind != "generate")
+
+
+def write_smollm2(folder, **changes):
+    """Writes a config.json with the sizes of SmolLM2-135M, as transformers does."""
+    sizes = {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(sizes | {"eos_token_id": 2} | changes))
+
+
+def test_a_folder_gives_its_weights_to_workloads_of_its_sizes(tmp_path):
+    write_smollm2(tmp_path)
+    names = ("sft_mid", "sft_smollm2")
+    chosen = BenchmarkConfig(workloads=names, model_path=str(tmp_path)).chosen("cpu")
+    command._check_model(str(tmp_path), chosen)
+    assert chosen[0].llama is None
+    assert chosen[1].llama.path == str(tmp_path)
+    assert read_request(make_request(chosen[1], "float32")) == (chosen[1], "float32")
+    with pytest.raises(InputError, match="for workloads of SmolLM2, and none was chosen; leave"):
+        command._check_model(str(tmp_path), chosen[:1])
+    write_smollm2(tmp_path, num_key_value_heads=9)
+    with pytest.raises(InputError, match="has num_key_value_heads 9, but sft_smollm2 needs 3; gi"):
+        command._check_model(str(tmp_path), chosen)

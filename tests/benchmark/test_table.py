@@ -54,6 +54,7 @@ def result(tiny, sides):
         "attention": None,
         "busy_cores": [0.04, 1.26],
         "peer": {"name": "trl", "dtype": "float32"},
+        "model_path": None,
         "checks": [{"check": "sft", "loss": 1e-7, "gradients": 2e-6}],
         "workloads": [summarize(tiny, sides, phases, MACHINE)],
     }
@@ -114,6 +115,7 @@ def test_without_a_peer_its_columns_are_left_out(tiny, sides):
             "attention": None,
             "busy_cores": [None, None],
             "peer": {"name": "none", "dtype": "float32"},
+            "model_path": None,
             "checks": None,
             "workloads": [summary],
         }
@@ -144,11 +146,12 @@ def test_a_line_in_bfloat16_has_its_targets_and_no_second_table(tiny, sides, res
     text = as_text(
         result
         | {"workloads": [summarize(half, sides, phases, MACHINE)]}
-        | {"alternate": False, "attention": attention}
+        | {"alternate": False, "attention": attention, "model_path": "smollm2"}
         | {"hardware": HARDWARE | {"device": "Some GPU", "platform": "gpu"}}
     )
     assert "2026-11-21, Some GPU; Some CPU (avx2, avx512f), 2 cores." in text
     assert ON_A_GPU in text
+    assert text.endswith("Weights of SmolLM2: smollm2.")
     assert "In bfloat16:" not in text
     assert "In bfloat16 on all sides: sft_tiny.\nTRL computes in float32 elsewhere.\n" in text
     assert "Medians of 3 turns, one side after the other; ratios" in text
