@@ -142,11 +142,12 @@ def varying_alike(arrays):
     Gradients of a custom rule must vary over the same axes as their arrays. A replicated array is
     cast, and the gradient of the cast is the sum over devices.
     """
-    leaves, tree = jax.tree.flatten(arrays)
+    leaves, structure = jax.tree.flatten(arrays)
     varying = [jax.typeof(x).manual_axis_type.varying for x in leaves]
     lacking = [tuple(sorted(frozenset().union(*varying) - axes)) for axes in varying]
     pairs = zip(leaves, lacking, strict=True)
-    return tree.unflatten([lax.pcast(x, lack, to="varying") if lack else x for x, lack in pairs])
+    cast = [lax.pcast(x, lack, to="varying") if lack else x for x, lack in pairs]
+    return jax.tree.unflatten(structure, cast)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -157,7 +158,9 @@ def _chunked(hidden, unembedding, tokens, temperature, softcap, chunks, vocab_si
 def _forward(hidden, unembedding, tokens, temperature, softcap, chunks, vocab_size):
     is_frozen = not unembedding.perturbed
     arrays = [x and x.value for x in (hidden, unembedding, tokens, temperature, softcap)]
-    outputs, *saved = _results(*arrays, chunks, vocab_size)
+    hidden, unembedding, tokens, temperature, softcap = arrays
+    results = _results(hidden, unembedding, tokens, temperature, softcap, chunks, vocab_size)
+    outputs, *saved = results
     # A pytree and not a bool: what is saved are arrays.
     return outputs, (arrays, None if is_frozen else (), *saved)
 

@@ -148,7 +148,8 @@ def _linear_sums(hidden, unembedding, targets, mask, coefficients, chunks, vocab
 
     def add(sums, chunk):
         products = product("btd,vd->btv", chunk[0], weights)
-        loss, metrics = _chunk_sums(products, coefficients, *chunk[1:], vocab_size)
+        _, targets, mask = chunk
+        loss, metrics = _chunk_sums(products, coefficients, targets, mask, vocab_size)
         return jax.tree.map(jnp.add, sums, (loss, *metrics)), None
 
     zeros = (jnp.zeros_like(jnp.sum(mask), jnp.float32),) * 3
@@ -184,7 +185,7 @@ def _forward(hidden, unembedding, targets, mask, coefficients, chunks, vocab_siz
         hidden, targets, mask = chunk
         products = product("btd,vd->btv", hidden, weights)
         loss, pull, metrics = jax.vjp(
-            lambda *x: _chunk_sums(*x, targets, mask, vocab_size),
+            lambda x, y: _chunk_sums(x, y, targets, mask, vocab_size),
             products,
             coefficients,
             has_aux=True,

@@ -41,12 +41,13 @@ def token_logprobs(
     *_, length, width = hidden.shape
 
     def logprobs_of(hidden, tokens, unembedding, temperature):
+        batch, length = tokens.shape
         return functional.linear_token_logprobs(
             hidden,
             unembedding,
             tokens,
             temperature=temperature,
-            chunk_size=positions_per_chunk(*tokens.shape, len(unembedding)),
+            chunk_size=positions_per_chunk(batch, length, len(unembedding)),
             **_options(model),
         )
 

@@ -1,6 +1,6 @@
 """The parts that losses on judged responses share: the state, and log-probabilities."""
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,10 @@ class Logprobs(NamedTuple):
 class ReferenceSettings(Protocol):
     """The settings of a trainer with a reference."""
 
-    section: ClassVar[str]
+    @property
+    def section(self) -> str:
+        """The name of the section in the configuration."""
+        ...
 
     @property
     def num_layers_unfrozen(self) -> int | None:

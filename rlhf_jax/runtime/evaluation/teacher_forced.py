@@ -188,7 +188,8 @@ def _read(
     model: Model, params: Params, hidden: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(likeliest i32[B, T], nll f32[B, T]) of [B, T, D] states, in chunks of positions."""
-    size = min(CHUNK, positions_per_chunk(*targets.shape, model.config.vocab_size))
+    batch, length = targets.shape
+    size = min(CHUNK, positions_per_chunk(batch, length, model.config.vocab_size))
 
     def read(position):
         logits = model.logits(params, position[0])

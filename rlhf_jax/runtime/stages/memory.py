@@ -63,10 +63,10 @@ def estimate(
     sizes.append(max([of_state, *held]) - sum(sizes))
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
-        return Memory(*sizes, rest=0, available=stats.get("bytes_limit"))
+        return Memory._make([*sizes, 0, stats.get("bytes_limit")])
     count = len(place.mesh.local_devices)
     rest = max(0, resident - count * of_state)
-    return Memory(*(count * size for size in sizes), rest=rest, available=_host_bytes())
+    return Memory._make([*(count * size for size in sizes), rest, _host_bytes()])
 
 
 def check(name: str, memory: Memory) -> None:
