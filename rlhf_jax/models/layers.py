@@ -186,8 +186,10 @@ def decode_stacked(block, stack, x, context, cache, places):
     memories = jax.tree.map(constrain_cache, [cache.memories[i] for i in used])
     layers = (stack, context.kinds, branch, index)
     (x, memories), _ = jax.lax.scan(body, (x, memories), layers)
-    merged = dict(enumerate(cache.memories)) | dict(zip(used.tolist(), memories, strict=True))
-    return x, tuple(merged.values())
+    merged = list(cache.memories)
+    for i, memory in zip(used, memories, strict=True):
+        merged[i] = memory
+    return x, tuple(merged)
 
 
 def _written(stack, part, at, where):
