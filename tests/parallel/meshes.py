@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rlhf_jax.data import builtin
 from rlhf_jax.data.tokenizers import train_tokenizer
+from rlhf_jax.models.family import TOKEN_IDS
 from rlhf_jax.models.huggingface import described_model, save_pretrained
 from tests import small
 
@@ -48,9 +50,12 @@ def model_of(family, base):
     folder = Path(base) / family / "base"
     if not folder.exists():
         folder.mkdir(parents=True)
+        examples = builtin.texts(0, 64)
+        texts = [text for example in examples for text in example.values()]
+        tokenizer = train_tokenizer(texts, DECODER["vocab_size"])
         config = {**DECODER, "model_type": family, "tie_word_embeddings": family != "qwen3"}
+        config |= {name: getattr(tokenizer, name) for name in TOKEN_IDS}
         (folder / "config.json").write_text(json.dumps(config))
-        tokenizer = train_tokenizer(["A dog sees a small cat in the old house."], 300)
         model = described_model(folder)
         save_pretrained(folder, model, model.init(jax.random.key(0)), tokenizer)
     return {"path": str(folder)}
