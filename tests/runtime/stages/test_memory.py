@@ -73,7 +73,7 @@ def test_the_line_fits_a_terminal():
     line = as_line("reward", need, num_devices=8)
     assert line == ("reward: memory 196/80 GiB a device: weights 12 frozen 99 moments 24 step 61")
     small_one = Memory(2**20, 0, 2**21, 2**28, 0, None)
-    assert as_line("ppo", small_one) == "ppo: memory 0.3 GiB: weights 0 moments 0 step 0.2"
+    assert as_line("ppo", small_one) == "ppo: memory 0.2 GiB: weights 0 moments 0 step 0.2"
     on_cpu = Memory(*(int(x * GIB) for x in (0.51, 0.52, 1.03, 0.94, 0.45)), int(62.8 * GIB))
     assert max(len(as_line("reward", on_cpu)), len(line)) <= 80
 
