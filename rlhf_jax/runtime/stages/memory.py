@@ -88,21 +88,23 @@ def as_line(name: str, memory: Memory, num_devices: int = 1) -> str:
     """The estimate in GiB, for a terminal.
 
     >>> as_line("sft", Memory(2**29, 0, 2**30, 2**28, 0, 80 * 2**30))
-    'sft: memory 1.8/80 GiB: weights 0.5, moments 1, step 0.25'
+    'sft: memory 1.8/80 GiB: weights 0.5 moments 1.0 step 0.2'
     """
     parts = {
         each: getattr(memory, each) for each in ("weights", "frozen", "moments", "step", "rest")
     }
-    shown = ", ".join(f"{part} {_number(size)}" for part, size in parts.items() if size)
+    shown = " ".join(f"{part} {_number(size)}" for part, size in parts.items() if size)
     of = "" if memory.available is None else f"/{_number(memory.available)}"
     each = " a device" if num_devices > 1 else ""
     return f"{name}: memory {_number(memory.total)}{of} GiB{each}: {shown}"
 
 
 def _number(size: float) -> str:
-    """Bytes in GiB, with two digits."""
+    """Bytes in GiB, short: 0.02, 0.5, 1.5, 61."""
     size /= 2**30
-    return f"{size:.0f}" if size >= 9.95 else f"{round(size, 2):.2g}"
+    if size < 0.95:
+        return f"{round(size, 2):.1g}"
+    return f"{size:.1f}" if size < 9.95 else f"{size:.0f}"
 
 
 def _resident_bytes() -> int:
