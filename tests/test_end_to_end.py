@@ -14,6 +14,7 @@ import yaml
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config, run_evaluate, run_generate, run_rlhf
+from rlhf_jax.runtime.commands import train
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from tests import small
@@ -82,13 +83,22 @@ def test_the_same_call_again_does_nothing_and_is_quick(finished, capsys):
     assert "win rate" in said.out
 
 
-def test_a_refused_call_leaves_the_folder_as_it_was(finished):
-    """The first stage finds out, behind the checks of the outer folder, that it is too long."""
+def test_a_refused_call_leaves_the_folder_as_it_was(finished, monkeypatch):
+    """The first stage refuses other data, behind the checks of the outer folder."""
     folder, _ = finished
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["sft"]["num_epochs"] /= 2
-    with pytest.raises(InputError, match=r"sft has taken 4 steps already, but is to end at step 2"):
+    config["logging"]["log_every"] = 2
+    fingerprints = train.data_fingerprints
+
+    def others(settings):
+        return {
+            name: {**parts, "the number of training examples": 0}
+            for name, parts in fingerprints(settings).items()
+        }
+
+    monkeypatch.setattr(train, "data_fingerprints", others)
+    with pytest.raises(InputError, match=r"changed since the run in \S+/sft began: the number of"):
         run_rlhf(config)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
