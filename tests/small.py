@@ -47,6 +47,24 @@ def reward(run_dir, model_path, **sections):
     return _laid_over(base, sections) | {"run_dir": str(run_dir)}
 
 
+def dpo(run_dir, model_path, **sections):
+    """The configuration of a DPO run of four steps."""
+    base = {
+        "model": {"path": f"{model_path}/hf"},
+        "data": {
+            "builtin_rows": 32,
+            "eval_rows": 8,
+            "max_prompt_length": 16,
+            "max_response_length": 24,
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "dpo": {"batch_size": 8, "eval_batch_size": 8},
+        "generation": {"max_new_tokens": 4},
+        "logging": LOGGING,
+    }
+    return _laid_over(base, sections) | {"run_dir": str(run_dir)}
+
+
 def ppo(run_dir, model_path, reward_path=None, **sections):
     """The configuration of a PPO run of four iterations; its KL coefficient adapts."""
     base = {
