@@ -255,8 +255,6 @@ def test_smollm2_runs_a_few_steps_on_a_tiny_decoder(tmp_path, monkeypatch):
     assert 0 < sft["train/loss"] < 8
     assert 0 < reward["train/loss"] < 3
     assert ppo["objective/scores"] == 1.0  # of prompt and completion: each review begins so
-    samples = small.rows(tmp_path / "runs/smollm2/sft/samples.jsonl")
-    assert all(each["prompt"].endswith("\nassistant: ") for each in samples)
 
 
 def write_lines(file, rows):
