@@ -4,6 +4,8 @@ import copy
 import gzip
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,15 @@ ROWS = {
     "stanfordnlp/imdb": [{"text": p + good, "label": 1} for p, _, good, _ in PARTS],
     "imdb/pairs_train.jsonl": [{"chosen": p + a, "rejected": p + b} for p, _, a, b in PARTS],
     "Anthropic/hh-rlhf": [{"chosen": h + a, "rejected": h + b} for _, h, a, b in PARTS],
+    "imdb/train.jsonl.gz": [{"text": p + good, "label": 1} for p, _, good, _ in PARTS],
+    "ukp/train.jsonl": [{"prompt": p, "chosen": a, "rejected": b} for p, _, a, b in PARTS],
+    "dialogsum/chat_train.jsonl": [
+        {
+            "prompt": [{"role": "user", "content": post}],
+            "completion": [{"role": "assistant", "content": good}],
+        }
+        for post, _, good, _ in PARTS
+    ],
     "CarperAI/openai_summarize_tldr": [
         {"prompt": f"{post}\nTL;DR:", "label": good} for post, _, good, _ in PARTS
     ],
@@ -213,6 +224,37 @@ def test_imdb_runs_a_few_steps_with_a_reward_model_that_is_there(tldr, tmp_path)
     assert_ran(metrics, tmp_path / "runs" / "imdb" / "ppo", "")
     lengths = yaml.safe_load((tmp_path / "runs/imdb/config.yaml").read_text())["data"]["ppo"]
     assert lengths["prompt_tokens"] == [2, 8]
+
+
+CHAT = (
+    "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class WordCounter:
+    """In the place of vaderSentiment's analyzer, which the tests do without."""
+
+    def polarity_scores(self, text):
+        return {"compound": 1.0 if text.startswith("SUB") else -1.0}
+
+
+def test_smollm2_runs_a_few_steps_on_a_tiny_decoder(tmp_path, monkeypatch):
+    module = types.SimpleNamespace(SentimentIntensityAnalyzer=WordCounter)
+    monkeypatch.setitem(sys.modules, "vaderSentiment", types.ModuleType("vaderSentiment"))
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", module)
+    recipes = {stage: tiny(f"configs/smollm2/{stage}.yaml", tmp_path) for stage in STAGES}
+    for stage in ("sft", "reward"):
+        recipes[stage]["model"]["family"] = "llama"
+        recipes[stage]["tokenizer"]["chat_template"] = CHAT
+    recipes["ppo"]["model"] = {"path": str(tmp_path / "runs/smollm2/sft/hf")}
+    recipes["ppo"]["tokenizer"] = {}
+    sft, reward, ppo = (
+        getattr(runtime, f"train_{stage}")(recipe).metrics for stage, recipe in recipes.items()
+    )
+    assert 0 < sft["train/loss"] < 8
+    assert 0 < reward["train/loss"] < 3
+    assert ppo["objective/scores"] == 1.0  # of prompt and completion: each review begins so
 
 
 def write_lines(file, rows):

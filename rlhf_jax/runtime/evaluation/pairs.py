@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.runtime.evaluation import diagnostics
+from rlhf_jax.runtime.evaluation.bootstrap import with_interval
 from rlhf_jax.training import reward
 
 
@@ -60,14 +61,21 @@ def _pairs_of(batch: reward.Batch, scores: np.ndarray) -> ScoredPairs:
 
 
 def pair_evaluation(pairs: ScoredPairs) -> dict[str, Any]:
-    """The content of `evaluation.json`: `metrics`, `table`, and two curves under `pairs`."""
+    """The content of `evaluation.json`: `metrics`, `table`, and two curves under `pairs`.
+
+    `accuracy_low` and `accuracy_high` are the ends of the 95 % bootstrap interval over pairs.
+    """
     metrics = diagnostics.pair_metrics(*pairs)
     metrics["num_pairs"] = float(len(pairs.differences))
+    table = [{"metric": _NAMES.get(key, key), "after": x} for key, x in metrics.items()]
+    accuracy = with_interval("accuracy", pairs.differences > 0)
+    bounds = [accuracy["accuracy_low"], accuracy["accuracy_high"]]
+    table[list(metrics).index("accuracy")]["interval"] = bounds
     curve = diagnostics.calibration(pairs.differences)
     lengths = diagnostics.accuracy_by_length(pairs.differences, pairs.length_differences)
     return {
-        "metrics": metrics,
-        "table": [{"metric": _NAMES.get(key, key), "after": x} for key, x in metrics.items()],
+        "metrics": metrics | accuracy,
+        "table": table,
         "samples": [],
         "pairs": {
             "calibration": [b._asdict() for b in curve],

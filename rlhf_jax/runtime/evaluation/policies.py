@@ -18,6 +18,7 @@ from rlhf_jax.data.examples import source_of
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.score import end_scores, response_logprobs
+from rlhf_jax.runtime.evaluation.bootstrap import with_interval
 from rlhf_jax.runtime.evaluation.python_judge import JudgeFunction, judge_both_orders
 from rlhf_jax.runtime.evaluation.rouge import ROUGE
 from rlhf_jax.runtime.rewards.functions import ScoreFunction, call_scores
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Sampler = Callable[[Params, PromptBatch, jax.Array], Rollout]
-MAX_RESAMPLED = 2**22  # counts that the bootstrap draws at a time
 
 
 class EvaluatedResponses(NamedTuple):
@@ -177,11 +177,11 @@ def compare(
         ("win_rate_scores", before.scores, after.scores),
     ):
         if old is not None and new is not None:
-            rates |= _with_interval(name, (new > old) + 0.5 * (new == old))
+            rates |= with_interval(name, (new > old) + 0.5 * (new == old))
     if judge is not None:
         texts = (after.prompts, before.responses, after.responses)
         verdicts = judge_both_orders(judge, *texts, columns or {})
-        rates |= _with_interval("win_rate_judge", verdicts.preferences)
+        rates |= with_interval("win_rate_judge", verdicts.preferences)
         rates["judge_position_bias"] = verdicts.position_bias
     return Comparison(before, after, means(after) | rates)
 
@@ -192,38 +192,6 @@ def means(responses: EvaluatedResponses) -> dict[str, float]:
     columns = (responses.scores, responses.gold, responses.kl, responses.lengths)
     metrics = {n: float(np.mean(x)) for n, x in zip(names, columns, strict=True) if x is not None}
     return metrics | dict(responses.rouge or {})
-
-
-def _with_interval(name: str, wins: np.ndarray) -> dict[str, float]:
-    """The mean of float[N] wins, and the bounds of its 95 % bootstrap interval over prompts."""
-    low, high = bootstrap_interval(wins)
-    return {name: float(np.mean(wins)), f"{name}_low": low, f"{name}_high": high}
-
-
-def bootstrap_interval(
-    values: np.ndarray, *, level: float = 0.95, num_resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over prompts.
-
-    N of the float[N] values are drawn with replacement, `num_resamples` times; (low, high) are the
-    (1 - level) / 2 and the (1 + level) / 2 quantile of their means. The interval covers the choice
-    of the prompts, not the sampling of the responses. With few prompts it is too narrow, and of
-    equal values it has no width.
-
-    Efron, Bootstrap Methods: Another Look at the Jackknife (1979).
-
-    >>> bootstrap_interval(np.array([1.0, 0.0, 1.0, 1.0]), num_resamples=1000)
-    (0.25, 1.0)
-    """
-    # Wins have few different values: to draw the count of each costs far less than to draw each.
-    different, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
-    rng, total = np.random.default_rng(seed), int(counts.sum())
-    block = max(1, MAX_RESAMPLED // len(different))
-    sizes = [min(block, num_resamples - start) for start in range(0, num_resamples, block)]
-    drawn = (rng.multinomial(total, counts / total, size=size) for size in sizes)
-    averages = np.concatenate([times @ different for times in drawn]) / total
-    low, high = np.quantile(averages, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 _NAMES = {

@@ -193,6 +193,20 @@ def test_the_page_and_the_table_show_the_curves(tmp_path, scored):
         np.testing.assert_allclose(points, expected, rtol=1e-4)
 
 
+def test_the_accuracy_has_a_bootstrap_interval_over_pairs(scored):
+    evaluation = pairs.pair_evaluation(pairs.ScoredPairs(*scored, np.zeros(300)))
+    correct, rng = scored[0] > 0, np.random.default_rng(3)
+    means = [rng.choice(correct, size=len(correct)).mean() for _ in range(4000)]
+    metrics = evaluation["metrics"]
+    bounds = [metrics["accuracy_low"], metrics["accuracy_high"]]
+    np.testing.assert_allclose(bounds, np.quantile(means, [0.025, 0.975]), atol=0.007)
+    (entry,) = [each for each in evaluation["table"] if each["metric"] == "accuracy"]
+    assert entry["interval"] == bounds
+    assert entry["after"] == metrics["accuracy"] == correct.mean()
+    assert [each["metric"] for each in evaluation["table"]].count("accuracy") == 1
+    assert len(evaluation["table"]) == len(metrics) - 2  # the ends are in that entry
+
+
 def test_the_page_of_all_stages_has_the_curves_of_the_reward_model(tmp_path, scored):
     evaluation = pairs.pair_evaluation(pairs.ScoredPairs(*scored, np.zeros(300)))
     for stage in ("sft", "reward"):
