@@ -9,6 +9,7 @@ example may have `tools`, a list of JSON schemas or JSON of one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import signal
@@ -220,7 +221,9 @@ class Chat(NamedTuple):
         """The text without the line break that many templates write after an end-of-turn token."""
         text = self.rendered(messages)
         stripped = text.rstrip()
-        return stripped if stripped.endswith(special_tokens(self.tokenizer)) else text
+        if len(stripped) == len(text) or not stripped.endswith(special_tokens(self.tokenizer)):
+            return text
+        return stripped
 
     def rendered(self, messages: list[Message], **options: bool) -> str:
         """The text of the messages; a template may raise any error, and may be endless."""
@@ -273,6 +276,12 @@ class Chat(NamedTuple):
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     """The tokens that the tokenizer marks as special, such as those that end a turn."""
+    return _special_tokens(tokenizer, len(tokenizer), tokenizer.eos_token)
+
+
+@functools.lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Any, size: int, eos: str | None) -> tuple[str, ...]:
+    """Kept for each tokenizer of a size and EOS token: with many tokens this takes milliseconds."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return (*tokenizer.all_special_tokens, *added)
 

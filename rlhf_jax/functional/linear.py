@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and cross entropy from hidden states, without all logits at once."""
+"""Log-probabilities of tokens from hidden states, without an array of all logits."""
 
 import functools
 import math

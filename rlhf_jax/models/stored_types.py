@@ -1,4 +1,4 @@
-"""The types of tensors in files: those of the folder that a model was read from, where they do."""
+"""The types of tensors in files: those that a model was read in, where nothing is lost."""
 
 from __future__ import annotations
 

@@ -17,13 +17,15 @@ from rlhf_jax.training.state import TrainState
 def offline_flops(model: Model, state: TrainState, *, target_share: float) -> float:
     """A step of an offline trainer, for one token: a forward and a backward pass.
 
+    Forward passes without a gradient, of a reference or for an estimate of the KL, are left out.
+
     Args:
       target_share: the share of tokens whose logits the loss reads, `target_share(batch)`; 0 where
         it reads none.
     """
     layers, table = _layers_and_table(model, state.params)
-    frozen = model.flops_per_token(state.frozen, unembeds=False)
-    return frozen + 3.0 * (layers + target_share * table)
+    base, base_table = _layers_and_table(model, state.frozen)
+    return base + 2.0 * target_share * base_table + 3.0 * (layers + target_share * table)
 
 
 def target_share(batch: Any) -> float:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-from rlhf_jax.training import ppo, reward, sft
+from rlhf_jax.training import dpo, ppo, reward, sft
 from rlhf_jax.training.flops import mixed_text_flops, offline_flops, online_flops
 
 MODEL = GPT2(GPT2Config(vocab_size=300, n_positions=8, n_embd=32, n_layer=2, n_head=2))
@@ -30,6 +30,9 @@ def test_a_trained_parameter_counts_three_times_and_a_frozen_one_once():
     settings = reward.Settings(num_layers_unfrozen=1)
     actual = offline_flops(MODEL, shapes_of(reward, settings), target_share=0.0)
     assert actual == LAYER + 3 * (LAYER + HEAD)
+    settings = dpo.Settings(num_layers_unfrozen=1)
+    actual = offline_flops(MODEL, shapes_of(dpo, settings), target_share=0.5)
+    assert actual == LAYER + 3 * LAYER + 2 * TABLE / 2
 
 
 @pytest.mark.parametrize(

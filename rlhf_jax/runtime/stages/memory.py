@@ -52,8 +52,8 @@ def estimate(
     """
     device, resident = place.mesh.devices.flat[0], _resident_bytes()
     parts = state._asdict()
-    names = ("params", "frozen", "opt_state")
-    sizes = [place.bytes_on_device(parts.get(name)) for name in names]
+    held_parts = (("params",), ("frozen", "reference"), ("opt_state",))
+    sizes = [place.bytes_on_device([parts.get(name) for name in names]) for names in held_parts]
     of_state = place.bytes_on_device(state)
     held = [
         held_bytes(memory, of_state, device.platform)
