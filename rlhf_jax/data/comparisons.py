@@ -155,8 +155,8 @@ def encode_unpaired(
 
     Tokens, EOS and limits are those of `encode_pairs`. Dropped are empty responses, and those of
     fewer than `min_response_words`, each logged in one counted warning. The other response of an
-    example is that of the nearest example before it with another prompt, the last example standing
-    before the first one; where all prompts are equal, that of the example before it.
+    example is one to the previous prompt: of its first response the first one there, and so on, so
+    that both labels occur among them where pairs are read as two examples.
 
     Returns:
       A batch with the widths of `encode_pairs`. Token 0 and False on padding; `valid` is True
@@ -178,26 +178,32 @@ def encode_unpaired(
     prompts, prompt_mask, tokens, mask = _arrays([all_tokenized[n] for n in kept], settings)
     tokens, mask = tokens[:, 0], mask[:, 0]
     labels: Any = np.asarray([examples[n]["label"] for n in kept], bool)
-    other = _previous_with_another_prompt(prompts)
+    other = _at_previous_prompt(prompts)
     valid: Any = np.ones(len(kept), bool)
     return UnpairedBatch(
         prompts, prompt_mask, tokens, mask, tokens[other], mask[other], labels, valid
     )
 
 
-def _previous_with_another_prompt(prompts: Any) -> Any:
-    """For each row of i32[N, P] the nearest row before it that differs, the last before the first.
+def _at_previous_prompt(prompts: Any) -> Any:
+    """i64[N]: for each row of i32[N, P] one of the rows with the previous prompt.
 
-    i64[N]; the row before it where all are equal.
+    Rows with equal prompts that follow one another are a group, in a circle; a row is paired with
+    that at the same place of the group before, counted anew where this is smaller. Where all
+    prompts are equal it is the row before.
     """
-    before = np.roll(np.arange(len(prompts)), 1)
+    number = len(prompts)
+    before = np.roll(np.arange(number), 1)
     differs = np.any(prompts != prompts[before], axis=1)
     if not differs.any():
         return before
-    # The newest row that differs from the one before it; the search goes around the start once.
-    rows = np.where(np.tile(differs, 2), np.arange(2 * len(prompts)), -1)
-    newest = np.maximum.accumulate(rows)[len(prompts) :]
-    return before[newest % len(prompts)]
+    first = int(np.argmax(differs))
+    starts = np.flatnonzero(np.roll(differs, -first))
+    sizes = np.diff(np.append(starts, number))
+    group = np.repeat(np.arange(len(starts)), sizes)
+    place = np.arange(number) - starts[group]
+    paired = starts[group - 1] + place % sizes[group - 1]
+    return np.roll((paired + first) % number, first)
 
 
 def _tokenize(

@@ -83,6 +83,8 @@ def make_step(
                                         the sums: 2^-19 of the log-probabilities of a pair
         logps/chosen, logps/rejected    log-probabilities in nats: sums over tokens, for "simpo" and
                                         "orpo" means
+        train/implicit_kl               mean of policy - reference over all responses, in nats: an
+                                        estimate of the KL only for responses of the policy
         train/nll_loss                  of kinds with a likelihood loss, in nats per token
         perf/tokens                     real tokens of the batch
 
@@ -132,13 +134,15 @@ def make_eval_step(model: Model, settings: Settings) -> Callable[[Params, PairBa
     The parameters are full; a batch has its reference log-probabilities, where the loss reads any.
     The sums are those of the loss, of the metrics "accuracy" and "margin" of the rewards, and of
     "longer_wins": the accuracy of the rule that the longer response, in tokens, is the chosen one,
-    ties counting half.
+    ties counting half. A likelihood in the loss is the mean over tokens of the batch, times its
+    pairs; kinds that sort do so within the batch.
     """
 
     def evaluate(params, batch):
         count = _counts(settings, batch)
-        ones = jax.tree.map(jnp.ones_like, count)
-        loss, metrics = _loss(model, settings, None, None, params, batch, None, ones)
+        per_pair = jnp.maximum(count["tokens"], 1.0) / jnp.maximum(count["pairs"], 1.0)
+        sums = {"pairs": jnp.ones(()), "tokens": per_pair}
+        loss, metrics = _loss(model, settings, None, None, params, batch, None, sums)
         lengths = [jnp.sum(x, axis=1) for x in (batch.chosen_mask, batch.rejected_mask)]
         longer = 0.5 + 0.5 * jnp.sign(lengths[0] - lengths[1])
         return {
@@ -279,6 +283,8 @@ def _metrics(settings, policy, batch, denominator):
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }
+    if settings.has_reference:
+        values["implicit_kl"] = jnp.mean(rewards, axis=1) / beta
     return {name: batch_mean(x, batch.valid, denominator) for name, x in values.items()}
 
 

@@ -1,12 +1,13 @@
 """The section `dpo` of a configuration, and the record of preference optimization on pairs."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from rlhf_jax.checks import (
     Fraction,
-    FractionBelowOne,
+    Limit,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -39,6 +40,7 @@ Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverge
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo")
 OF_DIFFERENCE = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sft")
 SORTING = ("aot", "aot_unpaired")
+READERS = {"gamma": ("simpo",), "nll_weight": ("cpo",), "discopop_tau": ("discopop",)}
 FREE = get_args(ReferenceFree)
 
 
@@ -81,7 +83,9 @@ class Settings(OfflineSettings):
     kinds: tuple[DPOKind, ...] = ()
     loss_weights: tuple[float, ...] = ()
     beta: PositiveFloat = 0.1
-    label_smoothing: FractionBelowOne = 0.0
+    label_smoothing: Annotated[float, Limit(lambda x: 0 <= x < 0.5, "be at least 0, below 0.5")] = (
+        0.0
+    )
     gamma: NonNegativeFloat = 1.0
     nll_weight: NonNegativeFloat = 1.0
     discopop_tau: PositiveFloat = 0.05
@@ -97,7 +101,8 @@ class Settings(OfflineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, reason in (*_faults_of_kinds(self), *_faults_of_reference(self)):
+        faults = (_faults_of_mixtures, _faults_of_kinds, _faults_of_reference)
+        for name, reason in itertools.chain.from_iterable(find(self) for find in faults):
             raise InputError(f"dpo.{name} is {getattr(self, name)}, {reason}.")
 
     @property
@@ -111,23 +116,41 @@ class Settings(OfflineSettings):
         return self.all_kinds[0] in get_args(DPOKind)
 
     @property
+    def reference_terms(self) -> str:
+        """The settings that log-probabilities of the reference depend on."""
+        return f"ld_alpha={self.ld_alpha}"
+
+    @property
     def reads_nll(self) -> bool:
         """Whether a likelihood loss of the chosen responses is part of the loss."""
         return any(kind in ("sft", "cpo", "orpo") for kind in self.all_kinds)
+
+
+def _faults_of_mixtures(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(name, reason) of several kinds and their weights."""
+    if unknown := [kind for kind in settings.kinds if kind not in get_args(DPOKind)]:
+        yield "kinds", f"but {unknown[0]} is none of {', '.join(get_args(DPOKind))}"
+    if settings.kinds and settings.kind != "sigmoid":
+        yield "kind", "but dpo.kinds is given, which takes its place; leave one of them out"
+    weights = settings.loss_weights
+    if weights and len(weights) != len(settings.kinds):
+        number = len(settings.kinds)
+        yield "loss_weights", f"but dpo.kinds names {number} losses; give one weight for each"
+    if weights and not (all(weight >= 0 for weight in weights) and sum(weights) > 0):
+        yield "loss_weights", "but weights are not negative, and not all 0"
 
 
 def _faults_of_kinds(settings: Settings) -> Iterator[tuple[str, str]]:
     """(name, reason) of settings that the kinds do not support."""
     kinds, smoothing = settings.all_kinds, settings.label_smoothing
     names = " with ".join(kinds)
-    if settings.loss_weights and len(settings.loss_weights) != len(settings.kinds):
-        yield "loss_weights", f"but dpo.kinds has {len(settings.kinds)}; give a weight for each"
+    for name, readers in READERS.items():
+        if getattr(settings, name) != _default(name) and not set(readers) & set(kinds):
+            yield name, f"but {names} does not read it; leave it out"
     if smoothing and not any(kind in SMOOTHED for kind in kinds):
         yield "label_smoothing", f"but {names} has none; set it to 0"
     if "exo_pair" in kinds and not smoothing:
         yield "label_smoothing", "and the loss exo_pair is then infinite; its authors take 0.001"
-    if "robust" in kinds and smoothing >= 0.5:
-        yield "label_smoothing", "but robust divides by 1 - 2 * label_smoothing; set it below 0.5"
     if settings.gradient_accumulation_steps > 1 and any(kind in SORTING for kind in kinds):
         reason = f"but {names} sorts the batch, which its parts cannot; set it to 1"
         yield "gradient_accumulation_steps", reason
@@ -135,6 +158,11 @@ def _faults_of_kinds(settings: Settings) -> Iterator[tuple[str, str]]:
     is_unfit = not weighted or any(kind in (*SORTING, *FREE) for kind in weighted)
     if settings.use_weighting and is_unfit:
         yield "use_weighting", f"but {names} has no loss of single pairs to weight; set it to false"
+
+
+def _default(name: str) -> object:
+    """The default of a setting."""
+    return Settings.__dataclass_fields__[name].default
 
 
 def _faults_of_reference(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -146,6 +174,16 @@ def _faults_of_reference(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "f_divergence_type", f"but {names} needs reverse_kl; others go with {allowed}"
     if settings.ld_alpha is not None and not settings.has_reference:
         yield "ld_alpha", f"but {names} has no reference and reads all tokens; leave it out"
+    alpha = settings.f_alpha_divergence_coef
+    if alpha != _default("f_alpha_divergence_coef") and (
+        settings.f_divergence_type != "alpha_divergence"
+    ):
+        yield "f_alpha_divergence_coef", "but dpo.f_divergence_type is not alpha_divergence"
+    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+        if getattr(settings, name) != _default(name) and not settings.sync_ref_model:
+            yield name, "but dpo.sync_ref_model is false, so that the reference does not move"
+    if not settings.precompute_ref and not settings.has_reference:
+        yield "precompute_ref", f"but {names} has no reference; leave it out"
     if settings.sync_ref_model and not settings.has_reference:
         yield "sync_ref_model", f"but {names} has no reference; set it to false"
     if settings.sync_ref_model and settings.precompute_ref:
@@ -162,7 +200,11 @@ TRAINER = Trainer(
     reads=lambda settings: "pairs",
     optimizer=OptimizerSettings(learning_rate=1e-6),
     first_settings=("kind", "beta", "num_epochs", "batch_size", "num_layers_unfrozen"),
-    headlines=(Headline("eval/accuracy", "accuracy"), Headline("eval/margin", "margin")),
+    headlines=(
+        Headline("eval/accuracy", "accuracy"),
+        Headline("eval/longer_wins", "longer wins", shows_start=False),
+        Headline("eval/margin", "margin"),
+    ),
     losses=("train/loss", "train/grad_norm"),
     has_reference=True,
 )

@@ -37,7 +37,11 @@ def target_share(batch: Any) -> float:
     if isinstance(batch, TextBatch):
         targets, tokens = batch.loss_mask.sum(), (batch.segments > 0).sum()
     else:
-        masks = {name: x.sum() for name, x in batch._asdict().items() if name.endswith("mask")}
+        masks = {
+            name: x.sum()
+            for name, x in batch._asdict().items()
+            if name.endswith("mask") and name != "other_mask"  # of a pass without a gradient
+        }
         tokens = sum(masks.values())
         targets = tokens - masks["prompt_mask"]
     return float(targets) / max(float(tokens), 1.0)

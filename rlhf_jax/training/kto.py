@@ -148,11 +148,12 @@ def _loss(model, settings, reference, frozen, params, batch, key, denominator):
     """(loss, metrics); `reference` has the shape of `params`, or is None."""
     del key
     parts = Trainable(params, frozen)
+    states = _states(model, settings, parts, batch)
     if reference is not None:
         own = Trainable(reference, frozen)
-        batch = batch._replace(**_reference_fields(model, settings, own, batch))
-    logps = logprobs_of(model, parts, _sequences(batch)).sums
-    kl = _kl(model, settings, jax.lax.stop_gradient(parts), batch)
+        batch = batch._replace(**_reference_fields(model, settings, own, batch, states))
+    logps = logprobs_of(model, parts, _sequences(batch), states[0]).sums
+    kl = _kl(model, settings, jax.lax.stop_gradient(parts), batch, states[1])
     desirable, undesirable = batch.valid & batch.labels, batch.valid & ~batch.labels
     loss, _ = functional.kto_loss(
         logps,
@@ -183,19 +184,28 @@ def _loss(model, settings, reference, frozen, params, batch, key, denominator):
     }
 
 
-def _kl(model, settings, params, batch):
+def _states(model, settings, params, batch):
+    """Results of the frozen layers for the responses, and for the others where there is a KL."""
+    own = trainable.frozen_states(model, params, _sequences(batch))
+    if settings.kind != "kto":
+        return own, None
+    return own, trainable.frozen_states(model, params, _other_sequences(batch))
+
+
+def _kl(model, settings, params, batch, states):
     """f32[]: the estimate of the KL divergence from the reference, in nats per response."""
     if settings.kind != "kto":
         return jnp.zeros(())
-    logps = logprobs_of(model, params, _other_sequences(batch)).sums
+    logps = logprobs_of(model, params, _other_sequences(batch), states).sums
     return jnp.maximum(batch_mean(logps - batch.ref_other, batch.valid), 0.0)
 
 
-def _reference_fields(model, settings, params, batch):
+def _reference_fields(model, settings, params, batch, states=(None, None)):
     """The reference's log-probabilities; 0 for the other responses where no KL is estimated."""
-    fields = {"ref_response": logprobs_of(model, params, _sequences(batch)).sums}
+    fields = {"ref_response": logprobs_of(model, params, _sequences(batch), states[0]).sums}
     if settings.kind == "kto":
-        return {**fields, "ref_other": logprobs_of(model, params, _other_sequences(batch)).sums}
+        other = logprobs_of(model, params, _other_sequences(batch), states[1]).sums
+        return {**fields, "ref_other": other}
     return {**fields, "ref_other": jnp.zeros_like(fields["ref_response"])}
 
 

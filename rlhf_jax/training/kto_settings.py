@@ -46,6 +46,16 @@ class Settings(OfflineSettings):
                 "or take apo_zero_unpaired."
             )
 
+        if not self.desirable_weight + self.undesirable_weight:
+            raise InputError(
+                "kto.desirable_weight and kto.undesirable_weight are both 0: set one above it."
+            )
+
+    @property
+    def reference_terms(self) -> str:
+        """The settings that log-probabilities of the reference depend on."""
+        return f"kind={self.kind}"
+
     @property
     def has_reference(self) -> bool:
         """True: both losses compare with a reference."""

@@ -1,4 +1,4 @@
-"""The parts that losses on judged responses share: the state, and log-probabilities."""
+"""Parts of losses on preferences: the state with a reference, log-probabilities of responses."""
 
 from typing import NamedTuple, Protocol
 

@@ -44,7 +44,7 @@ class Trainer:
       headlines: metrics of the report's tiles.
       losses: metrics that must stay finite; training stops where one is not.
       has_reference: whether its loss may compare with a reference: `has_reference` and
-        `precompute_ref` of its settings tell when, and its module has `make_reference_step`.
+        `precompute_ref` of its settings show when, and its module has `make_reference_step`.
       has_rouge: whether it has `rouge_rows`: ROUGE of held-out completions in each evaluation.
       has_value_model: whether it may start a value model from `model.value_path`.
       mixes_texts: whether it may train on texts beside the responses (the section `ptx`).

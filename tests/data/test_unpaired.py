@@ -31,12 +31,25 @@ def test_labels_and_tokens(tmp_path, tokenizer):
     assert batch.valid.all()
 
 
-def test_the_other_response_is_that_of_the_nearest_other_prompt_before(tmp_path, tokenizer):
+def test_the_other_response_is_one_to_the_previous_prompt(tmp_path, tokenizer):
     """The first two share a prompt: for both it is that of the last example."""
     batch = encode_examples("unpaired", load(tmp_path, LINES), tokenizer, DataSettings())
-    for row, source in enumerate((3, 3, 1, 2)):
+    for row, source in enumerate((3, 3, 0, 2)):
         np.testing.assert_array_equal(batch.other[row], batch.responses[source])
         np.testing.assert_array_equal(batch.other_mask[row], batch.mask[source])
+
+
+def test_the_other_responses_of_pairs_have_both_labels(tmp_path, tokenizer):
+    """Also where the first and the last example share a prompt."""
+    lines = [f'{{"prompt": "{p}", "chosen": "x {p}", "rejected": "y {p}"}}' for p in "abcd"]
+    examples = load(tmp_path, lines)
+    batch = encode_examples("unpaired", examples, tokenizer, DataSettings())
+    for row, source in enumerate((6, 7, 0, 1, 2, 3, 4, 5)):
+        np.testing.assert_array_equal(batch.other[row], batch.responses[source])
+    batch = encode_examples("unpaired", examples[1:] + examples[:1], tokenizer, DataSettings())
+    for row, source in enumerate((6, 7, 0, 1, 2, 3, 4, 5)):
+        circle = [batch.responses[(n - 1) % 8] for n in range(8)]
+        np.testing.assert_array_equal(batch.other[(row - 1) % 8], circle[source])
 
 
 def test_where_all_prompts_are_equal_it_is_the_example_before(tmp_path, tokenizer):

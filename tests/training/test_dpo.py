@@ -75,6 +75,7 @@ def test_loss_and_metrics_are_those_of_a_loop(model, params, ref_params, batch):
         "rewards/accuracies": np.mean(margins > 0),
         "logps/chosen": policy[0].mean(),
         "logps/rejected": policy[1].mean(),
+        "train/implicit_kl": np.mean(rewards) / 0.5,
         "perf/tokens": sum(len(text) for texts in (PROMPTS, CHOSEN, REJECTED) for text in texts),
     }
     assert metrics.keys() == {*expected, "train/grad_norm"}
@@ -86,6 +87,17 @@ def test_loss_and_metrics_are_those_of_a_loop(model, params, ref_params, batch):
     assert float(evaluated["accuracy"]) == 4 * expected["rewards/accuracies"]
     # The chosen response is longer in one pair, as long in another, shorter in two.
     assert float(evaluated["longer_wins"]) == 1.5
+
+
+@pytest.mark.parametrize("options", [{"kind": "cpo"}, {"kind": "orpo"}, {"kinds": ("sft",)}])
+def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, batch, options):
+    settings = dpo.Settings(**options)
+    batch = batch._replace(ref_chosen=jnp.full(6, -5.0), ref_rejected=jnp.full(6, -6.0))
+    state = dpo.init_state(model, params, settings, KEY, optimizer=SGD)
+    _, metrics = jax.jit(dpo.make_step(model, settings, optimizer=SGD))(state, batch, KEY)
+    sums = jax.jit(dpo.make_eval_step(model, settings))(params, batch)
+    expected = float(metrics["train/loss"])
+    assert float(sums["loss"] / sums["count"]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +215,7 @@ def test_a_step_without_reference_log_probabilities_is_refused(model, params, ba
         ({"beta": 0.0}, "dpo.beta must be above 0, but is 0.0."),
         ({"kind": "hinge", "label_smoothing": 0.1}, "dpo.label_smoothing is 0.1, but hinge has"),
         ({"kind": "exo_pair"}, "dpo.label_smoothing is 0.0, and the loss exo_pair is then inf"),
-        ({"kind": "robust", "label_smoothing": 0.5}, "dpo.label_smoothing is 0.5, but robust"),
+        ({"label_smoothing": 0.5}, "dpo.label_smoothing must be at least 0, below 0.5, but is"),
         (
             {"kind": "aot", "gradient_accumulation_steps": 2},
             "dpo.gradient_accumulation_steps is 2, but aot sorts the batch",
@@ -217,8 +229,17 @@ def test_a_step_without_reference_log_probabilities_is_refused(model, params, ba
         ({"sync_ref_model": True}, "dpo.sync_ref_model is True, but a reference that moves"),
         (
             {"kinds": ("sigmoid", "sft"), "loss_weights": (1.0,)},
-            r"dpo.loss_weights is \(1.0,\), but dpo.kinds has 2; give a weight for each.",
+            r"dpo.loss_weights is \(1.0,\), but dpo.kinds names 2 losses; give one weight",
         ),
+        ({"kinds": ("simpo",)}, r"dpo.kinds is \('simpo',\), but simpo is none of sigmoid, robust"),
+        ({"kinds": ("sigmoid", "sft"), "kind": "ipo"}, "dpo.kind is ipo, but dpo.kinds is given"),
+        (
+            {"kinds": ("sigmoid",), "loss_weights": (float("nan"),)},
+            r"dpo.loss_weights is \(nan,\), but weights are not negative",
+        ),
+        ({"gamma": 0.5}, "dpo.gamma is 0.5, but sigmoid does not read it; leave it out."),
+        ({"ref_model_sync_steps": 2}, "dpo.ref_model_sync_steps is 2, but dpo.sync_ref_model is"),
+        ({"kind": "cpo", "precompute_ref": False}, "dpo.precompute_ref is False, but cpo has no"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence(options, message):

@@ -101,12 +101,12 @@ def check_judged(kind: str, train: Any, held_out: Any | None) -> None:
     if empty:
         raise InputError(
             f"{empty} of {sum(map(len, present))} examples have an empty prompt, so that nothing "
-            "predicts the first token of their responses; give them a prompt, such as the text of "
-            "the BOS token."
+            "predicts the first token of their responses; give them a prompt, or split full "
+            "conversations by data.split_at."
         )
     if kind == "unpaired" and train.labels.all() == train.labels.any():
         raise InputError(
             f"All {len(train.labels)} training examples have the label "
-            f"{str(bool(train.labels[0])).lower()}, so that there is nothing to tell apart; give "
+            f"{str(bool(train.labels[0])).lower()}, so that they cannot be distinguished; give "
             "desirable and undesirable ones."
         )

@@ -73,6 +73,9 @@ class PolicyProduct(Product):
         self.prompts = [prompt_of(each, n, self.tokenizer) for n, each in enumerate(shown, 1)]
         generation, suffix = config.section("generation"), config.data.prompt_suffix
         self.responder = Responder(self.model, self.tokenizer, generation, suffix)
+        margins = sum(each.get("margin", 0.0) != 0 for each in self.train)
+        name = config.trainer.name
+        warn(margins, len(self.train), f"examples have a margin, which {name} ignores.")
         self.rouge = None
         if config.trainer.has_rouge and (judged := held_out[: config.settings.rouge_rows]):
             self.rouge = self._rouge(judged)

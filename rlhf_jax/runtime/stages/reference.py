@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.loading import compute_dtype
 from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.run.folder import disk_errors, replace_file
 from rlhf_jax.runtime.run.progress import show_phase
@@ -40,11 +42,15 @@ def with_reference(
       step: pure (params, batch) -> fields of the batch, f32[B] each.
 
     Raises:
-      InputError: the file is damaged, or of other examples or another reference; or it cannot be
-        written.
+      InputError: the file cannot be read or written, or is of other examples, another reference or
+        other settings.
     """
+    if not batches:
+        return {}
     file = epath.Path(config.run_dir) / FILE
-    mark = f"{_digest(batches)}-{int(fingerprint(params)):08x}"
+    dtype = compute_dtype(config.model.dtype)
+    terms = f"{config.trainer.name} {config.settings.reference_terms} {dtype}"
+    mark = f"{_digest(batches)}-{int(fingerprint(params)):08x}-{terms}"
     if not hosts.from_first(file.exists):
         if hosts.is_first():
             show_phase(config.trainer.name, "computing log-probabilities of the reference")
@@ -79,15 +85,27 @@ def _write(file: str, mark: str, fields: Mapping[str, Fields]) -> None:
 
 def _read(file: epath.Path, mark: str) -> dict[str, Fields]:
     try:
-        with np.load(io.BytesIO(file.read_bytes())) as content:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
+    try:
+        with np.load(io.BytesIO(data)) as content:
             arrays = dict(content)
         found = str(arrays.pop("mark"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{file} is damaged ({error}); delete it to compute it anew.") from error
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        EOFError,
+        BadZipFile,
+    ) as error:
+        raise InputError(f"{file} is damaged; delete it to compute it anew.") from error
     if found != mark:
-        other = (
-            "another reference" if found.split("-")[0] == mark.split("-")[0] else "other examples"
-        )
+        kinds = ("other examples", "another reference", "other settings")
+        parts = zip(kinds, found.split("-", 2), mark.split("-", 2), strict=False)
+        other = next((kind for kind, old, new in parts if old != new), kinds[0])
         raise InputError(
             f"{file} holds log-probabilities of {other}: put back what the run began with, or "
             "choose another --run_dir."

@@ -76,9 +76,15 @@ def test_a_file_of_another_reference_is_refused(tmp_path, run):
         train_dpo(small.dpo(tmp_path, run[0]))
 
 
+def test_a_file_of_other_settings_is_refused(tmp_path, sft_run, run):
+    (tmp_path / "reference.npz").write_bytes((run[0] / "reference.npz").read_bytes())
+    with pytest.raises(InputError, match="holds log-probabilities of other settings: put back"):
+        train_dpo(small.dpo(tmp_path, sft_run[0], dpo={"ld_alpha": 0.5}))
+
+
 def test_a_damaged_file_is_refused(tmp_path, sft_run):
     (tmp_path / "reference.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(InputError, match="reference.npz is damaged .*; delete it to compute it"):
+    with pytest.raises(InputError, match="reference.npz is damaged; delete it to compute it"):
         train_dpo(small.dpo(tmp_path, sft_run[0]))
 
 
