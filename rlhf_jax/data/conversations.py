@@ -88,10 +88,8 @@ def _split(example: Columns, place: str, kind: Kind, mark: str) -> Columns | Non
         pair = dict(zip(("chosen", "rejected"), responses, strict=False))
         columns: dict[str, Any] = pair if is_pair else {"responses": responses}
         return with_columns(example, prompt=parts[0][0], **columns)
-    names = ("text", "messages", "chosen", "prompt")
-    if kind == "unpaired":
-        names = ("completion",)
-    source = next(name for name in names if name in example)
+    texts = "text messages chosen prompt" if kind != "unpaired" else "completion"
+    source = next(name for name in texts.split() if name in example)
     prompt, response = _split_text(example[source], place, mark)
     if not prompt:
         return None
