@@ -65,6 +65,13 @@ def dpo(run_dir, model_path, **sections):
     return _laid_over(base, sections) | {"run_dir": str(run_dir)}
 
 
+def kto(run_dir, model_path, **sections):
+    """The configuration of a KTO run of eight steps, on pairs that are read as two examples."""
+    config = dpo(run_dir, model_path)
+    config["kto"] = config.pop("dpo")
+    return _laid_over(config, sections)
+
+
 def ppo(run_dir, model_path, reward_path=None, **sections):
     """The configuration of a PPO run of four iterations; its KL coefficient adapts."""
     base = {

@@ -20,7 +20,14 @@ import pytest
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.runtime import train_sft
-from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
+from rlhf_jax.runtime.config import (
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    config_of,
+    resolve,
+    trainer_named,
+)
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
@@ -30,6 +37,8 @@ from tests.parallel.meshes import make_configs, model_of
 KINDS = {
     "sft": (SFTConfig, OfflineStage),
     "reward": (RewardConfig, OfflineStage),
+    "dpo": (config_of(trainer_named("dpo")), OfflineStage),
+    "kto": (config_of(trainer_named("kto")), OfflineStage),
     **dict.fromkeys(("ppo", "frozen", "trunk"), (PPOConfig, OnlineStage)),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
-from rlhf_jax.runtime import train_ppo, train_reward, train_sft
+from rlhf_jax.runtime import train_dpo, train_kto, train_ppo, train_reward, train_sft
 from tests.parallel.meshes import (
     STEPS,
     differences,
@@ -34,10 +34,10 @@ PLAN = (
     ("gpt2", (2, 2, 2), ("ppo",)),
     ("qwen3", (2, 2, 2), ("sft", "reward", "frozen")),
     ("llama", (8, 1, 1), ("reward",)),
-    ("llama", (2, 2, 2), ("sft", "trunk")),
+    ("llama", (2, 2, 2), ("sft", "trunk", "dpo", "kto")),
 )
 RUNS = [(family, sizes, stage) for family, sizes, stages in PLAN for stage in stages]
-SAMPLED = [run for run in RUNS if run[2] not in ("sft", "reward")]
+SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk")]
 
 
 def name_of(value):
@@ -48,7 +48,7 @@ def name_of(value):
 def runs(tmp_path_factory):
     """The folder with the runs on one device and on eight, and what the latter printed."""
     base = tmp_path_factory.mktemp("meshes")
-    trains = {"sft": train_sft, "reward": train_reward}
+    trains = {"sft": train_sft, "reward": train_reward, "dpo": train_dpo, "kto": train_kto}
     for family in dict.fromkeys(family for family, _, _ in RUNS):
         configs = make_configs(base, family, ONE)
         for name, config in configs.items():

@@ -103,9 +103,7 @@ def test_without_precomputed_reference_a_stopped_run_continues_bit_for_bit(
 
 
 def test_kto_trains_on_pairs_as_single_responses(tmp_path, sft_run):
-    config = small.dpo(tmp_path, sft_run[0])
-    config["kto"] = config.pop("dpo")
-    result = train_kto(config)
+    result = train_kto(small.kto(tmp_path, sft_run[0]))
     assert result.metrics["rewards/margins"] > 0
     assert {"eval/accuracy", "eval/loss", "train/kl"} <= set(result.metrics)
     with np.load(tmp_path / "reference.npz") as file:
@@ -133,7 +131,6 @@ def test_pairs_that_cannot_be_learned_from_are_one_sentence(tmp_path, sft_run, l
 def test_labels_that_are_all_equal_are_one_sentence(tmp_path, sft_run):
     file = tmp_path / "labelled.jsonl"
     file.write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 8)
-    config = small.dpo(tmp_path / "run", sft_run[0], data={"path": str(file), "eval_rows": 0})
-    config["kto"] = config.pop("dpo")
+    config = small.kto(tmp_path / "run", sft_run[0], data={"path": str(file), "eval_rows": 0})
     with pytest.raises(InputError, match="^All 8 training examples have the label true, so that"):
         train_kto(config)
