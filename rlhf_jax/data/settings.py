@@ -51,10 +51,9 @@ class DataSettings:
         ones lose their right end.
       completion_only: compute the loss on the completion of a prompt only (the last turn of
         messages), not on the prompt.
-      assistant_turns: with `completion_only`, whether in conversations of messages the "last" turn
-        alone is the completion, or the turns of the assistant are targets, "all" of them, each with
-        its end-of-turn token (of a prompt with a completion, those of the completion). A
-        conversation is then one text, of which `max_length` alone is the limit.
+      assistant_turns: the targets of a conversation in messages, with `completion_only`: the "last"
+        turn, or "all" turns of the assistant, each with its end-of-turn token (of a prompt with a
+        completion, those of the completion). With "all", only `max_length` limits a conversation.
       packing: pack several short texts into one sequence.
       length_buckets: maximum number of different batch widths, 1 to 4; each is compiled once. With
         more than one, padding that no example of a batch needs is removed.

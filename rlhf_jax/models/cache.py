@@ -154,9 +154,10 @@ def visible_in_cache(cache: Cache, new: jax.Array, mask: jax.Array) -> tuple[jax
 
 
 def visible_in_slots(visible: jax.Array, newest: jax.Array | int, window: int) -> jax.Array:
-    """bool[B, 1, W]: of the visible positions bool[B, 1, C] of one token those in a ring.
+    """bool[B, 1, W]: whether the position in each slot of a ring is visible to one token.
 
     Args:
+      visible: bool[B, 1, C], by position.
       newest: the position of the token, which is in its slot already.
     """
     position = newest - (newest - jnp.arange(window)) % window

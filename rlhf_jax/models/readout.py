@@ -5,6 +5,7 @@ From there on logits are made in chunks of positions, of 128 MiB a device and at
 freed again, so that no array holds the logits of all tokens.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -51,7 +52,8 @@ def token_logprobs(
             **_options(model),
         )
 
-    flat = hidden.reshape(-1, length, width), tokens.reshape(-1, length)
+    batch = math.prod(tokens.shape[:-1])
+    flat = hidden.reshape(batch, length, width), tokens.reshape(batch, length)
     shared = (model.unembedding(params), jnp.asarray(temperature, jnp.float32))
     results = map_examples(logprobs_of, flat, shared)
     logprobs, entropy = (x.reshape(tokens.shape) for x in results)

@@ -179,7 +179,7 @@ def stage_configs(config: RLHFConfig) -> list[RunConfig]:
 
 
 def _finish(config: RLHFConfig, metrics: dict[str, float]) -> None:
-    """Writes configuration and report of all stages into the outer folder, prints the table."""
+    """Writes configuration and report into the outer folder, and prints the table."""
     if (accuracy := metrics.get("reward/eval/accuracy")) is not None:
         print(f"Reward model: {accuracy:.1%} of the held-out pairs ranked as their label says")
     write_config(config)
