@@ -30,4 +30,5 @@ def test_examples_of_a_kind_become_its_batch(tokenizer, kind):
     settings = DataSettings(builtin_rows=6, eval_rows=0, packing=False)
     batch = encode_examples(kind, load_examples(settings, kind)[0], tokenizer, settings)
     assert type(batch) is BATCHES[kind]
-    assert all(len(array) == 6 for array in batch if isinstance(array, np.ndarray))
+    size = 12 if kind == "unpaired" else 6  # a pair makes two examples
+    assert all(len(array) == size for array in batch if isinstance(array, np.ndarray))
