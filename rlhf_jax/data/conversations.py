@@ -98,7 +98,8 @@ def _split(example: Columns, place: str, kind: Kind, mark: str) -> Columns | Non
         rejected = {"rejected": other.removeprefix(prompt)} if isinstance(other, str) else {}
         return with_columns(example, prompt=prompt, chosen=response, **rejected)
     split = with_columns(example, prompt=prompt, completion=response)
-    del split[source]
+    if source not in ("prompt", "completion"):
+        del split[source]
     return split
 
 

@@ -66,6 +66,17 @@ def test_pairs_make_two_examples(tmp_path):
     ]
 
 
+def test_conversations_of_pairs_are_split(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"chosen": "Q: hi A: good", "rejected": "Q: hi A: bad"}\n')
+    settings = DataSettings(path=str(file), eval_rows=0, split_at=" A:")
+    examples, _ = load_examples(settings, "unpaired")
+    assert [(e["prompt"], e["completion"], e["label"]) for e in examples] == [
+        ("Q: hi A:", " good", True),
+        ("Q: hi A:", " bad", False),
+    ]
+
+
 def test_labels_of_a_csv_file_are_texts(tmp_path):
     lines = ["prompt,completion,label", "a,b,true", "a,c,False"]
     examples = load(tmp_path, lines, "data.csv")
