@@ -215,16 +215,17 @@ def _reward(small):
 
 
 def _generate(small):
-    program, _, rollout, arrays = _run_step(small)
+    program, _, _, arrays = _run_step(small)
     # The same parameters in the layout of a checkpoint.
     params = _quick(program.model.init)(jax.random.key(0))
+    length, key = small.response_length, jax.random.key(0)
+    sample = functools.partial(generate, program.model, max_new_tokens=length)
+    rollout = jax.jit(sample)(params, *program.batch, key)
     sequences = jnp.concatenate([arrays["prompts"], rollout.tokens], axis=1)
-    length = small.response_length
     logprobs = _token_logprobs(_sizes(small), params, sequences)[:, -length:]
-    sample = functools.partial(generate, program.model, max_new_tokens=length, temperature=0.0)
-    sampled = jax.jit(sample)(params, *program.batch, jax.random.key(0))
+    greedy = jax.jit(functools.partial(sample, temperature=0.0))(params, *program.batch, key)
     tokens = _greedy(_sizes(small), params, arrays["prompts"], length)
-    return relative(rollout.logprobs, logprobs), float(jnp.mean(tokens != sampled.tokens))
+    return relative(rollout.logprobs, logprobs), float(jnp.mean(tokens != greedy.tokens))
 
 
 def _ppo(small):

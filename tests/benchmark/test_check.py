@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_jax.functional import cross_entropy_loss
 from rlhf_jax.models import attention
+from rlhf_jax.models.readout import cross_entropy_loss
 from rlhf_jax.training import sft
 from scripts.benchmark import check
 from scripts.benchmark.settings import BenchmarkError
@@ -43,8 +43,8 @@ def test_greedy_tokens_and_logprobs_are_those_of_full_passes(name):
     assert result.gradients == 0.0
 
 
-def wrong_loss(logits, targets, mask, **others):
-    return cross_entropy_loss(logits * 1.001, targets, mask, **others)
+def wrong_loss(model, params, hidden, *others, **terms):
+    return cross_entropy_loss(model, params, hidden * 1.001, *others, **terms)
 
 
 def wrong_blocks(softcap, queries, k, v, block, *others, right=attention._block_backward):

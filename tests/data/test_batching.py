@@ -93,7 +93,7 @@ def test_the_arrays_of_an_example_stay_together():
     data = pairs([1, 2, 3], [4, 5, 6], [6, 5, 4], (8, 8))
     batch = Batches(data, 2, seed=0).at(0)
     for row, index in enumerate(Batches(data, 2, seed=0).indices(0)):
-        for part, full in zip(batch, data, strict=True):
+        for part, full in zip(jax.tree.leaves(batch), jax.tree.leaves(data), strict=True):
             np.testing.assert_array_equal(part[row], full[index])
 
 

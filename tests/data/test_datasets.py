@@ -310,7 +310,7 @@ def test_unknown_kind():
         ({"seed": -1}, "data.seed is -1"),
         ({"length_buckets": 5}, "data.length_buckets is 5: set it to a number from 1 to 4"),
         ({"path": ""}, "data.path and data.split must not be empty"),
-        ({"columns": {"label": "x"}}, "data.columns maps 'label', which is not a known column"),
+        ({"columns": {"rating": "x"}}, "data.columns maps 'rating', which is not a known column"),
         ({"prompt_tokens": (3, 2)}, r"data.prompt_tokens is \(3, 2\): give \(low, high\)"),
         ({"prompt_tokens": (0, 2)}, "1 <= low <= high"),
         ({"prompt_tokens": (2, 129)}, r"data.max_prompt_length \(128\)"),

@@ -104,11 +104,12 @@ def test_folders_are_checked_without_being_read(tmp_path, folder, monkeypatch):
 
 def test_one_tensor_at_a_time_is_written(tmp_path):
     """A tensor is released before the next one is gathered."""
-    shapes = {"a": (3, 2), "b": (4,), "c": (2, 2)}
+    sizes = {"a": (3, 2), "b": (4,), "c": (2, 2)}
+    shapes = {name: jax.ShapeDtypeStruct(size, np.float32) for name, size in sizes.items()}
     last = []
 
     def tensors():
-        for count, shape in enumerate(shapes.values()):
+        for count, shape in enumerate(sizes.values()):
             assert not last or last[0]() is None
             array = np.full(shape, count, np.float32)
             last[:] = [weakref.ref(array)]
@@ -117,7 +118,7 @@ def test_one_tensor_at_a_time_is_written(tmp_path):
 
     writing.write_safetensors(tmp_path / "file", shapes, tensors())
     found = load((tmp_path / "file").read_bytes())
-    assert {name: array.shape for name, array in found.items()} == shapes
+    assert {name: array.shape for name, array in found.items()} == sizes
     np.testing.assert_array_equal(found["c"], [[2, 2], [0, 0]])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_jax.batches import RankingBatch
 from rlhf_jax.runtime.evaluation import diagnostics
-from rlhf_jax.runtime.evaluation.bootstrap import with_interval
+from rlhf_jax.runtime.evaluation.diagnostics import with_interval
 from rlhf_jax.training import reward
 
 

@@ -18,7 +18,7 @@ from rlhf_jax.data.examples import source_of
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.score import end_scores, response_logprobs
-from rlhf_jax.runtime.evaluation.bootstrap import with_interval
+from rlhf_jax.runtime.evaluation.diagnostics import with_interval
 from rlhf_jax.runtime.evaluation.python_judge import JudgeFunction, judge_both_orders
 from rlhf_jax.runtime.evaluation.rouge import ROUGE
 from rlhf_jax.runtime.rewards.functions import ScoreFunction, call_scores

@@ -16,7 +16,7 @@ from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
 from rlhf_jax.runtime import run_evaluate, train_sft
 from rlhf_jax.runtime.config import EvaluateConfig, PPOConfig, SFTConfig, resolve
 from rlhf_jax.runtime.evaluation.best_of import best_of_curve
-from rlhf_jax.runtime.evaluation.bootstrap import bootstrap_interval
+from rlhf_jax.runtime.evaluation.diagnostics import bootstrap_interval
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses, PolicyEvaluator
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
 from rlhf_jax.runtime.stages.offline import OfflineStage

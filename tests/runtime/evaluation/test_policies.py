@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.evaluation import best_of, policies
-from rlhf_jax.runtime.evaluation.bootstrap import bootstrap_interval
+from rlhf_jax.runtime.evaluation.diagnostics import bootstrap_interval
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
 from rlhf_jax.runtime.evaluation.python_judge import call_judge, judge_both_orders
 from rlhf_jax.runtime.evaluation.rouge import rouge_scores
