@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from rlhf_jax.backend import is_on_cpu
 from rlhf_jax.models.attention_mask import AttentionMask, Past
 from rlhf_jax.models.cudnn_attention import attend_by_cudnn
-from rlhf_jax.models.dense import multiplies_by_rows, transposed
 from rlhf_jax.models.dropout import Dropout, kept
 
 BLOCK = 256
@@ -101,9 +100,17 @@ def attend(
     """
     if dropout is not None and past is not None:
         raise ValueError("attention to a past has no dropout.")
-    # R query heads on each key/value head, which is not repeated.
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, *q.shape[3:])
-    return _attend(softcap, grouped, k, v, visible, past, dropout).reshape(q.shape)
+    heads = q.shape[2]
+    k, v = _repeat_heads(k, heads, 2), _repeat_heads(v, heads, 2)
+    if past is not None:
+        keys, values = (_repeat_heads(x, heads, 1) for x in past[:2])
+        past = Past(keys, values, past.mask)
+    return _attend(softcap, q, k, v, visible, past, dropout)
+
+
+def _repeat_heads(x, heads, axis):
+    """The key/value heads, each repeated for its group of query heads."""
+    return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)
 
 
 def attend_to_cache(
@@ -135,7 +142,6 @@ def attend_to_cache(
     return jnp.einsum("bhlc,bhcd->bhld", weights, values).reshape(shape)
 
 
-# Below, queries are [G, K, Hk, R, T, d].
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(softcap, q, k, v, visible, past, dropout):
     return _forward(softcap, q, k, v, visible, past, dropout)[0]
@@ -146,34 +152,34 @@ def _forward(softcap, q, k, v, visible, past, dropout):
         _block_forward(softcap, q[..., block, :], k, v, block, visible, past, dropout)
         for block in _blocks(q.shape[-2])
     ]
-    out, log_total = (jnp.concatenate(parts, axis=-2) for parts in zip(*blocks, strict=True))
+    out, log_total = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks, strict=True))
     # Named, so that rematerialization may keep them and compute no weights a third time.
     out, log_total = (checkpoint_name(x, ATTENDED) for x in (out, log_total))
     return out, (q, k, v, visible, past, dropout, out, log_total)
 
 
 def _block_forward(softcap, q, k, v, block, visible, past, dropout):
-    """(out [G, K, Hk, R, t, d], log_total f32[G, K, Hk, R, t, 1]) of a block of t queries."""
+    """(out [G, K, H, t, d], log_total f32[G, K, H, t, 1]) of a block of t queries."""
     k, v = k[..., : block.stop, :], v[..., : block.stop, :]
-    own_visible = visible[:, :, None, None, block, : block.stop]
-    own = _capped(softcap, _product("gkhrtd,gkhmd->gkhrtm", q, k))
+    own_visible = visible[:, :, None, block, : block.stop]
+    own = _capped(softcap, _product("gkhtd,gkhmd->gkhtm", q, k))
     own = jnp.where(own_visible, own, _MIN)
     top = jnp.max(own, axis=-1, keepdims=True)
     if past is not None:
-        seen, inner = _seen(past.mask, block, q.shape), (q.shape[1], *q.shape[3:-1])
+        seen, count = _seen(past.mask, block, q.shape), q.shape[1]
         before = _capped(softcap, _product("ghtd,ghmd->ghtm", _joined(q), past.keys))
         before = jnp.where(seen, before, _MIN)
-        top = jnp.maximum(top, _split(jnp.max(before, axis=-1, keepdims=True), *inner))
+        top = jnp.maximum(top, _split(jnp.max(before, axis=-1, keepdims=True), count))
     weights = jnp.where(own_visible, jnp.exp(own - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if dropout is not None:
         weights = _dropped(dropout, weights, block)
-    out = _product("gkhrtm,gkhmd->gkhrtd", weights.astype(v.dtype), v)
+    out = _product("gkhtm,gkhmd->gkhtd", weights.astype(v.dtype), v)
     if past is not None:
         weights = jnp.where(seen, jnp.exp(before - _joined(top)), 0.0)
-        total += _split(jnp.sum(weights, axis=-1, keepdims=True), *inner)
+        total += _split(jnp.sum(weights, axis=-1, keepdims=True), count)
         attended = _product("ghtm,ghmd->ghtd", weights.astype(v.dtype), past.values)
-        out += _split(attended, *inner)
+        out += _split(attended, count)
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
@@ -190,7 +196,7 @@ def _backward(softcap, saved, gradient):
         missing = [(0, 0)] * 3 + [(0, k.shape[-2] - block.stop), (0, 0)]
         for_k, for_v = for_k + jnp.pad(block_k, missing), for_v + jnp.pad(block_v, missing)
         parts.append(block_q)
-    for_q = jnp.concatenate(parts, axis=-2)
+    for_q = jnp.concatenate(parts, axis=3)
     if past is not None:
         before_q, for_past = _past_backward(softcap, q, gradient, mean, log_total, past)
         for_q += before_q
@@ -202,36 +208,36 @@ def _block_backward(softcap, queries, k, v, block, visible, dropout):
     """Gradients for q, k and v, in float32, from a block of queries."""
     q, gradient, mean, log_total = queries
     k, v = k[..., : block.stop, :], v[..., : block.stop, :]
-    own_visible = visible[:, :, None, None, block, : block.stop]
-    logits = _capped(softcap, _product("gkhrtd,gkhmd->gkhrtm", q, k))
+    own_visible = visible[:, :, None, block, : block.stop]
+    logits = _capped(softcap, _product("gkhtd,gkhmd->gkhtm", q, k))
     weights = jnp.where(own_visible, jnp.exp(logits - log_total), 0.0)
-    for_weights, read = _product("gkhrtd,gkhmd->gkhrtm", gradient, v), weights
+    for_weights, read = _product("gkhtd,gkhmd->gkhtm", gradient, v), weights
     if dropout is not None:
         for_weights = _dropped(dropout, for_weights, block)
         read = _dropped(dropout, weights, block)
     for_logits = weights * (for_weights - mean) * _slope(softcap, logits)
     for_logits = for_logits.astype(q.dtype)
     return (
-        _product("gkhrtm,gkhmd->gkhrtd", for_logits, k),
-        _summed_over_queries(for_logits, q),
-        _summed_over_queries(read.astype(q.dtype), gradient),
+        _product("gkhtm,gkhmd->gkhtd", for_logits, k),
+        _product("gkhtm,gkhtd->gkhmd", for_logits, q),
+        _product("gkhtm,gkhtd->gkhmd", read.astype(q.dtype), gradient),
     )
 
 
 def _past_backward(softcap, q, gradient, mean, log_total, past):
     """(gradient for q, gradients for the past), summed over the responses of each group."""
-    inner, seen = (q.shape[1], *q.shape[3:-1]), _seen(past.mask, slice(None), q.shape)
+    count, seen = q.shape[1], _seen(past.mask, slice(None), q.shape)
     q, gradient, mean, log_total = (_joined(x) for x in (q, gradient, mean, log_total))
     logits = _capped(softcap, _product("ghtd,ghmd->ghtm", q, past.keys))
     weights = jnp.where(seen, jnp.exp(logits - log_total), 0.0)
     for_weights = _product("ghtd,ghmd->ghtm", gradient, past.values)
     for_logits = weights * (for_weights - mean) * _slope(softcap, logits)
     for_logits = for_logits.astype(q.dtype)
-    for_keys = _summed_over_queries(for_logits, q).astype(q.dtype)
-    for_values = _summed_over_queries(weights.astype(q.dtype), gradient).astype(q.dtype)
+    for_keys = _product("ghtm,ghtd->ghmd", for_logits, q).astype(q.dtype)
+    for_values = _product("ghtm,ghtd->ghmd", weights.astype(q.dtype), gradient).astype(q.dtype)
     for_q = _product("ghtm,ghmd->ghtd", for_logits, past.keys)
     # The mask has no gradient, which custom rules express by None.
-    return _split(for_q, *inner), Past(for_keys, for_values, None)  # type: ignore[arg-type]
+    return _split(for_q, count), Past(for_keys, for_values, None)  # type: ignore[arg-type]
 
 
 _attend.defvjp(_forward, _backward)
@@ -247,11 +253,11 @@ def _slope(softcap, capped):
 
 
 def _seen(mask, block, shape):
-    """bool[G, 1, K * R * t or 1, P] of `Past.mask`, for a block of queries of a shape."""
+    """bool[G, 1, K * T or 1, P] of `Past.mask`, for a block of the queries [G, K, H, t, d]."""
     if mask.shape[1:3] == (1, 1):
         return mask
-    mask = mask[:, :, None, None, block]
-    return _joined(jnp.broadcast_to(mask, (*shape[:2], 1, shape[3], *mask.shape[4:])))
+    mask = mask[:, :, None, block]
+    return _joined(jnp.broadcast_to(mask, (*shape[:2], *mask.shape[2:])))
 
 
 def _dropped(dropout, weights, block):
@@ -267,32 +273,15 @@ def _blocks(length: int) -> list[slice]:
 
 
 def _joined(x):
-    """[G, H, K * ..., .] of [G, K, H, ..., .], for one product with the past of the group."""
-    groups, _, heads, *_, width = x.shape
+    """[G, H, K * T, .] of [G, K, H, T, .], for one product with the past of the group."""
+    groups, _, heads, _, width = x.shape
     return jnp.swapaxes(x, 1, 2).reshape(groups, heads, -1, width)
 
 
-def _split(x, count, *inner):
-    """[G, K, H, ..., .] of [G, H, K * ..., .], with the sizes of K and of the axes `...`."""
+def _split(x, count):
+    """[G, K, H, T, .] of [G, H, K * T, .]."""
     groups, heads, _, width = x.shape
-    return jnp.swapaxes(x.reshape(groups, heads, count, *(inner or (-1,)), width), 1, 2)
-
-
-def _summed_over_queries(weights, queries):
-    """[..., m, d]: the sum over queries t of weights [..., t, m] times queries [..., t, d].
-
-    In attention of its own, t is the axes R and t. On one CPU as (queries^T @ weights)^T, for which
-    two small arrays are transposed: it multiplies weights by columns at a third of the rate.
-    """
-    lead = queries.shape[: -2 if queries.ndim == 4 else -3]
-    weights, queries = (x.reshape(*lead, -1, x.shape[-1]) for x in (weights, queries))
-    if not multiplies_by_rows():
-        return _product("...tm,...td->...md", weights, queries)
-    return jnp.swapaxes(
-        jax.lax.optimization_barrier(_product("...dt,...tm->...dm", transposed(queries), weights)),
-        -1,
-        -2,
-    )
+    return jnp.swapaxes(x.reshape(groups, heads, count, -1, width), 1, 2)
 
 
 def _product(axes, x, y):

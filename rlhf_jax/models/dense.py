@@ -37,27 +37,13 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), self.features, jnp.float32)
         arrays = jax.tree.map(lambda array: array.astype(self.dtype), (x, kernel, bias))
-        return (_affine if multiplies_by_rows() else _plain)(*arrays)
+        # The rule serves no mesh with explicit or manual axes.
+        fast = is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
+        return (_affine if fast else _plain)(*arrays)
 
     def _init_kernel(self, key, width):
         flat = self.kernel_init(key, (width, math.prod(self.features)), jnp.float32)
         return flat.reshape(width, *self.features)
-
-
-def multiplies_by_rows() -> bool:
-    """Whether this is one CPU, which multiplies slowly with columns as the left operand.
-
-    False on a mesh with explicit or manual axes, where layouts are not constrained.
-    """
-    return is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
-
-
-def transposed(x: jax.Array) -> jax.Array:
-    """[..., N, M] of [..., M, N] in memory, and not as an operand that is read by columns."""
-    # The barriers keep XLA from merging the transposition with the product again.
-    columns = jnp.swapaxes(lax.optimization_barrier(x), -1, -2)
-    columns = with_layout_constraint(columns, Layout(tuple(range(x.ndim))))
-    return lax.optimization_barrier(columns)
 
 
 def _plain(x, kernel, bias):
@@ -82,7 +68,9 @@ def _backward(saved, gradient):
     matrix = kernel.reshape(x.shape[-1], -1)
     inputs, gradients = x.reshape(-1, matrix.shape[0]), gradient.reshape(-1, matrix.shape[1])
     for_x = lax.dot_general(gradients, matrix, (((1,), (1,)), ((), ())))
-    for_kernel = _dot(transposed(inputs), gradients)
+    # The barriers keep XLA from merging the transposition with the product again.
+    columns = with_layout_constraint(lax.optimization_barrier(inputs).T, Layout((0, 1)))
+    for_kernel = _dot(lax.optimization_barrier(columns), gradients)
     for_bias = None
     if bias is not None:
         for_bias = _dot(jnp.ones((1, len(gradients)), x.dtype), gradients)
