@@ -59,7 +59,10 @@ space and run the same command again: it continues from the last checkpoint
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        remedy = remedy or f"{_REMEDIES.get(error.errno or 0, 'mend that and')} {_CONTINUES}"
+        if not remedy:
+            remedy = f"{_REMEDIES.get(error.errno or 0, 'mend that and')} {_CONTINUES}"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"free some space, or {remedy}"
         raise InputError(f"cannot write to {path}: {reason}; {remedy}") from error
 
 

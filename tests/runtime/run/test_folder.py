@@ -83,6 +83,14 @@ def test_disk_errors_say_what_to_do(code, remedy):
         raise OSError(code, os.strerror(code))
 
 
+def test_a_full_disk_is_named_beside_the_remedy_of_an_output():
+    with (
+        pytest.raises(InputError, match="space left on device; free some space, or give another"),
+        folder.disk_errors("here", "give another --output"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_disk_errors_let_other_errors_pass():
     with pytest.raises(KeyError), folder.disk_errors("here"):
         raise KeyError("x")
