@@ -29,6 +29,7 @@ LEARNING_RATE = 0.1
 LENGTHS = {
     "sft": (BLOCK + 7, 5),
     "reward": (BLOCK + 7, BLOCK + 5),
+    "dpo": (BLOCK + 7, BLOCK + 5),
     "ppo": (BLOCK + 7, 5),
     "generate": (7, 5),
 }
@@ -42,6 +43,7 @@ _quick = functools.partial(
 )
 _sft_gradient = _quick(jax.value_and_grad(plain.sft_loss, argnums=1), static_argnums=0)
 _reward_gradient = _quick(jax.value_and_grad(plain.reward_loss, argnums=1), static_argnums=0)
+_dpo_gradient = _quick(jax.value_and_grad(plain.dpo_loss, argnums=1), static_argnums=0)
 _ppo_experience = _quick(plain.ppo_experience, static_argnums=(0, 1, 6))
 _ppo_gradient = _quick(jax.value_and_grad(plain.ppo_loss, has_aux=True), static_argnums=(1, 2))
 _token_logprobs = _quick(plain.token_logprobs, static_argnums=0)
@@ -127,7 +129,7 @@ def _title(workload: Workload) -> str:
 
 def difference(small: Workload) -> Difference:
     """The difference between the step of a small workload and the plain path."""
-    checks = {"sft": _sft, "reward": _reward, "generate": _generate, "ppo": _ppo}
+    checks = {"sft": _sft, "reward": _reward, "dpo": _dpo, "generate": _generate, "ppo": _ppo}
     return Difference(small.name, *checks[small.kind](small))
 
 
@@ -211,6 +213,13 @@ def _reward(small):
     tokens = (arrays[name] for name in ("prompts", "chosen", "rejected"))
     loss, grads = _reward_gradient(_sizes(small), full, *tokens)
     grads = {**grads, "model": _trained(program, small, grads["model"])}
+    return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
+
+
+def _dpo(small):
+    program, state, (after, metrics), arrays = _run_step(small)
+    tokens = (arrays[name] for name in ("prompts", "chosen", "rejected"))
+    loss, grads = _dpo_gradient(_sizes(small), state.params, *tokens)
     return relative(metrics[program.loss], loss), relative(after.opt_state, grads)
 
 

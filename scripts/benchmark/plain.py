@@ -149,6 +149,22 @@ def reward_loss(
     return jnp.mean(jnp.log1p(jnp.exp(worse - better)))
 
 
+def dpo_loss(
+    sizes: Sizes, params: Params, prompts: jax.Array, chosen: jax.Array, rejected: jax.Array
+) -> jax.Array:
+    """-log sigmoid(0.1 * (log-probability of chosen - of rejected)), a mean over pairs.
+
+    The reference finds both equally likely.
+    """
+    better, worse = (
+        token_logprobs(sizes, params, jnp.concatenate([prompts, responses], axis=1))[
+            :, -responses.shape[1] :
+        ].sum(axis=1)
+        for responses in (chosen, rejected)
+    )
+    return jnp.mean(jnp.log1p(jnp.exp(0.1 * (worse - better))))
+
+
 def greedy(sizes: Sizes, params: Params, prompts: jax.Array, length: int) -> jax.Array:
     """i32[B, length]: the most likely tokens, each by a pass over all previous tokens."""
     tokens = prompts

@@ -17,7 +17,7 @@ from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Params
 from rlhf_jax.models.rope import Rope
 from rlhf_jax.rollout.generation import generate
-from rlhf_jax.training import ppo, reward, sft
+from rlhf_jax.training import dpo, ppo, reward, sft
 from rlhf_jax.training.reward import init_params as init_reward
 from rlhf_jax.training.state import OptimizerSettings, make_optimizer
 from scripts.benchmark.workloads import LEARNING_RATE, Llama, Workload
@@ -75,6 +75,8 @@ def make_program(
         return _sft(workload, arrays, model, optimizer, dropout)
     if workload.kind == "reward":
         return _reward(workload, arrays, model, optimizer)
+    if workload.kind == "dpo":
+        return _dpo(workload, arrays, model, optimizer)
     if workload.kind == "generate":
         return _generate(workload, arrays, model)
     return _ppo(workload, arrays, model, optimizer)
@@ -160,9 +162,18 @@ def _reward(workload, arrays, model, optimizer):
         gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
         num_layers_unfrozen=workload.num_layers_unfrozen,
     )
+
+    def init(key):
+        return reward.init_state(model, model.init(key), settings, key, optimizer=optimizer)
+
+    step = reward.make_step(model, settings, optimizer=optimizer)
+    return Program(model, init, step, _pairs(arrays), "train/loss")
+
+
+def _pairs(arrays):
     prompts, chosen, rejected = (arrays[name] for name in ("prompts", "chosen", "rejected"))
     margin: Any = np.zeros(len(prompts), np.float32)
-    batch = PairBatch(
+    return PairBatch(
         prompts,
         _full_mask(prompts),
         chosen,
@@ -173,10 +184,20 @@ def _reward(workload, arrays, model, optimizer):
         _full_mask(margin),
     )
 
-    def init(key):
-        return reward.init_state(model, model.init(key), settings, key, optimizer=optimizer)
 
-    step = reward.make_step(model, settings, optimizer=optimizer)
+def _dpo(workload, arrays, model, optimizer):
+    """With log-probabilities of a reference that finds both responses equally likely."""
+    settings = dpo.Settings(
+        batch_size=workload.batch_size,
+        gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
+    )
+    batch = _pairs(arrays)
+    batch = batch._replace(ref_chosen=batch.margin, ref_rejected=batch.margin)
+
+    def init(key):
+        return dpo.init_state(model, model.init(key), settings, key, optimizer=optimizer)
+
+    step = dpo.make_step(model, settings, optimizer=optimizer)
     return Program(model, init, step, batch, "train/loss")
 
 

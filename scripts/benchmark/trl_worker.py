@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 EOS = "<|endoftext|>"
@@ -41,8 +41,8 @@ def main():
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies by default
     transformers.utils.logging.set_verbosity_error()
-    steps = {"sft": sft, "reward": reward, "generate": generate, "ppo": ppo}[request["kind"]]
-    steps(request, arrays, Connection(answers))
+    steps = {"sft": sft, "reward": reward, "dpo": dpo, "generate": generate, "ppo": ppo}
+    steps[request["kind"]](request, arrays, Connection(answers))
 
 
 class Connection:
@@ -181,6 +181,7 @@ def tokenizer_of(request):
     vocabulary.pop(f"<{request['pad_token_id']}>")
     vocabulary["<pad>"] = request["pad_token_id"]
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token="<pad>"
     )
@@ -239,6 +240,31 @@ def reward(request, arrays, connection):
     if request["num_layers_unfrozen"] is not None:
         freeze(model.transformer, request["n_layer"] - request["num_layers_unfrozen"])
     train(RewardTrainer, model, arguments, Dataset.from_dict(examples), request, connection)
+
+
+def dpo(request, arrays, connection):
+    """`DPOTrainer` with log-probabilities of the reference that it computes before the steps.
+
+    It reads texts, and ends each response with the end of text.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    columns = (("prompt", "prompts", None), ("chosen", "chosen", -1), ("rejected", "rejected", -1))
+    examples = {
+        column: ["".join(f" <{token}>" for token in tokens[:end]) for tokens in arrays[name]]
+        for column, name, end in columns
+    }
+    arguments = DPOConfig(
+        **training_arguments(request),
+        per_device_train_batch_size=request["batch_size"],
+        max_steps=1_000_000,
+        max_length=None,
+        disable_dropout=True,
+        precompute_ref_log_probs=True,
+    )
+    train(
+        DPOTrainer, policy_of(request), arguments, Dataset.from_dict(examples), request, connection
+    )
 
 
 def freeze(trunk, layers):

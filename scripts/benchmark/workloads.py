@@ -7,7 +7,7 @@ import numpy as np
 
 from rlhf_jax.models.settings import Attention, Remat
 
-Kind = Literal["sft", "reward", "generate", "ppo"]
+Kind = Literal["sft", "reward", "dpo", "generate", "ppo"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Ours:
     Attributes:
       remat: `model.remat`.
       attention: `model.attention`.
-      gradient_accumulation_steps: of the section `sft`, `reward` or `ppo`.
+      gradient_accumulation_steps: of the section `sft`, `reward`, `dpo` or `ppo`.
       score_batch_size: `ppo.score_batch_size`.
     """
 
@@ -105,7 +105,7 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of a step: new tokens of `generate`, otherwise all, the prompt of a pair once."""
         prompt = 0 if self.kind == "generate" else self.prompt_length
-        responses = (2 if self.kind == "reward" else 1) * self.response_length
+        responses = (2 if self.kind in ("reward", "dpo") else 1) * self.response_length
         return self.batch_size * (prompt + responses)
 
 
@@ -147,6 +147,8 @@ WORKLOADS: tuple[Workload, ...] = (
         towards=3.0,
         ours=Ours(),
     ),
+    _of("dpo_mid", _MID, (4, 192, 32), to_reach=2.5, ours=Ours()),
+    _of("dpo_small", _SMALL, (2, 448, 48), to_reach=2.2, ours=Ours()),
     _of("generate_mid", _MID, (16, 32, 32), to_reach=2.3, towards=3.0, ours=Ours()),
     _of("generate_small", _SMALL, (16, 32, 48), to_reach=1.9, towards=2.4, ours=Ours()),
     # Four models as in TRL: policy, reference, reward model and a separate value model.

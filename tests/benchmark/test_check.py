@@ -22,14 +22,20 @@ def several_blocks(monkeypatch):
 
 def test_workloads_with_the_same_settings_are_checked_once_with_several_blocks():
     distinct = {check.small_workload(workload) for workload in WORKLOADS}
-    assert len(distinct) == len(set(SMALL.values())) == 8
+    assert len(distinct) == len(set(SMALL.values())) == 9
     for small_workload in distinct:
         assert small_workload.prompt_length > BLOCK or small_workload.kind == "generate"
-        assert small_workload.response_length > BLOCK or small_workload.kind != "reward"
+        assert small_workload.response_length > BLOCK or small_workload.kind not in (
+            "reward",
+            "dpo",
+        )
+
+
+STEPS = ["reward_frozen_small", "dpo_mid", "ppo_shared_mid", "sft_smollm2"]
 
 
 # Frozen layers, a shared base, sampled tokens, and two epochs, of which the second clips; a Llama.
-@pytest.mark.parametrize("name", ["reward_frozen_small", "ppo_shared_mid", "sft_smollm2"])
+@pytest.mark.parametrize("name", STEPS)
 def test_steps_equal_the_plain_path(name):
     result = check.difference(SMALL[name])
     assert result.loss < 1e-5
