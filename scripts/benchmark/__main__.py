@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import terminal
 from scripts.benchmark.settings import BenchmarkConfig, BenchmarkError, expand_peer_flag
 
@@ -19,9 +20,12 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     signal.signal(signal.SIGTERM, _terminate)
     flags = expand_peer_flag(argv)
-    return terminal.run_command(
-        "scripts/benchmark.py", BenchmarkConfig, measure, flags, first=FIRST
-    )
+    try:
+        return terminal.run_command(
+            "scripts/benchmark.py", BenchmarkConfig, measure, flags, first=FIRST
+        )
+    except _TerminatedError as terminated:
+        return 128 + terminated.number
 
 
 def measure(config: BenchmarkConfig) -> None:
@@ -32,7 +36,7 @@ def measure(config: BenchmarkConfig) -> None:
 
         run_benchmark(config)
     except BenchmarkError as error:
-        sys.exit(f"error: {error}.")
+        raise InputError(f"{error}.") from error
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(
             "Interrupted; the same command measures everything again, and a file given by --json "
@@ -40,10 +44,17 @@ def measure(config: BenchmarkConfig) -> None:
         ) from interrupt
 
 
+class _TerminatedError(BaseException):
+    """A signal ended the command; as an exception, measured processes and files go first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Raises SystemExit, so that the measured processes end and their files are deleted."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(128 + number)
+    raise _TerminatedError(number)
 
 
 if __name__ == "__main__":

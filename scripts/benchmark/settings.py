@@ -92,7 +92,7 @@ def expand_peer_flag(argv: Sequence[str]) -> list[str]:
     ['--peer.name', 'none', '--peer.name=trl']
     """
     expanded = []
-    for flag, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for flag, following in zip(argv, [*argv[1:], "--"], strict=False):
         name, _, value = flag.partition("=")
         value = value or following
         is_short = name == "--peer" and not value.startswith(("-", "{"))

@@ -262,9 +262,10 @@ def dpo(request, arrays, connection):
         disable_dropout=True,
         precompute_ref_log_probs=True,
     )
-    train(
-        DPOTrainer, policy_of(request), arguments, Dataset.from_dict(examples), request, connection
-    )
+    policy, reference = policy_of(request), policy_of(request)
+    reference.load_state_dict(policy.state_dict())
+    examples = Dataset.from_dict(examples)
+    train(DPOTrainer, policy, arguments, examples, request, connection, ref_model=reference)
 
 
 def freeze(trunk, layers):
@@ -273,10 +274,11 @@ def freeze(trunk, layers):
         module.requires_grad_(requires_grad=False)
 
 
-def train(trainer, model, arguments, examples, request, connection):
+def train(trainer, model, arguments, examples, request, connection, **models):
     """Runs a trainer whose steps wait for requests."""
     trainer(
         model=model,
+        **models,
         args=arguments,
         train_dataset=examples,
         processing_class=tokenizer_of(request),

@@ -15,7 +15,7 @@ from rlhf_jax.runtime.config import parse
 from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark import command, environment
 from scripts.benchmark.programs import abstract, make_program
-from scripts.benchmark.settings import NAMES, BenchmarkConfig, PeerSettings
+from scripts.benchmark.settings import NAMES, BenchmarkConfig, BenchmarkError, PeerSettings
 from scripts.benchmark.workloads import (
     GPU_WORKLOADS,
     WORKLOADS,
@@ -40,7 +40,7 @@ def test_workloads_are_chosen_in_the_order_of_the_table():
     for platform in ("cpu", "gpu"):
         assert [each.name for each in config.chosen(platform)] == ["sft_mid", "ppo_mid"]
     assert BenchmarkConfig().chosen("cpu") == WORKLOADS
-    assert len(NAMES) == 17
+    assert len(NAMES) == 19
 
 
 def test_workloads_for_a_gpu_need_a_gpu():
@@ -102,7 +102,7 @@ def test_the_command_runs_from_any_folder(tmp_path):
     ("number", "error", "text"),
     [
         (signal.SIGINT, KeyboardInterrupt, "^Interrupted; the same command measures everything"),
-        (signal.SIGTERM, SystemExit, "^143$"),
+        (signal.SIGTERM, benchmark._TerminatedError, "^15$"),
     ],
 )
 def test_a_signal_ends_the_command_with_an_exception(number, error, text, monkeypatch):
@@ -116,6 +116,17 @@ def test_a_signal_ends_the_command_with_an_exception(number, error, text, monkey
             benchmark.measure(BenchmarkConfig())
     finally:
         signal.signal(signal.SIGINT, interrupted)
+
+
+def test_a_failed_check_and_a_signal_are_statuses_of_the_command(monkeypatch, capsys):
+    def fail(config):
+        raise BenchmarkError("the check failed")
+
+    monkeypatch.setattr(command, "run_benchmark", fail)
+    assert benchmark.main([]) == 2
+    assert capsys.readouterr().err == "error: the check failed.\n"
+    monkeypatch.setattr(command, "run_benchmark", lambda config: os.kill(os.getpid(), 15))
+    assert benchmark.main([]) == 143
 
 
 def test_sizes_of_workloads():
