@@ -48,6 +48,7 @@ def test_the_network_of_plain_jax_scores_the_distribution_it_samples_from(exampl
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 def test_losses_fall_and_accuracy_rises_with_flax_nnx(example):
     flax_nnx = example("flax_nnx")
     losses, accuracies = flax_nnx.main()
@@ -70,6 +71,7 @@ def test_texts_of_flax_nnx_count_and_have_as_many_mistakes_as_asked_for(example)
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 def test_the_sweep_is_one_program_whose_rows_are_the_single_runs(example, capsys):
     sweep = example("sweep")
     metrics = jax.device_get(sweep.main())
@@ -93,6 +95,7 @@ def test_the_sweep_is_one_program_whose_rows_are_the_single_runs(example, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 def test_the_sweep_shows_what_its_coefficients_do(example, monkeypatch):
     sweep = example("sweep")
     monkeypatch.setattr(sweep, "ITERATIONS", 20)

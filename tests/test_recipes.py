@@ -196,11 +196,13 @@ def tldr(tmp_path_factory):
     return folder / "runs" / "tldr", all_metrics
 
 
+@pytest.mark.newest
 def test_tldr_runs_a_few_steps(tldr):
     folder, metrics = tldr
     assert_ran(metrics, folder / "ppo", "\nTL;DR:")
 
 
+@pytest.mark.newest
 def test_tldr_trains_upper_layers_on_scores_less_those_of_the_references(tldr):
     folder, metrics = tldr
     parts = (metrics[f"ppo/objective/{name}_scores"] for name in ("raw", "reference"))
@@ -213,11 +215,13 @@ def test_tldr_trains_upper_layers_on_scores_less_those_of_the_references(tldr):
         assert np.any(frozen["ln_f"]["bias"] != sft["ln_f"]["bias"])
 
 
+@pytest.mark.newest
 def test_hh_runs_a_few_steps(tmp_path):
     metrics = run("configs/hh/rlhf.yaml", tmp_path)
     assert_ran(metrics, tmp_path / "runs" / "hh" / "ppo", "\n\nAssistant:")
 
 
+@pytest.mark.newest
 def test_imdb_runs_a_few_steps_with_a_reward_model_that_is_there(tldr, tmp_path):
     reward_path = str(tldr[0] / "reward" / "hf")
     metrics = run("configs/imdb/rlhf.yaml", tmp_path, reward_path=reward_path)
@@ -239,6 +243,7 @@ class WordCounter:
         return {"compound": 1.0 if text.startswith("SUB") else -1.0}
 
 
+@pytest.mark.newest
 def test_smollm2_runs_a_few_steps_on_a_tiny_decoder(tmp_path, monkeypatch):
     module = types.SimpleNamespace(SentimentIntensityAnalyzer=WordCounter)
     monkeypatch.setitem(sys.modules, "vaderSentiment", types.ModuleType("vaderSentiment"))

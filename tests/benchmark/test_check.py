@@ -10,6 +10,8 @@ from scripts.benchmark import check
 from scripts.benchmark.settings import BenchmarkError
 from scripts.benchmark.workloads import WORKLOADS
 
+pytestmark = pytest.mark.newest
+
 BLOCK = attention.BLOCK
 SMALL = {workload.name: check.small_workload(workload, (7, 5)) for workload in WORKLOADS}
 

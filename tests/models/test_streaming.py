@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.newest
 def test_eight_devices_read_their_parts_and_are_written(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.eight_devices", str(tmp_path)],

@@ -14,7 +14,7 @@ from rlhf_jax.runtime.run.signals import Interrupted
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from tests import small
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ from tests.parallel.compiled_steps import (
     WIDTH,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLLOUTS = ("gpt2 rollout 2x2x2", "qwen3 rollout 1x8x1")

@@ -15,7 +15,7 @@ from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from tests import small
 from tests.parallel.several_processes import STOP_AT, TRAIN, make_configs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # after which processes are ended that should have come to an end

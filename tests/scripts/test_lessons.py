@@ -151,6 +151,7 @@ def grid_world(lesson, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 def test_every_method_scores_between_the_random_and_the_optimal_policy(grid_world):
     module, result, _ = grid_world
     for method in module.METHODS:
@@ -163,6 +164,7 @@ def test_every_method_scores_between_the_random_and_the_optimal_policy(grid_worl
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 def test_ppo_learns_from_the_fewest_episodes(grid_world):
     module, result, _ = grid_world
     means = {name: x[:, :, 19].mean() for name, x in result["curves"].items()}
@@ -171,6 +173,7 @@ def test_ppo_learns_from_the_fewest_episodes(grid_world):
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 def test_without_clipping_a_large_learning_rate_scores_lowest(grid_world):
     module, result, _ = grid_world
     names = list(module.SURROGATES)
@@ -184,6 +187,7 @@ def test_without_clipping_a_large_learning_rate_scores_lowest(grid_world):
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 def test_the_grid_is_one_program_per_method_and_one_for_the_table(grid_world):
     module, _, folder = grid_world
     assert module.train_method._cache_size() == len(module.METHODS)

@@ -11,7 +11,7 @@ from rlhf_jax.runtime import run_evaluate, run_generate
 from rlhf_jax.runtime.commands import generate, terminal
 from tests.runtime.messages import message
 
-NOWHERE = {"model": {"path": "nowhere"}, "prompt": "p"}  # an error once the model is read
+NOWHERE = {"model": {"path": "./nowhere"}, "prompt": "p"}  # an error once the model is read
 
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
 

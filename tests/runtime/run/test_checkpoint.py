@@ -103,7 +103,6 @@ def test_a_checksum_is_that_of_a_loop_and_sees_every_element(array):
 
 DAMAGES = {
     "deleted": lambda data: None,
-    "emptied": lambda data: b"",
     "cut": lambda data: data[: len(data) // 2],
     "flipped": lambda data: (
         data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
