@@ -90,6 +90,7 @@ def _sampled(config: PairsConfig, output: epath.Path, sources: Any, mesh: Any) -
     prompts = encode_prompts(examples, tokenizer, data)
     sampler = ScoredSampler(model, tokenizer, config.generation, rewards, mesh)
     sampled = SampledSet(_samples_file(output), config.num_samples, config.seed)
-    mark = mark_of(examples, prompts, sampler, params, reward_params, sources, sampled)
+    dtype = loading.compute_dtype(config.model.dtype)
+    mark = mark_of(examples, prompts, sampler, params, reward_params, sources, sampled, dtype)
     arguments = (sampler, params, reward_params, examples, prompts, mark)
     return sampled.completed(*arguments, shown=True)

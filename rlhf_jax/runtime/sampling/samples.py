@@ -43,7 +43,7 @@ from rlhf_jax.runtime.run.records import digest, fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Examples = Sequence[Mapping[str, Any]]
+Examples = list[dict[str, Any]]
 Mark = dict[str, Any]  # what the responses in a file depend on: a value by its name in words
 
 
@@ -93,7 +93,8 @@ class ScoredSampler:
         """
         if self._sample is None:
             self._sample = self._place.rollout(sampler(self.model, self.generation), params)
-        batch = PromptBatch(*(np.repeat(array, num_samples, axis=0) for array in batch[:3]))
+        arrays: Any = (np.repeat(array, num_samples, axis=0) for array in batch[:3])
+        batch = PromptBatch(*arrays)
         rollout = self._sample(params, hosts.from_host(batch, self._place.batch), key)
         tokens, mask, _ = hosts.to_host(rollout)
         real = np.asarray(batch.prompt_mask).any(axis=1)
@@ -102,7 +103,7 @@ class ScoredSampler:
             batch.prompts[real],
             batch.prompt_mask[real],
             [(tokens[real], mask[real])],
-            columns_of(list(examples), batch.indices[real]),
+            columns_of(examples, batch.indices[real]),
             batch.indices[real],
             self.model.stop_token_ids,
         )
@@ -229,6 +230,7 @@ def mark_of(
     reward_params: Sequence[Params],
     sources: Sequence[NamedSource],
     sampled: SampledSet,
+    dtype: str,
 ) -> Mark:
     """What the responses and scores depend on; of a function in Python, its name."""
     tokens = [np.asarray(array).tolist() for array in prompts[:2]]
@@ -241,7 +243,7 @@ def mark_of(
         "the SHA-256 of its tokenizer": digest([vocabulary, sampler.tokenizer.chat_template]),
         "the SHA-256 of the rewards' settings": digest(rewards),
         "the checksum of the reward models": f"{int(fingerprint(tuple(reward_params))):08x}",
-        "the dtype": str(sampler.model.dtype),
+        "model.dtype": dtype,
         "the number of responses to a prompt": sampled.num_samples,
         "the seed": sampled.seed,
         **{
@@ -269,7 +271,7 @@ def check_functions(sources: Sequence[NamedSource], examples: Examples) -> None:
     """Raises an InputError if a reward in Python does not take the columns of the data."""
     for _, _, function in sources:
         if function is not None:
-            check_call(function, columns_of(list(examples), [0]))
+            check_call(function, columns_of(examples, [0]))
 
 
 def _entries(examples: Examples, responses: Responses, scores: np.ndarray) -> list[dict[str, Any]]:

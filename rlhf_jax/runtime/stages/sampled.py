@@ -20,6 +20,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     evaluation_of,
     save_evaluation,
 )
+from rlhf_jax.runtime.loading import compute_dtype
 from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
 from rlhf_jax.runtime.run.folder import disk_errors, encode_line, replace_file
 from rlhf_jax.runtime.run.progress import show_note
@@ -91,7 +92,8 @@ class SampledStage(OfflineStage):
         file, settings = epath.Path(config.run_dir) / SAMPLED, config.settings
         sampled = SampledSet(file, settings.num_samples, config.seed)
         data = (self.params, self._reward_params)
-        mark = mark_of(examples, prompts, self._sampler, *data, self.sources, sampled)
+        dtype = compute_dtype(config.model.dtype)
+        mark = mark_of(examples, prompts, self._sampler, *data, self.sources, sampled, dtype)
         shown = config.logging.progress and hosts.is_first()
         return sampled.completed(self._sampler, *data, examples, prompts, mark, shown)
 
