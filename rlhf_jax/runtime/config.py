@@ -272,7 +272,7 @@ class PairsConfig(CommandConfig):
     data: DataSettings = DataSettings(max_prompt_length=2**20)
     rewards: tuple[RewardSource, ...] = ()
     generation: GenerationSettings = GenerationSettings()
-    num_samples: checks.PositiveInt = 4
+    num_samples: int = 4
     keep_truncated: bool = False
     output: str = "pairs.jsonl"
 
