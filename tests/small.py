@@ -72,6 +72,21 @@ def kto(run_dir, model_path, **sections):
     return _laid_over(config, sections)
 
 
+def rft(run_dir, model_path, **sections):
+    """The configuration of rejection sampling: 12 prompts in three batches, then three steps."""
+    data = {"builtin_rows": 12, "eval_rows": 4, "max_prompt_length": 16, "max_length": 48}
+    base = {
+        "model": {"path": f"{model_path}/hf"},
+        "data": data | {"packing": False},
+        "optimizer": {"learning_rate": 1e-3},
+        "rewards": [{"function": "tests.small:short_response"}],
+        "rft": {"num_samples": 3, "keep_truncated": True, "batch_size": 4, "dropout": False},
+        "generation": {"max_new_tokens": 8, "batch_size": 4},
+        "logging": LOGGING,
+    }
+    return _laid_over(base, sections) | {"run_dir": str(run_dir)}
+
+
 def ppo(run_dir, model_path, reward_path=None, **sections):
     """The configuration of a PPO run of four iterations; its KL coefficient adapts."""
     base = {

@@ -40,6 +40,7 @@ RUNTIME_ROOMS = (
     "loading",
     "rewards",
     "evaluation",
+    "sampling",
     "report",
     "stages",
     "compilation",

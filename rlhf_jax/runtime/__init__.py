@@ -1,8 +1,8 @@
 """The commands as Python calls.
 
 `train_NAME(config)` for each trainer in `rlhf_jax.training.TRAINERS` (`train_sft`, `train_reward`,
-`train_ppo`, ...), `run_rlhf`, `run_generate` and `run_evaluate`. Nothing is imported before it is
-used.
+`train_ppo`, ...), `run_rlhf`, `run_generate`, `run_evaluate` and `run_pairs`. Nothing is imported
+before it is used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rlhf_jax.runtime.commands.pipeline import run_rlhf as run_rlhf
     from rlhf_jax.runtime.commands.train import train as train
     from rlhf_jax.runtime.run.stage import StageResult
+    from rlhf_jax.runtime.sampling.pairs import run_pairs as run_pairs
 
     train_sft: Callable[..., StageResult]
     train_reward: Callable[..., StageResult]
@@ -29,6 +30,7 @@ _get, _, __all__ = lazy_names(
     {
         "run_evaluate": f"{_COMMANDS}.evaluate",
         "run_generate": f"{_COMMANDS}.generate",
+        "run_pairs": "rlhf_jax.runtime.sampling.pairs",
         "run_rlhf": f"{_COMMANDS}.pipeline",
         "train": f"{_COMMANDS}.train",
     },

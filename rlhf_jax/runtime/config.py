@@ -69,7 +69,8 @@ class RunConfig(CommandConfig):
 
     The configuration of a trainer adds the section with its own settings, under its name, and:
     `generation` for offline training of a policy, `rewards` and `evaluation` for online training,
-    and `ptx` where texts may be mixed in.
+    `rewards` where responses are sampled before the first step, and `ptx` where texts may be mixed
+    in.
 
     Attributes:
       run_dir: the folder that the run writes, local or an address such as gs://.
@@ -106,6 +107,28 @@ def _check_texts(config: RunConfig) -> None:
         )
 
 
+def _check_samples(config: RunConfig) -> None:
+    """The `__post_init__` of trainers that sample first: an InputError if that is of no use."""
+    CommandConfig.__post_init__(config)
+    name, generation, data = config.trainer.name, config.section("generation"), config.data
+    _check_temperature(f"{name}.num_samples", config.settings.num_samples, generation)
+    if generation.max_new_tokens > data.max_response_length:
+        raise InputError(
+            f"generation.max_new_tokens = {generation.max_new_tokens} exceeds "
+            f"data.max_response_length = {data.max_response_length}, so that long responses would "
+            "be trained on without their end; lower it, or set that higher."
+        )
+
+
+def _check_temperature(key: str, num_samples: int, generation: GenerationSettings) -> None:
+    """Raises an InputError where several responses to a prompt would all be equal."""
+    if num_samples > 1 and generation.temperature == 0:
+        raise InputError(
+            f"generation.temperature is 0, so that the {num_samples} responses of {key} would all "
+            "be equal; set it above 0."
+        )
+
+
 @functools.cache
 def config_of(trainer: Trainer) -> type[RunConfig]:
     """The configuration of a trainer's command."""
@@ -116,6 +139,9 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
         fields += [("evaluation", EvaluationSettings, EvaluationSettings())]
         notes += ["rewards: sources of scores, beside `model.reward_path` and added up."]
     elif trainer.trains == "policy":
+        if trainer.samples_first:
+            fields += [("rewards", tuple[RewardSource, ...], ())]
+            notes += ["rewards: sources of scores, beside `model.reward_path` and added up."]
         fields += [("generation", GenerationSettings, GenerationSettings())]
     if trainer.mixes_texts:
         fields += [("ptx", DataSettings, DataSettings())]
@@ -132,6 +158,8 @@ def config_of(trainer: Trainer) -> type[RunConfig]:
     namespace["length_settings"] = (f"{trainer.name}.{length}",)
     if trainer.mixes_texts:
         namespace["__post_init__"] = _check_texts
+    if trainer.samples_first:
+        namespace["__post_init__"] = _check_samples
     kind = dataclasses.make_dataclass(
         f"{trainer.label.replace(' ', '')}Config",
         fields,
@@ -225,6 +253,42 @@ class GenerateConfig(CommandConfig):
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the section `data` of the model's run."""
         return with_data_of_run(values, "path", quiet="prompt" in values)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig(CommandConfig):
+    """Preference pairs of a model's responses: the best and the worst of several by a score.
+
+    Attributes:
+      data: settings that are not given are those of the run whose model is opened; the training
+        examples are the prompts.
+      rewards: sources of scores, beside `model.reward_path` and added up.
+      num_samples: responses that are sampled for each prompt, 2 or more.
+      keep_truncated: also takes responses that reached `generation.max_new_tokens` without EOS.
+      output: the JSONL file to write; the responses are in another one beside it.
+    """
+
+    # The length of prompts is bounded by the positions of the model, unless it is set.
+    data: DataSettings = DataSettings(max_prompt_length=2**20)
+    rewards: tuple[RewardSource, ...] = ()
+    generation: GenerationSettings = GenerationSettings()
+    num_samples: int = 4
+    keep_truncated: bool = False
+    output: str = "pairs.jsonl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 2:
+            raise InputError(
+                f"num_samples is {self.num_samples}, but a pair needs two responses: set it to 2 "
+                "or more."
+            )
+        _check_temperature("num_samples", self.num_samples, self.generation)
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With the section `data` of the model's run."""
+        return with_data_of_run(values, "path")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rlhf_jax.training import (
     kto_settings,
     ppo_settings,
     reward_settings,
+    rft_settings,
     sft_settings,
 )
 from rlhf_jax.training.trainer import Trainer
@@ -28,6 +29,7 @@ TRAINERS: tuple[Trainer, ...] = (
     ppo_settings.TRAINER,
     dpo_settings.TRAINER,
     kto_settings.TRAINER,
+    rft_settings.TRAINER,
 )
 
 __getattr__, __dir__, __all__ = lazy_names(

@@ -8,21 +8,30 @@ from rlhf_jax.training.trainer import Headline, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OfflineSettings):
-    """The section `sft` of a configuration.
+class TextSettings(OfflineSettings):
+    """Settings of training on the tokens of texts, wherever these come from.
 
     Attributes:
       dropout: trains with the dropout rates of the model's configuration.
       label_smoothing, z_loss: of `functional.cross_entropy_loss`.
+    """
+
+    dropout: bool = True
+    label_smoothing: FractionBelowOne = 0.0
+    z_loss: NonNegativeFloat = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TextSettings):
+    """The section `sft` of a configuration.
+
+    Attributes:
       rouge_rows: held-out examples, the first ones, whose ROUGE each evaluation computes: of the
         likeliest next tokens, each after the true ones, against the completion.
     """
 
     section = "sft"  # of the configuration; without an annotation it is no field
 
-    dropout: bool = True
-    label_smoothing: FractionBelowOne = 0.0
-    z_loss: NonNegativeFloat = 0.0
     rouge_rows: NonNegativeInt = 0
 
 

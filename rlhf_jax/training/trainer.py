@@ -38,6 +38,9 @@ class Trainer:
       reads: settings -> the kind of examples that it is trained on.
       online: whether it samples responses and scores them; such a trainer has the sections
         `rewards` and `evaluation`.
+      samples_first: whether the examples that it `reads` are made before the first step, of
+        responses that the model samples to the prompts of the data set and that are scored; such a
+        trainer has the section `rewards`.
       trains: a language model, or a reward model.
       optimizer: its default optimizer settings.
       first_settings: names of its settings that the help lists first.
@@ -58,6 +61,7 @@ class Trainer:
     settings: type
     reads: Callable[[Any], Kind]
     online: bool = False
+    samples_first: bool = False
     trains: Literal["policy", "reward_model"] = "policy"
     optimizer: OptimizerSettings = OptimizerSettings()
     first_settings: tuple[str, ...] = ("batch_size",)
@@ -68,6 +72,15 @@ class Trainer:
     has_value_model: bool = False
     mixes_texts: bool = False
     module: str = ""
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether responses are scored, before the first step or during training."""
+        return self.online or self.samples_first
+
+    def kind_in_data(self, settings: Any) -> Kind:
+        """The kind of examples that the data set holds."""
+        return "prompts" if self.samples_first else self.reads(settings)
 
     @property
     def command(self) -> str:

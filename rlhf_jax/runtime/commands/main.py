@@ -82,7 +82,7 @@ def all_commands() -> list[Command]:
             "memory and FLOPs of a step on devices that are not there",
             compile_for.main,
         ),
-        Command("pairs", "preference pairs from texts with labels, or from prompts", pairs.main),
+        Command("pairs", "preference pairs from labels, from prompts, or from samples", pairs.main),
         Command("report", "the page of a run, or one page of several runs", report.main),
     ]
 
@@ -104,7 +104,9 @@ def _command(
 
 def _training_command(trainer: Trainer) -> Command:
     inputs = (
-        (*_MODELS, "data.path") if trainer.online else ("model.path", "data.path", "data.eval_path")
+        (*_MODELS, "data.path")
+        if trainer.has_rewards
+        else ("model.path", "data.path", "data.eval_path")
     )
     own = tuple(f"{trainer.name}.{name}" for name in trainer.first_settings)
     return _command(

@@ -1,4 +1,4 @@
-"""Preference pairs from other data: `rlhf pairs by-label` and `rlhf pairs by-prompt`."""
+"""Preference pairs from other data: `rlhf pairs by-label`, `by-prompt` and `sample`."""
 
 import argparse
 import inspect
@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rlhf_jax import runtime
 from rlhf_jax.data.conversations import Examples
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
+from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.commands.terminal import INPUT_ERROR
+from rlhf_jax.runtime.config import PairsConfig
 
 
 def pair_by_label(
@@ -99,11 +102,23 @@ def pair_by_prompt(source: str, output: str, *, split: str = "train", seed: int 
     return _write(pairs, output)
 
 
+def sample(config: PairsConfig) -> None:
+    """Makes pairs of a model's own responses: the best and the worst of several by a score."""
+    from rlhf_jax.runtime.commands.generate import check_output
+
+    check_output(config.output)
+    print(f"{runtime.run_pairs(config)} pairs")
+
+
+SAMPLE_FIRST = (
+    *("model.path", "model.reward_path", "data.path", "output", "num_samples", "keep_truncated"),
+    *("generation.max_new_tokens", "generation.temperature", "seed"),
+)
 COMMANDS: dict[str, Callable[..., int]] = {"by-label": pair_by_label, "by-prompt": pair_by_prompt}
 
 
 def main(argv: Sequence[str], prog: str = "rlhf pairs", name: str | None = None) -> int:
-    """Runs `rlhf pairs` and prints the number of pairs.
+    """Runs `rlhf pairs` and prints the number of pairs; `sample` has a configuration as `rlhf sft`.
 
     Args:
       argv: the command-line arguments.
@@ -113,6 +128,9 @@ def main(argv: Sequence[str], prog: str = "rlhf pairs", name: str | None = None)
     Returns:
       The exit status: 0, or 2 after an `InputError`.
     """
+    if name is None and argv[:1] == ["sample"]:
+        rest = argv[1:]
+        return terminal.run_command(f"{prog} sample", PairsConfig, sample, rest, first=SAMPLE_FIRST)
     arguments = vars(_parser(prog, name).parse_args(argv))
     command = COMMANDS[arguments.pop("command", name)]
     try:
@@ -131,9 +149,13 @@ def _parser(prog: str, name: str | None) -> argparse.ArgumentParser:
         return parser
     commands = parser.add_subparsers(dest="command", required=True)
     for key, function in COMMANDS.items():
-        summary = inspect.cleandoc(function.__doc__ or "").partition("\n")[0]
-        _add_arguments(commands.add_parser(key, help=summary), function)
+        _add_arguments(commands.add_parser(key, help=_summary(function)), function)
+    commands.add_parser("sample", help=_summary(sample))
     return parser
+
+
+def _summary(function: Callable[..., object]) -> str:
+    return inspect.cleandoc(function.__doc__ or "").partition("\n")[0]
 
 
 def _add_arguments(parser: argparse.ArgumentParser, function: Callable[..., int]) -> None:

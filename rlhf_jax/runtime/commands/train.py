@@ -16,6 +16,7 @@ from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
+from rlhf_jax.runtime.stages.sampled import SampledStage
 from rlhf_jax.runtime.stages.shared import data_fingerprints
 from rlhf_jax.training.trainer import Trainer
 
@@ -32,9 +33,9 @@ def train(
     Args:
       trainer: its record, or its name.
       config: a configuration of the class `config_of(trainer)`, a YAML file, or a nested dict.
-      reward_fn: for online trainers: f(prompts, completions, **columns) -> one number for each
-        completion, columns being the other columns of the data set. It has weight 1 beside the
-        sources of `rewards`, and replaces a `model.reward_path` that none of these stands for.
+      reward_fn: for trainers that score responses: f(prompts, completions, **columns) -> one number
+        for each completion, columns being the other columns of the data set. It has weight 1 beside
+        the sources of `rewards`, and replaces a `model.reward_path` that none of these stands for.
 
     Returns:
       The run folder, and the last value of each metric.
@@ -44,14 +45,18 @@ def train(
     """
     trainer = trainer_named(trainer) if isinstance(trainer, str) else trainer
     settings = resolve(config_of(trainer), config)
-    if reward_fn is not None and not trainer.online:
+    if reward_fn is not None and not trainer.has_rewards:
         raise InputError(f"{trainer.name} reads no rewards; call it without reward_fn.")
     join(settings.distributed)
 
     def make_stage():
         shown = settings.logging.progress and hosts.is_first()
         with preparing(trainer.name, "loading the data and the model", shown=shown):
-            return OnlineStage(settings, reward_fn) if trainer.online else OfflineStage(settings)
+            if trainer.online:
+                return OnlineStage(settings, reward_fn)
+            if trainer.samples_first:
+                return SampledStage(settings, reward_fn)
+            return OfflineStage(settings)
 
     fingerprints = functools.partial(data_fingerprints, settings)
     return loop.run(make_stage, settings, fingerprints)
@@ -82,10 +87,10 @@ def train_function(trainer: Trainer) -> Callable[..., StageResult]:
     def offline(config):
         return train(trainer, config)
 
-    def online(config, reward_fn=None):
+    def scored(config, reward_fn=None):
         return train(trainer, config, reward_fn)
 
-    call: Callable[..., StageResult] = online if trainer.online else offline
+    call: Callable[..., StageResult] = scored if trainer.has_rewards else offline
     call.__name__ = call.__qualname__ = f"train_{trainer.name}"
     summary = trainer.summary[:1].upper() + trainer.summary[1:]
     call.__doc__ = f"{summary}; arguments and result are those of `train`."

@@ -37,7 +37,8 @@ class EvaluatedResponses(NamedTuple):
 
     Attributes:
       prompts, responses: texts.
-      kl: f32[N], summed log-ratio to the reference in nats, an estimate of KL(policy || reference).
+      kl: f32[N], summed log-ratio to the reference in nats, an estimate of KL(policy || reference),
+        or None.
       lengths: i64[N], tokens, EOS included.
       scores: f32[N] by the rewards, or None.
       gold: f64[N], the gold score, or None.
@@ -46,7 +47,7 @@ class EvaluatedResponses(NamedTuple):
 
     prompts: list[str]
     responses: list[str]
-    kl: np.ndarray
+    kl: np.ndarray | None
     lengths: np.ndarray
     scores: np.ndarray | None
     gold: np.ndarray | None

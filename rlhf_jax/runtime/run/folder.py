@@ -287,10 +287,15 @@ def config_text(config: Any) -> str:
     return f"# {name}: {command}\n{to_yaml(config)}" if command else f"# {name}\n{to_yaml(config)}"
 
 
+# Files that are no results, as another configuration may continue from them: those of sampled
+# responses have a mark of the settings that they depend on (`runtime/sampling`).
+_NO_RESULTS = ("config.yaml", "lock", "sampled.jsonl", "sampled.json", "selected.jsonl")
+
+
 def _has_results(folder: epath.Path) -> bool:
     """Whether a folder holds results of a run; else its configuration may change."""
     return any(
-        _has_results(path) if path.is_dir() else path.name not in ("config.yaml", "lock")
+        _has_results(path) if path.is_dir() else path.name not in _NO_RESULTS
         for path in folder.iterdir()
     )
 

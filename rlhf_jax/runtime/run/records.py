@@ -1,11 +1,12 @@
 """The record that a checkpoint holds beside its arrays: their shapes, dtypes and checksums."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -121,6 +122,14 @@ def inspect(tree: Any) -> tuple[jax.Array, jax.Array]:
     floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats] or [jnp.array(True)])
     return jnp.all(finite), jnp.stack([checksum(x) for x in leaves])
+
+
+def digest(values: Iterable[Any]) -> str:
+    """The first 16 digits of the SHA-256 of values that JSON holds."""
+    total = hashlib.sha256()
+    for value in values:
+        total.update(json.dumps(value, sort_keys=True, default=repr).encode() + b"\n")
+    return total.hexdigest()[:16]
 
 
 def array_specs(tree: Any) -> dict[str, list]:

@@ -13,6 +13,7 @@ from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.rollout.shaping import check_stop_tokens
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.loading import check_positions
+from rlhf_jax.runtime.sampling.samples import check_sampled_positions
 
 
 def check_run(config: RunConfig, model: Model, mesh: Mesh) -> None:
@@ -37,6 +38,8 @@ def check_offline(config: RunConfig, model: Model, mesh: Mesh) -> None:
     """The lengths and batch sizes of an offline run."""
     name, settings = config.trainer.name, config.settings
     check_lengths(config.trainer.reads(settings), config.data, model)
+    if config.trainer.samples_first:
+        check_sampling(config, model, mesh)
     check_parts(mesh, f"{name}.batch_size", settings.batch_size, 1, settings, name)
     check_batch_size(mesh, f"{name}.eval_batch_size", settings.eval_batch_size)
 
@@ -48,6 +51,13 @@ def check_lengths(kind: str, data: DataSettings, model: Model, name: str = "data
         return
     longest = data.max_prompt_length + data.max_response_length
     check_positions(model, longest, f"{name}.max_prompt_length + {name}.max_response_length")
+
+
+def check_sampling(config: RunConfig, model: Model, mesh: Mesh) -> None:
+    """The lengths and batch sizes of responses that are sampled before the first step."""
+    generation = config.section("generation")
+    check_sampled_positions(model, config.data.max_prompt_length, generation)
+    check_batch_size(mesh, "generation.batch_size", generation.batch_size)
 
 
 def check_online(config: RunConfig, model: Model, mesh: Mesh) -> None:

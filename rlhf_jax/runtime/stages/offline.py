@@ -29,13 +29,15 @@ class OfflineStage(shared.BaseStage):
         super().__init__(config)
         settings, data = config.settings, config.data
         kind = self.trainer.reads(settings)
-        train, held_out = self.load_examples(data, kind)
-        self.load_policy(lambda: map(shared.text_of, train))
+        train, held_out = self._load()
         train_batch = encode_examples(kind, train, self.tokenizer, data)
         self.batches = Batches(
             train_batch, settings.batch_size, config.seed, buckets=data.length_buckets
         )
-        self.held_out = encode_examples(kind, held_out, self.tokenizer, data) if held_out else None
+        self.held_out = None
+        if held_out:
+            held_out_kind = self.trainer.kind_in_data(settings)
+            self.held_out = encode_examples(held_out_kind, held_out, self.tokenizer, data)
         if self.trainer.trains == "policy":
             check_judged(kind, train_batch, self.held_out)
         self.total_steps = math.ceil(settings.num_epochs * self.batches.steps_per_epoch)
@@ -51,6 +53,13 @@ class OfflineStage(shared.BaseStage):
             train_batch,
             self.held_out,
         )
+
+    def _load(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Tokenizer, model, and the training and held-out examples."""
+        kind = self.trainer.reads(self.config.settings)
+        train, held_out = self.load_examples(self.config.data, kind)
+        self.load_policy(lambda: map(shared.text_of, train))
+        return train, held_out
 
     def _compile(self) -> None:
         steps, settings = self.steps, self.config.settings

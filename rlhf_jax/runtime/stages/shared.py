@@ -1,8 +1,6 @@
 """Parts of the stages: keys, models, batches on the mesh, saved states, the export."""
 
 import functools
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,7 +23,7 @@ from rlhf_jax.runtime.loading import choose_tokenizer, load_model
 from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.run.folder import disk_errors, is_remote
 from rlhf_jax.runtime.run.progress import show_note
-from rlhf_jax.runtime.run.records import fingerprint
+from rlhf_jax.runtime.run.records import digest, fingerprint
 from rlhf_jax.runtime.stages import memory
 from rlhf_jax.runtime.stages.checks import check_run
 
@@ -76,7 +74,7 @@ class BaseStage:
         content = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
         self.fingerprints["The tokenizer"] = {
             "the number of tokens": len(self.tokenizer),
-            "its SHA-256": _digest(content),
+            "its SHA-256": digest(content),
         }
         model_key, self.key, self.eval_key = stage_keys(config.seed, self.name)
         self.mesh = make_mesh(config.mesh)
@@ -127,7 +125,7 @@ class BaseStage:
 
 def data_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The fingerprints of the examples that a stage of this configuration would read."""
-    kinds = [(config.data, config.trainer.reads(config.settings))]
+    kinds = [(config.data, config.trainer.kind_in_data(config.settings))]
     if config.trainer.mixes_texts and config.settings.ptx_coef:
         kinds.append((config.section("ptx"), "text"))
     fingerprints: dict[str, dict[str, Any]] = {}
@@ -144,16 +142,9 @@ def examples_fingerprint(
         f"The {kind.removesuffix('s')}s in {data.path}": {
             "the number of training examples": len(train),
             "the number of held-out examples": len(held_out),
-            "the SHA-256 of the examples": _digest([*train, None, *held_out]),
+            "the SHA-256 of the examples": digest([*train, None, *held_out]),
         }
     }
-
-
-def _digest(values: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(json.dumps(value, sort_keys=True, default=repr).encode() + b"\n")
-    return digest.hexdigest()[:16]
 
 
 def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
