@@ -10,6 +10,7 @@ from rlhf_jax.lazy import lazy_names
 from rlhf_jax.training import (
     dpo_settings,
     kto_settings,
+    online_dpo_settings,
     ppo_settings,
     reward_settings,
     sft_settings,
@@ -28,6 +29,7 @@ TRAINERS: tuple[Trainer, ...] = (
     ppo_settings.TRAINER,
     dpo_settings.TRAINER,
     kto_settings.TRAINER,
+    online_dpo_settings.TRAINER,
 )
 
 __getattr__, __dir__, __all__ = lazy_names(
