@@ -36,9 +36,7 @@ def responses():
 
 @pytest.fixture(scope="module")
 def state(model, params, ref_params):
-    return online_dpo.init_state(
-        model, params, SETTINGS, KEY, optimizer=SGD, ref_params=ref_params
-    )
+    return online_dpo.init_state(model, params, SETTINGS, KEY, optimizer=SGD, ref_params=ref_params)
 
 
 @pytest.fixture(scope="module")

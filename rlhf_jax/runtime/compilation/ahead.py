@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import AnyBatch
 from rlhf_jax.data.settings import DataSettings

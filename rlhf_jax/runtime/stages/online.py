@@ -248,7 +248,7 @@ class OnlineStage(shared.BaseStage):
     def _score(
         self, state: Any, batch: PromptBatch, responses: Rollout
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """f32[B] or f32[B, K] scores, and the parts of their sums, float[B] or float[B * K] each."""
+        """f32[B] or f32[B, K] scores, and the parts that they are sums of, float[B * K] each."""
         if hosts.several():
             batch, responses = hosts.to_host((batch, responses))
         if self.training_judge is not None:

@@ -58,7 +58,10 @@ def test_a_further_trainer_is_compiled_from_its_record(folder, monkeypatch):
         (["--topology", "local", "--mesh.fsdp", "3"], "does not fit"),
         (["--topology", "local", "--model.attention", "cudnn"], "is of NVIDIA GPUs, which no topo"),
         (["--topology", "local", "--sft.batch", "3"], "Unknown key 'sft.batch'"),
-        (["--topology", "local", "--ppo.lam", "1"], "give --stage sft, reward, ppo, dpo or kto."),
+        (
+            ["--topology", "local", "--ppo.lam", "1"],
+            "give --stage sft, reward, ppo, dpo, kto or online_dpo.",
+        ),
     ],
 )
 def test_an_error_is_one_sentence(flags, message):
