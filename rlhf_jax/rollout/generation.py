@@ -73,8 +73,9 @@ def generate(
       top_p: keeps the smallest set of likeliest tokens with at least this probability.
       stop_token_ids: tokens that end a response.
       min_new_tokens: stop tokens cannot be drawn before this many tokens.
-      max_lengths: i32[B] or i32[B, K], a limit for each response, at most T; None is T for all.
-        All arguments except this one, the parameters, prompts and key are static.
+      max_lengths: i32[B], or i32[B, K] with `num_responses`, a limit for each response, at most T;
+        None is T for all. All arguments except this one, the parameters, prompts and key are
+        static.
       num_responses: K; None is one response, without an axis for it.
 
     Returns:

@@ -32,7 +32,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     first_entries,
     save_evaluation,
 )
-from rlhf_jax.runtime.evaluation.python_judge import win_rates
+from rlhf_jax.runtime.evaluation.python_judge import JudgeFunction, win_rates
 from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
@@ -252,7 +252,7 @@ class OnlineStage(shared.BaseStage):
         if hosts.several():
             batch, responses = hosts.to_host((batch, responses))
         if self.training_judge is not None:
-            return self._judged(batch, responses), {}
+            return self._judged(self.training_judge, batch, responses), {}
         count = self.settings.num_responses or 1
         indices = np.repeat(batch.indices, count)
         candidates = [_flat((responses.tokens, responses.mask), responses.tokens.ndim - 1)]
@@ -272,7 +272,7 @@ class OnlineStage(shared.BaseStage):
         scores, parts = self.rewards(state.frozen.get("reward", ()), scored, size)
         return scores.reshape(responses.tokens.shape[:-1]), parts
 
-    def _judged(self, batch: PromptBatch, responses: Rollout) -> np.ndarray:
+    def _judged(self, judge: JudgeFunction, batch: PromptBatch, responses: Rollout) -> np.ndarray:
         """f32[B, K]: the win rates of the responses by the judge."""
         prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
         columns = columns_of(self.examples, batch.indices)
@@ -280,7 +280,7 @@ class OnlineStage(shared.BaseStage):
             decode(self.tokenizer, responses.tokens[:, k], responses.mask[:, k])
             for k in range(responses.tokens.shape[1])
         ]
-        return win_rates(self.training_judge, prompts, texts, columns)
+        return win_rates(judge, prompts, texts, columns)
 
     def observe(self, output: Any) -> dict[str, float]:
         """The gold score of the sampled responses, where there is one."""
