@@ -96,11 +96,12 @@ def generate(
     x = model.embed(params, prompts, positions)
     x, cache = model.layers(params["layers"], x, prompt_mask, positions, room)
     assert cache is not None  # a cache goes in, so one comes out
-    each = (x[:, -1], positions[:, -1] + 1, prompt_mask[:, -1])
+    last, next_position, running = x[:, -1], positions[:, -1] + 1, prompt_mask[:, -1]
     if num_responses is not None:
-        each = tuple(jnp.repeat(part, num_responses, axis=0) for part in each)
+        last, next_position, running = (
+            jnp.repeat(part, num_responses, axis=0) for part in (last, next_position, running)
+        )
         cache = repeated(cache, num_responses)
-    last, next_position, running = each
     shape = (len(running), max_new_tokens)
     empty = Rollout(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, bool, jnp.float32)))
     if limits is not None:

@@ -374,7 +374,8 @@ def _one_each(rollout: ScoredRollout, indices: Any) -> tuple[ScoredRollout, Any]
     """K responses to each of B prompts, and their examples, as those of B * K prompts."""
     if rollout.tokens.ndim == 2:
         return rollout, indices
-    prompts, mask, *rest = rollout
     count = rollout.tokens.shape[1]
-    repeated = (np.repeat(x, count, axis=0) for x in (prompts, mask))
-    return ScoredRollout(*repeated, *_flat(rest, 2)), np.repeat(indices, count)
+    prompts, mask, indices = (
+        np.repeat(x, count, axis=0) for x in (rollout.prompts, rollout.prompt_mask, indices)
+    )
+    return ScoredRollout(prompts, mask, *_flat(rollout[2:], 2)), indices
