@@ -375,7 +375,6 @@ def _one_each(rollout: ScoredRollout, indices: Any) -> tuple[ScoredRollout, Any]
     if rollout.tokens.ndim == 2:
         return rollout, indices
     count = rollout.tokens.shape[1]
-    prompts, mask, indices = (
-        np.repeat(x, count, axis=0) for x in (rollout.prompts, rollout.prompt_mask, indices)
-    )
+    repeated: Any = (np.repeat(x, count, axis=0) for x in (*rollout[:2], indices))
+    prompts, mask, indices = repeated
     return ScoredRollout(prompts, mask, *_flat(rollout[2:], 2)), indices
