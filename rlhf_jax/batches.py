@@ -132,7 +132,7 @@ class Sequences(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Sampled responses.
+    """Sampled responses; with K to each prompt all arrays are [B, K, T].
 
     Attributes:
       tokens: i32[B, T], 0 off the mask.
@@ -147,7 +147,9 @@ class Rollout(NamedTuple):
 
 
 class ScoredRollout(NamedTuple):
-    """Sampled responses with the inputs of the PPO update.
+    """Sampled responses with the inputs of an update.
+
+    With K responses to each prompt, arrays of tokens are [B, K, T], and scores f32[B, K].
 
     Attributes:
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.

@@ -108,6 +108,14 @@ def ppo(run_dir, model_path, reward_path=None, **sections):
     return _laid_over(base, sections) | {"run_dir": str(run_dir)}
 
 
+def online_dpo(run_dir, model_path, reward_path=None, **sections):
+    """The configuration of an online DPO run of four iterations, two responses to each prompt."""
+    config = ppo(run_dir, model_path, reward_path)
+    del config["ppo"]
+    config["online_dpo"] = {"total_episodes": 64, "batch_size": 8, "response_length": 8}
+    return _laid_over(config, sections)
+
+
 def rlhf(run_dir, **sections):
     """The configuration of all three stages, of four steps each."""
     parts = {"sft": sft("-"), "reward": reward("-", "-"), "ppo": ppo("-", "-")}
@@ -148,6 +156,12 @@ def send_signal_in(patch, stage, method, at_call, number=signal.SIGINT):
 def short_response(prompts, completions, **columns):
     """A reward in Python: short responses are good."""
     return [-float(len(completion)) / 10 for completion in completions]
+
+
+def shorter_wins(prompts, responses_a, responses_b, **columns):
+    """A judge in Python, biased to the first position: the shorter response is better."""
+    lengths = ((len(a), len(b)) for a, b in zip(responses_a, responses_b, strict=True))
+    return [0.9 if b < a else 0.4 if b == a else 0.0 for a, b in lengths]
 
 
 def rows(file):

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlhf_jax.runtime import train_ppo, train_reward, train_sft  # noqa: E402
+from rlhf_jax.runtime import train  # noqa: E402
 from tests.parallel.meshes import (  # noqa: E402
     DECODER,
     FACTORISATIONS,
@@ -30,6 +30,7 @@ from tests.parallel.meshes import (  # noqa: E402
     mesh_name,
     run_folder,
     sampled,
+    trainer_of,
 )
 
 ONE = (1, 1, 1)
@@ -37,10 +38,9 @@ ONE = (1, 1, 1)
 
 def main(base: str) -> int:
     """The exit status."""
-    trains = {"sft": train_sft, "reward": train_reward}
     for family in FAMILIES:
         for name, config in make_configs(base, family, ONE).items():
-            trains.get(name, train_ppo)(config)
+            train(trainer_of(name), config)
     plan = [
         (family, sizes, STAGES)
         for family in FAMILIES

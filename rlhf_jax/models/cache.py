@@ -70,6 +70,18 @@ def empty_cache(
     return Cache(keys, values, mask, 0, *others)
 
 
+def repeated(cache: Cache, times: int) -> Cache:
+    """A cache of B * times sequences: each of the B has `times` places in a row."""
+
+    def repeat(part):
+        axis = part.ndim - 4  # 1 of a stack of layers, 0 of one layer
+        part = jnp.repeat(part, times, axis)
+        return constrain_cache(part) if axis else part
+
+    memories = jax.tree.map(repeat, cache.memories)
+    return cache.updated(memories, jnp.repeat(cache.mask, times, axis=0), cache.length)
+
+
 def is_empty(cache: Cache) -> bool:
     """Whether it is known at trace time that nothing was written yet."""
     return isinstance(cache.length, int) and cache.length == 0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.batches import Rollout
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.cache import Cache
+from rlhf_jax.models.cache import Cache, repeated
 from rlhf_jax.models.interface import Model, Params, positions_from
 from rlhf_jax.parallel.constraints import constrain_batch, constrain_batch_over_all
 from rlhf_jax.rollout.sampling import filtered_logprobs, sample_token
@@ -48,12 +48,15 @@ def generate(
     stop_token_ids: Sequence[int] = (),
     min_new_tokens: int = 0,
     max_lengths: jax.Array | None = None,
+    num_responses: int | None = None,
 ) -> Rollout:
-    """Samples one response to each prompt.
+    """Samples one response to each prompt, or several.
 
     A response ends with the first stop token, which belongs to it, or at its limit; the loop ends
     when all have ended. Step t draws with `fold_in(key, t)`, one uniform number for each index of
     the batch, so that the tokens depend neither on the number of devices nor on the other prompts.
+    Response k of K to prompt b has index b * K + k. The prompt runs once for all K, each of which
+    then has a copy of its keys and values.
     Parts of a batch that are sampled apart need a key each: with one key, equal prompts at equal
     indices of two parts have equal responses.
 
@@ -70,19 +73,22 @@ def generate(
       top_p: keeps the smallest set of likeliest tokens with at least this probability.
       stop_token_ids: tokens that end a response.
       min_new_tokens: stop tokens cannot be drawn before this many tokens.
-      max_lengths: i32[B], a limit for each response, at most T; None is T for all. All arguments
-        except this one, the parameters, prompts and key are static.
+      max_lengths: i32[B], or i32[B, K] with `num_responses`, a limit for each response, at most T;
+        None is T for all. All arguments except this one, the parameters, prompts and key are
+        static.
+      num_responses: K; None is one response, without an axis for it.
 
     Returns:
-      Rollout(tokens i32[B, T], mask bool[B, T], logprobs f32[B, T]); tokens and logprobs are 0 off
-      the mask. Logprobs, in nats, are those of the distribution sampled from; greedy ones are 0.
+      Rollout(tokens i32[..., T], mask bool[..., T], logprobs f32[..., T]), where "..." is B or
+      B, K; tokens and logprobs are 0 off the mask. Logprobs, in nats, are those of the distribution
+      sampled from; greedy ones are 0.
 
     Raises:
       InputError: P + T exceeds the model's positions, or a setting is out of its range.
     """
-    stops = tuple(stop_token_ids)
-    sampling = _Sampling(temperature, top_k, top_p, stops, min_new_tokens, max_lengths)
-    _check(model, prompts, max_new_tokens, sampling)
+    stops, limits = tuple(stop_token_ids), None if max_lengths is None else max_lengths.reshape(-1)
+    sampling = _Sampling(temperature, top_k, top_p, stops, min_new_tokens, limits)
+    _check(model, prompts, max_new_tokens, sampling, num_responses)
     batch, width = prompts.shape
     params = model.for_decoding(params)
     positions = positions_from(prompt_mask)
@@ -90,17 +96,16 @@ def generate(
     x = model.embed(params, prompts, positions)
     x, cache = model.layers(params["layers"], x, prompt_mask, positions, room)
     assert cache is not None  # a cache goes in, so one comes out
-    last = x[:, -1]
-    next_position = positions[:, -1] + 1
-
-    empty = Rollout(
-        jnp.zeros((batch, max_new_tokens), jnp.int32),
-        jnp.zeros((batch, max_new_tokens), bool),
-        jnp.zeros((batch, max_new_tokens), jnp.float32),
-    )
-    running = prompt_mask[:, -1]
-    if max_lengths is not None:
-        running &= max_lengths > 0
+    last, next_position, running = x[:, -1], positions[:, -1] + 1, prompt_mask[:, -1]
+    if num_responses is not None:
+        last, next_position, running = (
+            jnp.repeat(part, num_responses, axis=0) for part in (last, next_position, running)
+        )
+        cache = repeated(cache, num_responses)
+    shape = (len(running), max_new_tokens)
+    empty = Rollout(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, bool, jnp.float32)))
+    if limits is not None:
+        running &= limits > 0
     start = _State(jnp.int32(0), empty, running, cache._replace(length=jnp.int32(cache.length)))
     state = _write(model, params, last, start, key, sampling)
 
@@ -114,7 +119,10 @@ def generate(
         x, cache = model.layers(params["layers"], x, state.running[:, None], position, state.cache)
         return _write(model, params, x[:, -1], state._replace(cache=cache), key, sampling)
 
-    return jax.lax.while_loop(unfinished, step, state).rollout
+    rollout = jax.lax.while_loop(unfinished, step, state).rollout
+    if num_responses is None:
+        return rollout
+    return jax.tree.map(lambda part: part.reshape(batch, num_responses, -1), rollout)
 
 
 def _write(model, params, x, state: _State, key, sampling: _Sampling) -> _State:
@@ -152,8 +160,16 @@ def _draw(logits, key, t, sampling: _Sampling) -> tuple[jax.Array, jax.Array]:
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
 
 
-def _check(model: Model, prompts: jax.Array, length: int, sampling: _Sampling) -> None:
+def _check(
+    model: Model,
+    prompts: jax.Array,
+    length: int,
+    sampling: _Sampling,
+    num_responses: int | None,
+) -> None:
     width, positions = prompts.shape[1], model.config.n_positions
+    if num_responses is not None and num_responses < 1:
+        raise InputError(f"num_responses must be at least 1, but is {num_responses}.")
     if width < 1:
         raise InputError("generate needs prompts of at least one token.")
     if length < 1:

@@ -42,9 +42,10 @@ def truncate_responses(settings: SamplingSettings, rollout: Rollout) -> Rollout:
     token = _truncate_token_id(settings)
     if token is None:
         return rollout
-    positions = jnp.arange(rollout.tokens.shape[1])
-    considered = jnp.where(positions < settings.truncate_after, -1, rollout.tokens)
-    mask = rollout.mask & functional.response_mask(considered, (token,))
+    shape = rollout.tokens.shape
+    is_early = jnp.arange(shape[-1]) < settings.truncate_after
+    considered = jnp.where(is_early, -1, rollout.tokens).reshape(-1, shape[-1])
+    mask = rollout.mask & functional.response_mask(considered, (token,)).reshape(shape)
     return Rollout(jnp.where(mask, rollout.tokens, 0), mask, jnp.where(mask, rollout.logprobs, 0.0))
 
 
@@ -65,13 +66,13 @@ def check_stop_tokens(settings: ShapingSettings, stop_token_ids: Sequence[int]) 
 def shape_scores(
     settings: ShapingSettings, stop_token_ids: Sequence[int], rollout: Rollout, scores: jax.Array
 ) -> jax.Array:
-    """f32[B]: scores after the penalty of a missing EOS, and clipping."""
+    """f32[B] or f32[B, K]: scores after the penalty of a missing EOS, and clipping."""
     scores = scores.astype(jnp.float32)
-    has_end = _has_end(settings, stop_token_ids, rollout)
+    ended = has_end(settings, stop_token_ids, rollout)
     if settings.missing_eos_penalty is not None:
-        scores = scores - jnp.where(has_end, 0.0, settings.missing_eos_penalty)
+        scores = scores - jnp.where(ended, 0.0, settings.missing_eos_penalty)
     if settings.missing_eos_score is not None:
-        scores = jnp.where(has_end, scores, settings.missing_eos_score)
+        scores = jnp.where(ended, scores, settings.missing_eos_score)
     if settings.cliprange_reward is not None:
         scores = jnp.clip(scores, -settings.cliprange_reward, settings.cliprange_reward)
     return scores
@@ -88,7 +89,7 @@ def init_score_stats(settings: ShapingSettings) -> ScoreStats | None:
 
 
 def update_score_stats(stats: ScoreStats, scores: jax.Array, valid: jax.Array) -> ScoreStats:
-    """Statistics with f32[B] more scores, those where bool[B] `valid` is True.
+    """Statistics with f32[...] more scores, those where bool[...] `valid` is True.
 
         mean' = mean + d * m / n'
         m2'   = m2 + sum (scores - batch mean)^2 + d^2 * n * m / n'
@@ -120,8 +121,8 @@ def scale_scores(
 
     Args:
       stats: of the scores of earlier iterations.
-      scores: f32[B].
-      valid: bool[B], False on padding of the batch.
+      scores: f32[B] or f32[B, K].
+      valid: bool, of the same shape, False on padding of the batch.
 
     Raises:
       ValueError: there are no statistics, but the settings need them.
@@ -141,16 +142,18 @@ def scale_scores(
     return scores / scale, updated, metrics
 
 
-def _has_end(settings, stop_token_ids, rollout):
-    """bool[B]: whether a stop token or the truncation token ended the response."""
+def has_end(
+    settings: SamplingSettings, stop_token_ids: Sequence[int], rollout: Rollout
+) -> jax.Array:
+    """bool[B] or bool[B, K]: whether a stop token or the truncation token ended the response."""
     is_end = jnp.zeros(rollout.mask.shape, bool)
     for stop in stop_token_ids if settings.stop_at_eos else ():
         is_end |= rollout.tokens == stop
     token = _truncate_token_id(settings)
     if token is not None:
-        is_late = jnp.arange(rollout.tokens.shape[1]) >= settings.truncate_after
+        is_late = jnp.arange(rollout.tokens.shape[-1]) >= settings.truncate_after
         is_end |= (rollout.tokens == token) & is_late
-    return (is_end & rollout.mask).any(axis=1)
+    return (is_end & rollout.mask).any(axis=-1)
 
 
 def _truncate_token_id(settings: SamplingSettings) -> int | None:

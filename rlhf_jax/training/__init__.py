@@ -10,6 +10,7 @@ from rlhf_jax.lazy import lazy_names
 from rlhf_jax.training import (
     dpo_settings,
     kto_settings,
+    online_dpo_settings,
     ppo_settings,
     reward_settings,
     rft_settings,
@@ -29,6 +30,7 @@ TRAINERS: tuple[Trainer, ...] = (
     ppo_settings.TRAINER,
     dpo_settings.TRAINER,
     kto_settings.TRAINER,
+    online_dpo_settings.TRAINER,
     rft_settings.TRAINER,
 )
 

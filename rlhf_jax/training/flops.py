@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_jax.batches import TextBatch
 from rlhf_jax.models.interface import Model
-from rlhf_jax.training.settings import OnlineSettings
+from rlhf_jax.training.settings import SampledSettings
 from rlhf_jax.training.state import TrainState
 
 
@@ -50,7 +50,7 @@ def target_share(batch: Any) -> float:
 def online_flops(
     model: Model,
     state: Any,
-    settings: OnlineSettings,
+    settings: SampledSettings,
     *,
     prompt_length: float,
     reward_models: Sequence[Model] = (),
@@ -68,7 +68,8 @@ def online_flops(
       reward_models: in the order of their parameters in the state.
       value_model: of `state.params["value_model"]`, by default as the policy.
     """
-    share = settings.response_length / (prompt_length + settings.response_length)
+    sampled = settings.response_length * (settings.num_responses or 1)
+    share = sampled / (prompt_length + sampled)
     base, table, policy = _policy_flops(model, state, share)
     own = state.params.get("value_model")
     value = (value_model or model).flops_per_token(own, unembeds=False)
@@ -80,11 +81,13 @@ def online_flops(
     )
     scoring = settings.num_forward_passes * (policy + table) + 2.0 * base + value
     update = 3.0 * (policy + value) + 2.0 * table
-    return scoring + reward + settings.num_epochs * update
+    trained = settings.response_length * settings.num_trained_responses
+    passes = settings.num_epochs * (prompt_length + trained) / (prompt_length + sampled)
+    return scoring + reward + passes * update
 
 
 def mixed_text_flops(
-    model: Model, state: Any, settings: OnlineSettings, *, target_share: float
+    model: Model, state: Any, settings: SampledSettings, *, target_share: float
 ) -> float:
     """The epochs, for one token of texts that are mixed into the updates.
 

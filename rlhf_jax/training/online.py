@@ -34,13 +34,13 @@ from rlhf_jax.rollout.shaping import (
 )
 from rlhf_jax.training import trainable
 from rlhf_jax.training.accumulate import map_microbatches
-from rlhf_jax.training.settings import OnlineSettings
+from rlhf_jax.training.settings import SampledSettings
 from rlhf_jax.training.trainable import Trainable
 
 Metrics = dict[str, jax.Array]
 # (state, batch, key) -> rollout
 RolloutStep = Callable[[Any, PromptBatch, jax.Array], Rollout]
-# (state, batch, rollout, scores f32[B], key) -> (state, metrics, rollout)
+# (state, batch, rollout, scores f32[B] or f32[B, K], key) -> (state, metrics, rollout)
 UpdateStep = Callable[
     [Any, PromptBatch, Rollout, jax.Array, jax.Array], tuple[Any, Metrics, ScoredRollout]
 ]
@@ -55,8 +55,8 @@ class Experience(NamedTuple):
 
     Attributes:
       rollout: the responses, with log-probabilities, values and final scores.
-      rewards: f32[B, T], the KL penalty of each token, with the score on the last one; 0 off the
-        mask.
+      rewards: f32[B, T] or f32[B, K, T], the KL penalty of each token, with the score on the last
+        one; 0 off the mask.
       states: [B, L, D], `trainable.frozen_states`; None where all layers are trained.
     """
 
@@ -88,7 +88,7 @@ def reference_params(model: Model, state: Any) -> Params:
 def split_policy(
     model: Model,
     params: Params,
-    settings: OnlineSettings,
+    settings: SampledSettings,
     *,
     ref_params: Params | None = None,
     reward_params: Params | None = None,
@@ -122,7 +122,7 @@ def split_policy(
 
 def make_step(
     model: Model,
-    settings: OnlineSettings,
+    settings: SampledSettings,
     update_step: UpdateStep,
     *,
     reward_model: Model | None = None,
@@ -166,10 +166,15 @@ def make_step(
 
 
 def make_rollout_step(
-    model: Model, settings: SamplingSettings, *, stop_token_ids: Sequence[int] = ()
+    model: Model, settings: SampledSettings, *, stop_token_ids: Sequence[int] = ()
 ) -> RolloutStep:
-    """A pure (state, batch, key) -> Rollout: one sampled response to each prompt."""
-    sample = functools.partial(sample_responses, model, stop_token_ids=stop_token_ids)
+    """A pure (state, batch, key) -> Rollout: `settings.num_responses` sampled ones a prompt."""
+    sample = functools.partial(
+        sample_responses,
+        model,
+        stop_token_ids=stop_token_ids,
+        num_responses=settings.num_responses,
+    )
 
     def rollout_step(state, batch, key):
         return sample(policy_params(model, state), batch, key, settings)
@@ -185,6 +190,7 @@ def sample_responses(
     settings: SamplingSettings,
     *,
     stop_token_ids: Sequence[int] = (),
+    num_responses: int | None = None,
 ) -> Rollout:
     """Responses from the full distribution, with the limits and the truncation of the settings.
 
@@ -195,6 +201,7 @@ def sample_responses(
     limits = None
     if settings.min_response_length is not None:
         shape, longest = batch.prompts.shape[:1], settings.response_length
+        shape += () if num_responses is None else (num_responses,)
         limits = jax.random.randint(limit_key, shape, settings.min_response_length, longest + 1)
     rollout = generate(
         model,
@@ -206,13 +213,14 @@ def sample_responses(
         temperature=settings.temperature,
         stop_token_ids=tuple(stop_token_ids) if settings.stop_at_eos else (),
         max_lengths=limits,
+        num_responses=num_responses,
     )
     return truncate_responses(settings, rollout)
 
 
 def make_experience(
     model: Model,
-    settings: OnlineSettings,
+    settings: SampledSettings,
     state: Any,
     batch: PromptBatch,
     rollout: Rollout,
@@ -230,7 +238,7 @@ def make_experience(
     shape. The passes run `settings.score_batch_size` responses at a time.
 
     Args:
-      scores: f32[B], of the reward models or functions.
+      scores: f32[B] or f32[B, K], of the reward models or functions.
       kl_coef: weight of the KL penalty in the rewards.
       score_stats: of the scores of earlier iterations, for `scale_reward`.
       values: None without a value model.
@@ -245,7 +253,7 @@ def make_experience(
         )
     check_stop_tokens(settings, stop_token_ids)
     scores = shape_scores(settings, stop_token_ids, rollout, scores)
-    valid = rollout.mask.any(axis=1)
+    valid = rollout.mask.any(axis=-1)
     scores, score_stats, scaling = scale_scores(settings, score_stats, scores, valid)
     sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
     passes = functools.partial(_score_passes, model, settings, state, values)
@@ -256,8 +264,12 @@ def make_experience(
         lambda x: jnp.where(rollout.mask, x, 0.0), per_token
     )
     scored = ScoredRollout(*sequences, logprobs, ref_logprobs, estimates, scores)
-    arrays = (scores, logprobs, ref_logprobs, rollout.mask)
-    rewards, _ = functional.token_rewards(*arrays, kl_coef=kl_coef, kl_kind=settings.kl_estimator)
+    reward = functools.partial(
+        functional.token_rewards, kl_coef=kl_coef, kl_kind=settings.kl_estimator
+    )
+    if scores.ndim == 2:
+        reward = jax.vmap(reward, 1, 1)
+    rewards, _ = reward(scores, logprobs, ref_logprobs, rollout.mask)
     metrics = _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
     return Experience(scored, rewards, states), score_stats, metrics | scaling
 
@@ -265,7 +277,9 @@ def make_experience(
 def policy_logprobs(
     model: Model, settings: SamplingSettings, params: Params, frozen: Params, experience: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(logprobs f32[B, T], entropy f32[B, T], hidden [B, T, D]) of the policy, for a loss.
+    """(logprobs f32[..., T], entropy f32[..., T], hidden [..., T, D]) of the policy, for a loss.
+
+    "..." is B, or B, K.
 
     Args:
       params, frozen: `state.params`, by which a loss is differentiated, and `state.frozen`.
@@ -279,10 +293,11 @@ def policy_logprobs(
 def _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl):
     """Means over responses of scores and of sums over tokens; padding of the batch is left out."""
     mask, scores = scored.mask, scored.scores
-    valid = mask.any(axis=1)
+    valid = mask.any(axis=-1)
 
     def mean(x):
-        return functional.masked_mean(x if x.ndim == 1 else jnp.sum(x, axis=1), valid)
+        x = x if x.ndim == valid.ndim else jnp.sum(x, axis=-1)
+        return functional.masked_mean(x, valid)
 
     # token_rewards puts the score on the last real token; the rest is the penalty.
     score_mean, total = mean(scores), mean(rewards)

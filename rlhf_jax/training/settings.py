@@ -70,19 +70,17 @@ class OfflineSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineSettings(ShapingSettings):
+class SampledSettings(ShapingSettings):
     """Settings that training on sampled responses shares, whatever its loss.
 
     Attributes:
       total_episodes: responses sampled in the run; the last iteration is a full one.
-      batch_size: responses sampled in one iteration.
+      batch_size: prompts of one iteration.
       gradient_accumulation_steps: microbatches that the responses of each optimizer step are split
         into, one after another, to save memory; the step is that of all of them.
-      score_batch_size: responses that the passes between sampling and the updates, of policy,
-        reference, value and reward models, score at a time, to save memory; divides `batch_size`.
-        Null scores all at once.
-      kl_coef: weight of the KL penalty in the rewards.
-      kl_estimator: "k1", "k2" or "k3", of the penalty.
+      score_batch_size: prompts with their responses that the passes between sampling and the
+        updates, of policy, reference, value and reward models, score at a time, to save memory;
+        divides `batch_size`. Null scores all at once.
       exact_kl: adds the metric `objective/kl_exact`, the KL over the full vocabulary; it holds the
         logits of policy and reference at once, 8 bytes for each token of a response and entry of
         the vocabulary.
@@ -97,8 +95,6 @@ class OnlineSettings(ShapingSettings):
     batch_size: PositiveInt = 128
     gradient_accumulation_steps: PositiveInt = 1
     score_batch_size: PositiveInt | None = None
-    kl_coef: NonNegativeFloat = 0.05
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     exact_kl: bool = False
     num_layers_unfrozen: NonNegativeInt | None = None
 
@@ -108,6 +104,26 @@ class OnlineSettings(ShapingSettings):
         check_divides(self, "batch_size", "score_batch_size")
 
     @property
+    def num_responses(self) -> int | None:
+        """K responses to each prompt; None for one, without an axis for it."""
+        return None
+
+    @property
+    def num_trained_responses(self) -> int:
+        """Responses to each prompt that the updates read."""
+        return self.num_responses or 1
+
+    @property
+    def judge_fn(self) -> str | None:
+        """A judge, "module:function", whose win rates take the place of scores."""
+        return None
+
+    @property
+    def kl_estimator(self) -> Literal["k1", "k2", "k3"]:
+        """The estimate of the KL in the rewards."""
+        return "k1"
+
+    @property
     def num_score_parts(self) -> int:
         """Microbatches that the responses of an iteration are scored in."""
         return self.batch_size // (self.score_batch_size or self.batch_size)
@@ -115,11 +131,11 @@ class OnlineSettings(ShapingSettings):
     @property
     def num_iterations(self) -> int:
         """Iterations that sample at least `total_episodes` responses."""
-        return -(-self.total_episodes // self.batch_size)
+        return -(-self.total_episodes // (self.batch_size * (self.num_responses or 1)))
 
     @property
     def minibatch_size(self) -> int:
-        """Responses of one optimizer step."""
+        """Prompts of one optimizer step."""
         return self.batch_size
 
     @property
@@ -141,3 +157,16 @@ class OnlineSettings(ShapingSettings):
     def num_updates(self) -> int:
         """Optimizer steps in the run."""
         return self.num_iterations * self.updates_per_iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineSettings(SampledSettings):
+    """Settings of training on token rewards, which have a KL penalty towards the reference.
+
+    Attributes:
+      kl_coef: weight of the KL penalty in the rewards.
+      kl_estimator: "k1", "k2" or "k3", of the penalty.
+    """
+
+    kl_coef: NonNegativeFloat = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"

@@ -39,6 +39,7 @@ KINDS = {
     "reward": (RewardConfig, OfflineStage),
     "dpo": (config_of(trainer_named("dpo")), OfflineStage),
     "kto": (config_of(trainer_named("kto")), OfflineStage),
+    "online_dpo": (config_of(trainer_named("online_dpo")), OnlineStage),
     **dict.fromkeys(("ppo", "frozen", "trunk"), (PPOConfig, OnlineStage)),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
-from rlhf_jax.runtime import train_dpo, train_kto, train_ppo, train_reward, train_sft
+from rlhf_jax.runtime import train
 from tests.parallel.meshes import (
     STEPS,
     differences,
@@ -20,6 +20,7 @@ from tests.parallel.meshes import (
     mesh_name,
     run_folder,
     sampled,
+    trainer_of,
 )
 
 pytestmark = pytest.mark.slow
@@ -33,10 +34,10 @@ PLAN = (
     ("gpt2", (2, 2, 2), ("ppo",)),
     ("qwen3", (2, 2, 2), ("reward", "frozen")),
     ("llama", (8, 1, 1), ("reward",)),
-    ("llama", (2, 2, 2), ("trunk", "dpo")),
+    ("llama", (2, 2, 2), ("trunk", "dpo", "online_dpo")),
 )
 RUNS = [(family, sizes, stage) for family, sizes, stages in PLAN for stage in stages]
-SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk")]
+SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk", "online_dpo")]
 
 
 def name_of(value):
@@ -47,13 +48,12 @@ def name_of(value):
 def runs(tmp_path_factory):
     """The folder with the runs on one device and on eight, and what the latter printed."""
     base = tmp_path_factory.mktemp("meshes")
-    trains = {"sft": train_sft, "reward": train_reward, "dpo": train_dpo, "kto": train_kto}
     for family in dict.fromkeys(family for family, _, _ in RUNS):
         configs = make_configs(base, family, ONE)
         for name, config in configs.items():
             # The others start from the first two.
             if name in ("sft", "reward") or (family, name) in {run[::2] for run in RUNS}:
-                trains.get(name, train_ppo)(config)
+                train(trainer_of(name), config)
     done = subprocess.run(
         [*(sys.executable, "-m", "tests.parallel.eight_devices", str(base)), json.dumps(PLAN)],
         cwd=ROOT,

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.decoder import Decoder
+from rlhf_jax.models.decoder_readers import read_config
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.rollout import generate
 from tests.models.gpt2_by_loop import log_softmax, logits_by_loop
 
 STATIC = ("temperature", "top_k", "top_p", "stop_token_ids", "min_new_tokens", "max_new_tokens")
+STATIC += ("num_responses",)
 
 # One compiled function for all tests: those with the same settings and shapes share its traces.
 run = jax.jit(generate, static_argnums=0, static_argnames=STATIC)
@@ -119,6 +122,50 @@ def test_stop_tokens_end_responses_and_belong_to_them(shortest, model, params, p
     assert lengths.min() == shortest + 1
     assert lengths.max() == 8
     assert len(set(lengths)) > 3
+
+
+GEMMA = {
+    "model_type": "gemma2",
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 16,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 8,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_several_responses_from_one_prefill_are_those_of_repeated_prompts(
+    family, model, params, prompts
+):
+    """The draws are those of the same indices; of the second family a layer keeps a window."""
+    if family == "gemma2":
+        model = Decoder(read_config(GEMMA))
+        params = jax.jit(model.init)(jax.random.key(3))
+    limits = np.array([[7, 3], [7, 7], [2, 7], [7, 7]], np.int32)
+    settings = {"max_new_tokens": 7, "temperature": 0.8, "stop_token_ids": (3,)}
+    several = run(
+        *(model, params, *prompts, jax.random.key(4)),
+        **settings,
+        max_lengths=limits,
+        num_responses=2,
+    )
+    repeated = (np.repeat(x, 2, axis=0) for x in prompts)
+    apart = run(
+        *(model, params, *repeated, jax.random.key(4)), **settings, max_lengths=limits.reshape(-1)
+    )
+    assert several.tokens.shape == several.mask.shape == several.logprobs.shape == (4, 2, 7)
+    tokens, mask, logprobs = (np.asarray(x).reshape(8, 7) for x in several)
+    np.testing.assert_array_equal(tokens, apart.tokens)
+    np.testing.assert_array_equal(mask, apart.mask)
+    np.testing.assert_allclose(logprobs, apart.logprobs, atol=2e-5)
+    assert (tokens[::2] != tokens[1::2]).any(axis=1).sum() > 1
 
 
 def test_limits_hold_for_each_row(model, params, prompts):

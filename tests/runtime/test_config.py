@@ -98,7 +98,7 @@ def test_help_and_print_config_print_and_end(capsys, written):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(PPOConfig().ppo):
         assert f"--ppo.{field.name}" in text
-    assert "responses sampled in one iteration" in text
+    assert "prompts of one iteration" in text
     with pytest.raises(SystemExit) as ended:
         parse(PPOConfig, ["--ppo.kl_coef", "0.3", "--print_config"])
     assert ended.value.code == 0

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, Rollout, TextBatch
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import AnyBatch
 from rlhf_jax.data.settings import DataSettings
@@ -106,9 +106,8 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
         return [Program("step", step, (state, batch, key), size)]
     sample = online.make_rollout_step(model, settings, stop_token_ids=stops)
     update = place.update(update, state)
-    shape = (settings.batch_size, settings.response_length)
-    rollout = Rollout(*_sequences(*shape), _array(jnp.float32, *shape))
-    scores = _array(jnp.float32, settings.batch_size)
+    rollout = jax.eval_shape(sample, state, batch, key)
+    scores = _array(jnp.float32, *rollout.tokens.shape[:-1])
     return [
         Program("rollout", place.rollout(sample, state), (state, batch, key), size),
         Program("update", update, (state, batch, rollout, scores, key), size),
@@ -118,8 +117,10 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
 def _reward_models(config: RunConfig) -> tuple[int, bool]:
     """(the number of reward models, whether one alone is part of a full step).
 
-    Without any source of rewards, one reward model is assumed.
+    Without any source of rewards, one reward model is assumed, unless there is a judge.
     """
+    if config.settings.judge_fn is not None:
+        return 0, False
     listed, path = config.section("rewards"), config.model.reward_path
     if path is None and (not listed or any(source.is_bare for source in listed)):
         path = "reward"

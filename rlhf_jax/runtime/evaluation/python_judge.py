@@ -1,5 +1,6 @@
 """A judge in Python, which compares two responses to a prompt."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -55,6 +56,30 @@ def judge_both_orders(
     backwards = call_judge(judge, prompts, after, before, columns)
     bias = float(np.mean((forwards + backwards) / 2)) - 0.5
     return Verdicts((forwards + 1.0 - backwards) / 2, bias)
+
+
+def win_rates(
+    judge: JudgeFunction,
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    columns: dict[str, list[Any]],
+) -> np.ndarray:
+    """f32[N, K]: the mean probability that a response wins against the others to its prompt.
+
+    Each two of the K responses are judged in both orders, in K * (K - 1) calls of N pairs each.
+
+    Args:
+      judge, prompts, columns: as in `judge_both_orders`.
+      responses: K lists of N texts, K at least 2.
+    """
+    count = len(responses)
+    wins = np.zeros((len(prompts), count))
+    for i, j in itertools.combinations(range(count), 2):
+        texts = (prompts, responses[i], responses[j])
+        preferences = judge_both_orders(judge, *texts, columns).preferences
+        wins[:, i] += 1.0 - preferences
+        wins[:, j] += preferences
+    return np.asarray(wins / (count - 1), np.float32)
 
 
 def call_judge(

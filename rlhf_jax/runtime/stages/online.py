@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import encode_examples
@@ -32,6 +32,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     first_entries,
     save_evaluation,
 )
+from rlhf_jax.runtime.evaluation.python_judge import JudgeFunction, win_rates
 from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
@@ -72,7 +73,13 @@ class OnlineStage(shared.BaseStage):
                 "hub name."
             )
         self.sources = find_sources(config.model.reward_path, config.section("rewards"), reward_fn)
-        if not self.sources:
+        judge = config.settings.judge_fn
+        if judge is not None and self.sources:
+            raise InputError(
+                f"{self.name}.judge_fn takes the place of rewards, but there are rewards too: "
+                f"{', '.join(each.name for each in self.sources)}; leave one of them out."
+            )
+        if judge is None and not self.sources:
             raise InputError(
                 f"{self.trainer.title} needs a reward: give --model.reward_path a reward model's "
                 "folder, or --rewards a list of them and of functions, or call "
@@ -90,6 +97,9 @@ class OnlineStage(shared.BaseStage):
         self.gold_fn, self.judge_fn = (
             None if name is None else load_function(name) for name in names
         )
+        name = settings.judge_fn
+        self.training_judge = None if name is None else load_function(name)
+        self.judge_fn = self.judge_fn or self.training_judge
         kind = self.trainer.reads(settings)
         self.examples, self.held_out_examples = self.load_examples(data, kind)
         self.load_policy(list)
@@ -175,7 +185,7 @@ class OnlineStage(shared.BaseStage):
             self._sample_for_evaluation,
             temperature=config.settings.temperature,
             reward_model=self.reward_model,
-            rewards=self.rewards,
+            rewards=self.rewards if self.sources else None,
             gold_fn=self.gold_fn,
             batch_size=config.section("evaluation").batch_size,
             batch_sharding=place.batch,
@@ -225,7 +235,7 @@ class OnlineStage(shared.BaseStage):
         if self.reward_model is not None:
             return [(self._step, (state, batch, key))]
         responses = jax.eval_shape(self._sample, state, batch, key)
-        scores = jax.ShapeDtypeStruct((self.settings.batch_size,), "float32")
+        scores = jax.ShapeDtypeStruct(responses.tokens.shape[:-1], "float32")
         rest = (batch, responses, scores, key)
         return [(self._sample, (state, batch, key)), (self._update, (state, *rest))]
 
@@ -238,33 +248,48 @@ class OnlineStage(shared.BaseStage):
     def _score(
         self, state: Any, batch: PromptBatch, responses: Rollout
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """f32[B] scores, and the parts that they are sums of, float[B] each."""
+        """f32[B] or f32[B, K] scores, and the parts that they are sums of, float[B * K] each."""
         if hosts.several():
             batch, responses = hosts.to_host((batch, responses))
-        candidates = [(responses.tokens, responses.mask)]
+        if self.training_judge is not None:
+            return self._judged(self.training_judge, batch, responses), {}
+        count = self.settings.num_responses or 1
+        indices = np.repeat(batch.indices, count)
+        candidates = [_flat((responses.tokens, responses.mask), responses.tokens.ndim - 1)]
         if self.references is not None:
             tokens, mask = self.references
-            candidates.append((tokens[batch.indices], mask[batch.indices]))
+            candidates.append((tokens[indices], mask[indices]))
         scored = Responses(
             self.tokenizer,
-            batch.prompts,
-            batch.prompt_mask,
+            np.repeat(batch.prompts, count, axis=0),
+            np.repeat(batch.prompt_mask, count, axis=0),
             candidates,
-            columns_of(self.examples, batch.indices),
-            batch.indices,
+            columns_of(self.examples, indices),
+            indices,
             self.model.stop_token_ids,
         )
-        size = self.config.settings.score_batch_size or self.config.settings.batch_size
-        return self.rewards(state.frozen.get("reward", ()), scored, size)
+        size = count * (self.settings.score_batch_size or self.settings.batch_size)
+        scores, parts = self.rewards(state.frozen.get("reward", ()), scored, size)
+        return scores.reshape(responses.tokens.shape[:-1]), parts
+
+    def _judged(self, judge: JudgeFunction, batch: PromptBatch, responses: Rollout) -> np.ndarray:
+        """f32[B, K]: the win rates of the responses by the judge."""
+        prompts = decode(self.tokenizer, batch.prompts, batch.prompt_mask)
+        columns = columns_of(self.examples, batch.indices)
+        texts = [
+            decode(self.tokenizer, responses.tokens[:, k], responses.mask[:, k])
+            for k in range(responses.tokens.shape[1])
+        ]
+        return win_rates(judge, prompts, texts, columns)
 
     def observe(self, output: Any) -> dict[str, float]:
         """The gold score of the sampled responses, where there is one."""
         if self.gold_fn is None:
             return {}
-        rollout, indices = output
+        rollout, indices = _one_each(*hosts.to_host(output))
         prompts = decode(self.tokenizer, rollout.prompts, rollout.prompt_mask)
         completions = decode(self.tokenizer, rollout.tokens, rollout.mask)
-        columns = columns_of(self.examples, hosts.to_host(indices))
+        columns = columns_of(self.examples, indices)
         gold = call_scores(self.gold_fn, prompts, completions, columns)
         return {"objective/gold": float(np.mean(gold))}
 
@@ -312,7 +337,7 @@ class OnlineStage(shared.BaseStage):
             before = self._reference(state)
             columns = {"prompt": before.prompts, "response": before.responses}
             return first_entries({**columns, "score": before.scores, "kl": before.kl}, count)
-        rollout = hosts.to_host(output[0])
+        rollout, _ = _one_each(*hosts.to_host(output))
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
         kl = rollout.logprobs - rollout.ref_logprobs
@@ -338,3 +363,18 @@ class OnlineStage(shared.BaseStage):
             count = self.config.section("evaluation").num_samples
             save_evaluation(self.config.run_dir, evaluation_of(self._compare(state), count))
         return hosts.from_first(write_report, epath.Path(self.config.run_dir))
+
+
+def _flat(tree: Any, axes: int) -> Any:
+    """Arrays with their first `axes` axes as one."""
+    return jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[axes:])), tree)
+
+
+def _one_each(rollout: ScoredRollout, indices: Any) -> tuple[ScoredRollout, Any]:
+    """K responses to each of B prompts, and their examples, as those of B * K prompts."""
+    if rollout.tokens.ndim == 2:
+        return rollout, indices
+    count = rollout.tokens.shape[1]
+    repeated: Any = (np.repeat(x, count, axis=0) for x in (*rollout[:2], indices))
+    prompts, mask, indices = repeated
+    return ScoredRollout(prompts, mask, *_flat(rollout[2:], 2)), indices

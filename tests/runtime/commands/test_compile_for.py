@@ -60,7 +60,7 @@ def test_a_further_trainer_is_compiled_from_its_record(folder, monkeypatch):
         (["--topology", "local", "--sft.batch", "3"], "Unknown key 'sft.batch'"),
         (
             ["--topology", "local", "--ppo.lam", "1"],
-            "sft, reward, ppo, dpo, kto or rft.",
+            "give --stage sft, reward, ppo, dpo, kto, online_dpo or rft.",
         ),
     ],
 )
