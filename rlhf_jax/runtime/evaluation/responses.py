@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 
 def sampler(
-    model: Model, settings: GenerationSettings
+    model: Model, settings: GenerationSettings, num_responses: int | None = None
 ) -> Callable[[Params, PromptBatch, jax.Array], Rollout]:
-    """A pure (params, batch, key) -> Rollout that samples by the section `generation`."""
+    """A pure (params, batch, key) -> Rollout that samples by the section `generation`.
+
+    Args:
+      num_responses: as in `generate`.
+    """
 
     def sample(params, batch, key):
         return generate(
@@ -40,6 +44,7 @@ def sampler(
             top_p=settings.top_p,
             stop_token_ids=model.stop_token_ids,
             min_new_tokens=settings.min_new_tokens,
+            num_responses=num_responses,
         )
 
     return sample

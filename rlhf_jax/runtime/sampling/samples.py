@@ -74,7 +74,7 @@ class ScoredSampler:
     ) -> None:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.rewards, self._place = rewards, Placement(mesh, model.partition_rules)
-        self._sample: Any = None
+        self._samplers: dict[int, Any] = {}
 
     def __call__(
         self,
@@ -91,12 +91,14 @@ class ScoredSampler:
           batch: NumPy arrays; its padding has no responses.
           examples: all of them; the rewards get the other columns of those in the batch.
         """
-        if self._sample is None:
-            self._sample = self._place.rollout(sampler(self.model, self.generation), params)
+        if num_samples not in self._samplers:
+            sample = sampler(self.model, self.generation, num_samples)
+            self._samplers[num_samples] = self._place.rollout(sample, params)
+        on_devices = hosts.from_host(PromptBatch(*batch[:3]), self._place.batch)
+        rollout = hosts.to_host(self._samplers[num_samples](params, on_devices, key))
+        tokens, mask = (part.reshape(-1, part.shape[-1]) for part in rollout[:2])
         arrays: Any = (np.repeat(array, num_samples, axis=0) for array in batch[:3])
         batch = PromptBatch(*arrays)
-        rollout = self._sample(params, hosts.from_host(batch, self._place.batch), key)
-        tokens, mask, _ = hosts.to_host(rollout)
         real = np.asarray(batch.prompt_mask).any(axis=1)
         responses = Responses(
             self.tokenizer,

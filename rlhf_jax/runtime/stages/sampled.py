@@ -127,7 +127,7 @@ class SampledStage(OfflineStage):
     def _respond(self, params: Params) -> EvaluatedResponses:
         """Scored responses to the held-out prompts, one each."""
         assert self.held_out is not None
-        # The number of rows of a batch of the data set: the program is the same.
+        # As many responses at a time as of the data set, which the same programs score.
         size = self._sampler.generation.batch_size * self.config.settings.num_samples
         parts = [
             self._sampler(
