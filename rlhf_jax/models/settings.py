@@ -18,7 +18,8 @@ class ModelSettings:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
       reward_path: folder or hub name of the reward model that scores responses; PPO and evaluation
         read it.
-      reference_path: folder or hub name of the policy that evaluation compares with.
+      reference_path: folder or hub name of the policy that evaluation compares with, and of the
+        reference of DPO and KTO; null means the model that they begin with.
       value_path: folder or hub name of the reward model that PPO's value model starts from, with
         `ppo.value_model: reward`; null means `reward_path`.
       family: `model_type` of a fresh model, such as gpt2, llama, qwen3 or gemma3_text.

@@ -90,6 +90,30 @@ def load_model(
     return model, Placement(mesh, model.partition_rules).initialise(model.init, key)
 
 
+def load_reference(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, mesh: Mesh
+) -> tuple[Model, Params] | None:
+    """The policy at `model.reference_path`, to compare with another one; None without a path.
+
+    Raises an InputError if the folder cannot be read, its tokenizer is another one, or the model
+    cannot be split over the mesh.
+    """
+    path = settings.reference_path
+    if path is None:
+        return None
+    with local_folder(path) as folder:
+        both = tokenizer, load_tokenizer(folder)
+        if not (shares_tokens(*both) and shares_tokens(*both[::-1])):
+            raise InputError(
+                f"model.reference_path {path} has another tokenizer than the policy, whose tokens "
+                "it would misread; give a model that has the same one."
+            )
+        model, params = load_pretrained(folder, dtype=compute_dtype(settings.dtype), mesh=mesh)
+    model.check_mesh(mesh)
+    check_vocabulary(model, tokenizer, path)
+    return with_special_tokens(model, tokenizer, path), params
+
+
 def load_scorer(
     path: str,
     settings: ModelSettings,

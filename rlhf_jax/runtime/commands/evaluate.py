@@ -17,11 +17,8 @@ from rlhf_jax.data.comparisons import encode_pairs
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.prompts import encode_prompts
 from rlhf_jax.data.sft import encode_texts
-from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.models.special_tokens import with_special_tokens
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
@@ -136,7 +133,8 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     gold_fn, judge_fn = _check_policy(config)
     tokenizer, model, params = _load_policy(config)
-    reference_model, ref_params = _load_reference(config, tokenizer) or (model, params)
+    reference = loading.load_reference(config.model, tokenizer, make_mesh(config.mesh))
+    reference_model, ref_params = reference or (model, params)
     rewards = reward_model = reward_params = None
     if sources := find_sources(config.model.reward_path, config.rewards):
         mesh = make_mesh(config.mesh)
@@ -240,27 +238,6 @@ def _load_policy(config: EvaluateConfig) -> tuple[PreTrainedTokenizerFast, Model
     model, params = loading.load_model(config.model, tokenizer, jax.random.key(config.seed), mesh)
     model.check_mesh(mesh)
     return tokenizer, model, params
-
-
-def _load_reference(
-    config: EvaluateConfig, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Model, Params] | None:
-    """The policy to compare with, which must have the same tokenizer; None without one."""
-    path, mesh = config.model.reference_path, make_mesh(config.mesh)
-    if path is None:
-        return None
-    with loading.local_folder(path) as folder:
-        both, shares_tokens = (tokenizer, load_tokenizer(folder)), loading.shares_tokens
-        if not (shares_tokens(*both) and shares_tokens(*both[::-1])):
-            raise InputError(
-                f"model.reference_path {path} has another tokenizer than the policy, whose tokens "
-                "it would misread; give a model that has the same one."
-            )
-        dtype = loading.compute_dtype(config.model.dtype)
-        model, params = load_pretrained(folder, dtype=dtype, mesh=mesh)
-    model.check_mesh(mesh)
-    loading.check_vocabulary(model, tokenizer, path)
-    return with_special_tokens(model, tokenizer, path), params
 
 
 def _required(path: str | None, name: str) -> str:

@@ -40,8 +40,27 @@ def check_offline(config: RunConfig, model: Model, mesh: Mesh) -> None:
     check_lengths(config.trainer.reads(settings), config.data, model)
     if config.trainer.samples_first:
         check_sampling(config, model, mesh)
+    if config.trainer.has_reference:
+        check_reference(config)
     check_parts(mesh, f"{name}.batch_size", settings.batch_size, 1, settings, name)
     check_batch_size(mesh, f"{name}.eval_batch_size", settings.eval_batch_size)
+
+
+def check_reference(config: RunConfig) -> None:
+    """Raises an InputError if a reference is given that the run would not read."""
+    name, settings = config.trainer.name, config.settings
+    if config.model.reference_path is None:
+        return
+    if not settings.has_reference:
+        raise InputError(
+            f"model.reference_path is given, but {name}.kind {settings.kind} has no reference; "
+            "leave it out."
+        )
+    if not settings.precompute_ref:
+        raise InputError(
+            f"model.reference_path is given, but with {name}.precompute_ref false the reference "
+            "is the model that the run begins with; set that to true, or leave the path out."
+        )
 
 
 def check_lengths(kind: str, data: DataSettings, model: Model, name: str = "data") -> None:

@@ -13,9 +13,10 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.teacher_forced import sum_metrics
+from rlhf_jax.runtime.loading import load_reference
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.checks import check_judged
+from rlhf_jax.runtime.stages.checks import check_judged, check_lengths
 from rlhf_jax.runtime.stages.products import PolicyProduct, RewardModelProduct
 from rlhf_jax.runtime.stages.reference import with_reference
 from rlhf_jax.training.flops import offline_flops, target_share
@@ -97,8 +98,13 @@ class OfflineStage(shared.BaseStage):
         batches = {"eval": self.held_out} if self.held_out is not None else {}
         if self.config.settings.precompute_ref:
             batches["train"] = self.batches.examples
-        step = self.steps.make_reference_step(self.model, self.config.settings)
-        batches = with_reference(batches, self.params, self.config, self._place, step)
+        model, params, place = self.model, self.params, self._place
+        if (other := load_reference(self.config.model, self.tokenizer, self.mesh)) is not None:
+            model, params = other
+            check_lengths(self.trainer.reads(self.config.settings), self.config.data, model)
+            place = program.Placement(self.mesh, model.partition_rules)
+        step = self.steps.make_reference_step(model, self.config.settings)
+        batches = with_reference(batches, params, self.config, place, step)
         self.held_out = batches.get("eval")
         if "train" in batches:
             self.batches = dataclasses.replace(self.batches, examples=batches["train"])

@@ -102,6 +102,44 @@ def test_without_precomputed_reference_a_stopped_run_continues_bit_for_bit(
     assert "reference" in small.checkpoint(folders[1])
 
 
+def references(folder):
+    with np.load(folder / "reference.npz") as file:
+        return {name: file[name] for name in file.files if name != "mark"}
+
+
+def test_the_reference_of_another_folder(tmp_path, monkeypatch, sft_run, run):
+    """It gives what a run that begins with it computes."""
+    configs = {
+        "own": small.dpo(tmp_path / "own", run[0]),
+        "other": small.dpo(
+            tmp_path / "other", sft_run[0], model={"reference_path": f"{run[0]}/hf"}
+        ),
+    }
+    for config in configs.values():
+        with monkeypatch.context() as patch:
+            small.interrupt_in(patch, OfflineStage, "step", 1)
+            with pytest.raises(loop.Interrupted):
+                train_dpo(config)
+    own, other = (references(tmp_path / name) for name in configs)
+    assert own.keys() == other.keys()
+    for name, values in own.items():
+        np.testing.assert_array_equal(values, other[name])
+    assert (own["train/ref_chosen"] != references(run[0])["train/ref_chosen"]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precompute_ref": False}, "but with dpo.precompute_ref false the reference is the model"),
+        ({"kind": "simpo"}, "but dpo.kind simpo has no reference; leave it out"),
+    ],
+    ids=str,
+)
+def test_a_reference_that_is_not_read_is_refused(tmp_path, sft_run, options, message):
+    with pytest.raises(InputError, match=f"model.reference_path is given, {message}"):
+        train_dpo(small.dpo(tmp_path, sft_run[0], dpo=options, model={"reference_path": "other"}))
+
+
 def test_kto_trains_on_pairs_as_single_responses(tmp_path, sft_run):
     result = train_kto(small.kto(tmp_path, sft_run[0]))
     assert result.metrics["rewards/margins"] > 0
