@@ -2,9 +2,10 @@
 
     python tools/growth.py
 
-Small GPT-2s on the default device. All points of a curve are measured once in each round, so that
-a machine that slows down changes all of them; a point is the median over the rounds. Writes
-growth.json and an SVG file for each figure. Takes about four minutes on two cores.
+Small GPT-2s, for compile times Llamas, on the default device. All points of a curve are measured
+once in each round, so that a machine that slows down changes all of them; a point is the median
+over the rounds. Writes growth.json and an SVG file for each figure. Takes about four minutes on two
+cores.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.backend import compiler_options
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.huggingface import fresh_model
+from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.rollout.generation import generate
 from rlhf_jax.training import sft
 
@@ -43,14 +45,21 @@ class Size(NamedTuple):
     batch: int = 4
     length: int = 128
     remat: str = "dots"  # as by default
+    family: str = "gpt2"
 
     @property
     def model(self):
-        """A GPT-2 with heads of width 64, without dropout."""
-        none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        heads = max(1, self.width // 64)
-        config = GPT2Config(VOCABULARY, POSITIONS, self.width, self.layers, heads, **none)
-        return GPT2(config, remat=self.remat)
+        """A model with heads of width 64, without dropout."""
+        settings = ModelSettings(
+            family=self.family,
+            n_layer=self.layers,
+            n_head=max(1, self.width // 64),
+            n_embd=self.width,
+            n_positions=POSITIONS,
+            dropout=0.0,
+            remat=self.remat,
+        )
+        return fresh_model(settings, vocab_size=VOCABULARY)
 
 
 class Curve(NamedTuple):
@@ -207,10 +216,12 @@ FIGURES = {
         power=1,
     ),
     "compile_layers": Figure(
-        "Compile time against the layers, of width 64",
+        "Compile time against the layers, of a Llama of width 64",
         "seconds of processor time",
         {
-            label: Curve(compilation_of(lowered), "layers", LAYERS, base._replace(width=64))
+            label: Curve(
+                compilation_of(lowered), "layers", LAYERS, base._replace(width=64, family="llama")
+            )
             for label, lowered, base in (
                 ("step of supervised fine-tuning", lowered_step, Size()),
                 ("generation", lowered_generation, ANSWER),

@@ -97,7 +97,8 @@ def linear_cross_entropy_loss(
       hidden: float[B, T, D], the hidden state from which each target is predicted.
       unembedding: float[V, D].
       targets, mask, label_smoothing, z_loss, denominator: as in `cross_entropy_loss`.
-      softcap, logit_scale, vocab_size: as in `linear_token_logprobs`.
+      softcap, logit_scale, vocab_size: as in `linear_token_logprobs`. A real target from vocab_size
+        on has probability 0, and the loss is inf.
       chunk_size: number of positions of each sequence per chunk, static. None: as many as have
         logits of 128 MiB on a device, but at least one and at most half of T.
 

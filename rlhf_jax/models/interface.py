@@ -192,7 +192,7 @@ class Model(Protocol):
         ...
 
     def unembedding(self, params: Params) -> jax.Array:
-        """[Vp, D] in the compute dtype, as products need it: gathered over `fsdp`.
+        """[Vp, D] in the compute dtype, split over the mesh as the parameter is.
 
         One vector for each token; those from `config.vocab_size` on are padding.
         """

@@ -2,7 +2,11 @@
 
 Below a vocabulary of `LINEAR_VOCABULARY` they are computed from all logits at once, f32[..., T, V].
 From there on logits are made in chunks of positions, of 128 MiB a device and at most half of T, and
-freed again, so that no array holds the logits of all tokens.
+freed again, so that no array holds the logits of all tokens. On several devices the vocabulary is
+split over `fsdp` and `tensor`, and each of them reads the hidden states of all examples of its part
+of `data`: the unembedding and its gradient, in float32, are never whole on a device. Fewer bytes
+move that way as long as a pass has fewer target tokens than about half of V (the split: Shoeybi et
+al., Megatron-LM, section 3; arXiv:1909.08053).
 """
 
 import math
@@ -14,7 +18,7 @@ import jax.numpy as jnp
 from rlhf_jax import functional
 from rlhf_jax.functional.linear import positions_per_chunk
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.parallel.constraints import map_examples
+from rlhf_jax.parallel.constraints import constrain_vocabulary, map_over_data
 
 # Vocabularies of 32,000 to 65,536 (Llama 2, GPT-2, SmolLM) are below, those of 100,000 to 262,144
 # (Llama 3, OLMo 2, Qwen, Gemma) above. See docs/performance.md, "Large vocabularies".
@@ -54,8 +58,9 @@ def token_logprobs(
 
     batch = math.prod(tokens.shape[:-1])
     flat = hidden.reshape(batch, length, width), tokens.reshape(batch, length)
-    shared = (model.unembedding(params), jnp.asarray(temperature, jnp.float32))
-    results = map_examples(logprobs_of, flat, shared)
+    table = constrain_vocabulary(model.unembedding(params))
+    shared = (table, jnp.asarray(temperature, jnp.float32))
+    results = map_over_data(logprobs_of, flat, shared)
     logprobs, entropy = (x.reshape(tokens.shape) for x in results)
     return logprobs, entropy
 
@@ -87,8 +92,9 @@ def cross_entropy_loss(
         options = {**terms, **_options(model), "denominator": count}
         return functional.linear_cross_entropy_loss(*arrays, **options)
 
-    shared = (model.unembedding(params), jnp.asarray(count, jnp.float32))
-    return map_examples(loss_of, (hidden, targets, mask), shared)
+    table = constrain_vocabulary(model.unembedding(params))
+    shared = (table, jnp.asarray(count, jnp.float32))
+    return map_over_data(loss_of, (hidden, targets, mask), shared)
 
 
 def _is_linear(model: Model) -> bool:

@@ -259,9 +259,7 @@ class StackedModel(abc.ABC):
 
     def unembedding(self, params: Params) -> jax.Array:
         self._check_trainable(params)
-        tables = {self.output: params[self.output]}
-        tables = all_gather(tables, self.dtype, self.partition_rules)
-        return tables[self.output]["embedding"].astype(self.dtype)
+        return params[self.output]["embedding"].astype(self.dtype)
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
         return self.padded_logits(params, hidden, decode=decode)[..., : self.config.vocab_size]

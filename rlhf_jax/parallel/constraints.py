@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from rlhf_jax.parallel.partition import AXES, BATCH_AXES, Rules, partition_spec, path_name
@@ -63,40 +64,51 @@ def constrain_heads(x: jax.Array) -> jax.Array:
     return _constrain(x, (0, BATCH_AXES), (2, "tensor"))
 
 
-def map_examples(
+def constrain_vocabulary(table: jax.Array) -> jax.Array:
+    """A table [V, D] with V split over `fsdp` and `tensor`, filled up with rows of 0 to divide."""
+    mesh = _mesh()
+    if mesh is None:
+        return table
+    names = ("fsdp", "tensor")
+    missing = -len(table) % math.prod(mesh.shape[name] for name in names)
+    return _constrain(jnp.pad(table, [(0, missing), (0, 0)]), (0, names))
+
+
+def map_over_data(
     function: Callable[..., Any], examples: tuple[jax.Array, ...], shared: tuple[Any, ...]
 ) -> Any:
-    """function(*examples, *shared), on each device for its examples alone.
+    """function(*examples, *shared), on the devices of each part of `data` for its examples alone.
 
     The sums over examples inside of the function, and with them the gradients of what the examples
-    share, are then summed over devices once and not in each step of a loop. `tensor` stays with the
-    compiler.
+    share, are then summed over `data` once and not in each step of a loop. `fsdp` and `tensor` stay
+    with the compiler; the examples are not split over them, so that what is shared can be.
 
     Args:
       function: its results of at least one axis are [B, ...] again; its scalars are sums over
         examples, which are added up.
       examples: arrays [B, ...].
-      shared: arrays that all examples share, split over `tensor` at most.
-
-    Without a mesh, or if B does not divide, the function is called as it is.
+      shared: arrays that all examples share.
     """
     mesh = _mesh()
-    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if parts == 1 or examples[0].shape[0] % parts:
+    if mesh is None:
         return function(*examples, *shared)
-    by_batch, full = PartitionSpec(BATCH_AXES), PartitionSpec()
-    shapes = jax.eval_shape(function, *examples, *shared)
+    examples = tuple(map(constrain_batch_over_data, examples))
+    call, by_data, full = function, PartitionSpec("data"), PartitionSpec()
+    if mesh.shape["data"] > 1 and examples[0].shape[0] % mesh.shape["data"] == 0:
+        shapes = jax.eval_shape(function, *examples, *shared)
 
-    def of_device(*arrays):
-        results = function(*arrays)
-        return jax.tree.map(lambda x: x if x.ndim else jax.lax.psum(x, BATCH_AXES), results)
+        def of_part(*arrays):
+            results = function(*arrays)
+            return jax.tree.map(lambda x: x if x.ndim else jax.lax.psum(x, "data"), results)
 
-    return jax.shard_map(
-        of_device,
-        in_specs=(by_batch,) * len(examples) + (full,) * len(shared),
-        out_specs=jax.tree.map(lambda x: by_batch if x.ndim else full, shapes),
-        axis_names=set(BATCH_AXES),
-    )(*examples, *shared)
+        call = jax.shard_map(
+            of_part,
+            in_specs=(by_data,) * len(examples) + (full,) * len(shared),
+            out_specs=jax.tree.map(lambda x: by_data if x.ndim else full, shapes),
+            axis_names={"data"},
+        )
+    results = call(*examples, *shared)
+    return jax.tree.map(lambda x: constrain_batch(x) if x.ndim else x, results)
 
 
 def _constrain(x: jax.Array, *split: tuple[int, tuple[str, ...] | str | None]) -> jax.Array:

@@ -52,13 +52,13 @@ def _print_differences(run: Values, own: Values, file: Any) -> None:
     """Prints the settings that are taken from a run and differ from the defaults."""
     defaults = {"data": to_dict(DataSettings()), "tokenizer": to_dict(TokenizerSettings())}
     shown = [
-        f"{key} {x!r}"
+        f"{section}.{key} {x!r}"
         for section in run
         for key, x in run[section].items()
         if key not in own[section] and x != defaults[section][key]
     ]
     if shown:
-        print(f"data settings of {file}: {', '.join(shown)}", file=sys.stderr)
+        print(f"settings of {file}: {', '.join(shown)}", file=sys.stderr)
 
 
 def _sections_of(file: Any) -> Values:
@@ -76,6 +76,6 @@ def _sections_of(file: Any) -> Values:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{file}, which has the data settings of the model's run, cannot be read ({reason}); "
+            f"{file}, which has the settings of the model's run, cannot be read ({reason}); "
             "mend it, or copy the model's folder elsewhere."
         ) from None

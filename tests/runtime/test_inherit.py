@@ -41,8 +41,8 @@ def test_data_settings_are_those_of_the_run(run, capsys, kind, flags):
     assert (data.max_prompt_length, data.max_length, data.prompt_tokens) == (40, 256, (2, 8))
     assert data.prompt_suffix == "TL;DR:"
     error = capsys.readouterr().err
-    assert error.startswith(f"data settings of {run}/config.yaml: ")
-    assert "max_prompt_length 40" in error
+    assert error.startswith(f"settings of {run}/config.yaml: ")
+    assert "data.max_prompt_length 40" in error
     assert "packing" not in error  # a default
 
 
@@ -74,5 +74,5 @@ def test_only_commands_that_open_a_finished_model_inherit(run):
 def test_a_damaged_configuration_of_the_run_is_one_sentence(run, text):
     (run / "config.yaml").write_text(text)
     error = message(parse, GenerateConfig, ["--model.path", f"{run}/hf"])
-    assert error.startswith(f"{run}/config.yaml, which has the data settings of the model's run, ")
+    assert error.startswith(f"{run}/config.yaml, which has the settings of the model's run, ")
     assert "\n" not in error

@@ -39,6 +39,9 @@ def count_flops(jaxpr: Any) -> int:
         elif name == "cond":
             inner = [max(inner)]
         rounds = params["length"] if name == "scan" else 1
+        if name == "shard_map":  # its body is of one device; JAX 0.12 calls the axes newly_manual
+            axes = next(value for key, value in params.items() if key.endswith("manual_axes"))
+            rounds = math.prod(params["mesh"].shape[axis] for axis in axes)
         total += _own_flops(equation) + rounds * sum(inner)
     return total
 

@@ -179,9 +179,10 @@ def read_progress(
 def is_finished(config: Any) -> bool:
     """Whether the last files that a stage writes exist, and the run is not to be extended."""
     folder = epath.Path(config.run_dir)
-    if not ((folder / "hf" / "config.json").exists() and (folder / "report.html").exists()):
-        return False
-    return not changed_length(config, newest_record(folder).get("config"))
+    with disk_errors(folder):
+        if not ((folder / "hf" / "config.json").exists() and (folder / "report.html").exists()):
+            return False
+        return not changed_length(config, newest_record(folder).get("config"))
 
 
 # --- config.yaml ----------------------------------------------------------------------------------
@@ -226,16 +227,16 @@ def claim_run_dir(config: Any) -> None:
     folder = make_run_dir(config.run_dir)
     with disk_errors(folder):
         saved = _saved_config(folder) if _has_results(folder) else None
-    if saved is not None:
-        check_same_config(config, saved)
-        note, has_model = changed_length(config, saved), (folder / "hf").exists()
-        if note and has_model and not newest_record(folder):
-            raise InputError(
-                f"The run in {folder} cannot get another length, as it has no checkpoint to "
-                f"continue from{note}; choose another --run_dir."
-            )
-    if saved is None or _config_in(folder)[0] is None:
-        write_config(config)
+        if saved is not None:
+            check_same_config(config, saved)
+            note, has_model = changed_length(config, saved), (folder / "hf").exists()
+            if note and has_model and not newest_record(folder):
+                raise InputError(
+                    f"The run in {folder} cannot get another length, as it has no checkpoint to "
+                    f"continue from{note}; choose another --run_dir."
+                )
+        if saved is None or _config_in(folder)[0] is None:
+            write_config(config)
 
 
 def reopen(config: Any) -> None:

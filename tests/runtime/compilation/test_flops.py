@@ -31,6 +31,14 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_a_condition_the_greatest_branc
     assert count_flops(jaxpr) == (5 + 2 + 7) * 2 * 64**3
 
 
+def test_a_program_over_a_mesh_counts_on_all_of_its_devices():
+    kinds, split = (jax.sharding.AxisType.Auto,), jax.P("data")
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=kinds)
+    function = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(split, jax.P()), out_specs=split)
+    jaxpr = jax.make_jaxpr(function)(jnp.ones((8, 2)), jnp.ones((2, 3)))
+    assert count_flops(jaxpr) == 2 * 8 * 2 * 3
+
+
 def test_flops_of_training_are_three_times_those_of_a_forward_pass():
     settings = sft.Settings(batch_size=4, dropout=False)
     key = jax.random.key(0)
