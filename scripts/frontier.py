@@ -14,7 +14,6 @@ Figure 2 of Rafailov et al., Direct Preference Optimization (arXiv:2305.18290). 
 
 import dataclasses
 import functools
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from rlhf_jax.rollout import end_scores, response_logprobs
 from rlhf_jax.runtime import train_sft
 from rlhf_jax.runtime.commands.terminal import run_command
 from rlhf_jax.runtime.config import SFTConfig
+from rlhf_jax.runtime.parsing import to_yaml
 from rlhf_jax.runtime.rewards.functions import call_scores, load_function
 from rlhf_jax.runtime.rewards.texts import decode
 from rlhf_jax.training import dpo, ppo, reward
@@ -62,6 +62,7 @@ class Settings:
 
     Attributes:
       dpo_beta, ipo_beta: coefficients of DPO and IPO, a run for each and each seed.
+      sft: adds supervised fine-tuning on the chosen continuations.
       ppo_kl_coef, ppo_reward_kl_coef: those of PPO on the gold score, and on a reward model.
       seeds: of the pairs, of the order of examples and of sampling; the fine-tuned model is one.
       num_prompts: beginnings whose continuations are compared, for each seed.
@@ -75,6 +76,7 @@ class Settings:
 
     dpo_beta: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0, 5.0)
     ipo_beta: tuple[float, ...] = (0.5, 1.0, 4.0)
+    sft: bool = True
     ppo_kl_coef: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     ppo_reward_kl_coef: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -89,6 +91,10 @@ class Settings:
         check_divides(self, "steps", "num_points")
         if self.num_completions < 2:
             raise InputError("frontier.num_completions is 1: two or more can be compared.")
+
+
+# The settings with the coefficients of a method.
+COEFFICIENTS = ("dpo_beta", "ipo_beta", "ppo_kl_coef", "ppo_reward_kl_coef")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +128,19 @@ class Config:
     ppo: PPOSettings = PPOSettings(stop_at_eos=False)
     optimizer: Optimizers = Optimizers()
     run_dir: str = "runs/frontier"
+
+    def __post_init__(self) -> None:
+        iterations, points = self.ppo.num_iterations, self.frontier.num_points
+        if iterations % points:
+            raise InputError(
+                f"frontier.num_points is {points}, but has to divide the {iterations} iterations "
+                "of ppo.total_episodes and ppo.batch_size."
+            )
+
+    def without_runs(self) -> "Config":
+        """The settings that all points of a run folder share."""
+        none: dict[str, Any] = dict.fromkeys((*COEFFICIENTS, "seeds", "kl_limits"), ())
+        return dataclasses.replace(self, frontier=dataclasses.replace(self.frontier, **none))
 
 
 # (step, full parameters) of a run at its evaluations.
@@ -342,9 +361,10 @@ def points_of(experiment: Experiment, curve: Curve, snapshots: Snapshots, total:
 def curves_of(settings: Settings, seed: int) -> list[Curve]:
     """The runs of one seed."""
     coefficients = {
+        "start": (0.0,),
         "dpo": settings.dpo_beta,
         "ipo": settings.ipo_beta,
-        "sft": (0.0,),
+        "sft": (0.0,) if settings.sft else (),
         "ppo": settings.ppo_kl_coef,
         "ppo_reward": settings.ppo_reward_kl_coef,
     }
@@ -357,7 +377,9 @@ def run_curves(experiment: Experiment, curves: list[Curve], file: Path) -> None:
     pairs = functools.cache(lambda: make_pairs(experiment, seed))
     scorer = functools.cache(lambda: train_reward_model(experiment, pairs(), seed))
     for curve in curves:
-        if curve.method.startswith("ppo"):
+        if curve.method == "start":
+            total, snapshots = frontier.num_points, iter([(0, experiment.params)])
+        elif curve.method.startswith("ppo"):
             total = experiment.config.ppo.num_iterations
             reads_model = curve.method == "ppo_reward"
             snapshots = train_by_ppo(experiment, curve, scorer() if reads_model else None)
@@ -383,8 +405,21 @@ def draw(points: list[Point], folder: Path) -> Path:
     return save(folder, "frontier", line_plot("Gold score over KL", lines, labels=labels))
 
 
+def check_folder(config: Config) -> None:
+    """Writes `config.yaml` to the run folder; an InputError if one of other settings is there."""
+    file, text = Path(config.run_dir) / "config.yaml", to_yaml(config.without_runs())
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise InputError(
+            f"{config.run_dir} holds points of other settings, which are in its config.yaml; give "
+            "another --run_dir. Only coefficients and seeds can be added."
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
 def main(config: Config) -> None:
     """Runs what `points.jsonl` lacks, prints the tables and draws the plot."""
+    check_folder(config)
     folder = Path(config.run_dir)
     file = folder / "points.jsonl"
     done = {Curve(*point[:3]) for point in report.read_points(file)}

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 METHODS = {
+    "start": "fine-tuned model",
     "ppo": "PPO on the gold score",
     "ppo_reward": "PPO on a reward model",
     "dpo": "DPO",
     "ipo": "IPO",
     "sft": "SFT on preferred",
 }
-COEFFICIENTS = {"ppo": "kl_coef", "ppo_reward": "kl_coef", "dpo": "beta", "ipo": "beta", "sft": ""}
+COEFFICIENTS = {"ppo": "kl_coef", "ppo_reward": "kl_coef", "dpo": "beta", "ipo": "beta"}
 
 
 class Curve(NamedTuple):
@@ -29,7 +30,7 @@ class Point(NamedTuple):
     """An evaluation of a run, a line of `points.jsonl`.
 
     Attributes:
-      method, coefficient, seed: of the run; the method "start" is the fine-tuned model.
+      method, coefficient, seed: of the run.
       step: optimizer steps, or iterations of PPO, before it.
       kl: mean of log(policy / fine-tuned model) of the policy's continuations, in nats.
       gold: their mean gold score.
@@ -98,7 +99,7 @@ def table_of_ends(points: Sequence[Point]) -> str:
         own = [each for each in points if each[:2] == (method, coefficient)]
         last = max(each.step for each in own)
         ends = [each for each in own if each.step == last]
-        name = f"{COEFFICIENTS[method]} {coefficient:g}" if COEFFICIENTS[method] else ""
+        name = f"{COEFFICIENTS[method]} {coefficient:g}" if method in COEFFICIENTS else ""
         kl, gold = (_spread([getattr(each, key) for each in ends]) for key in ("kl", "gold"))
         lines.append(f"| {METHODS[method]} | {name} | {kl} | {gold} |")
     return "\n".join(lines)
