@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import functional
 from rlhf_jax.batches import PairBatch, PromptBatch, Rollout, Sequences
 from rlhf_jax.checks import PositiveInt, check_divides, check_fields
 from rlhf_jax.data.batching import Batches
@@ -40,13 +41,13 @@ from rlhf_jax.runtime.config import SFTConfig
 from rlhf_jax.runtime.parsing import to_yaml
 from rlhf_jax.runtime.rewards.functions import call_scores, load_function
 from rlhf_jax.runtime.rewards.texts import decode
-from rlhf_jax.training import dpo, ppo, reward
-from rlhf_jax.training.dpo_settings import Settings as DPOSettings
+from rlhf_jax.training import ppo, reward
 from rlhf_jax.training.online import sample_responses
 from rlhf_jax.training.ppo_settings import Settings as PPOSettings
+from rlhf_jax.training.reward import sequences_of
 from rlhf_jax.training.reward_settings import Settings as RewardSettings
 from rlhf_jax.training.settings import OptimizerSettings
-from rlhf_jax.training.state import make_optimizer
+from rlhf_jax.training.state import apply_gradients, init_train_state, make_optimizer
 
 FOLDER = Path(__file__).resolve().parent
 sys.path += [str(FOLDER.parent), str(FOLDER / "lessons")]
@@ -67,6 +68,7 @@ class Settings:
       seeds: of the pairs, of the order of examples and of sampling; the fine-tuned model is one.
       num_prompts: beginnings whose continuations are compared, for each seed.
       num_completions: sampled continuations of each; every two with unequal scores are a pair.
+      batch_size: pairs of a step.
       steps: optimizer steps of DPO, IPO, supervised fine-tuning and the reward model.
       num_points: evaluations of a run, at equal distances; the last one is at its end.
       kl_limits: divergences of the table, in nats per continuation.
@@ -75,14 +77,15 @@ class Settings:
     section = "frontier"
 
     dpo_beta: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0, 5.0)
-    ipo_beta: tuple[float, ...] = (0.5, 1.0, 4.0)
+    ipo_beta: tuple[float, ...] = (0.05, 0.1, 0.5)
     sft: bool = True
     ppo_kl_coef: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     ppo_reward_kl_coef: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
-    num_prompts: PositiveInt = 2048
+    num_prompts: PositiveInt = 1024
     num_completions: PositiveInt = 4
-    steps: PositiveInt = 160
+    batch_size: PositiveInt = 32
+    steps: PositiveInt = 80
     num_points: PositiveInt = 4
     kl_limits: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -92,6 +95,8 @@ class Settings:
         if self.num_completions < 2:
             raise InputError("frontier.num_completions is 1: two or more can be compared.")
 
+
+KINDS = ("sigmoid", "ipo")  # of `functional.dpo_loss`, those of DPO and IPO
 
 # The settings with the coefficients of a method.
 COEFFICIENTS = ("dpo_beta", "ipo_beta", "ppo_kl_coef", "ppo_reward_kl_coef")
@@ -114,7 +119,7 @@ class Config:
       sft: configuration of the fine-tuning; its run is `sft/` in the run folder.
       data: beginnings of texts, for training and held out.
       gold: the gold score, "module:function" of f(prompts, completions) -> one number each.
-      dpo: settings of the methods on pairs; `kind` and `beta` are those of each run.
+      reward: settings of the reward model.
       ppo: settings of PPO and of all sampling; `kl_coef` is that of each run.
       run_dir: the folder of `points.jsonl`, `frontier.svg` and `sft/`.
     """
@@ -123,7 +128,6 @@ class Config:
     data: DataSettings = DataSettings(max_prompt_length=8, prompt_tokens=(2, 8))
     gold: str = "configs.smollm2.sentiment:positive"
     frontier: Settings = Settings()
-    dpo: DPOSettings = DPOSettings(batch_size=32)
     reward: RewardSettings = RewardSettings()
     ppo: PPOSettings = PPOSettings(stop_at_eos=False)
     optimizer: Optimizers = Optimizers()
@@ -163,7 +167,6 @@ class Experiment:
         )
         self.sample = jax.jit(functools.partial(_sample, self.model, config.ppo))
         self.score = jax.jit(functools.partial(end_scores, self.model))
-        self.dpo_steps = functools.cache(self._dpo_step)
 
     def gold(self, prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
         """f32[B]: the gold score of each continuation."""
@@ -194,8 +197,10 @@ class Experiment:
         updates = self.config.ppo.num_updates
         return make_optimizer(self.config.optimizer.ppo, updates, models=[self.model])
 
-    def _dpo_step(self, settings: DPOSettings) -> Callable:
-        step = dpo.make_step(self.model, settings, optimizer=self.dpo_optimizer)
+    @functools.cached_property
+    def pair_step(self) -> Callable:
+        """A step on pairs. The coefficient is an argument: one program serves all runs."""
+        step = functools.partial(_pair_step, self.model, self.dpo_optimizer)
         return jax.jit(step, donate_argnums=0)
 
     @functools.cached_property
@@ -290,18 +295,35 @@ def pairs_of(prompts: PromptBatch, continuations: Continuations) -> PairBatch:
     )
 
 
+def _pair_step(model, optimizer, state, batch, weights, beta):
+    """The state after a step on a `PairBatch`; `weights` are those of the three losses."""
+
+    def loss_fn(params):
+        sequences = sequences_of(batch)
+        logprobs, _, _ = response_logprobs(model, params, sequences, temperature=1.0)
+        logprobs = jnp.where(sequences.mask, logprobs, 0.0)
+        sums, mask = jnp.sum(logprobs, axis=2), sequences.mask[:, 0]
+        arrays = sums[:, 0], sums[:, 1], batch.ref_chosen, batch.ref_rejected
+        kinds = [functional.dpo_loss(*arrays, beta=beta, kind=kind)[0] for kind in KINDS]
+        likelihood = functional.masked_mean(logprobs[:, 0], mask)
+        return jnp.dot(weights, jnp.stack([*kinds, -likelihood]))
+
+    gradients = jax.grad(loss_fn)(state.params)
+    params, opt_state, _ = apply_gradients(optimizer, state.params, state.opt_state, gradients)
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
 def train_on_pairs(experiment: Experiment, curve: Curve, pairs: PairBatch) -> Snapshots:
-    """DPO, IPO, or supervised fine-tuning on the chosen continuations."""
-    kind = {"dpo": "sigmoid"}.get(curve.method, curve.method)
-    own = {"kind": kind, **({"beta": curve.coefficient} if curve.coefficient else {})}
-    settings = dataclasses.replace(experiment.config.dpo, **own)
-    model, key = experiment.model, jax.random.key(curve.seed)
-    optimizer, step = experiment.dpo_optimizer, experiment.dpo_steps(settings)
-    state = dpo.init_state(model, experiment.copied_params(), settings, key, optimizer=optimizer)
+    """DPO, IPO (of sums over tokens, as in its paper), or the likelihood of the chosen ones."""
+    weights = np.asarray([curve.method == each for each in ("dpo", "ipo", "sft")], np.float32)
+    # The likelihood has no coefficient, but the other losses are computed with one.
+    beta = np.float32(curve.coefficient or 1.0)
+    state = init_train_state(experiment.copied_params(), experiment.dpo_optimizer)
+    settings = experiment.config.frontier
     batches = Batches(pairs, settings.batch_size, curve.seed)
-    for index in range(experiment.config.frontier.steps):
-        state, _ = step(state, batches.at(index), key)
-        yield index + 1, dpo.full_params(model, state)
+    for index in range(settings.steps):
+        state = experiment.pair_step(state, batches.at(index), weights, beta)
+        yield index + 1, state.params
 
 
 def train_reward_model(experiment: Experiment, pairs: PairBatch, seed: int) -> Any:

@@ -32,8 +32,8 @@ CONFIG = {
         "num_completions": 3,
         "num_points": 2,
         "steps": 2,
+        "batch_size": 4,
     },
-    "dpo": {"batch_size": 4},
     "ppo": {
         "total_episodes": 16,
         "batch_size": 8,
@@ -89,7 +89,7 @@ def test_a_run_adds_what_is_missing_and_draws_it(frontier, settings, capsys):
     assert [each["coefficient"] for each in rows[3:]] == [0.2, 0.2]
     assert "| PPO on the gold score | kl_coef 0.2 |" in capsys.readouterr().out
     assert ET.parse(file.with_name("frontier.svg")).getroot().tag.endswith("svg")
-    other = dataclasses.replace(settings, dpo=dataclasses.replace(settings.dpo, batch_size=2))
+    other = dataclasses.replace(settings, frontier=dataclasses.replace(more, steps=4))
     with pytest.raises(InputError, match="holds points of other settings"):
         frontier.main(other)
 
