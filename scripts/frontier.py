@@ -200,7 +200,7 @@ class Experiment:
     @functools.cached_property
     def pair_step(self) -> Callable:
         """A step on pairs. The coefficient is an argument: one program serves all runs."""
-        step = functools.partial(_pair_step, self.model, self.dpo_optimizer)
+        step = functools.partial(pair_step, self.model, self.dpo_optimizer)
         return jax.jit(step, donate_argnums=0)
 
     @functools.cached_property
@@ -295,8 +295,14 @@ def pairs_of(prompts: PromptBatch, continuations: Continuations) -> PairBatch:
     )
 
 
-def _pair_step(model, optimizer, state, batch, weights, beta):
-    """The state after a step on a `PairBatch`; `weights` are those of the three losses."""
+def pair_step(model, optimizer, state, batch, weights, beta):
+    """The state after a step on a `PairBatch`.
+
+    Args:
+      weights: f32[3], of the losses of DPO, IPO (of sums over tokens, as in its paper) and
+        supervised fine-tuning on the chosen responses.
+      beta: f32[], of the first two.
+    """
 
     def loss_fn(params):
         sequences = sequences_of(batch)
@@ -314,7 +320,7 @@ def _pair_step(model, optimizer, state, batch, weights, beta):
 
 
 def train_on_pairs(experiment: Experiment, curve: Curve, pairs: PairBatch) -> Snapshots:
-    """DPO, IPO (of sums over tokens, as in its paper), or the likelihood of the chosen ones."""
+    """DPO, IPO, or supervised fine-tuning on the chosen continuations."""
     weights = np.asarray([curve.method == each for each in ("dpo", "ipo", "sft")], np.float32)
     # The likelihood has no coefficient, but the other losses are computed with one.
     beta = np.float32(curve.coefficient or 1.0)

@@ -1,20 +1,23 @@
 """The script of the reward-KL frontier: pairs, frontiers, tables, and a tiny run."""
 
 import dataclasses
+import functools
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from rlhf_jax.batches import PromptBatch
+from rlhf_jax.batches import PairBatch, PromptBatch
 from rlhf_jax.data.tokenizers import train_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import save_pretrained
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.runtime import config
+from rlhf_jax.training import dpo
 from tests import small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +116,35 @@ def test_pairs_are_of_one_prompt_and_differ_in_their_gold_scores(frontier):
         frontier.pairs_of(prompts, frontier.Continuations(tokens, mask, logprobs, 0 * gold))
 
 
+def test_a_step_on_pairs_is_that_of_the_trainer(frontier):
+    """`rlhf dpo` compiles its coefficient; here it is an argument."""
+    model = GPT2(GPT2Config(20, 8, 8, 1, 1))
+    rng = np.random.default_rng(0)
+    tokens, real = rng.integers(0, 20, (3, 4, 3)), np.ones((4, 3), bool)
+    sums = rng.normal(-9.0, 1.0, (2, 4)).astype(np.float32)
+    valid = np.ones(4, bool)
+    batch = PairBatch(
+        tokens[0],
+        real,
+        tokens[1],
+        real,
+        tokens[2],
+        real,
+        np.zeros(4, np.float32),
+        real_pairs,
+        *sums,
+    )
+    optimizer, settings = optax.sgd(0.1), dpo.Settings(kind="sigmoid", beta=0.3)
+    params = jax.jit(model.init)(jax.random.key(0))
+    state = dpo.init_state(model, params, settings, jax.random.key(0), optimizer=optimizer)
+    step = jax.jit(dpo.make_step(model, settings, optimizer=optimizer))
+    expected, _ = step(state, batch, jax.random.key(0))
+    step = jax.jit(functools.partial(frontier.pair_step, model, optimizer))
+    state = step(state, batch, np.array([1, 0, 0], np.float32), np.float32(0.3))
+    for ours, theirs in zip(*map(jax.tree.leaves, (state.params, expected.params))):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
 def test_the_table_has_the_largest_gold_score_within_each_kl(frontier):
     report = frontier.report
     points = [
@@ -126,4 +158,7 @@ def test_the_table_has_the_largest_gold_score_within_each_kl(frontier):
     ends = report.table_of_ends(points).splitlines()
     assert ends[-1] == "| DPO | beta 0.1 | 2.40 ± 0.85 | 0.45 ± 0.21 |"
     means = report.means_over_seeds(points)
-    assert [(x.kl, x.gold) for x in means] == [(0.7, pytest.approx(0.3)), (2.4, 0.45)]
+    assert [(x.kl, x.gold) for x in means] == [
+        pytest.approx((0.7, 0.3)),
+        pytest.approx((2.4, 0.45)),
+    ]
