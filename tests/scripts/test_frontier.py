@@ -131,7 +131,7 @@ def test_a_step_on_pairs_is_that_of_the_trainer(frontier):
         tokens[2],
         real,
         np.zeros(4, np.float32),
-        real_pairs,
+        valid,
         *sums,
     )
     optimizer, settings = optax.sgd(0.1), dpo.Settings(kind="sigmoid", beta=0.3)
