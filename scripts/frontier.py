@@ -49,10 +49,8 @@ from rlhf_jax.training.reward_settings import Settings as RewardSettings
 from rlhf_jax.training.settings import OptimizerSettings
 from rlhf_jax.training.state import apply_gradients, init_train_state, make_optimizer
 
-FOLDER = Path(__file__).resolve().parent
-sys.path += [str(FOLDER.parent), str(FOLDER / "lessons")]
-from plots import Line, line_plot, save  # noqa: E402  (the lessons' own)
-
+# Where `scripts` and `configs` are found, also when this file is run from another folder.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from scripts import frontier_report as report  # noqa: E402
 from scripts.frontier_report import METHODS, Curve, Point  # noqa: E402
 
@@ -124,7 +122,7 @@ class Config:
       run_dir: the folder of `points.jsonl`, `frontier.svg` and `sft/`.
     """
 
-    sft: SFTConfig = SFTConfig()
+    sft: SFTConfig = SFTConfig()  # type: ignore[valid-type]
     data: DataSettings = DataSettings(max_prompt_length=8, prompt_tokens=(2, 8))
     gold: str = "configs.smollm2.sentiment:positive"
     frontier: Settings = Settings()
@@ -144,7 +142,9 @@ class Config:
     def without_runs(self) -> "Config":
         """The settings that all points of a run folder share."""
         none: dict[str, Any] = dict.fromkeys((*COEFFICIENTS, "seeds", "kl_limits"), ())
-        return dataclasses.replace(self, frontier=dataclasses.replace(self.frontier, **none))
+        return dataclasses.replace(
+            self, frontier=dataclasses.replace(self.frontier, sft=True, **none)
+        )
 
 
 # (step, full parameters) of a run at its evaluations.
@@ -417,22 +417,6 @@ def run_curves(experiment: Experiment, curves: list[Curve], file: Path) -> None:
         report.add_points(file, points)
 
 
-def draw(points: list[Point], folder: Path) -> Path:
-    """The plot: all points, and the frontiers of their means over seeds."""
-    lines = []
-    for colour, (method, name) in enumerate(METHODS.items()):
-        own = [each for each in points if each.method == method]
-        if not own:
-            continue
-        best = report.frontier(report.means_over_seeds(own))
-        xs, ys = ([getattr(each, key) for each in own] for key in ("kl", "gold"))
-        lines.append(Line("", xs, ys, colour=colour, dots=True))
-        xs, ys = ([getattr(each, key) for each in best] for key in ("kl", "gold"))
-        lines.append(Line(name, xs, ys, colour=colour))
-    labels = "KL to the fine-tuned model, nats per continuation", "mean gold score"
-    return save(folder, "frontier", line_plot("Gold score over KL", lines, labels=labels))
-
-
 def check_folder(config: Config) -> None:
     """Writes `config.yaml` to the run folder; an InputError if one of other settings is there."""
     file, text = Path(config.run_dir) / "config.yaml", to_yaml(config.without_runs())
@@ -461,7 +445,7 @@ def main(config: Config) -> None:
     points = [point for point in report.read_points(file) if Curve(*point[:3]) in every]
     print(report.table_of_ends(points), end="\n\n")
     print(report.table_of_frontiers(points, config.frontier.kl_limits), end="\n\n")
-    print(f"Plot: {draw(points, folder)}")
+    print(f"Plot: {report.draw(points, folder)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Points of the reward-KL frontier: their file, the table and the plot."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parent / "lessons"))
+from plots import Line, line_plot, save  # noqa: E402  (the lessons' own)
 
 METHODS = {
     "start": "fine-tuned model",
@@ -118,6 +122,22 @@ def table_of_frontiers(points: Sequence[Point], limits: Sequence[float]) -> str:
         ]
         lines.append(f"| {METHODS[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(points: list[Point], folder: Path) -> Path:
+    """The plot: all points, and the frontiers of their means over seeds."""
+    lines = []
+    for colour, (method, name) in enumerate(METHODS.items()):
+        own = [each for each in points if each.method == method]
+        if not own:
+            continue
+        best = frontier(means_over_seeds(own))
+        xs, ys = ([getattr(each, key) for each in own] for key in ("kl", "gold"))
+        lines.append(Line("", xs, ys, colour=colour, dots=True))
+        xs, ys = ([getattr(each, key) for each in best] for key in ("kl", "gold"))
+        lines.append(Line(name, xs, ys, colour=colour))
+    labels = "KL to the fine-tuned model, nats per continuation", "mean gold score"
+    return save(folder, "frontier", line_plot("Gold score over KL", lines, labels=labels))
 
 
 def _methods(points):
