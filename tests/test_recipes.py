@@ -18,7 +18,9 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config
 from rlhf_jax.runtime.commands.pairs import pair_by_label, pair_by_prompt
+from rlhf_jax.training.settings import OptimizerSettings
 from rlhf_jax.training.state import make_optimizer
+from scripts.frontier import Config as FrontierConfig
 from tests import small
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,7 @@ KINDS = {
     "train_sft": config.SFTConfig,
     "train_reward": config.RewardConfig,
     "train_ppo": config.PPOConfig,
+    "frontier": FrontierConfig,
 }
 STAGES = ("sft", "reward", "ppo")
 STEPS = 2
@@ -101,9 +104,9 @@ def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = config.resolve(KINDS[command_of(path)], path)
     assert recipe.run_dir.startswith("runs/")
-    optimizers = recipe.optimizer
-    is_pipeline = isinstance(recipe, config.RLHFConfig)
-    for each in [getattr(optimizers, s) for s in STAGES] if is_pipeline else [optimizers]:
+    settings = recipe.optimizer
+    is_one = isinstance(settings, OptimizerSettings)
+    for each in [settings] if is_one else vars(settings).values():
         make_optimizer(each, 10)
 
 
