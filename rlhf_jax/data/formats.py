@@ -82,7 +82,7 @@ def _format(columns: Sequence[str], kind: Kind, path: str) -> tuple[str, ...]:
             return alternative
     if kind == "references":
         raise InputError(
-            f"{path} has the columns {', '.join(columns)}, but ppo.subtract_reference_score needs "
+            f"{path} has the columns {', '.join(columns)}, but subtract_reference_score needs "
             "`prompt` and `completion`: name the right ones in data.columns, or set it to false."
         )
     wanted = ", or ".join(" and ".join(f"`{c}`" for c in names) for names in FORMATS[kind])

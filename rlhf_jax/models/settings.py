@@ -16,8 +16,7 @@ class ModelSettings:
 
     Attributes:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
-      reward_path: folder or hub name of the reward model that scores responses; PPO and evaluation
-        read it.
+      reward_path: folder or hub name of the reward model that scores responses.
       reference_path: folder or hub name of the policy that evaluation compares with, and of the
         reference of DPO and KTO; null means the model that they begin with.
       value_path: folder or hub name of the reward model that PPO's value model starts from, with

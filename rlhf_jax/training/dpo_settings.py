@@ -49,8 +49,8 @@ class Settings(OfflineSettings):
     """The section `dpo` of a configuration; examples are pairs.
 
     Attributes:
-      kind: of the loss, by TRL's name. Those of `functional.dpo_loss` compare with a reference, the
-        model that the run begins with; "simpo", "cpo" and "orpo" have none.
+      kind: of the loss, by TRL's name. Those of `functional.dpo_loss` compare with a reference,
+        by default the model that the run begins with; "simpo", "cpo" and "orpo" have none.
       kinds, loss_weights: kinds of `functional.dpo_loss` whose weighted sum is the loss, in place
         of `kind`, and their weights, by default 1: [sigmoid, sft] and [1.0, 0.5].
       beta: strength of the KL constraint to the reference; for kinds without one the scale of the

@@ -16,7 +16,8 @@ class Settings(OfflineSettings):
     Attributes:
       kind: of the loss. "kto" measures from an estimate of the KL divergence, a mean over the
         batch; "apo_zero_unpaired" from 0.
-      beta: strength of the KL constraint to the reference, the model that the run begins with.
+      beta: strength of the KL constraint to the reference, by default the model that
+        the run begins with.
       desirable_weight, undesirable_weight: of the two groups. Their ratio should be that of the
         numbers of undesirable and desirable examples, up to a factor of 4/3 (Ethayarajh et al.,
         equation 9).

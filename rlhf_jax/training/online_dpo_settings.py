@@ -114,5 +114,5 @@ TRAINER = Trainer(
         Headline("eval/win_rate_judge", "win rate by the judge", shows_start=False),
         Headline("objective/kl", "KL", shows_start=False),
     ),
-    losses=("train/loss", "train/grad_norm"),
+    losses=("train/loss", "train/grad_norm", "objective/scores"),
 )

@@ -105,7 +105,9 @@ def pair_by_prompt(source: str, output: str, *, split: str = "train", seed: int 
 def sample(config: PairsConfig) -> None:
     """Makes pairs of a model's own responses: the best and the worst of several by a score."""
     from rlhf_jax.runtime.commands.generate import check_output
+    from rlhf_jax.runtime.sampling.pairs import find_rewards
 
+    find_rewards(config)  # a command that is refused leaves no file
     check_output(config.output)
     print(f"{runtime.run_pairs(config)} pairs")
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch
+from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch, UnpairedBatch
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import AnyBatch
 from rlhf_jax.data.settings import DataSettings
@@ -73,7 +73,11 @@ def _offline(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> Program
     optimizer = make_optimizer(config.optimizer, models=[model])
     init = functools.partial(steps.init_state, model, settings=config.settings, optimizer=optimizer)
     place = Placement(mesh, model.partition_rules)
-    state = jax.eval_shape(init, jax.eval_shape(model.init, key), key=key)
+    params = jax.eval_shape(model.init, key)
+    state = jax.eval_shape(init, params, key=key)
+    if config.trainer.has_reference and config.settings.has_reference and state.reference is None:
+        reference = steps.make_reference_step(model, config.settings)
+        batch = batch._replace(**jax.eval_shape(reference, params, batch))
     step = place.step(steps.make_step(model, config.settings, optimizer=optimizer), state)
     return Program("step", step, (state, batch, key), place.bytes_on_device(state))
 
@@ -146,6 +150,8 @@ def _batch(kind: Kind, batch_size: int, data: DataSettings, num_responses: int) 
         return RankingBatch(*prompts, *responses)
     responses = _sequences(batch_size, data.max_response_length)
     valid = _array(jnp.bool_, batch_size)
+    if kind == "unpaired":
+        return UnpairedBatch(*prompts, *responses, *responses, valid, valid)
     return PairBatch(*prompts, *responses, *responses, _array(jnp.float32, batch_size), valid)
 
 

@@ -12,6 +12,7 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.rewards.functions import call_function, shown
 
 JudgeFunction = Callable[..., list[float]]
+JUDGED = ("prompts", "responses_a", "responses_b")  # its arguments by position
 
 
 class Verdicts(NamedTuple):

@@ -43,20 +43,28 @@ def load_function(name: str) -> ScoreFunction:
     return function
 
 
-def check_call(function: ScoreFunction, columns: Iterable[str]) -> None:
-    """Raises an InputError if function(prompts, completions, **columns) is no valid call."""
+def check_call(
+    function: Callable[..., Any],
+    columns: Iterable[str],
+    names: Sequence[str] = ("prompts", "completions"),
+) -> None:
+    """Raises an InputError if function(prompts, completions, **columns) is no valid call.
+
+    Args:
+      names: of the arguments by position.
+    """
     name = getattr(function, "__name__", "the score function")
     try:
         signature = inspect.signature(function)
     except ValueError:
         return  # some functions in C have no signature
     try:
-        signature.bind([], [], **dict.fromkeys(columns, []))
+        signature.bind(*([] for _ in names), **dict.fromkeys(columns, []))
     except TypeError as error:
         raise InputError(
-            f"{name} cannot be called as {name}(prompts, completions, **columns) with the other "
+            f"{name} cannot be called as {name}({', '.join(names)}, **columns) with the other "
             f"columns of the data by name ({error}): let it take **columns, and call no column "
-            "prompts or completions."
+            f"{' or '.join(names)}."
         ) from None
 
 

@@ -235,6 +235,9 @@ def claim_run_dir(config: Any) -> None:
                     f"The run in {folder} cannot get another length, as it has no checkpoint to "
                     f"continue from{note}; choose another --run_dir."
                 )
+        if saved is None:  # samples before the first step may be of another configuration
+            for name in _OF_STEPS:
+                (folder / name).unlink(missing_ok=True)
         if saved is None or _config_in(folder)[0] is None:
             write_config(config)
 
@@ -289,16 +292,25 @@ def config_text(config: Any) -> str:
 
 
 # Files that are no results, as another configuration may continue from them: those of sampled
-# responses have a mark of the settings that they depend on (`runtime/sampling`).
-_NO_RESULTS = ("config.yaml", "lock", "sampled.jsonl", "sampled.json", "selected.jsonl")
+# responses and of a reference have a mark of what they depend on.
+_NO_RESULTS = (
+    *("config.yaml", "lock", "reference.npz"),
+    *("sampled.jsonl", "sampled.json", "selected.jsonl"),
+)
+_OF_STEPS = ("metrics.jsonl", "samples.jsonl")
 
 
 def _has_results(folder: epath.Path) -> bool:
-    """Whether a folder holds results of a run; else its configuration may change."""
-    return any(
-        _has_results(path) if path.is_dir() else path.name not in _NO_RESULTS
-        for path in folder.iterdir()
-    )
+    """Whether a folder holds results of a step of a run; else its configuration may change."""
+    return any(map(_is_result, folder.iterdir()))
+
+
+def _is_result(path: epath.Path) -> bool:
+    if path.is_dir():
+        return _has_results(path)
+    if path.name in _OF_STEPS:
+        return any(line.get("step", 0) > 0 for line in read_lines(path))
+    return path.name not in _NO_RESULTS
 
 
 def check_same_config(config: Any, saved: Mapping[str, Any]) -> None:

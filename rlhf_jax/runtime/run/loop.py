@@ -389,9 +389,10 @@ class _Loop:
 
     def _raise_diverged(self, step: int, reason: str) -> NoReturn:
         kept = self.checkpoints.latest_step()
+        is_score = reason.startswith("objective/scores")
+        remedy = "Mend the reward" if is_score else "Lower optimizer.learning_rate"
         where = f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
         raise DivergedError(
             f"{reason} at step {step} of the stage {self.stage.name}; training stopped and kept "
-            f"{where}, in {self.config.run_dir}. Lower optimizer.learning_rate and start again "
-            "with another --run_dir."
+            f"{where}, in {self.config.run_dir}. {remedy} and start again with another --run_dir."
         )

@@ -18,7 +18,7 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.config import PairsConfig, resolve
-from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
+from rlhf_jax.runtime.rewards.scorers import NamedSource, find_sources, load_rewards
 from rlhf_jax.runtime.run.folder import disk_errors, encode_line, replace_file
 from rlhf_jax.runtime.sampling.samples import (
     SampledSet,
@@ -44,13 +44,7 @@ def run_pairs(config: PairsConfig | str | os.PathLike | Mapping[str, Any]) -> in
       InputError: there is no model, no reward or no pair, or the output cannot be written.
     """
     config = resolve(PairsConfig, config)
-    if config.model.path is None:
-        raise InputError("pairs sample needs a model: give --model.path a folder or hub name.")
-    output = epath.Path(config.output)
-    if output.suffix != ".jsonl":
-        raise InputError(f"output is {config.output}: give it a name that ends with .jsonl.")
-    sources = find_sources(config.model.reward_path, config.rewards)
-    check_sources(sources, "pairs sample")
+    sources, output = find_rewards(config), epath.Path(config.output)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
     with jax.set_mesh(mesh):
@@ -67,6 +61,17 @@ def run_pairs(config: PairsConfig | str | os.PathLike | Mapping[str, Any]) -> in
         reason = "their responses have one score, or fewer than two can be used"
         print(f"{num_dropped} of {len(groups)} prompts have no pair: {reason}", file=sys.stderr)
     return len(pairs)
+
+
+def find_rewards(config: PairsConfig) -> list[NamedSource]:
+    """The rewards; an InputError if there is none, no model, or an output of another form."""
+    if config.model.path is None:
+        raise InputError("pairs sample needs a model: give --model.path a folder or hub name.")
+    if not config.output.endswith(".jsonl"):
+        raise InputError(f"output is {config.output}: give it a name that ends with .jsonl.")
+    sources = find_sources(config.model.reward_path, config.rewards)
+    check_sources(sources, "pairs sample")
+    return sources
 
 
 def _samples_file(output: epath.Path) -> epath.Path:

@@ -173,7 +173,10 @@ class SampledSet:
                 replace_file(mark_file, json.dumps(mark, indent=1).encode())
             return 0
         self._check_mark(mark_file, mark)
-        entries, all_lines = read_lines(self.file), num_prompts * self.num_samples
+        try:
+            entries, all_lines = read_lines(self.file), num_prompts * self.num_samples
+        except InputError as error:
+            raise InputError(f"{self.file} is damaged; delete it to sample anew.") from error
         done = len(entries) // (batch_size * self.num_samples)
         if len(entries) >= all_lines:
             done = math.ceil(num_prompts / batch_size)
@@ -185,7 +188,7 @@ class SampledSet:
         return done
 
     def _check_mark(self, mark_file: epath.Path, mark: Mark) -> None:
-        remedy = f"put that back, give another output, or delete {self.file} to sample anew."
+        remedy = f"put that back, write to another place, or delete {self.file} to sample anew."
         try:
             found = json.loads(mark_file.read_text())
             old = {name: found[name] for name in mark}
@@ -236,14 +239,18 @@ def mark_of(
 ) -> Mark:
     """What the responses and scores depend on; of a function in Python, its name."""
     tokens = [np.asarray(array).tolist() for array in prompts[:2]]
-    rewards = [dataclasses.asdict(each.source) | {"name": each.name} for each in sources]
+    # The checksum of reward models tells more than their paths.
+    rewards = [
+        {name: value for name, value in dataclasses.asdict(each.source).items() if name != "path"}
+        for each in sources
+    ]
     vocabulary = sampler.tokenizer.backend_tokenizer.to_str()
     return {
         "the number of prompts": len(examples),
         "the SHA-256 of the prompts": digest([*examples, *tokens]),
         "the checksum of the policy": f"{int(fingerprint(params)):08x}",
         "the SHA-256 of its tokenizer": digest([vocabulary, sampler.tokenizer.chat_template]),
-        "the SHA-256 of the rewards' settings": digest(rewards),
+        "the rewards": rewards,
         "the checksum of the reward models": f"{int(fingerprint(tuple(reward_params))):08x}",
         "model.dtype": dtype,
         "the number of responses to a prompt": sampled.num_samples,
@@ -280,7 +287,7 @@ def _entries(examples: Examples, responses: Responses, scores: np.ndarray) -> li
     """The lines of a batch."""
     entries = []
     for number, index in enumerate(np.asarray(responses.indices).tolist()):
-        # The beginning of a text stands in no column.
+        # Examples with `text` have no column for the prompt.
         prompt = examples[index].get("prompt", responses.prompt_texts[number])
         completion: Any = responses.texts[0][number]
         if not isinstance(prompt, str):

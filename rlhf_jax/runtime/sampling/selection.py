@@ -16,10 +16,11 @@ Groups = Sequence[Sequence[Mapping[str, Any]]]  # the entries of each prompt
 def usable(groups: Groups, keep_truncated: bool) -> list[list[Entry]]:
     """The responses of each prompt that can be trained on, without `ended`, in their order.
 
-    Left out, with one counted warning each, are those that reached the limit of their length
-    without EOS, unless `keep_truncated`, and those that are empty or equal to an earlier one of
-    their prompt (Yuan et al., Scaling Relationship on Learning Mathematical Reasoning with Large
-    Language Models, arXiv:2308.01825, likewise keep distinct responses).
+    Responses that reached the limit of their length without EOS are left out, unless
+    `keep_truncated`, and so are those that are empty or equal to an earlier one of their prompt,
+    with one counted warning for each of the two groups (Yuan et al., Scaling Relationship on
+    Learning Mathematical Reasoning with Large Language Models, arXiv:2308.01825, likewise keep
+    distinct responses).
     """
     kept: list[list[Entry]] = []
     num_truncated = num_repeated = 0
@@ -70,7 +71,8 @@ def select(
     if not scores:
         raise InputError(
             f"None of the {sum(map(len, groups))} sampled responses can be trained on: all are "
-            "empty or have no EOS; set generation.max_new_tokens higher, or keep_truncated to true."
+            "empty or have no EOS; set keep_truncated to true, or generation.max_new_tokens higher "
+            "in another run folder or output."
         )
     selected: list[Entry] = []
     for group in candidates:
@@ -79,8 +81,8 @@ def select(
     if not selected:
         raise InputError(
             f"No response has a score of the threshold {threshold:g} or more: the best of the "
-            f"{len(scores)} sampled ones has {max(scores):g}; lower the threshold and run the same "
-            "command again, which takes the responses that are there."
+            f"{len(scores)} that can be trained on has {max(scores):g}; lower the threshold and run "
+            "the same command again, which takes the responses that are there."
         )
     return selected
 

@@ -23,6 +23,7 @@ def check_run(config: RunConfig, model: Model, mesh: Mesh) -> None:
     the batch sizes against the mesh, and the settings by the trainer's `init_state`.
     """
     model.check_mesh(mesh)
+    check_reference(config)
     (check_online if config.trainer.online else check_offline)(config, model, mesh)
     key = jax.eval_shape(functools.partial(jax.random.key, 0))
     params = jax.eval_shape(model.init, key)
@@ -40,8 +41,6 @@ def check_offline(config: RunConfig, model: Model, mesh: Mesh) -> None:
     check_lengths(config.trainer.reads(settings), config.data, model)
     if config.trainer.samples_first:
         check_sampling(config, model, mesh)
-    if config.trainer.has_reference:
-        check_reference(config)
     check_parts(mesh, f"{name}.batch_size", settings.batch_size, 1, settings, name)
     check_batch_size(mesh, f"{name}.eval_batch_size", settings.eval_batch_size)
 
@@ -51,6 +50,10 @@ def check_reference(config: RunConfig) -> None:
     name, settings = config.trainer.name, config.settings
     if config.model.reference_path is None:
         return
+    if not config.trainer.has_reference:
+        raise InputError(
+            f"model.reference_path is given, but {name} does not read it; leave it out."
+        )
     if not settings.has_reference:
         raise InputError(
             f"model.reference_path is given, but {name}.kind {settings.kind} has no reference; "

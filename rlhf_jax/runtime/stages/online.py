@@ -32,7 +32,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     first_entries,
     save_evaluation,
 )
-from rlhf_jax.runtime.evaluation.python_judge import JudgeFunction, win_rates
+from rlhf_jax.runtime.evaluation.python_judge import JUDGED, JudgeFunction, win_rates
 from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
@@ -107,6 +107,8 @@ class OnlineStage(shared.BaseStage):
         for function in (*(each.function for each in self.sources), self.gold_fn):
             if function is not None:
                 check_call(function, columns_of(self.examples, [0]))
+        for judge in {self.judge_fn, self.training_judge} - {None}:
+            check_call(judge, columns_of(self.examples, [0]), JUDGED)
         self._load_rewards()
         self.value_model, self.value_params = load_value_model(config, self.tokenizer, self.mesh)
         self.batches = self._batches(kind, self.examples, data, settings.batch_size, config.seed)

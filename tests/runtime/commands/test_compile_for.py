@@ -36,6 +36,13 @@ def test_the_command_prints_the_numbers_and_writes_them(folder, capsys):
     assert "held at most" in printed
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_trainer_with_a_computed_reference(folder, name):
+    sizes = ["--data.max_prompt_length", "8", "--data.max_response_length", "8"]
+    flags = ["--topology", "local", "--model", folder, "--stage", name, *sizes]
+    assert compile_for.run_compile_for(flags)["programs"][0]["flops"] > 0
+
+
 def test_a_further_trainer_is_compiled_from_its_record(folder, monkeypatch):
     again = dataclasses.replace(
         sft_settings.TRAINER, name="sft_again", module="rlhf_jax.training.sft"

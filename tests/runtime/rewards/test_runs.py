@@ -157,7 +157,7 @@ def test_the_score_of_a_reference_is_that_of_its_tokens(tmp_path, sft_run, rewar
 @pytest.mark.parametrize(
     ("examples", "expected"),
     [
-        ([{"prompt": "a"}], "has the columns prompt, but ppo.subtract_reference_score needs `pr"),
+        ([{"prompt": "a"}], "has the columns prompt, but subtract_reference_score needs `pr"),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
             "Line 2 of {path}: column 'completion' holds nothing: give it a text.",

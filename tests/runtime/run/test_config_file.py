@@ -21,7 +21,7 @@ def claim(folder, **values):
 
 def test_a_folder_with_work_refuses_another_configuration(tmp_path):
     claim(tmp_path, seed=1)
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert message(lambda: claim(tmp_path, seed=2)) == (
         f"The run folder {tmp_path} was made with another configuration: seed is 1 there and 2 "
         "here; choose another --run_dir, or give the same configuration to continue that run."
@@ -31,11 +31,20 @@ def test_a_folder_with_work_refuses_another_configuration(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
 
 
+def test_before_the_first_step_the_configuration_may_change(tmp_path):
+    """Samples of the initial model, and log-probabilities with a mark, are no results."""
+    claim(tmp_path, seed=1)
+    (tmp_path / "reference.npz").touch()
+    (tmp_path / "samples.jsonl").write_text('{"step": 0}\n')
+    assert claim(tmp_path, seed=2)["seed"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "reference.npz"]
+
+
 def test_what_computes_attention_may_change_and_an_earlier_version_had_one(tmp_path):
     there = claim(tmp_path)
     assert there["model"].pop("attention") == "blocks"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(there))
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert claim(tmp_path, model={"attention": "cudnn"})["model"]["attention"] == "cudnn"
 
 
@@ -43,7 +52,7 @@ def test_a_key_that_an_earlier_version_had_not_is_as_by_default(tmp_path):
     there = claim(tmp_path, seed=1)
     del there["sft"]["batch_size"], there["seed"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(there))
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "seed is 0 there and 1 here" in message(lambda: claim(tmp_path, seed=1))
     assert "sft.batch_size is 16 there" in message(lambda: claim(tmp_path, sft={"batch_size": 3}))
     assert claim(tmp_path)["sft"]["batch_size"] == 16
@@ -51,7 +60,7 @@ def test_a_key_that_an_earlier_version_had_not_is_as_by_default(tmp_path):
 
 def test_how_a_run_is_watched_saved_and_spread_may_change(tmp_path):
     claim(tmp_path, seed=1)
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     changed = {"logging": {"log_every": 5}, "checkpoint": {"every": 7}, "mesh": {"data": 1}}
     there = claim(tmp_path, seed=1, **changed)
     assert (there["logging"]["log_every"], there["checkpoint"]["every"]) == (5, 7)
@@ -63,7 +72,7 @@ def test_a_folder_without_work_takes_another_configuration(tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "config.yaml").touch()
     assert claim(tmp_path, seed=2)["seed"] == 2
-    (tmp_path / "sft" / "metrics.jsonl").touch()
+    (tmp_path / "sft" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "seed is 2 there and 3 here" in message(lambda: claim(tmp_path, seed=3))
 
 
@@ -89,7 +98,7 @@ def test_a_folder_of_a_configuration_built_in_python_is_checked_too(run_dir):
 )
 def test_a_damaged_configuration_without_any_checkpoint_is_named(tmp_path, content, reason):
     (tmp_path / "config.yaml").write_bytes(content)
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     said = message(lambda: claim(tmp_path))
     assert said.startswith(f"{tmp_path}/config.yaml is damaged ({reason}")
     assert said.endswith("put it back from a copy, or choose another --run_dir.")
