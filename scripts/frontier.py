@@ -170,11 +170,9 @@ class Experiment:
 
     def gold(self, prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
         """f32[B]: the gold score of each continuation."""
-        texts = (
-            decode(self.tokenizer, *each)
-            for each in ((prompts.prompts, prompts.prompt_mask), (rollout.tokens, rollout.mask))
-        )
-        return np.asarray(call_scores(self.gold_function, *texts, {}), np.float32)
+        beginnings = decode(self.tokenizer, prompts.prompts, prompts.prompt_mask)
+        texts = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        return np.asarray(call_scores(self.gold_function, beginnings, texts, {}), np.float32)
 
     def evaluate(self, params: Any, key: jax.Array) -> tuple[float, float]:
         """(KL in nats per continuation, mean gold score) on the held-out beginnings."""
@@ -281,7 +279,7 @@ def pairs_of(prompts: PromptBatch, continuations: Continuations) -> PairBatch:
     if not row.size:
         raise InputError("The gold scores of all continuations of each beginning are equal.")
     tokens, mask, logprobs = continuations[:3]
-    return PairBatch(
+    arrays: Any = (
         prompts.prompts[row],
         prompts.prompt_mask[row],
         tokens[row, chosen],
@@ -293,6 +291,7 @@ def pairs_of(prompts: PromptBatch, continuations: Continuations) -> PairBatch:
         logprobs[row, chosen],
         logprobs[row, rejected],
     )
+    return PairBatch(*arrays)
 
 
 def pair_step(model, optimizer, state, batch, weights, beta):

@@ -81,8 +81,8 @@ def select(
     if not selected:
         raise InputError(
             f"No response has a score of the threshold {threshold:g} or more: the best of the "
-            f"{len(scores)} that can be trained on has {max(scores):g}; lower the threshold and run "
-            "the same command again, which takes the responses that are there."
+            f"{len(scores)} that can be trained on has {max(scores):g}; lower the threshold and "
+            "run the same command again, which takes the responses that are there."
         )
     return selected
 

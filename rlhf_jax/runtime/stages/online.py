@@ -107,7 +107,7 @@ class OnlineStage(shared.BaseStage):
         for function in (*(each.function for each in self.sources), self.gold_fn):
             if function is not None:
                 check_call(function, columns_of(self.examples, [0]))
-        for judge in {self.judge_fn, self.training_judge} - {None}:
+        for judge in filter(None, {self.judge_fn, self.training_judge}):
             check_call(judge, columns_of(self.examples, [0]), JUDGED)
         self._load_rewards()
         self.value_model, self.value_params = load_value_model(config, self.tokenizer, self.mesh)
