@@ -170,9 +170,10 @@ class Experiment:
 
     def gold(self, prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
         """f32[B]: the gold score of each continuation."""
-        beginnings = decode(self.tokenizer, prompts.prompts, prompts.prompt_mask)
-        texts = decode(self.tokenizer, rollout.tokens, rollout.mask)
-        return np.asarray(call_scores(self.gold_function, beginnings, texts, {}), np.float32)
+        asked = decode(self.tokenizer, prompts.prompts, prompts.prompt_mask)
+        answers = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        scores = call_scores(self.gold_function, asked, answers, {})
+        return np.asarray(scores, np.float32)
 
     def evaluate(self, params: Any, key: jax.Array) -> tuple[float, float]:
         """(KL in nats per continuation, mean gold score) on the held-out beginnings."""
@@ -279,19 +280,11 @@ def pairs_of(prompts: PromptBatch, continuations: Continuations) -> PairBatch:
     if not row.size:
         raise InputError("The gold scores of all continuations of each beginning are equal.")
     tokens, mask, logprobs = continuations[:3]
-    arrays: Any = (
-        prompts.prompts[row],
-        prompts.prompt_mask[row],
-        tokens[row, chosen],
-        mask[row, chosen],
-        tokens[row, rejected],
-        mask[row, rejected],
-        np.zeros(row.size, np.float32),
-        np.ones(row.size, bool),
-        logprobs[row, chosen],
-        logprobs[row, rejected],
-    )
-    return PairBatch(*arrays)
+    responses = [each[row, index] for index in (chosen, rejected) for each in (tokens, mask)]
+    references = logprobs[row, chosen], logprobs[row, rejected]
+    margin, valid = np.zeros(row.size, np.float32), np.ones(row.size, bool)
+    arrays: Any = (*responses, margin, valid, *references)
+    return PairBatch(prompts.prompts[row], prompts.prompt_mask[row], *arrays)
 
 
 def pair_step(model, optimizer, state, batch, weights, beta):
