@@ -82,9 +82,9 @@ STEPS = {
 
 
 def assert_near(actual, expected):
-    """Within 1e-4 of the largest element: PPO's ratios magnify rounding of log-probabilities."""
+    """Within 5e-4 of the largest element: PPO's ratios magnify rounding of log-probabilities."""
     scale = max(1.0, float(np.max(np.abs(expected))))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * scale)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-4 * scale)
 
 
 @pytest.mark.parametrize("name", STEPS)
