@@ -53,7 +53,7 @@ def ppo_parts(model, unfrozen=None):
     rng = np.random.default_rng(1)
     settings = ppo.Settings(
         batch_size=BATCH,
-        num_mini_batches=2,
+        num_mini_batches=1,  # ratios of a second update magnify rounding
         num_ppo_epochs=1,
         response_length=RESPONSE,
         temperature=0.7,
@@ -82,9 +82,9 @@ STEPS = {
 
 
 def assert_near(actual, expected):
-    """Within 5e-4 of the largest element: PPO's ratios magnify rounding of log-probabilities."""
+    """Within 1e-4 of the largest element."""
     scale = max(1.0, float(np.max(np.abs(expected))))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-4 * scale)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("name", STEPS)
