@@ -4,10 +4,9 @@ import dataclasses
 from typing import Annotated, Literal
 
 from rlhf_jax.checks import Limit, PositiveFloat, PositiveInt, check_divides
-from rlhf_jax.data.formats import Kind
 from rlhf_jax.errors import InputError
 from rlhf_jax.training.dpo_settings import SMOOTHED
-from rlhf_jax.training.settings import OptimizerSettings, SampledSettings
+from rlhf_jax.training.settings import OptimizerSettings, SampledSettings, prompts_kind
 from rlhf_jax.training.trainer import Headline, Trainer
 
 # The kinds of `functional.dpo_loss` that read nothing but one number for each response.
@@ -92,18 +91,13 @@ class Settings(SampledSettings):
         return self.num_epochs * self.num_mini_batches
 
 
-def _examples_kind(settings: Settings) -> Kind:
-    """The kind of examples: prompts, with reference completions where their score is subtracted."""
-    return "references" if settings.subtract_reference_score else "prompts"
-
-
 TRAINER = Trainer(
     name="online_dpo",
     title="Online preference optimization",
     label="Online DPO",
     summary="preference optimization on sampled responses, ranked by rewards or a judge",
     settings=Settings,
-    reads=_examples_kind,
+    reads=prompts_kind,
     online=True,
     # TRL's learning rate.
     optimizer=OptimizerSettings(learning_rate=5e-7),

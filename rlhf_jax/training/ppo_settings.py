@@ -4,8 +4,7 @@ import dataclasses
 from typing import Literal
 
 from rlhf_jax.checks import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_divides
-from rlhf_jax.data.formats import Kind
-from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings
+from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings, prompts_kind
 from rlhf_jax.training.trainer import Headline, Trainer
 
 
@@ -91,18 +90,13 @@ class Settings(OnlineSettings):
         return 3 + (self.surrogate == "kl_penalty")
 
 
-def _examples_kind(settings: Settings) -> Kind:
-    """The kind of examples: prompts, with reference completions where their score is subtracted."""
-    return "references" if settings.subtract_reference_score else "prompts"
-
-
 TRAINER = Trainer(
     name="ppo",
     title="PPO",
     label="PPO",
     summary="PPO against reward models, Python functions, or a sum of several",
     settings=Settings,
-    reads=_examples_kind,
+    reads=prompts_kind,
     online=True,
     # Adam's epsilon is that of openai/lm-human-preferences.
     optimizer=OptimizerSettings(learning_rate=1e-5, eps=1e-5),

@@ -15,6 +15,7 @@ from rlhf_jax.checks import (
     check_divides,
     check_fields,
 )
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.rollout.settings import ShapingSettings
 
 
@@ -170,3 +171,8 @@ class OnlineSettings(SampledSettings):
 
     kl_coef: NonNegativeFloat = 0.05
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+
+
+def prompts_kind(settings: SampledSettings) -> Kind:
+    """The kind of examples: prompts, with reference completions where their score is subtracted."""
+    return "references" if settings.subtract_reference_score else "prompts"
