@@ -24,7 +24,6 @@ OPTIMIZED = (
     "functional",
     "models/test_gpt2.py",
     "models/test_parity.py",
-    "training/test_sft.py",
     "test_end_to_end.py",
     "test_examples.py",
 )

@@ -31,6 +31,7 @@ from rlhf_jax.runtime.config import (
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
+from rlhf_jax.runtime.stages.sampled import SampledStage
 from tests import small
 from tests.parallel.meshes import make_configs, model_of
 
@@ -40,6 +41,7 @@ KINDS = {
     "dpo": (config_of(trainer_named("dpo")), OfflineStage),
     "kto": (config_of(trainer_named("kto")), OfflineStage),
     "online_dpo": (config_of(trainer_named("online_dpo")), OnlineStage),
+    "rft": (config_of(trainer_named("rft")), SampledStage),
     **dict.fromkeys(("ppo", "frozen", "trunk"), (PPOConfig, OnlineStage)),
 }
 

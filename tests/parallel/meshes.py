@@ -18,7 +18,7 @@ FACTORISATIONS = tuple(
     sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8
 )
 STEPS = 10
-STAGES = ("sft", "reward", "ppo", "frozen", "trunk", "dpo", "kto", "online_dpo")
+STAGES = ("sft", "reward", "ppo", "frozen", "trunk", "dpo", "kto", "online_dpo", "rft")
 # Sums in another order differ in their last bits, which Adam's early steps, of nearly the sign of
 # the gradient, enlarge.
 TOLERANCE = 1e-5
@@ -88,6 +88,7 @@ def make_configs(base, family, sizes):
     halves = {**data, "builtin_rows": 4 * STEPS}  # of a pair two examples
     preference = {"kind": "aot", "precompute_ref": False, "num_layers_unfrozen": 1}
     online = {"total_episodes": 24 * STEPS, "num_responses": 3, "num_layers_unfrozen": 1}
+    best = {"rft": {"batch_size": 8}, "generation": {"batch_size": 16}}
     model = model_of(family, base)
     return {
         "sft": small.sft(folder / "sft", **shared, data=data, model=model),
@@ -100,6 +101,7 @@ def make_configs(base, family, sizes):
         "online_dpo": small.online_dpo(
             folder / "online_dpo", sft, rewarded, **shared, data=data, online_dpo=online
         ),
+        "rft": small.rft(folder / "rft", sft, **shared, data=data, **best),
     }
 
 

@@ -1,4 +1,4 @@
-"""One of several processes that train the three stages together; it checks their shared values.
+"""One of several processes that train stages together; it checks their shared values.
 
 Started by test_several_processes.py. The first processes stop each stage after its first
 checkpoint, the last one by SIGKILL; others go on from there.
@@ -20,7 +20,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import batch_sharding, hosts, make_mesh
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
-from rlhf_jax.runtime import train_ppo, train_reward, train_sft
+from rlhf_jax.runtime import train_ppo, train_reward, train_rft, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.settings import CheckpointSettings
@@ -28,7 +28,7 @@ from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
-TRAIN = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo}
+TRAIN = {"sft": train_sft, "reward": train_reward, "rft": train_rft, "ppo": train_ppo}
 STOP_AT = 3  # steps, one behind the checkpoint
 MESHES = {1: {}, 2: {"data": 1, "fsdp": 2}, 4: {"data": 2, "tensor": 2}}
 
@@ -52,6 +52,12 @@ def make_configs(folder, before, processes, kind):
     return {
         "sft": small.sft(folder / "sft", **shared, sft={"rouge_rows": 4 if full else 0}),
         "reward": small.reward(folder / "reward", sft, **shared, reward={"normalize_before": full}),
+        "rft": small.rft(
+            folder / "rft",
+            sft,
+            **shared | {"data": {**shared["data"], "builtin_rows": 32}},
+            rft={"num_samples": 2, "batch_size": 8},
+        ),
         "ppo": small.ppo(
             folder / "ppo",
             sft,

@@ -139,13 +139,18 @@ def test_metrics_are_those_of_one_process(runs, stage, folder):
 @pytest.mark.parametrize("folder", ["alone", "four"])
 def test_samples_are_those_of_one_process(runs, folder):
     assert_same_samples(runs, folder, "ppo")
+    names = ("prompt", "completion", "ended")
+    files = [runs / x / "rft" / "sampled.jsonl" for x in ("one", folder)]
+    one, other = ([[line[name] for name in names] for line in small.rows(file)] for file in files)
+    assert one == other
     lines = small.rows(runs / folder / "ppo" / "samples.jsonl")
     assert len([line for line in lines if line["step"] > 0]) == 2 * small.STEPS / 2
 
 
 @pytest.mark.parametrize("folder", ["alone", "four"])
 def test_the_exported_models_are_complete(runs, folder):
-    for stage, load in (("sft", load_pretrained), ("reward", load_reward_model)):
+    loads = {"sft": load_pretrained, "reward": load_reward_model, "rft": load_pretrained}
+    for stage, load in loads.items():
         (_, expected), (_, actual) = (load(runs / x / stage / "hf") for x in ("one", folder))
         expected, actual = (tree.get("model", tree)["ln_f"]["scale"] for tree in (expected, actual))
         np.testing.assert_allclose(actual, expected, rtol=1e-3)

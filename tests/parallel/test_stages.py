@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import train
+from tests import small
 from tests.parallel.meshes import (
     STEPS,
     differences,
@@ -31,10 +32,8 @@ ONE = (1, 1, 1)
 # Here stages that differ in what is split, on all axes at once, and two axes alone with one stage.
 PLAN = (
     ("gpt2", (1, 8, 1), ("sft",)),
-    ("gpt2", (2, 2, 2), ("ppo",)),
-    ("qwen3", (2, 2, 2), ("reward", "frozen")),
-    ("llama", (8, 1, 1), ("reward",)),
-    ("llama", (2, 2, 2), ("trunk", "dpo", "online_dpo")),
+    ("gpt2", (2, 2, 2), ("ppo", "rft")),
+    ("qwen3", (2, 2, 2), ("reward", "frozen", "dpo", "online_dpo")),
 )
 RUNS = [(family, sizes, stage) for family, sizes, stages in PLAN for stage in stages]
 SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk", "online_dpo")]
@@ -81,6 +80,18 @@ def test_the_same_tokens_are_sampled(runs, family, sizes, stage):
     one, several = map(sampled, both(runs, family, sizes, stage))
     assert one == several
     assert len([sample for sample in several if sample[0] > 0]) == 8 * STEPS
+
+
+def test_the_same_responses_are_selected(runs):
+    one, several = (
+        [
+            [(line["prompt"], line["completion"]) for line in small.rows(folder / name)]
+            for name in ("sampled.jsonl", "selected.jsonl")
+        ]
+        for folder in both(runs, "gpt2", (2, 2, 2), "rft")
+    )
+    assert one == several
+    assert len(one[0]) == 3 * len(one[1]) == 3 * 8 * STEPS
 
 
 @pytest.mark.parametrize(("family", "sizes", "stage"), RUNS, ids=name_of)
