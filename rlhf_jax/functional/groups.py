@@ -79,7 +79,7 @@ def group_advantages(scores, mask=None, *, scale=True, eps=1e-4):
     return _over_deviation(centred, _variance(_centred(scores, mask, None), mask, None), eps)
 
 
-def decoupled_advantages(scores, weights, mask=None, *, eps=1e-4):
+def decoupled_advantages(scores, reward_weights, mask=None, *, eps=1e-4):
     """Advantages from several scores of each response, normalized apart (GDPO).
 
         Z_kr = (score_kr - mean_r) / (deviation_r + eps)     over the responses to a prompt
@@ -91,7 +91,7 @@ def decoupled_advantages(scores, weights, mask=None, *, eps=1e-4):
 
     Args:
       scores: float[B, K, R], R scores of each of K >= 2 responses to each of B prompts.
-      weights: float[R].
+      reward_weights: float[R], one per score.
       mask: bool[B, K, R], True where a response has that score; None: everywhere. Other scores
         count in no mean or deviation, and their Z is 0.
       eps: added to the deviations, which are unbiased.
@@ -111,11 +111,11 @@ def decoupled_advantages(scores, weights, mask=None, *, eps=1e-4):
     1.10 -1.10
     0.55 -0.55
     """
-    expect(scores=(scores, "BKR", float), weights=(weights, "R", float))
+    expect(scores=(scores, "BKR", float), reward_weights=(reward_weights, "R", float))
     mask = _mask_of_scores(scores, "BKR", mask)
     centred = _centred(scores, mask, 1)
     normalized = _over_deviation(centred, _variance(centred, mask, 1), eps)
-    summed = jnp.sum(normalized * weights.astype(jnp.float32), axis=2)
+    summed = jnp.sum(normalized * reward_weights.astype(jnp.float32), axis=2)
     return normalize_advantages(summed, jnp.any(mask, axis=2), eps=eps)
 
 
@@ -236,8 +236,10 @@ def _centred(x, mask, axis):
     # almost 0 would amplify the difference. With the minimum subtracted first, they are zeros.
     lowest = jnp.min(x, axis, keepdims=True, where=mask, initial=jnp.inf)
     x = jnp.where(mask, x - jax.lax.stop_gradient(lowest), 0.0)
-    mean = jnp.sum(x, axis, keepdims=True) / count_or_one(jnp.sum(mask, axis, keepdims=True))
-    return jnp.where(mask, x - mean, 0.0)
+    count = count_or_one(jnp.sum(mask, axis, keepdims=True))
+    for _ in range(2):  # the first mean is rounded; the second is that of what is left
+        x = jnp.where(mask, x - jnp.sum(x, axis, keepdims=True) / count, 0.0)
+    return x
 
 
 def _variance(centred, mask, axis):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.functional.expect import expect_one_of, expect_positive, expect_scalars
 from rlhf_jax.functional.kl import limited_exp
-from rlhf_jax.functional.masking import count_or_one, masked_mean, masked_tokens
+from rlhf_jax.functional.masking import count_or_one, masked_mean, masked_tokens, on_all_devices
 
 IMPORTANCE_LEVELS = ("token", "sequence")
 IMPORTANCE_MODES = ("truncate", "mask")
@@ -136,7 +136,8 @@ def top_entropy_mask(entropy, mask, *, share):
     expect_scalars(share=share)
     if mask.size == 0:
         return mask
-    ordered = jnp.sort(jnp.where(mask, entropy, jnp.inf).reshape(-1))
+    real_or_last = jnp.where(mask, entropy, jnp.inf)
+    ordered = jnp.sort(on_all_devices(real_or_last).reshape(-1))
     place = (1.0 - jnp.asarray(share, jnp.float32)) * (count_or_one(jnp.sum(mask)) - 1.0)
     below = jnp.floor(place).astype(jnp.int32)
     low, high = ordered[below], ordered[jnp.ceil(place).astype(jnp.int32)]

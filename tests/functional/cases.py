@@ -7,7 +7,7 @@ import numpy as np
 B, T, V, D, K = 4, 6, 7, 5, 5
 
 # Arrays without a batch axis.
-SHARED = {"unembedding"}
+SHARED = {"unembedding", "reward_weights"}
 
 
 class Case(NamedTuple):
@@ -40,6 +40,15 @@ def under(mask, *names):
 def function_name(case_name):
     """'kl_estimate' for the case 'kl_estimate/k3': a function may have one case per kind."""
     return case_name.partition("/")[0]
+
+
+def total_of(output):
+    """A number to differentiate: the first output, its entries weighted from 1 to 2.
+
+    Advantages have a sum of 0, and a gradient of it that is rounding alone.
+    """
+    first = output[0] if isinstance(output, tuple) else output
+    return (first * np.linspace(1, 2, first.size, dtype=np.float32).reshape(first.shape)).sum()
 
 
 class Batch(NamedTuple):
@@ -145,7 +154,7 @@ def logprob_cases(rng, batch):
 
 def advantage_cases(rng, batch):
     rewards, values = floats(rng, B, T), floats(rng, B, T)
-    cases = {
+    return {
         "token_rewards": Case(
             {"scores": floats(rng, B), **batch.of("logprobs", "ref_logprobs", "mask")},
             {"kl_kind": "k2"},
@@ -168,28 +177,26 @@ def advantage_cases(rng, batch):
             under("mask", "rewards"),
         ),
     }
-    return cases
 
 
 def group_cases(rng, batch):
     """Scores of responses to the same prompt; some have none, and one prompt has a single one."""
     responses = np.arange(K) < np.array([K, 3, 1, 2])[:, None]
     scores, of_scores = {"scores": floats(rng, B, K), "mask": responses}, under("mask", "scores")
-    # The gradient of a sum of differences from the mean is 0, and has a test of its own.
-    cases = {"leave_one_out_advantages": Case(scores, {}, {}, (), of_scores)}
-    for scale, differentiable in (("group", ("scores",)), ("batch", ("scores",)), ("none", ())):
+    cases = {"leave_one_out_advantages": Case(scores, {}, {}, ("scores",), of_scores)}
+    for scale in ("group", "batch", "none"):
         cases[f"group_advantages/{scale}"] = Case(
-            scores, {"scale": scale}, {"eps": 0.1}, differentiable, of_scores
+            scores, {"scale": scale}, {"eps": 0.1}, ("scores",), of_scores
         )
     cases["decoupled_advantages"] = Case(
         {
             "scores": floats(rng, B, K, 3),
-            "weights": np.exp(floats(rng, 3)),
+            "reward_weights": np.exp(floats(rng, 3)),
             "mask": responses[..., None] & (rng.random((B, K, 3)) < 0.9),
         },
         {},
         {"eps": 0.1},
-        ("scores", "weights"),
+        ("scores", "reward_weights"),
         of_scores,
     )
     cases["normalize_advantages"] = Case(

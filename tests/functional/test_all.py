@@ -12,7 +12,7 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax import functional
-from tests.functional.cases import SHARED, T, function_name, make_cases
+from tests.functional.cases import SHARED, T, function_name, make_cases, total_of
 
 CASES = make_cases(0)
 LOSSES = [name for name in CASES if function_name(name).endswith("_loss")]
@@ -33,12 +33,12 @@ def call(function, case, arrays, **keywords):
 
 @functools.cache
 def compiled(name):
-    """(arrays, **keywords) -> outputs and gradients of the first output's sum, for one case."""
+    """(arrays, **keywords) -> outputs and gradients of `total_of` them, for one case."""
     case, function = CASES[name], function_of(name)
 
     def total(differentiable, arrays, keywords):
         output = call(function, case, {**arrays, **differentiable}, **keywords)
-        return jnp.sum(output[0] if isinstance(output, tuple) else output), output
+        return total_of(output), output
 
     def outputs(arrays, **keywords):
         differentiable = {key: arrays[key] for key in case.differentiable}
