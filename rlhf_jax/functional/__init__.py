@@ -4,19 +4,21 @@ B batch, T response tokens, V vocabulary. A mask is True on real positions; entr
 included, change neither a value nor a gradient. `rlhf_jax` has the same functions compiled.
 """
 
-from rlhf_jax.functional.advantages import (
-    gae,
+from rlhf_jax.functional.advantages import gae, rewards_to_go, token_rewards
+from rlhf_jax.functional.groups import (
+    decoupled_advantages,
     group_advantages,
     leave_one_out_advantages,
-    rewards_to_go,
-    token_rewards,
+    normalize_advantages,
+    overlong_penalty,
+    pass_at_k,
 )
+from rlhf_jax.functional.grpo import grpo_loss
 from rlhf_jax.functional.kl import adaptive_kl_update, kl_estimate, penalty_kl_update, token_kl
 from rlhf_jax.functional.linear import linear_token_logprobs
 from rlhf_jax.functional.logprobs import token_entropy, token_logprobs
 from rlhf_jax.functional.masking import masked_mean, masked_var, masked_whiten, response_mask
 from rlhf_jax.functional.policy import (
-    grpo_loss,
     kl_penalty_policy_loss,
     ppo_policy_loss,
     ppo_value_loss,
@@ -31,6 +33,11 @@ from rlhf_jax.functional.responses import (
 )
 from rlhf_jax.functional.reward import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
 from rlhf_jax.functional.sft import cross_entropy_loss, linear_cross_entropy_loss
+from rlhf_jax.functional.token_weights import (
+    importance_weights,
+    logprob_difference,
+    top_entropy_mask,
+)
 from rlhf_jax.functional.unpaired import bco_loss, kto_loss
 
 __all__ = [
@@ -38,10 +45,12 @@ __all__ = [
     "bco_loss",
     "cpo_loss",
     "cross_entropy_loss",
+    "decoupled_advantages",
     "dpo_loss",
     "gae",
     "group_advantages",
     "grpo_loss",
+    "importance_weights",
     "kl_estimate",
     "kl_penalty_policy_loss",
     "kto_loss",
@@ -49,12 +58,16 @@ __all__ = [
     "length_desensitized_logprobs",
     "linear_cross_entropy_loss",
     "linear_token_logprobs",
+    "logprob_difference",
     "masked_mean",
     "masked_var",
     "masked_whiten",
     "mixed_dpo_loss",
+    "normalize_advantages",
     "orpo_loss",
+    "overlong_penalty",
     "pairwise_loss",
+    "pass_at_k",
     "penalty_kl_update",
     "ppo_policy_loss",
     "ppo_value_loss",
@@ -69,5 +82,6 @@ __all__ = [
     "token_logprobs",
     "token_rewards",
     "tokenwise_pairwise_loss",
+    "top_entropy_mask",
     "wpo_weights",
 ]

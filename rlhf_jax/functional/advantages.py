@@ -1,4 +1,4 @@
-"""Rewards, returns and advantages from scores and log-probabilities."""
+"""Rewards of tokens, and returns and advantages from them."""
 
 import jax
 import jax.numpy as jnp
@@ -114,78 +114,3 @@ def rewards_to_go(rewards, mask, *, gamma=1.0):
     expect(rewards=(rewards, "BT", float), mask=(mask, "BT", bool))
     # Advantages over values of 0.
     return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
-
-
-def leave_one_out_advantages(scores):
-    """Score of each response minus the mean score of the other responses to its prompt (RLOO).
-
-        A_i = score_i - sum_{j != i} score_j / (K - 1)
-
-    Args:
-      scores: float[B, K], for K >= 2 responses to each of B prompts.
-
-    Returns:
-      f32[B, K]; each row sums to 0, and equal scores give exactly 0.
-
-    Raises:
-      ValueError: if the shape or dtype of the scores is wrong, or K is 1.
-
-    Ahmadian et al., Back to Basics: Revisiting REINFORCE Style Optimization, section 2.3
-    (arXiv:2402.14740), after Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free! (2019).
-
-    >>> print(leave_one_out_advantages(jnp.array([[1.0, 2.0, 6.0]])))
-    [[-3.  -1.5  4.5]]
-    """
-    centred = _centred(scores)
-    responses = scores.shape[1]
-    return centred * (responses / (responses - 1))
-
-
-def group_advantages(scores, *, scale=True, eps=1e-4):
-    """Scores of each prompt's responses, normalized to mean 0 and standard deviation 1 (GRPO).
-
-        A_i = (score_i - mean) / (deviation + eps)
-        deviation^2 = sum_j (score_j - mean)^2 / (K - 1)
-
-    Args:
-      scores: float[B, K], for K >= 2 responses to each of B prompts.
-      scale: whether to divide by the deviation. Dr. GRPO does not, because the division gives more
-        weight to prompts whose responses nearly all succeed or nearly all fail.
-      eps: added to the deviation, in units of the scores.
-
-    Returns:
-      f32[B, K]; each row sums to 0. Equal scores give exactly 0, with finite gradients.
-
-    Raises:
-      ValueError: if the shape or dtype of the scores is wrong, or K is 1.
-
-    Shao et al., DeepSeekMath, section 4.1.2 (arXiv:2402.03300), which does not say whether the
-    deviation is unbiased; this one is TRL's. Without scale: Liu et al., Understanding R1-Zero-Like
-    Training, section 3.2 (arXiv:2503.20783).
-
-    >>> scores = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    >>> print(group_advantages(scores, eps=0.0))
-    [[ 1.5 -0.5 -0.5 -0.5]
-     [ 0.   0.   0.   0. ]]
-    """
-    expect_scalars(eps=eps)
-    centred = _centred(scores)
-    if not scale:
-        return centred
-    variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (scores.shape[1] - 1)
-    # The root has no finite gradient at 0, and eps may be 0.
-    deviation = jnp.sqrt(jnp.where(variance == 0.0, 1.0, variance))
-    return centred / jnp.where(variance == 0.0, 1.0, deviation + eps)
-
-
-def _centred(scores):
-    """Scores minus the mean over the responses to a prompt, in float32."""
-    expect(scores=(scores, "BK", float))
-    if scores.shape[1] < 2:
-        shape = f"{scores.dtype}{list(scores.shape)}"
-        raise ValueError(f"scores must be float[B, K] with K >= 2, but is {shape}.")
-    scores = scores.astype(jnp.float32)
-    # The mean of large equal scores may round to another number, and the division by a deviation of
-    # almost 0 would amplify the difference. With the minimum subtracted first, they are zeros.
-    scores -= jax.lax.stop_gradient(jnp.min(scores, axis=1, keepdims=True))
-    return scores - jnp.mean(scores, axis=1, keepdims=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.functional.kl import MAX_LOG_RATIO
+from rlhf_jax.functional.masking import on_all_devices
 
 DPO_KINDS = (
     "sigmoid",
@@ -96,16 +97,10 @@ def sorted_losses(above, below, mask, beta, label_smoothing):
 
     The padding entries come last.
     """
-    mask, above, below = map(_on_all_devices, (mask, above, below))
+    mask, above, below = map(on_all_devices, (mask, above, below))
     is_padding, above = jax.lax.sort((~mask, above), num_keys=2)
     _, below = jax.lax.sort((~mask, below), num_keys=2)
     return difference_losses("sigmoid", above - below, beta, label_smoothing), ~is_padding
-
-
-def _on_all_devices(x):
-    """The complete batch on each device: a sharded axis is not sorted with explicit axes."""
-    is_sharded = any(axis is not None for axis in jax.typeof(x).sharding.spec)
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if is_sharded else x
 
 
 def softplus(x):

@@ -76,6 +76,20 @@ def expect_scalars(**arguments):
             raise ValueError(f"{name} must be a single number, but is {_description(value)}.")
 
 
+def expect_positive(**arguments):
+    """Checks, as `expect_scalars` does, and that numbers that are not traced are above 0.
+
+    >>> expect_positive(cap=0.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: cap must be above 0, but is 0.0.
+    """
+    expect_scalars(**arguments)
+    for name, value in arguments.items():
+        if isinstance(value, numbers.Real) and value <= 0:
+            raise ValueError(f"{name} must be above 0, but is {value}.")
+
+
 def _is_array(value):
     return hasattr(value, "shape") and hasattr(value, "dtype")
 

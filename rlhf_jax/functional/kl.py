@@ -152,6 +152,11 @@ def penalty_kl_update(coef, observed_kl, *, target):
     return jnp.where(observed_kl < target / 1.5, coef / 2.0, doubled)
 
 
+def limited_exp(x):
+    """e^x for f32[...]; constant beyond x = 40."""
+    return jnp.exp(jnp.minimum(x, MAX_LOG_RATIO))
+
+
 def exp_minus_linear(x):
     """e^x - 1 - x for f32[...], never negative; constant beyond x = 40."""
     x = jnp.minimum(x, MAX_LOG_RATIO)

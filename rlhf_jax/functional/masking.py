@@ -2,6 +2,7 @@
 
 import numbers
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -170,3 +171,9 @@ def count_or_one(count):
     """A count as f32 divisor: 1 instead of 0, since sums over no entries are 0."""
     count = jnp.asarray(count, jnp.float32)
     return jnp.where(count == 0, 1.0, count)
+
+
+def on_all_devices(x):
+    """The complete batch on each device: a sharded axis is not sorted with explicit axes."""
+    is_sharded = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if is_sharded else x

@@ -5,11 +5,9 @@ import numbers
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
-from rlhf_jax.functional.kl import KINDS, MAX_LOG_RATIO, exp_minus_linear, kl_estimate
-from rlhf_jax.functional.masking import batch_mean, count_or_one, masked_tokens, zero_off_mask
-
-REDUCTIONS = ("sequence", "token", "constant")
+from rlhf_jax.functional.expect import expect_scalars
+from rlhf_jax.functional.kl import exp_minus_linear, limited_exp
+from rlhf_jax.functional.masking import batch_mean, masked_tokens
 
 
 def ppo_policy_loss(
@@ -63,12 +61,13 @@ def ppo_policy_loss(
     >>> print(loss, metrics["clipfrac"], metrics["ratio"])
     -1.1 0.5 1.5
     """
-    old_logprobs = _old(logprobs, old_logprobs)
+    old_logprobs = old_or_own(logprobs, old_logprobs)
     logprobs, old_logprobs, advantages = masked_tokens(
         mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
-    log_ratio, ratio = _ratio(logprobs, old_logprobs)
-    losses, is_clipped = _clipped(ratio, advantages, clip_range, clip_range_high, dual_clip)
+    log_ratio = logprobs - old_logprobs
+    ratio = limited_exp(log_ratio)
+    losses, is_clipped = clipped_losses(ratio, advantages, clip_range, clip_range_high, dual_clip)
     return batch_mean(losses, mask, denominator), {
         "clipfrac": batch_mean(is_clipped, mask, denominator),
         "approxkl": 0.5 * batch_mean(jnp.square(log_ratio), mask, denominator),
@@ -153,12 +152,13 @@ def kl_penalty_policy_loss(logprobs, old_logprobs, advantages, mask, *, kl_coef,
     >>> print(f"{loss:.4f}", f"{metrics['kl']:.4f}", f"{metrics['ratio']:.1f}")
     -1.1931 0.1534 1.5
     """
-    old_logprobs = _old(logprobs, old_logprobs)
+    old_logprobs = old_or_own(logprobs, old_logprobs)
     logprobs, old_logprobs, advantages = masked_tokens(
         mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
     )
     expect_scalars(kl_coef=kl_coef)
-    log_ratio, ratio = _ratio(logprobs, old_logprobs)
+    log_ratio = logprobs - old_logprobs
+    ratio = limited_exp(log_ratio)
     kl = exp_minus_linear(log_ratio)
     return batch_mean(kl_coef * kl - advantages * ratio, mask, denominator), {
         "kl": batch_mean(kl, mask, denominator),
@@ -195,130 +195,12 @@ def reinforce_loss(logprobs, advantages, mask, *, denominator=None):
     return batch_mean(-advantages * logprobs, mask, denominator), {}
 
 
-def grpo_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask,
-    *,
-    ref_logprobs=None,
-    kl_coef=0.0,
-    kl_kind="k3",
-    kl_bias_correction=False,
-    clip_range=0.2,
-    clip_range_high=None,
-    dual_clip=None,
-    reduction="sequence",
-    denominator=None,
-):
-    """PPO's clipped loss with one advantage per response, plus a KL penalty.
-
-        r_t    = exp(logprobs_t - old_logprobs_t)
-        kl_t   = kl_estimate(logprobs_t, ref_logprobs_t, kl_kind)   (* r_t, kl_bias_correction)
-        loss_t = `ppo_policy_loss` of A and r_t + kl_coef * kl_t
-
-        "sequence"   mean over responses of the mean over tokens   (GRPO)
-        "token"      mean over tokens                              (DAPO)
-        "constant"   sum over tokens / (B * T)                     (Dr. GRPO)
-
-    r_t and kl_t are limited to e^40, within the range of float32; beyond it the gradient is 0.
-
-    On-policy the penalty has, for each token given its prefix, the expected gradient of
-    KL(ref || policy) with "k3", as published, of KL(policy || ref) with "k2", and none with "k1".
-    With `kl_bias_correction` that of "k1" and "k3" is the gradient of KL(policy || ref), off-policy
-    too. All leave out how the policy changes the distribution of the prefix.
-
-    Args:
-      logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
-      old_logprobs: float[B, T], the same under the policy that sampled them; None: on-policy, as
-        in `ppo_policy_loss`.
-      advantages: float[B], one per response: `group_advantages(scores).reshape(-1)`.
-      mask: bool[B, T], True on real tokens.
-      ref_logprobs: float[B, T], the same under the reference; None: no penalty.
-      kl_coef: the coefficient of the penalty, per nat.
-      kl_kind: "k1", "k2" or "k3".
-      kl_bias_correction: weights kl_t by r_t, as TRL's `use_bias_correction_kl`.
-      clip_range, clip_range_high, dual_clip: as in `ppo_policy_loss`.
-      reduction: "sequence", "token" or "constant".
-      denominator: divisor instead of the number of responses with a real token ("sequence"), of
-        real tokens ("token"), or of B * T ("constant").
-
-    Returns:
-      (loss, metrics), f32[] each; metrics `clipfrac`, the share of tokens in which the clipped
-      term is the larger one, `approxkl`, half the mean square of the log-ratio, `ratio`, the mean
-      of r_t, and `kl`, the mean of kl_t in nats, 0 without a reference. Their means exclude
-      padding: under "token" they are over all real tokens, else over responses of the mean over
-      tokens. A response without a real token contributes 0, and is counted only under "constant",
-      in B. All are 0 if no token is real.
-
-    Raises:
-      ValueError: naming the argument whose shape or dtype is wrong, an unknown reduction or kind,
-        a dual_clip of 1 or less, or a kl_coef other than 0 without ref_logprobs. The value of a
-        traced kl_coef is not known at trace time: if it is not 0, the loss and its gradients are
-        NaN.
-
-    Shao et al., DeepSeekMath, eq. 3 and 4 (arXiv:2402.03300); Yu et al., DAPO, eq. 8
-    (arXiv:2503.14476); Liu et al., Understanding R1-Zero-Like Training, section 3.2
-    (arXiv:2503.20783); weighted penalty: DeepSeek-AI, DeepSeek-V3.2 (arXiv:2512.02556).
-
-    >>> old = jnp.log(jnp.array([[0.25, 0.4], [0.5, 0.5]]))
-    >>> new = jnp.log(jnp.array([[0.5, 0.4], [0.5, 0.5]]))
-    >>> advantages, mask = jnp.array([1.0, -1.0]), jnp.array([[True, True], [True, False]])
-    >>> for reduction in ("sequence", "token", "constant"):
-    ...     loss, metrics = grpo_loss(new, old, advantages, mask, reduction=reduction)
-    ...     print(f"{loss:.4f} {metrics['ratio']:.4f}")
-    -0.0500 1.2500
-    -0.4000 1.3333
-    -0.3000 1.2500
-    """
-    old_logprobs = _old(logprobs, old_logprobs)
-    expect(
-        logprobs=(logprobs, "BT", float),
-        old_logprobs=(old_logprobs, "BT", float),
-        advantages=(advantages, "B", float),
-        mask=(mask, "BT", bool),
-    )
-    expect_one_of(reduction=(reduction, REDUCTIONS), kl_kind=(kl_kind, KINDS))
-    expect_scalars(kl_coef=kl_coef, denominator=denominator)
-    if ref_logprobs is not None:
-        expect(logprobs=(logprobs, "BT", float), ref_logprobs=(ref_logprobs, "BT", float))
-    elif isinstance(kl_coef, numbers.Real) and kl_coef != 0:
-        raise ValueError(
-            f"ref_logprobs must be given if kl_coef is not 0, but kl_coef is {kl_coef}."
-        )
-    logprobs, old_logprobs, advantages = zero_off_mask(
-        mask, logprobs, old_logprobs, advantages[:, None]
-    )
-    log_ratio, ratio = _ratio(logprobs, old_logprobs)
-    losses, is_clipped = _clipped(ratio, advantages, clip_range, clip_range_high, dual_clip)
-    if ref_logprobs is None:
-        kl = jnp.zeros_like(losses)
-        losses *= jnp.where(kl_coef == 0, 1.0, jnp.nan)
-    else:
-        (ref_logprobs,) = zero_off_mask(mask, ref_logprobs)
-        kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
-        kl = kl * ratio if kl_bias_correction else kl
-        losses += kl_coef * kl
-    loss_weights, metric_weights = _weights(mask, reduction, denominator)
-    return jnp.sum(loss_weights * losses), {
-        "clipfrac": jnp.sum(metric_weights * is_clipped),
-        "approxkl": 0.5 * jnp.sum(metric_weights * jnp.square(log_ratio)),
-        "ratio": jnp.sum(metric_weights * ratio),
-        "kl": jnp.sum(metric_weights * kl),
-    }
-
-
-def _ratio(logprobs, old_logprobs):
-    """(log r, r) of each token, r limited to the range of float32."""
-    log_ratio = logprobs - old_logprobs
-    return log_ratio, jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
-
-
-def _old(logprobs, old_logprobs):
+def old_or_own(logprobs, old_logprobs):
+    """The old log-probabilities; without them, those of the policy in training as constants."""
     return lax.stop_gradient(logprobs) if old_logprobs is None else old_logprobs
 
 
-def _clipped(ratio, advantages, clip_range, clip_range_high, dual_clip):
+def clipped_losses(ratio, advantages, clip_range, clip_range_high, dual_clip):
     """(loss of each token, whether the clipped term is the larger one)."""
     expect_scalars(clip_range=clip_range, clip_range_high=clip_range_high, dual_clip=dual_clip)
     high = clip_range if clip_range_high is None else clip_range_high
@@ -330,21 +212,3 @@ def _clipped(ratio, advantages, clip_range, clip_range_high, dual_clip):
             raise ValueError(f"dual_clip must be above 1, but is {dual_clip}.")
         losses = jnp.where(advantages < 0, jnp.minimum(losses, -advantages * dual_clip), losses)
     return losses, clipped > unclipped
-
-
-def _weights(mask, reduction, denominator):
-    """Weights of the tokens in the loss and in the metrics: two of f32[B, T], zero off the mask.
-
-    With a `denominator` metrics have to add up over parts of a batch, as the loss does. For
-    "constant" that excludes a mean over all real tokens, whose number in the full batch is unknown.
-    """
-    lengths = jnp.sum(mask, axis=1, keepdims=True)
-    if denominator is None:
-        counts = {"sequence": jnp.sum(lengths > 0), "token": jnp.sum(mask), "constant": mask.size}
-        denominator = counts[reduction]
-    by_token = mask / count_or_one(denominator)
-    by_response = by_token / jnp.maximum(lengths, 1)
-    if reduction == "constant":
-        return by_token, by_response * mask.shape[1]
-    weights = by_response if reduction == "sequence" else by_token
-    return weights, weights

@@ -7,7 +7,7 @@ import numpy as np
 B, T, V, D, K = 4, 6, 7, 5, 5
 
 # Arrays without a batch axis.
-SHARED = {"unembedding"}
+SHARED = {"unembedding", "reward_weights"}
 
 
 class Case(NamedTuple):
@@ -40,6 +40,15 @@ def under(mask, *names):
 def function_name(case_name):
     """'kl_estimate' for the case 'kl_estimate/k3': a function may have one case per kind."""
     return case_name.partition("/")[0]
+
+
+def total_of(output):
+    """A number to differentiate: the first output, its entries weighted from 1 to 2.
+
+    Advantages have a sum of 0, and a gradient of it that is rounding alone.
+    """
+    first = output[0] if isinstance(output, tuple) else output
+    return (first * np.linspace(1, 2, first.size, dtype=np.float32).reshape(first.shape)).sum()
 
 
 class Batch(NamedTuple):
@@ -83,7 +92,9 @@ def make_cases(seed):
         masking_cases(rng, batch)
         | logprob_cases(rng, batch)
         | advantage_cases(rng, batch)
+        | group_cases(rng, batch)
         | policy_cases(rng, batch)
+        | token_weight_cases(rng, batch)
         | reward_cases(rng, batch)
         | tokenwise_cases(rng, batch)
         | preference_cases(rng, batch.valid)
@@ -143,7 +154,7 @@ def logprob_cases(rng, batch):
 
 def advantage_cases(rng, batch):
     rewards, values = floats(rng, B, T), floats(rng, B, T)
-    cases = {
+    return {
         "token_rewards": Case(
             {"scores": floats(rng, B), **batch.of("logprobs", "ref_logprobs", "mask")},
             {"kl_kind": "k2"},
@@ -165,13 +176,71 @@ def advantage_cases(rng, batch):
             ("rewards",),
             under("mask", "rewards"),
         ),
-        "leave_one_out_advantages": Case({"scores": floats(rng, B, K)}, {}, {}, ("scores",)),
     }
-    for scale in (True, False):
-        cases[f"group_advantages/scale={scale}"] = Case(
-            {"scores": floats(rng, B, K)}, {"scale": scale}, {"eps": 0.1}, ("scores",)
+
+
+def group_cases(rng, batch):
+    """Scores of responses to the same prompt; some have none, and one prompt has a single one."""
+    responses = np.arange(K) < np.array([K, 3, 1, 2])[:, None]
+    scores, of_scores = {"scores": floats(rng, B, K), "mask": responses}, under("mask", "scores")
+    cases = {"leave_one_out_advantages": Case(scores, {}, {}, ("scores",), of_scores)}
+    for scale in ("group", "batch", "none"):
+        cases[f"group_advantages/{scale}"] = Case(
+            scores, {"scale": scale}, {"eps": 0.1}, ("scores",), of_scores
         )
+    cases["decoupled_advantages"] = Case(
+        {
+            "scores": floats(rng, B, K, 3),
+            "reward_weights": np.exp(floats(rng, 3)),
+            "mask": responses[..., None] & (rng.random((B, K, 3)) < 0.9),
+        },
+        {},
+        {"eps": 0.1},
+        ("scores", "reward_weights"),
+        of_scores,
+    )
+    cases["normalize_advantages"] = Case(
+        {"advantages": floats(rng, B, T), **batch.of("mask")},
+        {},
+        {"eps": 0.1},
+        ("advantages",),
+        under("mask", "advantages"),
+    )
+    lengths = rng.integers(0, 9, size=B).astype(np.int32)
+    cases["overlong_penalty"] = Case({"lengths": lengths}, {}, {"max_length": 8.0, "buffer": 4.0})
+    cases["pass_at_k"] = Case({"successes": lengths}, {"samples": 9, "k": 3})
     return cases
+
+
+def token_weight_cases(rng, batch):
+    logprobs = {
+        "logprobs": batch.logprobs,
+        "sampler_logprobs": (batch.logprobs + 0.3 * floats(rng, B, T)).astype(np.float32),
+        "mask": batch.mask,
+    }
+    masks = under("mask", "logprobs", "sampler_logprobs")
+    cases = {
+        f"importance_weights/{level}": Case(
+            logprobs, {"level": level, "mode": mode}, {"cap": 1.3}, (), masks
+        )
+        for level, mode in (("token", "mask"), ("sequence", "truncate"))
+    }
+    return cases | {
+        "logprob_difference": Case(
+            {**batch.of("logprobs", "mask"), "other_logprobs": batch.old_logprobs},
+            {},
+            {},
+            (),
+            under("mask", "logprobs", "other_logprobs"),
+        ),
+        "top_entropy_mask": Case(
+            {"entropy": np.exp(floats(rng, B, T)), **batch.of("mask")},
+            {},
+            {"share": 0.4},
+            (),
+            under("mask", "entropy"),
+        ),
+    }
 
 
 def policy_cases(rng, batch):
@@ -206,22 +275,49 @@ def policy_cases(rng, batch):
             count,
         ),
     }
+    return cases | grpo_cases(rng, batch)
+
+
+def grpo_cases(rng, batch):
     # One row in the middle has no real token.
-    mask, of_tokens = (
-        batch.mask & batch.valid[:, None],
-        ("logprobs", "old_logprobs", "ref_logprobs"),
-    )
-    counts = {"sequence": batch.valid.sum(), "token": mask.sum(), "constant": mask.size}
-    for (reduction, count), kl_kind in zip(counts.items(), ("k3", "k2", "k1"), strict=True):
-        cases[f"grpo_loss/{reduction}"] = Case(
-            {**batch.of(*of_tokens), "advantages": floats(rng, B), "mask": mask},
-            {"reduction": reduction, "kl_kind": kl_kind, "kl_bias_correction": kl_kind == "k2"},
-            {"kl_coef": 0.3, "clip_range": 0.2, "clip_range_high": 0.3, "dual_clip": 2.5},
-            (*of_tokens, "advantages"),
-            under("mask", *of_tokens),
+    mask = batch.mask & batch.valid[:, None]
+    names = ("logprobs", "old_logprobs", "ref_logprobs")
+    arrays = {
+        **batch.of(*names),
+        "advantages": floats(rng, B),
+        "entropy": np.exp(floats(rng, B, T)),
+        "mask": mask,
+    }
+    weights = {"weights": np.exp(floats(rng, B, T))}
+    kinds = {
+        "sequence": (
+            "clip",
+            "sequence",
+            "k3",
+            {},
+            {"clip_range": 0.6, "dual_clip": 2.5},
+            batch.valid.sum(),
+        ),
+        "token": ("cispo", "sequence_token", "k2", weights, {}, mask.sum()),
+        "constant": ("sapo", "token", "k1", {}, {"max_length": 8.0}, B * 8),
+    }
+    return {
+        f"grpo_loss/{reduction}": Case(
+            {**arrays, **more},
+            {
+                "kind": kind,
+                "level": level,
+                "reduction": reduction,
+                "kl_kind": kl_kind,
+                "kl_bias_correction": kl_kind == "k2",
+            },
+            {"kl_coef": 0.3, "entropy_coef": 0.2, "clip_range_high": 0.3, **coefficients},
+            (*names, "advantages", "entropy"),
+            under("mask", *names, "entropy", *more),
             float(count),
         )
-    return cases
+        for reduction, (kind, level, kl_kind, more, coefficients, count) in kinds.items()
+    }
 
 
 def reward_cases(rng, batch):

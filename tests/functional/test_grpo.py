@@ -11,8 +11,11 @@ import rlhf_jax as rlhf
 REDUCTIONS = ["sequence", "token", "constant"]
 
 
+METRICS = ("clipfrac", "clipfrac_low", "clipfrac_high", "approxkl", "ratio", "kl", "entropy")
+
+
 def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduction):
-    """(loss, {metric: mean}), in which a row is a list of (loss, clipped, square, ratio, kl)."""
+    """(loss, {metric: mean}), in which a row is a list of (loss, *metrics)."""
     examples = []
     for b, real in enumerate(mask):
         row = []
@@ -24,7 +27,8 @@ def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduc
             kl = np.exp(-d) - 1 + d
             loss = -min(advantage * ratio, advantage * bounded) + kl_coef * kl
             clipped = advantage * bounded < advantage * ratio
-            row.append((loss, clipped, log_ratio**2 / 2, ratio, kl))
+            sides = (clipped and advantage < 0, clipped and advantage > 0)
+            row.append((loss, clipped, *sides, log_ratio**2 / 2, ratio, kl, 0.0))
         examples.append(row)
     means = [np.mean(row, axis=0) for row in examples if row]
     tokens = [token for row in examples for token in row]
@@ -34,7 +38,7 @@ def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduc
         "constant": (np.sum(tokens, axis=0)[0] / mask.size, np.sum(means, axis=0) / len(mask)),
     }
     loss, metrics = by_reduction[reduction]
-    return loss, dict(zip(["clipfrac", "approxkl", "ratio", "kl"], metrics[1:], strict=True))
+    return loss, dict(zip(METRICS, metrics[1:], strict=True))
 
 
 @pytest.fixture
@@ -195,10 +199,13 @@ def test_wrong_keywords_are_named(batch, name, value, message):
         rlhf.grpo_loss(logprobs, old, advantages, mask, **{name: value})
 
 
-def test_advantages_are_one_per_response(batch):
-    logprobs, old, _, _, mask = batch
+def test_advantages_are_one_per_response_or_per_token(batch):
+    logprobs, old, _, advantages, mask = batch
+    by_token = np.broadcast_to(advantages[:, None], mask.shape)
+    one, other = (rlhf.grpo_loss(logprobs, old, each, mask) for each in (advantages, by_token))
+    chex.assert_trees_all_equal(one, other)
     with pytest.raises(ValueError, match=r"^advantages must be float\[B\] with B = 5, but is "):
-        rlhf.grpo_loss(logprobs, old, logprobs, mask)
+        rlhf.grpo_loss(logprobs, old, advantages[1:], mask)
 
 
 def test_a_traced_penalty_without_a_reference_is_not_silent(batch):
