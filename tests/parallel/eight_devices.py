@@ -29,6 +29,7 @@ from rlhf_jax.runtime.config import (
     trainer_named,
 )
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.groups import GroupStage
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
@@ -40,6 +41,7 @@ KINDS = {
     "dpo": (config_of(trainer_named("dpo")), OfflineStage),
     "kto": (config_of(trainer_named("kto")), OfflineStage),
     "online_dpo": (config_of(trainer_named("online_dpo")), OnlineStage),
+    "grpo": (config_of(trainer_named("grpo")), GroupStage),
     **dict.fromkeys(("ppo", "frozen", "trunk"), (PPOConfig, OnlineStage)),
 }
 

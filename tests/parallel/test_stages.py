@@ -34,10 +34,10 @@ PLAN = (
     ("gpt2", (2, 2, 2), ("ppo",)),
     ("qwen3", (2, 2, 2), ("reward", "frozen")),
     ("llama", (8, 1, 1), ("reward",)),
-    ("llama", (2, 2, 2), ("trunk", "dpo", "online_dpo")),
+    ("llama", (2, 2, 2), ("trunk", "dpo", "online_dpo", "grpo")),
 )
 RUNS = [(family, sizes, stage) for family, sizes, stages in PLAN for stage in stages]
-SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk", "online_dpo")]
+SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk", "online_dpo", "grpo")]
 
 
 def name_of(value):
