@@ -155,7 +155,7 @@ class ScoredRollout(NamedTuple):
       prompts, prompt_mask: i32[B, P] and bool[B, P], left-padded.
       tokens, mask: i32[B, T] and bool[B, T], right-padded.
       logprobs: f32[B, T], of the policy that sampled them, in nats at the sampling temperature.
-      ref_logprobs: f32[B, T], of the reference, likewise.
+      ref_logprobs: f32[B, T], of the reference, likewise; None without one.
       values: f32[B, T], of the state in which each token was chosen; None without a value model.
       scores: f32[B], one number for each response, penalised, clipped and scaled.
       advantages: f32[B, T], as the policy loss reads them; None before they are computed, and from
@@ -167,7 +167,7 @@ class ScoredRollout(NamedTuple):
     tokens: jax.Array
     mask: jax.Array
     logprobs: jax.Array
-    ref_logprobs: jax.Array
+    ref_logprobs: jax.Array | None
     values: jax.Array | None
     scores: jax.Array
     advantages: jax.Array | None = None

@@ -132,7 +132,7 @@ class Config:
     run_dir: str = "runs/frontier"
 
     def __post_init__(self) -> None:
-        iterations, points = self.ppo.num_iterations, self.frontier.num_points
+        iterations, points = self.ppo.total_iterations, self.frontier.num_points
         if iterations % points:
             raise InputError(
                 f"frontier.num_points is {points}, but has to divide the {iterations} iterations "
@@ -346,7 +346,7 @@ def train_by_ppo(experiment: Experiment, curve: Curve, scorer: Any = None) -> Sn
         model, experiment.copied_params(), settings, key, optimizer=experiment.ppo_optimizer
     )
     batches = Batches(experiment.prompts, settings.batch_size, curve.seed)
-    for index in range(settings.num_iterations):
+    for index in range(settings.total_iterations):
         sample_key, update_key = jax.random.split(jax.random.fold_in(key, index))
         batch = batches.at(index)
         rollout = rollout_step(state, batch, sample_key)
@@ -400,7 +400,7 @@ def run_curves(experiment: Experiment, curves: list[Curve], file: Path) -> None:
         if curve.method == "start":
             total, snapshots = frontier.num_points, iter([(0, experiment.params)])
         elif curve.method.startswith("ppo"):
-            total = experiment.config.ppo.num_iterations
+            total = experiment.config.ppo.total_iterations
             reads_model = curve.method == "ppo_reward"
             snapshots = train_by_ppo(experiment, curve, scorer() if reads_model else None)
         else:

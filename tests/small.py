@@ -116,6 +116,15 @@ def online_dpo(run_dir, model_path, reward_path=None, **sections):
     return _laid_over(config, sections)
 
 
+def grpo(run_dir, model_path, reward_path=None, **sections):
+    """The configuration of a GRPO run of four iterations, three responses to each prompt."""
+    config = ppo(run_dir, model_path, reward_path)
+    del config["ppo"]
+    settings = {"total_episodes": 96, "batch_size": 8, "num_generations": 3, "response_length": 8}
+    config["grpo"] = settings
+    return _laid_over(config, sections)
+
+
 def rlhf(run_dir, **sections):
     """The configuration of all three stages, of four steps each."""
     parts = {"sft": sft("-"), "reward": reward("-", "-"), "ppo": ppo("-", "-")}

@@ -80,6 +80,16 @@ class SamplingSettings:
                 f"{longest}, and 0 without {section}.truncate_token, but is {after}."
             )
 
+    @property
+    def top_k(self) -> int:
+        """The number of likeliest tokens that are sampled from; 0 is all."""
+        return 0
+
+    @property
+    def top_p(self) -> float:
+        """The probability of the likeliest tokens that are sampled from; 1 is all."""
+        return 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class ShapingSettings(SamplingSettings):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from rlhf_jax.lazy import lazy_names
 from rlhf_jax.training import (
     dpo_settings,
+    grpo_settings,
     kto_settings,
     online_dpo_settings,
     ppo_settings,
     reward_settings,
     rft_settings,
+    rloo_settings,
     sft_settings,
 )
 from rlhf_jax.training.trainer import Trainer
@@ -32,6 +34,8 @@ TRAINERS: tuple[Trainer, ...] = (
     kto_settings.TRAINER,
     online_dpo_settings.TRAINER,
     rft_settings.TRAINER,
+    grpo_settings.TRAINER,
+    rloo_settings.TRAINER,
 )
 
 __getattr__, __dir__, __all__ = lazy_names(

@@ -29,7 +29,8 @@ def accumulated_gradients(
 
     Args:
       loss_fn: (params, microbatch, key, denominator) -> (loss, metrics), sums over the
-        denominator, or means where that is None.
+        denominator, or means where that is None. Metrics whose names end in "/min" or "/max" are
+        extremes, and combined as such.
       count: batch -> the denominator of its loss, f32[], or a pytree of several.
       params: the loss is differentiated by them.
       batch: arrays [B, ...]; B may differ between arrays.
@@ -47,14 +48,38 @@ def accumulated_gradients(
 
     def add(sums, part_and_key):
         part, part_key = part_and_key
-        return jax.tree.map(jnp.add, sums, gradients(params, part, part_key, denominator)), None
+        grads, metrics = gradients(params, part, part_key, denominator)
+        return (jax.tree.map(jnp.add, sums[0], grads), _combined(sums[1], metrics)), None
 
     parts = jax.tree.map(lambda array: _parts(array, steps), batch)
     first = jax.tree.map(lambda array: array[0], (parts, keys))
-    shapes = jax.eval_shape(gradients, params, *first, denominator)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    sums, _ = jax.lax.scan(add, zeros, (parts, keys))
+    grads, metrics = jax.eval_shape(gradients, params, *first, denominator)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), grads)
+    sums, _ = jax.lax.scan(add, (zeros, _no_metrics(metrics)), (parts, keys))
     return sums
+
+
+_EXTREMES = {"/min": (jnp.minimum, jnp.inf), "/max": (jnp.maximum, -jnp.inf)}
+
+
+def _combined(sums, metrics):
+    """The metrics of one more microbatch added to those before."""
+    return {
+        name: jax.tree.map(_EXTREMES.get(name[-4:], (jnp.add, 0.0))[0], sums[name], each)
+        for name, each in metrics.items()
+    }
+
+
+def _no_metrics(shapes):
+    """The metrics of no microbatch."""
+
+    def start(value, tree):
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), tree)
+
+    return {
+        name: start(_EXTREMES.get(name[-4:], (jnp.add, 0.0))[1], each)
+        for name, each in shapes.items()
+    }
 
 
 def map_microbatches(function: Callable[[Any], Any], batch: Any, steps: int) -> Any:

@@ -45,7 +45,8 @@ def run_epochs(
         "policy/approxkl_avg".
 
     Returns:
-      The metrics are means over the updates, with "train/grad_norm" among them, and
+      The metrics are means over the updates, and extremes where their names end in "/min" or
+      "/max", with "train/grad_norm" among them, and
       "val/ratio_var", the variance of "val/ratio" over updates, if the loss has that metric. With
       `max_approxkl` they are means over the minibatches until the last update and the one after
       it, and "policy/updates" is the share of updates taken.
@@ -59,7 +60,8 @@ def run_epochs(
     spread = {}
     if "val/ratio" in metrics:
         spread["val/ratio_var"] = jnp.var(metrics["val/ratio"])
-    metrics = {name: jnp.mean(values) for name, values in metrics.items()}
+    means = {"/min": jnp.min, "/max": jnp.max}
+    metrics = {name: means.get(name[-4:], jnp.mean)(x) for name, x in metrics.items()}
     return params, opt_state, metrics | spread
 
 

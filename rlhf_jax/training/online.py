@@ -5,8 +5,8 @@ into token rewards; `make_step` composes the full iteration. Two fields of the s
 
     state.params["model"]   the trained part of the policy
     state.frozen            {"ref": the trained part of the reference, "base": the frozen part that
-                            policy and reference share, "reward": a reward model}, the last two
-                            where they exist
+                            policy and reference share, "reward": a reward model}, as far as they
+                            exist
 
 `split_policy` returns both for a new state.
 """
@@ -98,7 +98,8 @@ def split_policy(
     Args:
       params: full parameters of the policy.
       ref_params: those of the reference; by default a copy of `params`. With
-        `num_layers_unfrozen` the frozen layers must be those of `params`.
+        `num_layers_unfrozen` the frozen layers must be those of `params`. Without
+        `settings.has_reference` none is held.
       reward_params: {"model": ..., "head": ...} of a JAX reward model for `make_step`.
 
     Raises:
@@ -107,12 +108,13 @@ def split_policy(
     """
     number, section = settings.num_layers_unfrozen, settings.section
     policy, base = trainable.split(model, params, number, section)
-    ref = policy
+    ref, frozen = policy, {}
     if ref_params is not None:
         ref, ref_base = trainable.split(model, ref_params, number, section)
         _check_shared(base, ref_base, section)
-    # A copy, since a step that donates its state must not hold one buffer twice.
-    frozen = {"ref": jax.tree.map(jnp.copy, ref)}
+    if settings.has_reference:
+        # A copy, since a step that donates its state must not hold one buffer twice.
+        frozen["ref"] = jax.tree.map(jnp.copy, ref)
     if base is not None:
         frozen["base"] = base
     if reward_params is not None:
@@ -192,7 +194,7 @@ def sample_responses(
     stop_token_ids: Sequence[int] = (),
     num_responses: int | None = None,
 ) -> Rollout:
-    """Responses from the full distribution, with the limits and the truncation of the settings.
+    """Responses with the limits and the truncation of the settings.
 
     `settings.truncate_token` has to be an id. Draws depend on the index in the batch, as in
     `generate`: each batch, and each part of one, needs a key of its own.
@@ -211,6 +213,8 @@ def sample_responses(
         key,
         max_new_tokens=settings.response_length,
         temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
         stop_token_ids=tuple(stop_token_ids) if settings.stop_at_eos else (),
         max_lengths=limits,
         num_responses=num_responses,
@@ -246,23 +250,14 @@ def make_experience(
     Raises:
       ValueError: the batch has not `settings.batch_size` prompts.
     """
-    if rollout.tokens.shape[0] != settings.batch_size:
-        raise ValueError(
-            f"the batch has {rollout.tokens.shape[0]} prompts, but {settings.section}.batch_size "
-            f"is {settings.batch_size}."
-        )
     check_stop_tokens(settings, stop_token_ids)
+    check_batch(settings, rollout)
     scores = shape_scores(settings, stop_token_ids, rollout, scores)
     valid = rollout.mask.any(axis=-1)
     scores, score_stats, scaling = scale_scores(settings, score_stats, scores, valid)
     sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-    passes = functools.partial(_score_passes, model, settings, state, values)
-    states, entropy, exact_kl, per_token = map_microbatches(
-        passes, sequences, settings.num_score_parts
-    )
-    logprobs, ref_logprobs, estimates = jax.tree.map(
-        lambda x: jnp.where(rollout.mask, x, 0.0), per_token
-    )
+    states, entropy, exact_kl, per_token = score_passes(model, settings, state, sequences, values)
+    logprobs, ref_logprobs, estimates = per_token
     scored = ScoredRollout(*sequences, logprobs, ref_logprobs, estimates, scores)
     reward = functools.partial(
         functional.token_rewards, kl_coef=kl_coef, kl_kind=settings.kl_estimator
@@ -272,6 +267,39 @@ def make_experience(
     rewards, _ = reward(scores, logprobs, ref_logprobs, rollout.mask)
     metrics = _objective_metrics(kl_coef, scored, rewards, entropy, exact_kl)
     return Experience(scored, rewards, states), score_stats, metrics | scaling
+
+
+def check_batch(settings: SampledSettings, rollout: Rollout) -> None:
+    """Raises a ValueError while tracing unless there are `settings.batch_size` prompts."""
+    if rollout.tokens.shape[0] != settings.batch_size:
+        raise ValueError(
+            f"the batch has {rollout.tokens.shape[0]} prompts, but {settings.section}.batch_size "
+            f"is {settings.batch_size}."
+        )
+
+
+def score_passes(
+    model: Model,
+    settings: SampledSettings,
+    state: Any,
+    sequences: Sequences,
+    values: Values | None = None,
+    *,
+    with_policy: bool = True,
+) -> tuple[Any, Any, Any, tuple[Any, Any, Any]]:
+    """(frozen states, entropy, exact KL, (logprobs, reference logprobs, values)) of responses.
+
+    The passes before the updates, `settings.score_batch_size` prompts at a time. The last three are
+    0 off the mask; what is not computed is None.
+
+    Args:
+      values: None without a value model.
+      with_policy: whether the policy is run; without it only the reference and the frozen layers.
+    """
+    passes = functools.partial(_score_passes, model, settings, state, values, with_policy)
+    *shared, per_token = map_microbatches(passes, sequences, settings.num_score_parts)
+    per_token = jax.tree.map(lambda x: jnp.where(sequences.mask, x, 0.0), per_token)
+    return *shared, per_token
 
 
 def policy_logprobs(
@@ -323,18 +351,26 @@ def _reference_parts(state):
     return Trainable(state.frozen["ref"], state.frozen.get("base"))
 
 
-def _score_passes(model, settings, state, values, sequences):
-    """(frozen states, entropy, exact KL, (logprobs, reference logprobs, values)) of responses."""
-    policy, reference = policy_parts(state.params, state.frozen), _reference_parts(state)
+def _score_passes(model, settings, state, values, with_policy, sequences):
+    policy = policy_parts(state.params, state.frozen)
     states = trainable.frozen_states(model, policy, sequences)
-    (upper, lower), (ref_upper, _) = trainable.stacks(policy), trainable.stacks(reference)
+    upper, lower = trainable.stacks(policy)
     shared = {"temperature": settings.temperature, "frozen": lower}
-    logprobs, entropy, hidden = response_logprobs(model, upper, sequences, states=states, **shared)
-    ref_logprobs, _, ref_hidden = response_logprobs(
-        model, ref_upper, sequences, states=states, **shared
-    )
+    logprobs, entropy, hidden = None, None, None
+    if with_policy:
+        logprobs, entropy, hidden = response_logprobs(
+            model, upper, sequences, states=states, **shared
+        )
+    ref_logprobs, ref_hidden = None, None
+    if settings.has_reference:
+        ref_upper, _ = trainable.stacks(_reference_parts(state))
+        ref_logprobs, _, ref_hidden = response_logprobs(
+            model, ref_upper, sequences, states=states, **shared
+        )
     exact_kl = None
     if settings.exact_kl:
+        assert hidden is not None  # settings see to it
+        assert ref_hidden is not None
         # The compiler merges these logits with those above.
         logits = response_logits(model, upper, hidden, **shared)
         ref_logits = response_logits(model, ref_upper, ref_hidden, **shared)

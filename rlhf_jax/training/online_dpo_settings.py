@@ -69,11 +69,6 @@ class Settings(SampledSettings):
                 "online_dpo.label_smoothing is 0, and the loss exo_pair is then infinite; its "
                 "authors take 0.001."
             )
-        if self.judge_fn is not None and self.subtract_reference_score:
-            raise InputError(
-                "online_dpo.subtract_reference_score needs scores, which online_dpo.judge_fn does "
-                "not give; leave one of them out."
-            )
 
     @property
     def num_trained_responses(self) -> int:

@@ -16,6 +16,7 @@ from rlhf_jax.checks import (
     check_fields,
 )
 from rlhf_jax.data.formats import Kind
+from rlhf_jax.errors import InputError
 from rlhf_jax.rollout.settings import ShapingSettings
 
 
@@ -103,6 +104,11 @@ class SampledSettings(ShapingSettings):
         super().__post_init__()
         check_divides(self, "batch_size", "gradient_accumulation_steps")
         check_divides(self, "batch_size", "score_batch_size")
+        if self.judge_fn is not None and self.subtract_reference_score:
+            raise InputError(
+                f"{self.section}.subtract_reference_score needs scores, which {self.section}."
+                "judge_fn does not give; leave one of them out."
+            )
 
     @property
     def num_responses(self) -> int | None:
@@ -120,6 +126,11 @@ class SampledSettings(ShapingSettings):
         return None
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the state holds the reference."""
+        return True
+
+    @property
     def kl_estimator(self) -> Literal["k1", "k2", "k3"]:
         """The estimate of the KL in the rewards."""
         return "k1"
@@ -130,8 +141,8 @@ class SampledSettings(ShapingSettings):
         return self.batch_size // (self.score_batch_size or self.batch_size)
 
     @property
-    def num_iterations(self) -> int:
-        """Iterations that sample at least `total_episodes` responses."""
+    def total_iterations(self) -> int:
+        """Iterations of the run, which sample at least `total_episodes` responses."""
         return -(-self.total_episodes // (self.batch_size * (self.num_responses or 1)))
 
     @property
@@ -157,7 +168,7 @@ class SampledSettings(ShapingSettings):
     @property
     def num_updates(self) -> int:
         """Optimizer steps in the run."""
-        return self.num_iterations * self.updates_per_iteration
+        return self.total_iterations * self.updates_per_iteration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,8 @@ class Trainer:
       has_rouge: whether it has `rouge_rows`: ROUGE of held-out completions in each evaluation.
       has_value_model: whether it may start a value model from `model.value_path`.
       mixes_texts: whether it may train on texts beside the responses (the section `ptx`).
+      compares_groups: whether it compares the scores of several responses to a prompt; its update
+        reads each of several rewards, and its state may hold no reference.
       module: the module with `init_state` and `make_step`; by default `rlhf_jax.training.NAME`.
     """
 
@@ -71,6 +73,7 @@ class Trainer:
     has_rouge: bool = False
     has_value_model: bool = False
     mixes_texts: bool = False
+    compares_groups: bool = False
     module: str = ""
 
     @property

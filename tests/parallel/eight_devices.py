@@ -29,6 +29,7 @@ from rlhf_jax.runtime.config import (
     trainer_named,
 )
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages.groups import GroupStage
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from rlhf_jax.runtime.stages.sampled import SampledStage
@@ -42,6 +43,7 @@ KINDS = {
     "kto": (config_of(trainer_named("kto")), OfflineStage),
     "online_dpo": (config_of(trainer_named("online_dpo")), OnlineStage),
     "rft": (config_of(trainer_named("rft")), SampledStage),
+    "grpo": (config_of(trainer_named("grpo")), GroupStage),
     **dict.fromkeys(("ppo", "frozen", "trunk"), (PPOConfig, OnlineStage)),
 }
 

@@ -18,7 +18,7 @@ FACTORISATIONS = tuple(
     sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8
 )
 STEPS = 10
-STAGES = ("sft", "reward", "ppo", "frozen", "trunk", "dpo", "kto", "online_dpo", "rft")
+STAGES = ("sft", "reward", "ppo", "frozen", "trunk", "dpo", "kto", "online_dpo", "rft", "grpo")
 # Sums in another order differ in their last bits, which Adam's early steps, of nearly the sign of
 # the gradient, enlarge.
 TOLERANCE = 1e-5
@@ -67,7 +67,7 @@ def make_configs(base, family, sizes):
     "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
     computes layers again; "trunk" has frozen layers, and a value head on the layers of the policy.
     "dpo" sorts the batch, with a reference in its state, "kto" has one that is computed before.
-    "online_dpo" has frozen layers, and trains on two of three responses.
+    "online_dpo" has frozen layers, and trains on two of three responses, "grpo" on all.
     """
     folder, one_device = (run_folder(base, family, mesh) for mesh in (sizes, (1, 1, 1)))
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
@@ -89,6 +89,7 @@ def make_configs(base, family, sizes):
     preference = {"kind": "aot", "precompute_ref": False, "num_layers_unfrozen": 1}
     online = {"total_episodes": 24 * STEPS, "num_responses": 3, "num_layers_unfrozen": 1}
     best = {"rft": {"batch_size": 8}, "generation": {"batch_size": 16}}
+    grouped = {"total_episodes": 24 * STEPS, "beta": 0.1, "gradient_accumulation_steps": 2}
     model = model_of(family, base)
     return {
         "sft": small.sft(folder / "sft", **shared, data=data, model=model),
@@ -102,6 +103,7 @@ def make_configs(base, family, sizes):
             folder / "online_dpo", sft, rewarded, **shared, data=data, online_dpo=online
         ),
         "rft": small.rft(folder / "rft", sft, **shared, data=data, **best),
+        "grpo": small.grpo(folder / "grpo", sft, rewarded, **shared, data=data, grpo=grouped),
     }
 
 

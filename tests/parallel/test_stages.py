@@ -33,10 +33,10 @@ ONE = (1, 1, 1)
 PLAN = (
     ("gpt2", (1, 8, 1), ("sft",)),
     ("gpt2", (2, 2, 2), ("ppo", "rft")),
-    ("qwen3", (2, 2, 2), ("reward", "frozen", "dpo", "online_dpo")),
+    ("qwen3", (2, 2, 2), ("reward", "frozen", "dpo", "online_dpo", "grpo")),
 )
 RUNS = [(family, sizes, stage) for family, sizes, stages in PLAN for stage in stages]
-SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk", "online_dpo")]
+SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk", "online_dpo", "grpo")]
 
 
 def name_of(value):

@@ -34,7 +34,7 @@ def test_the_record_is_all_that_the_library_needs(reinforce, monkeypatch):
     monkeypatch.setattr(training, "TRAINERS", (*training.TRAINERS, reinforce.TRAINER))
     record = training.TRAINERS[-1]
     assert record.steps is reinforce
-    assert record.settings().num_updates == record.settings().num_iterations == 64
+    assert record.settings().num_updates == record.settings().total_iterations == 64
     with pytest.raises(InputError, match="reinforce.baseline_decay must be at least 0 and below 1"):
         record.settings(baseline_decay=1.0)
     with pytest.raises(InputError, match="reinforce.response_length must be above 0, but is 0"):

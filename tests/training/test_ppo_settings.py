@@ -45,7 +45,7 @@ def test_without_an_optimizer_it_is_adam_with_the_published_epsilon(model, param
 
 def test_the_counts_follow_from_the_settings():
     settings = ppo.Settings(total_episodes=100, batch_size=32, num_ppo_epochs=3, num_mini_batches=2)
-    assert (settings.num_iterations, settings.num_updates) == (4, 24)
+    assert (settings.total_iterations, settings.num_updates) == (4, 24)
 
 
 @pytest.mark.parametrize(

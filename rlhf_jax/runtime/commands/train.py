@@ -14,6 +14,7 @@ from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import StageResult
+from rlhf_jax.runtime.stages.groups import GroupStage
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from rlhf_jax.runtime.stages.sampled import SampledStage
@@ -52,6 +53,8 @@ def train(
     def make_stage():
         shown = settings.logging.progress and hosts.is_first()
         with preparing(trainer.name, "loading the data and the model", shown=shown):
+            if trainer.compares_groups:
+                return GroupStage(settings, reward_fn)
             if trainer.online:
                 return OnlineStage(settings, reward_fn)
             if trainer.samples_first:

@@ -31,7 +31,7 @@ MAIN = (
     Plot("Margin", "chosen − rejected", _both("train/margin")),
     Plot("Perplexity", "", {"eval/perplexity": "held-out"}),
     Plot("ROUGE", "", {f"eval/rouge{name}": f"ROUGE-{name}" for name in ("1", "2", "L", "Lsum")}),
-    Plot("Score", "mean per response", _both("objective/scores")),
+    Plot("Score", "mean per response", _both("objective/scores") | {"reward": "reward"}),
     Plot("Gold score", "mean per response", _both("objective/gold")),
     Plot(
         "KL to the reference",
@@ -49,6 +49,15 @@ MAIN = (
     ),
     Plot("RLHF reward", "score − KL penalty", {"objective/rlhf_reward": "reward"}),
     Plot("Entropy", "nats per response", {"objective/entropy": "entropy"}),
+    Plot("Entropy", "nats per token", {"entropy": "entropy"}),
+    Plot(
+        "Response length",
+        "tokens",
+        {
+            "completions/mean_length": "all",
+            "completions/mean_terminated_length": "ended",
+        },
+    ),
 )
 DIAGNOSTICS = (
     Plot("Policy loss", "", {"loss/policy_avg": "policy"}),
@@ -102,9 +111,9 @@ def tradeoff_chart(steps: list[dict[str, Any]]) -> Chart | None:
     Gao et al., Scaling Laws for Reward Model Overoptimization, figure 1 (arXiv:2210.10760), with
     the KL itself rather than its root on the axis.
     """
-    names = {"objective/scores": "score", "objective/gold": "gold score"}
+    names = {"objective/scores": "score", "reward": "reward", "objective/gold": "gold score"}
     lines = [Series(text, _points(steps, "objective/kl", name)) for name, text in names.items()]
-    if not all(line.points for line in lines):
+    if sum(bool(line.points) for line in lines) < 2:
         return None
     label = "KL to the reference, nats per response"
     return chart_of("Score and gold score over KL", lines, x_label=label, dots=True)

@@ -389,7 +389,7 @@ class _Loop:
 
     def _raise_diverged(self, step: int, reason: str) -> NoReturn:
         kept = self.checkpoints.latest_step()
-        is_score = reason.startswith("objective/scores")
+        is_score = reason.startswith(("objective/scores", "reward "))
         remedy = "Mend the reward" if is_score else "Lower optimizer.learning_rate"
         where = f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
         raise DivergedError(

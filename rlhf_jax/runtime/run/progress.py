@@ -35,6 +35,7 @@ class Progress:
         "eval/loss": "eval loss",
         "eval/accuracy": "eval accuracy",
         "objective/scores": "score",
+        "reward": "reward",
         "objective/kl": "kl",
         "objective/gold": "gold",
         "objective/entropy": "entropy",

@@ -122,7 +122,7 @@ class OnlineStage(shared.BaseStage):
         self.held_out = None
         if self.held_out_examples:
             self.held_out = encode_examples(kind, self.held_out_examples, self.tokenizer, data)
-        self.total_steps = settings.num_iterations
+        self.total_steps = settings.total_iterations
 
     def _batches(
         self, kind: Kind, examples: Any, data: DataSettings, batch_size: int, seed: int
@@ -169,10 +169,7 @@ class OnlineStage(shared.BaseStage):
                 self.model, shapes, self.settings, target_share=share
             )
             self.flops_per_step = flops_per_text_token * float(tokens)
-        options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
-        if self.trainer.has_value_model:
-            options["value_model"] = self.value_model
-        update = self.steps.make_update_step(self.model, self.settings, **options)
+        update = self.steps.make_update_step(self.model, self.settings, **self._update_options())
         if self.reward_model is not None:
             parts, score = (self.model, self.settings, update), self.reward_model
             step = online.make_step(*parts, reward_model=score, stop_token_ids=stops)
@@ -192,6 +189,14 @@ class OnlineStage(shared.BaseStage):
             batch_size=config.section("evaluation").batch_size,
             batch_sharding=place.batch,
         )
+
+    def _update_options(self) -> dict[str, Any]:
+        """Keyword arguments of the trainer's `make_update_step`."""
+        stops = self.model.stop_token_ids
+        options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
+        if self.trainer.has_value_model:
+            options["value_model"] = self.value_model
+        return options
 
     def _sample_for_evaluation(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         return online.sample_responses(
@@ -229,8 +234,12 @@ class OnlineStage(shared.BaseStage):
         scores, parts = self._score(state, batch, responses)
         scores = hosts.from_host(scores, self.batch_sharding)
         state, metrics, rollout = self._update(state, batch, responses, scores, update_key)
-        metrics |= {name: np.mean(values) for name, values in parts.items()}
-        return state, metrics, (rollout, batch.indices)
+        return state, metrics | self._means(scores, parts), (rollout, batch.indices)
+
+    def _means(self, scores: Any, parts: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Metrics of the scores, and of the parts that they are sums of."""
+        del scores
+        return {name: np.mean(values) for name, values in parts.items()}
 
     def _programs(self, state: Any, batch: PromptBatch, key: jax.Array) -> list[tuple[Any, Any]]:
         """The compiled parts of an iteration, and their arguments or the shapes of these."""
@@ -318,12 +327,16 @@ class OnlineStage(shared.BaseStage):
     def _reference(self, state: Any) -> EvaluatedResponses:
         """The responses of the reference, sampled once a run."""
         if self._before is None:
-            self._before = self._respond(state, online.reference_params(self.model, state))
+            self._before = self._respond(state, self._reference_params(state))
         return self._before
+
+    def _reference_params(self, state: Any) -> Any:
+        """The full parameters of the reference."""
+        return online.reference_params(self.model, state)
 
     def _respond(self, state: Any, params: Any) -> EvaluatedResponses:
         """Responses to the held-out prompts."""
-        ref, reward = online.reference_params(self.model, state), state.frozen.get("reward")
+        ref, reward = self._reference_params(state), state.frozen.get("reward")
         assert self.held_out is not None
         rest = (self.held_out_examples, ref, reward, self.eval_key)
         return self.evaluator(params, self.held_out, *rest)
@@ -342,13 +355,16 @@ class OnlineStage(shared.BaseStage):
         rollout, _ = _one_each(*hosts.to_host(output))
         prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
         texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
-        kl = rollout.logprobs - rollout.ref_logprobs
+        kl, sums = None, list[dict[str, Any]]([{}]) * len(rollout.scores)
+        if rollout.ref_logprobs is not None:
+            kl = rollout.logprobs - rollout.ref_logprobs
+            sums = [{"kl": nats} for nats in kl.sum(axis=1)]
         measures = {"kl": kl, "value": rollout.values, "advantage": rollout.advantages}
         tokens = token_entries(self.tokenizer, rollout.tokens, rollout.mask, measures, count)
         return [
-            {"prompt": prompt, "response": text, "score": score, "kl": nats, "tokens": tokens}
+            {"prompt": prompt, "response": text, "score": score, **nats, "tokens": tokens}
             for prompt, text, score, nats, tokens in zip(
-                prompts, texts, rollout.scores, kl.sum(axis=1), tokens, strict=False
+                prompts, texts, rollout.scores, sums, tokens, strict=False
             )
         ]
 

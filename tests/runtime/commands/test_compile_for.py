@@ -61,13 +61,13 @@ def test_a_further_trainer_is_compiled_from_its_record(folder, monkeypatch):
         (["--topology", "h100:2x2"], "--topology 'h100:2x2' is not known; give v5e:4x4"),
         (["--topology", "cpu:4096"], "needs 4096 devices"),
         (["--topology", "local", "--model", "gpt9"], "There is no model 'gpt9' here"),
-        (["--topology", "local", "--stage", "grpo"], "--stage must be one of sft, reward, ppo"),
+        (["--topology", "local", "--stage", "trpo"], "--stage must be one of sft, reward, ppo"),
         (["--topology", "local", "--mesh.fsdp", "3"], "does not fit"),
         (["--topology", "local", "--model.attention", "cudnn"], "is of NVIDIA GPUs, which no topo"),
         (["--topology", "local", "--sft.batch", "3"], "Unknown key 'sft.batch'"),
         (
             ["--topology", "local", "--ppo.lam", "1"],
-            "give --stage sft, reward, ppo, dpo, kto, online_dpo or rft.",
+            "give --stage sft, reward, ppo, dpo, kto, online_dpo, rft, grpo or rloo.",
         ),
     ],
 )

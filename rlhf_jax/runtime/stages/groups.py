@@ -1,0 +1,107 @@
+"""The stage of trainers that compare the responses to a prompt: rewards apart, no reference."""
+
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.parallel import hosts
+from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.loading import load_model
+from rlhf_jax.runtime.run.records import fingerprint
+from rlhf_jax.runtime.stages.online import OnlineStage, RewardFunction
+from rlhf_jax.training import online
+
+logger = logging.getLogger(__name__)
+
+# Logged iterations in a row without a group of unequal scores, after which a warning is logged.
+PATIENCE = 10
+_PART = "objective/rewards/"
+
+
+class GroupStage(OnlineStage):
+    """Training on groups of responses; see `OnlineStage` and `run.stage.Stage`."""
+
+    def __init__(self, config: RunConfig, reward_fn: RewardFunction | None = None) -> None:
+        super().__init__(config, reward_fn)
+        self._iterations_without_spread = 0
+
+    def load_policy(self, texts: Any) -> None:
+        """As `BaseStage.load_policy`; without a reference the initial policy has a checksum."""
+        super().load_policy(texts)
+        if not self.config.settings.has_reference:
+            self.fingerprints[f"The model in {self.config.model.path}"] = {
+                "its checksum": int(fingerprint(self.params))
+            }
+
+    def _update_options(self) -> dict[str, Any]:
+        return {**super()._update_options(), "reward_weights": tuple(self.rewards.weights)}
+
+    def step(self, state: Any, index: int) -> Any:
+        """As `OnlineStage.step`; with one program the reward model has its metrics by name."""
+        state, metrics, output = super().step(state, index)
+        if self.reward_model is not None:
+            (name,) = self.rewards.names
+            metrics[f"rewards/{name}/mean"] = metrics["reward"]
+            metrics[f"rewards/{name}/std"] = metrics["reward_std"]
+        return state, metrics, output
+
+    def _score(
+        self, state: Any, batch: PromptBatch, responses: Rollout
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """f32[B, K], or f32[B, K, R] of R rewards that are normalized apart, and the parts."""
+        scores, parts = super()._score(state, batch, responses)
+        if self.config.settings.multi_objective_aggregation == "normalize_then_sum":
+            names = self.rewards.names
+            # A single one is the sum.
+            columns = [parts[_PART + name] for name in names] if len(names) > 1 else [scores]
+            scores = np.stack(columns, axis=-1).reshape(*scores.shape, -1).astype(np.float32)
+        return scores, parts
+
+    def _means(self, scores: Any, parts: dict[str, np.ndarray]) -> dict[str, Any]:
+        """`rewards/NAME/mean` and `rewards/NAME/std` of each reward, of those that apply."""
+        names = [] if self.training_judge is not None else self.rewards.names
+        if len(names) == 1:
+            parts = {_PART + names[0]: hosts.to_host(scores), **parts}
+        metrics: dict[str, Any] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a reward that applies to nothing
+            for name, values in parts.items():
+                if not name.startswith(_PART):
+                    metrics[name] = np.mean(values)
+                    continue
+                name = f"rewards/{name.removeprefix(_PART)}"
+                metrics[f"{name}/mean"] = np.nanmean(values)
+                metrics[f"{name}/std"] = np.nanstd(values, ddof=1)
+        return {name: x for name, x in metrics.items() if np.isfinite(x)}
+
+    def _reference_params(self, state: Any) -> Any:
+        """The full parameters of the reference, read from the model's folder if none is held."""
+        if self.config.settings.has_reference:
+            return online.reference_params(self.model, state)
+        _, params = load_model(self.config.model, self.tokenizer, self.key, self.mesh)
+        return params
+
+    def observe(self, output: Any) -> dict[str, float]:
+        """As `OnlineStage.observe`; warns where no scores of a group differ for long."""
+        rollout, _ = output
+        scores = hosts.to_host(rollout.scores)
+        has_spread = scores.shape[1] == 1 or (scores.max(axis=1) > scores.min(axis=1)).any()
+        count = self._iterations_without_spread = (
+            0 if has_spread else self._iterations_without_spread + 1
+        )
+        if count == PATIENCE and hosts.is_first():
+            logger.warning(
+                "In the last %d logged iterations all %d responses to every prompt had equal "
+                "scores, from which %s learns nothing: look at samples.jsonl, take prompts that "
+                "the policy answers right in part, a reward that grades responses, a higher "
+                "%s.temperature or more %s.num_generations.",
+                count,
+                scores.shape[1],
+                self.name,
+                self.name,
+                self.name,
+            )
+        return super().observe(output)
