@@ -82,7 +82,8 @@ def _made(
     settings: DataSettings, kind: Kind, path: str, count: int, split: builtin.Split
 ) -> Examples:
     """Examples of the embedded corpus or of a task; the two splits share no prompt."""
-    maker, arguments = builtin, (settings.seed, count, split)
+    maker: Any = builtin
+    arguments: tuple[Any, ...] = (settings.seed, count, split)
     if path != BUILTIN:
         maker, arguments = tasks, (path, settings.task, *arguments)
     if kind in ("text", "references"):

@@ -1,7 +1,6 @@
 """The section `rewards` of a configuration: sources of scores and their weights."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -57,8 +56,6 @@ class RewardSource:
                 f"rewards: a source is a path or a function, but one is {self.path!r} and "
                 f"{self.function!r}; make two of it."
             )
-        if not math.isfinite(self.weight):
-            raise InputError(f"rewards: weight must be a finite number, but is {self.weight}.")
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise InputError(
                 "rewards: name must be letters, digits, points, hyphens or underscores, but is "
