@@ -21,6 +21,7 @@ ROOMS = (
     "batches",
     "parallel",
     "models",
+    "rewards",
     "data",
     "rollout",
     "training",
@@ -59,6 +60,7 @@ THIRD_PARTY = {
     "batches": {"jax"},  # for types alone
     "models": ARRAYS | {"flax", "safetensors"},
     "parallel": ARRAYS,
+    "rewards": {"math_verify"},
     "rollout": ARRAYS,
     "training": ARRAYS | {"optax"},
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import builtin
+from rlhf_jax.data import builtin, tasks
 from rlhf_jax.data.conversations import Examples, split_conversations
 from rlhf_jax.data.examples import Example
 from rlhf_jax.data.files import Table, is_one_split, read_table
@@ -63,8 +63,8 @@ def load_examples(
 def _load(settings: DataSettings, kind: Kind) -> tuple[Examples, Examples]:
     """(train, evaluation), before conversations are split."""
     path, has_own = settings.path, settings.eval_path is not None or settings.eval_split is not None
-    if path == BUILTIN:
-        train = _builtin(settings, kind, settings.builtin_rows, "train")
+    if path == BUILTIN or tasks.is_task(path):
+        train = _made(settings, kind, path, settings.builtin_rows, "train")
         return train[: settings.max_rows], _evaluation(settings, kind)
     table = _read(path, settings.split, settings, kind)
     order = np.random.default_rng(settings.seed).permutation(table.size)
@@ -78,13 +78,19 @@ def _load(settings: DataSettings, kind: Kind) -> tuple[Examples, Examples]:
     return examples_of(table, selected, kind, path), evaluation
 
 
-def _builtin(settings: DataSettings, kind: Kind, count: int, split: builtin.Split) -> Examples:
-    """Examples of the embedded corpus; the two splits share no prompt."""
+def _made(
+    settings: DataSettings, kind: Kind, path: str, count: int, split: builtin.Split
+) -> Examples:
+    """Examples of the embedded corpus or of a task; the two splits share no prompt."""
+    maker: Any = builtin
+    arguments: tuple[Any, ...] = (settings.seed, count, split)
+    if path != BUILTIN:
+        maker, arguments = tasks, (path, settings.task, *arguments)
     if kind in ("text", "references"):
-        return builtin.texts(settings.seed, count, split)
+        return maker.texts(*arguments)
     if kind == "prompts":
-        return builtin.prompts(settings.seed, count, split)
-    pairs = builtin.pairs(settings.seed, count, split)
+        return maker.prompts(*arguments)
+    pairs = maker.pairs(*arguments)
     if kind == "unpaired":
         return [example for pair in pairs for example in labelled(pair)]
     return pairs if kind == "pairs" else [ranking_of(pair) for pair in pairs]
@@ -106,8 +112,8 @@ def _evaluation(settings: DataSettings, kind: Kind) -> Examples:
     """The first examples of the evaluation split."""
     path = settings.eval_path or settings.path
     count = MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
-    if path == BUILTIN:
-        return _builtin(settings, kind, count, "eval")
+    if path == BUILTIN or tasks.is_task(path):
+        return _made(settings, kind, path, count, "eval")
     if count == 0:
         return []
     split = settings.eval_split or ("train" if is_one_split(path) else "validation")

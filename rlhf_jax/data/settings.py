@@ -6,6 +6,7 @@ import dataclasses
 import os
 from typing import Any, Literal
 
+from rlhf_jax.data import tasks
 from rlhf_jax.data.formats import CANONICAL
 from rlhf_jax.errors import InputError
 
@@ -27,7 +28,9 @@ class DataSettings:
     """The section `data` of the configuration.
 
     Attributes:
-      path: "builtin" for the embedded corpus; a file .jsonl, .json, .csv (each also with .gz) or
+      path: "builtin" for the embedded corpus; "task:NAME" for a task with answers that can be
+        verified: arithmetic, countdown, larger, letters or sorting; "reasoning_gym:NAME" for one of
+        the package reasoning-gym; a file .jsonl, .json, .csv (each also with .gz) or
         .parquet; a folder of such files; or the name of a data set on the hub. An empty cell of a
         CSV file is the empty text.
       name: configuration of a data set on the hub.
@@ -44,7 +47,8 @@ class DataSettings:
       max_rows: maximum number of training examples, the first of the same shuffle.
       columns: canonical column name -> name in the file.
       seed: of the embedded corpus, of the hold-out and of `prompt_tokens`.
-      builtin_rows: number of training examples of the embedded corpus.
+      builtin_rows: number of training examples of the embedded corpus or of a task.
+      task: options of the task, such as {digits: 3, noise: 0.2}; docs/tasks.md has those of each.
       max_length: maximum tokens of a text, prompt and completion together, EOS included.
       max_prompt_length: maximum tokens of a prompt; longer prompts lose their left end.
       max_response_length: maximum tokens of a completion or judged response, EOS included; longer
@@ -82,6 +86,7 @@ class DataSettings:
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     seed: int = 0
     builtin_rows: int = 4096
+    task: dict[str, Any] = dataclasses.field(default_factory=dict)
     max_length: int = 256
     max_prompt_length: int = 128
     max_response_length: int = 128
@@ -150,17 +155,24 @@ class DataSettings:
             )
 
     def _check_builtin(self) -> None:
-        if self.path != BUILTIN:
+        for path in filter(tasks.is_task, (self.path, self.eval_path or "")):
+            tasks.options_of(path, self.task)
+        if self.task and not tasks.is_task(self.path):
+            raise InputError(
+                f"data.task has options of a task, but data.path is {self.path!r}: give it a path "
+                "such as task:arithmetic, or leave the options out."
+            )
+        if self.path != BUILTIN and not tasks.is_task(self.path):
             return
         if self.split != "train" or self.name is not None:
             raise InputError(
                 "data.split and data.name select a part of a file or of a hub data set; the path "
-                '"builtin" has no parts: leave them out.'
+                f'"{self.path}" has no parts: leave them out.'
             )
         if self.eval_split is not None and self.eval_path is None:
             raise InputError(
-                "data.eval_split needs data.eval_path here: the embedded corpus makes its own "
-                "evaluation examples (data.eval_rows)."
+                "data.eval_split needs data.eval_path here: the embedded corpus and the tasks make "
+                "their own evaluation examples (data.eval_rows)."
             )
 
 

@@ -260,6 +260,8 @@ _EXAMPLES = {
     "prompt_tokens": "[2, 8]",
     "local_device_ids": "[0, 1]",
     "columns": "{prompt: question}",
+    "task": "{digits: 3}",
+    "kwargs": "{pattern: '[0-9]+'}",
     "chat_template_kwargs": "{enable_thinking: false}",
 }
 

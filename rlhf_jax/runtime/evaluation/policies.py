@@ -146,6 +146,7 @@ class PolicyEvaluator:
             columns_of(examples, prompts.indices),
             prompts.indices,
             self.model.stop_token_ids,
+            turns_of(examples, prompts.indices),
         )
         if self.rewards is not None:
             scores, _ = self.rewards(reward_params or (), responses, self.batch_size)
@@ -160,6 +161,11 @@ def columns_of(examples: list[dict[str, Any]], indices: Any) -> dict[str, list[A
     chosen = [source_of(examples[index]) for index in np.asarray(indices).tolist()]
     names = [name for name in chosen[0] if name != "prompt"]
     return {name: [example.get(name) for example in chosen] for name in names}
+
+
+def turns_of(examples: list[dict[str, Any]], indices: Any) -> list[Any]:
+    """The prompts as they stand in the data; None for those that are the beginning of a text."""
+    return [examples[index].get("prompt") for index in np.asarray(indices).tolist()]
 
 
 def compare(

@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.parallel import hosts
 
 ScoreFunction = Callable[..., list[float]]
+
+
+IDS = "completion_ids"  # the parameter that gets the tokens of the completions
+
+
+class NotFiniteError(InputError):
+    """A score is infinite or NaN."""
 
 
 def load_function(name: str) -> ScoreFunction:
@@ -32,6 +38,8 @@ def load_function(name: str) -> ScoreFunction:
             f"{name!r} names no function ({error}); write it as module:function, importable from "
             "here."
         ) from error
+    except InputError:  # such as a package that is not installed
+        raise
     except (Exception, SystemExit) as error:  # of the module's own lines
         line = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, SyntaxError) else f", {line.filename}, line {line.lineno}"
@@ -68,8 +76,16 @@ def check_call(
         ) from None
 
 
+def takes_ids(function: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter for the tokens of the completions."""
+    try:
+        return IDS in inspect.signature(function).parameters
+    except ValueError:
+        return False  # some functions in C have no signature
+
+
 def call_scores(
-    function: ScoreFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
+    function: ScoreFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list]
 ) -> list[float]:
     """function(prompts, completions, **columns), checked: one finite number for each completion.
 
@@ -80,12 +96,19 @@ def call_scores(
       InputError: the result is not a list of finite numbers of the right length, or the function
         ends the program.
     """
-    return hosts.from_first(_call_scores, function, prompts, completions, columns)
+    from rlhf_jax.parallel import hosts  # which the processes of a pool do not need, nor jax
+
+    return hosts.from_first(scores_of, function, prompts, completions, columns)
 
 
-def _call_scores(
-    function: ScoreFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
+def scores_of(
+    function: ScoreFunction,
+    prompts: list[Any],
+    completions: list[Any],
+    columns: dict[str, list],
+    allow_none: bool = False,
 ) -> list[float]:
+    """`call_scores` on this host. With `allow_none`, None is a score that does not count: NaN."""
     name = getattr(function, "__name__", "the score function")
     values = call_function(
         function,
@@ -97,7 +120,7 @@ def _call_scores(
         expected="a list of numbers, one for each completion",
     )
     return [
-        _finite_number(name, index, value, completion)
+        math.nan if value is None and allow_none else _finite_number(name, index, value, completion)
         for index, (value, completion) in enumerate(zip(values, completions, strict=True))
     ]
 
@@ -105,7 +128,7 @@ def _call_scores(
 def call_function(
     function: Callable[..., Any],
     name: str,
-    texts: Sequence[Sequence[str]],
+    texts: Sequence[Sequence[Any]],
     columns: Mapping[str, Sequence[Any]],
     *,
     call: str,
@@ -154,7 +177,7 @@ def shown(value: Any) -> str:
         return "a number beyond all bounds"
 
 
-def _finite_number(name: str, index: int, value: Any, completion: str) -> float:
+def _finite_number(name: str, index: int, value: Any, completion: Any) -> float:
     try:
         if isinstance(value, (str, bytes)) or np.ndim(value) > 0:
             raise TypeError
@@ -167,8 +190,8 @@ def _finite_number(name: str, index: int, value: Any, completion: str) -> float:
     except OverflowError:
         score = math.inf
     if not math.isfinite(score):
-        raise InputError(
-            f"{name} gave the score {shown(value)} for the completion {completion[:80]!r} at "
+        raise NotFiniteError(
+            f"{name} gave the score {shown(value)} for the completion {shown(completion)} at "
             f"index {index}; it has to give a finite number."
         )
     return score

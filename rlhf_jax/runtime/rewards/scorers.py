@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -21,9 +21,11 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading
-from rlhf_jax.runtime.rewards.functions import ScoreFunction, call_scores, load_function
+from rlhf_jax.runtime.rewards.functions import IDS, ScoreFunction, check_call, scores_of, takes_ids
+from rlhf_jax.runtime.rewards.pool import FunctionPool, Scored
 from rlhf_jax.runtime.rewards.sources import RewardSource, check_names, plain_name, resolve_sources
 from rlhf_jax.runtime.rewards.texts import Responses, Tokens, retokenize
+from rlhf_jax.runtime.rewards.worker import Call, bound
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,13 +58,32 @@ def find_sources(
         reward_path = None
     named = []
     for source in resolve_sources(reward_path, sources):
-        function = load_function(source.function) if source.function is not None else None
+        function = None
+        if source.function is not None:
+            function = bound(source.function, source.kwargs)
         named.append(NamedSource(source.name or "", source, function))
     if reward_fn is not None:
         name = plain_name(getattr(reward_fn, "__name__", "reward_fn"))
         named.append(NamedSource(name, RewardSource(), reward_fn))
     check_names([each.name for each in named])
     return named
+
+
+def check_sources_call(sources: Iterable[NamedSource], columns: Iterable[str]) -> None:
+    """Raises an InputError if a reward in Python cannot be called with these columns of the data.
+
+    Its `kwargs` are arguments already, and no columns.
+    """
+    for _, source, function in sources:
+        if function is None:
+            continue
+        both = sorted({*source.kwargs} & {*columns})
+        if both:
+            raise InputError(
+                f"rewards: {source.function} has {both[0]!r} in kwargs, which is a column of the "
+                "data too; leave it out there, or rename the column by data.columns."
+            )
+        check_call(function, {*columns, *([IDS] if takes_ids(function) else [])})
 
 
 class ModelScorer:
@@ -132,33 +153,80 @@ def _power_of_two(length: int, maximum: int) -> int:
 
 
 class FunctionScorer:
-    """Scores by a function in Python, which scores the reference response of an example once."""
+    """Scores by a function in Python, which scores the reference response of an example once.
 
-    def __init__(self, function: ScoreFunction) -> None:
-        self.function = function
+    Args:
+      source: the settings of its calls.
+    """
+
+    def __init__(self, function: ScoreFunction, source: RewardSource | None = None) -> None:
+        self.function, self.source = function, source or RewardSource()
+        self.failed: np.ndarray | None = None  # bool[N], of the policy's responses in the last call
+        self._takes_ids = takes_ids(function)
         self._reference_scores: dict[int, float] = {}
+        self._pool: FunctionPool | None = None
+        if self.source.num_processes:
+            self._pool = FunctionPool(
+                self.source.function or "",
+                self.source.kwargs,
+                num_processes=self.source.num_processes,
+                timeout=self.source.timeout,
+                failed_score=self.source.failed_score,
+            )
 
     def __call__(self, params: Params, responses: Responses, batch_size: int) -> np.ndarray:
-        """f64[N, K]; the function is called once with all texts."""
+        """f64[N, K], NaN where the function gives None; all texts are scored together."""
         del params, batch_size
         indices, known = np.asarray(responses.indices).tolist(), self._reference_scores
-        scores = [self._call(responses, responses.texts[0], range(len(indices)))]
-        for texts in responses.texts[1:]:
+        own, failed = self._call(responses, 0, range(len(indices)))
+        self.failed = np.asarray(failed) if self._pool is not None else None
+        scores = [own]
+        for number in range(1, len(responses.texts)):
             new = {index: n for n, index in enumerate(indices) if index not in known}
             if new:
-                known.update(zip(new, self._call(responses, texts, new.values()), strict=True))
+                of_new, _ = self._call(responses, number, new.values())
+                known.update(zip(new, of_new, strict=True))
             scores.append([known[index] for index in indices])
         return np.stack([np.asarray(each) for each in scores], axis=1)
 
-    def _call(self, responses: Responses, texts: list[str], numbers: Iterable[int]) -> list[float]:
-        """The scores of the texts with these numbers."""
+    def _call(self, responses: Responses, candidate: int, numbers: Iterable[int]) -> Scored:
+        """The scores of candidate k of the prompts with these numbers."""
         numbers = list(numbers)
-        prompts, completions, *columns = (
-            [values[n] for n in numbers]
-            for values in (responses.prompt_texts, texts, *responses.columns.values())
+        prompts, completions = self._texts(responses, candidate)
+        columns = dict(responses.columns)
+        if self._takes_ids:
+            columns = {IDS: responses.ids[candidate]} | columns
+        prompts, completions, *values = (
+            [column[n] for n in numbers] for column in (prompts, completions, *columns.values())
         )
-        named = dict(zip(responses.columns, columns, strict=True))
-        return call_scores(self.function, prompts, completions, named)
+        named = dict(zip(columns, values, strict=True))
+        return Scored(*hosts.from_first(self._scored, prompts, completions, named))
+
+    def _scored(self, prompts: list[Any], completions: list[Any], columns: Any) -> Scored:
+        if self._pool is None:
+            scores = scores_of(self.function, prompts, completions, columns, allow_none=True)
+            return Scored(scores, [False] * len(scores))
+        rows = zip(*columns.values(), strict=True) if columns else ((),) * len(prompts)
+        return self._pool(
+            [
+                Call(prompt, completion, dict(zip(columns, row, strict=True)))
+                for prompt, completion, row in zip(prompts, completions, rows, strict=True)
+            ]
+        )
+
+    def _texts(self, responses: Responses, candidate: int) -> tuple[list[Any], list[Any]]:
+        """Prompts and completions, texts, or messages where the source and the data have these."""
+        prompts, texts = responses.prompt_texts, responses.texts[candidate]
+        if not (self.source.conversations and responses.turns):
+            return prompts, texts
+        are_texts = [isinstance(turns, str | None) for turns in responses.turns]
+        return (
+            [p if is_text else t for p, t, is_text in zip(prompts, responses.turns, are_texts)],
+            [
+                x if is_text else [{"role": "assistant", "content": x}]
+                for x, is_text in zip(texts, are_texts)
+            ],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +266,12 @@ class Rewards:
         """(f32[N], parts): scores of the policy's responses, less those of the references.
 
         Parts, float[N] each, are `objective/rewards/NAME`, the scores that each of several sources
-        gave to the policy's responses, and with references `objective/raw_scores` and
+        gave to the policy's responses, NaN where it does not apply, `objective/failed_scores/NAME`,
+        whether its call in another process failed, and with references `objective/raw_scores` and
         `objective/reference_scores`, the weighted sums.
 
         Raises:
-          InputError: the sum is not finite in float32.
+          InputError: no source applies to a response, or the sum is not finite in float32.
         """
         of_models = iter(params)
         scores, parts = [], {}
@@ -211,7 +280,13 @@ class Rewards:
             scores.append(scorer(own, responses, batch_size))
             if len(self.scorers) > 1:
                 parts[f"objective/rewards/{name}"] = scores[-1][:, 0]
-        weighted = [weight * values for weight, values in zip(self.weights, scores, strict=True)]
+            if isinstance(scorer, FunctionScorer) and scorer.failed is not None:
+                parts[f"objective/failed_scores/{name}"] = scorer.failed
+        self._check_applies(scores, responses)
+        weighted = [
+            weight * np.where(np.isnan(values), 0.0, values)
+            for weight, values in zip(self.weights, scores, strict=True)
+        ]
         total = sum(weighted[1:], start=weighted[0])
         result = total[:, 0]
         if total.shape[1] > 1:
@@ -225,6 +300,23 @@ class Rewards:
                 "give rewards that are finite in float32."
             )
         return result, parts
+
+    def _check_applies(self, scores: Sequence[np.ndarray], responses: Responses) -> None:
+        """Raises an InputError where no source gave a score to a response."""
+        without = np.isnan(scores).all(axis=0)
+        if without.any():
+            number, candidate = (int(each) for each in np.argwhere(without)[0])
+            raise InputError(
+                f"{' and '.join(self.names)} gave None for the completion "
+                f"{responses.texts[candidate][number][:80]!r}; at least one reward has to give a "
+                "number for each completion."
+            )
+
+
+def means_of_parts(parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each of the parts of rewards over the responses to which it applies, if any."""
+    applying = {name: values[~np.isnan(values)] for name, values in parts.items()}
+    return {name: float(np.mean(values)) for name, values in applying.items() if values.size}
 
 
 def load_rewards(
@@ -244,7 +336,7 @@ def load_rewards(
     params: list[Params] = []
     for _, source, function in sources:
         if function is not None:
-            scorers.append(FunctionScorer(function))
+            scorers.append(FunctionScorer(function, source))
             continue
         path = source.path or ""
         model, tree, own_tokenizer = loading.load_reward(path, settings, source.label, mesh)

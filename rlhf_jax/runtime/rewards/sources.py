@@ -1,10 +1,11 @@
 """The section `rewards` of a configuration: sources of scores and their weights."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
+from rlhf_jax.checks import NonNegativeInt, PositiveFloat, check_fields
 from rlhf_jax.errors import InputError
 
 
@@ -19,7 +20,18 @@ class RewardSource:
       path: a Hugging Face folder or hub name of a reward model. It scores tokens if it has the
         policy's tokenizer, else texts.
       function: "module:function", a reward in Python: f(prompts, completions, **columns) -> one
-        number for each completion; `columns` are the other columns of the data set.
+        number for each completion; `columns` are the other columns of the data set, and
+        `completion_ids`, the tokens of each completion, where a parameter has that name. Of several
+        sources one may give None for a response, where it does not apply: its score is then 0.
+      kwargs: further arguments of the function, by name.
+      conversations: the function gets prompts and completions as messages where the data have
+        messages, as in TRL; otherwise it gets their texts.
+      num_processes: processes that call the function, for one response at a time, so that a slow,
+        hanging or dying call loses nothing but its own score. 0: all responses are one call in the
+        process of the run, and what the function raises ends the run.
+      timeout: the seconds that a process may take for a response, after which it is replaced.
+      failed_score: the score of a response for which the function raises, gives NaN, exceeds
+        `timeout` or ends its process; `objective/failed_scores/NAME` is the share of them.
       weight: factor of its scores; with 0 they are only logged.
       name: of its metric; by default the function's name, or the folder's (not counting `hf`).
       label: of a classifier with several labels, the index of the logit that is the score.
@@ -30,15 +42,20 @@ class RewardSource:
     weight: float = 1.0
     name: str | None = None
     label: int | None = None
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    conversations: bool = False
+    num_processes: NonNegativeInt = 0
+    timeout: PositiveFloat | None = None
+    failed_score: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields("rewards", self)
+        self._check_function()
         if self.path is not None and self.function is not None:
             raise InputError(
                 f"rewards: a source is a path or a function, but one is {self.path!r} and "
                 f"{self.function!r}; make two of it."
             )
-        if not math.isfinite(self.weight):
-            raise InputError(f"rewards: weight must be a finite number, but is {self.weight}.")
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise InputError(
                 "rewards: name must be letters, digits, points, hyphens or underscores, but is "
@@ -49,6 +66,21 @@ class RewardSource:
                 "rewards: label must be 0 or more, and belongs to a reward model, but is "
                 f"{self.label}."
             )
+
+    def _check_function(self) -> None:
+        """Raises an InputError for settings without what they belong to."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("kwargs", "conversations", "num_processes"):
+            if self.function is None and getattr(self, name):
+                raise InputError(
+                    f"rewards: {name} belongs to a function, but one source has none: leave it out."
+                )
+        for name in ("timeout", "failed_score"):
+            if not self.num_processes and getattr(self, name) != defaults[name]:
+                raise InputError(
+                    f"rewards: {name} is of calls in other processes: give the source "
+                    "num_processes of 1 or more, or leave it out."
+                )
 
     @property
     def is_bare(self) -> bool:

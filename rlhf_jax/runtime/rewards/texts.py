@@ -48,6 +48,7 @@ class Responses:
       columns: the other columns of the data set, N values each.
       indices: int[N], the example of the data set that each prompt comes from.
       stop_token_ids: that end a response; by default the tokenizer's EOS.
+      turns: N prompts as they stand in the data, messages or texts; () where they are not known.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -57,6 +58,7 @@ class Responses:
     columns: dict[str, list[Any]]
     indices: Any
     stop_token_ids: tuple[int, ...] = ()
+    turns: Sequence[Any] = ()
 
     @functools.cached_property
     def prompt_texts(self) -> list[str]:
@@ -67,6 +69,12 @@ class Responses:
     def texts(self) -> list[list[str]]:
         """K lists of N texts without special tokens."""
         return [decode(self.tokenizer, tokens, mask) for tokens, mask in self.candidates]
+
+    @functools.cached_property
+    def ids(self) -> list[list[list[int]]]:
+        """K lists of the N responses as tokens, without padding."""
+        pairs = ((np.asarray(tokens), np.asarray(mask)) for tokens, mask in self.candidates)
+        return [[row[real].tolist() for row, real in zip(*pair, strict=True)] for pair in pairs]
 
     @functools.cached_property
     def ended(self) -> list[np.ndarray]:

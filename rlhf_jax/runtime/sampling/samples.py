@@ -23,12 +23,12 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.settings import GenerationSettings
-from rlhf_jax.runtime.evaluation.policies import columns_of
+from rlhf_jax.runtime.evaluation.policies import columns_of, turns_of
 from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.loading import check_positions
 from rlhf_jax.runtime.program import Placement
-from rlhf_jax.runtime.rewards.functions import check_call
-from rlhf_jax.runtime.rewards.scorers import NamedSource, Rewards
+from rlhf_jax.runtime.rewards.scorers import NamedSource, Rewards, check_sources_call
+from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.rewards.texts import Responses
 from rlhf_jax.runtime.run.folder import (
     disk_errors,
@@ -108,6 +108,7 @@ class ScoredSampler:
             columns_of(examples, batch.indices[real]),
             batch.indices[real],
             self.model.stop_token_ids,
+            turns_of(examples, batch.indices[real]),
         )
         scores, _ = self.rewards(reward_params, responses, self.generation.batch_size)
         return responses, scores
@@ -241,7 +242,7 @@ def mark_of(
     tokens = [np.asarray(array).tolist() for array in prompts[:2]]
     # The checksum of reward models tells more than their paths.
     rewards = [
-        {name: value for name, value in dataclasses.asdict(each.source).items() if name != "path"}
+        {name: value for name, value in _settings_of(each.source).items() if name != "path"}
         for each in sources
     ]
     vocabulary = sampler.tokenizer.backend_tokenizer.to_str()
@@ -262,6 +263,14 @@ def mark_of(
     }
 
 
+def _settings_of(source: RewardSource) -> dict[str, Any]:
+    """Those that every source has, and those of functions that are not the default."""
+    defaults = dataclasses.asdict(RewardSource())
+    always = ("function", "weight", "name", "label")
+    settings = dataclasses.asdict(source)
+    return {n: x for n, x in settings.items() if n in always or x != defaults[n]}
+
+
 def check_sources(sources: Sequence[NamedSource], title: str, call: str = "") -> None:
     """Raises an InputError if there is no reward.
 
@@ -278,9 +287,7 @@ def check_sources(sources: Sequence[NamedSource], title: str, call: str = "") ->
 
 def check_functions(sources: Sequence[NamedSource], examples: Examples) -> None:
     """Raises an InputError if a reward in Python does not take the columns of the data."""
-    for _, _, function in sources:
-        if function is not None:
-            check_call(function, columns_of(examples, [0]))
+    check_sources_call(sources, columns_of(examples, [0]))
 
 
 def _entries(examples: Examples, responses: Responses, scores: np.ndarray) -> list[dict[str, Any]]:

@@ -31,13 +31,19 @@ from rlhf_jax.runtime.evaluation.policies import (
     evaluation_of,
     first_entries,
     save_evaluation,
+    turns_of,
 )
 from rlhf_jax.runtime.evaluation.python_judge import JUDGED, JudgeFunction, win_rates
 from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
-from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
+from rlhf_jax.runtime.rewards.scorers import (
+    check_sources_call,
+    find_sources,
+    load_rewards,
+    means_of_parts,
+)
 from rlhf_jax.runtime.rewards.texts import Responses, decode, reference_tokens
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_scorer
@@ -104,9 +110,9 @@ class OnlineStage(shared.BaseStage):
         self.examples, self.held_out_examples = self.load_examples(data, kind)
         self.load_policy(list)
         self.settings = step_settings(config, self.tokenizer)
-        for function in (*(each.function for each in self.sources), self.gold_fn):
-            if function is not None:
-                check_call(function, columns_of(self.examples, [0]))
+        check_sources_call(self.sources, columns_of(self.examples, [0]))
+        if self.gold_fn is not None:
+            check_call(self.gold_fn, columns_of(self.examples, [0]))
         for judge in filter(None, {self.judge_fn, self.training_judge}):
             check_call(judge, columns_of(self.examples, [0]), JUDGED)
         self._load_rewards()
@@ -239,7 +245,7 @@ class OnlineStage(shared.BaseStage):
     def _means(self, scores: Any, parts: dict[str, np.ndarray]) -> dict[str, Any]:
         """Metrics of the scores, and of the parts that they are sums of."""
         del scores
-        return {name: np.mean(values) for name, values in parts.items()}
+        return {**means_of_parts(parts)}
 
     def _programs(self, state: Any, batch: PromptBatch, key: jax.Array) -> list[tuple[Any, Any]]:
         """The compiled parts of an iteration, and their arguments or the shapes of these."""
@@ -278,6 +284,7 @@ class OnlineStage(shared.BaseStage):
             columns_of(self.examples, indices),
             indices,
             self.model.stop_token_ids,
+            turns_of(self.examples, indices),
         )
         size = count * (self.settings.score_batch_size or self.settings.batch_size)
         scores, parts = self.rewards(state.frozen.get("reward", ()), scored, size)

@@ -18,8 +18,10 @@ from rlhf_jax.runtime.rewards.scorers import (
     FunctionScorer,
     ModelScorer,
     Rewards,
+    check_sources_call,
     find_sources,
     load_rewards,
+    means_of_parts,
 )
 from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.rewards.texts import Responses, reference_tokens, retokenize
@@ -271,3 +273,36 @@ def test_references_may_be_messages_and_end_once():
     eos = tokenizer.eos_token_id
     assert tokens[0][mask[0]].tolist() == [*tokenizer("You")["input_ids"], eos]
     assert tokens[1][mask[1]].tolist() == tokenizer("bcdef")["input_ids"]  # EOS was cut
+
+
+def of_turns(prompts, completions, *, answer, completion_ids, factor=1.0, **columns):
+    """A reward that shows what it gets; None for the second response."""
+    assert prompts[0] == [{"role": "user", "content": "Well?"}]
+    assert prompts[1] == PROMPTS[1]
+    assert completions[:2] == [[{"role": "assistant", "content": ANSWERS[0]}], ANSWERS[1]]
+    lengths = [len(ids) for ids in completion_ids]
+    return [None if n == 1 else factor * lengths[n] + answer[n] for n in range(3)]
+
+
+def test_functions_get_messages_tokens_and_arguments_and_may_not_apply(bytes_tokenizer):
+    turns = [[{"role": "user", "content": "Well?"}], PROMPTS[1], PROMPTS[2]]
+    responses = dataclasses.replace(responses_of(bytes_tokenizer), turns=turns)
+    own = {"function": f"{__name__}:of_turns", "kwargs": {"factor": 2.0}, "conversations": True}
+    lengths = {"function": "rlhf_jax.rewards:length_penalty", "weight": 0.5}
+    lengths |= {"kwargs": {"target": 4, "unit": "characters"}, "num_processes": 1, "timeout": 60}
+    sources = find_sources(None, [RewardSource(**own), RewardSource(**lengths)])
+    check_sources_call(sources, ["answer"])
+    rewards, _ = load_rewards(sources, ModelSettings(), bytes_tokenizer)
+    scores, parts = rewards((), responses, 8)
+    sizes = np.array([len(text) for text in ANSWERS])
+    applying = np.array([2.0 * (sizes[0] + 1), 0.0, 2.0 * (sizes[2] + 1) + 2.0])
+    np.testing.assert_allclose(scores, applying - 0.5 * np.abs(sizes - 4) / 4, rtol=1e-6)
+    means = means_of_parts(parts)
+    assert means["objective/rewards/of_turns"] == pytest.approx(applying[[0, 2]].mean())
+    assert means["objective/failed_scores/length_penalty"] == 0.0
+    alone, _ = load_rewards(sources[:1], ModelSettings(), bytes_tokenizer)
+    expected = f"of_turns gave None for the completion {ANSWERS[1]!r}; at least one reward has to"
+    assert message(alone, (), responses, 8).startswith(expected)
+    assert "has 'factor' in kwargs, which is a column" in message(
+        check_sources_call, sources, ["factor"]
+    )

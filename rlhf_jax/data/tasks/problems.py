@@ -1,0 +1,117 @@
+"""What all tasks share: options, problems with answers, and examples of them in two splits."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+from rlhf_jax.checks import Fraction, check_fields
+from rlhf_jax.errors import InputError
+
+Split = Literal["train", "eval"]
+
+HELD_OUT = 5  # every fifth problem, by checksum, belongs to the evaluation split
+MAX_REPEATS = 2000  # draws without a new problem, after which all are taken to be drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every task, in `data.task`.
+
+    Attributes:
+      noise: the share of completions that are wrong, for supervised fine-tuning.
+      chat: whether prompts and completions are messages.
+    """
+
+    noise: Fraction = 0.0
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields("data.task", self)
+
+
+class Problem(NamedTuple):
+    """A problem and its answer.
+
+    Attributes:
+      key: equal for problems that are the same, such as 1 + 2 and 2 + 1.
+      question: the prompt.
+      answer: a right completion.
+      wrong: a wrong one.
+      columns: what the reward reads beside `answer`.
+    """
+
+    key: str
+    question: str
+    answer: str
+    wrong: str
+    columns: dict[str, Any] = {}
+
+
+class Task(NamedTuple):
+    """A task: its options, and a problem of it from a random generator and options."""
+
+    options: type[Options]
+    draw: Callable[[random.Random, Any], Problem]
+
+
+def filled(template: str, **values: object) -> str:
+    """The template of a question with its values; an InputError for names that it has not."""
+    try:
+        return template.format(**values)
+    except (KeyError, IndexError, ValueError):
+        names = ", ".join(f"{{{name}}}" for name in values)
+        raise InputError(
+            f"data.task: the template {template!r} may hold {names} and no other braces."
+        ) from None
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a problem belongs to the evaluation split, whatever the seed."""
+    return zlib.crc32(key.encode()) % HELD_OUT == 0
+
+
+def draw_problems(
+    task: Task, options: Options, seed: int, count: int, split: Split
+) -> list[Problem]:
+    """Different problems of a split, a function of (options, seed, count, split).
+
+    The splits share no problem. If a task has fewer different problems than wanted, those of the
+    training split are repeated, and there are fewer of the evaluation split.
+
+    Raises:
+      InputError: the split has no problem.
+    """
+    drawn: list[Problem] = []
+    for problem in _distinct(task, options, random.Random(f"{seed}/{split}"), split):
+        if problem is None and (split == "eval" or not drawn):
+            break
+        if problem is not None:
+            drawn.append(problem)
+        if len(drawn) >= count:
+            break
+    if count and not drawn:
+        raise InputError(f"data.task: with these options there is no problem of the split {split}.")
+    return drawn
+
+
+def _distinct(
+    task: Task, options: Options, rng: random.Random, split: Split
+) -> Iterator[Problem | None]:
+    """Problems of a split, and None whenever all were drawn, after which they repeat."""
+    seen: set[str] = set()
+    repeats = 0
+    while True:
+        problem = task.draw(rng, options)
+        is_new = problem.question not in seen
+        if is_new and is_held_out(problem.key) == (split == "eval"):
+            seen.add(problem.question)
+            repeats = 0
+            yield problem
+        elif (repeats := repeats + 1) > MAX_REPEATS:
+            seen.clear()
+            repeats = 0
+            yield None

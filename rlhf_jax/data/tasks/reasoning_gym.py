@@ -1,0 +1,88 @@
+"""The tasks of the package reasoning-gym, by name: `data.path: reasoning_gym:chain_sum`.
+
+Stojanovski et al., Reasoning Gym (arXiv:2505.24760).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from rlhf_jax.data.tasks.problems import HELD_OUT, Problem, Split, is_held_out
+from rlhf_jax.errors import InputError
+from rlhf_jax.rewards.answers import tagged_answer
+
+
+def _package() -> ModuleType:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise InputError(
+            "The tasks reasoning_gym:NAME need the package reasoning-gym, which is not installed: "
+            "pip install reasoning-gym."
+        ) from error
+    return reasoning_gym
+
+
+def problems(
+    name: str, options: Mapping[str, Any], seed: int, count: int, split: Split
+) -> list[Problem]:
+    """Problems of a task, a function of (options, seed, count, split); the splits share none.
+
+    Args:
+      options: arguments of `reasoning_gym.create_dataset`.
+
+    Raises:
+      InputError: the package or the task is missing, an option is wrong, or the task has too few
+        different problems.
+    """
+    gym = _package()
+    size = 10 * HELD_OUT * max(count, 1)
+    try:
+        entries = gym.create_dataset(name, seed=seed, size=size, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"reasoning_gym:{name} cannot be made: {error}.") from error
+    found: dict[str, Problem] = {}
+    for index in range(size):
+        if len(found) >= count:
+            break
+        entry = entries[index]
+        question = entry["question"]
+        if is_held_out(question) == (split == "eval") and question not in found:
+            answer = str(entry["answer"])
+            columns = {"metadata": entry["metadata"], "task_name": name}
+            found[question] = Problem(question, question, answer, "", columns)
+    if len(found) < count and split == "train":
+        raise InputError(
+            f"reasoning_gym:{name} has {len(found)} different problems among {size}, but {count} "
+            "are wanted: set data.builtin_rows lower, or other options in data.task."
+        )
+    return [*found.values()]
+
+
+def reward(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    answer: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    task_name: Sequence[str],
+    **columns: Any,
+) -> list[float]:
+    """The score by the package of each completion, from 0 to 1.
+
+    A completion is the text of its last `<answer>` element, or without one the full text.
+    """
+    del prompts, columns
+    gym = _package()
+    return [
+        float(
+            gym.get_score_answer_fn(name)(
+                tagged_answer(completion).strip(), {"answer": right, "metadata": data}
+            )
+        )
+        for completion, right, data, name in zip(
+            completions, answer, metadata, task_name, strict=True
+        )
+    ]
