@@ -139,11 +139,19 @@ class Rollout(NamedTuple):
       mask: bool[B, T], True up to and including the stop token.
       logprobs: f32[B, T] in nats, under the distribution that was sampled from (temperature,
         top-k and top-p included); 0 off the mask, and everywhere when decoding greedily.
+      acted: bool[B, T], the tokens of the mask that the policy sampled, where an environment wrote
+        the others; None where it sampled all.
     """
 
     tokens: jax.Array
     mask: jax.Array
     logprobs: jax.Array
+    acted: jax.Array | None = None
+
+    @property
+    def actions(self) -> jax.Array:
+        """bool[B, T]: the tokens that the policy sampled."""
+        return self.mask if self.acted is None else self.acted
 
 
 class ScoredRollout(NamedTuple):

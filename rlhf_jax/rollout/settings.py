@@ -120,3 +120,57 @@ class ShapingSettings(SamplingSettings):
                 f"{section}.missing_eos_penalty and {section}.missing_eos_score exclude each "
                 "other; set one."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnSettings(SamplingSettings):
+    """Responses of several turns, which an environment replies to in between.
+
+    Attributes:
+      environment_fn: "module:function" of an environment: f(prompts, transcripts, **columns) -> for
+        each transcript a text that is appended to it, after which the policy goes on, or None where
+        it ends. Null is one turn. The function is called when the policy has ended its turn; what
+        it wrote is read by the policy and by rewards, and is not trained on.
+      stop_strings: end a turn, as EOS does.
+      turn_length: tokens of a turn at most; null is `response_length`, the limit of all turns with
+        the replies.
+      max_turns: of a response; the last one gets no reply.
+    """
+
+    environment_fn: str | None = None
+    stop_strings: tuple[str, ...] = ()
+    turn_length: PositiveInt | None = None
+    max_turns: PositiveInt = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        section = self.section
+        if self.environment_fn is None:
+            if self.stop_strings or self.turn_length:
+                raise InputError(
+                    f"{section}.stop_strings and {section}.turn_length are of turns, which need "
+                    f"{section}.environment_fn."
+                )
+            return
+        if "" in self.stop_strings:
+            raise InputError(f"{section}.stop_strings must not hold an empty text.")
+        if self.turn_length is not None and self.turn_length > self.response_length:
+            raise InputError(
+                f"{section}.turn_length must be at most {section}.response_length = "
+                f"{self.response_length}, but is {self.turn_length}."
+            )
+        others = {
+            "truncate_token": self.truncate_token is not None,
+            "min_response_length": self.min_response_length is not None,
+            "stop_at_eos false": not self.stop_at_eos,
+        }
+        for name in (name for name, is_set in others.items() if is_set):
+            raise InputError(
+                f"{section}.{name} is not for turns, which EOS and {section}.stop_strings end; "
+                f"leave it out, or {section}.environment_fn."
+            )
+
+    @property
+    def longest_turn(self) -> int:
+        """Tokens that the policy samples at a time."""
+        return self.turn_length or self.response_length

@@ -145,7 +145,10 @@ def scale_scores(
 def has_end(
     settings: SamplingSettings, stop_token_ids: Sequence[int], rollout: Rollout
 ) -> jax.Array:
-    """bool[B] or bool[B, K]: whether a stop token or the truncation token ended the response."""
+    """bool[B] or bool[B, K]: whether a stop token or the truncation token ended the response.
+
+    A response with replies of an environment also ends before its limit when there are no more.
+    """
     is_end = jnp.zeros(rollout.mask.shape, bool)
     for stop in stop_token_ids if settings.stop_at_eos else ():
         is_end |= rollout.tokens == stop
@@ -153,7 +156,10 @@ def has_end(
     if token is not None:
         is_late = jnp.arange(rollout.tokens.shape[-1]) >= settings.truncate_after
         is_end |= (rollout.tokens == token) & is_late
-    return (is_end & rollout.mask).any(axis=-1)
+    is_end &= rollout.mask
+    if rollout.acted is not None:
+        return is_end[..., -1] | ~rollout.mask[..., -1]
+    return is_end.any(axis=-1)
 
 
 def _truncate_token_id(settings: SamplingSettings) -> int | None:

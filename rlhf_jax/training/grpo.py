@@ -184,7 +184,7 @@ def make_update_step(
         scored, states, entropy, exact_kl = _experience(
             model, settings, state, batch, rollout, final
         )
-        loss_mask = rollout.mask
+        loss_mask = rollout.actions
         if settings.mask_truncated_completions:
             loss_mask &= ended[..., None]
         advantages = response_advantages(settings, scored, loss_mask, parts, tuple(reward_weights))
@@ -216,7 +216,7 @@ def make_update_step(
         metrics["perf/tokens"] += jnp.sum(batch.prompt_mask, dtype=jnp.float32)
         new_state = GRPOState(state.step + 1, params, opt_state, state.frozen, score_stats)
         if advantages.ndim == 2:
-            advantages = jnp.where(rollout.mask, advantages[..., None], 0.0)
+            advantages = jnp.where(rollout.actions, advantages[..., None], 0.0)
         return new_state, metrics, scored._replace(advantages=advantages)
 
     return update_step
@@ -239,6 +239,11 @@ def _experience(model, settings, state, batch, rollout, scores):
         model, settings, state, sequences, with_policy=settings.scores_policy
     )
     logprobs = rollout.logprobs if logprobs is None else logprobs
+    if rollout.acted is not None:  # what an environment wrote has no KL
+        logprobs, ref_logprobs, exact_kl = (
+            None if x is None else jnp.where(rollout.acted, x, 0.0)
+            for x in (logprobs, ref_logprobs, exact_kl)
+        )
     scored = ScoredRollout(*sequences, logprobs, ref_logprobs, None, scores)
     return scored, states, entropy, exact_kl
 
@@ -281,8 +286,8 @@ def _score_metrics(rollout, scores, final):
 
 
 def _length_metrics(rollout, ended):
-    """Lengths in tokens, all and of responses that ended, and the share of the others."""
-    lengths = jnp.sum(rollout.mask, axis=-1).astype(jnp.float32)
+    """Lengths in sampled tokens, all and of responses that ended, and the share of the others."""
+    lengths = jnp.sum(rollout.actions, axis=-1).astype(jnp.float32)
     valid = lengths > 0
     metrics: online.Metrics = {}
     for name, mask in (("", valid), ("terminated_", valid & ended)):

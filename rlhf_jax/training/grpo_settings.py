@@ -12,6 +12,7 @@ from rlhf_jax.checks import (
     check_divides,
 )
 from rlhf_jax.errors import InputError
+from rlhf_jax.rollout.settings import TurnSettings
 from rlhf_jax.training.settings import OptimizerSettings, SampledSettings, prompts_kind
 from rlhf_jax.training.trainer import Headline, Trainer
 
@@ -22,8 +23,10 @@ ImportanceSamplingMode = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(SampledSettings):
+class Settings(TurnSettings, SampledSettings):
     """The section `grpo` of a configuration; names are TRL's, and `rlhf rloo` has the same.
+
+    Those of responses in several turns are in `rollout.settings.TurnSettings`.
 
     Attributes:
       num_generations: K responses sampled to each prompt, a group.

@@ -11,7 +11,16 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.data.tasks import arithmetic, countdown, larger, letters, reasoning_gym, sorting
+from rlhf_jax.data.tasks import (
+    arithmetic,
+    calculator,
+    countdown,
+    guessing,
+    larger,
+    letters,
+    reasoning_gym,
+    sorting,
+)
 from rlhf_jax.data.tasks.problems import Options, Problem, Split, Task, draw_problems
 from rlhf_jax.errors import InputError
 
@@ -19,7 +28,9 @@ OWN, OF_REASONING_GYM = "task:", "reasoning_gym:"
 
 TASKS: dict[str, Task] = {
     "arithmetic": arithmetic.TASK,
+    "calculator": calculator.TASK,
     "countdown": countdown.TASK,
+    "guessing": guessing.TASK,
     "larger": larger.TASK,
     "letters": letters.TASK,
     "sorting": sorting.TASK,

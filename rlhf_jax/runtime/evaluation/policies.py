@@ -73,13 +73,14 @@ class PolicyEvaluator:
 
     Args:
       model: of the policy and, by default, of the reference.
-      sample: (params, batch, key) -> Rollout.
+      sample: (params, batch, key) -> Rollout, a pure function, or one that is called on the host.
       temperature: of the log-probabilities in the KL.
       reward_model: scores responses within the same compiled program; may be None.
       rewards: scores them otherwise, where no reward model is passed; may be None.
       gold_fn: the gold score; may be None.
       batch_size: prompts at a time.
       batch_sharding: of a batch on the mesh of the parameters, if that spans several hosts.
+      samples_on_host: whether `sample` is called outside of the compiled program.
     """
 
     def __init__(
@@ -95,25 +96,34 @@ class PolicyEvaluator:
         rewards: Rewards | None = None,
         gold_fn: ScoreFunction | None = None,
         batch_sharding: NamedSharding | None = None,
+        samples_on_host: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.batch_sharding, self.gold_fn = batch_sharding, gold_fn
         self.rewards = None if reward_model is not None else rewards
 
-        def evaluate(params, ref_params, reward_params, batch, key):
-            rollout = sample(params, batch, key)
+        def evaluate(params, ref_params, reward_params, batch, rollout):
             sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
             (logprobs, _, _), (ref_logprobs, _, _) = (
                 response_logprobs(*policy, sequences, temperature=temperature)
                 for policy in ((model, params), (reference_model or model, ref_params))
             )
-            kl = jnp.sum(jnp.where(rollout.mask, logprobs - ref_logprobs, 0.0), axis=1)
+            kl = jnp.sum(jnp.where(rollout.actions, logprobs - ref_logprobs, 0.0), axis=1)
             scores = None
             if reward_model is not None:
                 scores = end_scores(reward_model, reward_params, sequences)
             return rollout, kl, scores
 
-        self._evaluate = jax.jit(evaluate)
+        def sample_and_evaluate(params, ref_params, reward_params, batch, key):
+            rollout = sample(params, batch, key)
+            return evaluate(params, ref_params, reward_params, batch, rollout)
+
+        on_host = jax.jit(evaluate)
+
+        def sample_first(params, ref_params, reward_params, batch, key):
+            return on_host(params, ref_params, reward_params, batch, sample(params, batch, key))
+
+        self._evaluate = sample_first if samples_on_host else jax.jit(sample_and_evaluate)
 
     def __call__(
         self,
@@ -153,7 +163,7 @@ class PolicyEvaluator:
         texts, gold = (responses.prompt_texts, responses.texts[0]), None
         if self.gold_fn is not None:
             gold = np.asarray(call_scores(self.gold_fn, *texts, responses.columns))
-        return EvaluatedResponses(*texts, kl, rollout.mask.sum(axis=1), scores, gold)
+        return EvaluatedResponses(*texts, kl, rollout.actions.sum(axis=1), scores, gold)
 
 
 def columns_of(examples: list[dict[str, Any]], indices: Any) -> dict[str, list[Any]]:

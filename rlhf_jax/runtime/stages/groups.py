@@ -1,16 +1,21 @@
 """The stage of trainers that compare the responses to a prompt: rewards apart, no reference."""
 
+import functools
 import logging
 import warnings
 from typing import Any
 
+import jax
 import numpy as np
 
 from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.config import RunConfig
-from rlhf_jax.runtime.loading import load_model
+from rlhf_jax.runtime.evaluation.policies import columns_of
+from rlhf_jax.runtime.loading import check_positions, load_model
+from rlhf_jax.runtime.rewards.functions import check_call, load_function
 from rlhf_jax.runtime.run.records import fingerprint
+from rlhf_jax.runtime.sampling.turns import TRANSCRIPTS, TurnSampler
 from rlhf_jax.runtime.stages.online import OnlineStage, RewardFunction
 from rlhf_jax.training import online
 
@@ -35,6 +40,54 @@ class GroupStage(OnlineStage):
             self.fingerprints[f"The model in {self.config.model.path}"] = {
                 "its checksum": int(fingerprint(self.params))
             }
+
+    def _load_rewards(self) -> None:
+        """As `OnlineStage._load_rewards`; the environment stands between two programs."""
+        super()._load_rewards()
+        self.environment = None
+        settings = self.config.settings
+        if settings.environment_fn is None:
+            return
+        longest = self.config.data.max_prompt_length + settings.response_length - 1
+        key = f"data.max_prompt_length + {self.name}.response_length - 1 + {self.name}.turn_length"
+        check_positions(self.model, longest + settings.longest_turn, key)
+        self.environment = load_function(settings.environment_fn)
+        check_call(self.environment, columns_of(self.examples, [0]), TRANSCRIPTS)
+        if self.reward_model is not None:
+            self.reward_model, self.reward_params = None, (self.reward_params,)
+
+    def _compile(self) -> None:
+        super()._compile()
+        if self.environment is not None:
+            shapes = jax.eval_shape(self._init, self.params, self.reward_params, self.value_params)
+            self._sample = self._turns(
+                self.examples,
+                functools.partial(online.policy_params, self.model),
+                functools.partial(self._place.rollout, state=shapes),
+                num_responses=self.settings.num_responses,
+            )
+
+    def _turns(
+        self, examples: list[dict[str, Any]], params_of: Any, compiled: Any, **options: Any
+    ) -> TurnSampler:
+        environment: Any = self.environment
+        parts = (self.model, self.tokenizer, self.settings, environment, examples)
+        options |= {"params_of": params_of, "compiled": compiled}
+        return TurnSampler(*parts, sharding=self.batch_sharding, **options)
+
+    def _evaluation_sampler(self) -> dict[str, Any]:
+        if self.environment is None:
+            return super()._evaluation_sampler()
+        sample = self._turns(self.held_out_examples, lambda params: params, jax.jit)
+        return {"sample": sample, "samples_on_host": True}
+
+    def _programs(self, state: Any, batch: PromptBatch, key: jax.Array) -> list[tuple[Any, Any]]:
+        """As `OnlineStage._programs`, with the longest turn of several."""
+        if self.environment is None:
+            return super()._programs(state, batch, key)
+        programs, responses = self._sample.programs(state, batch, key)
+        scores = jax.ShapeDtypeStruct(responses.tokens.shape[:-1], "float32")
+        return [*programs, (self._update, (state, batch, responses, scores, key))]
 
     def _update_options(self) -> dict[str, Any]:
         return {**super()._update_options(), "reward_weights": tuple(self.rewards.weights)}

@@ -187,7 +187,7 @@ class OnlineStage(shared.BaseStage):
         self.evaluator = PolicyEvaluator(
             self.model,
             self.tokenizer,
-            self._sample_for_evaluation,
+            **self._evaluation_sampler(),
             temperature=config.settings.temperature,
             reward_model=self.reward_model,
             rewards=self.rewards if self.sources else None,
@@ -203,6 +203,10 @@ class OnlineStage(shared.BaseStage):
         if self.trainer.has_value_model:
             options["value_model"] = self.value_model
         return options
+
+    def _evaluation_sampler(self) -> dict[str, Any]:
+        """Arguments of `PolicyEvaluator`: how one response to each prompt is sampled."""
+        return {"sample": self._sample_for_evaluation}
 
     def _sample_for_evaluation(self, params: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
         return online.sample_responses(
