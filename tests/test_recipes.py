@@ -30,6 +30,7 @@ KINDS = {
     "train_sft": config.SFTConfig,
     "train_reward": config.RewardConfig,
     "train_ppo": config.PPOConfig,
+    "train_grpo": config.config_of(config.trainer_named("grpo")),
     "train_dpo": config.config_of(config.trainer_named("dpo")),
     "frontier": FrontierConfig,
 }

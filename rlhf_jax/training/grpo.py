@@ -11,7 +11,7 @@ Understanding R1-Zero-Like Training (arXiv:2503.20783); Ahmadian et al., Back to
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +27,13 @@ from rlhf_jax.rollout.shaping import (
     has_end,
     init_score_stats,
     scale_scores,
-    shape_scores,
 )
-from rlhf_jax.training import online
+from rlhf_jax.training import dynamic_sampling, online
 from rlhf_jax.training.epochs import run_epochs
 from rlhf_jax.training.grpo_loss import (
     Targets,
     count,
+    final_scores,
     policy_loss,
     response_advantages,
     reward_kl,
@@ -65,6 +65,7 @@ class GRPOState(NamedTuple):
       frozen: the reference, if `settings.beta` is above 0, and all other frozen parameters, as in
         `training.online`.
       score_stats: statistics of all scores until now; None without `scale_reward`.
+      prompt_batches: i32[], batches of prompts drawn; None where it is one in each iteration.
     """
 
     step: jax.Array
@@ -72,6 +73,7 @@ class GRPOState(NamedTuple):
     opt_state: Any
     frozen: Params
     score_stats: ScoreStats | None = None
+    prompt_batches: jax.Array | None = None
 
 
 def init_state(
@@ -102,7 +104,8 @@ def init_state(
     )
     trained, step = {"model": policy}, jnp.zeros((), jnp.int32)
     stats = init_score_stats(settings)
-    return GRPOState(step, trained, optimizer.init(trained), frozen, stats)
+    drawn = jnp.zeros((), jnp.int32) if settings.max_sampling_rounds > 1 else None
+    return GRPOState(step, trained, optimizer.init(trained), frozen, stats, drawn)
 
 
 def make_step(
@@ -112,8 +115,10 @@ def make_step(
     reward_model: Model | None = None,
     optimizer: optax.GradientTransformation | None = None,
     stop_token_ids: Sequence[int] = (),
-) -> online.Step:
+) -> Callable[..., Any]:
     """A pure step (state, batch, key) -> (state, metrics, rollout): a full iteration.
+
+    With several `settings.max_sampling_rounds` it is that of `dynamic_sampling.make_step`.
 
     Args:
       reward_model: as in `online.make_step`.
@@ -138,7 +143,7 @@ def make_step(
     update_step = make_update_step(
         model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids
     )
-    return online.make_step(
+    return dynamic_sampling.make_step(
         model, settings, update_step, reward_model=reward_model, stop_token_ids=stop_token_ids
     )
 
@@ -177,9 +182,9 @@ def make_update_step(
         if parts is not None:
             known = jnp.where(jnp.isfinite(parts), parts, 0.0)
             scores = known @ jnp.asarray(reward_weights, jnp.float32)
-        final, score_stats, scaling = _final_scores(
-            settings, stop_token_ids, state, rollout, scores
-        )
+        valid = rollout.mask.any(axis=-1)
+        final = final_scores(settings, stop_token_ids, rollout, scores)
+        final, score_stats, scaling = scale_scores(settings, state.score_stats, final, valid)
         ended = has_end(settings, stop_token_ids, rollout)
         scored, states, entropy, exact_kl = _experience(
             model, settings, state, batch, rollout, final
@@ -210,26 +215,17 @@ def make_update_step(
         )
         metrics = {**update_metrics, **scaling, **_score_metrics(rollout, scores, final)}
         if settings.changes_scores:
-            valid = rollout.mask.any(axis=-1)
             metrics["objective/scores"] = functional.masked_mean(final, valid)
         metrics |= _length_metrics(rollout, ended) | _kl_metrics(settings, scored, exact_kl)
         metrics["perf/tokens"] += jnp.sum(batch.prompt_mask, dtype=jnp.float32)
-        new_state = GRPOState(state.step + 1, params, opt_state, state.frozen, score_stats)
+        new_state = state._replace(
+            step=state.step + 1, params=params, opt_state=opt_state, score_stats=score_stats
+        )
         if advantages.ndim == 2:
             advantages = jnp.where(rollout.actions, advantages[..., None], 0.0)
         return new_state, metrics, scored._replace(advantages=advantages)
 
     return update_step
-
-
-def _final_scores(settings, stop_token_ids, state, rollout, scores):
-    """(f32[B, K] scores as trained on, new statistics, metrics)."""
-    scores = shape_scores(settings, stop_token_ids, rollout, scores)
-    if settings.overlong_buffer is not None:
-        lengths = jnp.sum(rollout.mask, axis=-1, dtype=jnp.int32)
-        limits = {"max_length": settings.response_length, "buffer": settings.overlong_buffer}
-        scores += settings.overlong_penalty * functional.overlong_penalty(lengths, **limits)
-    return scale_scores(settings, state.score_stats, scores, rollout.mask.any(axis=-1))
 
 
 def _experience(model, settings, state, batch, rollout, scores):

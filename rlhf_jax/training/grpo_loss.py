@@ -3,14 +3,16 @@
 The settings choose among functions of `rlhf_jax.functional`; no model is run here.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import functional
-from rlhf_jax.batches import ScoredRollout
+from rlhf_jax.batches import Rollout, ScoredRollout
 from rlhf_jax.functional.masking import batch_mean
+from rlhf_jax.rollout.shaping import shape_scores
 from rlhf_jax.training.grpo_settings import Settings
 
 Metrics = dict[str, jax.Array]
@@ -48,6 +50,18 @@ class Targets(NamedTuple):
     sampler_logprobs: jax.Array
     selected: jax.Array | None
     states: jax.Array | None
+
+
+def final_scores(
+    settings: Settings, stop_token_ids: Sequence[int], rollout: Rollout, scores: jax.Array
+) -> jax.Array:
+    """f32[B, K]: scores after all penalties and clipping, before they are scaled."""
+    scores = shape_scores(settings, stop_token_ids, rollout, scores)
+    if settings.overlong_buffer is None:
+        return scores
+    lengths = jnp.sum(rollout.mask, axis=-1, dtype=jnp.int32)
+    limits = {"max_length": settings.response_length, "buffer": settings.overlong_buffer}
+    return scores + settings.overlong_penalty * functional.overlong_penalty(lengths, **limits)
 
 
 def response_advantages(

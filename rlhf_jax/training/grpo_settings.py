@@ -65,6 +65,8 @@ class Settings(TurnSettings, SampledSettings):
       importance_sampling_mode: weights of tokens or sequences, by the probability that training
         gives to them over that of sampling, truncated at a cap or masked above it; null has none.
       importance_sampling_cap: the largest weight.
+      max_sampling_rounds: batches of prompts that an iteration draws at most, to replace groups
+        whose scores are all equal (DAPO's dynamic sampling); 1 keeps these groups.
       judge_fn: a judge of two responses in place of rewards, as in the section `online_dpo`.
     """
 
@@ -100,6 +102,7 @@ class Settings(TurnSettings, SampledSettings):
     top_p: PositiveFraction = 1.0
     importance_sampling_mode: ImportanceSamplingMode | None = None
     importance_sampling_cap: PositiveFloat = 3.0
+    max_sampling_rounds: PositiveInt = 1
     judge_fn: str | None = None
 
     def __post_init__(self) -> None:

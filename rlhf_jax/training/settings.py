@@ -131,6 +131,11 @@ class SampledSettings(ShapingSettings):
         return True
 
     @property
+    def max_sampling_rounds(self) -> int:
+        """Batches of prompts that an iteration draws at most."""
+        return 1
+
+    @property
     def kl_estimator(self) -> Literal["k1", "k2", "k3"]:
         """The estimate of the KL in the rewards."""
         return "k1"

@@ -22,7 +22,7 @@ from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.rewards.sources import resolve_sources
 from rlhf_jax.runtime.stages.checks import check_run
-from rlhf_jax.training import online
+from rlhf_jax.training import dynamic_sampling, online
 from rlhf_jax.training.state import make_optimizer
 
 
@@ -105,7 +105,9 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     size = place.bytes_on_device(state)
     update = steps.make_update_step(model, settings, **options)
     if is_single:
-        step = online.make_step(model, settings, update, stop_token_ids=stops)
+        if settings.max_sampling_rounds > 1:
+            batch = (batch,) * settings.max_sampling_rounds
+        step = dynamic_sampling.make_step(model, settings, update, stop_token_ids=stops)
         step = place.step(step, state, returns_batch=True)
         return [Program("step", step, (state, batch, key), size)]
     sample = online.make_rollout_step(model, settings, stop_token_ids=stops)

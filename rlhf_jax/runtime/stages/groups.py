@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.policies import columns_of
@@ -18,6 +19,14 @@ from rlhf_jax.runtime.run.records import fingerprint
 from rlhf_jax.runtime.sampling.turns import TRANSCRIPTS, TurnSampler
 from rlhf_jax.runtime.stages.online import OnlineStage, RewardFunction
 from rlhf_jax.training import online
+from rlhf_jax.training.dynamic_sampling import (
+    Drawn,
+    Groups,
+    is_unfinished,
+    nothing_drawn,
+    update_drawn,
+    with_groups,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +39,11 @@ class GroupStage(OnlineStage):
     """Training on groups of responses; see `OnlineStage` and `run.stage.Stage`."""
 
     def __init__(self, config: RunConfig, reward_fn: RewardFunction | None = None) -> None:
+        if config.settings.max_sampling_rounds > 1 and config.data.length_buckets > 1:
+            raise InputError(
+                f"{config.trainer.name}.max_sampling_rounds needs batches of prompts of one width: "
+                f"set data.length_buckets to 1, but it is {config.data.length_buckets}."
+            )
         super().__init__(config, reward_fn)
         self._iterations_without_spread = 0
 
@@ -58,12 +72,17 @@ class GroupStage(OnlineStage):
 
     def _compile(self) -> None:
         super()._compile()
+        add = functools.partial(with_groups, self.settings, self.model.stop_token_ids)
+        place = self._place
+        rest = [place.replicated] * (len(Drawn._fields) - 1)
+        shardings = Drawn._make([place.batch, *rest])
+        self._with_groups = jax.jit(add, out_shardings=shardings)
         if self.environment is not None:
             shapes = jax.eval_shape(self._init, self.params, self.reward_params, self.value_params)
             self._sample = self._turns(
                 self.examples,
                 functools.partial(online.policy_params, self.model),
-                functools.partial(self._place.rollout, state=shapes),
+                functools.partial(place.rollout, state=shapes),
                 num_responses=self.settings.num_responses,
             )
 
@@ -94,12 +113,41 @@ class GroupStage(OnlineStage):
 
     def step(self, state: Any, index: int) -> Any:
         """As `OnlineStage.step`; with one program the reward model has its metrics by name."""
-        state, metrics, output = super().step(state, index)
+        is_drawn = self.settings.max_sampling_rounds > 1
+        step = self._drawing_step if is_drawn else super().step
+        state, metrics, output = step(state, index)
         if self.reward_model is not None:
             (name,) = self.rewards.names
-            metrics[f"rewards/{name}/mean"] = metrics["reward"]
-            metrics[f"rewards/{name}/std"] = metrics["reward_std"]
+            scored = "dynamic_sampling/reward" if is_drawn else "reward"
+            metrics[f"rewards/{name}/mean"] = metrics[scored]
+            if not is_drawn:
+                metrics[f"rewards/{name}/std"] = metrics["reward_std"]
         return state, metrics, output
+
+    def _drawing_step(self, state: Any, index: int) -> Any:
+        """One iteration that draws batches of prompts from where the state stands in the data."""
+        key, first = jax.random.fold_in(self.key, index), int(state.prompt_batches)
+        if self.reward_model is not None:
+            rounds = range(self.settings.max_sampling_rounds)
+            batches = tuple(self._batch(first + number) for number in rounds)
+            self.show_memory(state, [(self._step, (state, batches, key))])
+            return self._step(state, batches, key)
+        draw_key, update_key = jax.random.split(key)
+        self.show_memory(state, self._programs(state, self._batch(first), key))
+        drawn, scored, number = None, list[Any](), 0
+        while drawn is None or bool(is_unfinished(self.settings, drawn)):
+            batch = self._batch(first + number)
+            round_key = jax.random.fold_in(draw_key, number)
+            responses = self._sample(state, batch, round_key)
+            scores, parts = self._score(state, batch, responses)
+            scored.append((scores, parts))
+            groups = Groups(batch, responses, hosts.from_host(scores, self.batch_sharding))
+            drawn = self._with_groups(nothing_drawn(groups) if drawn is None else drawn, groups)
+            number += 1
+        update = functools.partial(update_drawn, self.settings, self._update)
+        state, metrics, output = update(state, drawn, update_key)
+        scores, parts = jax.tree.map(lambda *x: np.concatenate(x), *scored)
+        return state, metrics | self._means(scores, parts), output
 
     def _score(
         self, state: Any, batch: PromptBatch, responses: Rollout

@@ -48,7 +48,7 @@ from rlhf_jax.runtime.rewards.texts import Responses, decode, reference_tokens
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_scorer
 from rlhf_jax.runtime.stages.values import load_value_model
-from rlhf_jax.training import online
+from rlhf_jax.training import dynamic_sampling, online
 from rlhf_jax.training.flops import mixed_text_flops, online_flops, target_share
 from rlhf_jax.training.state import make_optimizer
 
@@ -178,7 +178,7 @@ class OnlineStage(shared.BaseStage):
         update = self.steps.make_update_step(self.model, self.settings, **self._update_options())
         if self.reward_model is not None:
             parts, score = (self.model, self.settings, update), self.reward_model
-            step = online.make_step(*parts, reward_model=score, stop_token_ids=stops)
+            step = dynamic_sampling.make_step(*parts, reward_model=score, stop_token_ids=stops)
             self._step = place.step(step, shapes, returns_batch=True)
         else:
             sample = online.make_rollout_step(self.model, self.settings, stop_token_ids=stops)

@@ -90,3 +90,60 @@ def test_rloo_has_a_reference_and_warns_where_no_scores_differ(
     assert metrics["frac_reward_zero_std"] == 1
     assert metrics["rewards/constant/mean"] == 0.5
     assert np.isfinite(metrics["kl"])
+
+
+def differs_for_some(prompts, completions, **columns):
+    """A reward whose groups have spread where the prompt has an even number of characters."""
+    return [
+        float(len(completion)) if len(prompt) % 2 == 0 else 1.0
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def test_groups_without_spread_are_replaced_and_the_data_position_is_kept(
+    tmp_path, monkeypatch, sft_run
+):
+    options = {"max_sampling_rounds": 3, "num_generations": 2, "total_episodes": 64}
+    logging, data = {"num_samples": 16, "samples_every": 1}, {"eval_rows": 0}
+    sources = [{"function": "tests.runtime.stages.test_grpo_runs:differs_for_some"}]
+    one, two = (
+        small.grpo(
+            tmp_path / name,
+            sft_run[0],
+            grpo=options,
+            logging=logging,
+            rewards=sources,
+            data=data,
+        )
+        for name in ("one", "two")
+    )
+    train_grpo(one)
+    steps = small.metrics_by_step(tmp_path / "one")
+    rounds = [steps[step]["dynamic_sampling/rounds"] for step in range(1, 5)]
+    assert int(small.checkpoint(tmp_path / "one")["prompt_batches"]) == sum(rounds) > 4
+    samples = small.rows(tmp_path / "one" / "samples.jsonl")
+    even = [len(each["prompt"]) % 2 == 0 for each in samples if each["step"] == 1]
+    assert len(even) == 16
+    # Those with spread come first.
+    assert even == sorted(even, reverse=True)
+    with monkeypatch.context() as patch:
+        small.interrupt_in(patch, GroupStage, "step", 3)
+        with pytest.raises(loop.Interrupted):
+            train_grpo(two)
+    train_grpo(two)
+    small.assert_same_run(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(InputError, match="^grpo.max_sampling_rounds needs batches of prompts of"):
+        train_grpo(one | {"data": {"length_buckets": 2}, "run_dir": str(tmp_path / "no")})
+
+
+def test_one_program_draws_batches_until_the_last_round(tmp_path, sft_run, reward_run):
+    """No response ends, so that a fixed score makes all groups equal."""
+    options = {"max_sampling_rounds": 2, "missing_eos_score": -1.0, "total_episodes": 48}
+    config = small.grpo(tmp_path, sft_run[0], reward_run[0], grpo=options, data={"eval_rows": 0})
+    config["grpo"]["response_length"] = 1
+    metrics = train_grpo(config).metrics
+    assert metrics["dynamic_sampling/rounds"] == 2
+    assert metrics["dynamic_sampling/set_aside"] == metrics["frac_reward_zero_std"] == 1
+    name = f"rewards/{reward_run[0].name}/mean"
+    assert metrics[name] == metrics["dynamic_sampling/reward"]
+    assert int(small.checkpoint(tmp_path, 2)["prompt_batches"]) == 4
