@@ -1,8 +1,8 @@
 """The commands as Python calls.
 
 `train_NAME(config)` for each trainer in `rlhf_jax.training.TRAINERS` (`train_sft`, `train_reward`,
-`train_ppo`, ...), `run_rlhf`, `run_generate`, `run_evaluate` and `run_pairs`. Nothing is imported
-before it is used.
+`train_ppo`, ...), `run_rlhf`, `run_generate`, `run_evaluate`, `run_pairs` and `run_filter`. Nothing
+is imported before it is used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rlhf_jax.runtime.commands.train import train as train
     from rlhf_jax.runtime.run.stage import StageResult
     from rlhf_jax.runtime.sampling.pairs import run_pairs as run_pairs
+    from rlhf_jax.runtime.sampling.prompts import run_filter as run_filter
 
     train_sft: Callable[..., StageResult]
     train_reward: Callable[..., StageResult]
@@ -29,6 +30,7 @@ _get, _, __all__ = lazy_names(
     __name__,
     {
         "run_evaluate": f"{_COMMANDS}.evaluate",
+        "run_filter": "rlhf_jax.runtime.sampling.prompts",
         "run_generate": f"{_COMMANDS}.generate",
         "run_pairs": "rlhf_jax.runtime.sampling.pairs",
         "run_rlhf": f"{_COMMANDS}.pipeline",

@@ -292,6 +292,48 @@ class PairsConfig(CommandConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class FilterConfig(CommandConfig):
+    """Prompts that a model solves in a part of its responses, as JSON lines.
+
+    Attributes:
+      data: settings that are not given are those of the run whose model is opened; the training
+        examples are the prompts.
+      rewards: sources of scores, beside `model.reward_path` and added up.
+      num_samples: responses that are sampled for each prompt.
+      pass_threshold: the score of a response that passes, or more.
+      min_pass_rate, max_pass_rate: the shares of passing responses between which a prompt is kept,
+        both included.
+      output: the JSONL file to write; the responses are in another one beside it.
+    """
+
+    # The length of prompts is bounded by the positions of the model, unless it is set.
+    data: DataSettings = DataSettings(max_prompt_length=2**20)
+    rewards: tuple[RewardSource, ...] = ()
+    generation: GenerationSettings = GenerationSettings()
+    num_samples: int = 8
+    pass_threshold: float = 1.0
+    min_pass_rate: float = 0.2
+    max_pass_rate: float = 0.8
+    output: str = "prompts.jsonl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise InputError(f"num_samples is {self.num_samples}: set it to 1 or more.")
+        if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
+            raise InputError(
+                f"min_pass_rate and max_pass_rate are {self.min_pass_rate} and "
+                f"{self.max_pass_rate}: give a range within 0 to 1."
+            )
+        _check_temperature("num_samples", self.num_samples, self.generation)
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With the section `data` of the model's run."""
+        return with_data_of_run(values, "path")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig(CommandConfig):
     """Evaluation of a language model, a policy or a reward model on held-out examples.
 

@@ -25,7 +25,12 @@ from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.commands.generate import check_output
 from rlhf_jax.runtime.config import EvaluateConfig, resolve
 from rlhf_jax.runtime.evaluation import policies, teacher_forced
-from rlhf_jax.runtime.evaluation.best_of import best_of_curve, best_of_table
+from rlhf_jax.runtime.evaluation.best_of import (
+    best_of_curve,
+    best_of_table,
+    further_keys,
+    with_passes,
+)
 from rlhf_jax.runtime.evaluation.pairs import curve_table, pair_evaluation, score_pairs
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
 from rlhf_jax.runtime.evaluation.responses import sampler
@@ -162,16 +167,25 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     prompts, key = encode_prompts(examples, tokenizer, config.data), jax.random.key(config.seed)
     others = (prompts, examples, ref_params, reward_params)
     respond = functools.partial(evaluator(model), params, *others)
-    after = _with_rouge(respond(key), examples)
+    settings = config.evaluation
+    after = [respond(key)]
+    count = max(settings.num_responses, *settings.best_of, 1)
+    after += map(respond, further_keys(key, count))
+    after[0] = _with_rouge(after[0], examples)
+    groups = {"after": after[: settings.num_responses]}
     if config.model.reference_path is None:
-        evaluation = policies.evaluation_of_one(after, num_samples)
+        evaluation = policies.evaluation_of_one(after[0], num_samples)
     else:
-        before = _with_rouge(evaluator(reference_model)(ref_params, *others, key), examples)
+        refer = functools.partial(evaluator(reference_model), ref_params, *others)
+        before = _with_rouge(refer(key), examples)
         columns = policies.columns_of(examples, prompts.indices)
-        comparison = policies.compare(before, after, judge_fn, columns)
+        comparison = policies.compare(before, after[0], judge_fn, columns)
         evaluation = policies.evaluation_of(comparison, num_samples)
-    if config.evaluation.best_of:
-        curve = _best_of(respond, after, key, config.evaluation.best_of)
+        groups["before"] = [before, *map(refer, further_keys(key, settings.num_responses))]
+    if settings.num_responses > 1:
+        evaluation = with_passes(evaluation, groups, settings.pass_threshold)
+    if settings.best_of:
+        curve = _best_of(after[: max(settings.best_of)], settings.best_of)
         evaluation["table"] += best_of_table(curve)
         evaluation["best_of"] = curve
     return evaluation
@@ -192,17 +206,21 @@ def _check_policy(
         )
     names = (config.evaluation.gold_fn, config.evaluation.judge_fn)
     gold_fn, judge_fn = (None if name is None else load_function(name) for name in names)
-    best_of = bool(config.evaluation.best_of)
-    if best_of and config.model.reward_path is None and not config.rewards:
-        raise InputError(
-            "evaluation.best_of needs a score to choose the best response by: give "
-            "--model.reward_path a reward model, or --rewards a list of sources."
-        )
-    if best_of and config.generation.temperature == 0:
-        raise InputError(
-            "evaluation.best_of needs responses that differ, and at generation.temperature 0 all "
-            "are the same: set it above 0."
-        )
+    several = {
+        "best_of": bool(config.evaluation.best_of),
+        "num_responses": config.evaluation.num_responses > 1,
+    }
+    for name in (name for name, is_set in several.items() if is_set):
+        if config.model.reward_path is None and not config.rewards:
+            raise InputError(
+                f"evaluation.{name} needs a score of each response: give --model.reward_path a "
+                "reward model, or --rewards a list of sources."
+            )
+        if config.generation.temperature == 0:
+            raise InputError(
+                f"evaluation.{name} needs responses that differ, and at generation.temperature 0 "
+                "all are the same: set it above 0."
+            )
     return gold_fn, judge_fn
 
 
@@ -217,16 +235,8 @@ def _with_rouge(
     return responses._replace(rouge=rouge_scores(responses.responses, texts))
 
 
-def _best_of(
-    respond: Callable[[jax.Array], EvaluatedResponses],
-    first: EvaluatedResponses,
-    key: jax.Array,
-    sizes: Sequence[int],
-) -> list[dict[str, Any]]:
-    """The curve of the best of n responses to each prompt, `first` among them."""
-    # Numbers from the top of the range: the first ones are those of the batches of `first`.
-    keys = [jax.random.fold_in(key, 2**31 - number) for number in range(1, max(sizes))]
-    responses = [first, *map(respond, keys)]
+def _best_of(responses: Sequence[EvaluatedResponses], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The curve of the best of n responses to each prompt."""
     scores = np.stack([each.scores for each in responses if each.scores is not None], axis=1)
     gold = [each.gold for each in responses if each.gold is not None]
     return best_of_curve(scores, np.stack(gold, axis=1) if gold else None, sizes)

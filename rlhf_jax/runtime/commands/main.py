@@ -19,6 +19,7 @@ WIDTH = 80
 
 _MODELS = ("model.path", "model.reward_path")
 _GENERATION = ("generation.max_new_tokens", "generation.temperature", "generation.top_p")
+_RATES = ("pass_threshold", "min_pass_rate", "max_pass_rate")
 _PIPELINE_FIRST = (
     *_MODELS,
     *(f"data.{stage}.path" for stage in ("sft", "reward", "ppo")),
@@ -76,6 +77,13 @@ def all_commands() -> list[Command]:
             config.EvaluateConfig,
             lambda settings: runtime.run_evaluate(settings),
             first=("kind", *_MODELS, "model.reference_path", "data.path", *_GENERATION, "run_dir"),
+        ),
+        _command(
+            "filter",
+            "prompts that a model solves in a part of its responses, as JSON lines",
+            config.FilterConfig,
+            lambda settings: print(f"{runtime.run_filter(settings)} prompts"),
+            first=(*_MODELS, "data.path", "output", "num_samples", *_RATES, *_GENERATION, "seed"),
         ),
         Command(
             "compile-for",

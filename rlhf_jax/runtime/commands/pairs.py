@@ -107,7 +107,7 @@ def sample(config: PairsConfig) -> None:
     from rlhf_jax.runtime.commands.generate import check_output
     from rlhf_jax.runtime.sampling.pairs import find_rewards
 
-    find_rewards(config)  # a command that is refused leaves no file
+    find_rewards(config, "pairs sample")  # a command that is refused leaves no file
     check_output(config.output)
     print(f"{runtime.run_pairs(config)} pairs")
 

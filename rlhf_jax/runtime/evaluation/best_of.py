@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.functional import pass_at_k
+from rlhf_jax.runtime.evaluation.diagnostics import with_interval
+from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
 
 
 def best_of_means(proxy: np.ndarray, scores: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
@@ -95,3 +103,92 @@ def best_of_table(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for point in curve
         if key in point
     ]
+
+
+def further_keys(key: jax.Array, count: int) -> list[jax.Array]:
+    """Keys of the second to the last of `count` responses to each prompt; `key` is the first's.
+
+    Numbers from the top of the range: the first ones are those of the batches of a response.
+    """
+    return [jax.random.fold_in(key, 2**31 - number) for number in range(1, count)]
+
+
+def pass_metrics(scores: np.ndarray, threshold: float) -> dict[str, float]:
+    """`pass@k` with `pass@k_low` and `pass@k_high`, for k = 1, 2, 4, ... and the largest, K.
+
+    The probability that at least one of k responses reaches the threshold, by the unbiased estimate
+    of `functional.pass_at_k` for each prompt; the 95 % interval is over the prompts.
+
+    Args:
+      scores: float[N, K], of K responses to each prompt.
+      threshold: the score of a success, or more.
+
+    Chen et al., Evaluating Large Language Models Trained on Code, eq. 1 (arXiv:2107.03374).
+
+    >>> metrics = pass_metrics(np.array([[1.0, 0.0], [0.0, 0.0]]), threshold=1.0)
+    >>> metrics["pass@1"], metrics["pass@2"]
+    (0.25, 0.5)
+    """
+    count = scores.shape[1]
+    successes = jnp.asarray((np.asarray(scores) >= threshold).sum(axis=1), jnp.int32)
+    sizes = [*itertools.takewhile(lambda k: k < count, (2**n for n in range(32))), count]
+    metrics: dict[str, float] = {}
+    for k in sizes:
+        values = np.asarray(pass_at_k(successes, count, k))
+        metrics |= with_interval(f"pass@{k}", values)
+    return metrics
+
+
+def with_passes(
+    evaluation: Mapping[str, Any],
+    groups: Mapping[str, Sequence[EvaluatedResponses]],
+    threshold: float,
+) -> dict[str, Any]:
+    """The content of `evaluation.json` with pass@k, and with all responses in its samples.
+
+    Args:
+      groups: K responses to each prompt, "after" and perhaps "before".
+
+    Raises:
+      InputError: the responses have no scores.
+    """
+    scored = {
+        side: [each.scores for each in group if each.scores is not None]
+        for side, group in groups.items()
+    }
+    if not scored["after"]:
+        raise InputError(
+            "evaluation.num_responses is for pass@k, which needs a score: give "
+            "--model.reward_path a reward model, or --rewards a list of sources."
+        )
+    metrics = {
+        side: pass_metrics(np.stack(scores, axis=1), threshold) for side, scores in scored.items()
+    }
+    table = [
+        {
+            "metric": name,
+            **{side: values[name] for side, values in metrics.items()},
+            "interval": [metrics["after"][f"{name}_low"], metrics["after"][f"{name}_high"]],
+        }
+        for name in metrics["after"]
+        if f"{name}_low" in metrics["after"]
+    ]
+    before = {f"before_{name}": value for name, value in metrics.get("before", {}).items()}
+    further = groups["after"][1:]
+    samples = [
+        {
+            **sample,
+            "further": [
+                {"response": each.responses[number], "score": float(each.scores[number])}
+                for each in further
+                if each.scores is not None
+            ],
+        }
+        for number, sample in enumerate(evaluation["samples"])
+    ]
+    return {
+        **evaluation,
+        "metrics": {**evaluation["metrics"], **metrics["after"], **before},
+        "table": [*evaluation["table"], *table],
+        "samples": samples,
+    }

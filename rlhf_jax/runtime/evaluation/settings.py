@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from rlhf_jax.checks import PositiveInt, check_fields
 from rlhf_jax.errors import InputError
 
 
@@ -17,14 +18,20 @@ class EvaluationSettings:
         tie. It is called in both orders, and the mean counts.
       batch_size: prompts at a time.
       num_samples: pairs of responses, before and after training, in the report.
+      num_responses: responses to each prompt at the end of a run, for pass@1 to pass@n with
+        intervals; with 1 there is no pass@k.
+      pass_threshold: the score of a response that passes, or more.
     """
 
     gold_fn: str | None = None
     judge_fn: str | None = None
     batch_size: int = 128
     num_samples: int = 12
+    num_responses: PositiveInt = 1
+    pass_threshold: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields("evaluation", self)
         if self.batch_size < 1 or self.num_samples < 0:
             raise InputError(
                 "evaluation.batch_size must be at least 1 and evaluation.num_samples at least 0, "
@@ -37,7 +44,7 @@ class CommandEvaluationSettings(EvaluationSettings):
     """The section `evaluation` of `evaluate.py`: that of a run, and settings of this command.
 
     Attributes:
-      gold_fn, judge_fn, batch_size, num_samples: as in a run.
+      gold_fn, judge_fn, batch_size, num_samples, num_responses, pass_threshold: as in a run.
       best_of: the numbers n of best-of-n sampling, such as [1, 2, 4, 8, 16]: the mean score of the
         best of n responses by the score. The largest n is sampled for each prompt. Empty: none.
       rouge_rows: the number of texts, the first ones, with teacher-forced ROUGE; 0: none.

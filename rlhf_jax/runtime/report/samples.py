@@ -58,10 +58,13 @@ def evaluation_samples(entries: Sequence[Entry]) -> list[Sample]:
 
 def _evaluation_sample(entry: Entry) -> Sample:
     prompt = text(entry.get("prompt", ""))
+    further = [
+        _side(each, None, f"Response {number}")
+        for number, each in enumerate(entry.get("further") or (), start=2)
+    ]
     if "response" in entry:
-        return Sample(
-            prompt, _sides(entry, None, "Response", "", together=False), _keys([entry], {})
-        )
+        sides = _sides(entry, None, "Response", "", together=False)
+        return Sample(prompt, (*sides, *further), _keys([entry], {}))
     before, after = (
         {
             "response": entry.get(side, ""),
@@ -71,13 +74,14 @@ def _evaluation_sample(entry: Entry) -> Sample:
     )
     after["kl"] = entry.get("kl")
     sides = _sides(after, before, "After", "Before", together=False)
-    return Sample(prompt, sides, _keys([after], {"gain in score": (after, before)}))
+    return Sample(prompt, (*sides, *further), _keys([after], {"gain in score": (after, before)}))
 
 
 def logged_samples(lines: Sequence[Entry]) -> tuple[list[Sample], str]:
     """The last samples of `samples.jsonl`, each beside the first one for its prompt, and a title.
 
-    Responses to one prompt with a label, such as "chosen" or "place 2", are one sample.
+    Responses to one prompt with a label, such as "chosen", "place 2" or "response 3", are one
+    sample; of all but the last, the first has the best score and the last the worst.
     """
     steps = [number(line.get("step")) for line in lines]
     known = [step for step in steps if step is not None]
@@ -100,7 +104,8 @@ def logged_samples(lines: Sequence[Entry]) -> tuple[list[Sample], str]:
     samples = []
     for (prompt, _), members in itertools.islice(groups.items(), MAX_SAMPLES):
         entries = [line for line, _ in members]
-        pair = {"margin": (entries[0], entries[-1])} if len(entries) > 1 else {}
+        is_ranked = len(entries) > 1 and not text(entries[0].get("label")).startswith("response ")
+        pair = {"margin": (entries[0], entries[-1])} if is_ranked else {}
         sides = tuple(side for _, each in members for side in each)
         samples.append(Sample(prompt, sides, _keys(entries[:1], pair)))
     return samples, f"Samples of {steps_of[0]}"

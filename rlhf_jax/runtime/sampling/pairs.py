@@ -17,7 +17,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime import loading
-from rlhf_jax.runtime.config import PairsConfig, resolve
+from rlhf_jax.runtime.config import FilterConfig, PairsConfig, resolve
 from rlhf_jax.runtime.rewards.scorers import NamedSource, find_sources, load_rewards
 from rlhf_jax.runtime.run.folder import disk_errors, encode_line, replace_file
 from rlhf_jax.runtime.sampling.samples import (
@@ -44,16 +44,16 @@ def run_pairs(config: PairsConfig | str | os.PathLike | Mapping[str, Any]) -> in
       InputError: there is no model, no reward or no pair, or the output cannot be written.
     """
     config = resolve(PairsConfig, config)
-    sources, output = find_rewards(config), epath.Path(config.output)
+    sources, output = find_rewards(config, "pairs sample"), epath.Path(config.output)
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
     with jax.set_mesh(mesh):
-        groups = _sampled(config, output, sources, mesh)
+        groups = sampled_groups(config, output, sources, mesh)
     pairs, num_dropped = pairs_of(groups, config.keep_truncated)
     if not pairs:
         raise InputError(
             f"No pair is left: the responses to each of the {len(groups)} prompts have one score, "
-            f"or fewer than two can be used; their scores are in {_samples_file(output)}."
+            f"or fewer than two can be used; their scores are in {samples_file(output)}."
         )
     with disk_errors(output, "give --output a file that can be written"):
         replace_file(output, b"".join(map(encode_line, pairs)))
@@ -63,23 +63,26 @@ def run_pairs(config: PairsConfig | str | os.PathLike | Mapping[str, Any]) -> in
     return len(pairs)
 
 
-def find_rewards(config: PairsConfig) -> list[NamedSource]:
+def find_rewards(config: PairsConfig | FilterConfig, command: str) -> list[NamedSource]:
     """The rewards; an InputError if there is none, no model, or an output of another form."""
     if config.model.path is None:
-        raise InputError("pairs sample needs a model: give --model.path a folder or hub name.")
+        raise InputError(f"{command} needs a model: give --model.path a folder or hub name.")
     if not config.output.endswith(".jsonl"):
         raise InputError(f"output is {config.output}: give it a name that ends with .jsonl.")
     sources = find_sources(config.model.reward_path, config.rewards)
-    check_sources(sources, "pairs sample")
+    check_sources(sources, command)
     return sources
 
 
-def _samples_file(output: epath.Path) -> epath.Path:
+def samples_file(output: epath.Path) -> epath.Path:
+    """Beside the output: of a.jsonl, a.samples.jsonl."""
     return output.with_suffix(".samples.jsonl")
 
 
-def _sampled(config: PairsConfig, output: epath.Path, sources: Any, mesh: Any) -> Groups:
-    """The responses to each prompt."""
+def sampled_groups(
+    config: PairsConfig | FilterConfig, output: epath.Path, sources: Any, mesh: Any
+) -> Groups:
+    """The responses to each prompt, in the order of the training examples."""
     examples, _ = load_examples(config.data, "prompts")
     check_functions(sources, examples)
     tokenizer = loading.choose_tokenizer(config.tokenizer, config.model.path, list)
@@ -94,7 +97,7 @@ def _sampled(config: PairsConfig, output: epath.Path, sources: Any, mesh: Any) -
     data = dataclasses.replace(config.data, max_prompt_length=length)
     prompts = encode_prompts(examples, tokenizer, data)
     sampler = ScoredSampler(model, tokenizer, config.generation, rewards, mesh)
-    sampled = SampledSet(_samples_file(output), config.num_samples, config.seed)
+    sampled = SampledSet(samples_file(output), config.num_samples, config.seed)
     dtype = loading.compute_dtype(config.model.dtype)
     mark = mark_of(examples, prompts, sampler, params, reward_params, sources, sampled, dtype)
     arguments = (sampler, params, reward_params, examples, prompts, mark)

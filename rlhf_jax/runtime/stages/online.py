@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rlhf_jax.batches import PromptBatch, Rollout, ScoredRollout
+from rlhf_jax.batches import PromptBatch, Rollout
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import encode_examples
@@ -22,6 +22,7 @@ from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.evaluation.best_of import further_keys, with_passes
 from rlhf_jax.runtime.evaluation.policies import (
     Comparison,
     EvaluatedResponses,
@@ -34,7 +35,6 @@ from rlhf_jax.runtime.evaluation.policies import (
     turns_of,
 )
 from rlhf_jax.runtime.evaluation.python_judge import JUDGED, JudgeFunction, win_rates
-from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import find_token
 from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
@@ -276,7 +276,7 @@ class OnlineStage(shared.BaseStage):
             return self._judged(self.training_judge, batch, responses), {}
         count = self.settings.num_responses or 1
         indices = np.repeat(batch.indices, count)
-        candidates = [_flat((responses.tokens, responses.mask), responses.tokens.ndim - 1)]
+        candidates = [shared.flat((responses.tokens, responses.mask), responses.tokens.ndim - 1)]
         if self.references is not None:
             tokens, mask = self.references
             candidates.append((tokens[indices], mask[indices]))
@@ -308,7 +308,7 @@ class OnlineStage(shared.BaseStage):
         """The gold score of the sampled responses, where there is one."""
         if self.gold_fn is None:
             return {}
-        rollout, indices = _one_each(*hosts.to_host(output))
+        rollout, indices = shared.one_each(*hosts.to_host(output))
         prompts = decode(self.tokenizer, rollout.prompts, rollout.prompt_mask)
         completions = decode(self.tokenizer, rollout.tokens, rollout.mask)
         columns = columns_of(self.examples, indices)
@@ -352,6 +352,18 @@ class OnlineStage(shared.BaseStage):
         rest = (self.held_out_examples, ref, reward, self.eval_key)
         return self.evaluator(params, self.held_out, *rest)
 
+    def _groups(self, state: Any) -> dict[str, list[EvaluatedResponses]]:
+        """Several responses of the reference and of the policy to each held-out prompt."""
+        assert self.held_out is not None
+        ref = self._reference_params(state)
+        rest = (self.held_out, self.held_out_examples, ref, state.frozen.get("reward"))
+        keys = further_keys(self.eval_key, self.config.section("evaluation").num_responses)
+        first, policy = self._compare(state), online.policy_params(self.model, state)
+        return {
+            "before": [first.before, *(self.evaluator(ref, *rest, key) for key in keys)],
+            "after": [first.after, *(self.evaluator(policy, *rest, key) for key in keys)],
+        }
+
     def samples(self, state: Any, output: Any, count: int) -> list[dict[str, Any]]:
         """Responses of the last iteration, with score, and KL in nats; [] after a restart.
 
@@ -363,21 +375,8 @@ class OnlineStage(shared.BaseStage):
             before = self._reference(state)
             columns = {"prompt": before.prompts, "response": before.responses}
             return first_entries({**columns, "score": before.scores, "kl": before.kl}, count)
-        rollout, _ = _one_each(*hosts.to_host(output))
-        prompts = decode(self.tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
-        texts = decode(self.tokenizer, rollout.tokens[:count], rollout.mask[:count])
-        kl, sums = None, list[dict[str, Any]]([{}]) * len(rollout.scores)
-        if rollout.ref_logprobs is not None:
-            kl = rollout.logprobs - rollout.ref_logprobs
-            sums = [{"kl": nats} for nats in kl.sum(axis=1)]
-        measures = {"kl": kl, "value": rollout.values, "advantage": rollout.advantages}
-        tokens = token_entries(self.tokenizer, rollout.tokens, rollout.mask, measures, count)
-        return [
-            {"prompt": prompt, "response": text, "score": score, **nats, "tokens": tokens}
-            for prompt, text, score, nats, tokens in zip(
-                prompts, texts, rollout.scores, sums, tokens, strict=False
-            )
-        ]
+        group = self.settings.num_responses or 1
+        return shared.rollout_samples(self.tokenizer, hosts.to_host(output), count, group)
 
     def frozen_paths(self) -> list[str | None]:
         """The folders of the policy and of the reward models."""
@@ -389,21 +388,9 @@ class OnlineStage(shared.BaseStage):
         policy = online.policy_params(self.model, state)
         shared.export(self.config.run_dir, save_pretrained, self.model, policy, self.tokenizer)
         if self.held_out is not None:
-            count = self.config.section("evaluation").num_samples
-            save_evaluation(self.config.run_dir, evaluation_of(self._compare(state), count))
+            settings = self.config.section("evaluation")
+            evaluation = evaluation_of(self._compare(state), settings.num_samples)
+            if settings.num_responses > 1:
+                evaluation = with_passes(evaluation, self._groups(state), settings.pass_threshold)
+            save_evaluation(self.config.run_dir, evaluation)
         return hosts.from_first(write_report, epath.Path(self.config.run_dir))
-
-
-def _flat(tree: Any, axes: int) -> Any:
-    """Arrays with their first `axes` axes as one."""
-    return jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[axes:])), tree)
-
-
-def _one_each(rollout: ScoredRollout, indices: Any) -> tuple[ScoredRollout, Any]:
-    """K responses to each of B prompts, and their examples, as those of B * K prompts."""
-    if rollout.tokens.ndim == 2:
-        return rollout, indices
-    count = rollout.tokens.shape[1]
-    repeated: Any = (np.repeat(x, count, axis=0) for x in (*rollout[:2], indices))
-    prompts, mask, indices = repeated
-    return ScoredRollout(prompts, mask, *_flat(rollout[2:], 2)), indices

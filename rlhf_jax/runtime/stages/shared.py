@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
 from rlhf_jax import training
+from rlhf_jax.batches import ScoredRollout
 from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.chat import contents
 from rlhf_jax.data.datasets import load_examples
@@ -19,8 +21,10 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import choose_tokenizer, load_model
 from rlhf_jax.runtime.program import Placement
+from rlhf_jax.runtime.rewards.texts import decode
 from rlhf_jax.runtime.run.folder import disk_errors, is_remote
 from rlhf_jax.runtime.run.progress import show_note
 from rlhf_jax.runtime.run.records import digest, fingerprint
@@ -173,3 +177,53 @@ def text_of(example: Mapping[str, Any]) -> str:
     names = ("text", "prompt", "completion", "chosen", "rejected")
     parts = [*(example.get(name) for name in names), *example.get("responses", ())]
     return "".join(contents(part) for part in parts)
+
+
+def flat(tree: Any, axes: int) -> Any:
+    """Arrays with their first `axes` axes as one."""
+    return jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[axes:])), tree)
+
+
+def one_each(rollout: ScoredRollout, indices: Any) -> tuple[ScoredRollout, Any]:
+    """K responses to each of B prompts, and their examples, as those of B * K prompts."""
+    if rollout.tokens.ndim == 2:
+        return rollout, indices
+    count = rollout.tokens.shape[1]
+    repeated: Any = (np.repeat(x, count, axis=0) for x in (*rollout[:2], indices))
+    prompts, mask, indices = repeated
+    return ScoredRollout(prompts, mask, *flat(rollout[2:], 2)), indices
+
+
+def rollout_samples(
+    tokenizer: Any, output: tuple[ScoredRollout, Any], count: int, group: int
+) -> list[dict[str, Any]]:
+    """The first responses of an iteration, with score, and KL in nats; several are labelled.
+
+    Args:
+      output: NumPy arrays, of `step`.
+      count: their number, rounded down to whole groups if it is more than one.
+      group: responses to a prompt.
+    """
+    if count > group:
+        count -= count % group  # all responses to a prompt
+    rollout, _ = one_each(*output)
+    prompts = decode(tokenizer, rollout.prompts[:count], rollout.prompt_mask[:count])
+    texts = decode(tokenizer, rollout.tokens[:count], rollout.mask[:count])
+    kl, sums = None, list[dict[str, Any]]([{}]) * len(rollout.scores)
+    if rollout.ref_logprobs is not None:
+        kl = rollout.logprobs - rollout.ref_logprobs
+        sums = [{"kl": nats} for nats in kl.sum(axis=1)]
+    measures = {"kl": kl, "value": rollout.values, "advantage": rollout.advantages}
+    tokens = token_entries(tokenizer, rollout.tokens, rollout.mask, measures, count)
+    columns = zip(prompts, texts, rollout.scores, sums, tokens, strict=False)
+    return [
+        {
+            "prompt": prompt,
+            "response": text,
+            **({"label": f"response {place % group + 1}"} if group > 1 else {}),
+            "score": score,
+            **nats,
+            "tokens": tokens,
+        }
+        for place, (prompt, text, score, nats, tokens) in enumerate(columns)
+    ]

@@ -15,7 +15,7 @@ from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import save_pretrained, save_reward_model
 from rlhf_jax.runtime import run_evaluate, train_sft
 from rlhf_jax.runtime.config import EvaluateConfig, PPOConfig, SFTConfig, resolve
-from rlhf_jax.runtime.evaluation.best_of import best_of_curve
+from rlhf_jax.runtime.evaluation.best_of import best_of_curve, pass_metrics
 from rlhf_jax.runtime.evaluation.diagnostics import bootstrap_interval
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses, PolicyEvaluator
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
@@ -91,7 +91,8 @@ BOTH = {"path": "policy", "reference_path": "reference", "reward_path": "reward"
 def compared(models, tmp_path_factory):
     """(folder, evaluation, responses) of the policy against the reference by all scores.
 
-    The responses are one set of the policy, one of the reference, and two more for the best of 3.
+    The responses are one set of the policy, one of the reference, two more of the policy for the
+    best of 3, and one more of the reference for pass@2.
     """
     folder, responses = tmp_path_factory.mktemp("compared"), []
     original = PolicyEvaluator.__call__
@@ -103,9 +104,10 @@ def compared(models, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PolicyEvaluator, "__call__", call)
         settings = {"gold_fn": f"{HERE}:gold", "judge_fn": JUDGE, "best_of": [2, 1, 3]}
+        settings |= {"num_responses": 2, "pass_threshold": 0.0}
         evaluation = evaluate(models, folder, evaluation=settings, **BOTH)
-    assert len(responses) == 4
-    return folder, evaluation, responses
+    assert len(responses) == 5
+    return folder, evaluation, [responses[number] for number in (0, 3, 1, 2, 4)]
 
 
 def test_a_policy_is_compared_by_all_scores(compared):
@@ -129,7 +131,7 @@ def test_a_policy_is_compared_by_all_scores(compared):
 
 
 def test_the_best_of_n_is_of_the_responses_of_one_policy(compared):
-    folder, evaluation, (first, _, *others) = compared
+    folder, evaluation, (first, _, *others, _) = compared
     policy = [first, *others]
     texts = [tuple(each.responses) for each in policy]
     assert len(set(texts)) == 3
@@ -143,6 +145,20 @@ def test_the_best_of_n_is_of_the_responses_of_one_policy(compared):
         assert text in page, text
     for text in ("metrics.jsonl", "Nothing was logged", "has no config.yaml"):
         assert text not in page, text
+
+
+def test_pass_at_k_is_of_the_responses_of_each_policy(compared):
+    folder, evaluation, (after, before, second, _, second_before) = compared
+    for name, group in (("", (after, second)), ("before_", (before, second_before))):
+        expected = pass_metrics(np.stack([each.scores for each in group], axis=1), 0.0)
+        found = {key: evaluation["metrics"][f"{name}{key}"] for key in expected}
+        assert found == expected
+    entries = {entry["metric"]: entry for entry in evaluation["table"]}
+    assert {"before", "after", "interval"} < entries["pass@2"].keys()
+    sample = evaluation["samples"][0]
+    (further,) = sample["further"]
+    assert (sample["after"], further["response"]) == (after.responses[0], second.responses[0])
+    assert "Response 2" in (folder / "report.html").read_text()
 
 
 def test_the_configuration_is_written_but_not_over_that_of_a_run(compared, models, tmp_path):
@@ -193,7 +209,7 @@ def test_the_stage_logs_the_rouge_of_the_command(models, tmp_path):
 @pytest.mark.parametrize(
     ("paths", "settings", "expected"),
     [
-        ({}, {"evaluation": {"best_of": [1, 2]}}, "evaluation.best_of needs a score to choose"),
+        ({}, {"evaluation": {"best_of": [1, 2]}}, "evaluation.best_of needs a score of each"),
         (
             {},
             {"evaluation": {"best_of": [0]}},

@@ -242,6 +242,18 @@ def chosen_by_enumeration(proxy, scores, n):
     return np.mean(result)
 
 
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    scores = np.random.default_rng(0).normal(size=(7, 6))
+    metrics = best_of.pass_metrics(scores, threshold=1.0)
+    assert {*metrics} >= {"pass@1", "pass@2", "pass@4", "pass@6"}
+    for k in (1, 2, 4, 6):
+        subsets = [list(each) for each in itertools.combinations(range(6), k)]
+        solved = np.array([[(row[each] >= 1.0).any() for each in subsets] for row in scores])
+        assert metrics[f"pass@{k}"] == pytest.approx(solved.mean(), abs=1e-6)
+        assert metrics[f"pass@{k}_low"] <= metrics[f"pass@{k}"] <= metrics[f"pass@{k}_high"]
+    assert best_of.pass_metrics(np.ones((3, 1)), threshold=1.0)["pass@1"] == 1.0
+
+
 def test_the_best_of_n_is_the_mean_over_all_subsets():
     rng = np.random.default_rng(0)
     smooth, gold = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
