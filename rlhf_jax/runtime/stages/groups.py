@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import warnings
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.policies import columns_of
 from rlhf_jax.runtime.loading import check_positions, load_model
 from rlhf_jax.runtime.rewards.functions import check_call, load_function
+from rlhf_jax.runtime.rewards.scorers import means_of_parts
 from rlhf_jax.runtime.run.records import fingerprint
 from rlhf_jax.runtime.sampling.turns import TRANSCRIPTS, TurnSampler
 from rlhf_jax.runtime.stages.online import OnlineStage, RewardFunction
@@ -108,8 +108,8 @@ class GroupStage(OnlineStage):
         scores = jax.ShapeDtypeStruct(responses.tokens.shape[:-1], "float32")
         return [*programs, (self._update, (state, batch, responses, scores, key))]
 
-    def _update_options(self) -> dict[str, Any]:
-        return {**super()._update_options(), "reward_weights": tuple(self.rewards.weights)}
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "reward_weights": tuple(self.rewards.weights)}
 
     def step(self, state: Any, index: int) -> Any:
         """As `OnlineStage.step`; with one program the reward model has its metrics by name."""
@@ -167,16 +167,15 @@ class GroupStage(OnlineStage):
         if len(names) == 1:
             parts = {_PART + names[0]: hosts.to_host(scores), **parts}
         metrics: dict[str, Any] = {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a reward that applies to nothing
-            for name, values in parts.items():
-                if not name.startswith(_PART):
-                    metrics[name] = np.mean(values)
-                    continue
-                name = f"rewards/{name.removeprefix(_PART)}"
-                metrics[f"{name}/mean"] = np.nanmean(values)
+        for name, mean in means_of_parts(parts).items():
+            if not name.startswith(_PART):
+                metrics[name] = mean
+                continue
+            values, name = parts[name], f"rewards/{name.removeprefix(_PART)}"
+            metrics[f"{name}/mean"] = mean
+            if np.sum(~np.isnan(values)) > 1:
                 metrics[f"{name}/std"] = np.nanstd(values, ddof=1)
-        return {name: x for name, x in metrics.items() if np.isfinite(x)}
+        return metrics
 
     def _reference_params(self, state: Any) -> Any:
         """The full parameters of the reference, read from the model's folder if none is held."""

@@ -175,7 +175,7 @@ class OnlineStage(shared.BaseStage):
                 self.model, shapes, self.settings, target_share=share
             )
             self.flops_per_step = flops_per_text_token * float(tokens)
-        update = self.steps.make_update_step(self.model, self.settings, **self._update_options())
+        update = self.steps.make_update_step(self.model, self.settings, **self._options())
         if self.reward_model is not None:
             parts, score = (self.model, self.settings, update), self.reward_model
             step = dynamic_sampling.make_step(*parts, reward_model=score, stop_token_ids=stops)
@@ -196,13 +196,11 @@ class OnlineStage(shared.BaseStage):
             batch_sharding=place.batch,
         )
 
-    def _update_options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """Keyword arguments of the trainer's `make_update_step`."""
         stops = self.model.stop_token_ids
-        options: dict[str, Any] = {"optimizer": self.optimizer, "stop_token_ids": stops}
-        if self.trainer.has_value_model:
-            options["value_model"] = self.value_model
-        return options
+        value = {"value_model": self.value_model} if self.trainer.has_value_model else {}
+        return {"optimizer": self.optimizer, "stop_token_ids": stops, **value}
 
     def _evaluation_sampler(self) -> dict[str, Any]:
         """Arguments of `PolicyEvaluator`: how one response to each prompt is sampled."""
@@ -248,8 +246,7 @@ class OnlineStage(shared.BaseStage):
 
     def _means(self, scores: Any, parts: dict[str, np.ndarray]) -> dict[str, Any]:
         """Metrics of the scores, and of the parts that they are sums of."""
-        del scores
-        return {**means_of_parts(parts)}
+        return dict(means_of_parts(parts))
 
     def _programs(self, state: Any, batch: PromptBatch, key: jax.Array) -> list[tuple[Any, Any]]:
         """The compiled parts of an iteration, and their arguments or the shapes of these."""
