@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import torch
-from stand_ins import B, T, draw_logprobs, fixed, leaf, number, ragged, stack, stand_in
+from stand_ins import B, T, bind, draw_logprobs, fixed, leaf, number, ragged, stack, stand_in
 from trl import GRPOTrainer, RLOOTrainer
 
 
@@ -17,6 +17,14 @@ def make_grpo(rng, loss_types, settings, *, with_empty_row):
     mask = ragged(rng, B)
     if with_empty_row:
         mask[-1] = 0
+    arrays, inputs = draw_grpo(rng, mask)
+    logprobs = arrays["logprobs"]
+    runs = [run_grpo(logprobs, inputs, kind, *each) for kind in loss_types for each in settings]
+    return stack(runs) | arrays
+
+
+def draw_grpo(rng, mask):
+    """(random arrays under our names, the inputs of _compute_loss)."""
     logprobs = draw_logprobs(rng, B, T)
     steps = np.round(512 * 0.4 * rng.normal(size=(2, B, T))).astype(np.float32) / 512
     old, ref = np.minimum(logprobs + steps, np.float32(-1 / 512))
@@ -32,43 +40,27 @@ def make_grpo(rng, loss_types, settings, *, with_empty_row):
         "ref_per_token_logps": fixed(ref),
         "num_items_in_batch": torch.tensor(mask.sum()),
     }
-    runs = [run_grpo(logprobs, inputs, kind, *each) for kind in loss_types for each in settings]
-    return stack(runs) | {
+    arrays = {
         "logprobs": logprobs,
         "old_logprobs": old,
         "ref_logprobs": ref,
         "advantages": advantages,
         "mask": mask.astype(bool),
     }
+    return arrays, inputs
 
 
 def run_grpo(logprobs, inputs, loss_type, kl_coef, low, high):
-    trainer = stand_in(
-        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None),
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=kl_coef,
-        loss_type=loss_type,
-        epsilon_low=low,
-        epsilon_high=high,
-        use_vllm=False,
-        current_gradient_accumulation_steps=1,
-        max_completion_length=T,
+    metrics, loss, gradient = compute_grpo(
+        logprobs, inputs, loss_type=loss_type, beta=kl_coef, epsilon_low=low, epsilon_high=high
     )
-    tokens = leaf(logprobs)
-    entropies = torch.zeros((B, T), dtype=torch.float64)
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (tokens, entropies)
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
-    loss.backward()
-    metrics = trainer._metrics["train"]
     return {
         "hp/loss_type": loss_type,
         "hp/kl_coef": kl_coef,
         "hp/clip_range": low,
         "hp/clip_range_high": high,
-        "out/loss": number(loss),
-        "out/grad": tokens.grad.numpy(),
+        "out/loss": loss,
+        "out/grad": gradient,
         "out/kl": metrics["kl"][0] if kl_coef else np.nan,
         "out/clip_low": metrics["clip_ratio/low_mean"][0],
         "out/clip_high": metrics["clip_ratio/high_mean"][0],
@@ -76,14 +68,45 @@ def run_grpo(logprobs, inputs, loss_type, kl_coef, low, high):
     }
 
 
+def compute_grpo(logprobs, inputs, entropies=None, arguments=None, **settings):
+    """(metrics, loss, its gradient by the log-probabilities) of GRPOTrainer._compute_loss."""
+    arguments = {"use_bias_correction_kl": False, "delta": None} | (arguments or {})
+    defaults = {
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "importance_sampling_level": "token",
+        "use_vllm": False,
+        "vllm_importance_sampling_correction": True,
+        "current_gradient_accumulation_steps": 1,
+        "max_completion_length": T,
+    }
+    trainer = stand_in(args=types.SimpleNamespace(**arguments), **defaults | settings)
+    trainer.accelerator.pad_across_processes = lambda x, **_: x
+    bind(trainer, GRPOTrainer, "get_high_entropy_mask")
+    tokens = leaf(logprobs)
+    entropies = torch.zeros((B, T), dtype=torch.float64) if entropies is None else fixed(entropies)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (tokens, entropies)
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss.backward()
+    return trainer._metrics["train"], number(loss), tokens.grad.numpy()
+
+
 def advantages_of(trainer_class, scores, **settings):
     """The advantages that _generate_and_score_completions gives to these scores [B, K]."""
-    rows, size = scores.size, scores.shape[1]
-    per_function = fixed(scores.reshape(rows, 1))
-    ids, tokens = [[0]] * rows, torch.zeros((rows, 1), dtype=torch.float64)
-    generated = (ids, ids, [""] * rows)
+    _, output = score(trainer_class, scores.reshape(-1, 1), scores.shape[1], **settings)
+    return output["advantages"].numpy().reshape(scores.shape)
+
+
+def score(trainer_class, scores, size, ids=None, logprobs=None, sampler_logprobs=None, **settings):
+    """(metrics, output) of _generate_and_score_completions for scores [rows, R]."""
+    rows, functions = scores.shape
+    per_function = fixed(scores)
+    prompts = [[0]] * rows
+    ids = prompts if ids is None else ids
+    tokens = torch.zeros((rows, 1), dtype=torch.float64) if logprobs is None else fixed(logprobs)
+    generated = (prompts, ids, [""] * rows)
     if trainer_class is GRPOTrainer:
-        generated = (ids, ids, None, [""] * rows, rows, None, {})
+        generated = (prompts, ids, None, [""] * rows, rows, sampler_logprobs, {})
     trainer = stand_in(
         args=types.SimpleNamespace(
             per_device_train_batch_size=rows,
@@ -106,19 +129,21 @@ def advantages_of(trainer_class, scores, **settings):
         pad_token_id=0,
         mask_truncated_completions=False,
         num_iterations=1,
-        use_vllm=False,
         beta=0.0,
-        reward_weights=torch.ones(1, dtype=torch.float64),
-        reward_func_names=["score"],
-        reward_funcs=[None],
+        reward_func_names=[f"score{i}" for i in range(functions)],
+        reward_funcs=[None] * functions,
         num_generations=size,
-        multi_objective_aggregation="sum_then_normalize",
         reward_clip_range=None,
-        **settings,
+        **{
+            "use_vllm": False,
+            "reward_weights": torch.ones(functions, dtype=torch.float64),
+            "multi_objective_aggregation": "sum_then_normalize",
+        }
+        | settings,
     )
     inputs = [{"prompt": ""} for _ in range(rows)]
     output = trainer_class._generate_and_score_completions(trainer, inputs)
-    return output["advantages"].numpy().reshape(scores.shape)
+    return trainer._metrics["train"], output
 
 
 def make_advantages(rng):
