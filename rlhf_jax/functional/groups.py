@@ -213,7 +213,8 @@ def pass_at_k(successes, samples, k):
         raise ValueError(f"k must be at most the number of samples, {samples}, but is {k}.")
     drawn = jnp.arange(k)
     failures = jnp.maximum(samples - successes[:, None] - drawn, 0)
-    return 1.0 - jnp.prod(failures.astype(jnp.float32) / (samples - drawn), axis=1)
+    all_fail = jnp.prod(failures.astype(jnp.float32) / (samples - drawn), axis=1)
+    return jnp.where(successes == 0, 0.0, 1.0 - all_fail)  # where the product is rounded
 
 
 def _mask_of_scores(scores, axes, mask):

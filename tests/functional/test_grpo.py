@@ -229,3 +229,94 @@ def test_the_advantage_of_an_empty_response_has_no_effect(batch, reduction):
         for a in (advantages, poisoned)
     ]
     np.testing.assert_array_equal(*losses)
+
+
+def variant_by_loop(arrays, kind, level, reduction, weights, length):
+    """(loss, clipfrac) of the variants: coefficients are those of the test below."""
+    logprobs, old, ref, entropy, advantages, mask = arrays
+    losses, clipped = np.zeros(mask.shape), np.zeros(mask.shape)
+    for b, row in enumerate(mask):
+        tokens = np.nonzero(row)[0]
+        differences = [float(logprobs[b, t]) - float(old[b, t]) for t in tokens]
+        for t, difference in zip(tokens, differences, strict=True):
+            ratio = np.exp(difference if level == "token" else np.mean(differences))
+            advantage, logprob = float(advantages[b]), float(logprobs[b, t])
+            if kind == "clip":
+                bounded = min(max(ratio, 0.8), 1.3)
+                loss = -min(advantage * ratio, advantage * bounded)
+                clipped[b, t] = advantage * bounded < advantage * ratio
+            elif kind == "cispo":
+                loss, clipped[b, t] = -min(ratio, 1.3) * advantage * logprob, ratio > 1.3
+            else:
+                tau = 0.5 if advantage > 0 else 2.0
+                loss = -advantage * 4 / tau / (1 + np.exp(-tau * (ratio - 1)))
+            d = logprob - float(ref[b, t])
+            losses[b, t] = weights[b, t] * loss + 0.3 * (np.exp(-d) - 1 + d) - 0.2 * entropy[b, t]
+    counts = mask.sum(axis=1)
+    if reduction == "token":
+        return losses.sum() / counts.sum(), clipped.sum() / counts.sum()
+    by_row = [x.sum(axis=1)[counts > 0] / counts[counts > 0] for x in (losses, clipped)]
+    if reduction == "sequence":
+        return by_row[0].mean(), by_row[1].mean()
+    return losses.sum() / (len(mask) * length), by_row[1].sum() / len(mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "reduction"),
+    [
+        ("clip", "sequence", "sequence"),
+        ("clip", "sequence_token", "token"),
+        ("cispo", "token", "token"),
+        ("sapo", "token", "constant"),
+    ],
+)
+def test_variants_match_a_loop(rng, batch, kind, level, reduction):
+    logprobs, old, ref, advantages, mask = batch
+    entropy, weights = np.exp(rng.normal(size=(2, *mask.shape))).astype(np.float32)
+    options = {"kind": kind, "level": level, "reduction": reduction, "max_length": 9}
+    coefficients = {"clip_range_high": 0.3, "kl_coef": 0.3, "entropy_coef": 0.2}
+    gates = {"temperature_pos": 0.5, "temperature_neg": 2.0}
+    loss, metrics = rlhf.grpo_loss(
+        logprobs, old, advantages, mask,
+        weights=weights, ref_logprobs=ref, entropy=entropy, **options, **coefficients, **gates,
+    )  # fmt: skip
+    arrays = (logprobs, old, ref, entropy, advantages, mask)
+    expected = variant_by_loop(arrays, kind, level, reduction, weights, 9)
+    np.testing.assert_allclose([loss, metrics["clipfrac"]], expected, rtol=2e-5)
+
+
+def test_gradients_of_sequence_ratios(batch):
+    """The ratio of a response has the same gradient in all of its tokens; that of its tokens has
+    the weight of each token alone: with one advantage for the response both are the same.
+    """
+    logprobs, old, _, advantages, mask = batch
+    by_token = (advantages[:, None] * np.linspace(0.5, 2.0, mask.shape[1])).astype(np.float32)
+
+    def gradient(level, advantages):
+        def loss(x):
+            return rlhf.functional.grpo_loss(
+                x, old, advantages, mask, level=level, clip_range=100.0
+            )[0]
+
+        return jax.grad(loss)(logprobs)
+
+    sequence, token = (gradient(level, advantages) for level in ("sequence", "sequence_token"))
+    np.testing.assert_allclose(sequence, token, rtol=1e-5, atol=1e-8)
+    sequence, token = (gradient(level, by_token) for level in ("sequence", "sequence_token"))
+    np.testing.assert_allclose(sequence[0], np.full(7, sequence[0, 0]), rtol=1e-5)
+    ratio = token[0] / by_token[0]
+    np.testing.assert_allclose(ratio, np.full(7, ratio[0]), rtol=1e-5)
+
+
+def test_what_is_missing_or_without_sense_is_named(batch):
+    logprobs, old, _, advantages, mask = batch
+    for options, message in (
+        ({"entropy_coef": 0.1}, "entropy must be given if entropy_coef is not 0, but"),
+        ({"temperature_neg": 0.0}, "temperature_neg must be above 0, but is 0.0"),
+        ({"max_length": 0}, "max_length must be above 0, but is 0"),
+        ({"kind": "ppo"}, "kind must be one of 'clip', 'cispo', 'sapo', but is 'ppo'"),
+        ({"level": "row"}, "level must be one of 'token', 'sequence', 'sequence_token', but"),
+        ({"weights": mask}, r"weights must be float\[B, T\] with B = 5, T = 7, but is bool"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            rlhf.functional.grpo_loss(logprobs, old, advantages, mask, **options)
