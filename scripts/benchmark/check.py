@@ -31,6 +31,7 @@ LENGTHS = {
     "reward": (BLOCK + 7, BLOCK + 5),
     "dpo": (BLOCK + 7, BLOCK + 5),
     "ppo": (BLOCK + 7, 5),
+    "grpo": (BLOCK + 7, 5),
     "generate": (7, 5),
 }
 # Compiles the plain path with few optimizations; the measured steps are compiled as in a run.
@@ -44,6 +45,7 @@ _quick = functools.partial(
 _sft_gradient = _quick(jax.value_and_grad(plain.sft_loss, argnums=1), static_argnums=0)
 _reward_gradient = _quick(jax.value_and_grad(plain.reward_loss, argnums=1), static_argnums=0)
 _dpo_gradient = _quick(jax.value_and_grad(plain.dpo_loss, argnums=1), static_argnums=0)
+_grpo_gradient = _quick(jax.value_and_grad(plain.grpo_loss, argnums=1), static_argnums=(0, 4))
 _ppo_experience = _quick(plain.ppo_experience, static_argnums=(0, 1, 6))
 _ppo_gradient = _quick(jax.value_and_grad(plain.ppo_loss, has_aux=True), static_argnums=(1, 2))
 _token_logprobs = _quick(plain.token_logprobs, static_argnums=0)
@@ -129,7 +131,14 @@ def _title(workload: Workload) -> str:
 
 def difference(small: Workload) -> Difference:
     """The difference between the step of a small workload and the plain path."""
-    checks = {"sft": _sft, "reward": _reward, "dpo": _dpo, "generate": _generate, "ppo": _ppo}
+    checks = {
+        "sft": _sft,
+        "reward": _reward,
+        "dpo": _dpo,
+        "generate": _generate,
+        "ppo": _ppo,
+        "grpo": _grpo,
+    }
     return Difference(small.name, *checks[small.kind](small))
 
 
@@ -264,6 +273,24 @@ def _ppo(small):
     parts = [(rollout.values, experience.values), (rollout.logprobs, experience.logprobs)]
     loss = max(loss, *(relative(*pair) for pair in parts))
     return loss, relative(after.opt_state, total)
+
+
+def _grpo(small):
+    program, state, (after, metrics, rollout), arrays = _run_step(small)
+    length, groups = small.response_length, np.asarray(rollout.tokens)
+    tokens = np.repeat(arrays["prompts"], groups.shape[1], axis=0)
+    tokens = np.concatenate([tokens, groups.reshape(-1, length)], axis=1)
+    scores = (groups % 2).mean(axis=-1)
+    deviation = scores.std(axis=1, ddof=1, keepdims=True)
+    advantages = (scores - scores.mean(axis=1, keepdims=True)) / (deviation + 1e-4)
+    params, sizes = state.params["model"], _sizes(small)
+    arrays = tokens, jnp.asarray(advantages.reshape(-1), jnp.float32)
+    loss, grads = _grpo_gradient(sizes, params, *arrays, length)
+    logprobs = _token_logprobs(sizes, params, tokens)[:, -length:]
+    # The loss is near 0: its difference is absolute.
+    difference = abs(float(metrics[program.loss]) - float(loss))
+    difference = max(difference, relative(rollout.logprobs.reshape(-1, length), logprobs))
+    return difference, relative(after.opt_state, {"model": grads})
 
 
 def _full_params(program, frozen, trained):

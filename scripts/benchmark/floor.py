@@ -39,7 +39,7 @@ def floor_seconds(phases: Sequence[Phase], peak: float, bandwidth: float) -> flo
     - an update reads and writes each trained parameter and both moments of Adam, and writes and
       reads the gradient: 8 float32 numbers per parameter. Frozen parameters are read once per step.
 
-    PPO has two phases, the generation and the rest.
+    PPO and GRPO have two phases, the generation and the rest.
 
     Args:
       phases: of the step.
@@ -65,9 +65,10 @@ def phases_of(workload: Workload, dtype: str) -> list[Phase]:
     state, updates = shapes[0], 1
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
-    if workload.kind != "ppo":
+    if workload.kind not in ("ppo", "grpo"):
         return [Phase(flops, 4.0 * (8 * trained + frozen))]
-    updates = workload.num_ppo_epochs * workload.num_mini_batches
+    if workload.kind == "ppo":
+        updates = workload.num_ppo_epochs * workload.num_mini_batches
     sampling = dataclasses.replace(workload, kind="generate")
     (generation,) = phases_of(sampling, dtype)
     rest = Phase(flops - generation.flops, 4.0 * (8 * trained * updates + frozen))
@@ -85,6 +86,7 @@ def _flops(program: Program, shapes: Any) -> int:
 def _generation_bytes(workload: Workload, params: Any, dtype: str) -> float:
     """Bytes of a generation: one pass for the prompts, then one for each token but the last."""
     sizes, length = sum(leaf.size for leaf in jax.tree.leaves(params)), workload.response_length
-    position = 2 * workload.n_layer * workload.cached_width * workload.batch_size
+    rows = workload.batch_size * (workload.num_generations or 1)
+    position = 2 * workload.n_layer * workload.cached_width * rows
     positions = np.sum(workload.prompt_length + np.arange(1, length))
     return jnp.dtype(dtype).itemsize * float(sizes * length + position * positions)

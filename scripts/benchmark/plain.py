@@ -165,6 +165,14 @@ def dpo_loss(
     return jnp.mean(jnp.log1p(jnp.exp(0.1 * (worse - better))))
 
 
+def grpo_loss(
+    sizes: Sizes, params: Params, tokens: jax.Array, advantages: jax.Array, length: int
+) -> jax.Array:
+    """-A * ratio of the last T tokens of each sequence, a mean over tokens; the ratios are 1."""
+    logprobs = token_logprobs(sizes, params, tokens)[:, -length:]
+    return -jnp.mean(advantages[:, None] * jnp.exp(logprobs - jax.lax.stop_gradient(logprobs)))
+
+
 def greedy(sizes: Sizes, params: Params, prompts: jax.Array, length: int) -> jax.Array:
     """i32[B, length]: the most likely tokens, each by a pass over all previous tokens."""
     tokens = prompts

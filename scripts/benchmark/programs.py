@@ -17,7 +17,7 @@ from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.models.interface import Params
 from rlhf_jax.models.rope import Rope
 from rlhf_jax.rollout.generation import generate
-from rlhf_jax.training import dpo, ppo, reward, sft
+from rlhf_jax.training import dpo, grpo, ppo, reward, sft
 from rlhf_jax.training.reward import init_params as init_reward
 from rlhf_jax.training.state import OptimizerSettings, make_optimizer
 from scripts.benchmark.workloads import LEARNING_RATE, Llama, Workload
@@ -79,6 +79,8 @@ def make_program(
         return _dpo(workload, arrays, model, optimizer)
     if workload.kind == "generate":
         return _generate(workload, arrays, model)
+    if workload.kind == "grpo":
+        return _grpo(workload, arrays, model, optimizer)
     return _ppo(workload, arrays, model, optimizer)
 
 
@@ -214,6 +216,7 @@ def _generate(workload, arrays, model):
             key,
             max_new_tokens=workload.response_length,
             temperature=0.0 if workload.greedy else 1.0,
+            num_responses=workload.num_generations,
         )
 
     def init(key):
@@ -238,9 +241,7 @@ def ppo_settings(workload: Workload) -> ppo.Settings:
 
 
 def _ppo(workload, arrays, model, optimizer):
-    settings, prompts = ppo_settings(workload), arrays["prompts"]
-    indices: Any = np.arange(len(prompts), dtype=np.int32)
-    batch = PromptBatch(prompts, _full_mask(prompts), indices)
+    settings, batch = ppo_settings(workload), _prompts(arrays)
 
     def init(key):
         policy_key, reward_key, head_key = jax.random.split(key, 3)
@@ -252,6 +253,35 @@ def _ppo(workload, arrays, model, optimizer):
 
     step = ppo.make_step(model, settings, optimizer=optimizer)
     return Program(model, init, step, batch, "loss/policy_avg")
+
+
+def _grpo(workload, arrays, model, optimizer):
+    """With the share of odd tokens as the reward."""
+    settings = grpo.Settings(
+        batch_size=workload.batch_size,
+        num_generations=workload.num_generations,
+        gradient_accumulation_steps=workload.ours.gradient_accumulation_steps,
+        score_batch_size=workload.ours.score_batch_size,
+        response_length=workload.response_length,
+    )
+    sample = grpo.make_rollout_step(model, settings)
+    update = grpo.make_update_step(model, settings, optimizer=optimizer)
+
+    def init(key):
+        return grpo.init_state(model, model.init(key), settings, key, optimizer=optimizer)
+
+    def step(state, batch, key):
+        sample_key, update_key = jax.random.split(key)
+        rollout = sample(state, batch, sample_key)
+        return update(state, batch, rollout, (rollout.tokens % 2).mean(axis=-1), update_key)
+
+    return Program(model, init, step, _prompts(arrays), "train/loss")
+
+
+def _prompts(arrays):
+    prompts = arrays["prompts"]
+    indices: Any = np.arange(len(prompts), dtype=np.int32)
+    return PromptBatch(prompts, _full_mask(prompts), indices)
 
 
 def _full_mask(tokens):

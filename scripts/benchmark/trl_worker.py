@@ -41,7 +41,14 @@ def main():
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies by default
     transformers.utils.logging.set_verbosity_error()
-    steps = {"sft": sft, "reward": reward, "dpo": dpo, "generate": generate, "ppo": ppo}
+    steps = {
+        "sft": sft,
+        "reward": reward,
+        "dpo": dpo,
+        "generate": generate,
+        "ppo": ppo,
+        "grpo": grpo,
+    }
     steps[request["kind"]](request, arrays, Connection(answers))
 
 
@@ -344,6 +351,37 @@ def ppo(request, arrays, connection):
         reward_model=scorer,
         value_model=critic,
         train_dataset=Dataset.from_dict({"input_ids": arrays["prompts"].tolist()}),
+        callbacks=[Steps(connection)],
+    ).train()
+
+
+def grpo(request, arrays, connection):
+    """`GRPOTrainer` without a reference; the reward is the share of odd tokens."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def share_of_odd_tokens(completion_ids, **_):
+        return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+    length = request["response_length"]
+    arguments = GRPOConfig(
+        **training_arguments(request),
+        per_device_train_batch_size=request["batch_size"] * request["num_generations"],
+        gradient_accumulation_steps=1,
+        num_generations=request["num_generations"],
+        max_completion_length=length,
+        generation_kwargs={"min_new_tokens": length},
+        max_steps=1_000_000,
+        beta=0.0,
+        temperature=1.0,
+        disable_dropout=True,
+    )
+    texts = ["".join(f" <{token}>" for token in tokens) for tokens in arrays["prompts"]]
+    GRPOTrainer(
+        model=policy_of(request),
+        reward_funcs=share_of_odd_tokens,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer_of(request),
         callbacks=[Steps(connection)],
     ).train()
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from rlhf_jax.models.settings import Attention, Remat
 
-Kind = Literal["sft", "reward", "dpo", "generate", "ppo"]
+Kind = Literal["sft", "reward", "dpo", "generate", "ppo", "grpo"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Ours:
     Attributes:
       remat: `model.remat`.
       attention: `model.attention`.
-      gradient_accumulation_steps: of the section `sft`, `reward`, `dpo` or `ppo`.
+      gradient_accumulation_steps: of the section `sft`, `reward`, `dpo`, `ppo` or `grpo`.
       score_batch_size: `ppo.score_batch_size`.
     """
 
@@ -59,6 +59,7 @@ class Workload:
       value_model: `ppo.value_model`; that of TRL is a separate model that starts as the reward
         model.
       num_ppo_epochs, num_mini_batches: of PPO in both libraries.
+      num_generations: responses to each prompt of `grpo`; None is one.
       fixed_dtype: the compute dtype of both sides; None if the settings of the command choose it.
       dropout: of supervised fine-tuning in both libraries, whose default is 0.1; other steps have
         none.
@@ -82,6 +83,7 @@ class Workload:
     value_model: Literal["shared", "reward"] = "shared"
     num_ppo_epochs: int = 4
     num_mini_batches: int = 2
+    num_generations: int | None = None
     vocab_size: int = 50257
     n_positions: int = 1024
     llama: Llama | None = None
@@ -105,8 +107,8 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of a step: new tokens of `generate`, otherwise all, the prompt of a pair once."""
         prompt = 0 if self.kind == "generate" else self.prompt_length
-        responses = (2 if self.kind in ("reward", "dpo") else 1) * self.response_length
-        return self.batch_size * (prompt + responses)
+        responses = 2 if self.kind in ("reward", "dpo") else self.num_generations or 1
+        return self.batch_size * (prompt + responses * self.response_length)
 
 
 _MID = {"n_layer": 6, "n_embd": 512, "n_head": 8}
@@ -180,6 +182,8 @@ WORKLOADS: tuple[Workload, ...] = (
         towards=8.0,
         ours=Ours(score_batch_size=8),
     ),
+    # One update an iteration, no reference, and a reward that takes no time: as TRL's defaults.
+    _of("grpo_mid", _MID, (4, 192, 32), num_generations=8, to_reach=3.0, towards=5.0, ours=Ours()),
     _of("sft_smollm2", _SMOLLM2, (2, 448, 64), to_reach=1.25, towards=1.5, **_DECODER),
     _of("generate_smollm2", _SMOLLM2, (16, 128, 64), to_reach=1.5, greedy=True, **_DECODER),
 )

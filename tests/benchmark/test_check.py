@@ -24,7 +24,7 @@ def several_blocks(monkeypatch):
 
 def test_workloads_with_the_same_settings_are_checked_once_with_several_blocks():
     distinct = {check.small_workload(workload) for workload in WORKLOADS}
-    assert len(distinct) == len(set(SMALL.values())) == 9
+    assert len(distinct) == len(set(SMALL.values())) == 10
     for small_workload in distinct:
         assert small_workload.prompt_length > BLOCK or small_workload.kind == "generate"
         assert small_workload.response_length > BLOCK or small_workload.kind not in (
@@ -33,7 +33,7 @@ def test_workloads_with_the_same_settings_are_checked_once_with_several_blocks()
         )
 
 
-STEPS = ["reward_frozen_small", "dpo_mid", "ppo_shared_mid", "sft_smollm2"]
+STEPS = ["reward_frozen_small", "dpo_mid", "ppo_shared_mid", "grpo_mid", "sft_smollm2"]
 
 
 # Frozen layers, a shared base, sampled tokens, and two epochs, of which the second clips; a Llama.

@@ -40,7 +40,7 @@ def test_workloads_are_chosen_in_the_order_of_the_table():
     for platform in ("cpu", "gpu"):
         assert [each.name for each in config.chosen(platform)] == ["sft_mid", "ppo_mid"]
     assert BenchmarkConfig().chosen("cpu") == WORKLOADS
-    assert len(NAMES) == 19
+    assert len(NAMES) == 20
 
 
 def test_workloads_for_a_gpu_need_a_gpu():
