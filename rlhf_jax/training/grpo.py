@@ -37,6 +37,7 @@ from rlhf_jax.training.grpo_loss import (
     policy_loss,
     response_advantages,
     reward_kl,
+    selected_tokens,
 )
 from rlhf_jax.training.grpo_settings import TRAINER, Settings
 from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
@@ -198,7 +199,7 @@ def make_update_step(
             advantages,
             loss_mask,
             rollout.logprobs,
-            _selected(settings, entropy, loss_mask),
+            selected_tokens(settings, entropy, loss_mask),
             states,
         )
         params, opt_state, update_metrics = run_epochs(
@@ -242,16 +243,6 @@ def _experience(model, settings, state, batch, rollout, scores):
         )
     scored = ScoredRollout(*sequences, logprobs, ref_logprobs, None, scores)
     return scored, states, entropy, exact_kl
-
-
-def _selected(settings, entropy, loss_mask):
-    """f32[B, K, T], 1 on tokens of high entropy; None where all are trained on."""
-    if settings.top_entropy_quantile == 1:
-        return None
-    shape = loss_mask.shape
-    entropy, mask = (x.reshape(-1, shape[-1]) for x in (entropy, loss_mask))
-    selected = functional.top_entropy_mask(entropy, mask, share=settings.top_entropy_quantile)
-    return selected.reshape(shape).astype(jnp.float32)
 
 
 def _loss(model, settings, frozen, params, batch, key, counts):

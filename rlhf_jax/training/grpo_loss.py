@@ -124,6 +124,18 @@ def reward_kl(settings: Settings, rollout: ScoredRollout) -> jax.Array:
     return functional.masked_mean(jnp.sum(_kl(settings, rollout), axis=-1), valid)
 
 
+def selected_tokens(
+    settings: Settings, entropy: jax.Array, loss_mask: jax.Array
+) -> jax.Array | None:
+    """f32[B, K, T], 1 on tokens of high entropy; None where all are trained on."""
+    if settings.top_entropy_quantile == 1:
+        return None
+    shape = loss_mask.shape
+    entropy, mask = (x.reshape(-1, shape[-1]) for x in (entropy, loss_mask))
+    selected = functional.top_entropy_mask(entropy, mask, share=settings.top_entropy_quantile)
+    return selected.reshape(shape).astype(jnp.float32)
+
+
 def count(targets: Targets) -> tuple[jax.Array, jax.Array]:
     """f32[] each: the responses and the tokens that losses are means over.
 

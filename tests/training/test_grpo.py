@@ -12,7 +12,7 @@ import pytest
 from rlhf_jax.batches import Rollout, ScoredRollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import grpo, rloo_settings
-from rlhf_jax.training.grpo_loss import Targets, policy_loss
+from rlhf_jax.training.grpo_loss import Targets, policy_loss, selected_tokens
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SGD
 
 SCORES = np.array(
@@ -262,44 +262,70 @@ def test_rewards_are_normalized_apart(model, params, batch, responses):
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
-@pytest.mark.parametrize("prefix", ["grpo", "grpo_empty_row"])
-def test_the_loss_is_trls(prefix):
-    """GRPOTrainer of TRL 0.29.1 on the same log-probabilities, a group of one each."""
-    with np.load(GOLDEN / "trl.npz") as file:
-        case = {x.removeprefix(f"{prefix}/"): file[x] for x in file.files if f"{prefix}/" in x}
-    logprobs, old, ref = (
-        case[name][:, None] for name in ("logprobs", "old_logprobs", "ref_logprobs")
-    )
-    mask = case["mask"][:, None]
+def golden(name, prefix):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {x.removeprefix(f"{prefix}/"): file[x] for x in file.files if f"{prefix}/" in x}
+
+
+def assert_is_trls(case, index, settings):
+    """The loss of GRPOTrainer of TRL 0.29.1 on its log-probabilities, a group of one each."""
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "mask")
+    logprobs, old, ref, mask = (jnp.asarray(case[name][:, None]) for name in names)
+    entropy = jnp.asarray(case.get("entropy", np.zeros_like(case["logprobs"]))[:, None])
+    sampler = jnp.asarray(case.get("sampler_logprobs", case["old_logprobs"])[:, None])
     sampled = ScoredRollout(None, None, None, np.ones_like(mask), old, ref, None, None)
-    targets = Targets(sampled, case["advantages"][:, None], mask, old, None, None)
-    kinds = case["hp/loss_type"]
-    # Of each kind the last settings, with two ranges and a KL.
-    for index in {str(kind): i for i, kind in enumerate(kinds)}.values():
+    selected = selected_tokens(settings, entropy, mask)
+    advantages = jnp.asarray(case["advantages"][:, None])
+    targets = Targets(sampled, advantages, mask, sampler, selected, None)
+    loss = functools.partial(policy_loss, settings)
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs, entropy, targets)
+    np.testing.assert_allclose(gradient[:, 0], case["out/grad"][index], rtol=2e-5, atol=1e-6)
+    expected = {"train/loss": "loss", "kl": "kl", "entropy": "entropy"}
+    if settings.importance_sampling_level == "token":  # TRL's are else means over responses
+        expected |= {
+            "clip_ratio/low_mean": "clip_low",
+            "clip_ratio/high_mean": "clip_high",
+            "cispo_clip_ratio": "cispo_clip",
+        }
+    for name in expected.keys() & metrics.keys():
+        if (out := f"out/{expected[name]}") in case:
+            value = case[out][index]
+            assert float(metrics[name]) == pytest.approx(value, rel=2e-5, abs=1e-6), name
+
+
+def test_the_losses_are_trls():
+    """Of each loss type, with every setting that TRL's reads."""
+    case = golden("trl_grpo", "loss")
+    hyperparameters = {x.removeprefix("hp/"): y for x, y in case.items() if "hp/" in x}
+    lengths = hyperparameters.pop("max_completion_length")
+    modes = hyperparameters.pop("importance_mode")
+    for index, length in enumerate(lengths):
+        options = {name: values[index].item() for name, values in hyperparameters.items()}
+        if np.isinf(options["delta"]):
+            del options["delta"]
+        mode = {"importance_sampling_mode": str(modes[index])} if modes[index] else {}
         settings = grpo.Settings(
             num_iterations=2,
-            response_length=mask.shape[-1],
-            loss_type=str(kinds[index]),
+            response_length=int(length),
+            importance_sampling_cap=1.25,
+            **options,
+            **mode,
+        )
+        assert_is_trls(case, index, settings)
+
+
+def test_the_losses_with_a_response_without_tokens_are_trls():
+    case = golden("trl", "grpo_empty_row")
+    for index, loss_type in enumerate(case["hp/loss_type"]):
+        settings = grpo.Settings(
+            num_iterations=2,
+            response_length=7,
+            loss_type=str(loss_type),
             beta=float(case["hp/kl_coef"][index]),
             epsilon=float(case["hp/clip_range"][index]),
             epsilon_high=float(case["hp/clip_range_high"][index]),
         )
-        loss = functools.partial(policy_loss, settings)
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
-            jnp.asarray(logprobs), jnp.zeros(mask.shape), targets
-        )
-        expected = {
-            "train/loss": case["out/loss"][index],
-            "clip_ratio/low_mean": case["out/clip_low"][index],
-            "clip_ratio/high_mean": case["out/clip_high"][index],
-            "clip_ratio/region_mean": case["out/clip_region"][index],
-        }
-        if settings.beta:
-            expected["kl"] = case["out/kl"][index]
-        for name, each in expected.items():
-            assert float(metrics[name]) == pytest.approx(each, rel=1e-5, abs=1e-6), name
-        np.testing.assert_allclose(gradient[:, 0], case["out/grad"][index], rtol=1e-5, atol=1e-6)
-        assert value == metrics["train/loss"]
+        assert_is_trls(case, index, settings)
 
 
 @pytest.mark.parametrize(
