@@ -20,6 +20,7 @@ from rlhf_jax.runtime import config
 from rlhf_jax.runtime.commands.pairs import pair_by_label, pair_by_prompt
 from rlhf_jax.training.settings import OptimizerSettings
 from rlhf_jax.training.state import make_optimizer
+from scripts import policy_gradients
 from scripts.frontier import Config as FrontierConfig
 from tests import small
 
@@ -32,7 +33,9 @@ KINDS = {
     "train_ppo": config.PPOConfig,
     "train_grpo": config.config_of(config.trainer_named("grpo")),
     "train_dpo": config.config_of(config.trainer_named("dpo")),
+    "train_grpo": config.config_of(config.trainer_named("grpo")),
     "frontier": FrontierConfig,
+    "policy_gradients": policy_gradients.Config,
 }
 STAGES = ("sft", "reward", "ppo")
 STEPS = 2
@@ -106,7 +109,10 @@ def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = config.resolve(KINDS[command_of(path)], path)
     assert recipe.run_dir.startswith("runs/")
-    settings = recipe.optimizer
+    if isinstance(recipe, policy_gradients.Config):
+        for method in recipe.methods:
+            policy_gradients.run_config(recipe, method, 0)
+    settings = recipe.sft.optimizer if hasattr(recipe, "methods") else recipe.optimizer
     is_one = isinstance(settings, OptimizerSettings)
     for each in [settings] if is_one else vars(settings).values():
         make_optimizer(each, 10)

@@ -25,6 +25,7 @@ from rlhf_jax.data.tasks.problems import Options, Problem, Split, Task, draw_pro
 from rlhf_jax.errors import InputError
 
 OWN, OF_REASONING_GYM = "task:", "reasoning_gym:"
+SHARED = ("noise", "chat", "held_out")  # the options of all tasks
 
 TASKS: dict[str, Task] = {
     "arithmetic": arithmetic.TASK,
@@ -48,9 +49,8 @@ def options_of(path: str, values: Mapping[str, Any]) -> Options:
     Raises:
       InputError: there is no such task or option, or a value is wrong.
     """
-    shared = {"noise", "chat"}
     if path.startswith(OF_REASONING_GYM):
-        options = Options(**{name: x for name, x in values.items() if name in shared})
+        options = Options(**{name: x for name, x in values.items() if name in SHARED})
         if options.noise:
             raise InputError(f"data.task: {path} has no wrong answers: leave noise out.")
         return options
@@ -72,11 +72,12 @@ def problems_of(
     path: str, values: Mapping[str, Any], seed: int, count: int, split: Split
 ) -> list[Problem]:
     """The problems of a task in a split, a function of the arguments."""
+    options = options_of(path, values)
     if path.startswith(OF_REASONING_GYM):
-        own = {name: x for name, x in values.items() if name not in ("noise", "chat")}
-        return reasoning_gym.problems(path.removeprefix(OF_REASONING_GYM), own, seed, count, split)
-    task = TASKS[path.removeprefix(OWN)]
-    return draw_problems(task, options_of(path, values), seed, count, split)
+        own = {name: x for name, x in values.items() if name not in SHARED}
+        name = path.removeprefix(OF_REASONING_GYM)
+        return reasoning_gym.problems(name, own, seed, count, split, options.held_out)
+    return draw_problems(TASKS[path.removeprefix(OWN)], options, seed, count, split)
 
 
 def texts(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,6 @@ from rlhf_jax.errors import InputError
 
 Split = Literal["train", "eval"]
 
-HELD_OUT = 5  # every fifth problem, by checksum, belongs to the evaluation split
 MAX_REPEATS = 2000  # draws without a new problem, after which all are taken to be drawn
 
 
@@ -24,10 +23,12 @@ class Options:
     Attributes:
       noise: the share of completions that are wrong, for supervised fine-tuning.
       chat: whether prompts and completions are messages.
+      held_out: the share of all problems that belongs to the evaluation split, by their hashes.
     """
 
     noise: Fraction = 0.0
     chat: bool = False
+    held_out: Fraction = 0.2
 
     def __post_init__(self) -> None:
         check_fields("data.task", self)
@@ -69,9 +70,10 @@ def filled(template: str, **values: object) -> str:
         ) from None
 
 
-def is_held_out(key: str) -> bool:
+def is_held_out(key: str, share: float) -> bool:
     """Whether a problem belongs to the evaluation split, whatever the seed."""
-    return zlib.crc32(key.encode()) % HELD_OUT == 0
+    digest = hashlib.sha256(key.encode()).digest()  # even over short keys, unlike a checksum
+    return int.from_bytes(digest[:4]) < share * 2**32
 
 
 def draw_problems(
@@ -107,7 +109,7 @@ def _distinct(
     while True:
         problem = task.draw(rng, options)
         is_new = problem.question not in seen
-        if is_new and is_held_out(problem.key) == (split == "eval"):
+        if is_new and is_held_out(problem.key, options.held_out) == (split == "eval"):
             seen.add(problem.question)
             repeats = 0
             yield problem

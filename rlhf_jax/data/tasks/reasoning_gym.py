@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from rlhf_jax.data.tasks.problems import HELD_OUT, Problem, Split, is_held_out
+from rlhf_jax.data.tasks.problems import Problem, Split, is_held_out
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards.answers import tagged_answer
 
@@ -26,19 +26,25 @@ def _package() -> ModuleType:
 
 
 def problems(
-    name: str, options: Mapping[str, Any], seed: int, count: int, split: Split
+    name: str,
+    options: Mapping[str, Any],
+    seed: int,
+    count: int,
+    split: Split,
+    held_out: float,
 ) -> list[Problem]:
     """Problems of a task, a function of (options, seed, count, split); the splits share none.
 
     Args:
       options: arguments of `reasoning_gym.create_dataset`.
+      held_out: the share of all problems that belongs to the evaluation split.
 
     Raises:
       InputError: the package or the task is missing, an option is wrong, or the task has too few
         different problems.
     """
     gym = _package()
-    size = 10 * HELD_OUT * max(count, 1)
+    size = 50 * max(count, 1)  # of both splits
     try:
         entries = gym.create_dataset(name, seed=seed, size=size, **options)
     except (TypeError, ValueError, AssertionError) as error:
@@ -49,7 +55,7 @@ def problems(
             break
         entry = entries[index]
         question = entry["question"]
-        if is_held_out(question) == (split == "eval") and question not in found:
+        if is_held_out(question, held_out) == (split == "eval") and question not in found:
             answer = str(entry["answer"])
             columns = {"metadata": entry["metadata"], "task_name": name}
             found[question] = Problem(question, question, answer, "", columns)
