@@ -1,6 +1,6 @@
 """Online trainers side by side on problems that the fine-tuned model solves in part.
 
-    python scripts/policy_gradients.py --config configs/arithmetic/grpo.yaml
+    python scripts/policy_gradients.py --config configs/arithmetic/policy_gradients.yaml
 
 A model is fine-tuned on answers of which a part is wrong, and `rlhf filter` keeps the problems
 whose pass rate lies in a range. Each method then trains on these problems, once for each seed, and
@@ -24,6 +24,7 @@ from rlhf_jax.runtime.commands.terminal import run_command
 from rlhf_jax.runtime.config import FilterConfig, RunConfig, SFTConfig, config_of, resolve
 from rlhf_jax.runtime.evaluation.policies import read_evaluation
 from rlhf_jax.runtime.parsing import merge
+from rlhf_jax.runtime.rewards.sources import plain_name
 from rlhf_jax.training import TRAINERS
 
 sys.path.append(str(Path(__file__).resolve().parent / "lessons"))
@@ -43,6 +44,7 @@ class Config:
       shared: sections of the configuration of all methods. `settings` are those of the trainer's
         own section.
       methods: for each method the name of its `trainer`, and sections laid over the shared ones.
+      selected: the methods that are run; empty: all.
       seeds: a run of each method for each; the fine-tuned model and the problems are the same.
       target: the mean pass@1 that each method is to reach.
       run_dir: the folder of all runs, the table and the plot.
@@ -52,6 +54,7 @@ class Config:
     filter: FilterConfig = FilterConfig()
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
     methods: dict[str, Any] = dataclasses.field(default_factory=dict)
+    selected: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     target: float = 0.95
     run_dir: str = "runs/policy_gradients"
@@ -61,6 +64,11 @@ class Config:
         for name, method in self.methods.items():
             if not isinstance(method, Mapping) or method.get("trainer") not in online:
                 raise InputError(f"methods.{name} needs a trainer of {', '.join(online)}.")
+        for name in self.selected:
+            if name not in self.methods:
+                raise InputError(
+                    f"selected has {name!r}, but the methods are {', '.join(self.methods)}."
+                )
         if not self.methods or not self.seeds:
             raise InputError("methods and seeds must not be empty: give one of each.")
 
@@ -87,7 +95,7 @@ def run_config(config: Config, method: str, seed: int) -> RunConfig:
             "model": {"path": str(folder / "sft" / "hf")},
             # All problems, also to evaluate on.
             "data": {"path": problems, "eval_path": problems, "eval_rows": 2**20},
-            "run_dir": str(folder / f"{method}-{seed}"),
+            "run_dir": str(folder / f"{plain_name(method).lower()}-{seed}"),
             "seed": seed,
         },
     )
@@ -136,7 +144,7 @@ def main(config: Config) -> None:
     """Runs what is missing, prints the table and draws the plot."""
     runs = {
         method: [run_config(config, method, seed) for seed in config.seeds]
-        for method in config.methods
+        for method in config.selected or config.methods
     }
     folder = Path(config.run_dir)
     sft = folder / "sft"

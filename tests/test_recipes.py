@@ -33,7 +33,6 @@ KINDS = {
     "train_ppo": config.PPOConfig,
     "train_grpo": config.config_of(config.trainer_named("grpo")),
     "train_dpo": config.config_of(config.trainer_named("dpo")),
-    "train_grpo": config.config_of(config.trainer_named("grpo")),
     "frontier": FrontierConfig,
     "policy_gradients": policy_gradients.Config,
 }
@@ -111,7 +110,8 @@ def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
     assert recipe.run_dir.startswith("runs/")
     if isinstance(recipe, policy_gradients.Config):
         for method in recipe.methods:
-            policy_gradients.run_config(recipe, method, 0)
+            run = policy_gradients.run_config(recipe, method, 0)
+            assert run.settings.total_iterations == 300
     settings = recipe.sft.optimizer if hasattr(recipe, "methods") else recipe.optimizer
     is_one = isinstance(settings, OptimizerSettings)
     for each in [settings] if is_one else vars(settings).values():

@@ -53,7 +53,7 @@ def test_finished_runs_are_a_table_and_curves_over_equal_numbers_of_responses(
     (tmp_path / "problems.jsonl").touch()
     for method, ends in {"GRPO": (0.7, 0.9), "PPO": (0.5, 0.7)}.items():
         for seed, after in enumerate(ends):
-            finished(tmp_path / f"{method}-{seed}", 0.25, after)
+            finished(tmp_path / f"{method.lower()}-{seed}", 0.25, after)
     script.main(settings)
     printed = capsys.readouterr().out
     assert "| GRPO | 0.250 | 0.800 | 0.700 | 2 |\n| PPO | 0.250 | 0.600 | 0.500 | 2 |" in printed
@@ -70,5 +70,8 @@ def test_finished_runs_are_a_table_and_curves_over_equal_numbers_of_responses(
 def test_methods_without_an_online_trainer_are_one_sentence(script):
     wrong = {**CONFIG, "methods": {"SFT": {"trainer": "sft"}}}
     assert message(config.resolve, script.Config, wrong).startswith("methods.SFT needs a trainer")
+    unknown = {**CONFIG, "selected": ["DPO"]}
+    expected = "selected has 'DPO', but the methods are GRPO, PPO."
+    assert message(config.resolve, script.Config, unknown) == expected
     with pytest.raises(InputError, match="methods and seeds must not be empty"):
         script.Config()
