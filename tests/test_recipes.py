@@ -111,7 +111,7 @@ def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
     if isinstance(recipe, policy_gradients.Config):
         for method in recipe.methods:
             run = policy_gradients.run_config(recipe, method, 0)
-            assert run.settings.total_iterations == 300
+            assert run.settings.total_iterations == 400
     settings = recipe.sft.optimizer if hasattr(recipe, "methods") else recipe.optimizer
     is_one = isinstance(settings, OptimizerSettings)
     for each in [settings] if is_one else vars(settings).values():

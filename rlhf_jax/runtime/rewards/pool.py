@@ -122,6 +122,7 @@ class FunctionPool:
         self.name, self.kwargs, self.num_processes = name, kwargs, num_processes
         self.timeout, self.failed_score = timeout, failed_score
         self._workers: list[_Worker] = []
+        self._has_warned = False
         self.close = weakref.finalize(self, _end_all, self._workers)
 
     def __call__(self, calls: Sequence[Call]) -> Scored:
@@ -184,10 +185,11 @@ class FunctionPool:
             first = replies[failed.index(True)].value
             if len(replies) > 1 and all(reply.kind == "raised" for reply in replies):
                 raise InputError(f"{self.name} failed for each of {len(failed)} responses: {first}")
-            _logger.warning(
-                "%s failed for %d of %d responses, which have the score %g: %s",
-                *(self.name, sum(failed), len(failed), self.failed_score, first),
-            )
+            if not self._has_warned:  # later ones are counted in a metric alone
+                text = "%s failed for %d of %d responses, which have the score %g: %s"
+                numbers = (sum(failed), len(failed), self.failed_score)
+                _logger.warning(text, self.name, *numbers, first)
+            self._has_warned = True
         values = (
             self.failed_score if fails else float(reply.value)
             for reply, fails in zip(replies, failed, strict=True)
