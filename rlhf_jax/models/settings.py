@@ -16,6 +16,8 @@ class ModelSettings:
 
     Attributes:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
+      adapter_path: a local folder of an adapter in PEFT's format, on the model at `path`. Training
+        goes on with it, or with `lora.r` merges it into the base of new ones.
       reward_path: folder or hub name of the reward model that scores responses.
       reference_path: folder or hub name of the policy that evaluation compares with, and of the
         reference of DPO and KTO; null means the model that they begin with.
@@ -32,6 +34,7 @@ class ModelSettings:
     """
 
     path: str | None = None
+    adapter_path: str | None = None
     reward_path: str | None = None
     reference_path: str | None = None
     value_path: str | None = None
@@ -47,6 +50,11 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_fields("model", self)
+        if self.adapter_path is not None and self.path is None:
+            raise InputError(
+                f"model.adapter_path is {self.adapter_path}, but there is no base for it: give "
+                "--model.path the model that it was trained on."
+            )
         if self.attention == "cudnn" and self.dtype != "auto":
             check_cudnn_dtype(self.dtype)
 
