@@ -68,7 +68,9 @@ def make_configs(base, family, sizes):
     computes layers again; "trunk" has frozen layers, and a value head on the layers of the policy.
     "dpo" sorts the batch, and trains adapters of the upper layer on a base in int8; "kto" has a
     reference that is computed before.
-    "online_dpo" has frozen layers, and trains on two of three responses, "grpo" on all.
+    "dpo" sorts the batch, and trains adapters of the upper layer on a base in int8; "kto" has a
+    reference that is computed before. "online_dpo" has frozen layers, and trains on two of three
+    responses, "grpo" on all.
     """
     folder, one_device = (run_folder(base, family, mesh) for mesh in (sizes, (1, 1, 1)))
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))

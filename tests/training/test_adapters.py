@@ -127,11 +127,11 @@ def test_fresh_adapters_change_no_loss(model, params):
 
 def test_settings_that_exclude_adapters_are_one_sentence(model, params):
     tuned, both = adapted(model, params)
+    frozen = dataclasses.replace(SETTINGS, num_layers_unfrozen=1)
     with pytest.raises(InputError, match=r"ppo.num_layers_unfrozen is 1, but only adapters"):
-        frozen = dataclasses.replace(SETTINGS, num_layers_unfrozen=1)
         ppo.init_state(tuned, both, frozen, KEY)
+    settings = dpo.Settings(precompute_ref=False, sync_ref_model=True)
     with pytest.raises(InputError, match=r"dpo.sync_ref_model mixes"):
-        settings = dpo.Settings(precompute_ref=False, sync_ref_model=True)
         dpo.init_state(tuned, both, settings, KEY)
     with pytest.raises(
         InputError, match=r"lora: target_modules names 'q_proj', which is no linear"

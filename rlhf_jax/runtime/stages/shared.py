@@ -119,7 +119,9 @@ class BaseStage:
         parts = state._asdict()
         if parts["frozen"] is not None:
             parts["frozen"] = {"fingerprint": fingerprint(state.frozen)}
-        return {name: part for name, part in parts.items() if part is not None and part != {}}
+        return {
+            name: part for name, part in parts.items() if part is not None and not _is_empty(part)
+        }
 
     def resumed(self, state: Any, saved: dict[str, Any]) -> Any:
         """The saved parts beside the frozen ones; an InputError if those have changed."""
@@ -131,6 +133,10 @@ class BaseStage:
                 "with; put it back, or choose another --run_dir."
             )
         return state._replace(**{**saved, "frozen": frozen})
+
+
+def _is_empty(part: Any) -> bool:
+    return isinstance(part, dict) and not part
 
 
 def data_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
