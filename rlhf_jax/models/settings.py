@@ -16,11 +16,12 @@ class ModelSettings:
 
     Attributes:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
-      adapter_path: a local folder of an adapter in PEFT's format, on the model at `path`. Training
-        goes on with it, or with `lora.r` merges it into the base of new ones.
+      adapter_path: a local folder of an adapter in PEFT's format, on the model at `path`, with
+        which training goes on.
       reward_path: folder or hub name of the reward model that scores responses.
       reference_path: folder or hub name of the policy that evaluation compares with, and of the
-        reference of DPO and KTO; null means the model that they begin with.
+        reference of DPO and KTO, or an adapter on the model at `path`; null means the model that
+        they begin with.
       value_path: folder or hub name of the reward model that PPO's value model starts from, with
         `ppo.value_model: reward`; null means `reward_path`.
       family: `model_type` of a fresh model, such as gpt2, llama, qwen3 or gemma3_text.

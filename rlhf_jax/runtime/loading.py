@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import tempfile
@@ -40,6 +41,7 @@ from rlhf_jax.models.huggingface import (
     load_reward_model,
 )
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.peft_config import CONFIG as ADAPTER_CONFIG
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.special_tokens import with_special_tokens
 from rlhf_jax.runtime.program import Placement
@@ -151,12 +153,17 @@ def load_reference(
 ) -> tuple[Model, Params] | None:
     """The policy at `model.reference_path`, to compare with another one; None without a path.
 
+    A folder in PEFT's format is an adapter of the base at `model.path`.
+
     Raises an InputError if the folder cannot be read, its tokenizer is another one, or the model
     cannot be split over the mesh.
     """
     path = settings.reference_path
     if path is None:
         return None
+    if settings.path is not None and (epath.Path(path) / ADAPTER_CONFIG).exists():
+        base = dataclasses.replace(settings, adapter_path=path)
+        return load_model(base, tokenizer, jax.random.key(0), mesh)
     with local_folder(path) as folder:
         both = tokenizer, load_tokenizer(folder)
         if not (shares_tokens(*both) and shares_tokens(*both[::-1])):

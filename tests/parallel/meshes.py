@@ -67,8 +67,6 @@ def make_configs(base, family, sizes):
     "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
     computes layers again; "trunk" has frozen layers, and a value head on the layers of the policy.
     "dpo" sorts the batch, and trains adapters of the upper layer on a base in int8; "kto" has a
-    reference that is computed before.
-    "dpo" sorts the batch, and trains adapters of the upper layer on a base in int8; "kto" has a
     reference that is computed before. "online_dpo" has frozen layers, and trains on two of three
     responses, "grpo" on all.
     """
