@@ -59,3 +59,21 @@ class LoraSettings:
                 "lora.use_dora needs the norms of the kernels, which lora.base int8 rounds; set "
                 "lora.base to bfloat16, or lora.use_dora to false."
             )
+
+
+def check_start(adapter_path: str | None, lora: LoraSettings) -> None:
+    """Raises an InputError if settings of fresh adapters are given where there are none."""
+    if adapter_path is not None and lora.r is not None:
+        raise InputError(
+            f"lora.r is {lora.r}, but training goes on with the adapters in model.adapter_path "
+            f"{adapter_path}; leave lora.r out, or start from the run's hf/, which has them merged."
+        )
+    fields = dataclasses.fields(lora)
+    changed = [each.name for each in fields if getattr(lora, each.name) != each.default]
+    if adapter_path is not None:
+        changed = [name for name in changed if name != "base"]
+    if lora.r is None and changed:
+        raise InputError(
+            f"lora.{changed[0]} is given, but without lora.r there are no adapters; set it, such as "
+            "to 16."
+        )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 from rlhf_jax import checks, training
 from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.adapter_settings import LoraSettings
+from rlhf_jax.models.adapter_settings import LoraSettings, check_start
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.rollout.settings import GenerationSettings
@@ -86,20 +86,7 @@ class RunConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        path, lora = self.model.adapter_path, self.lora
-        if path is not None and lora.r is not None:
-            raise InputError(
-                f"lora.r is {lora.r}, but training goes on with the adapters in model.adapter_path "
-                f"{path}; leave lora.r out, or start from the run's hf/, which has them merged."
-            )
-        changed = [f.name for f in dataclasses.fields(lora) if getattr(lora, f.name) != f.default]
-        if path is not None:
-            changed = [name for name in changed if name != "base"]
-        if lora.r is None and changed:
-            raise InputError(
-                f"lora.{changed[0]} is given, but without lora.r there are no adapters; set it, "
-                "such as to 16."
-            )
+        check_start(self.model.adapter_path, self.lora)
 
     trainer: ClassVar[Trainer]
     # Settings of the number of steps, which may change when a run continues.
