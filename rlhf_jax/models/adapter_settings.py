@@ -74,6 +74,6 @@ def check_start(adapter_path: str | None, lora: LoraSettings) -> None:
         changed = [name for name in changed if name != "base"]
     if lora.r is None and changed:
         raise InputError(
-            f"lora.{changed[0]} is given, but without lora.r there are no adapters; set it, such as "
-            "to 16."
+            f"lora.{changed[0]} is given, but without lora.r there are no adapters; set it, such "
+            "as to 16."
         )

@@ -74,7 +74,7 @@ class Dense(nn.Module):
         names = [name for name in BESIDE_KERNEL if self.has_variable("params", name)]
         if not names:
             return _product()(x, kernel.astype(self.dtype), bias)
-        parts = {name: self.get_variable("params", name) for name in names}
+        parts: Parts = {name: self.get_variable("params", name) for name in names}
         dropped = x
         if "lora_dropout" in parts and self.has_rng("dropout"):
             dropped = drop(traced_dropout(self.make_rng("dropout"), parts["lora_dropout"]), x)

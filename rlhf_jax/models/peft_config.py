@@ -56,11 +56,11 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class KernelModule(NamedTuple):
-    """A module with a kernel: its name in Hugging Face's files, and its place."""
+    """A module of a layer with a kernel: its name in Hugging Face's files, and its place."""
 
     name: str
     path: Path
-    layer: int | None
+    layer: int
 
 
 def config_of_settings(settings: LoraSettings) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def resolve_adapters(
 
 def _resolve(data, slots, options):
     rank, alpha = integer("r", data.get("r", 8)), positive("lora_alpha", data.get("lora_alpha", 8))
-    kernels = [each for each in kernel_modules(slots) if each.layer is not None]
+    kernels = list(kernel_modules(slots))
     saved = _saved_paths(data.get("modules_to_save") or [], slots)
     chosen = [each for each in kernels if _is_target(data, each.name, saved, each.path)]
     _check_names(data, kernels, chosen)
@@ -155,7 +155,7 @@ def _resolve(data, slots, options):
 def kernel_modules(slots: Mapping[str, Slot]) -> Iterator[KernelModule]:
     """Every module with a kernel, in the order of the layers."""
     for name, slot in slots.items():
-        if slot.path[-1] == "kernel":
+        if slot.path[-1] == "kernel" and slot.layer is not None:
             yield KernelModule(name.removesuffix(".weight"), slot.path[:-1], slot.layer)
 
 

@@ -37,8 +37,8 @@ def with_data_of_run(values: Mapping[str, Any], name: str, *, quiet: bool = Fals
     if not isinstance(path, str) or not all(isinstance(x, Mapping) for x in sections.values()):
         return dict(values)
     folder, kind, described = epath.Path(path), "hf", "config.json"
-    adapter = model.get("adapter_path") if name == "path" else None
-    if isinstance(adapter, str):
+    adapter = model.get("adapter_path") if isinstance(model, Mapping) else None
+    if name == "path" and isinstance(adapter, str):
         folder, kind, described = epath.Path(adapter), "adapter", "adapter_config.json"
     file = folder.parent / "config.yaml"
     if folder.name != kind or not (folder / described).exists() or not file.exists():
