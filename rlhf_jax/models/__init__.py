@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from rlhf_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from rlhf_jax.models.adapter_folders import save_adapter as save_adapter
+    from rlhf_jax.models.adapter_settings import LoraSettings as LoraSettings
+    from rlhf_jax.models.adapters import merge_adapter as merge_adapter
     from rlhf_jax.models.cache import Cache as Cache
     from rlhf_jax.models.huggingface import load_pretrained as load_pretrained
     from rlhf_jax.models.huggingface import load_reward_model as load_reward_model
@@ -20,13 +23,16 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "Cache": "rlhf_jax.models.cache",
+        "LoraSettings": "rlhf_jax.models.adapter_settings",
         "Model": "rlhf_jax.models.interface",
         "ModelConfig": "rlhf_jax.models.interface",
         "ModelSettings": "rlhf_jax.models.settings",
         "SharedPrompt": "rlhf_jax.models.interface",
         "load_pretrained": "rlhf_jax.models.huggingface",
         "load_reward_model": "rlhf_jax.models.huggingface",
+        "merge_adapter": "rlhf_jax.models.adapters",
         "positions_from": "rlhf_jax.models.interface",
+        "save_adapter": "rlhf_jax.models.adapter_folders",
         "save_pretrained": "rlhf_jax.models.huggingface",
         "save_reward_model": "rlhf_jax.models.huggingface",
     },

@@ -1,4 +1,22 @@
-"""Affine layers, whose gradients a CPU multiplies fast."""
+"""Affine layers, whose gradients a CPU multiplies fast, with a low-rank adapter where there is one.
+
+Beside `kernel` [D, *features] the parameters of a layer may hold, of a frozen kernel,
+
+    kernel_scale      f32[*features]: the kernel is int8, and this times it
+    lora_a, lora_b    [D, r] and [r, *features], A and B of the adapter
+    lora_scale        f32[]: alpha / r, or alpha / sqrt(r)
+    lora_dropout      f32[]: the rate at which its inputs are dropped where there is a key
+    lora_start_a, lora_start_b
+                      A and B before training, whose product is taken off (PiSSA)
+    lora_magnitude    f32[*features]: the norms of the columns (DoRA)
+
+    V = W + scale * (A B - A0 B0),      y = x V + bias, or with DoRA x (m * V / |V|) + bias
+
+in which |V|, the norm over D, has no gradient. A kernel without an adapter costs what it did.
+
+Hu et al. 2021, LoRA, section 4.1 (arXiv:2106.09685); Meng et al. 2024, PiSSA, eq. 2 to 5
+(arXiv:2404.02948); Liu et al. 2024, DoRA, eq. 5 and section 4.3 (arXiv:2402.09353).
+"""
 
 import math
 from collections.abc import Callable
@@ -7,10 +25,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, get_abstract_mesh
 
 from rlhf_jax.backend import is_on_one_cpu
+from rlhf_jax.models.dropout import drop, traced_dropout
+
+ADAPTED = "adapted"  # the name of sums of products, which the backward pass keeps in their place
+BESIDE_KERNEL = (
+    "kernel_scale",
+    "lora_a",
+    "lora_b",
+    "lora_scale",
+    "lora_dropout",
+    "lora_start_a",
+    "lora_start_b",
+    "lora_magnitude",
+)
+
+Parts = dict[str, jax.Array]  # "kernel" and arrays beside it
 
 
 class Dense(nn.Module):
@@ -36,14 +70,84 @@ class Dense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), self.features, jnp.float32)
-        arrays = jax.tree.map(lambda array: array.astype(self.dtype), (x, kernel, bias))
-        # The rule serves no mesh with explicit or manual axes.
-        fast = is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
-        return (_affine if fast else _plain)(*arrays)
+        x, bias = jax.tree.map(lambda array: array.astype(self.dtype), (x, bias))
+        names = [name for name in BESIDE_KERNEL if self.has_variable("params", name)]
+        if not names:
+            return _product()(x, kernel.astype(self.dtype), bias)
+        parts: Parts = {name: self.get_variable("params", name) for name in names}
+        dropped = x
+        if "lora_dropout" in parts and self.has_rng("dropout"):
+            dropped = drop(traced_dropout(self.make_rng("dropout"), parts["lora_dropout"]), x)
+        y = _adapted(x, dropped, {"kernel": kernel, **parts})
+        return y if bias is None else y + bias
 
     def _init_kernel(self, key, width):
         flat = self.kernel_init(key, (width, math.prod(self.features)), jnp.float32)
         return flat.reshape(width, *self.features)
+
+
+def effective_kernel(parts: Parts) -> jax.Array:
+    """f32[D, *features]: the kernel under which a layer without an adapter returns the same.
+
+    Args:
+      parts: of one layer, without the axis of layers.
+    """
+    kernel = parts["kernel"].astype(jnp.float32)
+    if "kernel_scale" in parts:
+        kernel *= parts["kernel_scale"]
+    kernel += adapter_product(parts)
+    if "lora_magnitude" in parts:
+        kernel *= parts["lora_magnitude"] / column_norms(kernel)
+    return kernel
+
+
+def adapter_product(parts: Parts) -> jax.Array:
+    """scale * (A B - A0 B0), f32[D, *features], or 0 without an adapter."""
+    if "lora_a" not in parts:
+        return jnp.zeros(())
+    a, b = (each.astype(jnp.float32) for each in low_rank(parts))
+    product = jnp.tensordot(a, b, 1, precision=lax.Precision.HIGHEST)
+    return parts["lora_scale"] * product
+
+
+def low_rank(parts: Parts) -> tuple[jax.Array, jax.Array]:
+    """(A, B), or ([A, A0], [B, -B0]), whose product is A B - A0 B0."""
+    a, b = parts["lora_a"], parts["lora_b"]
+    if "lora_start_a" not in parts:
+        return a, b
+    start_a, start_b = parts["lora_start_a"], -parts["lora_start_b"]
+    return jnp.concatenate([a, start_a], axis=1), jnp.concatenate([b, start_b])
+
+
+def column_norms(kernel: jax.Array) -> jax.Array:
+    """f32[*features]: the norms of a kernel [D, *features] over D."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0))
+
+
+def _adapted(x, dropped, parts):
+    """The product with the frozen kernel and with its adapter, without a bias."""
+    # Not `_affine`: the kernel has no gradient.
+    y = _plain(x, parts["kernel"].astype(x.dtype), None)
+    if "kernel_scale" in parts:
+        y = (y * parts["kernel_scale"]).astype(x.dtype)
+    if "lora_a" not in parts:
+        return y
+    a, b = (each.astype(x.dtype) for each in low_rank(parts))
+    product = _product()
+    low = (product(dropped, a, None) * parts["lora_scale"]).astype(x.dtype)
+    y = y + product(low, b, None)
+    if "lora_magnitude" in parts:
+        kernel = parts["kernel"].astype(jnp.float32) + adapter_product(parts)
+        norms = lax.stop_gradient(column_norms(kernel))
+        y = (y * (parts["lora_magnitude"] / norms)).astype(x.dtype)
+    return checkpoint_name(y, ADAPTED)
+
+
+def _product():
+    """x @ kernel + bias by the fastest gradients."""
+    # The rule serves no mesh with explicit or manual axes.
+    fast = is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
+    return _affine if fast else _plain
 
 
 def _plain(x, kernel, bias):

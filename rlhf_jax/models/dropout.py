@@ -40,6 +40,13 @@ def start_dropout(key: jax.Array, rate: float) -> Dropout:
     return Dropout(words, jnp.asarray(dropped, jnp.uint32), scale)
 
 
+def traced_dropout(key: jax.Array, rate: jax.Array) -> Dropout:
+    """`start_dropout` at a rate f32[], from 0 to below 1, to the nearest 2^-24."""
+    dropped = jnp.round(rate * 2.0**24)
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    return Dropout(words, dropped.astype(jnp.uint32) << 8, 2.0**24 / (2.0**24 - dropped))
+
+
 def kept(dropout: Dropout, shape: tuple[int, ...], first_row: int = 0) -> jax.Array:
     """bool[shape], True where an entry stays; of shape [..., rows, columns], each below 65,536.
 

@@ -86,7 +86,8 @@ class Family:
 @functools.cache
 def param_shapes(model: Model) -> Params:
     """Shapes and dtypes of the parameters; traced once for each model. Do not change the tree."""
-    return jax.eval_shape(model.init, jax.random.key(0))
+    # A key would be an array, which a mesh of devices that are not there cannot hold.
+    return jax.eval_shape(model.init, jax.eval_shape(functools.partial(jax.random.key, 0)))
 
 
 def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:

@@ -21,9 +21,11 @@ from jax.typing import DTypeLike
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder_families, gpt2
+from rlhf_jax.models.adapters import adapters_of
 from rlhf_jax.models.family import SCORE, SCORE_BIAS, Family, Slot, param_shapes
 from rlhf_jax.models.folders import find_folder, read_json
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.peft import read_adapter
 from rlhf_jax.models.reading import check_sizes, find_tensors, read_params, read_score_bias
 from rlhf_jax.models.settings import Attention, ModelSettings, Remat
 from rlhf_jax.models.special_tokens import (
@@ -34,8 +36,8 @@ from rlhf_jax.models.special_tokens import (
     with_listed_ends,
     with_pad_token,
 )
-from rlhf_jax.models.stored_types import dtype_in_config, written_types
-from rlhf_jax.models.writing import check_params, save_model
+from rlhf_jax.models.stored_types import written_types
+from rlhf_jax.models.writing import check_params, config_object, save_model
 from rlhf_jax.parallel.partition import tree_shardings
 
 logger = logging.getLogger("rlhf_jax.models")
@@ -118,6 +120,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     remat: Remat = "dots",
     attention: Attention = "blocks",
+    adapter_path: str | pathlib.Path | None = None,
 ) -> tuple[Model, Params]:
     """A language model and its parameters.
 
@@ -127,6 +130,7 @@ def load_pretrained(
       mesh: shards the parameters by the rules of the model; by default they are on the default
         device. Each host reads the parts that its devices will hold, one at a time.
       remat, attention: of the model, as in `models/settings.py`.
+      adapter_path: a local folder in PEFT's format, whose adapters the parameters hold as well.
 
     Returns:
       (model, params), the vocabulary padded as in `models/embedding.py`.
@@ -147,7 +151,10 @@ def load_pretrained(
     """
     opened = _open(folder_or_hub_name, dtype, remat, attention)
     model, params = _load(opened, {"model": param_shapes(opened.model)}, mesh, None)
-    return model, params["model"]
+    if adapter_path is None:
+        return model, params["model"]
+    slots = language_model_slots(model)
+    return read_adapter(adapter_path, model, slots, params["model"], mesh)
 
 
 def load_reward_model(
@@ -233,9 +240,9 @@ def save_pretrained(
     check_params(param_shapes(model), params)
     family = _family_of(model)
     slots = _slots(family, model, with_head=False)
-    types = written_types(model.stored_types, slots, {"model": params})
+    types = written_types(_stored(model), slots, {"model": params})
     texts = {
-        "config.json": _config_json(family, model.config, family.language_model, types),
+        "config.json": config_object(family, model.config, family.language_model, types),
         GENERATION_CONFIG: generation_config(model),
     }
     save_model(folder, family, slots, slots, {"model": params}, types, texts, tokenizer)
@@ -276,9 +283,9 @@ def save_reward_model(
     family = _family_of(model)
     config, tokenizer = with_pad_token(model.config, tokenizer)
     own, slots = (_slots(family, m, with_head=True) for m in (model, family.model(config)))
-    types = written_types(model.stored_types, own, params)
+    types = written_types(_stored(model), own, params)
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    json_object = {**_config_json(family, config, family.classifier, types), **labels}
+    json_object = {**config_object(family, config, family.classifier, types), **labels}
     if "bias" in params["head"]:
         json_object[SCORE_BIAS] = bias = float(params["head"]["bias"])
         if bias:
@@ -291,6 +298,11 @@ def save_reward_model(
             )
     texts = {"config.json": json_object}
     save_model(folder, family, slots, own, params, types, texts, tokenizer)
+
+
+def _stored(model: Model) -> Mapping[str, str]:
+    """The types of the tensors in files; {} where the written ones are sums with adapters."""
+    return model.stored_types if adapters_of(model) is None else {}
 
 
 class _Opened(NamedTuple):
@@ -377,17 +389,3 @@ def _family_of(model: Model) -> Family:
         if type(model.config) is family.config and model_type == family.model_type:
             return family
     raise ValueError(f"no family in FAMILIES has the configuration {type(model.config).__name__}.")
-
-
-def _config_json(
-    family: Family, config: Any, architecture: str, types: Mapping[str, str]
-) -> dict[str, Any]:
-    data = family.write_config(config, architecture == family.classifier)
-    data.pop(SCORE_BIAS, None)  # that of a head read before
-    return {
-        **data,
-        "architectures": [architecture],
-        "model_type": family.model_type,
-        # The second is read by transformers 4.
-        **dict.fromkeys(("dtype", "torch_dtype"), dtype_in_config(types.values())),
-    }

@@ -11,6 +11,7 @@ from rlhf_jax.models.attention import ATTENDED
 from rlhf_jax.models.attention_mask import AttentionMask
 from rlhf_jax.models.cache import Cache
 from rlhf_jax.models.cudnn_attention import FORWARD
+from rlhf_jax.models.dense import ADAPTED
 from rlhf_jax.models.settings import Remat
 from rlhf_jax.parallel.constraints import (
     constrain_batch,
@@ -236,7 +237,7 @@ _POLICIES = {
         jax.checkpoint_policies.save_from_both_policies,
         (
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(ATTENDED),
+            jax.checkpoint_policies.save_only_these_names(ATTENDED, ADAPTED),
             _is_cudnn,
         ),
     ),
@@ -249,9 +250,9 @@ def rematerialized(body: Any, remat: Remat) -> Any:
     Args:
       body: (carry, layer) -> (carry, output).
       remat: "none" saves everything except parameters gathered from other devices; "full" the
-        carry alone, so that the layer is computed again; "dots" also the products with parameters
-        and the outputs of attention, so that norms and activations are computed again. Values and
-        gradients are the same.
+        carry alone, so that the layer is computed again; "dots" also the products with parameters,
+        with those of adapters added to them, and the outputs of attention, so that norms and
+        activations are computed again. Values and gradients are the same.
 
     Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
     """

@@ -50,7 +50,7 @@ class TensorFile(NamedTuple):
         try:
             values = np.asarray(self.data[index[::-1] if self.transposed else index])
         except SafetensorError as error:
-            raise _unreadable(self.file, error) from error
+            raise unreadable(self.file, error) from error
         with np.errstate(over="ignore"):  # of float64
             values = values.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
@@ -202,7 +202,7 @@ def check_sizes(folder: pathlib.Path, family: Family, config: ModelConfig) -> di
                     kind = tensor.get_dtype()
                     types[name.removeprefix(family.prefix)] = kind if kind in NUMPY else "F32"
         except SafetensorError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
         count += len(shapes)
         largest = max([largest, *itertools.chain(*shapes)])
     for name, limit, kind in (
@@ -261,7 +261,7 @@ def find_tensors(
                 is_transposed = slot is not None and slot.transposed
                 tensors[short] = TensorFile(file, name, data, is_transposed)
         except SafetensorError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
     missing = slots.keys() - tensors.keys()
     if SCORE in missing:
         raise InputError(
@@ -291,7 +291,8 @@ def _are_equal(one: TensorFile, other: TensorFile) -> bool:
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
-def _unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
+def unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
+    """The error of a safetensors file that cannot be read."""
     return InputError(f"{file} cannot be read ({error}); save or download it again.")
 
 
@@ -318,6 +319,11 @@ def _check_fits(family, tensor, name, data, slot, label) -> None:
         )
     if shape != expected:
         raise InputError(f"{tensor} has shape {shape}, but config.json asks for {expected}.")
+    check_float(tensor, dtype)
+
+
+def check_float(tensor: str, dtype: str) -> None:
+    """Raises an InputError if the type of a tensor is none of floating-point numbers."""
     if dtype not in _FLOATS:
         raise InputError(
             f"{tensor} is stored as {dtype}, but only {', '.join(_FLOATS)} can be read; save the "

@@ -16,9 +16,12 @@ class ModelSettings:
 
     Attributes:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
+      adapter_path: a local folder of an adapter in PEFT's format, on the model at `path`, with
+        which training goes on.
       reward_path: folder or hub name of the reward model that scores responses.
       reference_path: folder or hub name of the policy that evaluation compares with, and of the
-        reference of DPO and KTO; null means the model that they begin with.
+        reference of DPO and KTO, or an adapter on the model at `path`; null means the model that
+        they begin with.
       value_path: folder or hub name of the reward model that PPO's value model starts from, with
         `ppo.value_model: reward`; null means `reward_path`.
       family: `model_type` of a fresh model, such as gpt2, llama, qwen3 or gemma3_text.
@@ -32,6 +35,7 @@ class ModelSettings:
     """
 
     path: str | None = None
+    adapter_path: str | None = None
     reward_path: str | None = None
     reference_path: str | None = None
     value_path: str | None = None
@@ -47,6 +51,11 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_fields("model", self)
+        if self.adapter_path is not None and self.path is None:
+            raise InputError(
+                f"model.adapter_path is {self.adapter_path}, but there is no base for it: give "
+                "--model.path the model that it was trained on."
+            )
         if self.attention == "cudnn" and self.dtype != "auto":
             check_cudnn_dtype(self.dtype)
 

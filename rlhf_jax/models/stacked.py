@@ -14,6 +14,7 @@ from rlhf_jax.backend import is_on_one_cpu
 from rlhf_jax.checks import check_fields
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import embedding
+from rlhf_jax.models.adapters import Adapters, padded_like
 from rlhf_jax.models.attention_mask import attention_mask, causal_mask
 from rlhf_jax.models.cache import (
     Cache,
@@ -43,6 +44,9 @@ from rlhf_jax.models.settings import Attention, Remat, check_cudnn_dtype
 from rlhf_jax.parallel.constraints import all_gather
 from rlhf_jax.parallel.partition import Rules, path_name
 
+# Factors beside kernels, which decoding leaves in float32.
+_KEPT = ("kernel_scale", "lora_scale", "lora_magnitude")
+
 
 @dataclasses.dataclass(frozen=True)
 class StackedModel(abc.ABC):
@@ -61,6 +65,7 @@ class StackedModel(abc.ABC):
       generation_config: the object in `generation_config.json`, for exports; its eos_token_id may
         be a list. Models that differ in it alone are equal, as are those that differ in the next.
       stored_types: the types of the tensors in the folder that it was read from, for exports.
+      adapters: those in its parameters; None where they have none. `init` makes none.
 
     Attributes of the class:
       table: the name of the token embedding among the parameters.
@@ -79,6 +84,7 @@ class StackedModel(abc.ABC):
     stored_types: Mapping[str, str] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
+    adapters: Adapters | None = None
 
     table: ClassVar[str]
     final_norm: ClassVar[str]
@@ -150,7 +156,8 @@ class StackedModel(abc.ABC):
                 )
 
     def flops_per_token(self, params: Params, *, unembeds: bool) -> float:
-        pattern = rf"(^|/)(kernel|{self.output}/\w+)$" if unembeds else r"(^|/)kernel$"
+        kernel = "kernel|lora_(start_)?[ab]"
+        pattern = rf"(^|/)({kernel}|{self.output}/\w+)$" if unembeds else rf"(^|/)({kernel})$"
         leaves = jax.tree_util.tree_leaves_with_path(params)
         return 2.0 * sum(leaf.size for path, leaf in leaves if re.search(pattern, path_name(path)))
 
@@ -242,7 +249,9 @@ class StackedModel(abc.ABC):
             return params
 
         def cast(path, leaf):
-            return leaf if self.norms in path_name(path) else leaf.astype(self.dtype)
+            name = path_name(path)
+            is_kept = self.norms in name or name.endswith(_KEPT) or leaf.dtype == jnp.int8
+            return leaf if is_kept else leaf.astype(self.dtype)
 
         params = jax.tree_util.tree_map_with_path(cast, params)
         stack, table = params["layers"], embedding.table_for_decoding(params[self.output])
@@ -315,11 +324,15 @@ class StackedModel(abc.ABC):
             jax.tree.map(lambda leaf, part=part: leaf[part], params["layers"])
             for part in (slice(cut), slice(cut, None))
         )
+        if cut == 0:  # no copy
+            upper = params["layers"]
         trained = {"layers": upper, self.final_norm: params[self.final_norm]}
         frozen = {name: part for name, part in params.items() if name not in trained}
         return {**frozen, "layers": lower}, trained
 
     def merge(self, frozen: Params, trained: Params) -> Params:
-        halves = frozen["layers"], trained["layers"]
-        stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *halves)
+        lower, stack = frozen["layers"], trained["layers"]
+        if depth(lower):
+            lower = padded_like(lower, stack)
+            stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), lower, stack)
         return {**frozen, **trained, "layers": stack}

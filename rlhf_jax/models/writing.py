@@ -17,20 +17,37 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.family import Family, Slot, leaf_at
+from rlhf_jax.models.adapters import plain_params
+from rlhf_jax.models.dense import BESIDE_KERNEL, effective_kernel
+from rlhf_jax.models.family import SCORE_BIAS, Family, Slot, leaf_at
 from rlhf_jax.models.folders import INDEX, WEIGHTS
 from rlhf_jax.models.interface import Params
-from rlhf_jax.models.stored_types import NUMPY
+from rlhf_jax.models.stored_types import NUMPY, dtype_in_config
 from rlhf_jax.parallel import hosts
 
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+def config_object(
+    family: Family, config: Any, architecture: str, types: Mapping[str, str]
+) -> dict[str, Any]:
+    """The object in config.json of a model of this architecture, with tensors of these types."""
+    data = family.write_config(config, architecture == family.classifier)
+    data.pop(SCORE_BIAS, None)  # that of a head read before
+    return {
+        **data,
+        "architectures": [architecture],
+        "model_type": family.model_type,
+        # The second is read by transformers 4.
+        **dict.fromkeys(("dtype", "torch_dtype"), dtype_in_config(types.values())),
+    }
+
+
 def check_params(shapes: Params, params: Params) -> None:
-    """Raises a ValueError if parameters are not of these shapes."""
+    """Raises a ValueError if parameters are not of these shapes, apart from arrays of adapters."""
     expected, actual = (
         {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
-        for leaves in map(jax.tree.leaves_with_path, (shapes, params))
+        for leaves in map(jax.tree.leaves_with_path, (shapes, plain_params(params)))
     )
     for path in sorted(expected.keys() | actual.keys()):
         if expected.get(path) != actual.get(path):
@@ -67,7 +84,7 @@ def save_model(
     }
     files = _files(shapes)
     order = [own[name] for names in files.values() for name in names]
-    tensors = (_gather(leaf_at(params, slot.path), slot) for slot in order)
+    tensors = (_gather(_with_adapter(params, slot.path), slot) for slot in order)
 
     def write(tensors):
         if "://" in str(folder):
@@ -187,14 +204,23 @@ def _raise(failure: Exception | None) -> None:
         raise failure
 
 
+def _with_adapter(params, path):
+    """The leaf at a path, or a kernel with the arrays beside it, in a dict."""
+    *outer, name = path
+    module = leaf_at(params, tuple(outer))
+    beside = {each: x for each, x in module.items() if each in BESIDE_KERNEL}
+    return {name: module[name], **beside} if beside and name == "kernel" else module[name]
+
+
 def _gather(leaf: Any, slot: Slot) -> np.ndarray | None:
     """The tensor of a slot as in the file, but float32, on the first host; None on the others."""
-    if not isinstance(leaf, jax.Array):
-        values = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-    elif leaf.is_fully_addressable:
+    first = jax.tree.leaves(leaf)[0]
+    if not isinstance(first, jax.Array):
+        values = np.asarray(_pick(jax.tree.map(jnp.asarray, leaf), slot.layer))
+    elif first.is_fully_addressable:
         values = np.asarray(_picker(None)(leaf, slot.layer))
     else:
-        replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+        replicated = NamedSharding(first.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
         part = _picker(replicated)(leaf, slot.layer)
         jax.block_until_ready(part)  # on all hosts, so that none has many tensors in flight
         if not hosts.is_first():
@@ -213,10 +239,16 @@ def _picker(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
 
 
 def _pick(leaf, layer):
-    """A layer of a stack, or a copy of the leaf, so that the leaf itself caches no host copy."""
+    """A layer of a stack, or a copy of the leaf, so that the leaf itself caches no host copy.
+
+    A kernel with an adapter is their float32 sum.
+    """
     if layer is None:
         return jnp.copy(leaf)
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    parts = jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), leaf
+    )
+    return effective_kernel(parts) if isinstance(parts, dict) else parts
 
 
 def _publish(temporary: pathlib.Path, folder: pathlib.Path) -> None:

@@ -143,7 +143,11 @@ def all_gather(params: Any, dtype: str, rules: Rules, *, is_layer: bool = False)
         name = path_name(path)
         spec = partition_spec(name, leaf.ndim + is_layer, rules)
         spec = PartitionSpec(*spec[1:]) if is_layer else spec
-        return _all_gather(leaf.astype(dtype), spec) if "fsdp" in spec else leaf
+        if "fsdp" not in spec:
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # quantized, and frozen
+            return _gathered(leaf, spec)
+        return _all_gather(leaf.astype(dtype), spec)
 
     return jax.tree_util.tree_map_with_path(of, params)
 
@@ -177,10 +181,14 @@ def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in _ALL_GATHER
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _all_gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
     gathered = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
     return jax.lax.with_sharding_constraint(leaf, gathered)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _all_gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return _gathered(leaf, spec)
 
 
 def _all_gather_forward(leaf, spec):

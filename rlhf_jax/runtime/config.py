@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 from rlhf_jax import checks, training
 from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapter_settings import LoraSettings, check_start
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.rollout.settings import GenerationSettings
@@ -76,11 +77,16 @@ class RunConfig(CommandConfig):
       run_dir: the folder that the run writes, local or an address such as gs://.
     """
 
+    lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     distributed: DistributedSettings = DistributedSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     run_dir: str = "runs/run"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_start(self.model.adapter_path, self.lora)
 
     trainer: ClassVar[Trainer]
     # Settings of the number of steps, which may change when a run continues.
@@ -98,7 +104,7 @@ class RunConfig(CommandConfig):
 
 def _check_texts(config: RunConfig) -> None:
     """The `__post_init__` of trainers that may mix in texts: an InputError if there are none."""
-    CommandConfig.__post_init__(config)
+    RunConfig.__post_init__(config)
     name, texts, coef = config.trainer.name, config.section("ptx"), config.settings.ptx_coef
     if coef and texts == DataSettings() and config.data.path != texts.path:
         raise InputError(
@@ -109,7 +115,7 @@ def _check_texts(config: RunConfig) -> None:
 
 def _check_samples(config: RunConfig) -> None:
     """The `__post_init__` of trainers that sample first: an InputError if that is of no use."""
-    CommandConfig.__post_init__(config)
+    RunConfig.__post_init__(config)
     name, generation, data = config.trainer.name, config.section("generation"), config.data
     _check_temperature(f"{name}.num_samples", config.settings.num_samples, generation)
     if generation.max_new_tokens > data.max_response_length:

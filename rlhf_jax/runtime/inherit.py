@@ -20,7 +20,8 @@ OF_TEXTS = (
 def with_data_of_run(values: Mapping[str, Any], name: str, *, quiet: bool = False) -> Values:
     """The values over the section `data` of the run that exported a model, if there is one.
 
-    That run's `config.yaml` stands beside the folder `hf/` that `model.NAME` is. With another
+    That run's `config.yaml` stands beside the folder `hf/` that `model.NAME` is, or beside the
+    folder `adapter/` that `model.adapter_path` is. With another
     `data.path` only the settings in `OF_TEXTS` are those of the run. `tokenizer` has the run's
     `chat_template_kwargs`, the one setting of it that `hf/` does not hold. Unless `quiet`, those
     that are not the defaults are printed to standard error.
@@ -35,9 +36,12 @@ def with_data_of_run(values: Mapping[str, Any], name: str, *, quiet: bool = Fals
     path = model.get(name) if isinstance(model, Mapping) else None
     if not isinstance(path, str) or not all(isinstance(x, Mapping) for x in sections.values()):
         return dict(values)
-    folder = epath.Path(path)
+    folder, kind, described = epath.Path(path), "hf", "config.json"
+    adapter = model.get("adapter_path") if isinstance(model, Mapping) else None
+    if name == "path" and isinstance(adapter, str):
+        folder, kind, described = epath.Path(adapter), "adapter", "adapter_config.json"
     file = folder.parent / "config.yaml"
-    if folder.name != "hf" or not (folder / "config.json").exists() or not file.exists():
+    if folder.name != kind or not (folder / described).exists() or not file.exists():
         return dict(values)
     run, own = _sections_of(file), sections["data"]
     data = run["data"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,18 @@ from rlhf_jax.data.tokenizers import (
     use_chat_template_kwargs,
 )
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapter_folders import with_settings
+from rlhf_jax.models.adapter_settings import Base, LoraSettings
+from rlhf_jax.models.adapters import (
+    adapter_arrays,
+    adapters_of,
+    frozen_module,
+    merged_trees,
+    modules,
+    nested,
+)
 from rlhf_jax.models.cudnn_attention import check_device
+from rlhf_jax.models.family import leaf_at
 from rlhf_jax.models.huggingface import (
     check_reward_model,
     fresh_model,
@@ -28,6 +41,7 @@ from rlhf_jax.models.huggingface import (
     load_reward_model,
 )
 from rlhf_jax.models.interface import Model, Params
+from rlhf_jax.models.peft_config import CONFIG as ADAPTER_CONFIG
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.special_tokens import with_special_tokens
 from rlhf_jax.runtime.program import Placement
@@ -73,7 +87,9 @@ def load_model(
     """
     if settings.path is not None:
         with local_folder(settings.path) as folder:
-            model, params = load_pretrained(folder, mesh=mesh, **_options(settings))
+            adapter = settings.adapter_path
+            options = {**_options(settings), "adapter_path": adapter}
+            model, params = load_pretrained(folder, mesh=mesh, **options)
         check_vocabulary(model, tokenizer, settings.path)
         return with_special_tokens(model, tokenizer, settings.path), params
     model = fresh_model(
@@ -90,10 +106,54 @@ def load_model(
     return model, Placement(mesh, model.partition_rules).initialise(model.init, key)
 
 
+def add_adapters(
+    model: Any, params: Params, settings: LoraSettings, key: jax.Array, mesh: Mesh
+) -> tuple[Model, Params]:
+    """The model with adapters, fresh ones by the section `lora` or its own, on a frozen base.
+
+    The base is converted to its type one module at a time; arrays that this replaces are deleted.
+    Without adapters the model is returned as it is.
+
+    Raises:
+      InputError: no layer has a module that the settings name.
+    """
+    is_fresh = adapters_of(model) is None
+    model = with_settings(model, settings)
+    if (adapters := adapters_of(model)) is None:
+        return model, params
+    place = Placement(mesh, model.partition_rules)
+    arrays: Params = {}
+    if is_fresh:
+        start = functools.partial(adapter_arrays, adapters)
+        arrays = place.initialise(start, params, key)
+    base: Params = {}
+    for path, module in modules(params):
+        if not adapters.is_saved(path):
+            module = _frozen(place, adapters.base, path, module)
+        base = merged_trees(base, nested(path, module))
+    return model, merged_trees(base, arrays)
+
+
+def _frozen(place: Placement, base: Base, path: tuple[str, ...], module: Params) -> Params:
+    """A module in the type of the base."""
+    if base == "float32":
+        return module
+    convert = functools.partial(frozen_module, base=base)
+    shapes = jax.eval_shape(convert, module)
+    shardings = leaf_at(place.shardings(nested(path, shapes)), path)
+    converted = jax.jit(convert, out_shardings=shardings)(module)
+    for name, array in module.items():
+        if array.dtype != converted[name].dtype:
+            array.delete()
+    return converted
+
+
 def load_reference(
     settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, mesh: Mesh
 ) -> tuple[Model, Params] | None:
     """The policy at `model.reference_path`, to compare with another one; None without a path.
+
+    A folder in PEFT's format is an adapter of the base at `model.path`.
 
     Raises an InputError if the folder cannot be read, its tokenizer is another one, or the model
     cannot be split over the mesh.
@@ -101,6 +161,9 @@ def load_reference(
     path = settings.reference_path
     if path is None:
         return None
+    if settings.path is not None and (epath.Path(path) / ADAPTER_CONFIG).exists():
+        base = dataclasses.replace(settings, adapter_path=path)
+        return load_model(base, tokenizer, jax.random.key(0), mesh)
     with local_folder(path) as folder:
         both = tokenizer, load_tokenizer(folder)
         if not (shares_tokens(*both) and shares_tokens(*both[::-1])):

@@ -11,6 +11,7 @@ from rlhf_jax import functional
 from rlhf_jax.batches import PairBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.functional.masking import batch_mean
+from rlhf_jax.models.adapters import adapters_of
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_logits
 from rlhf_jax.training import trainable
@@ -53,9 +54,15 @@ def init_state(
       key: unused, as nothing is random; every trainer has it.
 
     Raises:
-      InputError: more layers are to be trained than the model has.
+      InputError: more layers are to be trained than the model has, or the reference follows the
+        policy and the model has adapters.
     """
     del key
+    if settings.sync_ref_model and adapters_of(model) is not None:
+        raise InputError(
+            "dpo.sync_ref_model mixes the parameters of policy and reference, which those of "
+            "adapters cannot be; set it to false, or train without adapters."
+        )
     return init_state_with_reference(
         model, params, settings, optimizer or make_optimizer(TRAINER.optimizer)
     )

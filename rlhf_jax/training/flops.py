@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.models.interface import Model
+from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.training.settings import SampledSettings
 from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.trainable import Base
 
 
 def offline_flops(model: Model, state: TrainState, *, target_share: float) -> float:
@@ -25,7 +26,9 @@ def offline_flops(model: Model, state: TrainState, *, target_share: float) -> fl
     """
     layers, table = _layers_and_table(model, state.params)
     base, base_table = _layers_and_table(model, state.frozen)
-    return base + 2.0 * target_share * base_table + 3.0 * (layers + target_share * table)
+    passed, _ = _layers_and_table(model, _beside_adapters(state.frozen))
+    frozen = base + passed + 2.0 * target_share * base_table
+    return frozen + 3.0 * (layers + target_share * table)
 
 
 def target_share(batch: Any) -> float:
@@ -73,6 +76,9 @@ def online_flops(
     base, table, policy = _policy_flops(model, state, share)
     own = state.params.get("value_model")
     value = (value_model or model).flops_per_token(own, unembeds=False)
+    # Beside adapters the frozen kernels run in every pass, of a value model that shares them too.
+    passed, _ = _layers_and_table(model, _beside_adapters(state.frozen.get("base")))
+    shared = passed if own is not None and value_model is None else 0.0
     rewards = state.frozen.get("reward")
     trees = rewards if isinstance(rewards, tuple) else (rewards,)
     reward = sum(
@@ -80,7 +86,8 @@ def online_flops(
         for scorer, tree in zip(reward_models, trees, strict=False)
     )
     scoring = settings.num_forward_passes * (policy + table) + 2.0 * base + value
-    update = 3.0 * (policy + value) + 2.0 * table
+    scoring += (settings.num_forward_passes - 2) * passed + shared
+    update = 3.0 * (policy + value) + 2.0 * (table + passed + shared)
     trained = settings.response_length * settings.num_trained_responses
     passes = settings.num_epochs * (prompt_length + trained) / (prompt_length + sampled)
     return scoring + reward + passes * update
@@ -95,7 +102,8 @@ def mixed_text_flops(
       target_share: as in `offline_flops`.
     """
     base, table, policy = _policy_flops(model, state, target_share)
-    return settings.num_epochs * (base + 2.0 * table + 3.0 * policy)
+    passed, _ = _layers_and_table(model, _beside_adapters(state.frozen.get("base")))
+    return settings.num_epochs * (base + passed + 2.0 * table + 3.0 * policy)
 
 
 def _policy_flops(model: Model, state: Any, share: float) -> tuple[float, float, float]:
@@ -106,6 +114,11 @@ def _policy_flops(model: Model, state: Any, share: float) -> tuple[float, float,
     base, base_table = _layers_and_table(model, state.frozen.get("base"))
     layers, table = _layers_and_table(model, state.params["model"])
     return base, share * base_table, layers + share * table
+
+
+def _beside_adapters(frozen: Any) -> Params:
+    """Frozen parameters that gradients pass through on their way to adapters."""
+    return frozen.upper if isinstance(frozen, Base) else {}
 
 
 def _layers_and_table(model: Model, params: Any) -> tuple[float, float]:

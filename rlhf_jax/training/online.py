@@ -97,9 +97,9 @@ def split_policy(
 
     Args:
       params: full parameters of the policy.
-      ref_params: those of the reference; by default a copy of `params`. With
-        `num_layers_unfrozen` the frozen layers must be those of `params`. Without
-        `settings.has_reference` none is held.
+      ref_params: those of the reference; by default a copy of `params`, or the base alone of fresh
+        adapters. With `num_layers_unfrozen` or adapters the frozen parameters must be those of
+        `params`. Without `settings.has_reference` none is held.
       reward_params: {"model": ..., "head": ...} of a JAX reward model for `make_step`.
 
     Raises:
@@ -113,8 +113,9 @@ def split_policy(
         ref, ref_base = trainable.split(model, ref_params, number, section)
         _check_shared(base, ref_base, section)
     if settings.has_reference:
-        # A copy, since a step that donates its state must not hold one buffer twice.
-        frozen["ref"] = jax.tree.map(jnp.copy, ref)
+        # Copies, since a step that donates its state must not hold one buffer twice.
+        own = ref_params is not None
+        frozen["ref"] = jax.tree.map(jnp.copy, ref) if own else trainable.reference_part(model, ref)
     if base is not None:
         frozen["base"] = base
     if reward_params is not None:
@@ -384,12 +385,12 @@ def _check_shared(base: Params | None, ref_base: Params | None, section: str) ->
     pairs = list(zip(jax.tree.leaves(base), jax.tree.leaves(ref_base), strict=True))
     if any(isinstance(leaf, jax.core.Tracer) for pair in pairs for leaf in pair):
         raise InputError(
-            f"ref_params with {section}.num_layers_unfrozen are compared with params; call "
-            "init_state outside of jit."
+            f"ref_params with {section}.num_layers_unfrozen or adapters are compared with params; "
+            "call init_state outside of jit."
         )
     if not all(bool(jnp.array_equal(ours, theirs)) for ours, theirs in pairs):
         raise InputError(
             f"ref_params differ from params in layers or embeddings that {section}."
-            "num_layers_unfrozen freezes and the two share; give a reference with the same ones, "
-            f"or set {section}.num_layers_unfrozen to null."
+            "num_layers_unfrozen, or adapters, freeze and the two share; give a reference with the "
+            f"same ones, or set {section}.num_layers_unfrozen to null and train no adapters."
         )

@@ -197,7 +197,9 @@ def make_update_step(
             kl_coef=state.kl_coef,
             stop_token_ids=stop_token_ids,
             score_stats=state.score_stats,
-            values=functools.partial(response_values, settings, value_model, state.params),
+            values=functools.partial(
+                response_values, settings, value_model, state.params, state.frozen
+            ),
         )
         targets = _make_targets(settings, experience)
         params, opt_state, update_metrics = run_epochs(
@@ -273,7 +275,9 @@ def _loss(model, value_model, settings, state, params, batch, key, denominators)
     )
     coef = state.penalty_coef
     policy_loss, policy_metrics = _policy_loss(settings, logprobs, minibatch, coef, count)
-    values = response_values(settings, value_model, params, sequences, hidden, minibatch.states)
+    values = response_values(
+        settings, value_model, params, state.frozen, sequences, hidden, minibatch.states
+    )
     arrays = (values, rollout.values, minibatch.returns, rollout.mask)
     value_loss, value = functional.ppo_value_loss(
         *arrays, clip_range=settings.cliprange_value, denominator=count

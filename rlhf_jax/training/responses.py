@@ -81,7 +81,7 @@ def init_state_with_reference(
     """The state before the first step, with a reference where the steps have to compute with it.
 
     The state holds `params` themselves: a step that donates it consumes them. The reference is a
-    copy of their trained part, without `precompute_ref`.
+    copy of their trained part, or the base of fresh adapters, without `precompute_ref`.
 
     Args:
       params: the model's full parameters.
@@ -93,8 +93,7 @@ def init_state_with_reference(
     state = init_train_state(trained, optimizer, frozen)
     if not settings.has_reference or settings.precompute_ref:
         return state
-    # A copy, since a step that donates its state must not hold one buffer twice.
-    return state._replace(reference=jax.tree.map(jnp.copy, trained))
+    return state._replace(reference=trainable.reference_part(model, trained))
 
 
 def logprobs_of(

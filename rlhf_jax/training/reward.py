@@ -10,6 +10,7 @@ import optax
 from rlhf_jax.batches import PairBatch, RankingBatch, Sequences
 from rlhf_jax.errors import InputError
 from rlhf_jax.functional import pairwise_loss, ranking_loss, tokenwise_pairwise_loss
+from rlhf_jax.models.adapters import adapters_of
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores, token_scores
@@ -47,9 +48,14 @@ def init_params(model: Model, params: Params, key: jax.Array) -> Params:
     return _with_bias(model, {"model": params, "head": init_reward_head(key, model.config.n_embd)})
 
 
+def _shifts_final(model):
+    """Whether normalization shifts the final norm, which has a bias and is trained."""
+    return model.final_has_bias and adapters_of(model) is None
+
+
 def _with_bias(model: Model, params: Params) -> Params:
     head = params["head"]
-    if not model.final_has_bias and "bias" not in head:
+    if not _shifts_final(model) and "bias" not in head:
         head = {**head, "bias": jnp.zeros((), jnp.float32)}
     return {"model": model.without_unembedding(params["model"]), "head": head}
 
@@ -204,8 +210,9 @@ def normalize_scores(
     (`Model.shift_final`), so that transformers, whose heads have no bias, scores an exported folder
     alike. The hidden states move by mean / |w|, all alike and along w.
 
-    Where the final norm has no bias, that of the head takes the shift, b' = (b - mean) / deviation,
-    and the scores of transformers, which does not read it, differ by this constant.
+    Where the final norm has no bias, or is frozen beside adapters, the bias of the head takes the
+    shift, b' = (b - mean) / deviation, and the scores of transformers, which does not read it,
+    differ by this constant.
 
     Args:
       params: {"model": ..., "head": {"kernel": f32[D], perhaps "bias": f32[]}}; of the model's,
@@ -226,7 +233,7 @@ def normalize_scores(
     7.3125 7.3125
     """
     kernel = params["head"]["kernel"]
-    if not model.final_has_bias:
+    if not _shifts_final(model):
         bias = (params["head"].get("bias", 0.0) - mean) / deviation
         return {**params, "head": {"kernel": kernel / deviation, "bias": jnp.float32(bias)}}
     shift = -mean * kernel / jnp.sum(jnp.square(kernel))

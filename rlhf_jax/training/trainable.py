@@ -1,21 +1,30 @@
 """Parameters in two parts: those that are trained, and the frozen ones beside them.
 
 A step differentiates by `trained` alone and hands it to the optimizer; `frozen` travels in the
-state. They are divided here alone: with `num_layers_unfrozen = None` all parameters are trained;
-otherwise the upper layers with the final layer norm are.
+state. They are divided here alone: a model with adapters (`StackedModel.adapters`) trains these,
+beside a frozen base; with `num_layers_unfrozen` the upper layers with the final layer norm are
+trained; otherwise all parameters are.
 
 Every pass goes through `stacks`: the parameters of the upper layers, which need a backward pass,
-and of the layers below, whose results `frozen_states` computes once for all epochs. Adapters beside
-a frozen base fit the same functions: `stacks` returns the base's kernels with their adapters as the
-upper part, and the reference policy is the base without them.
+and of the layers below, whose results `frozen_states` computes once for all epochs. With adapters
+the upper layers are those from the lowest one with an adapter on. The reference is then the base
+alone, `reference_part`.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.batches import Sequences
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapters import (
+    adapters_of,
+    merged_trees,
+    split_adapters,
+    trains_embedding,
+    without_adapters,
+)
 from rlhf_jax.models.interface import Model, Params, positions_from
 from rlhf_jax.rollout import score
 
@@ -32,6 +41,19 @@ class Trainable(NamedTuple):
     frozen: Params | None = None
 
 
+class Base(NamedTuple):
+    """The frozen parameters below and beside adapters.
+
+    Attributes:
+      lower: those of the embeddings and of the layers below all adapters; None where embeddings are
+        trained.
+      upper: those of the layers from the lowest one with an adapter on, and all others.
+    """
+
+    lower: Params | None
+    upper: Params
+
+
 def split(model: Model, params: Params, num_layers_unfrozen: int | None, section: str) -> Trainable:
     """The two parts of a model's full parameters.
 
@@ -39,8 +61,17 @@ def split(model: Model, params: Params, num_layers_unfrozen: int | None, section
       section: of the setting, such as "ppo".
 
     Raises:
-      InputError: more layers are to be trained than the model has.
+      InputError: more layers are to be trained than the model has, or some of a model with
+        adapters.
     """
+    adapters = adapters_of(model)
+    if adapters is not None:
+        if num_layers_unfrozen is not None:
+            raise InputError(
+                f"{section}.num_layers_unfrozen is {num_layers_unfrozen}, but only adapters are "
+                "trained; set it to null, and lora.layers_to_transform to the upper layers."
+            )
+        return _split_adapters(model, adapters, params)
     if num_layers_unfrozen is None:
         return Trainable(params)
     layers = model.config.n_layer
@@ -53,18 +84,51 @@ def split(model: Model, params: Params, num_layers_unfrozen: int | None, section
     return Trainable(trained, frozen)
 
 
+def _split_adapters(model, adapters, params):
+    trained, base = split_adapters(adapters, params)
+    if trains_embedding(trained):
+        return Trainable(trained, Base(None, base))
+    first = adapters.lowest_layer
+    if "layers" in trained and first:
+        trained["layers"] = jax.tree.map(lambda leaf: leaf[first:], trained["layers"])
+    count = model.config.n_layer - first
+    lower, _ = model.split(without_adapters(params), count)
+    saved = {name: part for name, part in trained.items() if name not in base}
+    _, upper = model.split(merged_trees(base, saved), count)
+    return Trainable(trained, Base(_without(lower, saved), _without(upper, saved)))
+
+
+def _without(params, names):
+    return {name: part for name, part in params.items() if name not in names}
+
+
 def full_params(model: Model, params: Trainable) -> Params:
     """The full parameters that `split` divided; under jit, unread ones cost nothing."""
-    return params.trained if params.frozen is None else model.merge(params.frozen, params.trained)
+    upper, lower = stacks(params)
+    return upper if lower is None else model.merge(lower, upper)
 
 
 def stacks(params: Trainable) -> tuple[Params, Params | None]:
     """(upper, lower): parameters of the layers from the lowest trained one on, and of those below.
 
-    `rollout.score` reads them as `params` and `frozen`. The lower part, None where the lowest
-    layer is trained, holds the embeddings too.
+    `rollout.score` reads them as `params` and `frozen`. The lower part holds the embeddings too;
+    it is None where these, or with `num_layers_unfrozen` the lowest layer, are trained.
     """
+    if isinstance(params.frozen, Base):
+        return merged_trees(params.frozen.upper, params.trained), params.frozen.lower
     return params.trained, params.frozen
+
+
+def reference_part(model: Model, trained: Params) -> Params:
+    """The trained part of a reference that is the policy as it is now: a copy.
+
+    Of fresh adapters it is the part without them, for their products are 0, and takes no memory.
+    """
+    adapters = adapters_of(model)
+    if adapters is not None and adapters.is_fresh:
+        trained = without_adapters(trained)
+    # A copy, since a step that donates its state must not hold one buffer twice.
+    return jax.tree.map(jnp.copy, trained)
 
 
 def frozen_states(model: Model, params: Trainable, sequences: Sequences) -> jax.Array | None:

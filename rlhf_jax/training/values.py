@@ -8,7 +8,9 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.heads import apply_head, init_value_head
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_hidden
+from rlhf_jax.training import trainable
 from rlhf_jax.training.ppo_settings import Settings
+from rlhf_jax.training.trainable import Trainable
 
 
 def init_values(settings: Settings, model: Model, policy: Params, start: Params | None) -> Params:
@@ -61,6 +63,7 @@ def response_values(
     settings: Settings,
     value_model: Model,
     params: Params,
+    frozen: Params,
     sequences: Sequences,
     hidden: jax.Array,
     states: jax.Array | None,
@@ -69,13 +72,15 @@ def response_values(
 
     Args:
       value_model: the result of `value_architecture`.
-      params: all trained parameters.
+      params, frozen: `state.params` and `state.frozen`.
       hidden: [B, T, D] of the policy, which the head of "shared" reads.
       states: `frozen_states` of the policy, which "policy" shares; None without frozen layers.
     """
     if settings.value_model == "shared":
         return apply_head(params["value_head"], hidden)
-    own = params["value_model"]
-    shared = states if settings.value_model == "policy" else None
-    own_hidden = response_hidden(value_model, own["model"], sequences, states=shared)
+    own, shared, base = params["value_model"], None, None
+    if settings.value_model == "policy":
+        shared, base = states, frozen.get("base")
+    upper, _ = trainable.stacks(Trainable(own["model"], base))
+    own_hidden = response_hidden(value_model, upper, sequences, states=shared)
     return apply_head(own["head"], own_hidden)

@@ -66,8 +66,9 @@ def make_configs(base, family, sizes):
 
     "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
     computes layers again; "trunk" has frozen layers, and a value head on the layers of the policy.
-    "dpo" sorts the batch, with a reference in its state, "kto" has one that is computed before.
-    "online_dpo" has frozen layers, and trains on two of three responses, "grpo" on all.
+    "dpo" sorts the batch, and trains adapters of the upper layer on a base in int8; "kto" has a
+    reference that is computed before. "online_dpo" has frozen layers, and trains on two of three
+    responses, "grpo" on all.
     """
     folder, one_device = (run_folder(base, family, mesh) for mesh in (sizes, (1, 1, 1)))
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
@@ -86,7 +87,8 @@ def make_configs(base, family, sizes):
 
     frozen = {"num_layers_unfrozen": 1, "value_model": "policy"}
     halves = {**data, "builtin_rows": 4 * STEPS}  # of a pair two examples
-    preference = {"kind": "aot", "precompute_ref": False, "num_layers_unfrozen": 1}
+    preference = {"kind": "aot", "precompute_ref": False}
+    lora = {"r": 4, "layers_to_transform": [1], "base": "int8"}
     online = {"total_episodes": 24 * STEPS, "num_responses": 3, "num_layers_unfrozen": 1}
     best = {"rft": {"batch_size": 8}, "generation": {"batch_size": 16}}
     grouped = {"total_episodes": 24 * STEPS, "beta": 0.1, "gradient_accumulation_steps": 2}
@@ -97,7 +99,7 @@ def make_configs(base, family, sizes):
         "ppo": ppo("ppo", ppo={"ptx_coef": 0.5}, ptx=texts),
         "frozen": ppo("frozen", data={**data, "eval_rows": 8}, ppo=frozen, model={"remat": "full"}),
         "trunk": ppo("trunk", ppo={"num_layers_unfrozen": 1}),
-        "dpo": small.dpo(folder / "dpo", sft, **shared, data=data, dpo=preference),
+        "dpo": small.dpo(folder / "dpo", sft, **shared, data=data, dpo=preference, lora=lora),
         "kto": small.kto(folder / "kto", sft, **shared, data=halves),
         "online_dpo": small.online_dpo(
             folder / "online_dpo", sft, rewarded, **shared, data=data, online_dpo=online

@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapter_folders import with_settings
 from rlhf_jax.models.huggingface import check_pretrained, fresh_model
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
@@ -105,7 +106,7 @@ def _check_ahead(config: RLHFConfig, stages: list[RunConfig]) -> None:
     if config.ppo.ptx_coef:
         load_examples(config.data.ptx_texts, "text", quiet=True)
     for stage in stages[1:]:
-        check_run(stage, model, mesh)
+        check_run(stage, with_settings(model, stage.lora), mesh)
     if config.ppo.truncate_token is not None:
         step_settings(ppo, tokenizer())
     _check_rewards_ahead(config, ppo, model, tokenizer)
@@ -142,7 +143,7 @@ def stage_configs(config: RLHFConfig) -> list[RunConfig]:
     """The configurations of the stages, in order; later ones start from the fine-tuned model."""
 
     def shared_by(stage):
-        names = ("mesh", "distributed", "logging", "checkpoint", "seed")
+        names = ("lora", "mesh", "distributed", "logging", "checkpoint", "seed")
         return {
             **{name: vars(config)[name] for name in names},
             "data": vars(config.data)[stage],
@@ -157,7 +158,7 @@ def stage_configs(config: RLHFConfig) -> list[RunConfig]:
         generation=config.generation,
         **shared_by("sft"),
     )
-    tuned = dataclasses.replace(config.model, path=f"{sft.run_dir}/hf")
+    tuned = dataclasses.replace(config.model, path=f"{sft.run_dir}/hf", adapter_path=None)
     # Which the tuned model's folder does not hold, unlike its tokenizer.
     variables = config.tokenizer.chat_template_kwargs
     tokenizer = TokenizerSettings(chat_template_kwargs=variables)

@@ -17,6 +17,8 @@ from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import AnyBatch
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import max_targets, target_width
+from rlhf_jax.models.adapter_folders import with_settings
+from rlhf_jax.models.adapters import fresh_params
 from rlhf_jax.models.interface import Model
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.program import Placement
@@ -58,6 +60,7 @@ def programs(
     Raises:
       InputError: of sizes, as the stage raises it.
     """
+    model = with_settings(model, config.lora)
     check_run(config, model, mesh)
     kind, settings = config.trainer.reads(config.settings), config.settings
     batch: Any = _batch(kind, settings.batch_size, config.data, num_responses)
@@ -73,7 +76,7 @@ def _offline(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> Program
     optimizer = make_optimizer(config.optimizer, models=[model])
     init = functools.partial(steps.init_state, model, settings=config.settings, optimizer=optimizer)
     place = Placement(mesh, model.partition_rules)
-    params = jax.eval_shape(model.init, key)
+    params = jax.eval_shape(functools.partial(fresh_params, model), key)
     state = jax.eval_shape(init, params, key=key)
     if config.trainer.has_reference and config.settings.has_reference and state.reference is None:
         reference = steps.make_reference_step(model, config.settings)
@@ -90,9 +93,10 @@ def _online(config: RunConfig, model: Model, mesh: Mesh, batch: Any) -> list[Pro
     eos = model.config.eos_token_id
     stops = (model.config.vocab_size - 1 if eos is None else eos,)
     num_scorers, is_single = _reward_models(config)
-    params = jax.eval_shape(model.init, key)
+    params = jax.eval_shape(functools.partial(fresh_params, model), key)
     head = {"kernel": _array(jnp.float32, model.config.n_embd)}
-    scorer = {"model": model.without_unembedding(params), "head": head}
+    scorer_params = jax.eval_shape(model.init, key)  # without adapters
+    scorer = {"model": model.without_unembedding(scorer_params), "head": head}
     scorers: dict[str, Any] = {
         "reward_params": scorer if is_single else (scorer,) * num_scorers or None
     }

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapters import adapters_of, fresh_params
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.rollout.shaping import check_stop_tokens
@@ -24,15 +25,26 @@ def check_run(config: RunConfig, model: Model, mesh: Mesh) -> None:
     """
     model.check_mesh(mesh)
     check_reference(config)
+    check_adapters(config, model)
     (check_online if config.trainer.online else check_offline)(config, model, mesh)
     key = jax.eval_shape(functools.partial(jax.random.key, 0))
-    params = jax.eval_shape(model.init, key)
+    params = jax.eval_shape(functools.partial(fresh_params, model), key)
     init = functools.partial(config.trainer.steps.init_state, model, settings=config.settings)
     options = {}
     if config.trainer.has_value_model:
         head = jax.ShapeDtypeStruct((model.config.n_embd,), "float32")
         options = {"value_params": {"model": params, "head": {"kernel": head}}}
     jax.eval_shape(init, params, key=key, **options)
+
+
+def check_adapters(config: RunConfig, model: Model) -> None:
+    """Raises an InputError if adapters have a dropout and the trainer has none."""
+    adapters = adapters_of(model)
+    if adapters is not None and adapters.dropout and not hasattr(config.settings, "dropout"):
+        raise InputError(
+            f"The adapters have a dropout of {adapters.dropout}, but {config.trainer.name} trains "
+            "without; set lora.dropout, or lora_dropout in the adapter's configuration, to 0."
+        )
 
 
 def check_offline(config: RunConfig, model: Model, mesh: Mesh) -> None:

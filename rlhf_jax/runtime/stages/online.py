@@ -383,7 +383,7 @@ class OnlineStage(shared.BaseStage):
     def finish(self, state: Any) -> epath.Path:
         """Writes `hf/`, `evaluation.json` where there are held-out prompts, and the report."""
         policy = online.policy_params(self.model, state)
-        shared.export(self.config.run_dir, save_pretrained, self.model, policy, self.tokenizer)
+        shared.export_model(self.config, save_pretrained, self.model, policy, self.tokenizer)
         if self.held_out is not None:
             settings = self.config.section("evaluation")
             evaluation = evaluation_of(self._compare(state), settings.num_samples)

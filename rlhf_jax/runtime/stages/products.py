@@ -114,7 +114,7 @@ class PolicyProduct(Product):
 
     def finish(self, params: Params) -> None:
         """Writes `hf/`."""
-        shared.export(self.config.run_dir, save_pretrained, self.model, params, self.tokenizer)
+        shared.export_model(self.config, save_pretrained, self.model, params, self.tokenizer)
 
 
 class RewardModelProduct(Product):
@@ -184,7 +184,7 @@ class RewardModelProduct(Product):
                 eval_batches(self.held_out_batch, self.config.settings.eval_batch_size),
             )
             save_evaluation(self.config.run_dir, pair_evaluation(pairs))
-        shared.export(self.config.run_dir, save_reward_model, self.model, params, self.tokenizer)
+        shared.export_model(self.config, save_reward_model, self.model, params, self.tokenizer)
 
 
 def prompt_of(example: Mapping[str, Any], number: int, tokenizer: Any) -> str:

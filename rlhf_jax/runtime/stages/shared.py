@@ -18,11 +18,14 @@ from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapter_folders import save_adapter
+from rlhf_jax.models.adapters import adapters_of
+from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.evaluation.responses import token_entries
-from rlhf_jax.runtime.loading import choose_tokenizer, load_model
+from rlhf_jax.runtime.loading import add_adapters, choose_tokenizer, load_model
 from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.rewards.texts import decode
 from rlhf_jax.runtime.run.folder import disk_errors, is_remote
@@ -82,7 +85,9 @@ class BaseStage:
         }
         model_key, self.key, self.eval_key = stage_keys(config.seed, self.name)
         self.mesh = make_mesh(config.mesh)
-        self.model, self.params = load_model(config.model, self.tokenizer, model_key, self.mesh)
+        model, params = load_model(config.model, self.tokenizer, model_key, self.mesh)
+        key = jax.random.fold_in(model_key, 1)
+        self.model, self.params = add_adapters(model, params, config.lora, key, self.mesh)
         check_run(config, self.model, self.mesh)
 
     def show_memory(self, state: Any, programs: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
@@ -108,12 +113,15 @@ class BaseStage:
     def saved(self, state: Any) -> dict[str, Any]:
         """The part of a state that a checkpoint holds: all but `frozen`, of which a checksum.
 
-        Fields that are None are left out, so that checkpoints of states without them stay readable.
+        Fields that are None or empty are left out, so that checkpoints of states without them stay
+        readable.
         """
         parts = state._asdict()
         if parts["frozen"] is not None:
             parts["frozen"] = {"fingerprint": fingerprint(state.frozen)}
-        return {name: part for name, part in parts.items() if part is not None}
+        return {
+            name: part for name, part in parts.items() if part is not None and not _is_empty(part)
+        }
 
     def resumed(self, state: Any, saved: dict[str, Any]) -> Any:
         """The saved parts beside the frozen ones; an InputError if those have changed."""
@@ -125,6 +133,10 @@ class BaseStage:
                 "with; put it back, or choose another --run_dir."
             )
         return state._replace(**{**saved, "frozen": frozen})
+
+
+def _is_empty(part: Any) -> bool:
+    return isinstance(part, dict) and not part
 
 
 def data_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -151,13 +163,27 @@ def examples_fingerprint(
     }
 
 
-def export(run_dir: str, save: Callable[..., None], *args: Any) -> None:
-    """Calls save(folder, *args) for the folder `hf/` of a run; all hosts call this.
+def export_model(
+    config: RunConfig, save: Callable[..., None], model: Model, params: Any, tokenizer: Any
+) -> None:
+    """Writes `hf/`, and `adapter/` in PEFT's format where there are adapters; all hosts call this.
+
+    Args:
+      save: `save_pretrained` or `save_reward_model`, which merge adapters into the base.
+    """
+    export(config.run_dir, save, model, params, tokenizer)
+    if adapters_of(model) is not None:
+        save_own = functools.partial(save_adapter, base_path=config.model.path)
+        export(config.run_dir, save_own, model, params, name="adapter")
+
+
+def export(run_dir: str, save: Callable[..., None], *args: Any, name: str = "hf") -> None:
+    """Calls save(folder, *args) for a folder of a run; all hosts call this.
 
     safetensors writes local files only: for an address such as gs:// the files are written to a
     temporary folder and copied by the first host.
     """
-    target = epath.Path(run_dir) / "hf"
+    target = epath.Path(run_dir) / name
     if not is_remote(target) or not hosts.is_first():
         with disk_errors(run_dir):
             save(str(target), *args)

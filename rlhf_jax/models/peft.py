@@ -1,0 +1,232 @@
+"""Adapters read from and written to PEFT's `adapter_model.safetensors`.
+
+An adapter is small beside its base: it is read as a whole, by each host.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding
+from safetensors import SafetensorError, safe_open
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapters import Adapters, merged_trees, nested
+from rlhf_jax.models.dense import column_norms
+from rlhf_jax.models.family import Slot, leaf_at
+from rlhf_jax.models.interface import Params
+from rlhf_jax.models.peft_config import (
+    CONFIG,
+    kernel_modules,
+    read_adapter_config,
+    resolve_adapters,
+    written_config,
+)
+from rlhf_jax.models.reading import TensorFile, check_float, unreadable
+from rlhf_jax.models.writing import write_json, write_safetensors
+from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel.partition import tree_shardings
+
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+
+
+def read_adapter(
+    folder: str | pathlib.Path,
+    model: Any,
+    slots: Mapping[str, Slot],
+    params: Params,
+    mesh: Mesh | None = None,
+) -> tuple[Any, Params]:
+    """(model, params) with the adapters of a folder, and its modules in full in the base's place.
+
+    Args:
+      slots: every tensor of the model, by its full name.
+      params: of the base.
+      mesh: of the parameters; None for the default device.
+
+    Raises:
+      InputError: the folder cannot be read, its configuration is not supported, or it is of another
+        base.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    config = read_adapter_config(folder)
+    adapters = resolve_adapters(config, slots, str(folder / CONFIG))
+    tensors = _read_tensors(folder / WEIGHTS)
+    tree: Params = {}
+    for target in adapters.targets:
+        kernel = leaf_at(params["layers"], target.path)["kernel"]
+        arrays = _target_arrays(folder, adapters, target, slots, kernel, tensors)
+        tree = merged_trees(tree, nested(("layers", *target.path), arrays))
+    tree = merged_trees(tree, _saved_arrays(folder, adapters, slots, params, tensors))
+    if tensors:
+        raise InputError(
+            f"{folder / WEIGHTS}: the tensor {min(tensors)!r} is of no module that the adapter's "
+            "configuration names; save the adapter again."
+        )
+    shardings = None if mesh is None else tree_shardings(mesh, tree, model.partition_rules)
+    params = merged_trees(params, _placed(tree, shardings))
+    return dataclasses.replace(model, adapters=adapters), params
+
+
+def _saved_arrays(folder, adapters, slots, params, tensors):
+    """The parameters of modules that are stored in full."""
+    tree: Params = {}
+    for name, slot in slots.items():
+        if not adapters.is_saved(slot.path):
+            continue
+        values = _taken(folder, tensors, _PREFIX + name, slot.shape)
+        values = values.T if slot.transposed else values
+        own = leaf_at(params, slot.path)
+        if slot.layer is None:
+            full = np.zeros(own.shape, np.float32)
+            full[: len(values)] = values  # the padding of the vocabulary is not in the file
+        else:
+            full = _leaf_or(tree, slot.path, own.shape)
+            full[slot.layer] = values.reshape(own.shape[1:])
+        tree = merged_trees(tree, nested(slot.path, full))
+    return tree
+
+
+def _leaf_or(tree, path, shape):
+    """The array at a path of a tree, or a new one."""
+    try:
+        return leaf_at(tree, path)
+    except KeyError:
+        return np.zeros(shape, np.float32)
+
+
+def _placed(tree, shardings):
+    if shardings is None:
+        return jax.tree.map(jax.numpy.array, tree)
+
+    def place(leaf: np.ndarray, sharding: Sharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def _read_tensors(file):
+    """float32 of every tensor, by its name."""
+    if not file.is_file():
+        raise InputError(f"{file.parent} holds no {file.name}; give the folder of a saved adapter.")
+    tensors = {}
+    try:
+        with contextlib.ExitStack() as files:
+            opened = files.enter_context(safe_open(file, framework="numpy"))
+            for name in opened.keys():  # noqa: SIM118, the file is no mapping
+                data = opened.get_slice(name)
+                check_float(f"{file}: the tensor {name!r}", data.get_dtype())
+                tensors[name] = TensorFile(file, name, data).read((slice(None),))
+    except SafetensorError as error:
+        raise unreadable(file, error) from error
+    return tensors
+
+
+def _taken(folder, tensors, name, shape):
+    """The tensor of a name, taken out of those that are left."""
+    if name not in tensors:
+        raise InputError(
+            f"{folder / WEIGHTS} lacks the tensor {name!r}, which the adapter's configuration asks "
+            "for on this base; give the base that it was trained on, or save it again."
+        )
+    values = tensors.pop(name)
+    if values.shape != tuple(shape):
+        raise InputError(
+            f"{folder / WEIGHTS}: the tensor {name!r} has shape {list(values.shape)}, but this "
+            f"base asks for {list(shape)}; give the base that it was trained on."
+        )
+    return values
+
+
+def _target_arrays(folder, adapters, target, slots, kernel, tensors):
+    """The arrays beside a kernel [N, D, *features], of the tensors of its layers."""
+    number, width, *features = kernel.shape
+    outputs = int(np.prod(features))
+    a = np.zeros((number, width, target.rank), np.float32)
+    b = np.zeros((number, target.rank, *features), np.float32)
+    if adapters.use_dora:  # of no effect in layers without an adapter
+        magnitude = np.array(hosts.to_host(jax.jit(jax.vmap(column_norms))(kernel)), np.float32)
+    for layer, name in _names_of(target, slots):
+        rank = target.ranks[layer]
+        a[layer, :, :rank] = _taken(folder, tensors, f"{name}.lora_A.weight", (rank, width)).T
+        values = _taken(folder, tensors, f"{name}.lora_B.weight", (outputs, rank))
+        b[layer, :rank] = values.T.reshape(rank, *features)
+        if adapters.use_dora:
+            values = _taken(folder, tensors, f"{name}.lora_magnitude_vector", (outputs,))
+            magnitude[layer] = values.reshape(features)
+    arrays = {"lora_a": a, "lora_b": b, "lora_scale": adapters.scales(target)}
+    if adapters.dropout:
+        arrays["lora_dropout"] = np.full(number, adapters.dropout, np.float32)
+    return arrays | ({"lora_magnitude": magnitude} if adapters.use_dora else {})
+
+
+def _names_of(target, slots):
+    """(layer, name of the module with PEFT's prefix) of each adapter of a target."""
+    for name, path, layer in kernel_modules(slots):
+        if path == ("layers", *target.path) and target.ranks[layer]:
+            yield layer, _PREFIX + name
+
+
+def write_adapter(
+    folder: str | pathlib.Path,
+    adapters: Adapters,
+    slots: Mapping[str, Slot],
+    params: Params,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
+    """Writes a folder in PEFT's format; all hosts have to call it.
+
+    Args:
+      params: with the adapters.
+      config: keys of adapter_config.json beside those of the adapters.
+      tensors: further ones, by their full names, such as a head's.
+    """
+    written = {_PREFIX + name: values for name, values in tensors.items()}
+    for target in adapters.targets:
+        arrays = hosts.to_host(leaf_at(params["layers"], target.path))
+        written |= _target_tensors(adapters, target, slots, arrays)
+    for name, slot in slots.items():
+        if adapters.is_saved(slot.path):
+            leaf = hosts.to_host(leaf_at(params, slot.path))
+            values = np.asarray(leaf if slot.layer is None else leaf[slot.layer], np.float32)
+            values = (values.T if slot.transposed else values)[: slot.shape[0]]
+            written[_PREFIX + name] = values.reshape(slot.shape)
+    hosts.from_first(_write, folder, written_config(adapters, config), written)
+
+
+def _target_tensors(adapters, target, slots, arrays):
+    tensors = {}
+    for layer, name in _names_of(target, slots):
+        rank = target.ranks[layer]
+        a, b = arrays["lora_a"][layer][:, :rank], arrays["lora_b"][layer][:rank]
+        if adapters.is_pissa:  # A B - A0 B0 as one product, of a base that was not changed
+            a = np.concatenate([a, arrays["lora_start_a"][layer][:, :rank]], axis=1)
+            b = np.concatenate([b, -arrays["lora_start_b"][layer][:rank]])
+        tensors[f"{name}.lora_A.weight"] = np.asarray(a.T, np.float32)
+        tensors[f"{name}.lora_B.weight"] = np.asarray(b.reshape(len(b), -1).T, np.float32)
+        if adapters.use_dora:
+            magnitude = np.asarray(arrays["lora_magnitude"][layer], np.float32)
+            tensors[f"{name}.lora_magnitude_vector"] = magnitude.reshape(-1)
+    return tensors
+
+
+def _write(folder, config, tensors):
+    path = pathlib.Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in sorted(tensors.items())
+    }
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as name:
+        temporary = pathlib.Path(name)
+        write_safetensors(temporary / WEIGHTS, shapes, iter([tensors[n] for n in shapes]))
+        write_json(temporary / CONFIG, config)
+        for file in (CONFIG, WEIGHTS):
+            (temporary / file).replace(path / file)
