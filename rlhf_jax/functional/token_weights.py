@@ -5,13 +5,15 @@ import jax.numpy as jnp
 
 from rlhf_jax.functional.expect import expect_one_of, expect_positive, expect_scalars
 from rlhf_jax.functional.kl import limited_exp
-from rlhf_jax.functional.masking import count_or_one, masked_mean, masked_tokens, on_all_devices
+from rlhf_jax.functional.masking import batch_mean, count_or_one, masked_tokens, on_all_devices
 
 IMPORTANCE_LEVELS = ("token", "sequence")
 IMPORTANCE_MODES = ("truncate", "mask")
 
 
-def importance_weights(logprobs, sampler_logprobs, mask, *, level, cap, mode="truncate"):
+def importance_weights(
+    logprobs, sampler_logprobs, mask, *, level, cap, mode="truncate", denominator=None
+):
     """Weights of tokens that another distribution sampled than the one that trains.
 
         w_t = exp(logprobs_t - sampler_logprobs_t)            level "token"
@@ -32,6 +34,8 @@ def importance_weights(logprobs, sampler_logprobs, mask, *, level, cap, mode="tr
       level: "token" or "sequence".
       cap: the largest weight, above 0.
       mode: "truncate" or "mask".
+      denominator: divisor of the metrics `mean` and `capfrac`, instead of the number of real tokens
+        ("token") or of responses with one ("sequence"), for a part of a batch.
 
     Returns:
       (weights, metrics): f32[B, T] without a gradient, zero off the mask, and f32[] each: `min`,
@@ -70,14 +74,14 @@ def importance_weights(logprobs, sampler_logprobs, mask, *, level, cap, mode="tr
     lowest = jnp.min(weights, where=counted, initial=jnp.inf)
     metrics = {
         "min": jnp.where(any_counted, lowest, 0.0),
-        "mean": masked_mean(weights, counted),
+        "mean": batch_mean(weights, counted, denominator),
         "max": jnp.max(weights, where=counted, initial=0.0),
-        "capfrac": masked_mean(is_capped.astype(jnp.float32), counted),
+        "capfrac": batch_mean(is_capped, counted, denominator),
     }
     return jnp.where(mask, weights, 0.0), metrics
 
 
-def logprob_difference(logprobs, other_logprobs, mask):
+def logprob_difference(logprobs, other_logprobs, mask, *, denominator=None):
     """Mean and largest distance between log-probabilities of the same tokens.
 
         mean_t |logprobs_t - other_logprobs_t|,     max_t |logprobs_t - other_logprobs_t|
@@ -89,6 +93,7 @@ def logprob_difference(logprobs, other_logprobs, mask):
       logprobs: float[B, T] of the sampled tokens, in nats.
       other_logprobs: float[B, T], the same from elsewhere.
       mask: bool[B, T], True on real tokens.
+      denominator: divisor of the sum, instead of the number of real tokens.
 
     Returns:
       (mean, maximum), f32[] each without a gradient, in nats; 0 if no token is real.
@@ -103,7 +108,7 @@ def logprob_difference(logprobs, other_logprobs, mask):
     """
     logprobs, other_logprobs = masked_tokens(mask, logprobs=logprobs, other_logprobs=other_logprobs)
     distance = jnp.abs(jax.lax.stop_gradient(logprobs - other_logprobs))
-    return masked_mean(distance, mask), jnp.max(distance, initial=0.0)
+    return batch_mean(distance, mask, denominator), jnp.max(distance, initial=0.0)
 
 
 def top_entropy_mask(entropy, mask, *, share):

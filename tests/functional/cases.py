@@ -221,7 +221,7 @@ def token_weight_cases(rng, batch):
     masks = under("mask", "logprobs", "sampler_logprobs")
     cases = {
         f"importance_weights/{level}": Case(
-            logprobs, {"level": level, "mode": mode}, {"cap": 1.3}, (), masks
+            logprobs, {"level": level, "mode": mode}, {"cap": 1.3, "denominator": 3.0}, (), masks
         )
         for level, mode in (("token", "mask"), ("sequence", "truncate"))
     }

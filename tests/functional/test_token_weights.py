@@ -31,6 +31,15 @@ def test_importance_weights_match_a_loop(rng, ragged_mask, level, mode):
     summary = (values.min(), values.mean(), values.max(), is_capped.mean())
     actual = [metrics[name] for name in ("min", "mean", "max", "capfrac")]
     np.testing.assert_allclose(actual, summary, rtol=1e-5)
+    parts = [
+        rlhf.importance_weights(
+            logprobs[rows], sampler[rows], ragged_mask[rows],
+            level=level, cap=1.2, mode=mode, denominator=len(counted),
+        )[1]
+        for rows in (slice(2), slice(2, None))
+    ]  # fmt: skip
+    for name in ("mean", "capfrac"):
+        np.testing.assert_allclose(sum(part[name] for part in parts), metrics[name], rtol=1e-5)
 
 
 def test_a_token_that_the_sampler_found_impossible_has_a_limited_weight():
