@@ -112,7 +112,7 @@ def test_responses_without_a_score_do_not_count(masked_scores):
         "none": rlhf.group_advantages(scores, mask, scale="none"),
     }
     for row, real in enumerate(mask):
-        kept = np.float64(scores[row, real])
+        kept = scores[row, real].astype(np.float64)
         others = [
             np.mean(np.delete(kept, i)) if kept.size > 1 else kept[i] for i in range(kept.size)
         ]
@@ -156,7 +156,7 @@ def test_decoupled_advantages_match_a_loop(rng):
     totals = np.zeros((3, 4))
     for prompt, which in itertools.product(range(3), range(2)):
         real = mask[prompt, :, which]
-        own = normalized_by_loop(np.float64(scores[prompt, real, which]), 1e-4)
+        own = normalized_by_loop(scores[prompt, real, which].astype(np.float64), 1e-4)
         totals[prompt, real] += weights[which] * np.array(own)
     real = mask.any(axis=2)
     expected = np.zeros((3, 4))
