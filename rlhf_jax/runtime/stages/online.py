@@ -335,19 +335,19 @@ class OnlineStage(shared.BaseStage):
     def _reference(self, state: Any) -> EvaluatedResponses:
         """The responses of the reference, sampled once a run."""
         if self._before is None:
-            self._before = self._respond(state, self._reference_params(state))
+            self._before = self._respond(state)
         return self._before
 
     def _reference_params(self, state: Any) -> Any:
         """The full parameters of the reference."""
         return online.reference_params(self.model, state)
 
-    def _respond(self, state: Any, params: Any) -> EvaluatedResponses:
-        """Responses to the held-out prompts."""
+    def _respond(self, state: Any, params: Any = None) -> EvaluatedResponses:
+        """Responses to the held-out prompts, by default of the reference."""
         ref, reward = self._reference_params(state), state.frozen.get("reward")
         assert self.held_out is not None
         rest = (self.held_out_examples, ref, reward, self.eval_key)
-        return self.evaluator(params, self.held_out, *rest)
+        return self.evaluator(ref if params is None else params, self.held_out, *rest)
 
     def _groups(self, state: Any) -> dict[str, list[EvaluatedResponses]]:
         """Several responses of the reference and of the policy to each held-out prompt."""
