@@ -291,7 +291,7 @@ def _are_equal(one: TensorFile, other: TensorFile) -> bool:
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
-def unreadable(file: pathlib.Path, error: SafetensorError) -> InputError:
+def unreadable(file: pathlib.Path, error: Exception) -> InputError:
     """The error of a safetensors file that cannot be read."""
     return InputError(f"{file} cannot be read ({error}); save or download it again.")
 
