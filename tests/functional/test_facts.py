@@ -201,3 +201,24 @@ def test_26_ratio_approxkl_and_the_loss_are_means_over_real_tokens(rng, ragged_m
     np.testing.assert_allclose(metrics["approxkl"], np.mean(real**2) / 2, rtol=1e-6)
     over_all, _ = rlhf.ppo_policy_loss(new, old, advantages, np.ones_like(ragged_mask))
     assert abs(over_all - loss) > 0.01
+
+
+def test_30_dpo_starts_at_log_2_without_an_ordered_pair(rng):
+    logps = [jnp.asarray(rng.normal(-30, 5, 6), jnp.float32) for _ in range(2)]
+    loss, metrics = rlhf.dpo_loss(*logps, *logps, beta=0.1)
+    assert loss == pytest.approx(np.log(2), rel=1e-6)
+    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward"):
+        assert metrics[name] == 0
+
+
+def test_34_the_constant_of_dr_grpo_does_not_depend_on_the_width_of_the_batch(rng, ragged_mask):
+    logprobs = jnp.asarray(rng.normal(-2, 1, ragged_mask.shape), jnp.float32)
+    advantages = jnp.asarray(rng.normal(size=len(ragged_mask)), jnp.float32)
+    arguments = {"reduction": "constant", "max_length": 64}
+    losses = []
+    for more in (0, 9):
+        padded, mask = (jnp.pad(x, ((0, 0), (0, more))) for x in (logprobs, ragged_mask))
+        losses.append(rlhf.grpo_loss(padded, None, advantages, mask, **arguments)[0])
+    expected = -(np.asarray(advantages) * np.asarray(ragged_mask).sum(axis=1)).sum()
+    expected /= 64 * len(ragged_mask)
+    np.testing.assert_allclose(losses, [expected] * 2, rtol=1e-5)
