@@ -100,7 +100,10 @@ def run_config(config: Config, method: str, seed: int) -> RunConfig:
         },
     )
     (record,) = (each for each in TRAINERS if each.name == trainer)
-    return resolve(config_of(record), values)
+    run = resolve(config_of(record), values)
+    if run.section("evaluation").num_responses < 2:
+        raise InputError("shared.evaluation.num_responses must be 2 or more, for pass@1.")
+    return run
 
 
 def result_of(run: RunConfig) -> Result:
@@ -112,8 +115,7 @@ def result_of(run: RunConfig) -> Result:
         if METRIC in entry:
             scores[entry["step"] * run.settings.batch_size * group] = entry[METRIC]
     metrics = (read_evaluation(run.run_dir) or {})["metrics"]
-    names = ("before_pass@1", "pass@1") if "pass@1" in metrics else ("scores", "scores")
-    return Result(sorted(scores.items()), *(metrics[name] for name in names))
+    return Result(sorted(scores.items()), metrics["before_pass@1"], metrics["pass@1"])
 
 
 def table_of(results: Mapping[str, list[Result]]) -> str:
@@ -121,8 +123,8 @@ def table_of(results: Mapping[str, list[Result]]) -> str:
     lines = ["| method | pass@1 before | after: mean | lowest seed | seeds |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for method, runs in results.items():
-        after = [each.after for each in runs]
-        numbers = runs[0].before, float(np.mean(after)), min(after)
+        before, after = zip(*(each[1:] for each in runs), strict=True)
+        numbers = float(np.mean(before)), float(np.mean(after)), min(after)
         cells = " | ".join(f"{x:.3f}" for x in numbers)
         lines.append(f"| {method} | {cells} | {len(runs)} |")
     return "\n".join(lines)

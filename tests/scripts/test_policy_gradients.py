@@ -16,6 +16,7 @@ CONFIG = {
         "rewards": [{"function": "rlhf_jax.data.tasks.arithmetic:reward"}],
         "settings": {"total_episodes": 64, "response_length": 4},
         "optimizer": {"learning_rate": 0.5},
+        "evaluation": {"num_responses": 2},
     },
     "methods": {
         "GRPO": {"trainer": "grpo", "grpo": {"batch_size": 4, "num_generations": 2}},
