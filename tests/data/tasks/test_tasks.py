@@ -12,7 +12,9 @@ from tests.runtime.messages import message
 
 OPTIONS = {
     "arithmetic": {"operators": "+-*"},
+    "calculator": {"digits": 2},
     "countdown": {},
+    "guessing": {},
     "larger": {},
     "letters": {"syllables": 2},
     "sorting": {},
@@ -48,12 +50,16 @@ def test_right_answers_score_one_wrong_ones_zero_and_splits_share_no_problem(nam
         prompts = [row["prompt"] for row in rows]
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         pairs, _ = load_examples(data, "pairs")
-        for side, score in (("chosen", 1.0), ("rejected", 0.0)):
-            texts = [f"{pair[side]}" for pair in pairs]
-            assert reward(prompts, texts, **columns) == [score] * 100
+        right, wrong = (
+            reward(prompts, [pair[side] for pair in pairs], **columns)
+            for side in ("chosen", "rejected")
+        )
+        # Several guesses of a number score less than one.
+        assert min(right) > 0 if name == "guessing" else right == [1.0] * 100
+        assert wrong == [0.0] * 100
         assert reward(prompts, ["", "?"] * 50, **columns) == [0.0] * 100
         held_out |= {question(row) for row in evaluation}
-    assert load_examples(settings(name, seed=0), "prompts")[0][:100] != rows
+    assert load_examples(settings(name, seed=0, builtin_rows=100), "prompts")[0] != rows
     train, _ = load_examples(settings(name, seed=2, builtin_rows=500), "prompts")
     assert not held_out & {question(row) for row in train}
 
@@ -105,7 +111,7 @@ def test_sorting_reads_tags():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"path": "task:sums"}, "the tasks are task:arithmetic, task:countdown"),
+        ({"path": "task:sums"}, "the tasks are task:arithmetic, task:calculator"),
         ({"path": "task:arithmetic", "task": {"digit": 1}}, "has the option 'digit', but those"),
         ({"path": "task:arithmetic", "task": {"digits": 0}}, "data.task.digits must be above 0"),
         ({"path": "task:arithmetic", "task": {"operators": "/"}}, "operators are of +, - and *"),
@@ -123,7 +129,7 @@ def test_wrong_options_are_one_sentence(values, expected):
 
 
 def test_a_template_with_other_names_is_one_sentence():
-    data = DataSettings(path="task:arithmetic", task={"template": "{x}+{b}="})
+    data = DataSettings(path="task:arithmetic", builtin_rows=1, task={"template": "{x}+{b}="})
     assert "may hold {a}, {b}, {operator}" in message(load_examples, data, "prompts")
 
 
