@@ -29,10 +29,10 @@ class DataSettings:
 
     Attributes:
       path: "builtin" for the embedded corpus; "task:NAME" for a task with answers that can be
-        verified: arithmetic, countdown, larger, letters or sorting; "reasoning_gym:NAME" for one of
-        the package reasoning-gym; a file .jsonl, .json, .csv (each also with .gz) or
-        .parquet; a folder of such files; or the name of a data set on the hub. An empty cell of a
-        CSV file is the empty text.
+        verified: arithmetic, calculator, countdown, guessing, larger, letters or sorting;
+        "reasoning_gym:NAME" for one of the package reasoning-gym; a file .jsonl, .json, .csv (each
+        also with .gz) or .parquet; a folder of such files; or the name of a data set on the hub. An
+        empty cell of a CSV file is the empty text.
       name: configuration of a data set on the hub.
       split: training split. A file is the split "train"; in a folder, files named after a split
         (train.jsonl, train-00000.parquet) are that split, or all are "train" if none is named so.

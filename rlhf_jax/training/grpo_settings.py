@@ -185,6 +185,12 @@ class Settings(TurnSettings, SampledSettings):
                 "responses to a prompt; give 2 or more, or take reinforce_pp.",
             ),
             (
+                self.max_sampling_rounds > 1 and self.num_generations == 1,
+                f"max_sampling_rounds is {self.max_sampling_rounds}, but a single response to a "
+                f"prompt has no spread of scores; leave it out, or give {name}.num_generations of "
+                "2 or more.",
+            ),
+            (
                 self.normalize_advantages and estimator != "rloo",
                 f"normalize_advantages is for {name}.advantage_estimator rloo; the others are "
                 f"normalized by {name}.scale_rewards, or always.",

@@ -335,6 +335,14 @@ def test_the_losses_with_a_response_without_tokens_are_trls():
             {"num_generations": 1},
             "num_generations is 1, but grpo.advantage_estimator grpo compares",
         ),
+        (
+            {
+                "num_generations": 1,
+                "advantage_estimator": "reinforce_pp",
+                "max_sampling_rounds": 2,
+            },
+            "max_sampling_rounds is 2, but a single response to a prompt has no spread",
+        ),
         ({"num_mini_batches": 3}, "batch_size = 32 is not divisible by grpo.num_mini_batches = 3"),
         ({"delta": 1.1}, r"grpo.delta must be above 1 \+ grpo.epsilon = 1.2, but is 1.1."),
         ({"loss_type": "sapo", "delta": 2.0}, "but grpo.loss_type sapo does not read it"),

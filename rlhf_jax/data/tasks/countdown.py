@@ -13,6 +13,7 @@ from rlhf_jax.data.tasks.problems import Options, Problem, Task, filled
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards.answers import tagged_answer
 
+MAX_COUNT = 10
 MAX_LENGTH = 200  # characters of an expression; longer ones are wrong
 _OPERATORS: dict[type[ast.operator], Any] = {
     ast.Add: operator.add,
@@ -27,7 +28,7 @@ class CountdownOptions(Options):
     """Options of the task "countdown".
 
     Attributes:
-      count: how many numbers, at least 2.
+      count: how many numbers, from 2 to 10.
       max_number: the largest of them; the smallest is 1.
       template: of the question.
     """
@@ -38,8 +39,11 @@ class CountdownOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.count < 2:
-            raise InputError(f"data.task: count must be at least 2, but is {self.count}.")
+        # Expressions of more numbers rarely have a value in the range of `draw`.
+        if not 2 <= self.count <= MAX_COUNT:
+            raise InputError(
+                f"data.task: count must be from 2 to {MAX_COUNT}, but is {self.count}."
+            )
 
 
 def draw(rng: random.Random, options: CountdownOptions) -> Problem:

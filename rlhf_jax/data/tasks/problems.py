@@ -63,7 +63,7 @@ def filled(template: str, **values: object) -> str:
     """The template of a question with its values; an InputError for names that it has not."""
     try:
         return template.format(**values)
-    except (KeyError, IndexError, ValueError):
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         names = ", ".join(f"{{{name}}}" for name in values)
         raise InputError(
             f"data.task: the template {template!r} may hold {names} and no other braces."

@@ -17,6 +17,7 @@ from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import AnyBatch
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import max_targets, target_width
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.adapter_folders import with_settings
 from rlhf_jax.models.adapters import fresh_params
 from rlhf_jax.models.interface import Model
@@ -58,8 +59,13 @@ def programs(
       num_responses: K of rankings, which otherwise the data determine.
 
     Raises:
-      InputError: of sizes, as the stage raises it.
+      InputError: of sizes, as the stage raises it, or responses have several turns.
     """
+    if config.trainer.compares_groups and config.settings.environment_fn is not None:
+        raise InputError(
+            f"{config.trainer.name}.environment_fn calls a program for each turn, which is not "
+            "compiled ahead of time; leave it out."
+        )
     model = with_settings(model, config.lora)
     check_run(config, model, mesh)
     kind, settings = config.trainer.reads(config.settings), config.settings

@@ -116,6 +116,10 @@ def test_sorting_reads_tags():
         ({"path": "task:arithmetic", "task": {"digits": 0}}, "data.task.digits must be above 0"),
         ({"path": "task:arithmetic", "task": {"operators": "/"}}, "operators are of +, - and *"),
         ({"path": "task:sorting", "task": {"count": 11}}, "count must be from 2 to 10^digits = 10"),
+        (
+            {"path": "task:countdown", "task": {"count": 11}},
+            "count must be from 2 to 10, but is 11",
+        ),
         ({"path": "rows.jsonl", "task": {"digits": 1}}, "give it a path such as task:arithmetic"),
         ({"path": "task:larger", "split": "test"}, '"task:larger" has no parts'),
     ],
@@ -127,6 +131,13 @@ def test_wrong_options_are_one_sentence(values, expected):
 def test_a_template_with_other_names_is_one_sentence():
     data = DataSettings(path="task:arithmetic", builtin_rows=1, task={"template": "{x}+{b}="})
     assert "may hold {a}, {b}, {operator}" in message(load_examples, data, "prompts")
+
+
+def test_a_template_that_reads_attributes_is_one_sentence():
+    for template in ("{a[0]}", "{a.x}"):
+        options = {"template": template}
+        data = DataSettings(path="task:arithmetic", builtin_rows=1, eval_rows=0, task=options)
+        assert "may hold {a}, {b}, {operator}" in message(load_examples, data, "prompts")
 
 
 def test_reasoning_gym(monkeypatch):

@@ -77,6 +77,12 @@ def test_an_error_is_one_sentence(flags, message):
         compile_for.run_compile_for([*flags, *FLAGS, *named])
 
 
+def test_responses_of_several_turns_are_not_compiled_ahead(folder):
+    flags = ["--topology", "local", "--model", folder, "--grpo.environment_fn", "games:play"]
+    with pytest.raises(InputError, match=r"grpo.environment_fn calls a program for each turn"):
+        compile_for.run_compile_for(flags)
+
+
 def test_the_stage_of_a_file_is_found(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("reward: {batch_size: 4}\nmodel: {path: gpt2}\n")
