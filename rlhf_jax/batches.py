@@ -139,19 +139,40 @@ class Rollout(NamedTuple):
       mask: bool[B, T], True up to and including the stop token.
       logprobs: f32[B, T] in nats, under the distribution that was sampled from (temperature,
         top-k and top-p included); 0 off the mask, and everywhere when decoding greedily.
-      acted: bool[B, T], the tokens of the mask that the policy sampled, where an environment wrote
-        the others; None where it sampled all.
     """
 
     tokens: jax.Array
     mask: jax.Array
     logprobs: jax.Array
-    acted: jax.Array | None = None
+
+    @property
+    def acted(self) -> jax.Array | None:
+        """None: the policy sampled all tokens."""
+        return None
 
     @property
     def actions(self) -> jax.Array:
         """bool[B, T]: the tokens that the policy sampled."""
-        return self.mask if self.acted is None else self.acted
+        return self.mask
+
+
+class TurnRollout(NamedTuple):
+    """A `Rollout` of several turns, in which an environment wrote some of the tokens.
+
+    Attributes:
+      tokens, mask, logprobs: as in `Rollout`; logprobs are 0 on what the environment wrote.
+      acted: bool[B, T], the tokens of the mask that the policy sampled.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    logprobs: jax.Array
+    acted: jax.Array
+
+    @property
+    def actions(self) -> jax.Array:
+        """bool[B, T]: the tokens that the policy sampled."""
+        return self.acted
 
 
 class ScoredRollout(NamedTuple):

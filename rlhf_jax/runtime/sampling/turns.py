@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from rlhf_jax.batches import PromptBatch, Rollout
+from rlhf_jax.batches import PromptBatch, Rollout, TurnRollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
@@ -50,7 +50,7 @@ class _Response:
 
 
 class TurnSampler:
-    """Samples responses of several turns, as (source, batch, key) -> Rollout.
+    """Samples responses of several turns, as (source, batch, key) -> TurnRollout.
 
     Args:
       settings: with the fields of `SamplingSettings` and `TurnSettings`.
@@ -112,9 +112,9 @@ class TurnSampler:
         later = PromptBatch(array("int32", count, width), array(bool, count, width), indices)
         length = self.settings.response_length
         parts = [array(dtype, *shape, length) for dtype in ("int32", bool, "float32", bool)]
-        return [(self._next, (source, (later, indices), key))], Rollout(*parts)
+        return [(self._next, (source, (later, indices), key))], TurnRollout(*parts)
 
-    def __call__(self, source: Any, batch: PromptBatch, key: jax.Array) -> Rollout:
+    def __call__(self, source: Any, batch: PromptBatch, key: jax.Array) -> TurnRollout:
         """The rollout on the devices; turn t is sampled with `fold_in(key, t)`."""
         count, length = self._num_responses or 1, self.settings.response_length
         sampled = self._first(source, (PromptBatch(*batch[:3]), None), jax.random.fold_in(key, 0))
@@ -196,7 +196,7 @@ class TurnSampler:
         return PromptBatch(tokens, mask, np.asarray(indices)), limits  # type: ignore[arg-type]
 
 
-def _arrays(responses: list[_Response], shape: tuple[int, ...]) -> Rollout:
+def _arrays(responses: list[_Response], shape: tuple[int, ...]) -> TurnRollout:
     """The responses as NumPy arrays of a shape [B, T] or [B, K, T]."""
     dtypes = (np.int32, bool, np.float32, bool)
     arrays: list[Any] = [np.zeros((len(responses), shape[-1]), dtype) for dtype in dtypes]
@@ -205,7 +205,7 @@ def _arrays(responses: list[_Response], shape: tuple[int, ...]) -> Rollout:
         columns = (each.tokens, True, each.logprobs, each.acted)
         for array, values in zip(arrays, columns, strict=True):
             array[n, :size] = values
-    return Rollout(*(array.reshape(shape) for array in arrays))
+    return TurnRollout(*(array.reshape(shape) for array in arrays))
 
 
 def _replies(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.batches import PromptBatch, Rollout, Sequences
+from rlhf_jax.batches import PromptBatch, Rollout, Sequences, TurnRollout
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.rollout.score import response_logprobs
@@ -125,8 +125,9 @@ def test_what_an_environment_wrote_changes_no_gradient_but_through_the_context()
     )
     state = grpo.init_state(model, params, settings, jax.random.key(1), ref_params=reference)
 
-    def metrics_of(acted):
-        rollout = Rollout(tokens, jnp.asarray(mask), jnp.zeros(mask.shape), acted)
+    def metrics_of(*acted):
+        make = TurnRollout if acted else Rollout
+        rollout = make(tokens, jnp.asarray(mask), jnp.zeros(mask.shape), *acted)
         return update(state, batch, rollout, scores, jax.random.key(2))[1]
 
     def by_loop(own):
@@ -146,8 +147,8 @@ def test_what_an_environment_wrote_changes_no_gradient_but_through_the_context()
         )
         return total / own.sum()
 
-    for own, given in ((acted, jnp.asarray(acted)), (mask, None)):
-        metrics = metrics_of(given)
+    for own, given in ((acted, [jnp.asarray(acted)]), (mask, [])):
+        metrics = metrics_of(*given)
         assert metrics["train/loss"] == pytest.approx(by_loop(own), rel=1e-5)
         lengths = own.sum(axis=-1)
         assert metrics["completions/mean_length"] == lengths.mean()
