@@ -52,7 +52,8 @@ def scoring(model, settings, value_model):
     """(state, batch, rollout, scores) -> ScoredRollout, with the values of a value model."""
 
     def score(state, batch, rollout, scores):
-        values = functools.partial(response_values, settings, value_model, state.params)
+        parts = (settings, value_model, state.params, state.frozen)
+        values = functools.partial(response_values, *parts)
         arguments = (model, settings, state, batch, rollout, scores)
         experience, _, _ = online.make_experience(
             *arguments, kl_coef=0.0, stop_token_ids=(EOS,), values=values
