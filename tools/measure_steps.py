@@ -1,4 +1,4 @@
-"""Memory, processor time and losses of the first steps of an offline run, as one line of JSON.
+"""Memory, processor time and losses of the first steps of a run, as one line of JSON.
 
 python tools/measure_steps.py TRAINER --steps 7 --config FILE.yaml --section.key value ...
 
@@ -14,8 +14,8 @@ import time
 import jax
 import numpy as np
 
+from rlhf_jax.runtime.commands.train import stage_of
 from rlhf_jax.runtime.config import config_of, parse, trainer_named
-from rlhf_jax.runtime.stages.offline import OfflineStage
 
 
 def peak_memory() -> float:
@@ -28,7 +28,7 @@ def peak_memory() -> float:
 def main() -> None:
     """Runs the steps and prints the line."""
     name, _, steps, *flags = sys.argv[1:]
-    stage = OfflineStage(parse(config_of(trainer_named(name)), flags))
+    stage = stage_of(parse(config_of(trainer_named(name)), flags))
     with jax.set_mesh(stage.mesh):
         state = stage.init_state()
         seconds, losses = [], []

@@ -13,7 +13,7 @@ from rlhf_jax.runtime.evaluation.policies import read_evaluation
 from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.progress import preparing
-from rlhf_jax.runtime.run.stage import StageResult
+from rlhf_jax.runtime.run.stage import Stage, StageResult
 from rlhf_jax.runtime.stages.groups import GroupStage
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
@@ -53,16 +53,21 @@ def train(
     def make_stage():
         shown = settings.logging.progress and hosts.is_first()
         with preparing(trainer.name, "loading the data and the model", shown=shown):
-            if trainer.compares_groups:
-                return GroupStage(settings, reward_fn)
-            if trainer.online:
-                return OnlineStage(settings, reward_fn)
-            if trainer.samples_first:
-                return SampledStage(settings, reward_fn)
-            return OfflineStage(settings)
+            return stage_of(settings, reward_fn)
 
     fingerprints = functools.partial(data_fingerprints, settings)
     return loop.run(make_stage, settings, fingerprints)
+
+
+def stage_of(config: RunConfig, reward_fn: RewardFunction | None = None) -> Stage:
+    """The stage of a configuration: its data and models are loaded, its programs compiled."""
+    if config.trainer.compares_groups:
+        return GroupStage(config, reward_fn)
+    if config.trainer.online:
+        return OnlineStage(config, reward_fn)
+    if config.trainer.samples_first:
+        return SampledStage(config, reward_fn)
+    return OfflineStage(config)
 
 
 def print_result(trainer: Trainer, result: StageResult) -> None:
