@@ -139,7 +139,7 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
     gold_fn, judge_fn = _check_policy(config)
     tokenizer, model, params = _load_policy(config)
     reference = loading.load_reference(config.model, tokenizer, make_mesh(config.mesh))
-    reference_model, ref_params = reference or (model, params)
+    reference_model, ref_params = reference or (model, None)
     rewards = reward_model = reward_params = None
     if sources := find_sources(config.model.reward_path, config.rewards):
         mesh = make_mesh(config.mesh)
@@ -165,23 +165,28 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
 
     examples, num_samples = _held_out(config, "prompts"), config.evaluation.num_samples
     prompts, key = encode_prompts(examples, tokenizer, config.data), jax.random.key(config.seed)
-    others = (prompts, examples, ref_params, reward_params)
-    respond = functools.partial(evaluator(model), params, *others)
+
+    def responder(sampled: Model, of_sampled: Any) -> Callable[[int], list[Any]]:
+        respond = functools.partial(evaluator(sampled), of_sampled, prompts, examples)
+        # The KL is that of the first response alone.
+        return lambda count: [
+            respond(ref_params if n == 0 else None, reward_params, each)
+            for n, each in enumerate([key, *further_keys(key, count)])
+        ]
+
     settings = config.evaluation
-    after = [respond(key)]
-    count = max(settings.num_responses, *settings.best_of, 1)
-    after += map(respond, further_keys(key, count))
+    after = responder(model, params)(max(settings.num_responses, *settings.best_of, 1))
     after[0] = _with_rouge(after[0], examples)
     groups = {"after": after[: settings.num_responses]}
     if config.model.reference_path is None:
         evaluation = policies.evaluation_of_one(after[0], num_samples)
     else:
-        refer = functools.partial(evaluator(reference_model), ref_params, *others)
-        before = _with_rouge(refer(key), examples)
+        first, *further = responder(reference_model, ref_params)(settings.num_responses)
+        before = _with_rouge(first, examples)
         columns = policies.columns_of(examples, prompts.indices)
         comparison = policies.compare(before, after[0], judge_fn, columns)
         evaluation = policies.evaluation_of(comparison, num_samples)
-        groups["before"] = [before, *map(refer, further_keys(key, settings.num_responses))]
+        groups["before"] = [before, *further]
     if settings.num_responses > 1:
         evaluation = with_passes(evaluation, groups, settings.pass_threshold)
     if settings.best_of:

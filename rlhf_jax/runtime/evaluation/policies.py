@@ -104,12 +104,13 @@ class PolicyEvaluator:
 
         def evaluate(params, ref_params, reward_params, batch, rollout):
             sequences = Sequences(batch.prompts, batch.prompt_mask, rollout.tokens, rollout.mask)
-            (logprobs, _, _), (ref_logprobs, _, _) = (
-                response_logprobs(*policy, sequences, temperature=temperature)
-                for policy in ((model, params), (reference_model or model, ref_params))
-            )
-            kl = jnp.sum(jnp.where(rollout.actions, logprobs - ref_logprobs, 0.0), axis=1)
-            scores = None
+            kl = scores = None
+            if ref_params is not None:
+                (logprobs, _, _), (ref_logprobs, _, _) = (
+                    response_logprobs(*policy, sequences, temperature=temperature)
+                    for policy in ((model, params), (reference_model or model, ref_params))
+                )
+                kl = jnp.sum(jnp.where(rollout.actions, logprobs - ref_logprobs, 0.0), axis=1)
             if reward_model is not None:
                 scores = end_scores(reward_model, reward_params, sequences)
             return rollout, kl, scores
@@ -130,7 +131,7 @@ class PolicyEvaluator:
         params: Params,
         prompts: PromptBatch,
         examples: list[dict[str, Any]],
-        ref_params: Params,
+        ref_params: Params | None,
         reward_params: Any,
         key: jax.Array,
     ) -> EvaluatedResponses:
@@ -138,6 +139,7 @@ class PolicyEvaluator:
 
         Args:
           prompts: NumPy arrays, of these examples.
+          ref_params: of the reference; without them no KL is computed.
           reward_params: of the reward model, or the tuple of parameters of the rewards.
         """
         parts = []
@@ -261,7 +263,6 @@ def evaluation_of(comparison: Comparison, num_samples: int) -> dict[str, Any]:
 def evaluation_of_one(responses: EvaluatedResponses, num_samples: int) -> dict[str, Any]:
     """The content of `evaluation.json` of one policy, without a KL."""
     metrics = means(responses) | {"num_prompts": len(responses.prompts)}
-    del metrics["kl"]
     samples = {
         "prompt": responses.prompts,
         "response": responses.responses,

@@ -353,7 +353,8 @@ class OnlineStage(shared.BaseStage):
         """Several responses of the reference and of the policy to each held-out prompt."""
         assert self.held_out is not None
         ref = self._reference_params(state)
-        rest = (self.held_out, self.held_out_examples, ref, state.frozen.get("reward"))
+        # The KL is that of the first response alone.
+        rest = (self.held_out, self.held_out_examples, None, state.frozen.get("reward"))
         keys = further_keys(self.eval_key, self.config.section("evaluation").num_responses)
         first, policy = self._compare(state), online.policy_params(self.model, state)
         return {
