@@ -246,6 +246,7 @@ class GenerateConfig(CommandConfig):
     Attributes:
       data: settings that are not given are those of the run whose model is opened.
       prompt: one prompt to answer; where given, no data set is read.
+      message: likewise one message of a user, which the tokenizer's chat template renders.
       output: a JSONL file to write; null writes to standard output.
     """
 
@@ -253,12 +254,18 @@ class GenerateConfig(CommandConfig):
     data: DataSettings = DataSettings(max_prompt_length=2**20)
     generation: GenerationSettings = GenerationSettings()
     prompt: str | None = None
+    message: str | None = None
     output: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.message is not None:
+            raise InputError("prompt and message are both given: give one of them.")
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the section `data` of the model's run."""
-        return with_data_of_run(values, "path", quiet="prompt" in values)
+        return with_data_of_run(values, "path", quiet="prompt" in values or "message" in values)
 
 
 @dataclasses.dataclass(frozen=True)

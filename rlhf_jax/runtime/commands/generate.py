@@ -77,6 +77,14 @@ def _entries(
 def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
+    if config.message is not None:
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "message needs a chat template, which the tokenizer lacks: give one as "
+                "tokenizer.chat_template, or the text as prompt."
+            )
+        turns = [{"role": "user", "content": config.message}]
+        return [prompt_text({"prompt": turns}, 0, tokenizer)]
     train, held_out = load_examples(config.data, "prompts")
     examples = enumerate(held_out or train, 1)
     return [prompt_text(example, number, tokenizer) for number, example in examples]

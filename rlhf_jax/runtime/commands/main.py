@@ -69,7 +69,7 @@ def all_commands() -> list[Command]:
             "responses of a model to prompts, as JSON lines",
             config.GenerateConfig,
             lambda settings: runtime.run_generate(settings),
-            first=("model.path", "prompt", "data.path", "output", *_GENERATION, "seed"),
+            first=("model.path", "prompt", "message", "data.path", "output", *_GENERATION, "seed"),
         ),
         _command(
             "evaluate",

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from etils import epath
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import run_evaluate, run_generate, train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
@@ -195,6 +196,21 @@ def test_generate_writes_json_lines(tmp_path, capsys, sft_run):
     assert capsys.readouterr().out == ""
     written = (tmp_path / "out.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == lines
+
+
+def test_generate_renders_a_message_by_the_chat_template(capsys, sft_run):
+    shared = {
+        "model": {"path": f"{sft_run[0]}/hf"},
+        "message": "Hello",
+        "generation": {"max_new_tokens": 4, "batch_size": 4},
+    }
+    template = "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}{% endfor %}:"
+    (line,) = generate(capsys, **shared, tokenizer={"chat_template": template})
+    assert line["prompt"] == "<user>Hello:"
+    with pytest.raises(InputError, match="message needs a chat template"):
+        run_generate(shared)
+    with pytest.raises(InputError, match="both given"):
+        run_generate({**shared, "prompt": "Hello"})
 
 
 def test_greedy_responses_do_not_hang_on_the_seed_and_sampled_ones_do(capsys, sft_run):
