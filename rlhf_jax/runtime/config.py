@@ -257,11 +257,6 @@ class GenerateConfig(CommandConfig):
     message: str | None = None
     output: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompt is not None and self.message is not None:
-            raise InputError("prompt and message are both given: give one of them.")
-
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """With the section `data` of the model's run."""

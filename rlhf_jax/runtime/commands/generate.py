@@ -48,6 +48,8 @@ def run_generate(config: GenerateConfig | str | Mapping[str, object]) -> int:
     config = resolve(GenerateConfig, config)
     if config.model.path is None:
         raise InputError("generate needs a model: give --model.path a folder or hub name.")
+    if config.prompt is not None and config.message is not None:
+        raise InputError("prompt and message are both given: give one of them.")
     check_output(config.output)
     tokenizer = loading.choose_tokenizer(config.tokenizer, config.model.path, list)
     key = jax.random.key(config.seed)
