@@ -103,6 +103,7 @@ def test_a_refused_call_leaves_the_folder_as_it_was(finished, monkeypatch):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.newest
 def test_the_configuration_fed_back_and_an_interrupt_change_nothing(
     tmp_path, monkeypatch, finished
 ):
@@ -126,6 +127,7 @@ def test_the_configuration_fed_back_and_an_interrupt_change_nothing(
     assert ours == theirs
 
 
+@pytest.mark.newest
 def test_a_reward_model_that_is_trained_already_is_used(tmp_path, finished):
     folder, _ = finished
     settings = small.rlhf(tmp_path, model={"path": f"{folder}/sft/hf"})

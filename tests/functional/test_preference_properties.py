@@ -4,6 +4,7 @@ import chex
 import hypothesis
 import jax
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 import rlhf_jax as rlhf
@@ -13,6 +14,9 @@ from tests.functional.preference_by_loop import (
     draw,
     sigmoid,
 )
+
+# Of the formulas: test_all.py holds on both ends of the versions that each function compiles.
+pytestmark = pytest.mark.newest
 
 logprob = st.floats(-50.0, 0.0, width=32)
 pairs_of_logprobs = st.lists(st.tuples(logprob, logprob, logprob, logprob), min_size=3, max_size=3)

@@ -1,5 +1,6 @@
 """Eight devices, however they are arranged, train as one does."""
 
+import functools
 import json
 import os
 import subprocess
@@ -35,8 +36,14 @@ PLAN = (
     ("gpt2", (2, 2, 2), ("ppo", "rft")),
     ("qwen3", (2, 2, 2), ("reward", "frozen", "dpo", "online_dpo", "grpo")),
 )
-RUNS = [(family, sizes, stage) for family, sizes, stages in PLAN for stage in stages]
-SAMPLED = [run for run in RUNS if run[2] in ("ppo", "frozen", "trunk", "online_dpo", "grpo")]
+# The decoder's run on the newest end of the versions alone: a version of JAX that partitions these
+# programs in another way does so with GPT-2's as well.
+RUNS = [
+    pytest.param(family, sizes, stage, marks=[pytest.mark.newest] if family != "gpt2" else [])
+    for family, sizes, stages in PLAN
+    for stage in stages
+]
+SAMPLED = [run for run in RUNS if run.values[2] in ("ppo", "frozen", "online_dpo", "grpo")]
 
 
 def name_of(value):
@@ -45,16 +52,18 @@ def name_of(value):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder with the runs on one device and on eight, and what the latter printed."""
-    base = tmp_path_factory.mktemp("meshes")
-    for family in dict.fromkeys(family for family, _, _ in RUNS):
-        configs = make_configs(base, family, ONE)
-        for name, config in configs.items():
-            # The others start from the first two.
-            if name in ("sft", "reward") or (family, name) in {run[::2] for run in RUNS}:
-                train(trainer_of(name), config)
+    """By family: the folder with its runs on one device and on eight, and the latter's output."""
+    return functools.cache(functools.partial(run_family, tmp_path_factory.mktemp("meshes")))
+
+
+def run_family(base, family):
+    plan = [line for line in PLAN if line[0] == family]
+    needed = {"sft", "reward"}.union(*(stages for _, _, stages in plan))
+    for name, config in make_configs(base, family, ONE).items():
+        if name in needed:  # all stages start from the first two
+            train(trainer_of(name), config)
     done = subprocess.run(
-        [*(sys.executable, "-m", "tests.parallel.eight_devices", str(base)), json.dumps(PLAN)],
+        [*(sys.executable, "-m", "tests.parallel.eight_devices", str(base)), json.dumps(plan)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -66,7 +75,7 @@ def runs(tmp_path_factory):
 
 def both(runs, family, sizes, stage):
     """The folders of a run on one device and on eight."""
-    return [run_folder(runs[0], family, mesh) / stage for mesh in (ONE, sizes)]
+    return [run_folder(runs(family)[0], family, mesh) / stage for mesh in (ONE, sizes)]
 
 
 @pytest.mark.parametrize(("family", "sizes", "stage"), RUNS, ids=name_of)
@@ -106,7 +115,7 @@ def test_the_exported_model_is_full(runs, family, sizes, stage):
 
 
 def test_sizes_that_do_not_divide_are_named(runs):
-    own, heads, width, batch, devices = runs[1][-5:]
+    own, heads, width, batch, devices = runs("gpt2")[1][-5:]
     assert own == (
         "The model has num_key_value_heads = 4 heads of attention, which are not divisible by "
         "mesh.tensor = 8; choose a tensor that divides them, or use fsdp instead."

@@ -143,6 +143,7 @@ def test_a_nan_loss_is_one_line_and_status_1(call, short_texts):
     assert err.startswith("error: train/loss is nan at step 2 of the stage sft; training stopped")
 
 
+@pytest.mark.newest
 def test_ctrl_c_is_status_130_and_says_how_to_go_on(environment, short_texts, tmp_path):
     long = (*short_texts, "--sft.num_epochs", "100000")
     process = subprocess.Popen(
@@ -165,6 +166,7 @@ def test_ctrl_c_is_status_130_and_says_how_to_go_on(environment, short_texts, tm
     assert last.startswith(f"Stopped after step {step} of 400000; everything is saved in")
 
 
+@pytest.mark.newest
 def test_generate_writes_json_alone_and_the_same_in_every_process(environment, model, tmp_path):
     flags = ("--model.path", model, "--prompt", "It was", "--generation.temperature", "0")
     flags += ("--generation.max_new_tokens", "6")
@@ -176,6 +178,7 @@ def test_generate_writes_json_alone_and_the_same_in_every_process(environment, m
     assert output.read_text() == out
 
 
+@pytest.mark.newest
 def test_a_reader_that_has_seen_enough_is_no_error(environment, model):
     flags = ("--model.path", model, "--prompt", "hi", "--generation.max_new_tokens", "6")
     process = subprocess.Popen(

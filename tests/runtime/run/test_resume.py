@@ -158,6 +158,7 @@ def test_the_handlers_of_signals_are_restored(tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.newest
 def test_a_reward_function_sees_the_same_after_an_interrupt(tmp_path, sft_run):
     seen = {"full": [], "parts": []}
 
@@ -180,6 +181,7 @@ def test_a_reward_function_sees_the_same_after_an_interrupt(tmp_path, sft_run):
     small.assert_same_run(tmp_path / "full", tmp_path / "parts")
 
 
+@pytest.mark.newest
 def test_another_reference_than_before_is_refused(tmp_path, monkeypatch, sft_run, reward_run):
     """The policy's folder is trained further while the run is stopped."""
     policy = tmp_path / "policy"
@@ -259,6 +261,7 @@ def test_an_extension_that_was_interrupted_is_not_complete(tmp_path, monkeypatch
     assert small.rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
 
+@pytest.mark.newest
 def test_the_learning_rate_of_an_extended_run_is_that_of_the_longer_one(tmp_path):
     """With a constant schedule bit for bit."""
     epochs = {"short": 0.5, "long": 1.0}
@@ -300,6 +303,7 @@ def test_a_complete_run_whose_data_are_gone_says_that_they_were_not_compared(cou
     )
 
 
+@pytest.mark.newest
 def test_sigkill_costs_the_steps_since_the_last_checkpoint(tmp_path, counting_run):
     """The process is killed in the fourth step; its lines after the checkpoint are cut."""
     program = """

@@ -60,6 +60,7 @@ def test_the_command_trains_reports_and_continues_bit_for_bit(
     small.assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.newest
 def test_rewards_in_python_are_shown_and_normalized_apart(tmp_path, sft_run):
     sources = [
         {"function": "tests.small:short_response", "name": "short"},
@@ -100,6 +101,7 @@ def differs_for_some(prompts, completions, **columns):
     ]
 
 
+@pytest.mark.newest
 def test_groups_without_spread_are_replaced_and_the_data_position_is_kept(
     tmp_path, monkeypatch, sft_run
 ):

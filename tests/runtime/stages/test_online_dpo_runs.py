@@ -50,6 +50,7 @@ def test_the_command_trains_reports_and_continues_bit_for_bit(
     small.assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.newest
 def test_a_function_scores_all_responses_beside_their_prompts(tmp_path, sft_run):
     calls = []
 
@@ -71,6 +72,7 @@ def test_a_function_scores_all_responses_beside_their_prompts(tmp_path, sft_run)
     ]
 
 
+@pytest.mark.newest
 def test_a_judge_ranks_and_evaluates(tmp_path, sft_run, reward_run):
     judge = {**THREE, "judge_fn": "tests.small:shorter_wins"}
     result = train_online_dpo(small.online_dpo(tmp_path / "run", sft_run[0], online_dpo=judge))

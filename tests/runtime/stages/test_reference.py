@@ -88,6 +88,7 @@ def test_a_damaged_file_is_refused(tmp_path, sft_run):
         train_dpo(small.dpo(tmp_path, sft_run[0]))
 
 
+@pytest.mark.newest
 def test_without_precomputed_reference_a_stopped_run_continues_bit_for_bit(
     tmp_path, monkeypatch, sft_run
 ):
@@ -107,6 +108,7 @@ def references(folder):
         return {name: file[name] for name in file.files if name != "mark"}
 
 
+@pytest.mark.newest
 def test_the_reference_of_another_folder(tmp_path, monkeypatch, sft_run, run):
     """It gives what a run that begins with it computes."""
     configs = {
