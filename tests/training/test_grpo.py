@@ -158,6 +158,11 @@ def test_an_iteration_is_that_of_a_plain_loss(
     assert float(metrics["train/loss"]) == pytest.approx(np.mean(losses), rel=1e-4, abs=1e-5)
     assert_close(after.params["model"], expected)
     assert (float(metrics["clip_ratio/region_mean"]) > 0) == (settings is RLOO)
+    # Of two updates the first has the ratio 1.
+    assert float(metrics["clip_ratio/low_min"]) == 0
+    factor = settings.updates_per_iteration
+    highest = factor * float(metrics["clip_ratio/high_mean"])
+    assert float(metrics["clip_ratio/high_max"]) == pytest.approx(highest)
     old, _ = logprobs_of(model, 0.7)(params, batch, responses)
     np.testing.assert_allclose(scored.logprobs, np.where(responses.mask, old, 0), atol=1e-5)
     lengths, ended = np.asarray(responses.mask).sum(-1), ~np.asarray(responses.mask).all(-1)
