@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend; its message is shown without a traceback."""
+"""The exceptions for what a user can mend; their messages are one sentence."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,19 @@ class InputError(ValueError):
     The message says what was given, what is allowed and what to do. The commands print it as one
     line and exit with status 2; Python callers catch it as a `ValueError`.
     """
+
+
+class FunctionError(InputError):
+    """A function of the user, such as a reward, raised an exception, which is the cause of this.
+
+    The commands print the cause with its traceback, in which only the lines of the function are,
+    before the sentence.
+    """
+
+    def add_progress(self, step: int, kept: int | None) -> None:
+        """Appends the number of steps taken, and the newest checkpoint or None, to the sentence."""
+        remedy = "mend it and start again"
+        if kept:
+            remedy = f"step {kept} is saved, and the same command continues from there"
+        sentence = str(self).removesuffix(".")
+        self.args = (f"{sentence}, after {step} steps; {remedy}.",)

@@ -56,19 +56,20 @@ def grpo_loss(
         surrogate_t = -A * 4 / tau * sigmoid(tau * (r_t - 1))             kind "sapo"
                       tau = temperature_pos if A > 0 else temperature_neg
 
-        kl_t = kl_estimate(logprobs_t, ref_logprobs_t, kl_kind)   (* exp(d_t), kl_bias_correction)
+        kl_t = kl_estimate(logprobs_t, ref_logprobs_t, kl_kind)   (* r_t, kl_bias_correction)
 
         reduction "sequence"   mean over responses of the mean over tokens   (GRPO, GSPO, SAPO)
                   "token"      mean over tokens                              (DAPO, CISPO)
                   "constant"   sum over tokens / (B * max_length)            (Dr. GRPO)
 
-    sg is `stop_gradient`. r_t, exp(d_t) and kl_t are limited to e^40, within the range of float32;
+    sg is `stop_gradient`. r_t and kl_t are limited to e^40, within the range of float32;
     beyond it the gradient is 0.
 
     On-policy the penalty has, for each token given its prefix, the expected gradient of
     KL(ref || policy) with "k3", as published, of KL(policy || ref) with "k2", and none with "k1".
-    With `kl_bias_correction` that of "k1" and "k3" is the gradient of KL(policy || ref), off-policy
-    too. All leave out how the policy changes the distribution of the prefix.
+    With `kl_bias_correction` and level "token" that of "k1" and "k3" is the gradient of
+    KL(policy || ref), off-policy too. All leave out how the policy changes the distribution of the
+    prefix.
 
     Args:
       logprobs: float[B, T] of the sampled tokens under the policy in training, in nats.
@@ -88,7 +89,7 @@ def grpo_loss(
       ref_logprobs: float[B, T] under the reference; None: no penalty.
       kl_coef: the coefficient of the penalty, per nat.
       kl_kind: "k1", "k2" or "k3".
-      kl_bias_correction: weights kl_t by exp(d_t), as TRL's `use_bias_correction_kl`.
+      kl_bias_correction: weights kl_t by r_t, as TRL's `use_bias_correction_kl`.
       entropy: float[B, T] of the policy in training, in nats; None: no bonus.
       entropy_coef: the coefficient of the bonus, per nat.
       max_length: the divisor of a response under "constant", in tokens; None: T. Not the padded
@@ -169,7 +170,7 @@ def grpo_loss(
         losses *= weights
     kl = None if ref_logprobs is None else kl_estimate(logprobs, ref_logprobs, kl_kind)
     if kl is not None and kl_bias_correction:
-        kl *= limited_exp(logprobs - old_logprobs)
+        kl *= ratio
     losses = _plus(losses, "kl_coef", kl_coef, "ref_logprobs", kl)
     bonus = None if entropy is None else -entropy
     losses = _plus(losses, "entropy_coef", entropy_coef, "entropy", bonus)

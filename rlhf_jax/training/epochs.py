@@ -16,6 +16,14 @@ from rlhf_jax.training.state import apply_gradients
 Metrics = dict[str, jax.Array]
 
 
+# Metrics over the updates of an iteration, and what they are of.
+_OVER_UPDATES: dict[str, tuple[str, Callable[..., jax.Array]]] = {
+    "val/ratio_var": ("val/ratio", jnp.var),
+    "clip_ratio/low_min": ("clip_ratio/low_mean", jnp.min),
+    "clip_ratio/high_max": ("clip_ratio/high_mean", jnp.max),
+}
+
+
 def run_epochs(
     loss: Callable[..., tuple[jax.Array, Metrics]],
     count: Callable[[Any], Any],
@@ -46,8 +54,10 @@ def run_epochs(
 
     Returns:
       The metrics are means over the updates, and extremes where their names end in "/min" or
-      "/max", with "train/grad_norm" among them, and
-      "val/ratio_var", the variance of "val/ratio" over updates, if the loss has that metric. With
+      "/max", with "train/grad_norm" among them. To them come, where the loss has what they are of,
+      "val/ratio_var", the variance of "val/ratio" over updates, "clip_ratio/low_min", the minimum
+      of "clip_ratio/low_mean", and "clip_ratio/high_max", the maximum of "clip_ratio/high_mean".
+      With
       `max_approxkl` they are means over the minibatches until the last update and the one after
       it, and "policy/updates" is the share of updates taken.
     """
@@ -57,9 +67,7 @@ def run_epochs(
     if max_approxkl is not None:
         return _update_until(update, max_approxkl, (params, opt_state), parts)
     (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), parts)
-    spread = {}
-    if "val/ratio" in metrics:
-        spread["val/ratio_var"] = jnp.var(metrics["val/ratio"])
+    spread = {name: of(metrics[key]) for name, (key, of) in _OVER_UPDATES.items() if key in metrics}
     means = {"/min": jnp.min, "/max": jnp.max}
     metrics = {name: means.get(name[-4:], jnp.mean)(x) for name, x in metrics.items()}
     return params, opt_state, metrics | spread

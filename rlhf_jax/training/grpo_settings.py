@@ -113,6 +113,45 @@ class Settings(TurnSettings, SampledSettings):
         for is_wrong, text in (*self._faults_of_loss(), *self._faults_of_scores()):
             if is_wrong:
                 raise InputError(f"{self.section}.{text}")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Raises an InputError for a setting that the others leave without effect."""
+        name, loss, estimator = self.section, self.loss_type, self.advantage_estimator
+        is_apart = self.multi_objective_aggregation == "normalize_then_sum"
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for is_unread, keys, reader in (
+            (not self.has_reference, ("kl_in", "kl_estimator"), f"{name}.beta above 0"),
+            (
+                not self.has_reference or self.has_kl_in_reward,
+                ("use_bias_correction_kl",),
+                f"{name}.beta above 0 and {name}.kl_in loss",
+            ),
+            (
+                estimator != "grpo" or is_apart,
+                ("scale_rewards",),
+                f"{name}.advantage_estimator grpo and rewards that are summed first",
+            ),
+            (self.overlong_buffer is None, ("overlong_penalty",), f"{name}.overlong_buffer"),
+            (loss in ("cispo", "sapo"), ("epsilon",), f"other losses than {name}.loss_type {loss}"),
+            (loss == "sapo", ("epsilon_high",), f"other losses than {name}.loss_type sapo"),
+            (
+                loss != "sapo",
+                ("sapo_temperature_pos", "sapo_temperature_neg"),
+                f"{name}.loss_type sapo",
+            ),
+            (
+                self.importance_sampling_mode is None,
+                ("importance_sampling_cap",),
+                f"{name}.importance_sampling_mode",
+            ),
+        ):
+            for key in keys if is_unread else ():
+                if (value := getattr(self, key)) != defaults[key]:
+                    raise InputError(
+                        f"{name}.{key} is {value}, but has an effect with {reader} only; leave it "
+                        "out, or change that."
+                    )
 
     def _faults_of_loss(self) -> list[tuple[bool, str]]:
         """Whether settings of the loss exclude each other, and the sentence about it."""

@@ -232,7 +232,10 @@ def test_the_advantage_of_an_empty_response_has_no_effect(batch, reduction):
 
 
 def variant_by_loop(arrays, kind, level, reduction, weights, length):
-    """(loss, clipfrac) of the variants: coefficients are those of the test below."""
+    """(loss, clipfrac) of the variants: coefficients are those of the test below.
+
+    The KL is weighted by the ratio of the level.
+    """
     logprobs, old, ref, entropy, advantages, mask = arrays
     losses, clipped = np.zeros(mask.shape), np.zeros(mask.shape)
     for b, row in enumerate(mask):
@@ -251,7 +254,8 @@ def variant_by_loop(arrays, kind, level, reduction, weights, length):
                 tau = 0.5 if advantage > 0 else 2.0
                 loss = -advantage * 4 / tau / (1 + np.exp(-tau * (ratio - 1)))
             d = logprob - float(ref[b, t])
-            losses[b, t] = weights[b, t] * loss + 0.3 * (np.exp(-d) - 1 + d) - 0.2 * entropy[b, t]
+            kl = ratio * (np.exp(-d) - 1 + d)
+            losses[b, t] = weights[b, t] * loss + 0.3 * kl - 0.2 * entropy[b, t]
     counts = mask.sum(axis=1)
     if reduction == "token":
         return losses.sum() / counts.sum(), clipped.sum() / counts.sum()
@@ -274,6 +278,7 @@ def test_variants_match_a_loop(rng, batch, kind, level, reduction):
     logprobs, old, ref, advantages, mask = batch
     entropy, weights = np.exp(rng.normal(size=(2, *mask.shape))).astype(np.float32)
     options = {"kind": kind, "level": level, "reduction": reduction, "max_length": 9}
+    options["kl_bias_correction"] = True
     coefficients = {"clip_range_high": 0.3, "kl_coef": 0.3, "entropy_coef": 0.2}
     gates = {"temperature_pos": 0.5, "temperature_neg": 2.0}
     loss, metrics = rlhf.grpo_loss(

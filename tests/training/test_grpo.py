@@ -158,6 +158,11 @@ def test_an_iteration_is_that_of_a_plain_loss(
     assert float(metrics["train/loss"]) == pytest.approx(np.mean(losses), rel=1e-4, abs=1e-5)
     assert_close(after.params["model"], expected)
     assert (float(metrics["clip_ratio/region_mean"]) > 0) == (settings is RLOO)
+    # Of two updates the first has the ratio 1.
+    assert float(metrics["clip_ratio/low_min"]) == 0
+    factor = settings.updates_per_iteration
+    highest = factor * float(metrics["clip_ratio/high_mean"])
+    assert float(metrics["clip_ratio/high_max"]) == pytest.approx(highest)
     old, _ = logprobs_of(model, 0.7)(params, batch, responses)
     np.testing.assert_allclose(scored.logprobs, np.where(responses.mask, old, 0), atol=1e-5)
     lengths, ended = np.asarray(responses.mask).sum(-1), ~np.asarray(responses.mask).all(-1)
@@ -303,11 +308,19 @@ def test_the_losses_are_trls():
         options = {name: values[index].item() for name, values in hyperparameters.items()}
         if np.isinf(options["delta"]):
             del options["delta"]
-        mode = {"importance_sampling_mode": str(modes[index])} if modes[index] else {}
+        for name in {"cispo": ["epsilon"], "sapo": ["epsilon", "epsilon_high"]}.get(
+            options["loss_type"], []
+        ):
+            del options[name]
+        mode = {}
+        if modes[index]:
+            mode = {
+                "importance_sampling_mode": str(modes[index]),
+                "importance_sampling_cap": 1.25,
+            }
         settings = grpo.Settings(
             num_iterations=2,
             response_length=int(length),
-            importance_sampling_cap=1.25,
             **options,
             **mode,
         )
@@ -352,6 +365,23 @@ def test_the_losses_with_a_response_without_tokens_are_trls():
         ({"top_p": 0.9}, "top_p 0.9 sample from another distribution than the one that is"),
         ({"overlong_buffer": 32}, "must be below grpo.response_length = 32, but is 32."),
         ({"exact_kl": True}, "exact_kl needs a reference, which grpo.beta 0 does not hold."),
+        (
+            {"kl_in": "reward"},
+            "grpo.kl_in is reward, but has an effect with grpo.beta above 0 only",
+        ),
+        ({"kl_estimator": "k1"}, "grpo.kl_estimator is k1, but has an effect with grpo.beta"),
+        (
+            {"use_bias_correction_kl": True},
+            "but has an effect with grpo.beta above 0 and grpo.kl_i",
+        ),
+        (
+            {"scale_rewards": "none", "advantage_estimator": "rloo"},
+            "grpo.scale_rewards is none, but has an effect with grpo.advantage_estimator grpo",
+        ),
+        ({"overlong_penalty": 0.5}, "overlong_penalty is 0.5, but has an effect with grpo.over"),
+        ({"loss_type": "sapo", "epsilon": 0.1}, "epsilon is 0.1, but has an effect with other los"),
+        ({"sapo_temperature_pos": 2.0}, "but has an effect with grpo.loss_type sapo only; leave"),
+        ({"importance_sampling_cap": 2.0}, "effect with grpo.importance_sampling_mode only"),
         ({"loss_type": "best"}, "grpo.loss_type must be grpo, .* or rloo, but is 'best'."),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "cliprange_reward": 1.0},

@@ -5,6 +5,7 @@ Stojanovski et al., Reasoning Gym (arXiv:2505.24760).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,8 @@ def problems(
 ) -> list[Problem]:
     """Problems of a task, a function of (options, seed, count, split); the splits share none.
 
+    Problems of the same words in another order belong to the same split.
+
     Args:
       options: arguments of `reasoning_gym.create_dataset`.
       held_out: the share of all problems that belongs to the evaluation split.
@@ -55,7 +58,9 @@ def problems(
             break
         entry = entries[index]
         question = entry["question"]
-        if is_held_out(question, held_out) == (split == "eval") and question not in found:
+        # 2 * 3 and 3 * 2 belong to one split.
+        words = " ".join(sorted(re.findall(r"\w+", question)))
+        if is_held_out(words, held_out) == (split == "eval") and question not in found:
             answer = str(entry["answer"])
             columns = {"metadata": entry["metadata"], "task_name": name}
             found[question] = Problem(question, question, answer, "", columns)
@@ -74,21 +79,41 @@ def reward(
     answer: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],
     task_name: Sequence[str],
+    pattern: str | None = None,
     **columns: Any,
 ) -> list[float]:
     """The score by the package of each completion, from 0 to 1.
 
-    A completion is the text of its last `<answer>` element, or without one the full text.
+    An answer is the text of the last `<answer>` element of a completion, or without one the full
+    text. The package gives a part of the score to many texts that merely contain the right answer.
+
+    Args:
+      pattern: a regular expression, such as "-?[0-9]+" for numbers, whose last match in that text
+        is the answer; where nothing matches, the score is 0.
     """
     del prompts, columns
     gym = _package()
     return [
-        float(
-            gym.get_score_answer_fn(name)(
-                tagged_answer(completion).strip(), {"answer": right, "metadata": data}
-            )
-        )
+        _score(gym.get_score_answer_fn(name), _answer(completion, pattern), right, data)
         for completion, right, data, name in zip(
             completions, answer, metadata, task_name, strict=True
         )
     ]
+
+
+def _answer(completion: str, pattern: str | None) -> str | None:
+    """The answer in a completion, None where nothing matches the pattern."""
+    text = tagged_answer(completion).strip()
+    if pattern is None:
+        return text
+    matches = [match.group() for match in re.finditer(pattern, text)]
+    return matches[-1] if matches else None
+
+
+def _score(score_answer: Any, answer: str | None, right: str, metadata: Any) -> float:
+    """0 too for a text that the package cannot read, such as a word where it wants a number."""
+    try:
+        entry = {"answer": right, "metadata": metadata}
+        return 0.0 if answer is None else float(score_answer(answer, entry))
+    except (ValueError, ArithmeticError, LookupError, SyntaxError, TypeError):
+        return 0.0

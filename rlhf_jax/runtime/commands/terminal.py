@@ -84,6 +84,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def run(work: Callable[[], object], *, trains: bool = False) -> int:
     """Runs the work of a command; errors become one sentence on standard error.
 
+    Before it stands the traceback of a function of the user that raised something.
+
     Returns:
       The exit status: 0 on success and when training was terminated by SIGTERM, 2 for an
       `InputError`, 1 for a diverged run, 130 after Ctrl-C. Where the reader of the output has
@@ -105,7 +107,7 @@ def run(work: Callable[[], object], *, trains: bool = False) -> int:
         work()
         _flush()  # an error is still reported here
     except InputError as error:
-        return _ended(error, f"error: {error}", INPUT_ERROR)
+        return _ended(error, f"{_lines_of_function(error)}error: {error}", INPUT_ERROR)
     except loop.DivergedError as error:
         return _ended(error, f"error: {error}", DIVERGED)
     except Terminated as terminated:
@@ -121,6 +123,14 @@ def run(work: Callable[[], object], *, trains: bool = False) -> int:
             raise
         return _ended(error, traceback.format_exc().rstrip(), FAILED)
     return 0
+
+
+def _lines_of_function(error: Exception) -> str:
+    """The traceback of a function of the user that raised something; "" for other errors."""
+    from rlhf_jax.errors import FunctionError
+
+    has_cause = isinstance(error, FunctionError) and error.__cause__ is not None
+    return "".join(traceback.format_exception(error.__cause__)) if has_cause else ""
 
 
 def _flush() -> None:

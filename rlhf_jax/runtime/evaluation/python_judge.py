@@ -96,11 +96,11 @@ def call_judge(
       float64[N], for each prompt the probability that response b, the second, is the better one: 0
       for a, 1 for b, 0.5 for a tie.
 
-    With several hosts the first one calls the judge and broadcasts the answers. An exception of the
-    judge is raised again with a note that names the judge.
+    With several hosts the first one calls the judge and broadcasts the answers.
 
     Raises:
-      InputError: the result is not one number from 0 to 1 for each prompt.
+      InputError: the result is not one number from 0 to 1 for each prompt; as a FunctionError, the
+        judge raises something.
     """
     texts = list(prompts), list(responses_a), list(responses_b)
     return hosts.from_first(_call_judge, judge, texts, columns)
@@ -116,7 +116,6 @@ def _call_judge(
         name,
         texts,
         columns,
-        call="f(prompts, responses_a, responses_b, **columns)",
         nouns=("answers", "prompts"),
         expected=expected,
     )

@@ -1,19 +1,26 @@
 """Score functions in Python: imported by name, called, and their results checked."""
 
+import contextlib
 import importlib
 import inspect
 import itertools
+import logging
 import math
+import os
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import FunctionError, InputError
+
+_logger = logging.getLogger(__name__)
 
 ScoreFunction = Callable[..., list[float]]
 
+PATIENCE = 120.0  # seconds of a call after which a warning is logged
 
 IDS = "completion_ids"  # the parameter that gets the tokens of the completions
 
@@ -89,12 +96,11 @@ def call_scores(
 ) -> list[float]:
     """function(prompts, completions, **columns), checked: one finite number for each completion.
 
-    The function receives lists of its own. With several hosts the first one calls it. Its
-    exceptions get a note with its name.
+    The function receives lists of its own. With several hosts the first one calls it.
 
     Raises:
       InputError: the result is not a list of finite numbers of the right length, or the function
-        ends the program.
+        ends the program; as a FunctionError, the function raises something.
     """
     from rlhf_jax.parallel import hosts  # which the processes of a pool do not need, nor jax
 
@@ -115,7 +121,6 @@ def scores_of(
         name,
         (prompts, completions),
         columns,
-        call="f(prompts, completions, **columns)",
         nouns=("scores", "completions"),
         expected="a list of numbers, one for each completion",
     )
@@ -131,7 +136,6 @@ def call_function(
     texts: Sequence[Sequence[Any]],
     columns: Mapping[str, Sequence[Any]],
     *,
-    call: str,
     nouns: tuple[str, str],
     expected: str,
 ) -> list[Any]:
@@ -139,26 +143,28 @@ def call_function(
 
     Args:
       name: of the function, in messages.
-      call: a description of the call.
       nouns: the names of values and of texts.
       expected: the description of a valid result.
 
     Raises:
       InputError: the result is not a list of that length, or the function ends the program.
+      FunctionError: the function raises something; an InputError of its own is kept.
     """
     count, copies = len(texts[0]), {key: list(values) for key, values in columns.items()}
     try:
-        result = function(*(list(each) for each in texts), **copies)
-        # The order of a set is undefined.
-        is_list = isinstance(result, Iterable) and not isinstance(
-            result, str | bytes | Mapping | Set
-        )
-        values = list(itertools.islice(result, count + 1)) if is_list else []
+        with _warning_of_long_calls(name):
+            result = function(*(list(each) for each in texts), **copies)
+            # The order of a set is undefined.
+            is_list = isinstance(result, Iterable) and not isinstance(
+                result, str | bytes | Mapping | Set
+            )
+            values = list(itertools.islice(result, count + 1)) if is_list else []
     except SystemExit as error:
         raise InputError(f"{name} ends the program by sys.exit({error.code!r}).") from error
-    except Exception as error:
-        error.add_note(f"{name} raised this; it is called as {call}.")
+    except InputError:  # such as a package that is not installed
         raise
+    except Exception as error:
+        raise _raised(name, error) from error
     if not is_list:
         raise InputError(f"{name} gave {shown(result)}; it has to give {expected}.")
     if len(values) != count:
@@ -167,6 +173,32 @@ def call_function(
             f"{name} gave {number} {nouns[0]} for {count} {nouns[1]}; it has to give {expected}."
         )
     return values
+
+
+def _raised(name: str, error: Exception) -> FunctionError:
+    """The sentence about an exception, whose traceback loses the line of `call_function`."""
+    own = None if error.__traceback__ is None else error.__traceback__.tb_next
+    error.__traceback__ = own
+    frames, where = traceback.extract_tb(own), ""
+    if frames:  # the innermost line of the function's own file
+        file = frames[0].filename
+        line = [frame.lineno for frame in frames if frame.filename == file][-1]
+        where = f" ({os.path.relpath(file) if os.path.isabs(file) else file}, line {line})"
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:300]
+    return FunctionError(f"{name}{where} raised {text.removesuffix('.')}.")
+
+
+@contextlib.contextmanager
+def _warning_of_long_calls(name: str) -> Iterator[None]:
+    """Logs a warning where the block does not end within `PATIENCE` seconds."""
+    text = "%s has not returned for %g seconds. If it hangs, end the run by Ctrl-C, twice."
+    timer = threading.Timer(PATIENCE, _logger.warning, (text, name, PATIENCE))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def shown(value: Any) -> str:

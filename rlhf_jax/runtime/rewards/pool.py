@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from multiprocessing import Pipe, connection
 from typing import Any, NamedTuple
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import FunctionError, InputError
 from rlhf_jax.runtime.rewards.worker import Call, Reply
 
 _logger = logging.getLogger(__name__)
@@ -130,7 +130,8 @@ class FunctionPool:
 
         Raises:
           InputError: the function is no reward: it gives something other than one number for one
-            response, or it raises for each response.
+            response.
+          FunctionError: each call of several failed.
         """
         replies: list[Reply | None] = [None] * len(calls)
         waiting = deque(range(len(calls)))
@@ -183,8 +184,10 @@ class FunctionPool:
         failed = [reply.kind in ("raised", "lost") for reply in replies]
         if any(failed):
             first = replies[failed.index(True)].value
-            if len(replies) > 1 and all(reply.kind == "raised" for reply in replies):
-                raise InputError(f"{self.name} failed for each of {len(failed)} responses: {first}")
+            if len(replies) > 1 and all(failed):  # nothing could be learned from equal scores
+                raise FunctionError(
+                    f"{self.name} failed for each of {len(failed)} responses: {first}"
+                )
             if not self._has_warned:  # later ones are counted in a metric alone
                 text = "%s failed for %d of %d responses, which have the score %g: %s"
                 numbers = (sum(failed), len(failed), self.failed_score)

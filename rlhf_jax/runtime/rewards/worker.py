@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import FunctionError, InputError
 from rlhf_jax.runtime.rewards.functions import (
     NotFiniteError,
     ScoreFunction,
@@ -71,12 +71,10 @@ def _reply(function: ScoreFunction, call: Call) -> Reply:
     listed = {key: [value] for key, value in columns.items()}
     try:
         (score,) = scores_of(function, [prompt], [completion], listed, allow_none=True)
-    except NotFiniteError as error:
+    except (FunctionError, NotFiniteError) as error:
         return Reply("raised", str(error))
     except InputError as error:
         return Reply("refused", str(error))
-    except Exception as error:
-        return Reply("raised", f"{type(error).__name__}: {error}"[:300])
     return Reply("score", score)
 
 

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from rlhf_jax.backend import trim_heap
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import FunctionError, InputError
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.parsing import to_dict
 from rlhf_jax.runtime.run.checkpoint import Checkpoints, freed
@@ -201,6 +201,8 @@ class _Loop:
                 self._pause()
         except (Exception, SystemExit) as error:
             self._rescue(error)
+            if isinstance(error, FunctionError):
+                error.add_progress(self.step, self.checkpoints.latest_step())
             raise
         with disk_errors(self.config.run_dir):
             self.checkpoints.wait()  # an export, which comes next, marks the run as complete
@@ -349,7 +351,7 @@ class _Loop:
                 self._log(samples=self._output_samples())
             self._save()
             self.checkpoints.wait()
-            if hosts.is_first():
+            if hosts.is_first() and not isinstance(error, FunctionError):  # which says it itself
                 text = f"Step {self.step} is saved in {self.config.run_dir}; the same command "
                 self.progress.message(text + "continues from there.")
 

@@ -218,7 +218,6 @@ def _replies(
         name,
         (prompts, transcripts),
         columns,
-        call="f(prompts, transcripts, **columns)",
         nouns=("replies", "transcripts"),
         expected="a list of texts, or None where a response ends, one for each transcript",
     )

@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+import types
 
 import pytest
 
@@ -159,3 +160,25 @@ def test_reasoning_gym(monkeypatch):
     assert "reasoning_gym:chain_sum cannot be made" in message(load_examples, wrong, "prompts")
     unknown = DataSettings(path="reasoning_gym:none")
     assert "reasoning_gym:none cannot be made" in message(load_examples, unknown, "prompts")
+
+
+def test_reasoning_gym_reads_an_answer_by_a_pattern(monkeypatch):
+    """With a stand-in for the package, whose verifiers raise at some texts."""
+    entry = {"question": "", "answer": "56", "metadata": {}}
+    orders = [f"{a} * {b}?" for a in range(10) for b in range(10)]
+    gym = types.SimpleNamespace(
+        create_dataset=lambda *_, size, **__: [{**entry, "question": x} for x in orders * size],
+        get_score_answer_fn=lambda name: lambda text, entry: float(int(text) == 56),
+    )
+    monkeypatch.setitem(sys.modules, "reasoning_gym", gym)
+    texts = ["7 * 8 = 56.", "56 or 57", "<answer>56</answer> 3", "fifty-six"]
+    columns = {key: [entry[key]] * 4 for key in ("answer", "metadata")}
+    columns["task_name"] = ["products"] * 4
+    assert reasoning_gym.reward([], texts, pattern="[0-9]+", **columns) == [1.0, 0.0, 1.0, 0.0]
+    assert reasoning_gym.reward([], texts, **columns) == [0.0, 0.0, 1.0, 0.0]
+    train, held_out = (
+        reasoning_gym.problems("products", {}, 0, 30, split, 0.5) for split in ("train", "eval")
+    )
+    both = [{tuple(sorted(each.question)) for each in split} for split in (train, held_out)]
+    assert len(held_out) == 30
+    assert not both[0] & both[1]

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import FunctionError, InputError
 from rlhf_jax.runtime.evaluation import best_of, policies
 from rlhf_jax.runtime.evaluation.diagnostics import bootstrap_interval
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses
@@ -213,13 +213,12 @@ def test_wrong_answers_of_a_judge_are_one_sentence(judge, expected):
 
 
 @pytest.mark.parametrize(("judge", "kind"), [(raises, KeyError), (lambda p, a: [0.5], TypeError)])
-def test_an_exception_of_a_judge_gets_a_note(judge, kind):
-    with pytest.raises(kind) as error:
+def test_an_exception_of_a_judge_is_one_sentence(judge, kind):
+    with pytest.raises(FunctionError) as error:
         call_judge(judge, ["p", "q"], ["a", "b"], ["c", "d"], {})
-    assert error.value.__notes__ == [
-        f"The judge {judge.__name__} raised this; it is called as f(prompts, responses_a, "
-        "responses_b, **columns)."
-    ]
+    assert isinstance(error.value.__cause__, kind)
+    assert str(error.value).startswith(f"The judge {judge.__name__} ")
+    assert f" raised {kind.__name__}: " in str(error.value)
 
 
 def test_a_judge_may_answer_with_an_array():

@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import os
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from rlhf_jax.data import DataSettings, load_examples
+from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.evaluation.policies import columns_of
+from rlhf_jax.runtime.rewards import functions
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
 from tests.runtime.messages import message
 
@@ -143,3 +147,29 @@ def test_functions_receive_the_columns_of_the_data_alone(tmp_path):
     path.write_text(json.dumps({"messages": turns, "id": 7}) + "\n")
     examples = load_examples(DataSettings(path=str(path), eval_rows=0), "prompts")[0]
     assert columns_of(examples, [0]) == {"messages": [turns], "id": [7]}
+
+
+def test_a_call_that_takes_long_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(functions, "PATIENCE", 0.01)
+
+    def slow(prompts, completions):
+        time.sleep(0.2)
+        return [1.0]
+
+    assert call_scores(slow, ["p"], ["a"], {}) == [1.0]
+    assert caplog.messages == [
+        "slow has not returned for 0.01 seconds. If it hangs, end the run by Ctrl-C, twice."
+    ]
+
+
+def test_the_traceback_of_a_function_stands_before_the_sentence(capsys):
+    def fails(prompts, completions):
+        return [float(prompts)]
+
+    assert terminal.run(lambda: call_scores(fails, ["p"], ["a"], {})) == terminal.INPUT_ERROR
+    *lines, sentence = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert sum("File " in line for line in lines) == 1
+    assert "return [float(prompts)]" in lines[2]
+    assert sentence.startswith(f"error: fails ({os.path.relpath(__file__)}, line ")
+    assert " raised TypeError: " in sentence

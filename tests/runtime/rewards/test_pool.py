@@ -71,8 +71,10 @@ def test_a_function_that_is_no_reward_is_one_sentence():
         return message(with_one, calls(*texts))
 
     assert of("a", "wrong").startswith(f"{__name__}:obeys: obeys gave more than 1 scores for 1 com")
-    expected = f"{__name__}:obeys failed for each of 2 responses: ValueError: no verdict"
-    assert of("raise", "raise") == expected
+    expected = f"{__name__}:obeys failed for each of 2 responses: "
+    assert of("raise", "raise").startswith(expected + "obeys (")
+    assert of("raise", "raise").endswith(") raised ValueError: no verdict.")
+    assert of("die", "die").startswith(expected + "its process ended by status ")
 
 
 def test_processes_end_when_the_program_is_killed():
