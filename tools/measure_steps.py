@@ -28,7 +28,9 @@ def peak_memory() -> float:
 def main() -> None:
     """Runs the steps and prints the line."""
     name, _, steps, *flags = sys.argv[1:]
-    stage = stage_of(parse(config_of(trainer_named(name)), flags))
+    config = parse(config_of(trainer_named(name)), flags)
+    pathlib.Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # for a reference of DPO
+    stage = stage_of(config)
     with jax.set_mesh(stage.mesh):
         state = stage.init_state()
         seconds, losses = [], []
