@@ -100,8 +100,9 @@ def test_other_trainers_begin_at_the_base_and_continue_bit_for_bit(
     steps = small.metrics_by_step(folders[0])
     small.assert_same_run(*folders, step=max(steps))
     if metric is not None:
-        assert steps[1][metric] == 0.0
-        assert steps[max(steps)][metric] != 0.0
+        # GRPO's log-probabilities are those of sampling, which rounds otherwise.
+        assert steps[1][metric] == pytest.approx(0.0, abs=1e-6)
+        assert abs(steps[max(steps)][metric]) > 1e-6
     base = f"{sft_run[0]}/hf"
     model, params = load_pretrained(base, adapter_path=folders[0] / "adapter")
     jax.tree.map(np.testing.assert_array_equal, plain_params(params), load_pretrained(base)[1])
