@@ -154,18 +154,20 @@ def adapter_arrays(adapters: Adapters, params: Params, key: jax.Array) -> Params
     largest singular values of W = U S V.
 
     Args:
-      params: full parameters, without adapters.
+      params: full parameters, without adapters, the frozen ones in the type of the base.
     """
     tree: Params = {}
     for target in adapters.targets:
-        kernel = leaf_at(params["layers"], target.path)["kernel"]
+        module = leaf_at(params["layers"], target.path)
+        kernel = module["kernel"]
         number, width, *features = kernel.shape
         keys = jax.random.fold_in(key, zlib.crc32("/".join(target.path).encode()))
         scale = jnp.asarray(adapters.scales(target))
         is_used = np.arange(target.rank) < np.array(target.ranks)[:, None]  # [N, r]
         parts = {"lora_scale": scale}
         if adapters.is_pissa:
-            a, b = _principal_parts(kernel, scale, target.rank)
+            parts_of_kernel = {k: x for k, x in module.items() if k in ("kernel", "kernel_scale")}
+            a, b = _principal_parts(parts_of_kernel, scale, target.rank)
             a, b = a * is_used[:, None], b * is_used.reshape(*is_used.shape, *[1] * len(features))
             parts |= {"lora_start_a": a, "lora_start_b": b}
             a, b = jnp.copy(a), jnp.copy(b)
@@ -182,17 +184,18 @@ def adapter_arrays(adapters: Adapters, params: Params, key: jax.Array) -> Params
     return tree
 
 
-def _principal_parts(kernel, scale, rank):
+def _principal_parts(module, scale, rank):
     """(A [N, D, r], B [N, r, *features]) of the largest singular values, one layer at a time."""
 
     def of_layer(layer):
-        kernel, scale = layer
+        parts, scale = layer
+        kernel = effective_kernel(parts)
         left, values, right = jnp.linalg.svd(kernel.reshape(len(kernel), -1), full_matrices=False)
         roots = jnp.sqrt(values[:rank] / jnp.where(scale > 0, scale, 1.0))
         return left[:, :rank] * roots, roots[:, None] * right[:rank]
 
-    a, b = jax.lax.map(of_layer, (kernel.astype(jnp.float32), scale))
-    return a, b.reshape(*b.shape[:2], *kernel.shape[2:])
+    a, b = jax.lax.map(of_layer, (module, scale))
+    return a, b.reshape(*b.shape[:2], *module["kernel"].shape[2:])
 
 
 def nested(path: Path, tree: Params) -> Params:
@@ -210,7 +213,7 @@ def frozen_module(module: Params, base: Base) -> Params:
 
     and W is q s. Embeddings are then bfloat16.
     """
-    if base == "float32":
+    if base == "float32" or "kernel_scale" in module:
         return module
     if base == "int8" and "kernel" in module:
         return {**module, **_quantized(module["kernel"])}
@@ -246,8 +249,8 @@ def frozen_base(adapters: Adapters, params: Params) -> Params:
 
 def with_adapters(model: Any, params: Params, key: jax.Array) -> Params:
     """Full parameters of a model, without adapters, with fresh ones beside the frozen base."""
-    adapters = model.adapters
-    return merged_trees(frozen_base(adapters, params), adapter_arrays(adapters, params, key))
+    base = frozen_base(model.adapters, params)
+    return merged_trees(base, adapter_arrays(model.adapters, base, key))
 
 
 def fresh_params(model: Any, key: jax.Array) -> Params:
@@ -264,7 +267,13 @@ def merge_adapter(model: Any, params: Params) -> tuple[Any, Params]:
 
     With DoRA these are scaled to its norms; an int8 or bfloat16 base becomes float32.
     """
-    return dataclasses.replace(model, adapters=None), map_leaves(params, effective_kernel)
+    tree: Params = {}
+    for path, arrays in modules(params):
+        merged = {k: x.astype(jnp.float32) for k, x in arrays.items() if k not in BESIDE_KERNEL}
+        if beside := _beside(arrays):
+            merged["kernel"] = jax.vmap(effective_kernel)(beside)
+        tree = merged_trees(tree, nested(path, merged))
+    return dataclasses.replace(model, adapters=None), tree
 
 
 def unmerge_adapter(params: Params, merged: Params) -> Params:
@@ -284,21 +293,6 @@ def unmerge_adapter(params: Params, merged: Params) -> Params:
     for path, arrays in modules(params):
         tree = merged_trees(tree, nested(path, difference(arrays, leaf_at(merged, path))))
     return tree
-
-
-def map_leaves(params: Params, kernel_of: Callable[[Params], jax.Array]) -> Params:
-    """The parameters as a model without adapters has them: kernel_of(arrays) for each layer."""
-    tree: Params = {}
-    for path, arrays in modules(params):
-        plain = {name: x.astype(jnp.float32) for name, x in arrays.items() if _is_plain(name)}
-        if beside := _beside(arrays):
-            plain["kernel"] = jax.vmap(kernel_of)(beside)
-        tree = merged_trees(tree, nested(path, plain))
-    return tree
-
-
-def _is_plain(name: str) -> bool:
-    return name not in BESIDE_KERNEL
 
 
 def _beside(arrays: Params) -> Params:

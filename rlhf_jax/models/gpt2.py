@@ -261,7 +261,7 @@ class GPT2(StackedModel):
     config: GPT2Config
 
     table, final_norm, norms = "wte", "ln_f", "ln_"
-    no_weight_decay = ("bias", "scale")
+    no_weight_decay = ("bias", "scale", "lora_magnitude")
 
     @property
     def partition_rules(self) -> Rules:

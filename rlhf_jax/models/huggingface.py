@@ -25,8 +25,14 @@ from rlhf_jax.models.adapters import adapters_of
 from rlhf_jax.models.family import SCORE, SCORE_BIAS, Family, Slot, param_shapes
 from rlhf_jax.models.folders import find_folder, read_json
 from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.models.peft import read_adapter
-from rlhf_jax.models.reading import check_sizes, find_tensors, read_params, read_score_bias
+from rlhf_jax.models.peft import read_adapter, read_reward_adapter
+from rlhf_jax.models.reading import (
+    Convert,
+    check_sizes,
+    find_tensors,
+    read_params,
+    read_score_bias,
+)
 from rlhf_jax.models.settings import Attention, ModelSettings, Remat
 from rlhf_jax.models.special_tokens import (
     GENERATION_CONFIG,
@@ -121,6 +127,7 @@ def load_pretrained(
     remat: Remat = "dots",
     attention: Attention = "blocks",
     adapter_path: str | pathlib.Path | None = None,
+    convert: Convert | None = None,
 ) -> tuple[Model, Params]:
     """A language model and its parameters.
 
@@ -131,6 +138,8 @@ def load_pretrained(
         device. Each host reads the parts that its devices will hold, one at a time.
       remat, attention: of the model, as in `models/settings.py`.
       adapter_path: a local folder in PEFT's format, whose adapters the parameters hold as well.
+      convert: of each array, as soon as it is read: convert(path, array) -> {name: array}, which
+        takes its place in its module.
 
     Returns:
       (model, params), the vocabulary padded as in `models/embedding.py`.
@@ -150,11 +159,11 @@ def load_pretrained(
     (True, True)
     """
     opened = _open(folder_or_hub_name, dtype, remat, attention)
-    model, params = _load(opened, {"model": param_shapes(opened.model)}, mesh, None)
+    model, params = _load(opened, {"model": param_shapes(opened.model)}, mesh, None, convert)
     if adapter_path is None:
         return model, params["model"]
-    slots = language_model_slots(model)
-    return read_adapter(adapter_path, model, slots, params["model"], mesh)
+    parts = model, language_model_slots(model), params["model"]
+    return read_adapter(adapter_path, folder_or_hub_name, *parts, mesh)
 
 
 def load_reward_model(
@@ -165,13 +174,16 @@ def load_reward_model(
     mesh: Mesh | None = None,
     remat: Remat = "dots",
     attention: Attention = "blocks",
+    adapter_path: str | pathlib.Path | None = None,
 ) -> tuple[Model, Params]:
     """A reward model: a language model with a linear head on the last real token.
 
     Args:
-      folder_or_hub_name: a folder or hub name of a sequence classifier.
+      folder_or_hub_name: a folder or hub name of a sequence classifier, or with `adapter_path` of
+        any model.
       label: whose logit is the score, from 0; None if there is one label only.
       dtype, mesh, remat, attention: as in `load_pretrained`.
+      adapter_path: a local folder in PEFT's format for sequence classifiers, with the head.
 
     Returns:
       (model, {"model": parameters, "head": {"kernel": f32[D]}}). The head has a "bias", f32[], too
@@ -181,14 +193,19 @@ def load_reward_model(
       InputError: as `load_pretrained`, or the folder has several labels and none is chosen, or not
         the chosen one.
     """
-    opened = _open_classifier(folder_or_hub_name, dtype, remat, attention)
-    kernel = jax.ShapeDtypeStruct((opened.model.config.n_embd,), jnp.float32)
-    shapes = {"model": param_shapes(opened.model), "head": {"kernel": kernel}}
-    model, params = _load(opened, shapes, mesh, label)
-    if (bias := read_score_bias(opened.folder)) is not None:
+    opened, shapes = _open(folder_or_hub_name, dtype, remat, attention), {}
+    if adapter_path is None or SCORE in opened.model.stored_types:
+        opened = opened._replace(model=_tied(opened.model))
+        shapes["head"] = {"kernel": jax.ShapeDtypeStruct((opened.model.config.n_embd,), "float32")}
+    model, params = _load(opened, {**shapes, "model": param_shapes(opened.model)}, mesh, label)
+    if shapes and (bias := read_score_bias(opened.folder)) is not None:
         bias = bias if mesh is None else jax.device_put(bias, NamedSharding(mesh, PartitionSpec()))
         params["head"]["bias"] = bias
-    return model, params
+    model, params["model"] = _tied(model), model.without_unembedding(params["model"])
+    if adapter_path is None:
+        return model, params
+    parts = model, language_model_slots(model), params
+    return read_reward_adapter(adapter_path, folder_or_hub_name, *parts, mesh)
 
 
 def check_pretrained(
@@ -211,7 +228,8 @@ def check_reward_model(
     attention: Attention = "blocks",
 ) -> Model:
     """The model of `load_reward_model`, without its parameters; raises as that does."""
-    opened = _open_classifier(folder_or_hub_name, dtype, remat, attention)
+    opened = _open(folder_or_hub_name, dtype, remat, attention)
+    opened = opened._replace(model=_tied(opened.model))
     read_score_bias(opened.folder)
     return _check(opened, with_head=True, label=label)
 
@@ -289,13 +307,8 @@ def save_reward_model(
     if "bias" in params["head"]:
         json_object[SCORE_BIAS] = bias = float(params["head"]["bias"])
         if bias:
-            logger.warning(
-                "The scores of %s have a bias, %s in its config.json, which transformers does not "
-                "read: its scores are less by %.6g.",
-                folder,
-                SCORE_BIAS,
-                bias,
-            )
+            message = "transformers does not read %s in %s: its scores are less by %.6g."
+            logger.warning(message, SCORE_BIAS, folder, bias)
     texts = {"config.json": json_object}
     save_model(folder, family, slots, own, params, types, texts, tokenizer)
 
@@ -324,25 +337,20 @@ def _open(name, dtype, remat, attention) -> _Opened:
     return _Opened(folder, family, model)
 
 
-def _open_classifier(name, dtype, remat, attention) -> _Opened:
-    opened = _open(name, dtype, remat, attention)
-    return opened._replace(model=_tied(opened.model))
-
-
 def _tied(model: Model) -> Model:
     """The architecture without an unembedding of its own."""
     config: Any = dataclasses.replace(model.config, tie_word_embeddings=True)  # type: ignore[type-var]
     return dataclasses.replace(model, config=config)  # type: ignore[type-var]
 
 
-def _load(opened: _Opened, shapes: Params, mesh, label) -> tuple[Model, Params]:
+def _load(opened: _Opened, shapes: Params, mesh, label, convert=None) -> tuple[Model, Params]:
     folder, family, model = opened
     shardings = None
     if mesh is not None:
         model.check_mesh(mesh)
         shardings = tree_shardings(mesh, shapes, model.partition_rules)
     slots = _slots(family, model, with_head="head" in shapes)
-    return model, read_params(folder, family, slots, shapes, shardings, label)
+    return model, read_params(folder, family, slots, shapes, shardings, label, convert)
 
 
 def _check(opened: _Opened, *, with_head: bool, label: int | None = None) -> Model:

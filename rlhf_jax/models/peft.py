@@ -5,6 +5,7 @@ An adapter is small beside its base: it is read as a whole, by each host.
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.adapters import Adapters, merged_trees, nested
 from rlhf_jax.models.dense import column_norms
-from rlhf_jax.models.family import Slot, leaf_at
+from rlhf_jax.models.family import SCORE, Slot, leaf_at
 from rlhf_jax.models.interface import Params
 from rlhf_jax.models.peft_config import (
     CONFIG,
@@ -34,11 +35,14 @@ from rlhf_jax.parallel.partition import tree_shardings
 
 WEIGHTS = "adapter_model.safetensors"
 
+logger = logging.getLogger("rlhf_jax.models")
+
 _PREFIX = "base_model.model."
 
 
 def read_adapter(
     folder: str | pathlib.Path,
+    base: str | pathlib.Path,
     model: Any,
     slots: Mapping[str, Slot],
     params: Params,
@@ -46,7 +50,10 @@ def read_adapter(
 ) -> tuple[Any, Params]:
     """(model, params) with the adapters of a folder, and its modules in full in the base's place.
 
+    A warning is logged where the configuration names another base.
+
     Args:
+      base: the folder or hub name of the base.
       slots: every tensor of the model, by its full name.
       params: of the base.
       mesh: of the parameters; None for the default device.
@@ -57,6 +64,7 @@ def read_adapter(
     """
     folder = pathlib.Path(folder).expanduser()
     config = read_adapter_config(folder)
+    _warn_of_base(folder, config.get("base_model_name_or_path"), base)
     adapters = resolve_adapters(config, slots, str(folder / CONFIG))
     tensors = _read_tensors(folder / WEIGHTS)
     tree: Params = {}
@@ -65,6 +73,11 @@ def read_adapter(
         arrays = _target_arrays(folder, adapters, target, slots, kernel, tensors)
         tree = merged_trees(tree, nested(("layers", *target.path), arrays))
     tree = merged_trees(tree, _saved_arrays(folder, adapters, slots, params, tensors))
+    if _PREFIX + SCORE in tensors:
+        raise InputError(
+            f"{folder} is an adapter of a reward model; give it to load_reward_model as "
+            "adapter_path, or open the merged reward model, hf/ of its run."
+        )
     if tensors:
         raise InputError(
             f"{folder / WEIGHTS}: the tensor {min(tensors)!r} is of no module that the adapter's "
@@ -73,6 +86,50 @@ def read_adapter(
     shardings = None if mesh is None else tree_shardings(mesh, tree, model.partition_rules)
     params = merged_trees(params, _placed(tree, shardings))
     return dataclasses.replace(model, adapters=adapters), params
+
+
+def read_reward_adapter(
+    folder: str | pathlib.Path,
+    base: str | pathlib.Path,
+    model: Any,
+    slots: Mapping[str, Slot],
+    params: Params,
+    mesh: Mesh | None = None,
+) -> tuple[Any, Params]:
+    """As `read_adapter`, of {"model": ..., "head": ...}, whose head is that of the adapter.
+
+    Args:
+      params: {"model": ...} of the base, and "head" where it is a reward model itself.
+
+    Raises:
+      InputError: as `read_adapter`, or neither the adapter nor the base has a head.
+    """
+    width = model.config.n_embd
+    slots = {**slots, SCORE: Slot(("head", "kernel"), None, (1, width))}
+    head = {"kernel": jax.ShapeDtypeStruct((width,), np.float32)}
+    model, both = read_adapter(folder, base, model, slots, {**params["model"], "head": head}, mesh)
+    head = both.pop("head")
+    if not isinstance(head["kernel"], jax.Array):
+        if "head" not in params:
+            raise InputError(
+                f"{folder} holds no {SCORE!r}, and neither does its base, so that there is no head "
+                "of a reward model; load it as a language model."
+            )
+        head = params["head"]
+    return model, {"model": both, "head": head}
+
+
+def _warn_of_base(folder, named, base):
+    paths = [pathlib.Path(str(x)).expanduser().resolve() for x in (named or base, base)]
+    # An address is that of a folder whose files were copied.
+    if paths[0] != paths[1] and "://" not in str(named):
+        logger.warning(
+            "The adapter in %s is of the base %s and now beside %s: its results are other ones "
+            "unless the two are equal.",
+            folder,
+            named,
+            base,
+        )
 
 
 def _saved_arrays(folder, adapters, slots, params, tensors):
@@ -86,6 +143,7 @@ def _saved_arrays(folder, adapters, slots, params, tensors):
         own = leaf_at(params, slot.path)
         if slot.layer is None:
             full = np.zeros(own.shape, np.float32)
+            values = values.reshape(-1, *own.shape[1:])  # [1, D] of a head is [D]
             full[: len(values)] = values  # the padding of the vocabulary is not in the file
         else:
             full = _leaf_or(tree, slot.path, own.shape)

@@ -51,6 +51,7 @@ _UNUSED = (
     "task_type",
 )
 _CHECKED = {"peft_type": ("LORA",), "bias": ("none",)}
+_HEADS = ("classifier", "score")  # which PEFT adds to modules_to_save of sequence classifiers
 # The other ways to start change the base as well, which its folder does not hold.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -84,7 +85,8 @@ def read_adapter_config(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       InputError: it is missing, or has a setting that is not computed here.
     """
-    data, file = read_json(folder / CONFIG), folder / CONFIG
+    file = folder / CONFIG
+    data = {key: value for key, value in read_json(file).items() if value is not None}
     for key, allowed in _CHECKED.items():
         if data.get(key, allowed[0]) not in allowed:
             raise InputError(
@@ -132,6 +134,8 @@ def _resolve(data, slots, options):
     by_path: dict[Path, dict[int, tuple[int, float]]] = {}
     for name, path, layer in chosen:
         own_rank = integer("rank_pattern", _by_pattern(ranks, name, rank))
+        if options.get("is_pissa"):
+            _check_pissa(name, slots[f"{name}.weight"], own_rank)
         own_alpha = positive("alpha_pattern", _by_pattern(alphas, name, alpha))
         by_path.setdefault(path[1:], {})[layer] = own_rank, own_alpha
     count = 1 + max(each.layer for each in kernels)
@@ -169,7 +173,7 @@ def _saved_paths(names, slots):
             for each, slot in slots.items()
             if re.match(pattern, each.rpartition(".")[0])
         }
-        if not paths and name != "score":
+        if not paths and name not in _HEADS:
             raise InputError(f"modules_to_save names {name!r}, which the model does not have.")
         found |= paths
     is_tied = not any(slot.path[0] == "lm_head" for slot in slots.values())
@@ -231,6 +235,15 @@ def _check_names(data, kernels, chosen):
         raise InputError(
             f"target_modules {targets!r} leaves no module of a layer: these have "
             f"{', '.join(known)}, or all-linear, in layers 0 to {max(e.layer for e in kernels)}."
+        )
+
+
+def _check_pissa(name, slot, rank):
+    """Raises an InputError if a kernel has fewer singular values than the rank."""
+    if rank > min(slot.shape):
+        raise InputError(
+            f"r is {rank}, but init pissa starts from the singular values of {name}, of which "
+            f"there are {min(slot.shape)}; lower it, or set init to default."
         )
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.adapters import merged_trees, nested
 from rlhf_jax.models.family import SCORE, SCORE_BIAS, Family, Slot
 from rlhf_jax.models.folders import read_json, weight_files
 from rlhf_jax.models.interface import ModelConfig, Params
@@ -29,6 +30,8 @@ PART_BYTES = 2**28  # of a leaf read at a time, or one index of axis 0 if that i
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 Index = tuple[slice, ...]
+# (path, array) -> {name: array}, which takes its place in its module
+Convert = Callable[[tuple[str, ...], jax.Array], Params]
 
 
 class TensorFile(NamedTuple):
@@ -68,6 +71,7 @@ def read_params(
     shapes: Params,
     shardings: Params | None,
     label: int | None,
+    convert: Convert | None = None,
 ) -> Params:
     """The tensors of a folder as float32 arrays; all are checked before one is read.
 
@@ -76,6 +80,7 @@ def read_params(
       shapes: of the parameters.
       shardings: of the parameters; None for the default device.
       label: the one to read of a head with several labels.
+      convert: of each array of the language model, as soon as it is read.
 
     Raises:
       InputError: a tensor is missing, unknown, twice there, or of a wrong shape or type.
@@ -85,16 +90,21 @@ def read_params(
         by_path: dict[tuple[str, ...], list[str]] = {}
         for name, slot in slots.items():
             by_path.setdefault(slot.path, []).append(name)  # the layers of a stack in their order
-        leaves, structure = jax.tree.flatten_with_path(shapes)
+        leaves = jax.tree.leaves_with_path(shapes)
         places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-        arrays = []
-        for (path, leaf), place in zip(leaves, places, strict=True):
-            names = by_path[tuple(key.key for key in path)]
+        tree: Params = {}
+        for (keys, leaf), place in zip(leaves, places, strict=True):
+            path = tuple(key.key for key in keys)
+            names = by_path[path]
             stacked = slots[names[0]].layer is not None
             parts = [tensors[name] for name in names]
             read = functools.partial(_read_part, parts, stacked, label or 0, leaf.shape[-1])
-            arrays.append(make_array(leaf.shape, place, read))
-    return jax.tree.unflatten(structure, arrays)
+            array = make_array(leaf.shape, place, read)
+            module = {path[-1]: array}
+            if convert is not None:
+                module = convert(path[1:], array)  # without "model"
+            tree = merged_trees(tree, nested(path[:-1], module))
+    return tree
 
 
 def make_array(

@@ -16,8 +16,8 @@ class ModelSettings:
 
     Attributes:
       path: a Hugging Face folder or hub name to start from; null makes a fresh model.
-      adapter_path: a local folder of an adapter in PEFT's format, on the model at `path`, with
-        which training goes on.
+      adapter_path: a folder of an adapter in PEFT's format, on the model at `path`, with which
+        training goes on.
       reward_path: folder or hub name of the reward model that scores responses.
       reference_path: folder or hub name of the policy that evaluation compares with, and of the
         reference of DPO and KTO, or an adapter on the model at `path`; null means the model that

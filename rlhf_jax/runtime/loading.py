@@ -22,7 +22,7 @@ from rlhf_jax.data.tokenizers import (
     use_chat_template_kwargs,
 )
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.adapter_folders import with_settings
+from rlhf_jax.models.adapter_folders import adapters_in, with_settings
 from rlhf_jax.models.adapter_settings import Base, LoraSettings
 from rlhf_jax.models.adapters import (
     adapter_arrays,
@@ -35,6 +35,7 @@ from rlhf_jax.models.adapters import (
 from rlhf_jax.models.cudnn_attention import check_device
 from rlhf_jax.models.family import leaf_at
 from rlhf_jax.models.huggingface import (
+    check_pretrained,
     check_reward_model,
     fresh_model,
     load_pretrained,
@@ -42,6 +43,7 @@ from rlhf_jax.models.huggingface import (
 )
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.models.peft_config import CONFIG as ADAPTER_CONFIG
+from rlhf_jax.models.reading import Convert
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.special_tokens import with_special_tokens
 from rlhf_jax.runtime.program import Placement
@@ -78,17 +80,25 @@ def load_model(
     tokenizer: PreTrainedTokenizerFast,
     key: jax.Array,
     mesh: Mesh | None = None,
+    lora: LoraSettings | None = None,
 ) -> tuple[Model, Params]:
     """The language model at `model.path`, or a fresh one for the tokenizer's vocabulary.
 
-    Each parameter is initialised or read sharded over the mesh; without one, on one device. Raises
+    Each parameter is initialised or read sharded over the mesh; without one, on one device. With
+    `lora`, for `add_adapters`, those read that will be frozen get the type of the base one by one,
+    so that no more than one of them is float32 at a time. Raises
     an InputError if the folder cannot be read, the tokenizer has ids that the model lacks, or the
     model cannot be split over the mesh.
     """
     if settings.path is not None:
-        with local_folder(settings.path) as folder:
-            adapter = settings.adapter_path
-            options = {**_options(settings), "adapter_path": adapter}
+        adapter = settings.adapter_path
+        with (
+            local_folder(settings.path) as folder,
+            contextlib.nullcontext() if adapter is None else local_folder(adapter) as local,
+        ):
+            options = {**_options(settings), "adapter_path": local}
+            if lora is not None and lora.base != "float32" and mesh is not None:
+                options["convert"] = _conversion(check_pretrained(folder), local, lora, mesh)
             model, params = load_pretrained(folder, mesh=mesh, **options)
         check_vocabulary(model, tokenizer, settings.path)
         return with_special_tokens(model, tokenizer, settings.path), params
@@ -106,13 +116,26 @@ def load_model(
     return model, Placement(mesh, model.partition_rules).initialise(model.init, key)
 
 
+def _conversion(model: Any, adapter: str | None, lora: LoraSettings, mesh: Mesh) -> Convert:
+    """Of the arrays of a model: to the type of the base, but for modules that are trained."""
+    if adapter is not None:
+        model = dataclasses.replace(model, adapters=adapters_in(adapter, model))
+    adapters, place = with_settings(model, lora).adapters, Placement(mesh, model.partition_rules)
+
+    def convert(path, array):
+        module = {path[-1]: array}
+        return module if adapters.is_saved(path) else _frozen(place, lora.base, path[:-1], module)
+
+    return convert
+
+
 def add_adapters(
     model: Any, params: Params, settings: LoraSettings, key: jax.Array, mesh: Mesh
 ) -> tuple[Model, Params]:
     """The model with adapters, fresh ones by the section `lora` or its own, on a frozen base.
 
-    The base is converted to its type one module at a time; arrays that this replaces are deleted.
-    Without adapters the model is returned as it is.
+    A base that is not of its type yet is converted one module at a time; arrays that this replaces
+    are deleted. Without adapters the model is returned as it is.
 
     Raises:
       InputError: no layer has a module that the settings name.
@@ -122,24 +145,23 @@ def add_adapters(
     if (adapters := adapters_of(model)) is None:
         return model, params
     place = Placement(mesh, model.partition_rules)
-    arrays: Params = {}
-    if is_fresh:
-        start = functools.partial(adapter_arrays, adapters)
-        arrays = place.initialise(start, params, key)
     base: Params = {}
     for path, module in modules(params):
         if not adapters.is_saved(path):
             module = _frozen(place, adapters.base, path, module)
         base = merged_trees(base, nested(path, module))
-    return model, merged_trees(base, arrays)
+    if not is_fresh:
+        return model, base
+    start = functools.partial(adapter_arrays, adapters)
+    return model, merged_trees(base, place.initialise(start, base, key))
 
 
 def _frozen(place: Placement, base: Base, path: tuple[str, ...], module: Params) -> Params:
     """A module in the type of the base."""
-    if base == "float32":
-        return module
     convert = functools.partial(frozen_module, base=base)
     shapes = jax.eval_shape(convert, module)
+    if {name: x.dtype for name, x in shapes.items()} == {n: x.dtype for n, x in module.items()}:
+        return module
     shardings = leaf_at(place.shardings(nested(path, shapes)), path)
     converted = jax.jit(convert, out_shardings=shardings)(module)
     for name, array in module.items():

@@ -13,12 +13,18 @@ from rlhf_jax.batches import PairBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.adapter_folders import with_settings
 from rlhf_jax.models.adapter_settings import LoraSettings
-from rlhf_jax.models.adapters import with_adapters, without_adapters
-from rlhf_jax.training import dpo, online, ppo, reward, sft, trainable
+from rlhf_jax.models.adapters import plain_params, with_adapters, without_adapters
+from rlhf_jax.training import dpo, grpo, kto, online, ppo, reward, sft, trainable
+from tests.training import judged
 from tests.training.ppo_by_loop import EOS, KEY, SETTINGS, SGD
+from tests.training.test_dpo import CHOSEN, PROMPTS
+from tests.training.test_grpo import GRPO, SCORES, responses  # noqa: F401  a fixture
 from tests.training.test_sft import TEXTS, batch_of
 
 LORA = LoraSettings(r=3, alpha=6.0, target_modules=("c_attn", "mlp.c_proj"))
+ROUNDED = dataclasses.replace(LORA, base="bfloat16")
+DORA = dataclasses.replace(ROUNDED, use_dora=True)
+UNPAIRED = judged.unpaired(PROMPTS, CHOSEN, [True, False, True, True], CHOSEN[::-1])
 ADAM = optax.adam(0.01)
 
 
@@ -123,6 +129,39 @@ def test_fresh_adapters_change_no_loss(model, params):
     found = score(reward.full_params(tuned, state), pairs)
     expected = jax.jit(reward.make_score_step(model))({**scored, "model": params}, pairs)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"), [("kto", ROUNDED), ("grpo", ROUNDED), ("grpo", DORA)], ids=range(3)
+)
+def test_metrics_of_fresh_adapters_are_those_of_their_base(
+    model,
+    params,
+    batch,
+    responses,  # noqa: F811
+    name,
+    lora,
+):
+    """Loss and KL to the reference, which is the base alone; exactly but for the norms of DoRA."""
+    tuned, both = adapted(model, params, lora)
+    own = jax.tree.map(lambda x: x.astype("float32"), plain_params(both))
+    results = []
+    for each, full in ((model, own), (tuned, both)):
+        if name == "kto":
+            settings = kto.Settings(precompute_ref=False, batch_size=4)
+            state = kto.init_state(each, full, settings, KEY, optimizer=SGD)
+            step, inputs = kto.make_step(each, settings, optimizer=SGD), (UNPAIRED,)
+        else:
+            state = grpo.init_state(each, full, GRPO, KEY, optimizer=SGD)
+            step = grpo.make_update_step(each, GRPO, optimizer=SGD, stop_token_ids=(EOS,))
+            inputs = (batch, responses, SCORES)
+        after, metrics, *_ = jax.jit(step)(state, *inputs, KEY)
+        results.append(metrics)
+        reference = after.reference if name == "kto" else after.frozen["ref"]
+    assert jax.tree.leaves(reference) == []
+    base, fresh = ({k: float(x) for k, x in each.items()} for each in results)
+    assert base.pop("train/grad_norm") != fresh.pop("train/grad_norm")
+    assert fresh == (pytest.approx(base, rel=1e-5, abs=1e-5) if lora.use_dora else base)
 
 
 def test_settings_that_exclude_adapters_are_one_sentence(model, params):

@@ -12,6 +12,9 @@ import optax
 import pytest
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import LoraSettings
+from rlhf_jax.models.adapter_folders import with_settings
+from rlhf_jax.models.adapters import fresh_params, merged_trees, plain_params, split_adapters
 from rlhf_jax.parallel.partition import path_name
 from rlhf_jax.training import OptimizerSettings, make_optimizer
 from rlhf_jax.training.state import apply_gradients, init_train_state, learning_rate_schedule
@@ -67,11 +70,14 @@ def decayed(params, models=()):
 
 
 def test_all_but_biases_and_norms_decay(model):
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    model = with_settings(model, LoraSettings(r=2, use_dora=True))
+    shapes = jax.eval_shape(functools.partial(fresh_params, model), jax.random.key(0))
+    trained, _ = split_adapters(model.adapters, shapes)
     head = {"kernel": jnp.ones(16), "bias": jnp.ones(())}
-    params = {"model": shapes, "head": head, "value_head": head}
-    leaves, paths = decayed(params, [model])
-    assert paths == {path for path in leaves if path.endswith(("kernel", "embedding"))}
+    own = merged_trees(plain_params(shapes), trained)
+    leaves, paths = decayed({"model": own, "head": head, "value_head": head}, [model])
+    names = ("kernel", "embedding", "lora_a", "lora_b")  # but no lora_magnitude
+    assert paths == {path for path in leaves if path.endswith(names)}
     assert {"head/kernel", "value_head/kernel", "model/wte/embedding"} < paths
 
 

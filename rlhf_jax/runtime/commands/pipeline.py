@@ -9,6 +9,7 @@ from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.settings import TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.adapter_folders import with_settings
+from rlhf_jax.models.adapter_settings import LoraSettings
 from rlhf_jax.models.huggingface import check_pretrained, fresh_model
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
@@ -142,10 +143,14 @@ def _trained(config: RLHFConfig) -> str:
 def stage_configs(config: RLHFConfig) -> list[RunConfig]:
     """The configurations of the stages, in order; later ones start from the fine-tuned model."""
 
+    # Adapters that were read are merged into the fine-tuned model.
+    later_lora = config.lora if config.model.adapter_path is None else LoraSettings()
+
     def shared_by(stage):
-        names = ("lora", "mesh", "distributed", "logging", "checkpoint", "seed")
+        names = ("mesh", "distributed", "logging", "checkpoint", "seed")
         return {
             **{name: vars(config)[name] for name in names},
+            "lora": config.lora if stage == "sft" else later_lora,
             "data": vars(config.data)[stage],
             "optimizer": vars(config.optimizer)[stage],
             "run_dir": f"{config.run_dir}/{stage}",

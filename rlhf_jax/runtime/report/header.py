@@ -15,7 +15,7 @@ from rlhf_jax.runtime.run.folder import is_remote
 
 FILES = (
     "report.html", "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json", "hf",
-    "checkpoints", "tensorboard",
+    "adapter", "checkpoints", "tensorboard",
 )  # fmt: skip
 
 

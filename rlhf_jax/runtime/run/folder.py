@@ -247,7 +247,8 @@ def reopen(config: Any) -> None:
     write_config(config)
     folder = epath.Path(config.run_dir)
     with disk_errors(folder):
-        for name in ("report.html", "evaluation.json", "hf/config.json"):
+        models = ("hf/config.json", "adapter/adapter_config.json")
+        for name in ("report.html", "evaluation.json", *models):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.adapters import adapters_of, fresh_params
+from rlhf_jax.models.adapters import fresh_params
 from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.rollout.shaping import check_stop_tokens
@@ -38,12 +38,14 @@ def check_run(config: RunConfig, model: Model, mesh: Mesh) -> None:
 
 
 def check_adapters(config: RunConfig, model: Model) -> None:
-    """Raises an InputError if adapters have a dropout and the trainer has none."""
-    adapters = adapters_of(model)
-    if adapters is not None and adapters.dropout and not hasattr(config.settings, "dropout"):
+    """Raises an InputError if fresh adapters have a dropout and the trainer has none.
+
+    Of adapters that were read, which keep it in their configuration, it is not an error.
+    """
+    if config.lora.dropout and not hasattr(config.settings, "dropout"):
         raise InputError(
-            f"The adapters have a dropout of {adapters.dropout}, but {config.trainer.name} trains "
-            "without; set lora.dropout, or lora_dropout in the adapter's configuration, to 0."
+            f"lora.dropout is {config.lora.dropout}, but {config.trainer.name} trains without "
+            "dropout; set it to 0."
         )
 
 

@@ -85,7 +85,7 @@ class BaseStage:
         }
         model_key, self.key, self.eval_key = stage_keys(config.seed, self.name)
         self.mesh = make_mesh(config.mesh)
-        model, params = load_model(config.model, self.tokenizer, model_key, self.mesh)
+        model, params = load_model(config.model, self.tokenizer, model_key, self.mesh, config.lora)
         key = jax.random.fold_in(model_key, 1)
         self.model, self.params = add_adapters(model, params, config.lora, key, self.mesh)
         check_run(config, self.model, self.mesh)

@@ -31,6 +31,16 @@ def test_a_folder_with_work_refuses_another_configuration(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
 
 
+def test_a_run_that_goes_on_has_no_model_of_an_earlier_end(tmp_path):
+    claim(tmp_path)
+    files = [tmp_path / "hf" / "config.json", tmp_path / "adapter" / "adapter_config.json"]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    claim(tmp_path)
+    assert not any(file.exists() for file in files)
+
+
 def test_before_the_first_step_the_configuration_may_change(tmp_path):
     """Samples of the initial model, and log-probabilities with a mark, are no results."""
     claim(tmp_path, seed=1)
