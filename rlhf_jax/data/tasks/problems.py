@@ -88,6 +88,8 @@ def draw_problems(
       InputError: the split has no problem.
     """
     drawn: list[Problem] = []
+    if count == 0:
+        return drawn
     for problem in _distinct(task, options, random.Random(f"{seed}/{split}"), split):
         if problem is None and (split == "eval" or not drawn):
             break
@@ -95,7 +97,7 @@ def draw_problems(
             drawn.append(problem)
         if len(drawn) >= count:
             break
-    if count and not drawn:
+    if not drawn:
         raise InputError(f"data.task: with these options there is no problem of the split {split}.")
     return drawn
 

@@ -74,6 +74,11 @@ def test_noise_is_an_exact_share_of_the_training_texts():
         assert sum(str(value) != text for value, text in sums) == wrong
 
 
+def test_no_held_out_examples_are_none():
+    _, evaluation = load_examples(DataSettings(path="task:arithmetic", eval_rows=0), "prompts")
+    assert evaluation == []
+
+
 def test_small_tasks_repeat_in_training_only_and_messages():
     options = {"digits": 1, "chat": True, "template": "What is {a} + {b}?", "held_out": 0.3}
     data = DataSettings(path="task:arithmetic", task=options, builtin_rows=300, eval_rows=300)
