@@ -312,7 +312,8 @@ def grpo_cases(rng, batch):
                 "kl_bias_correction": kl_kind == "k2",
             },
             {"kl_coef": 0.3, "entropy_coef": 0.2, "clip_range_high": 0.3, **coefficients},
-            (*names, "advantages", "entropy"),
+            # "sequence_token" holds the ratio of the response, and with it old_logprobs, constant.
+            (*names[: 1 if level == "sequence_token" else 2], *names[2:], "advantages", "entropy"),
             under("mask", *names, "entropy", *more),
             float(count),
         )
