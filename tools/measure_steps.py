@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 
+from rlhf_jax.backend import trim_heap
 from rlhf_jax.runtime.commands.train import stage_of
 from rlhf_jax.runtime.config import config_of, parse, trainer_named
 
@@ -40,6 +41,7 @@ def main() -> None:
             losses.append(round(float(metrics["train/loss"]), 4))
             seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             if index == 0:
+                trim_heap()  # as in the commands after the first step
                 pathlib.Path("/proc/self/clear_refs").write_text("5")
     wall, processor = np.median(seconds[1:], axis=0)
     numbers = {"peak_gib": peak_memory(), "step_s": wall, "processor_s": processor}

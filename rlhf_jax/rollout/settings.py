@@ -146,11 +146,12 @@ class TurnSettings(SamplingSettings):
         super().__post_init__()
         section = self.section
         if self.environment_fn is None:
-            if self.stop_strings or self.turn_length:
-                raise InputError(
-                    f"{section}.stop_strings and {section}.turn_length are of turns, which need "
-                    f"{section}.environment_fn."
-                )
+            for name in ("stop_strings", "turn_length", "max_turns"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise InputError(
+                        f"{section}.{name} is of turns, which need {section}.environment_fn; "
+                        "leave it out, or give that."
+                    )
             return
         if "" in self.stop_strings:
             raise InputError(f"{section}.stop_strings must not hold an empty text.")

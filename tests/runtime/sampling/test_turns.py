@@ -157,9 +157,17 @@ def test_what_an_environment_wrote_changes_no_gradient_but_through_the_context()
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("stop_strings", ("=",)), ("turn_length", 4), ("max_turns", 3)]
+)
+def test_settings_of_turns_need_an_environment(name, value):
+    with pytest.raises(InputError, match=f"grpo.{name} is of turns, which need"):
+        grpo.Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"environment_fn": None}, "which need grpo.environment_fn."),
+        ({"environment_fn": None}, "grpo.stop_strings is of turns, which need grpo.environment_fn"),
         ({"turn_length": 15}, "grpo.turn_length must be at most grpo.response_length = 14"),
         ({"stop_strings": [""]}, "grpo.stop_strings must not hold an empty text."),
         ({"truncate_token": "x"}, "grpo.truncate_token is not for turns"),
