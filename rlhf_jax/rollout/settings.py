@@ -146,12 +146,16 @@ class TurnSettings(SamplingSettings):
         super().__post_init__()
         section = self.section
         if self.environment_fn is None:
-            for name in ("stop_strings", "turn_length", "max_turns"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise InputError(
-                        f"{section}.{name} is of turns, which need {section}.environment_fn; "
-                        "leave it out, or give that."
-                    )
+            of_turns = {
+                "stop_strings": bool(self.stop_strings),
+                "turn_length": self.turn_length is not None,
+                "max_turns": self.max_turns != type(self).max_turns,
+            }
+            for name in (name for name, is_set in of_turns.items() if is_set):
+                raise InputError(
+                    f"{section}.{name} is of turns, which need {section}.environment_fn; "
+                    "leave it out, or give that."
+                )
             return
         if "" in self.stop_strings:
             raise InputError(f"{section}.stop_strings must not hold an empty text.")

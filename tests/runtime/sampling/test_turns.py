@@ -162,6 +162,7 @@ def test_what_an_environment_wrote_changes_no_gradient_but_through_the_context()
 def test_settings_of_turns_need_an_environment(name, value):
     with pytest.raises(InputError, match=f"grpo.{name} is of turns, which need"):
         grpo.Settings(**{name: value})
+    assert grpo.Settings(stop_strings=[]).environment_fn is None
 
 
 @pytest.mark.parametrize(
