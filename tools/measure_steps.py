@@ -3,7 +3,8 @@
 python tools/measure_steps.py TRAINER --steps 7 --config FILE.yaml --section.key value ...
 
 Of the process, without evaluations, exports and checkpoints: the most memory in GiB after the first
-step, and medians of the steps after the first, which compiles. Linux alone.
+step, whose freed memory is returned first, and medians of the steps after the first, which
+compiles. Linux alone.
 """
 
 import json

@@ -127,10 +127,11 @@ class TurnSettings(SamplingSettings):
     """Responses of several turns, which an environment replies to in between.
 
     Attributes:
-      environment_fn: "module:function" of an environment: f(prompts, transcripts, **columns) -> for
-        each transcript a text that is appended to it, after which the policy goes on, or None where
-        it ends. Null is one turn. The function is called when the policy has ended its turn; what
-        it wrote is read by the policy and by rewards, and is not trained on.
+      environment_fn: "module:function" of an environment: f(prompts, transcripts, **columns) ->
+        for each transcript a text that is appended to it, after which the policy goes on, or None
+        where it ends. Null is one turn, and the three settings below keep their defaults. The
+        function is called when the policy has ended its turn; what it wrote is read by the policy
+        and by rewards, and is not trained on.
       stop_strings: end a turn, as EOS does.
       turn_length: tokens of a turn at most; null is `response_length`, the limit of all turns with
         the replies.
@@ -153,8 +154,8 @@ class TurnSettings(SamplingSettings):
             }
             for name in (name for name, is_set in of_turns.items() if is_set):
                 raise InputError(
-                    f"{section}.{name} is of turns, which need {section}.environment_fn; "
-                    "leave it out, or give that."
+                    f"{section}.{name} is {getattr(self, name)}, but has an effect with "
+                    f"{section}.environment_fn only; leave it out, or set that."
                 )
             return
         if "" in self.stop_strings:

@@ -12,7 +12,7 @@ from rlhf_jax.rollout.score import response_logprobs
 from rlhf_jax.runtime import train_grpo
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.groups import GroupStage
-from rlhf_jax.training import grpo
+from rlhf_jax.training import grpo, rloo_settings
 from tests import small
 
 REPLY = " yes"
@@ -160,15 +160,21 @@ def test_what_an_environment_wrote_changes_no_gradient_but_through_the_context()
     ("name", "value"), [("stop_strings", ("=",)), ("turn_length", 4), ("max_turns", 3)]
 )
 def test_settings_of_turns_need_an_environment(name, value):
-    with pytest.raises(InputError, match=f"grpo.{name} is of turns, which need"):
-        grpo.Settings(**{name: value})
-    assert grpo.Settings(stop_strings=[]).environment_fn is None
+    for settings in (grpo.Settings, rloo_settings.Settings):
+        said = rf"{settings.section}\.{name} is .*, but has an effect with {settings.section}\."
+        with pytest.raises(InputError, match=said):
+            settings(**{name: value})
+
+
+def test_defaults_of_turns_need_no_environment():
+    for given in ({}, {"stop_strings": []}, {"turn_length": None}, {"max_turns": 8}):
+        assert grpo.Settings(**given).environment_fn is None
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"environment_fn": None}, "grpo.stop_strings is of turns, which need grpo.environment_fn"),
+        ({"environment_fn": None}, "but has an effect with grpo.environment_fn only"),
         ({"turn_length": 15}, "grpo.turn_length must be at most grpo.response_length = 14"),
         ({"stop_strings": [""]}, "grpo.stop_strings must not hold an empty text."),
         ({"truncate_token": "x"}, "grpo.truncate_token is not for turns"),
