@@ -21,11 +21,12 @@ IS_DECIDED = os.environ.setdefault(
 )
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 OPTIMIZED = (
-    "functional",
+    "functional/test_facts.py",
+    "functional/test_golden.py",
+    "functional/test_trl",
     "models/test_gpt2.py",
     "models/test_parity.py",
     "test_end_to_end.py",
-    "test_examples.py",
 )
 
 # Programs are compiled once in a session, whichever test, worker or process needs them first.

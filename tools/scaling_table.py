@@ -3,8 +3,8 @@
 python tools/scaling_table.py [--folder build/scaling] [--only TEXT] [--again]
 
 Each line is one call of scripts/compile_for.py, whose numbers are kept in the folder and not
-compiled again, so that the tool may be interrupted. The table of all lines in the folder is written
-between the two marks of docs/scaling.md.
+compiled again, so that the tool may be interrupted. The table is written between the two marks of
+docs/scaling.md; a line that is not in the folder stays as it is there.
 """
 
 import argparse
@@ -37,13 +37,15 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     listed = yaml.safe_load((ROOT / "tools" / "scaling_rows.yaml").read_text())
-    lines = []
+    lines, before = [], PAGE.read_text().splitlines()
     for row in listed["rows"]:
         file = options.folder / f"{name_of(row)}.json"
         if options.only in file.name and (options.again or not file.exists()):
             compile_row(row, listed["common"], file)
         if file.exists():
             lines.append(line_of(row, json.loads(file.read_text())))
+        else:
+            lines += [line for line in before if line.startswith(begin_of(row))]
     write_table(PAGE, "\n".join([HEADER, *lines]))
 
 
@@ -82,9 +84,13 @@ def line_of(row: list[str], numbers: dict[str, Any]) -> str:
     else:
         memory = [gib(max(each[key] for each in programs)) for key in ("arguments", "peak")]
     flops, seconds = (sum(each[key] for each in programs) for key in ("flops", "seconds"))
+    return f"{begin_of(row)}{' | '.join(memory)} | {flops:.3g} | {seconds:.3g} s |"
+
+
+def begin_of(row: list[str]) -> str:
+    """The cells of a line that name it."""
     settings = f"`{row[4]}`" if row[4] else ""
-    cells = [*row[:3], row[3].replace("x", " x "), settings, *memory]
-    return f"| {' | '.join(cells)} | {flops:.3g} | {seconds:.3g} s |"
+    return f"| {' | '.join([*row[:3], row[3].replace('x', ' x '), settings])} | "
 
 
 def gib(size: float) -> str:

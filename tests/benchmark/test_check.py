@@ -39,7 +39,10 @@ STEPS = ["reward_frozen_small", "dpo_mid", "ppo_shared_mid", "grpo_mid", "sft_sm
 # Frozen layers, a shared base, sampled tokens, and two epochs, of which the second clips; a Llama.
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_equal_the_plain_path(name):
-    result = check.difference(SMALL[name])
+    small_workload = SMALL[name]
+    if small_workload.num_layers_unfrozen is None:
+        small_workload = replace(small_workload, n_layer=1)
+    result = check.difference(small_workload)
     assert result.loss < 1e-5
     assert result.gradients < 1e-4
 

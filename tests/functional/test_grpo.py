@@ -8,6 +8,8 @@ import pytest
 
 import rlhf_jax as rlhf
 
+pytestmark = pytest.mark.newest
+
 REDUCTIONS = ["sequence", "token", "constant"]
 
 

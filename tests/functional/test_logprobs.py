@@ -7,6 +7,8 @@ import pytest
 
 import rlhf_jax as rlhf
 
+pytestmark = pytest.mark.newest
+
 
 def logprobs_by_loop(logits):
     logits = np.asarray(logits, np.float64)

@@ -15,6 +15,8 @@ from tests.functional.preference_by_loop import (
     sigmoid,
 )
 
+pytestmark = pytest.mark.newest
+
 # --- The formulas, by loops
 
 

@@ -7,6 +7,8 @@ import pytest
 
 import rlhf_jax as rlhf
 
+pytestmark = pytest.mark.newest
+
 
 def pairwise_by_loop(chosen, rejected, margin, center_coef):
     losses = []

@@ -29,6 +29,9 @@ from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 TRAIN = {"sft": train_sft, "reward": train_reward, "rft": train_rft, "ppo": train_ppo}
+# Of the kind "plain": the reward model differs from sft in nothing that goes between processes, and
+# four processes differ from two in the mesh.
+PLAIN = {"one": tuple(TRAIN), "stop": ("sft", "rft", "ppo"), "four": ("sft", "ppo")}
 STOP_AT = 3  # steps, one behind the checkpoint
 MESHES = {1: {}, 2: {"data": 1, "fsdp": 2}, 4: {"data": 2, "tensor": 2}}
 
@@ -37,19 +40,25 @@ class Stopped(Exception):
     """The end of a run that is to be continued."""
 
 
-def make_configs(folder, before, processes, kind):
-    """The stages in a folder, each from the results of the stage ahead of it in the run `before`.
+def stages_of(folder, kind):
+    """The names of the stages in a folder; "alone" goes on with those that stopped."""
+    return tuple(TRAIN) if kind == "full" else PLAIN["stop" if folder == "alone" else folder]
 
-    Of the `kind` "full" they do all that goes from the devices to the hosts and back; compiled in
-    each of many processes, that takes minutes.
+
+def make_configs(base, folder, processes, kind):
+    """The stages in a folder, each from the results of the stage ahead of it in `base / "one"`.
+
+    Of the `kind` "full" they are all, and do all that goes from the devices to the hosts and back;
+    compiled in each of many processes, that takes minutes.
     """
     full = kind == "full"
     shared = {"mesh": MESHES[processes], "checkpoint": {"every": 2}}
     shared["data"] = {"eval_rows": 8 if full else 0}
-    sft, rewarded = before / "sft", before / "reward"
+    names, folder = stages_of(folder, kind), base / folder
+    sft, rewarded = base / "one" / "sft", base / "one" / "reward"
     function = "tests.small:short_response"
     texts = {"builtin_rows": 16, "eval_rows": 0, "max_length": 16}
-    return {
+    configs = {
         "sft": small.sft(folder / "sft", **shared, sft={"rouge_rows": 4 if full else 0}),
         "reward": small.reward(folder / "reward", sft, **shared, reward={"normalize_before": full}),
         "rft": small.rft(
@@ -69,6 +78,7 @@ def make_configs(folder, before, processes, kind):
             ptx=texts,
         ),
     }
+    return {name: configs[name] for name in names}
 
 
 def _raise(error):
@@ -181,8 +191,7 @@ def main(address, processes, place, base, task, kind):
             check_errors(base)
             check_damage(base / "damaged")
             stop_stages(monkeypatch)
-        folder = base / task
-        for name, config in make_configs(folder, base / "one", processes, kind).items():
+        for name, config in make_configs(base, task, processes, kind).items():
             if task == "stop" and name != "ppo":
                 with pytest.raises(Stopped):
                     TRAIN[name](config)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
+from rlhf_jax.models.huggingface import load_pretrained
 from tests import small
-from tests.parallel.several_processes import STOP_AT, TRAIN, make_configs
+from tests.parallel.several_processes import STOP_AT, TRAIN, make_configs, stages_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
@@ -84,22 +84,22 @@ def runs(tmp_path_factory):
 
 def train_and_continue(base, kind="plain"):
     """Makes all runs, those of a `kind` of configurations of several_processes.py."""
-    for name, config in make_configs(base / "one", base / "one", 1, kind).items():
+    for name, config in make_configs(base, "one", 1, kind).items():
         TRAIN[name](config)
     statuses = ends_of(start(2, base, "stop", kind))
     assert statuses[1] == -9, logs(base, "stop")
-    for name in TRAIN:
+    for name in stages_of("stop", kind):
         assert small.rows(base / "stop" / name / "metrics.jsonl")[-1]["step"] < small.STEPS
     for name in ("alone", "four"):
         shutil.copytree(base / "stop", base / name)
     four = start(4, base, "four", kind)
-    for name, config in make_configs(base / "alone", base / "one", 1, kind).items():
+    for name, config in make_configs(base, "alone", 1, kind).items():
         TRAIN[name](config)
     assert ends_of(four) == [0] * 4, logs(base, "four")
 
 
 def test_the_two_were_stopped_behind_their_checkpoint(runs):
-    for name in TRAIN:
+    for name in stages_of("stop", "plain"):
         saved = runs / "stop" / name / "checkpoints"
         assert {path.name for path in saved.iterdir()} == {str(STOP_AT - 1)}
         assert not (runs / "stop" / name / "hf").exists()
@@ -130,29 +130,32 @@ def assert_same_samples(runs, folder, stage):
     assert one == other
 
 
-@pytest.mark.parametrize("folder", ["alone", "four"])
-@pytest.mark.parametrize("stage", TRAIN)
+@pytest.mark.parametrize(
+    ("folder", "stage"), [(x, stage) for x in ("alone", "four") for stage in stages_of(x, "plain")]
+)
 def test_metrics_are_those_of_one_process(runs, stage, folder):
     assert_same_metrics(runs, folder, stage)
+
+
+def test_the_same_responses_are_sampled_for_rejection(runs):
+    names = ("prompt", "completion", "ended")
+    files = [runs / x / "rft" / "sampled.jsonl" for x in ("one", "stop", "alone")]
+    one, *others = ([[line[name] for name in names] for line in small.rows(file)] for file in files)
+    assert others == [one, one]
 
 
 @pytest.mark.parametrize("folder", ["alone", "four"])
 def test_samples_are_those_of_one_process(runs, folder):
     assert_same_samples(runs, folder, "ppo")
-    names = ("prompt", "completion", "ended")
-    files = [runs / x / "rft" / "sampled.jsonl" for x in ("one", folder)]
-    one, other = ([[line[name] for name in names] for line in small.rows(file)] for file in files)
-    assert one == other
     lines = small.rows(runs / folder / "ppo" / "samples.jsonl")
     assert len([line for line in lines if line["step"] > 0]) == 2 * small.STEPS / 2
 
 
 @pytest.mark.parametrize("folder", ["alone", "four"])
 def test_the_exported_models_are_complete(runs, folder):
-    loads = {"sft": load_pretrained, "reward": load_reward_model, "rft": load_pretrained}
-    for stage, load in loads.items():
-        (_, expected), (_, actual) = (load(runs / x / stage / "hf") for x in ("one", folder))
-        expected, actual = (tree.get("model", tree)["ln_f"]["scale"] for tree in (expected, actual))
+    for stage in stages_of(folder, "plain")[:-1]:  # of PPO, the report
+        folders = (runs / x / stage / "hf" for x in ("one", folder))
+        expected, actual = (load_pretrained(each)[1]["ln_f"]["scale"] for each in folders)
         np.testing.assert_allclose(actual, expected, rtol=1e-3)
     assert (runs / folder / "ppo" / "report.html").exists()
 
