@@ -23,6 +23,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 OPTIMIZED = (
     "functional/test_facts.py",
     "functional/test_golden.py",
+    "functional/test_kl.py",
+    "functional/test_normalizer.py",
+    "functional/test_preference_extremes.py",
     "functional/test_trl",
     "models/test_gpt2.py",
     "models/test_parity.py",

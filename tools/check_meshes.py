@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,12 +25,14 @@ from tests.parallel.meshes import (  # noqa: E402
     DECODER,
     FACTORISATIONS,
     FAMILIES,
+    SAMPLING,
     STAGES,
     differences,
     make_configs,
     mesh_name,
     run_folder,
     sampled,
+    selected,
     trainer_of,
 )
 
@@ -55,13 +58,20 @@ def main(base: str) -> int:
             one, several = (run_folder(base, family, mesh) / stage for mesh in (ONE, sizes))
             ratios = differences(one, several)
             name = max(ratios, key=lambda metric: ratios[metric])
-            same = stage in ("sft", "reward") or sampled(one) == sampled(several)
+            same = texts_of(stage, one) == texts_of(stage, several)
             worst = max(worst, ratios[name] if same else float("inf"))
             tokens = "" if same else ", OTHER TOKENS"
             line = f"{family} {mesh_name(sizes)} {stage:8} {ratios[name]:.3f} ({name}){tokens}"
             print(line, flush=True)
     print(f"{len(plan)} meshes of families, largest ratio to the tolerance: {worst:.3f}")
     return int(worst > 1)
+
+
+def texts_of(stage: str, folder: Path) -> Any:
+    """The responses that a run sampled; None of a stage that samples none."""
+    if stage == "rft":
+        return selected(folder)
+    return sampled(folder) if stage in SAMPLING else None
 
 
 if __name__ == "__main__":

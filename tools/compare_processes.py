@@ -1,8 +1,8 @@
 """All that goes from the devices to the hosts and back, in two processes, and then one and four.
 
 The long form of tests/parallel/test_several_processes.py: with held-out rows, ROUGE, normalized
-reward models, texts mixed into PPO, and all evaluations and samples. Called from the root of the
-repository, with an empty folder:
+reward models that go on from a checkpoint, rejection sampling in four processes, texts mixed into
+PPO, and all evaluations and samples. Called from the root of the repository, with an empty folder:
 
     JAX_PLATFORMS=cpu python -m tools.compare_processes FOLDER
 """

@@ -4,7 +4,8 @@ python tools/scaling_table.py [--folder build/scaling] [--only TEXT] [--again]
 
 Each line is one call of scripts/compile_for.py, whose numbers are kept in the folder and not
 compiled again, so that the tool may be interrupted. The table is written between the two marks of
-docs/scaling.md; a line that is not in the folder stays as it is there.
+docs/scaling.md. A line that `--only` leaves out and the folder lacks stays as it is there; one that
+does not compile is removed.
 """
 
 import argparse
@@ -40,12 +41,11 @@ def main() -> None:
     lines, before = [], PAGE.read_text().splitlines()
     for row in listed["rows"]:
         file = options.folder / f"{name_of(row)}.json"
-        if options.only in file.name and (options.again or not file.exists()):
+        compiles = options.only in file.name and (options.again or not file.exists())
+        if compiles:
+            file.unlink(missing_ok=True)
             compile_row(row, listed["common"], file)
-        if file.exists():
-            lines.append(line_of(row, json.loads(file.read_text())))
-        else:
-            lines += [line for line in before if line.startswith(begin_of(row))]
+        lines += lines_of(row, file, [] if compiles else before)
     write_table(PAGE, "\n".join([HEADER, *lines]))
 
 
@@ -75,6 +75,13 @@ def compile_row(row: list[str], common: dict[str, str], file: Path) -> None:
         print(f"left out: {done.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
 
 
+def lines_of(row: list[str], file: Path, page: list[str]) -> list[str]:
+    """The line of a row, if there is one: of its file, or else as it is on the page."""
+    if file.exists():
+        return [line_of(row, json.loads(file.read_text()))]
+    return [line for line in page if line.startswith(naming_cells(row))]
+
+
 def line_of(row: list[str], numbers: dict[str, Any]) -> str:
     """One line of the table: sums over the programs, and the most memory that one of them holds."""
     programs = numbers["programs"]
@@ -84,11 +91,11 @@ def line_of(row: list[str], numbers: dict[str, Any]) -> str:
     else:
         memory = [gib(max(each[key] for each in programs)) for key in ("arguments", "peak")]
     flops, seconds = (sum(each[key] for each in programs) for key in ("flops", "seconds"))
-    return f"{begin_of(row)}{' | '.join(memory)} | {flops:.3g} | {seconds:.3g} s |"
+    return f"{naming_cells(row)}{' | '.join(memory)} | {flops:.3g} | {seconds:.3g} s |"
 
 
-def begin_of(row: list[str]) -> str:
-    """The cells of a line that name it."""
+def naming_cells(row: list[str]) -> str:
+    """The cells of a line up to its settings."""
     settings = f"`{row[4]}`" if row[4] else ""
     return f"| {' | '.join([*row[:3], row[3].replace('x', ' x '), settings])} | "
 

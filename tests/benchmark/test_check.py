@@ -40,7 +40,7 @@ STEPS = ["reward_frozen_small", "dpo_mid", "ppo_shared_mid", "grpo_mid", "sft_sm
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_equal_the_plain_path(name):
     small_workload = SMALL[name]
-    if small_workload.num_layers_unfrozen is None:
+    if small_workload.num_layers_unfrozen is None:  # the others have several layers
         small_workload = replace(small_workload, n_layer=1)
     result = check.difference(small_workload)
     assert result.loss < 1e-5

@@ -6,8 +6,6 @@ import pytest
 
 import rlhf_jax as rlhf
 
-pytestmark = pytest.mark.newest
-
 
 def rewards_by_loop(scores, kl, mask, kl_coef):
     rewards = np.zeros(mask.shape)

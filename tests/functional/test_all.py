@@ -109,7 +109,6 @@ def test_compiled_equals_plain_with_one_trace_whatever_the_coefficients(name):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("name", CASES)
 def test_vmap_over_arrays_and_coefficients_equals_a_loop(name):
     arrays = [make_cases(seed)[name].arrays for seed in (0, 1)]
@@ -145,7 +144,6 @@ def test_vmap_over_a_coefficient_alone(name, coefficient):
     )
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("name", [name for name in CASES if float_arrays(CASES[name])])
 def test_bfloat16_is_read_and_float32_returned(name):
     case = CASES[name]
@@ -220,7 +218,6 @@ def test_an_empty_response_has_finite_gradients(name):
     assert_all_finite(*compiled(name)({**case.arrays, **emptied}))
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("name", CASES)
 def test_single_tokens_have_finite_gradients(name):
     case = CASES[name]
@@ -245,7 +242,6 @@ def second_half(arrays):
     return {key: x[2:] if x.ndim and key not in SHARED else x for key, x in arrays.items()}
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("name", [name for name in LOSSES if CASES[name].count])
 def test_nothing_out_of_nothing_is_zero(name):
     case = CASES[name]

@@ -8,8 +8,6 @@ import pytest
 from rlhf_jax import functional
 from rlhf_jax.functional.dpo_kinds import DIVERGENCE_KINDS, DIVERGENCES, DPO_KINDS
 
-pytestmark = pytest.mark.newest
-
 KINDS = sorted(DIVERGENCE_KINDS - {"sft"})
 
 

@@ -8,8 +8,6 @@ import pytest
 
 import rlhf_jax as rlhf
 
-pytestmark = pytest.mark.newest
-
 
 def leave_one_out_by_loop(scores):
     advantages = np.zeros(scores.shape)

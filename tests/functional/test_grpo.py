@@ -8,8 +8,6 @@ import pytest
 
 import rlhf_jax as rlhf
 
-pytestmark = pytest.mark.newest
-
 REDUCTIONS = ["sequence", "token", "constant"]
 
 

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 import rlhf_jax as rlhf
 from rlhf_jax.functional.kl import exp_minus_linear
 
-pytestmark = pytest.mark.newest
-
 BY_NAME = {
     "k1": lambda d: d,
     "k2": lambda d: d**2 / 2,

@@ -9,8 +9,6 @@ import pytest
 import rlhf_jax as rlhf
 from rlhf_jax.functional import linear
 
-pytestmark = pytest.mark.newest
-
 B, T, D, V = 3, 7, 6, 11
 # Without a soft-cap, and with one that bends the logits.
 LIMITS = [{}, {"softcap": 2.0, "logit_scale": 0.6}]

@@ -7,8 +7,6 @@ import pytest
 
 import rlhf_jax as rlhf
 
-pytestmark = pytest.mark.newest
-
 
 def logprobs_by_loop(logits):
     logits = np.asarray(logits, np.float64)

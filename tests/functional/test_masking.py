@@ -10,8 +10,6 @@ import rlhf_jax as rlhf
 from rlhf_jax import functional
 from rlhf_jax.functional.masking import batch_mean
 
-pytestmark = pytest.mark.newest
-
 
 @pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 1)])
 @pytest.mark.parametrize("unbiased", [True, False])

@@ -8,8 +8,6 @@ import pytest
 import rlhf_jax as rlhf
 from rlhf_jax.functional.normalizer import BLOCK, entropy_of, normalizer
 
-pytestmark = pytest.mark.newest
-
 LEAST = np.finfo(np.float32).min
 # One block, three, and logits that are no multiple of a block.
 SIZES = (9, BLOCK, 3 * BLOCK)

@@ -9,8 +9,6 @@ import pytest
 import rlhf_jax as rlhf
 from rlhf_jax import functional
 
-pytestmark = pytest.mark.newest
-
 
 def policy_by_loop(logprobs, old_logprobs, advantages, mask, clip_range):
     losses, clipped, squares, ratios = [], [], [], []

@@ -15,8 +15,6 @@ from tests.functional.preference_by_loop import (
     sigmoid,
 )
 
-pytestmark = pytest.mark.newest
-
 # --- The formulas, by loops
 
 

@@ -8,8 +8,6 @@ import rlhf_jax as rlhf
 from rlhf_jax import functional
 from tests.functional.preference_by_loop import KINDS, draw, sigmoid
 
-pytestmark = pytest.mark.newest
-
 
 @pytest.mark.parametrize("difference", [-1e4, -90.0, 0.0, 90.0, 1e4])
 @pytest.mark.parametrize("kind", KINDS)

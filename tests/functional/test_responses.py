@@ -6,8 +6,6 @@ import pytest
 
 from rlhf_jax import functional
 
-pytestmark = pytest.mark.newest
-
 
 def ragged(rng):
     mask = np.arange(6) < np.array([6, 1, 4, 0])[:, None]

@@ -7,8 +7,6 @@ import pytest
 
 import rlhf_jax as rlhf
 
-pytestmark = pytest.mark.newest
-
 
 def pairwise_by_loop(chosen, rejected, margin, center_coef):
     losses = []

@@ -10,8 +10,6 @@ import pytest
 
 import rlhf_jax as rlhf
 
-pytestmark = pytest.mark.newest
-
 
 def cross_entropy_by_loop(logits, targets, mask, label_smoothing, z_loss):
     losses, nlls, hits = [], [], []

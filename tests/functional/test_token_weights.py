@@ -5,8 +5,6 @@ import pytest
 
 import rlhf_jax as rlhf
 
-pytestmark = pytest.mark.newest
-
 
 @pytest.mark.parametrize(("level", "mode"), [("token", "truncate"), ("sequence", "mask")])
 def test_importance_weights_match_a_loop(rng, ragged_mask, level, mode):

@@ -7,8 +7,6 @@ import pytest
 
 from rlhf_jax import functional
 
-pytestmark = pytest.mark.newest
-
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))

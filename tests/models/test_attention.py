@@ -120,7 +120,6 @@ def test_equals_a_loop_over_tokens(block, with_past):
     np.testing.assert_allclose(found, by_loop(q, k, v, visible, past), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("length", [1, 2, 7])
 @pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout"])
 def test_gradients_equal_those_of_the_plain_form(block, kind, length):

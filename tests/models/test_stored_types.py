@@ -26,8 +26,6 @@ from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.stored_types import written_types
 from rlhf_jax.training import sft
 
-pytestmark = pytest.mark.newest
-
 TYPES = {"bfloat16": jnp.bfloat16, "float16": np.float16}
 UNKNOWN = {"transformers_version": "9.9", "mystery": {"depth": [1, None]}}
 SETTINGS = ModelSettings(n_positions=8, n_embd=16, n_layer=2, n_head=2, dropout=0.0)

@@ -19,6 +19,7 @@ FACTORISATIONS = tuple(
 )
 STEPS = 10
 STAGES = ("sft", "reward", "ppo", "frozen", "trunk", "dpo", "kto", "online_dpo", "rft", "grpo")
+SAMPLING = ("ppo", "frozen", "trunk", "online_dpo", "grpo")  # whose steps sample responses
 # Sums in another order differ in their last bits, which Adam's early steps, of nearly the sign of
 # the gradient, enlarge.
 TOLERANCE = 1e-5
@@ -64,9 +65,8 @@ def model_of(family, base):
 def make_configs(base, family, sizes):
     """The stages of a family on a mesh, each from the results of those on one device, by name.
 
-    "ppo" and "frozen" mix in texts; "frozen" has frozen layers, a value model of its own, an
-    evaluation, and computes layers again; "trunk" has frozen layers, and a value head on the layers
-    of the policy.
+    "ppo" mixes in texts; "frozen" has frozen layers, a value model of its own, an evaluation, and
+    computes layers again; "trunk" has frozen layers, and a value head on the layers of the policy.
     "dpo" sorts the batch, and trains adapters of the upper layer on a base in int8; "kto" has a
     reference that is computed before. "online_dpo" has frozen layers, and trains on two of three
     responses, "grpo" on all.
@@ -86,8 +86,7 @@ def make_configs(base, family, sizes):
             folder / name, sft, rewarded, **shared, data=data, ppo=iterations, **sections
         )
 
-    frozen = {"num_layers_unfrozen": 1, "value_model": "policy", "ptx_coef": 0.5}
-    eight = {**data, "eval_rows": 8}
+    frozen = {"num_layers_unfrozen": 1, "value_model": "policy"}
     halves = {**data, "builtin_rows": 4 * STEPS}  # of a pair two examples
     preference = {"kind": "aot", "precompute_ref": False}
     lora = {"r": 4, "layers_to_transform": [1], "base": "int8"}
@@ -99,7 +98,7 @@ def make_configs(base, family, sizes):
         "sft": small.sft(folder / "sft", **shared, data=data, model=model),
         "reward": small.reward(folder / "reward", sft, **shared, data=data, reward=options),
         "ppo": ppo("ppo", ppo={"ptx_coef": 0.5}, ptx=texts),
-        "frozen": ppo("frozen", data=eight, ppo=frozen, ptx=texts, model={"remat": "full"}),
+        "frozen": ppo("frozen", data={**data, "eval_rows": 8}, ppo=frozen, model={"remat": "full"}),
         "trunk": ppo("trunk", ppo={"num_layers_unfrozen": 1}),
         "dpo": small.dpo(folder / "dpo", sft, **shared, data=data, dpo=preference, lora=lora),
         "kto": small.kto(folder / "kto", sft, **shared, data=halves),
@@ -135,7 +134,15 @@ def differences(one, several):
     return found
 
 
+def selected(folder):
+    """The responses that a run of rejection sampling sampled, and those that it trained on."""
+    return [
+        [(line["prompt"], line["completion"]) for line in small.rows(Path(folder) / name)]
+        for name in ("sampled.jsonl", "selected.jsonl")
+    ]
+
+
 def sampled(folder):
-    """The responses that a run of PPO sampled, by step and prompt."""
+    """The responses that the steps of a run sampled, by step and prompt."""
     lines = small.rows(Path(folder) / "samples.jsonl")
     return [(line["step"], line["prompt"], line["response"]) for line in lines]

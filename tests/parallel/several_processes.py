@@ -29,9 +29,14 @@ from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 TRAIN = {"sft": train_sft, "reward": train_reward, "rft": train_rft, "ppo": train_ppo}
-# Of the kind "plain": the reward model differs from sft in nothing that goes between processes, and
-# four processes differ from two in the mesh.
-PLAIN = {"one": tuple(TRAIN), "stop": ("sft", "rft", "ppo"), "four": ("sft", "ppo")}
+# Of the kind "plain" four processes begin the reward model anew; that it goes on from a checkpoint,
+# and rejection sampling in four processes, are left to tools/compare_processes.py.
+PLAIN = {
+    "one": tuple(TRAIN),
+    "stop": ("sft", "rft", "ppo"),
+    "alone": ("sft", "rft", "ppo"),
+    "four": ("sft", "reward", "ppo"),
+}
 STOP_AT = 3  # steps, one behind the checkpoint
 MESHES = {1: {}, 2: {"data": 1, "fsdp": 2}, 4: {"data": 2, "tensor": 2}}
 
@@ -41,8 +46,8 @@ class Stopped(Exception):
 
 
 def stages_of(folder, kind):
-    """The names of the stages in a folder; "alone" goes on with those that stopped."""
-    return tuple(TRAIN) if kind == "full" else PLAIN["stop" if folder == "alone" else folder]
+    """The names of the stages in a folder."""
+    return tuple(TRAIN) if kind == "full" else PLAIN[folder]
 
 
 def make_configs(base, folder, processes, kind):

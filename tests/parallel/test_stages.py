@@ -15,6 +15,7 @@ import pytest
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import train
 from tests.parallel.meshes import (
+    SAMPLING,
     STEPS,
     differences,
     make_configs,
@@ -28,12 +29,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = (1, 1, 1)
-# tools/check_meshes.py trains all stages on all factorisations.
-# Here stages that differ in what is split, on all axes at once, and two axes alone with one stage.
+# tools/check_meshes.py trains all stages on all factorisations. Here are those that differ in what
+# is split, on all axes at once, and one stage on fsdp alone.
 PLAN = (
     ("gpt2", (1, 8, 1), ("sft",)),
-    ("gpt2", (2, 2, 2), ("frozen",)),
-    ("qwen3", (2, 2, 2), ("reward", "dpo", "online_dpo", "grpo")),
+    ("gpt2", (2, 2, 2), ("ppo",)),
+    ("qwen3", (2, 2, 2), ("reward", "frozen", "dpo", "online_dpo", "grpo")),
 )
 # The decoder's run on the newest end of the versions alone: a version of JAX that partitions these
 # programs in another way does so with GPT-2's as well.
@@ -42,7 +43,7 @@ RUNS = [
     for family, sizes, stages in PLAN
     for stage in stages
 ]
-SAMPLED = [run for run in RUNS if run.values[2] in ("frozen", "online_dpo", "grpo")]
+SAMPLED = [run for run in RUNS if run.values[2] in SAMPLING]
 
 
 def name_of(value):

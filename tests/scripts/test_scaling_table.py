@@ -1,6 +1,7 @@
 """The tool that makes the table of docs/scaling.md."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_a_line_has_the_sums_and_the_greatest_memory(programs, cells):
     assert line.startswith("| gpt2-xl | sft | v5e:16x16 | 4 x 64 x 1 | `--sft.gradient_acc")
     assert line.endswith(cells)
     assert line.count("|") == scaling_table.HEADER.splitlines()[0].count("|")
+
+
+def test_a_line_that_is_not_compiled_stays_as_it_is(tmp_path):
+    file, line = tmp_path / "row.json", scaling_table.line_of(ROW, {"programs": [PROGRAM]})
+    page = ["text", line, line.replace("4 x 64 x 1", "8 x 32 x 1")]
+    assert scaling_table.lines_of(ROW, file, page) == [line]
+    assert scaling_table.lines_of(ROW, file, []) == []
+    file.write_text(json.dumps({"programs": [{**PROGRAM, "peak": 2**32}]}))
+    (new,) = scaling_table.lines_of(ROW, file, page)
+    assert "4 GiB" in new
 
 
 def test_the_table_goes_between_its_marks(tmp_path):

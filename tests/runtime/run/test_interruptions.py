@@ -237,17 +237,19 @@ def test_a_checkpoint_is_read_into_the_memory_of_the_first_state(tmp_path, monke
 
 @pytest.mark.slow
 @pytest.mark.newest
-def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, sft_run, reward_run, compiled):
+def test_a_run_that_was_killed_twice_ends_like_one_that_was_not(
+    tmp_path, sft_run, reward_run, compiled
+):
     """The statistics of its scores and its KL coefficient move; the tool does it thirty times."""
     (tmp_path / "sft").symlink_to(sft_run[0])
     (tmp_path / "reward").symlink_to(reward_run[0])
     tool = str(ROOT / "tools" / "kill_and_continue.py")
-    options = ["--kills", "1", "--stage", "ppo", "--steps", "4"]
+    options = ["--kills", "2", "--stage", "ppo", "--steps", "6"]
     folders = ["--cache", str(compiled), "--models", str(tmp_path)]
     command = [sys.executable, tool, *options, *folders]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].endswith("| 1 |")
+    assert done.stdout.splitlines()[-1].endswith("| 2 |")
 
 
 def test_lines_for_an_object_store_are_written_before_the_checkpoint(tmp_path, monkeypatch):
