@@ -4,6 +4,9 @@ import ctypes
 import sys
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, get_abstract_mesh
 
 # Left to itself, XLA orders a step on a CPU so that most of it could run at once, and keeps what
 # that needs. Its products use all cores anyway.
@@ -32,6 +35,22 @@ def is_on_one_cpu() -> bool:
     """The same, of a single one."""
     mesh = jax.sharding.get_abstract_mesh()
     return is_on_cpu() and (mesh.empty or mesh.size == 1)
+
+
+def can_set_layouts() -> bool:
+    """Whether the layout of an array may be set: on one CPU, by a mesh of automatic axes alone."""
+    return is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
+
+
+def transposed_copy(x: jax.Array) -> jax.Array:
+    """[..., n, m] of [..., m, n], where `can_set_layouts`; a product reads it by rows.
+
+    Barriers keep XLA from merging the transposition with the product, which on a CPU then takes
+    two to three times as long.
+    """
+    turned = jnp.swapaxes(jax.lax.optimization_barrier(x), -1, -2)
+    copied = with_layout_constraint(turned, Layout(tuple(range(x.ndim))))
+    return jax.lax.optimization_barrier(copied)
 
 
 def trim_heap() -> bool:

@@ -26,10 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, get_abstract_mesh
 
-from rlhf_jax.backend import is_on_one_cpu
+from rlhf_jax.backend import can_set_layouts, transposed_copy
 from rlhf_jax.models.dropout import drop, traced_dropout
 
 ADAPTED = "adapted"  # the name of sums of products, which the backward pass keeps in their place
@@ -145,9 +143,7 @@ def _adapted(x, dropped, parts):
 
 def _product():
     """x @ kernel + bias by the fastest gradients."""
-    # The rule serves no mesh with explicit or manual axes.
-    fast = is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
-    return _affine if fast else _plain
+    return _affine if can_set_layouts() else _plain
 
 
 def _plain(x, kernel, bias):
@@ -172,9 +168,7 @@ def _backward(saved, gradient):
     matrix = kernel.reshape(x.shape[-1], -1)
     inputs, gradients = x.reshape(-1, matrix.shape[0]), gradient.reshape(-1, matrix.shape[1])
     for_x = lax.dot_general(gradients, matrix, (((1,), (1,)), ((), ())))
-    # The barriers keep XLA from merging the transposition with the product again.
-    columns = with_layout_constraint(lax.optimization_barrier(inputs).T, Layout((0, 1)))
-    for_kernel = _dot(lax.optimization_barrier(columns), gradients)
+    for_kernel = _dot(transposed_copy(inputs), gradients)
     for_bias = None
     if bias is not None:
         for_bias = _dot(jnp.ones((1, len(gradients)), x.dtype), gradients)

@@ -167,13 +167,17 @@ def take_turns(
     warmup: int,
     alternate: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Measures a workload: a step of each side, then the next step of each, and so on.
+    """Measures a workload: steps of each side in turn, in one round after the other.
+
+    A side that has paused for the steps of another finds its memory cold, and the pages that it
+    freed given back to the machine. Steps of a run follow one another without a pause, so that a
+    measured step follows another of the same side.
 
     Args:
       commands: the sides.
       workload: the workload.
-      rounds: measured steps.
-      warmup: steps before the measured ones.
+      rounds: measured steps of each side.
+      warmup: steps before them, one in a turn.
       alternate: if False, one side ends before the next starts, and so holds no memory.
 
     Returns:
@@ -191,6 +195,8 @@ def take_turns(
             for side in sides:
                 if turn == warmup:
                     side.reset()
+                if turn >= warmup and len(sides) > 1:
+                    side.step()
                 steps[side.name].append(side.step())
         return {
             side.name: {

@@ -15,10 +15,11 @@ from scripts.benchmark.workloads import make_arrays, make_request, read_request
 def test_sides_take_turns_and_reset_their_peaks_after_the_warm_up(peer, tiny, tmp_path):
     commands = [peer("one"), peer("two")]
     results = sides.take_turns(commands, tiny, rounds=2, warmup=1)
-    turn = ["one step", "two step"]
-    second = ["one reset", "one step", "two reset", "two step"]
+    first = ["one step", "two step"]
+    second = ["one reset", "one step", "one step", "two reset", "two step", "two step"]
+    third = ["one step", "one step", "two step", "two step"]
     log = (tmp_path / "log").read_text().splitlines()
-    assert log == [*turn, *second, *turn, "one stop", "two stop"]
+    assert log == [*first, *second, *third, "one stop", "two stop"]
     assert list(results) == ["one", "two"]
     assert results["two"]["seconds"] == [2.0, 2.0]
     assert results["two"]["warmup_seconds"] == [2.0]

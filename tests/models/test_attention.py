@@ -46,32 +46,45 @@ def arrays(seed=0, length=T, count=K):
     return q, k, v, visible, past
 
 
-@pytest.mark.parametrize("has_past", [False, True])
-def test_grouped_heads_against_a_loop(has_past):
-    """Query head h reads key/value head h // 2."""
+@pytest.fixture(params=[256, 3, 1], ids=lambda block: f"blocks of {block}")
+def block(request, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", request.param)
+
+
+@pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout"])
+def test_grouped_heads_against_a_loop(block, kind):
+    """Query head h reads key/value head h // 2; one head for all is the same by repeated keys."""
     q, k, v, visible, past = arrays()
     q = np.concatenate([q, -q[:, :, ::-1]], axis=2)  # 4 heads on 2
-    past = past if has_past else None
+    past = past if kind == "behind a past" else None
+    dropout = start_dropout(jax.random.key(2), 0.2) if kind == "with dropout" else None
     repeated = [np.repeat(x, 2, axis=2) for x in (k, v)]
     full_past = past and Past(*(np.repeat(x, 2, axis=1) for x in past[:2]), past.mask)
-    expected = by_loop(q, *repeated, visible, full_past)
-    found = jax.jit(attend)(q, k, v, visible, past)
+    keep, scale = None, 1.0
+    if dropout is not None:
+        keep, scale = np.asarray(kept(dropout, (*q.shape[:4], T))), 1 / 0.8
+    expected = by_loop(q, *repeated, visible, full_past, keep, scale)
+    found = jax.jit(attend)(q, k, v, visible, past, dropout)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    through_xla = functools.partial(attend_by_cudnn, implementation="xla")
-    found = jax.jit(through_xla)(q, k, v, visible, past)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    if dropout is None:
+        through_xla = functools.partial(attend_by_cudnn, implementation="xla")
+        found = jax.jit(through_xla)(q, k, v, visible, past)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
-    def loss(k, v, past, of):
-        return jnp.sum(jnp.sin(of(q, k, v, visible, past)))
+    def loss(q, k, v, past, of):
+        return jnp.sum(jnp.sin(of(q, k, v, visible, past, dropout)))
 
-    ones = jax.grad(loss, (0, 1, 2), allow_int=True)(k, v, past, attend)
-    alls = jax.grad(loss, (0, 1, 2), allow_int=True)(*repeated, full_past, attend)
-    for name, axis, index in (("k", 2, 0), ("v", 2, 1)):
-        summed = alls[index].reshape(*k.shape[:2], 2, 2, *k.shape[3:]).sum(axis=axis + 1)
+    grad = jax.jit(jax.grad(loss, (0, 1, 2, 3), allow_int=True), static_argnums=4)
+    ones, alls = grad(q, k, v, past, attend), grad(q, *repeated, full_past, plain)
+    np.testing.assert_allclose(ones[0], alls[0], rtol=1e-4, atol=1e-5, err_msg="q")
+    for index, name in ((1, "k"), (2, "v")):
+        summed = alls[index].reshape(*k.shape[:2], 2, 2, *k.shape[3:]).sum(axis=3)
         np.testing.assert_allclose(ones[index], summed, rtol=1e-4, atol=1e-5, err_msg=name)
-    if has_past:
-        summed = alls[2].keys.reshape(G, 2, 2, P, D).sum(axis=2)
-        np.testing.assert_allclose(ones[2].keys, summed, rtol=1e-4, atol=1e-5)
+    if past is not None:
+        for name in ("keys", "values"):
+            summed = getattr(alls[3], name).reshape(G, 2, 2, P, D).sum(axis=2)
+            found = getattr(ones[3], name)
+            np.testing.assert_allclose(found, summed, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_grouped_heads_on_a_cache_against_a_loop():
@@ -107,11 +120,6 @@ def plain(q, k, v, visible, past=None, dropout=None):
     return jnp.where(sees[:, :, None, :, None], out, 0.0)
 
 
-@pytest.fixture(params=[256, 3, 1], ids=lambda block: f"blocks of {block}")
-def block(request, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", request.param)
-
-
 @pytest.mark.parametrize("with_past", [False, True])
 def test_equals_a_loop_over_tokens(block, with_past):
     q, k, v, visible, past = arrays()
@@ -121,8 +129,10 @@ def test_equals_a_loop_over_tokens(block, with_past):
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
-@pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout"])
-def test_gradients_equal_those_of_the_plain_form(block, kind, length):
+@pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout", "with other layouts"])
+def test_gradients_equal_those_of_the_plain_form(block, kind, length, monkeypatch):
+    if kind == "with other layouts":  # as on other devices
+        monkeypatch.setattr(attention, "can_set_layouts", lambda: False)
     q, k, v, visible, past = arrays(1, length)
     past = past if kind == "behind a past" else None
     dropout = start_dropout(jax.random.key(2), 0.2) if kind == "with dropout" else None
