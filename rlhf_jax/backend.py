@@ -32,21 +32,24 @@ def is_on_cpu() -> bool:
 
 
 def is_on_one_cpu() -> bool:
-    """The same, of a single one."""
+    """Whether what is traced is to run on one CPU."""
     mesh = jax.sharding.get_abstract_mesh()
     return is_on_cpu() and (mesh.empty or mesh.size == 1)
 
 
 def can_set_layouts() -> bool:
-    """Whether the layout of an array may be set: on one CPU, by a mesh of automatic axes alone."""
+    """Whether `transposed_copy` may be used: on one CPU, under a mesh with automatic axes only.
+
+    A layout cannot be set under a mesh with explicit or manual axes.
+    """
     return is_on_one_cpu() and set(get_abstract_mesh().axis_types) <= {AxisType.Auto}
 
 
 def transposed_copy(x: jax.Array) -> jax.Array:
-    """[..., n, m] of [..., m, n], where `can_set_layouts`; a product reads it by rows.
+    """[..., n, m] of [..., m, n], copied, so that a product reads it by rows.
 
-    Barriers keep XLA from merging the transposition with the product, which on a CPU then takes
-    two to three times as long.
+    Barriers keep XLA from merging the transposition with the product, which is slower on a CPU:
+    see docs/performance.md.
     """
     turned = jnp.swapaxes(jax.lax.optimization_barrier(x), -1, -2)
     copied = with_layout_constraint(turned, Layout(tuple(range(x.ndim))))

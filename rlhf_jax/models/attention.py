@@ -135,9 +135,10 @@ def attend_to_cache(
 
 
 # Below, q is [G, K, Hk, N, T, d]: the N query heads of one key/value head are further queries of
-# it: no key is repeated, and no gradient summed over its copies. The backward pass holds weights
-# as [..., m, n, t] instead of [..., n, t, m]: the sums over queries are then over the last axes,
-# which a CPU multiplies two to three times as fast.
+# it, so that no key is repeated and no gradient of a key is summed over copies. The backward pass
+# holds weights as [..., m, n, t] instead of [..., n, t, m]: products that sum over queries then
+# contract the last axes, which is faster on a CPU. That for q sums over m, and multiplies with
+# transposed keys, which are smaller than the weights.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -168,7 +169,7 @@ def _block_forward(softcap, q, k, v, block, visible, past, dropout):
         before = _capped(softcap, _product("ghkntd,ghmd->ghkntm", _heads_first(q), past.keys))
         before = jnp.where(seen, before, -jnp.inf)
         top = jnp.maximum(top, _heads_first(jnp.max(before, axis=-1, keepdims=True)))
-    top = jnp.maximum(top, _MIN)  # a token that sees nothing
+    top = jnp.maximum(top, _MIN)  # finite for a token that sees nothing: -inf - top is no NaN
     weights = jnp.exp(own - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if dropout is not None:

@@ -40,8 +40,8 @@ class BenchmarkConfig:
 
     Attributes:
       workloads: names of the workloads; empty measures all, those for a GPU only on a GPU.
-      rounds: measured steps of each side, after the warm-up; with two sides each follows one that
-        does not count.
+      rounds: measured steps of each side, after the warm-up; where sides alternate, each follows
+        one that does not count.
       warmup: steps of each side before the measured ones; this library compiles before the first.
       dtype: "bfloat16" measures this library in bfloat16 too, beside float32.
       check: first compares losses, gradients and samples with the plain path, on small models.

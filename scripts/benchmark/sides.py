@@ -169,9 +169,8 @@ def take_turns(
 ) -> dict[str, dict[str, Any]]:
     """Measures a workload: steps of each side in turn, in one round after the other.
 
-    A side that has paused for the steps of another finds its memory cold, and the pages that it
-    freed given back to the machine. Steps of a run follow one another without a pause, so that a
-    measured step follows another of the same side.
+    Where sides alternate, a measured step follows another of the same side, as in a run: during a
+    pause of seconds the host of a virtual machine may take back the memory that a step has freed.
 
     Args:
       commands: the sides.

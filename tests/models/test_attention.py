@@ -22,7 +22,8 @@ def by_loop(q, k, v, visible, past=None, keep=None, scale=1.0):
     for g, i, h, t in np.ndindex(*q.shape[:4]):
         seen = [(k[g, i, h, m], v[g, i, h, m], m) for m in range(q.shape[3]) if visible[g, i, t, m]]
         if past is not None:
-            places = np.nonzero(past.mask[g, 0, 0])[0]
+            mask = np.broadcast_to(past.mask, (*q.shape[:2], q.shape[3], P))
+            places = np.nonzero(mask[g, i, t])[0]
             seen += [(past.keys[g, h, m], past.values[g, h, m], None) for m in places]
         if not seen:
             continue
@@ -53,7 +54,7 @@ def block(request, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout"])
 def test_grouped_heads_against_a_loop(block, kind):
-    """Query head h reads key/value head h // 2; one head for all is the same by repeated keys."""
+    """Query head h reads key/value head h // 2; gradients are those of repeated ones, summed."""
     q, k, v, visible, past = arrays()
     q = np.concatenate([q, -q[:, :, ::-1]], axis=2)  # 4 heads on 2
     past = past if kind == "behind a past" else None
@@ -100,12 +101,17 @@ def test_grouped_heads_on_a_cache_against_a_loop():
         np.testing.assert_allclose(found[g, h, t], expected, rtol=1e-4, atol=1e-5)
 
 
-def plain(q, k, v, visible, past=None, dropout=None):
+def plain(q, k, v, visible, past=None, dropout=None, *, softcap=None):
     """The same with all weights at once, for JAX to differentiate."""
-    logits = jnp.where(visible[:, :, None], jnp.einsum("gkhtd,gkhmd->gkhtm", q, k), -1e9)
+
+    def capped(logits):
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+    logits = capped(jnp.einsum("gkhtd,gkhmd->gkhtm", q, k))
+    logits = jnp.where(visible[:, :, None], logits, -1e9)
     if past is not None:
-        before = jnp.einsum("gkhtd,ghmd->gkhtm", q, past.keys)
-        before = jnp.where(past.mask[:, None], before, -1e9)
+        before = capped(jnp.einsum("gkhtd,ghmd->gkhtm", q, past.keys))
+        before = jnp.where(past.mask[:, :, None], before, -1e9)
         logits = jnp.concatenate([logits, before], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1)
     own = weights[..., : k.shape[3]]
@@ -120,28 +126,41 @@ def plain(q, k, v, visible, past=None, dropout=None):
     return jnp.where(sees[:, :, None, :, None], out, 0.0)
 
 
-@pytest.mark.parametrize("with_past", [False, True])
-def test_equals_a_loop_over_tokens(block, with_past):
+KINDS = ("alone", "behind a past", "behind a past in a window")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_a_loop_over_tokens(block, kind):
     q, k, v, visible, past = arrays()
-    past = past if with_past else None
+    past = past_of(kind, past, T)
     found = jax.jit(lambda *args: attend(*args))(q, k, v, visible, past)
     np.testing.assert_allclose(found, by_loop(q, k, v, visible, past), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7])
-@pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout", "with other layouts"])
-def test_gradients_equal_those_of_the_plain_form(block, kind, length, monkeypatch):
+def past_of(kind, past, length):
+    """The past of a kind: in a window, each token of each response sees places of its own."""
+    if not kind.startswith("behind a past"):
+        return None
+    if "window" in kind:
+        return past._replace(mask=np.random.default_rng(6).random((G, K, length, P)) < 0.4)
+    return past
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("kind", [*KINDS, "with dropout", "with other layouts"])
+def test_gradients_equal_those_of_the_plain_form(block, kind, softcap, length, monkeypatch):
     if kind == "with other layouts":  # as on other devices
         monkeypatch.setattr(attention, "can_set_layouts", lambda: False)
     q, k, v, visible, past = arrays(1, length)
-    past = past if kind == "behind a past" else None
+    past = past_of(kind, past, length)
     dropout = start_dropout(jax.random.key(2), 0.2) if kind == "with dropout" else None
     weights = np.random.default_rng(3).normal(size=q.shape).astype(np.float32)
 
     def loss(function):
         def of(q, k, v, memory):
             given = None if past is None else Past(*memory, past.mask)
-            return jnp.sum(function(q, k, v, visible, given, dropout) * weights)
+            return jnp.sum(function(q, k, v, visible, given, dropout, softcap=softcap) * weights)
 
         return jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2, 3)))
 
