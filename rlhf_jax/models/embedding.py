@@ -3,9 +3,10 @@
 The vocabulary is padded inside to a multiple of 128 (50257 -> 50304), so that its axis divides over
 devices and tiles; the padding never leaves `logits`.
 
-A table is {"embedding": [Vp, D]}; in decoding on one CPU {"columns": [D, Vp]}, which a CPU reads
-faster where few states are multiplied with all of it.
+A table is {"embedding": [Vp, D]}.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain
 from rlhf_jax.parallel.partition import Rules
 
 VOCABULARY_MULTIPLE = 128
+FEW_STATES = 48  # a CPU multiplies the table with up to so many faster than them with the table
 
 Table = dict[str, jax.Array]
 
@@ -24,26 +26,8 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def table_for_decoding(table: Table) -> Table:
-    """The table in columns on one CPU; elsewhere as it is."""
-    return {"columns": table["embedding"].T} if is_on_one_cpu() else table
-
-
-def is_for_decoding(table: Table) -> bool:
-    """Whether `table_for_decoding` transposed this table."""
-    return "columns" in table
-
-
-def check_trainable(table: Table) -> None:
-    """Raises a ValueError if the table was transposed for decoding."""
-    if is_for_decoding(table):
-        raise ValueError("these parameters are laid out by for_decoding; give those of before.")
-
-
 def lookup(table: Table, ids: jax.Array) -> jax.Array:
     """[..., D]: the vectors of i32[...] ids."""
-    if "columns" in table:
-        return jnp.moveaxis(jnp.take(table["columns"], ids, axis=1, mode="clip"), 0, -1)
     return jnp.take(table["embedding"], ids, axis=0, mode="clip")
 
 
@@ -61,12 +45,19 @@ def unembed(
         hidden = constrain_batch_over_data(hidden, last="fsdp")
     else:
         table = all_gather({name: table}, dtype, rules)[name]
-    ((kind, array),) = table.items()
-    axes = "...d,dv->...v" if kind == "columns" else "...d,vd->...v"
-    array = array.astype(hidden.dtype)
-    logits = jnp.einsum(axes, hidden, array, preferred_element_type=jnp.float32)
+    vectors = table["embedding"].astype(hidden.dtype)
+    if decode and is_on_one_cpu() and math.prod(hidden.shape[:-1]) <= FEW_STATES:
+        logits = _product("vd,...d->v...", vectors, hidden)
+        # Without the barrier XLA may exchange the operands.
+        logits = jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1)
+    else:
+        logits = _product("...d,vd->...v", hidden, vectors)
     logits = constrain_batch_over_data(logits, last="tensor") if decode else logits
     return constrain_batch(logits, last="tensor")
+
+
+def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
 def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:

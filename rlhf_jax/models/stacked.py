@@ -240,12 +240,12 @@ class StackedModel(abc.ABC):
         return jnp.moveaxis(x, 0, 1), cache
 
     def for_decoding(self, params: Params) -> Params:
-        """In the compute dtype but for norms; on one CPU unstacked, the unembedding in columns.
+        """In the compute dtype but for norms; on one CPU unstacked.
 
         A CPU copies each layer out of a stack before it multiplies with it, which for a small batch
         costs as much as the product.
         """
-        if embedding.is_for_decoding(params[self.output]):
+        if isinstance(params["layers"], UnstackedLayers):
             return params
 
         def cast(path, leaf):
@@ -254,20 +254,15 @@ class StackedModel(abc.ABC):
             return leaf if is_kept else leaf.astype(self.dtype)
 
         params = jax.tree_util.tree_map_with_path(cast, params)
-        stack, table = params["layers"], embedding.table_for_decoding(params[self.output])
+        stack = params["layers"]
         if is_on_one_cpu() and depth(stack) <= MAX_UNSTACKED_LAYERS:
             stack = UnstackedLayers(tuple(layer_at(stack, i) for i in range(depth(stack))))
-        return {**params, self.output: table, "layers": stack}
-
-    def _check_trainable(self, params: Params) -> None:
-        """Raises a ValueError for parameters of `for_decoding`."""
-        embedding.check_trainable(params.get(self.output, {}))
+        return {**params, "layers": stack}
 
     def without_unembedding(self, params: Params) -> Params:
         return {name: part for name, part in params.items() if name != "lm_head"}
 
     def unembedding(self, params: Params) -> jax.Array:
-        self._check_trainable(params)
         return params[self.output]["embedding"].astype(self.dtype)
 
     def logits(self, params: Params, hidden: jax.Array, *, decode: bool = False) -> jax.Array:
@@ -297,7 +292,6 @@ class StackedModel(abc.ABC):
                 f"{tokens.shape[1]} tokens exceed the model's n_positions = "
                 f"{self.config.n_positions}; shorten the sequences."
             )
-        self._check_trainable(params)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         positions = positions_from(mask)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -312,7 +306,8 @@ class StackedModel(abc.ABC):
 
     def split(self, params: Params, num_layers_unfrozen: int) -> tuple[Params, Params]:
         """The embeddings, and with them the unembedding, freeze with any layer."""
-        self._check_trainable(params)
+        if isinstance(params["layers"], UnstackedLayers):
+            raise ValueError("these parameters are laid out by for_decoding; give those of before.")
         count = depth(params["layers"])
         if not 0 <= num_layers_unfrozen <= count:
             raise InputError(
