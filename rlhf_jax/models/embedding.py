@@ -16,7 +16,8 @@ from rlhf_jax.parallel.constraints import all_gather, constrain_batch, constrain
 from rlhf_jax.parallel.partition import Rules
 
 VOCABULARY_MULTIPLE = 128
-FEW_STATES = 48  # a CPU multiplies the table with up to so many faster than them with the table
+# In float32, table @ states is faster on a CPU than states @ table.T for up to this many states.
+FEW_STATES = 32
 
 Table = dict[str, jax.Array]
 
@@ -39,16 +40,18 @@ def unembed(
     Args:
       name: of the table among the parameters, for the rules.
       decode: whether these are single tokens in decoding, where the table stays split over `fsdp`
-        (see `constrain_batch_over_data`).
+        (see `constrain_batch_over_data`), and where one CPU multiplies it with few states in the
+        faster order.
     """
     if decode:
         hidden = constrain_batch_over_data(hidden, last="fsdp")
     else:
         table = all_gather({name: table}, dtype, rules)[name]
     vectors = table["embedding"].astype(hidden.dtype)
-    if decode and is_on_one_cpu() and math.prod(hidden.shape[:-1]) <= FEW_STATES:
+    is_few = hidden.dtype == jnp.float32 and math.prod(hidden.shape[:-1]) <= FEW_STATES
+    if decode and is_few and is_on_one_cpu():
         logits = _product("vd,...d->v...", vectors, hidden)
-        # Without the barrier XLA may exchange the operands.
+        # Without the barrier XLA makes the transposition of this product the other product.
         logits = jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1)
     else:
         logits = _product("...d,vd->...v", hidden, vectors)

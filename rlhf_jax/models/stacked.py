@@ -240,7 +240,7 @@ class StackedModel(abc.ABC):
         return jnp.moveaxis(x, 0, 1), cache
 
     def for_decoding(self, params: Params) -> Params:
-        """In the compute dtype but for norms; on one CPU unstacked.
+        """In the compute dtype but for norms; on one CPU unstacked, up to 48 layers.
 
         A CPU copies each layer out of a stack before it multiplies with it, which for a small batch
         costs as much as the product.

@@ -1,13 +1,14 @@
 """GPT-2 through a cache, and responses that share a prompt, against full sequences."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import stacked
+from rlhf_jax.models import embedding, stacked
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.interface import SharedPrompt, positions_from
 from rlhf_jax.models.layers import UnstackedLayers
@@ -63,6 +64,8 @@ def test_deep_models_keep_their_stack(params, monkeypatch):
     monkeypatch.setattr(stacked, "MAX_UNSTACKED_LAYERS", 1)
     ready = MODEL.for_decoding(params)
     assert ready["layers"].keys() == params["layers"].keys()
+    again = MODEL.for_decoding(ready)
+    assert all(map(operator.is_, jax.tree.leaves(again), jax.tree.leaves(ready)))
 
 
 def test_parameters_for_decoding_are_not_split(params):
@@ -70,17 +73,21 @@ def test_parameters_for_decoding_are_not_split(params):
         MODEL.split(MODEL.for_decoding(params), 1)
 
 
-@pytest.mark.parametrize("count", [1, 48, 49])
+@pytest.mark.parametrize("count", [1, embedding.FEW_STATES, embedding.FEW_STATES + 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_of_few_and_of_many_states(count, dtype):
     model = GPT2(CONFIG, dtype=dtype)
     params = model.init(jax.random.key(0))
-    hidden = jax.random.normal(jax.random.key(1), (count, 1, CONFIG.n_embd)).astype(dtype)
+    states = jax.random.normal(jax.random.key(1), (count, CONFIG.n_embd)).astype(dtype)
     table = params["wte"]["embedding"].astype(dtype).astype(jnp.float32)
-    expected = np.einsum("bld,vd->blv", hidden.astype(jnp.float32), table)[..., : CONFIG.vocab_size]
+    expected = (states.astype(jnp.float32) @ table.T)[:, : CONFIG.vocab_size]
     for decode in (False, True):
-        logits = jax.jit(functools.partial(model.logits, decode=decode))(params, hidden)
-        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+        logits = functools.partial(model.logits, decode=decode)
+        is_few = decode and dtype == "float32" and count <= embedding.FEW_STATES
+        # The table multiplies few states; a barrier keeps the order of the operands.
+        assert ("optimization_barrier" in str(jax.make_jaxpr(logits)(params, states))) == is_few
+        for x, y in ((states, expected), (states[:, None], expected[:, None])):
+            np.testing.assert_allclose(jax.jit(logits)(params, x), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pieces", [(4, 1, 1, 1, 1, 1), (3, 2, 4), (9,)], ids=str)
