@@ -138,7 +138,8 @@ def attend_to_cache(
 # it, so that no key is repeated and no gradient of a key is summed over copies. The backward pass
 # holds weights as [..., m, n, t] instead of [..., n, t, m]: products that sum over queries then
 # contract the last axes, which is faster on a CPU. That for q sums over m, and multiplies with
-# transposed keys, which are smaller than the weights.
+# transposed keys, which are smaller than the weights. Where N is 1, weights of a response to itself
+# are [..., t, m], without the axis n: XLA would copy them for a sum over n and t.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -207,24 +208,32 @@ def _backward(softcap, saved, gradient):
 
 def _block_backward(softcap, queries, k, v, block, visible, dropout):
     """Gradients for q, k and v, in float32, from a block of queries."""
-    q, gradient, *rest = queries
+    q, gradient, mean, log_total = queries
     k, v = k[..., : block.stop, :], v[..., : block.stop, :]
-    mean, log_total = (jnp.moveaxis(x, -1, 3) for x in rest)
-    own_visible = jnp.swapaxes(visible[:, :, block, : block.stop], 2, 3)[:, :, None, :, None]
-    logits = _capped(softcap, _product("gkhmd,gkhntd->gkhmnt", k, q))
+    own_visible = visible[:, :, None, None, block, : block.stop]
+    shape, alone = (*q.shape[:-1], k.shape[-2]), q.shape[3] == 1
+    if alone:
+        of_q, of_weights, arranged = "gkhtd", "gkhtm", _without_heads
+        q, gradient = _without_heads(q), _without_heads(gradient)
+    else:
+        of_q, of_weights, arranged = "gkhntd", "gkhmnt", _keys_before_heads
+    mean, log_total, own_visible = arranged(mean), arranged(log_total), arranged(own_visible)
+    logits = _capped(softcap, _product(f"gkhmd,{of_q}->{of_weights}", k, q))
     weights = jnp.exp(jnp.where(own_visible, logits, -jnp.inf) - log_total)
-    for_weights, read = _product("gkhmd,gkhntd->gkhmnt", v, gradient), weights
+    for_weights, read = _product(f"gkhmd,{of_q}->{of_weights}", v, gradient), weights
     if dropout is not None:
-        keep = kept(dropout, (*q.shape[:-1], k.shape[-2]), block.start)
-        scale = dropout.scale * jnp.moveaxis(keep, -1, 3)
+        scale = dropout.scale * arranged(kept(dropout, shape, block.start))
         for_weights, read = for_weights * scale, weights * scale
     for_logits = weights * (for_weights - mean) * _slope(softcap, logits)
     for_logits = for_logits.astype(q.dtype)
-    return (
-        jnp.moveaxis(_product("gkhdm,gkhmnt->gkhdnt", _transposed(k), for_logits), 3, -1),
-        _product("gkhmnt,gkhntd->gkhmd", for_logits, q),
-        _product("gkhmnt,gkhntd->gkhmd", read.astype(q.dtype), gradient),
-    )
+    for_k = _product(f"{of_weights},{of_q}->gkhmd", for_logits, q)
+    for_v = _product(f"{of_weights},{of_q}->gkhmd", read.astype(q.dtype), gradient)
+    if alone:
+        for_q = _product("gkhtm,gkhmd->gkhtd", for_logits, k)[:, :, :, None]
+    else:
+        for_q = _product("gkhdm,gkhmnt->gkhdnt", _transposed(k), for_logits)
+        for_q = jnp.moveaxis(for_q, 3, -1)
+    return for_q, for_k, for_v
 
 
 def _past_backward(softcap, q, gradient, mean, log_total, past):
@@ -273,6 +282,16 @@ def _blocks(length: int) -> list[slice]:
 def _heads_first(x):
     """[G, Hk, K, N, T, .] of [G, K, Hk, N, T, .], for products with a past; and back."""
     return jnp.swapaxes(x, 1, 2)
+
+
+def _without_heads(x):
+    """[G, K, Hk, T, .] of [G, K, Hk, 1, T, .]."""
+    return jnp.squeeze(x, axis=3)
+
+
+def _keys_before_heads(x):
+    """[G, K, Hk, m, N, T] of [G, K, Hk, N, T, m]."""
+    return jnp.moveaxis(x, -1, 3)
 
 
 def _joined(x):
