@@ -14,6 +14,8 @@ import rlhf_jax
 from rlhf_jax import functional
 from tests.functional.cases import SHARED, T, function_name, make_cases, total_of
 
+pytestmark = pytest.mark.newest
+
 CASES = make_cases(0)
 LOSSES = [name for name in CASES if function_name(name).endswith("_loss")]
 MASKED = [name for name, case in CASES.items() if case.masks]

@@ -146,6 +146,7 @@ def past_of(kind, past, length):
     return past
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kind", [*KINDS, "with dropout", "with other layouts"])

@@ -60,6 +60,7 @@ def arrays():
     return params, x, tuple(memory), random.normal(size=x.shape).astype(np.float32)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("kind", MASKS)
 def test_a_block_and_its_gradients_are_those_of_our_attention(kind, arrays, monkeypatch):
     params, x, memory, weights = arrays

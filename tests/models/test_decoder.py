@@ -160,6 +160,7 @@ def test_an_untied_unembedding_freezes_with_the_lower_layers():
     np.testing.assert_array_equal(model.unembedding(params), params["lm_head"]["embedding"])
 
 
+@pytest.mark.newest
 def test_gpt2_with_an_untied_unembedding(tmp_path):
     config = GPT2Config(11, 8, 8, 1, 1, tie_word_embeddings=False)
     model = GPT2(config)

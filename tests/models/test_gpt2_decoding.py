@@ -166,6 +166,7 @@ def states_repeated(params, prompts, prompt_mask, responses, mask):
     return states[:, prompts.shape[1] :]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("width", [7, 0])
 @pytest.mark.parametrize("states_of", [states_with_prefix, states_with_shared_prompt])
 def test_responses_that_share_a_prompt_equal_each_alone(states_of, width, params, texts):

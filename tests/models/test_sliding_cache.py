@@ -14,6 +14,8 @@ from rlhf_jax.models.interface import positions_from
 from rlhf_jax.rollout import generate
 from tests.models.decoder_by_loop import logits_by_loop
 
+pytestmark = pytest.mark.newest
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 SIZES = {
     "vocab_size": 19,

@@ -29,13 +29,14 @@ from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 TRAIN = {"sft": train_sft, "reward": train_reward, "rft": train_rft, "ppo": train_ppo}
-# Of the kind "plain" four processes begin the reward model anew; that it goes on from a checkpoint,
-# and rejection sampling in four processes, are left to tools/compare_processes.py.
+# Of the kind "plain" four processes begin the reward model anew, and one continues with rejection
+# sampling; all stages from a checkpoint, in one process and in four, are left to
+# tools/compare_processes.py.
 PLAIN = {
     "one": tuple(TRAIN),
     "stop": ("sft", "rft", "ppo"),
-    "alone": ("sft", "rft", "ppo"),
-    "four": ("sft", "reward", "ppo"),
+    "alone": ("sft", "rft"),
+    "four": ("reward", "ppo"),
 }
 STOP_AT = 3  # steps, one behind the checkpoint
 MESHES = {1: {}, 2: {"data": 1, "fsdp": 2}, 4: {"data": 2, "tensor": 2}}

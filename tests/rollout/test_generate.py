@@ -140,6 +140,7 @@ GEMMA = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_several_responses_from_one_prefill_are_those_of_repeated_prompts(
     family, model, params, prompts

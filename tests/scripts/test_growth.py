@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.newest
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"layers": 1, "width": 8, "batch": 1, "length": 4}
 

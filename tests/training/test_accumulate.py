@@ -17,6 +17,8 @@ from tests.training.conftest import busy_params
 from tests.training.test_reward import PAIRS, batch_of
 from tests.training.test_reward_objectives import RANKINGS, rankings_of
 
+pytestmark = pytest.mark.newest
+
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(3)
 OBJECTIVES = ("sft", "last_token", "tokenwise", "ranking")

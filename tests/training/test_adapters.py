@@ -21,6 +21,8 @@ from tests.training.test_dpo import CHOSEN, PROMPTS
 from tests.training.test_grpo import GRPO, SCORES, responses  # noqa: F401  a fixture
 from tests.training.test_sft import TEXTS, batch_of
 
+pytestmark = pytest.mark.newest
+
 LORA = LoraSettings(r=3, alpha=6.0, target_modules=("c_attn", "mlp.c_proj"))
 ROUNDED = dataclasses.replace(LORA, base="bfloat16")
 DORA = dataclasses.replace(ROUNDED, use_dora=True)

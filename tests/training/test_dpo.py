@@ -91,6 +91,7 @@ def test_loss_and_metrics_are_those_of_a_loop(model, params, ref_params, batch):
     assert float(evaluated["longer_wins"]) == 1.5
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("options", [{"kind": "orpo"}, {"kinds": ("sft",)}])
 def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, batch, options):
     settings = dpo.Settings(**options)
@@ -102,6 +103,7 @@ def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, b
     assert float(sums["loss"] / sums["count"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "options",
     [
@@ -121,6 +123,7 @@ def test_accumulated_gradients_are_those_of_the_batch(model, params, batch, opti
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), *results)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("unfrozen", [None, 1])
 def test_a_live_reference_is_a_computed_one(model, params, batch, unfrozen):
     """And with frozen layers its frozen half is the policy's, which no step changes."""
@@ -140,6 +143,7 @@ def test_a_live_reference_is_a_computed_one(model, params, batch, unfrozen):
     assert lines[0]["rewards/margins"] > 0.01
 
 
+@pytest.mark.newest
 def test_the_reference_moves_to_the_policy_where_it_is_synchronised(model, params, batch):
     settings = dpo.Settings(
         precompute_ref=False,
@@ -160,6 +164,7 @@ def test_the_reference_moves_to_the_policy_where_it_is_synchronised(model, param
     )
 
 
+@pytest.mark.newest
 def test_excess_tokens_of_the_longer_response_weigh_less(model, params, batch):
     """With ld_alpha 0 responses are as if the longer one were cut off."""
     short = [
@@ -174,6 +179,7 @@ def test_excess_tokens_of_the_longer_response_weigh_less(model, params, batch):
         np.testing.assert_allclose(fields[name][:4], x[:4], rtol=1e-5)
 
 
+@pytest.mark.newest
 def test_weights_of_pairs_scale_their_losses_without_a_gradient(model, params, batch):
     """SGD's step with WPO is that of the loss whose pairs have these weights as constants."""
     fields = {"ref_chosen": jnp.full(6, -5.0), "ref_rejected": jnp.full(6, -6.0)}

@@ -23,6 +23,8 @@ from tests.training.ppo_by_loop import (
 from tests.training.scans import scans
 from tests.training.test_ppo_texts import ROWS, text_batch
 
+pytestmark = pytest.mark.newest
+
 RATE = 0.05
 TWICE = dataclasses.replace(SETTINGS, num_ppo_epochs=2, num_mini_batches=2)
 UPPER = dataclasses.replace(TWICE, num_layers_unfrozen=1)

@@ -182,6 +182,7 @@ def test_an_iteration_is_that_of_a_plain_loss(
         assert float(metrics[name]) == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.newest
 def test_frozen_layers_and_microbatches_take_the_same_step(model, params, batch, responses):
     settings = dataclasses.replace(
         GRPO, num_layers_unfrozen=1, gradient_accumulation_steps=2, score_batch_size=2
@@ -210,6 +211,7 @@ def test_without_spread_or_an_end_nothing_moves(model, params, batch, responses)
         jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
+@pytest.mark.newest
 def test_one_token_and_one_response(model, params, batch, reward_model, reward_params):
     """REINFORCE++ has no group; the KL in its rewards is that of tokens."""
     settings = grpo.Settings(
@@ -235,6 +237,7 @@ def test_one_token_and_one_response(model, params, batch, reward_model, reward_p
     assert float(metrics["train/grad_norm"]) > 0
 
 
+@pytest.mark.newest
 def test_rewards_are_normalized_apart(model, params, batch, responses):
     """Scaling one of them leaves the advantages as they are, but for the epsilon."""
     settings = grpo.Settings(

@@ -81,6 +81,7 @@ def test_loss_and_metrics_are_those_of_a_loop(model, params, ref_params, batch):
     assert float(evaluated["loss"]) == pytest.approx(4 * losses.mean(), rel=1e-4)
 
 
+@pytest.mark.newest
 def test_the_kl_estimate_has_no_gradient(model, params, batch):
     """Without it the gradient is that of the loss with its value as a constant."""
     settings = kto.Settings(beta=0.5)
@@ -99,6 +100,7 @@ def test_the_kl_estimate_has_no_gradient(model, params, batch):
     )
 
 
+@pytest.mark.newest
 def test_accumulated_gradients_are_those_of_the_batch(model, params, batch):
     batch = batch._replace(ref_response=jnp.full(4, -6.0), ref_other=jnp.zeros(4))
     results = []

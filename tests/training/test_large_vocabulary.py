@@ -15,6 +15,8 @@ from rlhf_jax.models.decoder_config import DecoderConfig
 from rlhf_jax.runtime.evaluation.teacher_forced import make_predict_step
 from rlhf_jax.training import ppo, sft
 
+pytestmark = pytest.mark.newest
+
 CONFIG = DecoderConfig(
     vocab_size=150,  # and padding up to 256
     hidden_size=16,

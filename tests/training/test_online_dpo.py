@@ -12,6 +12,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.training import online_dpo
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SGD, logprobs_by_loop
 
+pytestmark = pytest.mark.newest
+
 SETTINGS = online_dpo.Settings(
     batch_size=4, num_responses=3, response_length=5, temperature=0.7, beta=0.3
 )

@@ -280,6 +280,7 @@ class RecordingModel(GPT2):
         return super().embed(params, tokens, positions, **options)
 
 
+@pytest.mark.newest
 def test_each_epoch_visits_each_row_once_in_its_own_order(model):
     recording = RecordingModel(model.config)
     settings = dataclasses.replace(
@@ -337,6 +338,7 @@ def test_eos_on_the_padding_is_no_eos(rollout):
     np.testing.assert_allclose(shaped, -0.75)
 
 
+@pytest.mark.newest
 def test_ppo_learns_what_is_rewarded():
     model = GPT2(GPT2Config(vocab_size=11, n_positions=12, n_embd=16, n_layer=1, n_head=2))
     settings = ppo.Settings(

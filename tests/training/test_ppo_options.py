@@ -24,6 +24,8 @@ from tests.training.ppo_by_loop import (
     update_with,
 )
 
+pytestmark = pytest.mark.newest
+
 # --- off -----------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ from rlhf_jax.training import ppo
 from rlhf_jax.training.accumulate import map_microbatches
 from tests.training.ppo_by_loop import KEY, SCORES, SETTINGS, SGD, update_with
 
+pytestmark = pytest.mark.newest
+
 IN_PARTS = {"gradient_accumulation_steps": 2, "score_batch_size": 2}
 WITH_TEXTS = {"entropy_coef": 0.1, "ptx_coef": 0.5, "ptx_batch_size": 6, "max_approxkl": 10.0}
 FROZEN_BASE = {

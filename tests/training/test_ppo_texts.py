@@ -13,6 +13,8 @@ from rlhf_jax.training import ppo
 from tests.models.gpt2_by_loop import log_softmax, logits_by_loop
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SCORES, SETTINGS, update_with
 
+pytestmark = pytest.mark.newest
+
 COEF = 0.7
 MIXED = dataclasses.replace(SETTINGS, ptx_coef=COEF, ptx_batch_size=2)
 

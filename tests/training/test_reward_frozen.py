@@ -15,6 +15,8 @@ from rlhf_jax.training import reward
 from tests.training.scans import scans
 from tests.training.test_reward import PAIRS, batch_of
 
+pytestmark = pytest.mark.newest
+
 SGD = optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(0)
 

@@ -14,6 +14,8 @@ from rlhf_jax.training import reward
 from tests.models.gpt2_by_loop import hidden_by_loop
 from tests.training.test_reward import PAIRS, batch_of
 
+pytestmark = pytest.mark.newest
+
 TOKENWISE = reward.Settings(objective="tokenwise")
 RANKING = reward.Settings(objective="ranking")
 SGD, ADAM = optax.sgd(0.1), optax.adam(0.02)

@@ -19,6 +19,8 @@ from rlhf_jax.rollout.shaping import (
 from rlhf_jax.training import online, ppo
 from tests.training.ppo_by_loop import EOS, KEY, SCORES, SETTINGS, SGD, update_with
 
+pytestmark = pytest.mark.newest
+
 STOP = 3
 PLAIN = dataclasses.replace(SETTINGS, missing_eos_penalty=None, cliprange_reward=None)
 

@@ -26,6 +26,8 @@ from tests.training.ppo_by_loop import (
     values_by_loop,
 )
 
+pytestmark = pytest.mark.newest
+
 OF_REWARD = dataclasses.replace(SETTINGS, value_model="reward")
 SHARING = dataclasses.replace(SETTINGS, value_model="policy", num_layers_unfrozen=1)
 

@@ -13,6 +13,8 @@ from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
+pytestmark = pytest.mark.newest
+
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 

@@ -11,6 +11,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.compilation import cost, topologies
 from rlhf_jax.runtime.config import SFTConfig, resolve
 
+pytestmark = pytest.mark.newest
+
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 # One layer, and widths that divide over the sixteen chips of the test.
 SIZES = {"vocab_size": 250, "n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 4}

@@ -39,6 +39,7 @@ def one_step(stage):
     return state, jax.device_get(metrics), output
 
 
+@pytest.mark.newest
 def test_a_step_in_two_programs_equals_the_fused_step(tmp_path, sft_run, reward_run):
     """One reward model alone, or beside a function that has no weight."""
     path = f"{reward_run[0]}/hf"

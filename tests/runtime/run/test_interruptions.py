@@ -116,6 +116,7 @@ def test_samples_of_a_steps_output_are_written_before_the_run_stops(
     small.assert_same_run(sampling_run, tmp_path)
 
 
+@pytest.mark.newest
 def test_the_evaluation_of_ppo_is_repeated_too(tmp_path, monkeypatch, sft_run, reward_run, ppo_run):
     config = small.ppo(tmp_path, sft_run[0], reward_run[0])
     with monkeypatch.context() as patch:

@@ -93,6 +93,7 @@ OPTIONS = {
 TEXTS = {"builtin_rows": 16, "eval_rows": 0, "max_length": 48}
 
 
+@pytest.mark.newest
 def test_running_scores_the_penalty_and_texts_continue_bit_for_bit(
     tmp_path, monkeypatch, sft_run, reward_run
 ):

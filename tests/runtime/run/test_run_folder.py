@@ -263,6 +263,7 @@ def test_evaluation_of_pairs_is_what_training_found(tmp_path, reward_run):
     )
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("objective", ["tokenwise", "ranking"])
 def test_every_objective_trains_and_is_judged_on_pairs(tmp_path, sft_run, caplog, objective):
     texts = ["It was a fine film.", "It was long.", "Bad.", "I slept."]

@@ -107,6 +107,7 @@ def test_a_run_with_an_environment_trains_on_its_own_tokens_and_continues_bit_fo
     small.assert_same_run(tmp_path / "one", tmp_path / "two", step=2)
 
 
+@pytest.mark.newest
 def test_what_an_environment_wrote_changes_no_gradient_but_through_the_context():
     model = GPT2(GPT2Config(vocab_size=11, n_positions=12, n_embd=8, n_layer=1, n_head=1))
     params = model.init(jax.random.key(0))

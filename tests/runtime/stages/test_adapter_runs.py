@@ -55,6 +55,7 @@ def run(tmp_path_factory, sft_run):
     return folder
 
 
+@pytest.mark.newest
 def test_a_stopped_run_continues_bit_for_bit_and_holds_adapters_alone(
     tmp_path, monkeypatch, sft_run, run
 ):
@@ -75,6 +76,7 @@ QUIET = {"eval_every": 0, "samples_every": 0}
 SHORT = {"rewards": [{"function": "tests.small:short_response"}]}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("train", "config", "stage", "metric"),
     [

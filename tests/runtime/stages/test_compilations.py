@@ -6,6 +6,7 @@ A bucket is a shape that batches come in; each of a run's programs is compiled o
 import json
 
 import jax
+import pytest
 
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
@@ -97,6 +98,7 @@ def test_ppo_iterations(tmp_path, monkeypatch, sft_run, reward_run, ppo_run):
     assert_compiled_once(diary)
 
 
+@pytest.mark.newest
 def test_ppo_iterations_of_two_buckets_and_with_rewards_in_python(tmp_path, monkeypatch, sft_run):
     prompts = ["good", "good", "this was a long and slow story with too many words"] * 6
     lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)

@@ -47,6 +47,7 @@ def assert_lower_kept(model, before, after, unfrozen):
     assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (upper, moved)), strict=True))
 
 
+@pytest.mark.newest
 def test_ppo_goes_on_and_exports_the_lower_layers_as_they_were(
     tmp_path, monkeypatch, policy, reward_run
 ):

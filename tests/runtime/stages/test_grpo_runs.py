@@ -75,6 +75,7 @@ def test_rewards_in_python_are_shown_and_normalized_apart(tmp_path, sft_run):
     assert metrics["rewards/short/std"] > 0
 
 
+@pytest.mark.newest
 def test_rloo_has_a_reference_and_warns_where_no_scores_differ(
     tmp_path, sft_run, monkeypatch, caplog
 ):
@@ -138,6 +139,7 @@ def test_groups_without_spread_are_replaced_and_the_data_position_is_kept(
         train_grpo(one | {"data": {"length_buckets": 2}, "run_dir": str(tmp_path / "no")})
 
 
+@pytest.mark.newest
 def test_one_program_draws_batches_until_the_last_round(tmp_path, sft_run, reward_run):
     """No response ends, so that a fixed score makes all groups equal."""
     options = {"max_sampling_rounds": 2, "missing_eos_score": -1.0, "total_episodes": 48}
