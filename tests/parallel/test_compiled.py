@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROLLOUTS = ("gpt2 rollout 2x2x2", "qwen3 rollout 1x8x1")
 PROGRAMS = (
     *("gpt2 sft 1x8x1", "gpt2 linear 2x2x2"),
-    *("qwen3 reward 2x2x2", "qwen3 ppo 2x2x2"),
+    "qwen3 ppo 2x2x2",
     *ROLLOUTS,
 )
 

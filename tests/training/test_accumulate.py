@@ -21,7 +21,7 @@ pytestmark = pytest.mark.newest
 
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(3)
-OBJECTIVES = ("sft", "last_token", "tokenwise", "ranking")
+OBJECTIVES = ("sft", "last_token", "ranking")
 # A sequence of each length; the last half has nearly no targets.
 LENGTHS = (8, 7, 3, 2)
 

@@ -20,10 +20,8 @@ KEY = jax.random.key(0)
 SGD = optax.sgd(0.1)
 COURSES = {
     "sigmoid": dpo.Settings(kind="sigmoid", beta=0.1),
-    "ipo": dpo.Settings(kind="ipo", beta=0.2),
     "apo_down": dpo.Settings(kind="apo_down", beta=0.3, precompute_ref=False),
     "simpo": dpo.Settings(kind="simpo", beta=2.0, gamma=1.0),
-    "cpo": dpo.Settings(kind="cpo", beta=0.1),
     "orpo": dpo.Settings(kind="orpo", beta=0.1),
 }
 PROMPTS = [[1, 5], [4], [7, 3, 0], [2, 2, 2]]
@@ -92,9 +90,8 @@ def test_loss_and_metrics_are_those_of_a_loop(model, params, ref_params, batch):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("options", [{"kind": "orpo"}, {"kinds": ("sft",)}])
-def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, batch, options):
-    settings = dpo.Settings(**options)
+def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, batch):
+    settings = dpo.Settings(kind="orpo")
     batch = batch._replace(ref_chosen=jnp.full(6, -5.0), ref_rejected=jnp.full(6, -6.0))
     state = dpo.init_state(model, params, settings, KEY, optimizer=SGD)
     _, metrics = jax.jit(dpo.make_step(model, settings, optimizer=SGD))(state, batch, KEY)
@@ -104,15 +101,9 @@ def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, b
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kind": "orpo"},
-        {"kinds": ("sigmoid", "sft"), "loss_weights": (1.0, 0.5), "num_layers_unfrozen": 1},
-    ],
-    ids=["orpo", "sigmoid and sft, frozen layers"],
-)
-def test_accumulated_gradients_are_those_of_the_batch(model, params, batch, options):
+def test_accumulated_gradients_are_those_of_the_batch(model, params, batch):
+    """Of a mean over pairs and one over tokens, above frozen layers."""
+    options = {"kinds": ("sigmoid", "sft"), "loss_weights": (1.0, 0.5), "num_layers_unfrozen": 1}
     settings = dpo.Settings(**options, beta=0.5, batch_size=6)
     batch = batch._replace(ref_chosen=jnp.full(6, -5.0), ref_rejected=jnp.full(6, -6.0))
     results = []
@@ -124,10 +115,9 @@ def test_accumulated_gradients_are_those_of_the_batch(model, params, batch, opti
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("unfrozen", [None, 1])
-def test_a_live_reference_is_a_computed_one(model, params, batch, unfrozen):
+def test_a_live_reference_is_a_computed_one(model, params, batch):
     """And with frozen layers its frozen half is the policy's, which no step changes."""
-    settings = dpo.Settings(beta=0.5, num_layers_unfrozen=unfrozen)
+    settings = dpo.Settings(beta=0.5, num_layers_unfrozen=1)
     live = dataclasses.replace(settings, precompute_ref=False)
     fields = jax.jit(dpo.make_reference_step(model, settings))(params, batch)
     lines = []

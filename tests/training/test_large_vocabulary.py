@@ -89,7 +89,7 @@ def assert_near(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["sft", "ppo above frozen layers"])
 def test_a_step_without_all_logits_equals_one_with_them(name, monkeypatch):
     """Metrics, and gradients: one update of plain gradient descent moves parameters by them."""
     model = Decoder(CONFIG)

@@ -27,7 +27,6 @@ from rlhf_jax.runtime import (
     run_rlhf,
     train_dpo,
     train_grpo,
-    train_kto,
     train_rft,
     train_sft,
 )
@@ -80,12 +79,11 @@ SHORT = {"rewards": [{"function": "tests.small:short_response"}]}
 @pytest.mark.parametrize(
     ("train", "config", "stage", "metric"),
     [
-        (train_kto, small.kto, OfflineStage, "train/kl"),
         (train_rft, small.rft, OfflineStage, None),
         (train_grpo, functools.partial(small.grpo, grpo={"beta": 0.1}, **SHORT), OnlineStage,
          "objective/kl"),
     ],
-    ids=["kto", "rft", "grpo"],
+    ids=["rft", "grpo"],
 )  # fmt: skip
 def test_other_trainers_begin_at_the_base_and_continue_bit_for_bit(
     train, config, stage, metric, tmp_path, monkeypatch, sft_run
