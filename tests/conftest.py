@@ -41,6 +41,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# Nobody reads where in the source an operation of these programs stands: compiling without that
+# takes 7 % less time.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+
 import hypothesis  # noqa: E402  (nothing may come before the lines above)
 import jax  # noqa: E402
 import pytest  # noqa: E402
