@@ -39,8 +39,14 @@ def test_cross_entropy_matches_a_loop(rng, ragged_mask, label_smoothing, z_loss)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
-@pytest.mark.parametrize("terms", [{}, {"label_smoothing": 0.1, "z_loss": 0.03}])
-@pytest.mark.parametrize("limits", [{}, {"softcap": 2.0, "logit_scale": 0.6}])
+@pytest.mark.parametrize(
+    ("terms", "limits"),
+    [
+        ({}, {}),
+        ({"label_smoothing": 0.1, "z_loss": 0.03}, {"softcap": 2.0, "logit_scale": 0.6}),
+    ],
+    ids=["plain", "all terms"],
+)
 def test_cross_entropy_from_hidden_states(rng, ragged_mask, chunk_size, terms, limits):
     """Against the loop, its gradients against those of all logits; rows from 6 on are padding."""
     hidden = rng.normal(size=(*ragged_mask.shape, 4)).astype(np.float32)
