@@ -25,9 +25,8 @@ test:  ## set up, then run all tests
 # Most of the time of the tests goes into compiling programs that run once. On the newest end the
 # files that tests/conftest.py lists are compiled as users do; this one leaves most of XLA's
 # optimizations out everywhere, and XLA's newer way to make a kernel of a fusion, which in this
-# version takes twice as long as the older one. Tests that start processes, train for long, compile
-# whole steps to compare them or hold a formula for all inputs run on the newest end alone.
-test-oldest:  ## the same but for the longest, with Python 3.11 and the oldest supported versions
+# version takes twice as long as the older one. Tests marked `newest` run on the newest end alone.
+test-oldest:  ## the same but for those marked newest, with Python 3.11 and the oldest supported versions
 	@tools/setup --oldest train,test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(call pytest,.venv-oldest,--xla_cpu_use_fusion_emitters=false) \
 	    -m "not newest"

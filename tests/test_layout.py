@@ -320,7 +320,6 @@ def test_make_targets_named_in_the_texts_exist(name):
     assert named <= targets, f"{name} names make {sorted(named - targets)}"
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("name", TEXTS)
 def test_python_in_the_texts_runs(name):
     names: dict = {}  # a page is read from top to bottom: a block may use what stands above it

@@ -3,7 +3,7 @@
     python tools/check_meshes.py [FOLDER]
 
 All stages of a GPT-2, a Qwen3 and a Llama are trained with every factorisation data x fsdp x tensor
-of eight whose tensor divides the key/value heads. All metrics of ten steps and the sampled tokens
+of eight whose tensor divides the key/value heads. All metrics of four steps and the sampled tokens
 are compared. It prints the largest difference of each run, relative to the tolerance (1e-5,
 absolute and relative), and exits with 1 if one is above 1. The tests do the same for some of them.
 """

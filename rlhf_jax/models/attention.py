@@ -211,8 +211,8 @@ def _block_backward(softcap, queries, k, v, block, visible, dropout):
     q, gradient, mean, log_total = queries
     k, v = k[..., : block.stop, :], v[..., : block.stop, :]
     own_visible = visible[:, :, None, None, block, : block.stop]
-    shape, alone = (*q.shape[:-1], k.shape[-2]), q.shape[3] == 1
-    if alone:
+    shape, is_single = (*q.shape[:-1], k.shape[-2]), q.shape[3] == 1
+    if is_single:
         of_q, of_weights, arranged = "gkhtd", "gkhtm", _without_heads
         q, gradient = _without_heads(q), _without_heads(gradient)
     else:
@@ -228,7 +228,7 @@ def _block_backward(softcap, queries, k, v, block, visible, dropout):
     for_logits = for_logits.astype(q.dtype)
     for_k = _product(f"{of_weights},{of_q}->gkhmd", for_logits, q)
     for_v = _product(f"{of_weights},{of_q}->gkhmd", read.astype(q.dtype), gradient)
-    if alone:
+    if is_single:
         for_q = _product("gkhtm,gkhmd->gkhtd", for_logits, k)[:, :, :, None]
     else:
         for_q = _product("gkhdm,gkhmnt->gkhdnt", _transposed(k), for_logits)

@@ -290,7 +290,7 @@ class Decoder(StackedModel):
         """Raises an InputError if the attention cannot drop weights."""
         check_dropout(self.attention, self.config.attention_dropout)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)  # else each operation is compiled by itself
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters: matrices from N(0, initializer_range), norms as the identity."""
         config, size = self.config, (self.config.padded_vocab_size, self.config.hidden_size)

@@ -274,7 +274,7 @@ class GPT2(StackedModel):
     def check_dropout(self) -> None:
         check_dropout(self.attention, self.config.attn_pdrop)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)  # else each operation is compiled by itself
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters: N(0, initializer_range), residual projections over sqrt(2 N)."""
         config = self.config

@@ -33,9 +33,9 @@ def test_workloads_with_the_same_settings_are_checked_once_with_several_blocks()
         )
 
 
-# Pairs, the parts of PPO with frozen layers and two epochs, of which the second clips, and a Llama.
-# The command checks all its workloads before it measures.
-STEPS = ["dpo_mid", "ppo_shared_mid", "sft_smollm2"]
+# A shared base, two epochs of PPO, of which the second clips, sampled tokens, and a Llama. The
+# command checks all its workloads before it measures.
+STEPS = ["dpo_mid", "ppo_shared_mid", "grpo_mid", "sft_smollm2"]
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -3,9 +3,8 @@ import pytest
 from scripts.benchmark import check_attention as checked
 from scripts.benchmark.settings import BenchmarkError
 
-pytestmark = pytest.mark.newest
 
-
+@pytest.mark.newest
 def test_another_implementation_of_attention_passes_and_a_wrong_mask_ends_the_command(monkeypatch):
     """That of XLA in place of cuDNN; then one that ignores the mask."""
     result = checked.check_attention("xla")

@@ -14,8 +14,6 @@ import rlhf_jax
 from rlhf_jax import functional
 from tests.functional.cases import SHARED, T, function_name, make_cases, total_of
 
-pytestmark = pytest.mark.newest
-
 CASES = make_cases(0)
 LOSSES = [name for name in CASES if function_name(name).endswith("_loss")]
 MASKED = [name for name, case in CASES.items() if case.masks]
@@ -90,6 +88,7 @@ def test_the_names_of_rlhf_jax_are_those_of_functional():
         rlhf_jax.gea  # noqa: B018
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", functional.__all__)
 def test_the_docstring_has_an_example_that_the_compiled_function_fulfils(name):
     names = {**vars(rlhf_jax), "jnp": jnp}
@@ -98,6 +97,7 @@ def test_the_docstring_has_an_example_that_the_compiled_function_fulfils(name):
     assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_equals_plain_with_one_trace_whatever_the_coefficients(name):
     compiled, counts = function_of(name, rlhf_jax), []
@@ -111,6 +111,7 @@ def test_compiled_equals_plain_with_one_trace_whatever_the_coefficients(name):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", CASES)
 def test_vmap_over_arrays_and_coefficients_equals_a_loop(name):
     arrays = [make_cases(seed)[name].arrays for seed in (0, 1)]
@@ -129,6 +130,7 @@ def test_vmap_over_arrays_and_coefficients_equals_a_loop(name):
     chex.assert_trees_all_close(mapped, looped, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("name", "coefficient"), TRACED)
 def test_vmap_over_a_coefficient_alone(name, coefficient):
     """Its values are those of the test above; here one batched number meets unbatched arrays."""
@@ -146,6 +148,7 @@ def test_vmap_over_a_coefficient_alone(name, coefficient):
     )
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", [name for name in CASES if float_arrays(CASES[name])])
 def test_bfloat16_is_read_and_float32_returned(name):
     case = CASES[name]
@@ -158,6 +161,7 @@ def test_bfloat16_is_read_and_float32_returned(name):
     chex.assert_trees_all_close(output, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", MASKED)
 def test_padding_changes_neither_values_nor_gradients(name, garbage):
@@ -220,6 +224,7 @@ def test_an_empty_response_has_finite_gradients(name):
     assert_all_finite(*compiled(name)({**case.arrays, **emptied}))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", CASES)
 def test_single_tokens_have_finite_gradients(name):
     case = CASES[name]
@@ -244,6 +249,7 @@ def second_half(arrays):
     return {key: x[2:] if x.ndim and key not in SHARED else x for key, x in arrays.items()}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", [name for name in LOSSES if CASES[name].count])
 def test_nothing_out_of_nothing_is_zero(name):
     case = CASES[name]

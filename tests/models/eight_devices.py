@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.batches import TextBatch
-from rlhf_jax.models import reading, readout
+from rlhf_jax.models import huggingface, reading, readout
 from rlhf_jax.models.decoder_readers import read_config
 from rlhf_jax.models.huggingface import (
     fresh_model,
@@ -37,6 +37,7 @@ from rlhf_jax.parallel.partition import tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.rollout import generate
 from rlhf_jax.training import sft
+from tests.models import tiny_family
 from tests.models.gpt2_folders import HEAD, MODEL, PARAMS
 from tests.models.split_kernel import check_split
 
@@ -83,6 +84,8 @@ def main(base):
             old, new = (folder / each / "model.safetensors" for each in (name, f"{name}_again"))
             assert old.read_bytes() == new.read_bytes(), (sizes, name)
     check_split()
+    huggingface.FAMILIES = (*huggingface.FAMILIES, tiny_family.FAMILY)
+    check_family(folder / "tiny", tiny_family.Tiny(tiny_family.TinyConfig()), ("k", "kernel"))
     sizes = ModelSettings(n_layer=2, n_embd=16, n_head=4, n_positions=16, dropout=0.0)
     for name in ("olmo2", "phi3", "gemma2"):  # norms of full projections, fused ones, two kinds
         model = fresh_model(sizes, vocab_size=11, model_type=name)

@@ -52,11 +52,6 @@ def block(request, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", request.param)
 
 
-@pytest.fixture
-def blocks_of_3(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 3)
-
-
 @pytest.mark.parametrize("kind", ["alone", "behind a past", "with dropout"])
 def test_grouped_heads_against_a_loop(block, kind):
     """Query head h reads key/value head h // 2; gradients are those of repeated ones, summed."""
@@ -151,12 +146,12 @@ def past_of(kind, past, length):
     return past
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("kind", [*KINDS, "with dropout", "with other layouts"])
-def test_gradients_equal_those_of_the_plain_form(blocks_of_3, kind, softcap, length, monkeypatch):
-    if kind == "with other layouts":  # as on other devices
+@pytest.mark.parametrize("kind", [*KINDS, "with dropout", "behind a past with other layouts"])
+def test_gradients_equal_those_of_the_plain_form(kind, softcap, length, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 3)
+    if kind.endswith("with other layouts"):  # as on other devices
         monkeypatch.setattr(attention, "can_set_layouts", lambda: False)
     q, k, v, visible, past = arrays(1, length)
     past = past_of(kind, past, length)

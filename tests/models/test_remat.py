@@ -13,8 +13,6 @@ from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.rollout.score import end_scores
 from tests.models.gpt2_folders import random_params
 
-pytestmark = pytest.mark.newest
-
 PLAIN = GPT2(GPT2Config(vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2), remat="none")
 PARAMS = random_params(PLAIN)
 HEAD = {"kernel": jnp.arange(1.0, 9.0)}
@@ -80,6 +78,7 @@ def temporary(remat):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.newest
 def test_less_is_kept():
     none, dots, full = map(temporary, ("none", "dots", "full"))
     assert full < 0.25 * none

@@ -18,7 +18,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.batches import PairBatch, PromptBatch, TextBatch
+from rlhf_jax.batches import PromptBatch, TextBatch
 from rlhf_jax.models import readout
 from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.decoder_config import DecoderConfig
@@ -26,7 +26,7 @@ from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.partition import batch_sharding, replicated, tree_shardings
 from rlhf_jax.parallel.settings import MeshSettings
-from rlhf_jax.training import ppo, reward, sft
+from rlhf_jax.training import ppo, sft
 
 # No two sizes are the same, nor are they divided by 2, 4 or 8; nor 3, the queries, keys and values.
 LAYERS, WIDTH, HIDDEN, VOCABULARY, PADDED, ROWS = 5, 320, 1216, 1100, 1152, 16
@@ -64,19 +64,6 @@ def sft_parts(model):
     return (
         lambda key: sft.init_state(model, model.init(key), settings, key),
         sft.make_step(model, settings),
-        batch,
-        False,
-    )
-
-
-def reward_parts(model):
-    """The same of the reward model."""
-    settings = reward.Settings(batch_size=ROWS)
-    pairs = (*tokens(PROMPT), *tokens(RESPONSE), *tokens(RESPONSE))
-    batch = PairBatch(*pairs, array(dtype=jnp.float32), array(dtype=bool))
-    return (
-        lambda key: reward.init_state(model, model.init(key), settings, key),
-        reward.make_step(model, settings),
         batch,
         False,
     )
@@ -145,7 +132,6 @@ def main():
     parts = {
         "sft": sft_parts,
         "linear": sft_parts,
-        "reward": reward_parts,
         "ppo": ppo_parts,
         "rollout": rollout_parts,
     }

@@ -17,7 +17,7 @@ from tests import small
 FACTORISATIONS = tuple(
     sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(sizes) == 8
 )
-# Few: rounding decides a draw on the border of two tokens, and more steps meet more of them.
+# Few: a difference in rounding can change a sampled token, and each further step is another chance.
 STEPS = 4
 STAGES = ("sft", "reward", "ppo", "frozen", "trunk", "dpo", "kto", "online_dpo", "rft", "grpo")
 SAMPLING = ("ppo", "frozen", "trunk", "online_dpo", "grpo")  # whose steps sample responses

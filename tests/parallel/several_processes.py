@@ -29,9 +29,9 @@ from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
 TRAIN = {"sft": train_sft, "reward": train_reward, "rft": train_rft, "ppo": train_ppo}
-# Of the kind "plain" four processes begin the reward model anew, and one continues with rejection
-# sampling; all stages from a checkpoint, in one process and in four, are left to
-# tools/compare_processes.py.
+# Of the kind "plain" one process continues supervised fine-tuning and rejection sampling, and four
+# continue PPO and begin the reward model anew; tools/compare_processes.py continues all stages in
+# one process and in four.
 PLAIN = {
     "one": tuple(TRAIN),
     "stop": ("sft", "rft", "ppo"),

@@ -34,7 +34,7 @@ ONE = (1, 1, 1)
 PLAN = (
     ("gpt2", (1, 8, 1), ("sft",)),
     ("gpt2", (2, 2, 2), ("ppo",)),
-    ("qwen3", (2, 2, 2), ("reward", "frozen", "dpo", "grpo")),
+    ("qwen3", (2, 2, 2), ("reward", "frozen", "dpo", "online_dpo", "grpo")),
 )
 # The decoder's run on the newest end of the versions alone: a version of JAX that partitions these
 # programs in another way does so with GPT-2's as well.
@@ -88,7 +88,7 @@ def test_metrics_are_those_of_one_device(runs, family, sizes, stage):
 def test_the_same_tokens_are_sampled(runs, family, sizes, stage):
     one, several = map(sampled, both(runs, family, sizes, stage))
     assert one == several
-    shown = 6 if stage == "grpo" else 8  # all three responses to a prompt, or one
+    shown = 6 if stage in ("online_dpo", "grpo") else 8  # all three responses to a prompt, or one
     assert len([sample for sample in several if sample[0] > 0]) == shown * STEPS
 
 

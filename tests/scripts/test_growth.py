@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.newest
-
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"layers": 1, "width": 8, "batch": 1, "length": 4}
 
@@ -52,6 +50,7 @@ def test_a_point_is_the_median_of_rounds_after_the_first(growth):
     assert point["values"] == [101]
 
 
+@pytest.mark.newest
 def test_it_writes_numbers_and_figures(growth, monkeypatch, tmp_path, capsys):
     base = growth.Size(**TINY)
     curves = {

@@ -17,11 +17,9 @@ from tests.training.conftest import busy_params
 from tests.training.test_reward import PAIRS, batch_of
 from tests.training.test_reward_objectives import RANKINGS, rankings_of
 
-pytestmark = pytest.mark.newest
-
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(3)
-OBJECTIVES = ("sft", "last_token", "ranking")
+OBJECTIVES = ("sft", "last_token", "tokenwise", "ranking")
 # A sequence of each length; the last half has nearly no targets.
 LENGTHS = (8, 7, 3, 2)
 
@@ -68,6 +66,7 @@ def run(small, texts):
     return run_step
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("what", OBJECTIVES)
 def test_the_step_is_that_of_the_whole_batch(run, what):
     jax.tree.map(
@@ -77,6 +76,7 @@ def test_the_step_is_that_of_the_whole_batch(run, what):
     )
 
 
+@pytest.mark.newest
 def test_every_part_has_its_own_dropout_and_is_run_alone(small, texts):
     """Against a loop over the parts: strided examples, own keys, and the count of the batch."""
     model = GPT2(dataclasses.replace(small.config, resid_pdrop=0.5, embd_pdrop=0.5))
@@ -104,6 +104,7 @@ def test_every_part_has_its_own_dropout_and_is_run_alone(small, texts):
     assert abs(total - float(expected[1]["loss"])) > 1e-3
 
 
+@pytest.mark.newest
 def test_memory_falls_with_the_parts(small, texts):
     """What is kept for the backward pass is that of one part."""
     batch = jax.tree.map(lambda x: jnp.tile(x, (16, 1)), texts)

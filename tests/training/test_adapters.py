@@ -21,8 +21,6 @@ from tests.training.test_dpo import CHOSEN, PROMPTS
 from tests.training.test_grpo import GRPO, SCORES, responses  # noqa: F401  a fixture
 from tests.training.test_sft import TEXTS, batch_of
 
-pytestmark = pytest.mark.newest
-
 LORA = LoraSettings(r=3, alpha=6.0, target_modules=("c_attn", "mlp.c_proj"))
 ROUNDED = dataclasses.replace(LORA, base="bfloat16")
 DORA = dataclasses.replace(ROUNDED, use_dora=True)
@@ -42,6 +40,7 @@ def changed(old, new):
     }
 
 
+@pytest.mark.newest
 def test_a_step_is_that_of_a_network_with_summed_kernels(model, params):
     """With A and B in layer 1 alone: layer 0 is below all adapters."""
     tuned, both = adapted(model, params, dataclasses.replace(LORA, layers_to_transform=(1,)))
@@ -94,6 +93,7 @@ def iterations(model, params, reward_model, reward_params, batch):
     return tuned, results
 
 
+@pytest.mark.newest
 def test_ppo_trains_adapters_alone_beside_their_base(iterations, params):
     tuned, (before, first, _, second, after) = iterations
     assert float(first["objective/kl"]) == pytest.approx(0.0, abs=1e-5)
@@ -109,6 +109,7 @@ def test_ppo_trains_adapters_alone_beside_their_base(iterations, params):
     jax.tree.map(np.testing.assert_array_equal, policy, params)
 
 
+@pytest.mark.newest
 def test_fresh_adapters_change_no_loss(model, params):
     """DPO begins at log 2, with PiSSA too, and a reward model scores as its base does."""
     rng = np.random.default_rng(0)
@@ -133,6 +134,7 @@ def test_fresh_adapters_change_no_loss(model, params):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("name", "lora"), [("kto", ROUNDED), ("grpo", DORA)], ids=["kto", "grpo with DoRA"]
 )

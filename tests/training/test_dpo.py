@@ -20,8 +20,10 @@ KEY = jax.random.key(0)
 SGD = optax.sgd(0.1)
 COURSES = {
     "sigmoid": dpo.Settings(kind="sigmoid", beta=0.1),
+    "ipo": dpo.Settings(kind="ipo", beta=0.2),
     "apo_down": dpo.Settings(kind="apo_down", beta=0.3, precompute_ref=False),
     "simpo": dpo.Settings(kind="simpo", beta=2.0, gamma=1.0),
+    "cpo": dpo.Settings(kind="cpo", beta=0.1),
     "orpo": dpo.Settings(kind="orpo", beta=0.1),
 }
 PROMPTS = [[1, 5], [4], [7, 3, 0], [2, 2, 2]]

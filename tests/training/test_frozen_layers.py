@@ -23,8 +23,6 @@ from tests.training.ppo_by_loop import (
 from tests.training.scans import scans
 from tests.training.test_ppo_texts import ROWS, text_batch
 
-pytestmark = pytest.mark.newest
-
 RATE = 0.05
 TWICE = dataclasses.replace(SETTINGS, num_ppo_epochs=2, num_mini_batches=2)
 UPPER = dataclasses.replace(TWICE, num_layers_unfrozen=1)
@@ -171,6 +169,7 @@ def test_what_is_frozen_stands_once_and_has_no_optimizer_state(model, params):
     assert len(set(pointers)) == len(pointers)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("value_model", ["shared", "policy"])
 def test_the_frozen_layers_run_once_for_all_epochs(value_model):
     """Of nine layers seven are frozen; two epochs of three minibatches are a scan of six."""
@@ -204,6 +203,7 @@ def test_the_frozen_layers_run_once_for_all_epochs(value_model):
     assert 9 not in {length for length, _ in result}
 
 
+@pytest.mark.newest
 def test_texts_mixed_in_have_the_gradient_of_the_whole_policy(model, params):
     texts, (lower, upper) = text_batch(ROWS), model.split(params, 1)
 

@@ -12,8 +12,6 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.training import online_dpo
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SGD, logprobs_by_loop
 
-pytestmark = pytest.mark.newest
-
 SETTINGS = online_dpo.Settings(
     batch_size=4, num_responses=3, response_length=5, temperature=0.7, beta=0.3
 )
@@ -85,6 +83,7 @@ def loss_by_loop(model, params, ref_params, texts):
     return loss, (chosen, rejected), logps, refs
 
 
+@pytest.mark.newest
 def test_one_update_is_that_of_a_loop(model, params, ref_params, batch, responses, state, update):
     after, metrics, scored = update(state, batch, responses, jnp.asarray(SCORES), KEY)
     texts = texts_of(batch, responses)
@@ -141,6 +140,7 @@ def test_without_a_pair_nothing_moves(batch, responses, state, update):
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
+@pytest.mark.newest
 def test_frozen_layers_and_microbatches_take_the_same_step(
     model, params, batch, responses, state, update
 ):

@@ -24,11 +24,10 @@ from tests.training.ppo_by_loop import (
     update_with,
 )
 
-pytestmark = pytest.mark.newest
-
 # --- off -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_by_default_there_is_no_more_than_there_was(model, state, batch, rollout):
     after, metrics, _ = update_with(model, SETTINGS)(state, batch, rollout, SCORES, KEY)
     assert (after.score_stats, after.penalty_coef) == (None, None)
@@ -44,6 +43,7 @@ def test_by_default_there_is_no_more_than_there_was(model, state, batch, rollout
 # --- the KL over the vocabulary ------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_the_exact_kl_is_that_of_the_loops(model, state, batch, rollout):
     real = np.array([True, True, False, True])  # the third row only fills up the batch
     batch = batch._replace(prompt_mask=batch.prompt_mask & real[:, None])
@@ -95,6 +95,7 @@ def penalised_by_loop(model, params, examples, temperature, coef):
     return tuple(map(np.mean, (losses, kls, ratios, squares)))
 
 
+@pytest.mark.newest
 def test_the_penalised_surrogate_is_that_of_the_loops(model, state, batch, rollout):
     state = state._replace(penalty_coef=jnp.float32(2.0))
     once = update_with(model, PENALISED)(state, batch, rollout, SCORES, KEY)
@@ -116,6 +117,7 @@ def test_the_penalised_surrogate_is_that_of_the_loops(model, state, batch, rollo
     assert float(once[1]["policy/penalty_coef"]) == 2.0
 
 
+@pytest.mark.newest
 def test_the_coefficient_follows_the_kl_after_the_last_update(model, state, batch, rollout):
     state = state._replace(penalty_coef=jnp.float32(2.0))
     after, metrics, scored = update_with(model, PENALISED)(state, batch, rollout, SCORES, KEY)
@@ -149,6 +151,7 @@ def test_a_state_made_for_another_surrogate_is_refused(model, state, batch, roll
 MOMENTUM = optax.sgd(RATE, momentum=0.9)
 
 
+@pytest.mark.newest
 def test_updates_past_the_limit_change_nothing(model, state, batch, rollout):
     state = state._replace(opt_state=MOMENTUM.init(state.params))
 
@@ -174,6 +177,7 @@ def test_updates_past_the_limit_change_nothing(model, state, batch, rollout):
         assert float(metrics[name]) == pytest.approx(float(free[3][1][name]), rel=1e-3), name
 
 
+@pytest.mark.newest
 def test_a_limit_that_ends_an_iteration_does_not_end_the_next(model, state, batch, rollout):
     settings = dataclasses.replace(SETTINGS, num_ppo_epochs=4, max_approxkl=1e-4)
     update = update_with(model, settings)
@@ -200,6 +204,7 @@ def entropy_by_loop(model, params, examples, temperature):
     return np.mean(entropies)
 
 
+@pytest.mark.newest
 def test_the_bonus_adds_the_gradient_of_the_entropy(model, state, batch, rollout):
     coef = 0.7
     settings = dataclasses.replace(SETTINGS, entropy_coef=coef)

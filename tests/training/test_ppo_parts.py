@@ -13,8 +13,6 @@ from rlhf_jax.training import ppo
 from rlhf_jax.training.accumulate import map_microbatches
 from tests.training.ppo_by_loop import KEY, SCORES, SETTINGS, SGD, update_with
 
-pytestmark = pytest.mark.newest
-
 IN_PARTS = {"gradient_accumulation_steps": 2, "score_batch_size": 2}
 WITH_TEXTS = {"entropy_coef": 0.1, "ptx_coef": 0.5, "ptx_batch_size": 6, "max_approxkl": 10.0}
 FROZEN_BASE = {
@@ -34,6 +32,7 @@ def texts():
     return TextBatch(*map(jnp.asarray, (tokens.astype(np.int32), real.astype(np.int32), real)))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("options", [WITH_TEXTS, FROZEN_BASE], ids=["texts", "frozen"])
 def test_parts_make_the_step_of_the_whole(model, params, batch, rollout, texts, options):
     settings = dataclasses.replace(SETTINGS, **options)
@@ -50,6 +49,7 @@ def test_parts_make_the_step_of_the_whole(model, params, batch, rollout, texts, 
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), parts, full)
 
 
+@pytest.mark.newest
 def test_memory_falls_with_the_parts(model):
     """What is kept for the backward pass is that of one part, and so are the logits of scoring."""
     settings = dataclasses.replace(SETTINGS, batch_size=64)

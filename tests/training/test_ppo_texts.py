@@ -13,8 +13,6 @@ from rlhf_jax.training import ppo
 from tests.models.gpt2_by_loop import log_softmax, logits_by_loop
 from tests.training.ppo_by_loop import EOS, KEY, RATE, SCORES, SETTINGS, update_with
 
-pytestmark = pytest.mark.newest
-
 COEF = 0.7
 MIXED = dataclasses.replace(SETTINGS, ptx_coef=COEF, ptx_batch_size=2)
 
@@ -69,6 +67,7 @@ def plain(plain_update, state, batch, rollout):
     return plain_update(state, batch._replace(texts=texts), rollout, SCORES, KEY)
 
 
+@pytest.mark.newest
 def test_the_update_has_the_gradient_of_the_texts_besides(mixed, plain, model, state):
     """What it differs by from PPO's own, which has its tests, against the slope of the loop."""
     policy = state.params["model"]

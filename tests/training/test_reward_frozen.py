@@ -15,8 +15,6 @@ from rlhf_jax.training import reward
 from tests.training.scans import scans
 from tests.training.test_reward import PAIRS, batch_of
 
-pytestmark = pytest.mark.newest
-
 SGD = optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(0)
 
@@ -34,6 +32,7 @@ def batch_for(objective):
     return RankingBatch(*reward.sequences_of(pairs))
 
 
+@pytest.mark.newest
 def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
     unfrozen, batch = 1, batch_of(PAIRS, 4)
     plain = reward.Settings(objective="tokenwise", batch_size=4)
@@ -61,6 +60,7 @@ def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
     jax.tree.map(np.testing.assert_array_equal, model.split(merged["model"], unfrozen)[0], before)
 
 
+@pytest.mark.newest
 def test_end_scores_are_those_of_the_whole_model(model, scorer):
     """Also with nothing below the upper half but the embeddings, and with nothing in it."""
     sequences = reward.sequences_of(batch_of(PAIRS, 4))
@@ -72,6 +72,7 @@ def test_end_scores_are_those_of_the_whole_model(model, scorer):
         np.testing.assert_allclose(halves, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("objective", ["last_token", "tokenwise", "ranking"])
 def test_nothing_goes_back_through_the_frozen_layers(model, objective):
     """Prompts and responses are run through both halves, and only the upper one twice."""

@@ -14,8 +14,6 @@ from rlhf_jax.training import reward
 from tests.models.gpt2_by_loop import hidden_by_loop
 from tests.training.test_reward import PAIRS, batch_of
 
-pytestmark = pytest.mark.newest
-
 TOKENWISE = reward.Settings(objective="tokenwise")
 RANKING = reward.Settings(objective="ranking")
 SGD, ADAM = optax.sgd(0.1), optax.adam(0.02)
@@ -97,6 +95,7 @@ def assert_means(metrics, expected):
         assert float(metrics[f"train/{name}"]) == pytest.approx(value, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.newest
 def test_tokenwise_is_the_mean_from_the_first_difference_on(
     reward_model, reward_params, steps, state
 ):
@@ -111,6 +110,7 @@ def test_tokenwise_is_the_mean_from_the_first_difference_on(
     assert margins[0] == pytest.approx(margins[1], rel=1e-4)
 
 
+@pytest.mark.newest
 def test_every_ranking_counts_the_same(reward_model, reward_params, steps, state):
     _, metrics = steps[RANKING](state, rankings_of(RANKINGS, 4), KEY)
     actual = pair_losses_by_loop(reward_params, reward_model.config, RANKINGS)
@@ -119,6 +119,7 @@ def test_every_ranking_counts_the_same(reward_model, reward_params, steps, state
     assert float(metrics["perf/tokens"]) == tokens
 
 
+@pytest.mark.newest
 def test_the_evaluation_counts_every_pair_the_same(reward_model, reward_params):
     evaluate = jax.jit(reward.make_eval_step(reward_model))
     actual = pair_losses_by_loop(reward_params, reward_model.config, RANKINGS)
@@ -137,6 +138,7 @@ def test_the_evaluation_counts_every_pair_the_same(reward_model, reward_params):
         assert total == pytest.approx(float(apart[name]), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.newest
 def test_the_responses_of_a_ranking_do_not_see_each_other(reward_model, reward_params):
     score = jax.jit(reward.make_score_step(reward_model))
     together = np.asarray(score(reward_params, rankings_of(RANKINGS, 3)))
@@ -156,6 +158,7 @@ def test_pairs_are_scored_with_the_chosen_one_first(reward_model, reward_params)
             assert by_loop == pytest.approx(float(scores[row, k]), rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.newest
 def test_a_ranking_of_two_is_a_pair(reward_model, steps, state):
     pairs = [(*pair[:3], 0.0) for pair in PAIRS]
     expected = jitted(reward_model, reward.Settings())(state, batch_of(pairs, 4), KEY)
@@ -167,6 +170,7 @@ def test_a_ranking_of_two_is_a_pair(reward_model, steps, state):
     )
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("settings", [TOKENWISE, RANKING], ids=lambda s: s.objective)
 def test_padding_is_never_read_and_rows_of_it_change_nothing(steps, state, settings):
     if settings is RANKING:

@@ -19,8 +19,6 @@ from rlhf_jax.rollout.shaping import (
 from rlhf_jax.training import online, ppo
 from tests.training.ppo_by_loop import EOS, KEY, SCORES, SETTINGS, SGD, update_with
 
-pytestmark = pytest.mark.newest
-
 STOP = 3
 PLAIN = dataclasses.replace(SETTINGS, missing_eos_penalty=None, cliprange_reward=None)
 
@@ -46,6 +44,7 @@ def end_by_loop(rollout, row, after):
     return real
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("after", [0, 2, 5])
 def test_responses_are_over_with_the_first_such_token_from_a_place_on(after):
     settings = dataclasses.replace(
@@ -67,6 +66,7 @@ def test_nothing_is_cut_by_default():
     assert truncate_responses(PLAIN, rollout) is rollout
 
 
+@pytest.mark.newest
 def test_samples_are_those_without_the_cut_up_to_it(model, params):
     settings = dataclasses.replace(PLAIN, truncate_token=STOP, truncate_after=1)
     batch = PromptBatch(jnp.ones((32, 1), jnp.int32), jnp.ones((32, 1), bool), jnp.arange(32))
@@ -171,6 +171,7 @@ def test_scores_that_do_not_differ_stay_what_they_are(kind, value):
         np.testing.assert_array_equal(result, scores)
 
 
+@pytest.mark.newest
 def test_scores_are_fixed_then_clipped_then_scaled(model, state, batch, rollout):
     settings = dataclasses.replace(
         PLAIN, missing_eos_score=-9.0, cliprange_reward=2.0, scale_reward="running"
@@ -195,6 +196,7 @@ def test_scores_are_fixed_then_clipped_then_scaled(model, state, batch, rollout)
     assert update._cache_size() == 1
 
 
+@pytest.mark.newest
 def test_a_row_that_only_fills_up_the_batch_is_no_part_of_the_statistics(
     model, state, batch, rollout
 ):
@@ -207,6 +209,7 @@ def test_a_row_that_only_fills_up_the_batch_is_no_part_of_the_statistics(
     assert float(metrics["objective/score_scale"]) == pytest.approx(deviation, rel=1e-5)
 
 
+@pytest.mark.newest
 def test_the_last_real_token_gets_the_scaled_score(model, state, batch, rollout):
     """The KL penalty is left out, so that rewards are scores, and returns those under lam = 1."""
     settings = dataclasses.replace(PLAIN, scale_reward="ref", gamma=1.0, lam=1.0)

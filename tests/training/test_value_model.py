@@ -26,8 +26,6 @@ from tests.training.ppo_by_loop import (
     values_by_loop,
 )
 
-pytestmark = pytest.mark.newest
-
 OF_REWARD = dataclasses.replace(SETTINGS, value_model="reward")
 SHARING = dataclasses.replace(SETTINGS, value_model="policy", num_layers_unfrozen=1)
 
@@ -77,6 +75,7 @@ def assert_values(scored, expected):
     np.testing.assert_allclose(values, np.concatenate(expected), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.newest
 def test_14_the_values_start_as_those_of_the_reward_model(initial, reward_model, reward_params):
     start, _, _, scored = initial
     own = start.params["value_model"]
@@ -143,6 +142,7 @@ def moved(tree, gradient, epsilon):
     return jax.tree.map(lambda p, g: np.asarray(p, np.float64) + epsilon * g, tree, gradient)
 
 
+@pytest.mark.newest
 def test_a_copy_of_the_policy_shares_its_frozen_layers_and_nothing_else(
     model, params, batch, rollout
 ):
@@ -173,6 +173,7 @@ def test_values_of_a_reward_model_are_its_own_beside_frozen_layers(
     assert scored.values.shape == (4, 5)
 
 
+@pytest.mark.newest
 def test_the_value_loss_does_not_touch_the_policy(model, params, batch, rollout):
     """With advantages of zero the policy has no gradient of its own."""
     settings = dataclasses.replace(SETTINGS, value_model="policy", vf_coef=10.0)

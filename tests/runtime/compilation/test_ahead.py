@@ -13,8 +13,6 @@ from rlhf_jax.runtime.stages.offline import OfflineStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
-pytestmark = pytest.mark.newest
-
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
@@ -28,6 +26,7 @@ def offline_text(stage):
 
 
 # Texts that are targets throughout, the completions alone, and those of packed sequences.
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("data", "targets"),
     [
@@ -44,6 +43,7 @@ def test_the_program_of_sft_is_that_of_the_stage(tmp_path, data, targets):
     assert lowered(ahead.programs(stage.config, stage.model, stage.mesh)) == [offline_text(stage)]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("objective", ["last_token", "ranking"])
 def test_the_program_of_the_reward_model_is_that_of_the_stage(tmp_path, sft_run, objective):
     section = {"batch_size": 8, "eval_batch_size": 8, "objective": objective}
@@ -54,6 +54,7 @@ def test_the_program_of_the_reward_model_is_that_of_the_stage(tmp_path, sft_run,
     assert lowered(programs) == [offline_text(stage)]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "ppo", [{}, {"num_layers_unfrozen": 1, "value_model": "reward", "scale_reward": "running"}]
 )
@@ -65,6 +66,7 @@ def test_the_program_of_ppo_is_that_of_the_stage(tmp_path, sft_run, reward_run, 
     assert lowered(ahead.programs(stage.config, stage.model, stage.mesh)) == [text]
 
 
+@pytest.mark.newest
 def test_the_halves_of_ppo_around_other_rewards_are_those_of_the_stage(tmp_path, sft_run):
     rewards = [{"function": "tests.small:short_response"}]
     stage = OnlineStage(resolve(PPOConfig, small.ppo(tmp_path, sft_run[0], rewards=rewards)))

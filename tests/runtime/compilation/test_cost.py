@@ -11,8 +11,6 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.compilation import cost, topologies
 from rlhf_jax.runtime.config import SFTConfig, resolve
 
-pytestmark = pytest.mark.newest
-
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 # One layer, and widths that divide over the sixteen chips of the test.
 SIZES = {"vocab_size": 250, "n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 4}
@@ -30,6 +28,7 @@ def sft_config(**sections):
     return resolve(SFTConfig, {"sft": sft, "data": {"max_length": LENGTH}, **sections})
 
 
+@pytest.mark.newest
 def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
     config = sft_config(model={"remat": "none"})
     costs = cost.stage_cost(config, "local", model_name=folder)
@@ -51,6 +50,7 @@ def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
     assert "seconds" not in step
 
 
+@pytest.mark.newest
 def test_a_fresh_model_is_of_the_family_in_the_settings():
     config = sft_config(model={"family": "qwen3", "n_layer": 1, "n_embd": 64, "n_positions": 32})
     costs = cost.stage_cost(config, "local")
@@ -65,6 +65,7 @@ def test_a_fresh_model_is_of_the_family_in_the_settings():
     assert costs["programs"][0]["flops"] == products + 7 * 2 * tokens * LENGTH * 64
 
 
+@pytest.mark.newest
 def test_what_is_computed_again_counts_again():
     """A forward pass is a third of a step, except for the logits, which are not recomputed."""
     flops = {}
