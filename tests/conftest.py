@@ -2,7 +2,6 @@
 once, and examples that repeat."""
 
 import atexit
-import gc
 import logging
 import os
 import shutil
@@ -64,12 +63,6 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def pytest_collection_finish():
-    """Garbage is collected less often, and the collected tests are left out: 3 % of the time."""
-    gc.freeze()
-    gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="module", autouse=True)
