@@ -92,8 +92,9 @@ def test_loss_and_metrics_are_those_of_a_loop(model, params, ref_params, batch):
 
 
 @pytest.mark.newest
-def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, batch):
-    settings = dpo.Settings(kind="orpo")
+@pytest.mark.parametrize("options", [{"kind": "orpo"}, {"kinds": ("sft",)}])
+def test_the_evaluation_of_a_likelihood_is_the_loss_of_the_step(model, params, batch, options):
+    settings = dpo.Settings(**options)
     batch = batch._replace(ref_chosen=jnp.full(6, -5.0), ref_rejected=jnp.full(6, -6.0))
     state = dpo.init_state(model, params, settings, KEY, optimizer=SGD)
     _, metrics = jax.jit(dpo.make_step(model, settings, optimizer=SGD))(state, batch, KEY)
