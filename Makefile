@@ -3,10 +3,12 @@
 
 # pytest's workers keep the cores busy; a second thread for each of XLA's operations would only have
 # them wait for one another. Each file goes to one worker, which makes what its tests share once, in
-# the order of tests/conftest.py: long files first.
+# the order of tests/conftest.py: long files first. A worker that dies is not replaced: pytest-xdist
+# waits forever for one that is.
 workers ?= 2
 pytest = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(2)" \
-    $(1)/bin/python -m pytest -q -n $(workers) --dist loadfile --no-loadscope-reorder
+    $(1)/bin/python -m pytest -q -n $(workers) --dist loadfile --no-loadscope-reorder \
+    --max-worker-restart 0
 
 .PHONY: help demo test test-oldest lint docs format clean
 

@@ -2,6 +2,7 @@
 once, and examples that repeat."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -74,6 +75,20 @@ def optimizations(request):
         jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs are dropped when they fill a quarter of the memory maps of the process.
+
+    Each takes some of the 65,530 that Linux allows (vm.max_map_count), and the process that needs
+    more ends in a segmentation fault. What is called again is read from the disk.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 16_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

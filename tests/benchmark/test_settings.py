@@ -226,6 +226,7 @@ def test_an_error_of_pip_is_one_sentence(tmp_path, capsys):
     assert (tmp_path / "new" / environment.MARK).is_file()  # the next attempt continues there
 
 
+@pytest.mark.newest
 def test_workloads_for_a_gpu_call_the_kernel_of_cudnn(monkeypatch):
     """Small workloads of each kind, lowered for CUDA."""
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)

@@ -109,6 +109,7 @@ def machine():
     return Machine({"float32": 1e9, "bfloat16": 2e9}, 1e9, 2e9)
 
 
+@pytest.mark.newest
 def test_the_command_measures_this_library_beside_a_peer(
     peer, tiny, machine, tmp_path, monkeypatch, capsys
 ):

@@ -25,6 +25,7 @@ from rlhf_jax.models.huggingface import (
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.models.stored_types import written_types
 from rlhf_jax.training import sft
+from tests.versions import newest
 
 TYPES = {"bfloat16": jnp.bfloat16, "float16": np.float16}
 UNKNOWN = {"transformers_version": "9.9", "mystery": {"depth": [1, None]}}
@@ -69,8 +70,12 @@ def assert_same_bytes(one, other):
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        *((family.model_type, "bfloat16") for family in FAMILIES),
-        *((name, "float16") for name in ("gpt2", "llama", "phi3")),
+        ("gpt2", "bfloat16"),
+        ("llama", "float16"),
+        *newest(
+            *((each.model_type, "bfloat16") for each in FAMILIES if each.model_type != "gpt2"),
+            *((name, "float16") for name in ("gpt2", "phi3")),
+        ),
     ],
 )
 def test_what_was_not_trained_is_written_as_it_was_read(tmp_path, family, dtype):
@@ -125,7 +130,7 @@ def test_shards_are_read_and_written_in_their_types(tmp_path, monkeypatch):
     assert_same_bytes(tensors_of(one), tensors_of(tmp_path / "third"))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["gpt2", *newest("gemma3_text")])
 def test_a_trained_model_is_written_in_float32(tmp_path, family):
     """Parameters and moments are float32 whatever the folder is; products are in the dtype."""
     stored_folder(tmp_path / "one", family, "bfloat16")

@@ -76,6 +76,7 @@ def test_a_folder_behind_an_address_is_copied_and_a_local_one_is_not(tmp_path, m
     assert not Path(folder).exists()
 
 
+@pytest.mark.newest
 def test_a_model_has_the_special_tokens_of_its_tokenizer(tmp_path, caplog):
     tokenizer = train_tokenizer(["a b"] * 2, 300)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -69,6 +69,7 @@ def test_a_file_that_is_not_there(tmp_path):
     )
 
 
+@pytest.mark.newest
 def test_nothing_left_of_the_pairs(tmp_path, jsonl, sft_run):
     path = jsonl({"chosen": "same", "rejected": "same"}, {"chosen": "a", "rejected": ""})
     config = small.reward(
@@ -122,6 +123,7 @@ def test_dropped_and_truncated_examples_are_one_counted_warning_each(
 # --- sizes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_rows_longer_than_the_model_has_positions(tmp_path, sft_run, reward_run):
     sft, rewarded = sft_run[0], reward_run[0]
     assert message(train_sft, small.sft(tmp_path, data={"max_length": 65})) == (

@@ -110,6 +110,7 @@ def compared(models, tmp_path_factory):
     return folder, evaluation, [responses[number] for number in (0, 3, 1, 2, 4)]
 
 
+@pytest.mark.newest
 def test_a_policy_is_compared_by_all_scores(compared):
     _, evaluation, (after, before, *_) = compared
     metrics = evaluation["metrics"]

@@ -11,6 +11,7 @@ from rlhf_jax import runtime, training
 from rlhf_jax.runtime.commands import main
 from rlhf_jax.runtime.stages import shared
 from tests import small
+from tests.versions import newest
 
 FILE = Path(__file__).parents[3] / "docs" / "examples" / "reinforce.py"
 
@@ -42,7 +43,7 @@ def test_its_random_keys_are_its_own(reinforce):
     assert len(keys) == len(names) == len(training.TRAINERS)
 
 
-@pytest.mark.parametrize("reward", ["model", "function"])
+@pytest.mark.parametrize("reward", ["model", *newest("function")])
 def test_it_trains_resumes_and_reports(
     tmp_path, monkeypatch, reinforce, sft_run, reward_run, reward
 ):
@@ -62,6 +63,7 @@ def test_it_trains_resumes_and_reports(
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
+@pytest.mark.newest
 def test_it_compiles_ahead(tmp_path, reinforce, capsys):
     flags = ["--topology", "local", "--stage", "reinforce", "--model.n_layer", "1"]
     sizes = ["--reinforce.batch_size", "8", "--evaluation.batch_size", "8"]

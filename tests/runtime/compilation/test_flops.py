@@ -15,6 +15,7 @@ from rlhf_jax.rollout.generation import generate
 from rlhf_jax.runtime.compilation.flops import count_flops
 from rlhf_jax.training import ppo, reward, sft
 from rlhf_jax.training.flops import offline_flops, online_flops, target_share
+from tests.versions import newest
 
 MODEL = GPT2(GPT2Config(vocab_size=60, n_positions=16, n_embd=8, n_layer=3, n_head=2), remat="none")
 
@@ -125,7 +126,9 @@ def test_a_reward_model_of_a_decoder_reads_no_table():
     assert flops == 3 * (4 * 15 * 3 * DECODER_LAYER + 8 * 2 * 24) + attention
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers_unfrozen": 1}, {"value_model": "policy"}])
+@pytest.mark.parametrize(
+    "options", [{}, *newest({"num_layers_unfrozen": 1}, {"value_model": "policy"})]
+)
 def test_an_iteration_of_ppo_has_the_flops_that_utilization_counts(options):
     """But for attention, little beside this width, and the ends of responses, which predict none.
 

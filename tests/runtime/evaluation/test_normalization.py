@@ -42,6 +42,7 @@ def scores_of_first_rows(stage, params):
     return np.asarray(jax.jit(make_score_step(stage.model))(params, examples), np.float64)
 
 
+@pytest.mark.newest
 def test_the_exported_model_is_normalized_on_the_first_training_examples(full, stage):
     model, params = load_reward_model(full / "hf")
     written = scores_of_first_rows(stage, params)
@@ -95,6 +96,7 @@ def test_the_scores_for_the_normalization_are_computed_once(tmp_path, monkeypatc
     assert len(calls) == 1
 
 
+@pytest.mark.newest
 def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, full):
     with monkeypatch.context() as patch:
         small.send_signal_in(patch, OfflineStage, "step", 2)

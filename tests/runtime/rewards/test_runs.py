@@ -75,6 +75,7 @@ def text_scorer(tmp_path_factory, reward_run):
     return str(folder)
 
 
+@pytest.mark.newest
 def test_the_rewards_of_a_run_judge_it_as_well(tmp_path, monkeypatch, sft_run, text_scorer):
     """A reward model of texts and a function; the references are no part of the judgement."""
     gold = "rlhf_jax.data.builtin:gold_scores"
@@ -181,6 +182,7 @@ def test_references_that_are_missing(tmp_path, sft_run, examples, expected):
     assert expected.format(path=path) in message(train_ppo, config, small.short_response)
 
 
+@pytest.mark.newest
 def test_references_may_have_another_name_and_go_to_functions_too(tmp_path, sft_run):
     path = tmp_path / "examples.jsonl"
     prompt = "As long as the prompts of other tests, film"  # so that programs are shared

@@ -240,6 +240,7 @@ def test_a_run_whose_output_is_closed_is_saved_and_has_a_status_of_its_own(tmp_p
     small.assert_same_run(counting_run, tmp_path)
 
 
+@pytest.mark.newest
 def test_an_error_in_a_reward_function_is_one_sentence_and_the_run_goes_on(tmp_path, sft_run):
     def divide(scores):
         return [score / 0 for score in scores]
@@ -261,6 +262,7 @@ def test_an_error_in_a_reward_function_is_one_sentence_and_the_run_goes_on(tmp_p
     small.assert_same_run(tmp_path / "full", tmp_path / "parts")
 
 
+@pytest.mark.newest
 def test_a_reward_function_is_given_texts_and_the_other_columns(tmp_path, sft_run):
     file = tmp_path / "prompts.jsonl"
     lines = [f'{{"prompt": "Film {i}.", "answer": {i}, "kind": "k"}}\n' for i in range(8)]

@@ -81,6 +81,7 @@ def test_the_same_call_again_does_nothing(finished, capsys, monkeypatch):
     assert after == before
 
 
+@pytest.mark.newest
 def test_the_configuration_fed_back_repeats_the_run(finished, tmp_path):
     _, folder, _, train = finished
     config = yaml.safe_load((folder / "config.yaml").read_text())

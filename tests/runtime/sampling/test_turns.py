@@ -64,6 +64,7 @@ def replies_in(tokenizer, tokens, own):
     return len(starts)
 
 
+@pytest.mark.newest
 def test_a_run_with_an_environment_trains_on_its_own_tokens_and_continues_bit_for_bit(
     tmp_path, monkeypatch, sft_run
 ):

@@ -131,6 +131,7 @@ def test_all_stages_in_a_row_train_adapters(tmp_path, sft_run):
     assert [stage.lora.base for stage in stages] == ["int8", "float32", "float32"]
 
 
+@pytest.mark.newest
 def test_a_changed_base_and_a_dropout_that_is_not_read(tmp_path, sft_run, run):
     """A run is not continued on another base; a dropout is refused where there is none to be."""
     with pytest.raises(InputError, match="lora.dropout is 0.1, but dpo trains without dropout"):

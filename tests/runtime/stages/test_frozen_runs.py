@@ -74,6 +74,7 @@ def test_ppo_goes_on_and_exports_the_lower_layers_as_they_were(
     assert abs(metrics[0]["objective/kl"]) < 1e-5
 
 
+@pytest.mark.newest
 def test_a_reward_model_goes_on_and_exports_the_lower_layers_as_they_were(
     tmp_path, monkeypatch, policy
 ):

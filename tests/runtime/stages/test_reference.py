@@ -26,6 +26,7 @@ def stopped(monkeypatch, folder, config):
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
 
 
+@pytest.mark.newest
 def test_a_run_learns_and_reports(run):
     folder, result = run
     assert result.metrics["eval/loss"] < np.log(2)
@@ -142,6 +143,7 @@ def test_a_reference_that_is_not_read_is_refused(tmp_path, sft_run, options, mes
         train_dpo(small.dpo(tmp_path, sft_run[0], dpo=options, model={"reference_path": "other"}))
 
 
+@pytest.mark.newest
 def test_kto_trains_on_pairs_as_single_responses(tmp_path, sft_run):
     result = train_kto(small.kto(tmp_path, sft_run[0]))
     assert result.metrics["rewards/margins"] > 0
