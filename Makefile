@@ -3,8 +3,8 @@
 
 # pytest's workers keep the cores busy; a second thread for each of XLA's operations would only have
 # them wait for one another. Each file goes to one worker, which makes what its tests share once, in
-# the order of tests/conftest.py: long files first. A worker that dies is not replaced: pytest-xdist
-# waits forever for one that is.
+# the order of tests/conftest.py: long files first. A worker that crashes is not replaced, since
+# pytest-xdist can wait forever for the new one.
 workers ?= 2
 pytest = JAX_PLATFORMS=cpu XLA_FLAGS="--xla_cpu_multi_thread_eigen=false $(2)" \
     $(1)/bin/python -m pytest -q -n $(workers) --dist loadfile --no-loadscope-reorder \

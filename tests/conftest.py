@@ -79,10 +79,10 @@ def optimizations(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Compiled programs are dropped when they fill a quarter of the memory maps of the process.
+    """Drops compiled programs at the end of a module if the process has 16,000 memory maps.
 
-    Each takes some of the 65,530 that Linux allows (vm.max_map_count), and the process that needs
-    more ends in a segmentation fault. What is called again is read from the disk.
+    A program takes about three; Linux allows a process 65,530 (vm.max_map_count), and XLA crashes
+    beyond that. Functions called again are traced again, and their programs read from the disk.
     """
     yield
     maps = Path("/proc/self/maps")

@@ -1,10 +1,10 @@
-"""Parameters that need no older version."""
+"""Parameters that are tested with the newest versions alone."""
 
 import pytest
 
 
 def newest(*values):
-    """Values for `pytest.mark.parametrize` that are tested on the newest end alone."""
+    """The values as parameters marked `newest`; a tuple holds one value for each argument."""
     return [
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.newest)
         for value in values

@@ -55,6 +55,7 @@ def model_of(case, **changes):
 
 def busy(model):
     """Parameters whose norms are not the identity."""
+    rng = np.random.default_rng(1)
     leaves, tree = jax.tree.flatten(model.init(jax.random.key(0)))
     return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 

@@ -17,7 +17,6 @@ from tests import small
 THREE = {"num_responses": 3, "total_episodes": 48}
 
 
-@pytest.mark.newest
 def test_the_command_trains_reports_and_continues_bit_for_bit(
     tmp_path, monkeypatch, capsys, sft_run, reward_run
 ):

@@ -143,7 +143,6 @@ def test_a_reference_that_is_not_read_is_refused(tmp_path, sft_run, options, mes
         train_dpo(small.dpo(tmp_path, sft_run[0], dpo=options, model={"reference_path": "other"}))
 
 
-@pytest.mark.newest
 def test_kto_trains_on_pairs_as_single_responses(tmp_path, sft_run):
     result = train_kto(small.kto(tmp_path, sft_run[0]))
     assert result.metrics["rewards/margins"] > 0
