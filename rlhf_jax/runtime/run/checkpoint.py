@@ -113,10 +113,12 @@ class Checkpoints:
         return True
 
     def check(self) -> None:
-        """Raises the error of a save in the background, if there was one."""
-        if self._opened is not None:
+        """Raises the error of a save in the background that has ended with one."""
+        # Not by `check_for_errors`, which forgets the error: Orbax's own thread could then miss it,
+        # and delete the checkpoint before.
+        if self._opened is not None and not self._opened.is_saving_in_progress():
             with _os_errors():
-                self._opened.check_for_errors()
+                self._opened.wait_until_finished()
 
     def wait(self) -> None:
         """Waits for a save in the background, and raises its error."""

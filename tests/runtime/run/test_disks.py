@@ -2,16 +2,21 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.evaluation import policies as judging
 from rlhf_jax.runtime.run import checkpoint as checkpoints
+from rlhf_jax.runtime.run.settings import CheckpointSettings
 from tests import small
 from tests.runtime.run import counting
 from tests.runtime.run.counting import CountingStage
@@ -102,6 +107,28 @@ def test_a_disk_that_fills_under_a_later_checkpoint_leaves_the_one_before(small_
     counting.train(folder / "run", checkpoint=checkpoint)
     small.assert_same_run(counting_run, folder / "run")
     assert saved_steps(folder / "run") == [4]
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow beyond 8 MiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**23, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_failed_write_leaves_the_one_before_however_often_it_is_checked(tmp_path, small_files):
+    """Whoever sees the error first, Orbax's thread does not miss it and delete that one."""
+    saved = checkpoints.Checkpoints(str(tmp_path), CheckpointSettings(keep=1))
+    saved.save(1, {"x": jnp.zeros(2)})
+    saved.wait()
+    saved.save(2, {"x": jax.random.normal(jax.random.key(0), (2**22,))})  # 16 MiB
+    deadline = time.monotonic() + 60
+    with pytest.raises(Exception, match="File too large|os_error_code='27'"):
+        while time.monotonic() < deadline:
+            saved.check()
+    assert saved.latest_step() == 1
 
 
 def no_space(*arguments):
