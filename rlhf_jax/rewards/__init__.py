@@ -23,14 +23,4 @@ if TYPE_CHECKING:
     from rlhf_jax.rewards.forms import length_penalty as length_penalty
     from rlhf_jax.rewards.forms import repetition_penalty as repetition_penalty
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "exact_match": "rlhf_jax.rewards.answers",
-        "format_match": "rlhf_jax.rewards.forms",
-        "length_penalty": "rlhf_jax.rewards.forms",
-        "math_match": "rlhf_jax.rewards.expressions",
-        "numeric_match": "rlhf_jax.rewards.answers",
-        "repetition_penalty": "rlhf_jax.rewards.forms",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__)
