@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.adapter_settings import Base
-from rlhf_jax.models.dense import BESIDE_KERNEL, adapter_product, column_norms, effective_kernel
+from rlhf_jax.models.dense import BESIDE_KERNEL, column_norms, effective_kernel
 from rlhf_jax.models.family import leaf_at
 from rlhf_jax.models.interface import Params
 
@@ -123,11 +122,6 @@ def split_adapters(adapters: Adapters, params: Params) -> tuple[Params, Params]:
 
     trained = _filtered(params, is_trained)
     return trained, _filtered(params, lambda path: not is_trained(path))
-
-
-def trains_embedding(trained: Params) -> bool:
-    """Whether the trained part holds an embedding, other than an unembedding alone."""
-    return any("embedding" in part for name, part in trained.items() if name != "lm_head")
 
 
 def _filtered(tree: Params, keeps: Callable[[Path], bool], path: Path = ()) -> Params:
@@ -274,25 +268,6 @@ def merge_adapter(model: Any, params: Params) -> tuple[Any, Params]:
             merged["kernel"] = jax.vmap(effective_kernel)(beside)
         tree = merged_trees(tree, nested(path, merged))
     return dataclasses.replace(model, adapters=None), tree
-
-
-def unmerge_adapter(params: Params, merged: Params) -> Params:
-    """The base, of merged parameters and of those with the adapters; exact to float32 rounding.
-
-    Raises:
-      InputError: the adapters are DoRA's, of which the base cannot be computed.
-    """
-
-    def difference(module: Params, merged: Params) -> Params:
-        if "lora_magnitude" in module:
-            raise InputError("DoRA cannot be unmerged, for norms are lost; load the base again.")
-        product = jax.vmap(adapter_product)(_beside(module)) if "lora_a" in module else 0.0
-        return {**merged, "kernel": merged["kernel"] - product} if "kernel" in module else merged
-
-    tree: Params = {}
-    for path, arrays in modules(params):
-        tree = merged_trees(tree, nested(path, difference(arrays, leaf_at(merged, path))))
-    return tree
 
 
 def _beside(arrays: Params) -> Params:

@@ -242,6 +242,7 @@ class Decoder(StackedModel):
     config: DecoderConfig
 
     table, final_norm, norms = "embed_tokens", "norm", "norm"
+    rules = PARTITION_RULES
     final_has_bias = False
 
     def __post_init__(self) -> None:
@@ -251,11 +252,6 @@ class Decoder(StackedModel):
                 "The attention cudnn has no softcap, which this model needs; set model.attention "
                 "to blocks."
             )
-
-    @property
-    def partition_rules(self) -> Rules:
-        """The rules of the parameters."""
-        return PARTITION_RULES
 
     @property
     def block(self) -> Block:

@@ -65,7 +65,7 @@ def read_adapter(
     folder = pathlib.Path(folder).expanduser()
     config = read_adapter_config(folder)
     _warn_of_base(folder, config.get("base_model_name_or_path"), base)
-    adapters = resolve_adapters(config, slots, str(folder / CONFIG))
+    adapters = resolve_adapters(config, model, slots, str(folder / CONFIG))
     tensors = _read_tensors(folder / WEIGHTS)
     tree: Params = {}
     for target in adapters.targets:
