@@ -35,7 +35,7 @@ def _slots(model: Decoder) -> dict[str, Slot]:
 
 
 def _write_config(config: DecoderConfig, is_classifier: bool) -> dict[str, Any]:
-    """The keys of the config.json that it was read from, with what may have changed since.
+    """The keys of the config.json that it was read from, with the current values.
 
     Raises:
       ValueError: it was not read from one, or differs from it in a field that is not written.

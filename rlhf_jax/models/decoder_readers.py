@@ -1,7 +1,7 @@
 """From config.json to the switches of a decoder, a function for each family.
 
-What a family computes was read from the configurations and models of transformers 4.57 and 5. A
-setting that would change the numbers and is not computed here raises an InputError that names it.
+The families are those of the configurations and models of transformers 4.57 and 5. A setting that
+would change the numbers and is not computed here raises an InputError that names it.
 """
 
 import dataclasses
@@ -270,7 +270,7 @@ def _cap(data: Data, key: str, default: float | None) -> float | None:
 
 
 def _config(data: Data, fixed: Data, **switches: Any) -> DecoderConfig:
-    """The configuration with the sizes and constants of config.json and the given switches.
+    """The configuration with the sizes and constants of config.json and these switches.
 
     Args:
       fixed: keys that may be absent or have this value.

@@ -99,7 +99,7 @@ def rules_beside_kernels(rules: Rules) -> Rules:
     beside: list[tuple[str, PartitionSpec]] = [(_REPLICATED, PartitionSpec())]
     for pattern, spec in rules:
         if "kernel" in pattern:
-            layers, width, *features = *spec, *[None] * (2 - len(spec))
+            layers, width, *features = [*spec, *[None] * (2 - len(spec))]
             of_input, of_output = (pattern.replace("kernel", a) for a in (_OF_INPUT, _OF_OUTPUT))
             beside.append((of_input, PartitionSpec(layers, width, None)))
             beside.append((of_output, PartitionSpec(layers, None, *features)))

@@ -1,6 +1,6 @@
 """Adapters read from and written to PEFT's `adapter_model.safetensors`.
 
-An adapter is small beside its base: it is read as a whole, by each host.
+An adapter is small beside its base: each host reads all of it.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ def _saved_arrays(folder, adapters, slots, params, tensors):
     for name, slot in slots.items():
         if not adapters.is_saved(slot.path):
             continue
-        values = _taken(folder, tensors, _PREFIX + name, slot.shape)
+        values = _pop_tensor(folder, tensors, _PREFIX + name, slot.shape)
         values = values.T if slot.transposed else values
         own = leaf_at(params, slot.path)
         if slot.layer is None:
@@ -187,18 +187,18 @@ def _read_tensors(file):
     return tensors
 
 
-def _taken(folder, tensors, name, shape):
-    """The tensor of a name, taken out of those that are left."""
+def _pop_tensor(folder, tensors, name, shape):
+    """Removes a tensor from those that were read, and returns it."""
     if name not in tensors:
         raise InputError(
-            f"{folder / WEIGHTS} lacks the tensor {name!r}, which the adapter's configuration asks "
-            "for on this base; give the base that it was trained on, or save it again."
+            f"{folder / WEIGHTS} lacks the tensor {name!r}, which the adapter's configuration "
+            "needs on this base; give the base that it was trained on, or save it again."
         )
     values = tensors.pop(name)
     if values.shape != tuple(shape):
         raise InputError(
             f"{folder / WEIGHTS}: the tensor {name!r} has shape {list(values.shape)}, but this "
-            f"base asks for {list(shape)}; give the base that it was trained on."
+            f"base needs {list(shape)}; give the base that it was trained on."
         )
     return values
 
@@ -213,11 +213,11 @@ def _target_arrays(folder, adapters, target, slots, kernel, tensors):
         magnitude = np.array(hosts.to_host(jax.jit(jax.vmap(column_norms))(kernel)), np.float32)
     for layer, name in _names_of(target, slots):
         rank = target.ranks[layer]
-        a[layer, :, :rank] = _taken(folder, tensors, f"{name}.lora_A.weight", (rank, width)).T
-        values = _taken(folder, tensors, f"{name}.lora_B.weight", (outputs, rank))
+        a[layer, :, :rank] = _pop_tensor(folder, tensors, f"{name}.lora_A.weight", (rank, width)).T
+        values = _pop_tensor(folder, tensors, f"{name}.lora_B.weight", (outputs, rank))
         b[layer, :rank] = values.T.reshape(rank, *features)
         if adapters.use_dora:
-            values = _taken(folder, tensors, f"{name}.lora_magnitude_vector", (outputs,))
+            values = _pop_tensor(folder, tensors, f"{name}.lora_magnitude_vector", (outputs,))
             magnitude[layer] = values.reshape(features)
     arrays = {"lora_a": a, "lora_b": b, "lora_scale": adapters.scales(target)}
     if adapters.dropout:

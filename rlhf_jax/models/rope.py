@@ -203,7 +203,7 @@ def _kind(values: Mapping[str, Any]) -> str:
 
 
 def _attention_factor(rope: Rope, values: Mapping[str, Any]) -> float:
-    """The given factor, or the one of `mscale` and `mscale_all_dim`, or that of the paper."""
+    """The factor itself, or the one of `mscale` and `mscale_all_dim`, or that of the paper."""
     names = ("attention_factor", "mscale", "mscale_all_dim")
     known = {name: positive(name, values[name]) for name in names if values.get(name) is not None}
     if "attention_factor" in known or rope.factor <= 1:

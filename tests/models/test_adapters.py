@@ -161,7 +161,7 @@ def test_a_reward_adapter_is_read_with_its_head(tmp_path, caplog):
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base"),
         ({"target_parameters": ["x"]}, r"target_parameters is \['x'\], but is not supported"),
         ({"target_modules": ["gate"]}, "target_modules names 'gate', which is no linear module"),
-        ({"r": 5}, r"has shape \[4, 32\], but this base asks for \[5, 32\]; give the base"),
+        ({"r": 5}, r"has shape \[4, 32\], but this base needs \[5, 32\]; give the base"),
         ({"target_modules": ["c_attn"]}, "is of no module that the adapter's configuration names"),
         ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm', which the model does not"),
     ],
