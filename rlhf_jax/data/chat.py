@@ -206,7 +206,7 @@ class Chat(NamedTuple):
     ) -> tuple[str, str]:
         """The rendered prompt, and the text that the template adds for the turns that answer it.
 
-        Turns that begin with those of the prompt lose them.
+        Turns that begin with those of the prompt are read without them.
         """
         full = self.up_to_eos([*before, *without_prompt(after, before)])
         prompt = self.rendered(before, add_generation_prompt=True)

@@ -232,11 +232,18 @@ def modules(tree: Params, path: Path = ()) -> Iterator[tuple[Path, Params]]:
             yield from modules(part, (*path, name))
 
 
-def frozen_base(adapters: Adapters, params: Params) -> Params:
-    """The parameters with the frozen ones in the type of the base."""
+def frozen_base(
+    adapters: Adapters, params: Params, freeze: Callable[[Path, Params], Params] | None = None
+) -> Params:
+    """The parameters with the frozen ones in the type of the base.
+
+    Args:
+      freeze: (path, module) -> the module in that type; None for `frozen_module`.
+    """
     tree: Params = {}
     for path, module in modules(params):
-        module = module if adapters.is_saved(path) else frozen_module(module, adapters.base)
+        if not adapters.is_saved(path):
+            module = freeze(path, module) if freeze else frozen_module(module, adapters.base)
         tree = merged_trees(tree, nested(path, module))
     return tree
 
@@ -264,17 +271,11 @@ def merge_adapter(model: Any, params: Params) -> tuple[Any, Params]:
     tree: Params = {}
     for path, arrays in modules(params):
         merged = {k: x.astype(jnp.float32) for k, x in arrays.items() if k not in BESIDE_KERNEL}
-        if beside := _beside(arrays):
-            merged["kernel"] = jax.vmap(effective_kernel)(beside)
+        if len(merged) < len(arrays):
+            parts = {k: x for k, x in arrays.items() if k in ("kernel", *BESIDE_KERNEL)}
+            merged["kernel"] = jax.vmap(effective_kernel)(parts)
         tree = merged_trees(tree, nested(path, merged))
     return dataclasses.replace(model, adapters=None), tree
-
-
-def _beside(arrays: Params) -> Params:
-    """The kernel with the arrays beside it; {} where it has none."""
-    if not any(name in BESIDE_KERNEL for name in arrays):
-        return {}
-    return {name: x for name, x in arrays.items() if name in ("kernel", *BESIDE_KERNEL)}
 
 
 def padded_like(stack: Params, other: Params) -> Params:

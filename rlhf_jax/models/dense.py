@@ -20,6 +20,7 @@ Hu et al. 2021, LoRA, section 4.1 (arXiv:2106.09685); Meng et al. 2024, PiSSA, e
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -99,7 +100,8 @@ def rules_beside_kernels(rules: Rules) -> Rules:
     beside: list[tuple[str, PartitionSpec]] = [(_REPLICATED, PartitionSpec())]
     for pattern, spec in rules:
         if "kernel" in pattern:
-            layers, width, *features = [*spec, *[None] * (2 - len(spec))]
+            axes: list[Any] = [*spec, *[None] * (2 - len(spec))]
+            layers, width, *features = axes
             of_input, of_output = (pattern.replace("kernel", a) for a in (_OF_INPUT, _OF_OUTPUT))
             beside.append((of_input, PartitionSpec(layers, width, None)))
             beside.append((of_output, PartitionSpec(layers, None, *features)))

@@ -121,7 +121,7 @@ class GPT2Config:
 
 
 class Block(nn.Module):
-    """A layer, with the methods of `stacked.Block`.
+    """A layer, with the methods of `layers.Block`.
 
     In decoding, single tokens are multiplied with all parameters: these stay where they are, and
     the activations move (Pope et al. 2022, section 3.2: weight-stationary layouts;

@@ -5,6 +5,7 @@ An adapter is small beside its base: each host reads all of it.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import InputError
@@ -134,40 +135,27 @@ def _warn_of_base(folder, named, base):
 
 def _saved_arrays(folder, adapters, slots, params, tensors):
     """The parameters of modules that are stored in full."""
-    tree: Params = {}
+    arrays: dict[tuple[str, ...], np.ndarray] = {}
     for name, slot in slots.items():
         if not adapters.is_saved(slot.path):
             continue
         values = _pop_tensor(folder, tensors, _PREFIX + name, slot.shape)
         values = values.T if slot.transposed else values
-        own = leaf_at(params, slot.path)
+        shape = leaf_at(params, slot.path).shape
+        full = arrays.setdefault(slot.path, np.zeros(shape, np.float32))
         if slot.layer is None:
-            full = np.zeros(own.shape, np.float32)
-            values = values.reshape(-1, *own.shape[1:])  # [1, D] of a head is [D]
+            values = values.reshape(-1, *shape[1:])  # [1, D] of a head is [D]
             full[: len(values)] = values  # the padding of the vocabulary is not in the file
         else:
-            full = _leaf_or(tree, slot.path, own.shape)
-            full[slot.layer] = values.reshape(own.shape[1:])
-        tree = merged_trees(tree, nested(slot.path, full))
-    return tree
-
-
-def _leaf_or(tree, path, shape):
-    """The array at a path of a tree, or a new one."""
-    try:
-        return leaf_at(tree, path)
-    except KeyError:
-        return np.zeros(shape, np.float32)
+            full[slot.layer] = values.reshape(shape[1:])
+    trees = (nested(path, full) for path, full in arrays.items())
+    return functools.reduce(merged_trees, trees, {})
 
 
 def _placed(tree, shardings):
     if shardings is None:
         return jax.tree.map(jax.numpy.array, tree)
-
-    def place(leaf: np.ndarray, sharding: Sharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(place, tree, shardings)
+    return jax.tree.map(hosts.spanning_array, shardings, tree)
 
 
 def _read_tensors(file):
