@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, get_abstract_mesh
 
-# Left to itself, XLA orders a step on a CPU so that most of it could run at once, and keeps what
-# that needs. Its products use all cores anyway.
+# By default XLA orders a step on a CPU so that most of it could run at once, and keeps the arrays
+# which that needs. Its products use all cores anyway.
 _LESS_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -23,7 +23,7 @@ def compiler_options(platform: str) -> dict[str, str] | None:
 
 
 def is_on_cpu() -> bool:
-    """Whether what is traced is to run on CPUs: the devices of the mesh, if one is set."""
+    """Whether the traced program is for CPUs: the devices of the mesh, if one is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.default_backend() == "cpu"
@@ -32,7 +32,7 @@ def is_on_cpu() -> bool:
 
 
 def is_on_one_cpu() -> bool:
-    """Whether what is traced is to run on one CPU."""
+    """Whether the traced program is for one CPU."""
     mesh = jax.sharding.get_abstract_mesh()
     return is_on_cpu() and (mesh.empty or mesh.size == 1)
 
@@ -46,7 +46,7 @@ def can_set_layouts() -> bool:
 
 
 def transposed_copy(x: jax.Array) -> jax.Array:
-    """[..., n, m] of [..., m, n], copied, so that a product reads it by rows.
+    """[..., n, m] of [..., m, n], copied, so that a product reads it contiguously.
 
     Barriers keep XLA from merging the transposition with the product, which is slower on a CPU:
     see docs/performance.md.

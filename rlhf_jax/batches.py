@@ -160,7 +160,7 @@ class TurnRollout(NamedTuple):
     """A `Rollout` of several turns, in which an environment wrote some of the tokens.
 
     Attributes:
-      tokens, mask, logprobs: as in `Rollout`; logprobs are 0 on what the environment wrote.
+      tokens, mask, logprobs: as in `Rollout`; logprobs are 0 on the text of the environment.
       acted: bool[B, T], the tokens of the mask that the policy sampled.
     """
 

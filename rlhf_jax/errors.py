@@ -1,11 +1,11 @@
-"""The exceptions for what a user can mend; their messages are one sentence."""
+"""Exceptions for mistakes that a user can mend; their messages are one sentence."""
 
 
 class InputError(ValueError):
-    """A file, a row, a setting or a command line that cannot be used.
+    """A file, an example, a setting or a command line that cannot be used.
 
-    The message says what was given, what is allowed and what to do. The commands print it as one
-    line and exit with status 2; Python callers catch it as a `ValueError`.
+    The message names the value, the allowed ones and the remedy. The commands print it as one line
+    and exit with status 2; Python callers catch it as a `ValueError`.
     """
 
 

@@ -1,19 +1,29 @@
 """Packages whose public names are imported when they are first used."""
 
+import ast
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 
-def lazy_names(
-    package: str, homes: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """(`__getattr__`, `__dir__`, `__all__`) of a package that imports nothing by itself (PEP 562).
+
+    Its public names are those that its source imports as themselves, `from module import name as
+    name`, under `if TYPE_CHECKING:`, where type checkers and editors read them too.
 
     Args:
       package: its `__name__`.
-      homes: public name -> the module that defines it.
     """
+    homes = {
+        alias.name: node.module or ""
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[package])))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
 
     def __getattr__(name: str) -> Any:
         if name not in homes:

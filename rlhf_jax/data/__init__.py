@@ -23,21 +23,4 @@ if TYPE_CHECKING:
     from rlhf_jax.data.tokenizers import load_tokenizer as load_tokenizer
     from rlhf_jax.data.tokenizers import train_tokenizer as train_tokenizer
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "Batches": "rlhf_jax.data.batching",
-        "DataSettings": "rlhf_jax.data.settings",
-        "TokenizerSettings": "rlhf_jax.data.settings",
-        "encode_examples": "rlhf_jax.data.kinds",
-        "encode_pairs": "rlhf_jax.data.comparisons",
-        "encode_prompts": "rlhf_jax.data.prompts",
-        "encode_rankings": "rlhf_jax.data.comparisons",
-        "encode_texts": "rlhf_jax.data.sft",
-        "eval_batches": "rlhf_jax.data.batching",
-        "load_examples": "rlhf_jax.data.datasets",
-        "load_tokenizer": "rlhf_jax.data.tokenizers",
-        "tokenize_texts": "rlhf_jax.data.sft",
-        "train_tokenizer": "rlhf_jax.data.tokenizers",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

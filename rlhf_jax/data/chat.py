@@ -206,7 +206,7 @@ class Chat(NamedTuple):
     ) -> tuple[str, str]:
         """The rendered prompt, and the text that the template adds for the turns that answer it.
 
-        Turns that begin with those of the prompt lose them.
+        Turns that begin with those of the prompt are read without them.
         """
         full = self.up_to_eos([*before, *without_prompt(after, before)])
         prompt = self.rendered(before, add_generation_prompt=True)
@@ -232,9 +232,9 @@ class Chat(NamedTuple):
         return str(text)
 
     def marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]] | None:
-        """The text, and where in it the template has marked what the assistant wrote.
+        """The text, and the spans in it that the template marks as written by the assistant.
 
-        None if the template has no {% generation %}. Those are the spans of transformers'
+        None if the template has no {% generation %}. The spans are those of transformers'
         `return_assistant_tokens_mask`.
         """
         template = self.tokenizer.get_chat_template(None, self.tools)
@@ -253,7 +253,7 @@ class Chat(NamedTuple):
         return texts[0], spans[0]
 
     def _call(self, render: Callable[..., Any], messages: list[Message], **options: Any) -> Any:
-        """render(messages, ...), with the example's place in what it raises."""
+        """render(messages, ...), with the example's place in its errors."""
         template = str(self.tokenizer.chat_template)
         uses_calls = any(message.get("tool_calls") for message in messages)
         for name, is_used in (("tools", self.tools is not None), ("tool_calls", uses_calls)):

@@ -64,7 +64,7 @@ def _load(settings: DataSettings, kind: Kind) -> tuple[Examples, Examples]:
     """(train, evaluation), before conversations are split."""
     path, has_own = settings.path, settings.eval_path is not None or settings.eval_split is not None
     if path == BUILTIN or tasks.is_task(path):
-        train = _made(settings, kind, path, settings.builtin_rows, "train")
+        train = _generated(settings, kind, path, settings.builtin_rows, "train")
         return train[: settings.max_rows], _evaluation(settings, kind)
     table = _read(path, settings.split, settings, kind)
     order = np.random.default_rng(settings.seed).permutation(table.size)
@@ -78,19 +78,19 @@ def _load(settings: DataSettings, kind: Kind) -> tuple[Examples, Examples]:
     return examples_of(table, selected, kind, path), evaluation
 
 
-def _made(
+def _generated(
     settings: DataSettings, kind: Kind, path: str, count: int, split: builtin.Split
 ) -> Examples:
     """Examples of the embedded corpus or of a task; the two splits share no prompt."""
-    maker: Any = builtin
+    generator: Any = builtin
     arguments: tuple[Any, ...] = (settings.seed, count, split)
     if path != BUILTIN:
-        maker, arguments = tasks, (path, settings.task, *arguments)
+        generator, arguments = tasks, (path, settings.task, *arguments)
     if kind in ("text", "references"):
-        return maker.texts(*arguments)
+        return generator.texts(*arguments)
     if kind == "prompts":
-        return maker.prompts(*arguments)
-    pairs = maker.pairs(*arguments)
+        return generator.prompts(*arguments)
+    pairs = generator.pairs(*arguments)
     if kind == "unpaired":
         return [example for pair in pairs for example in labelled(pair)]
     return pairs if kind == "pairs" else [ranking_of(pair) for pair in pairs]
@@ -113,7 +113,7 @@ def _evaluation(settings: DataSettings, kind: Kind) -> Examples:
     path = settings.eval_path or settings.path
     count = MAX_HELD_OUT if settings.eval_rows is None else settings.eval_rows
     if path == BUILTIN or tasks.is_task(path):
-        return _made(settings, kind, path, count, "eval")
+        return _generated(settings, kind, path, count, "eval")
     if count == 0:
         return []
     split = settings.eval_split or ("train" if is_one_split(path) else "validation")

@@ -176,13 +176,13 @@ def _read_json_lines(file: Path) -> Iterator[Example]:
         if line.strip():
             place = f"line {number} of {file}"
             try:
-                row = json.loads(line.rstrip())
+                record = json.loads(line.rstrip())
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
                 column = f" at column {error.colno}" if hasattr(error, "colno") else ""
                 shown = repr(line.strip()[:60])
                 raise fault_at(place, f" is no JSON ({reason}{column}): {shown}.") from error
-            yield _json_object(row, place)
+            yield _json_object(record, place)
 
 
 def _json_object(value: Any, place: str) -> Example:
@@ -202,8 +202,8 @@ def _read_json(file: Path) -> Iterator[Example]:
             yield from _read_json_lines(file)
             return
         raise InputError(f"{file} is no JSON: {error}.") from error
-    for number, row in enumerate(document if isinstance(document, list) else [document], 1):
-        yield _json_object(row, f"row {number} of {file}")
+    for number, record in enumerate(document if isinstance(document, list) else [document], 1):
+        yield _json_object(record, f"row {number} of {file}")
 
 
 def _read_csv(file: Path) -> Iterator[Example]:
@@ -250,12 +250,12 @@ def _read_parquet(file: Path, columns: set[str] | None = None) -> Iterator[Examp
 
     used = [name for name in _parquet_columns(file) if columns is None or name in columns]
     try:
-        rows = pyarrow.parquet.read_table(file, columns=used).to_pylist()
-        rows = rows if used else [{}] * pyarrow.parquet.read_metadata(file).num_rows
+        records = pyarrow.parquet.read_table(file, columns=used).to_pylist()
+        records = records if used else [{}] * pyarrow.parquet.read_metadata(file).num_rows
     except Exception as error:  # its type depends on the fault
         raise InputError(f"{file} cannot be read: {_reason(error)}.") from error
-    for number, row in enumerate(rows, 1):
-        yield Example(row, f"row {number} of {file}")
+    for number, record in enumerate(records, 1):
+        yield Example(record, f"row {number} of {file}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Example]]] = {
@@ -274,8 +274,8 @@ def _of_library(dataset: datasets.Dataset, path: str, columns: set[str] | None) 
     used = dataset.select_columns([c for c in names if columns is None or c in columns])
 
     def read(indices: Sequence[int]) -> list[Example]:
-        rows = zip(indices, used.select(indices), strict=True)
-        return [Example(row, f"row {index + 1} of {path}") for index, row in rows]
+        records = zip(indices, used.select(indices), strict=True)
+        return [Example(record, f"row {index + 1} of {path}") for index, record in records]
 
     return Table(names, len(dataset), read, has_one_schema=True)
 

@@ -36,10 +36,8 @@ def encode_examples(
     """All examples of a kind, as `load_examples` returns them, as one batch of NumPy arrays.
 
     Returns:
-      A `TextBatch`, `PairBatch`, `RankingBatch`, `UnpairedBatch` or `PromptBatch`, as
-      `encode_texts`, `encode_pairs`, `encode_rankings`, `encode_unpaired` and `encode_prompts`
-      return it; "references" are encoded as
-      prompts.
+      The result of `encode_texts`, `encode_pairs`, `encode_rankings`, `encode_unpaired` or
+      `encode_prompts`; "references" are encoded as prompts.
 
     Raises:
       InputError: if no example is left, or messages cannot be rendered.

@@ -31,8 +31,8 @@ def conversation_of(
 ) -> Conversation:
     """The conversation in `messages`, or of a prompt and its completion.
 
-    What the assistant wrote is what the chat template marks by {% generation %}. In a template
-    without such marks it is, of each turn of the assistant,
+    The chat template marks the assistant's texts by {% generation %}. In a template without such
+    marks they are, of each turn of the assistant,
 
         the text of the messages up to this turn - the text before it, with a generation prompt
 

@@ -19,7 +19,7 @@ def leave_one_out_advantages(scores, mask=None):
       mask: bool[B, K], True on responses with a score, the only ones that count in K; None: all.
 
     Returns:
-      f32[B, K], zero off the mask and for the only response of a group; each row sums to 0, and
+      f32[B, K], zero off the mask and for the only response of a group; each group sums to 0, and
       equal scores give exactly 0.
 
     Raises:
@@ -51,7 +51,7 @@ def group_advantages(scores, mask=None, *, scale=True, eps=1e-4):
       eps: added to the deviation, in units of the scores.
 
     Returns:
-      f32[B, K], zero off the mask and for the only response of a group; each row sums to 0. Equal
+      f32[B, K], zero off the mask and for the only response of a group; each group sums to 0. Equal
       scores give exactly 0, with finite gradients.
 
     Raises:
@@ -238,7 +238,7 @@ def _centred(x, mask, axis):
     lowest = jnp.min(x, axis, keepdims=True, where=mask, initial=jnp.inf)
     x = jnp.where(mask, x - jax.lax.stop_gradient(lowest), 0.0)
     count = count_or_one(jnp.sum(mask, axis, keepdims=True))
-    for _ in range(2):  # the first mean is rounded; the second is that of what is left
+    for _ in range(2):  # the first mean is rounded; the second is that of the rest
         x = jnp.where(mask, x - jnp.sum(x, axis, keepdims=True) / count, 0.0)
     return x
 

@@ -1,4 +1,4 @@
-"""The losses of GRPO and of what followed it: DAPO, Dr. GRPO, GSPO, CISPO, SAPO."""
+"""The losses of GRPO and of its successors: DAPO, Dr. GRPO, GSPO, CISPO, SAPO."""
 
 import numbers
 
@@ -197,8 +197,8 @@ def _expect_arrays(logprobs, old_logprobs, advantages, mask, weights, ref_logpro
         mask=(mask, "BT", bool),
     )
     further = {"weights": weights, "ref_logprobs": ref_logprobs, "entropy": entropy}
-    given = {name: (x, "BT", float) for name, x in further.items() if x is not None}
-    expect(logprobs=(logprobs, "BT", float), **given)
+    expected = {name: (x, "BT", float) for name, x in further.items() if x is not None}
+    expect(logprobs=(logprobs, "BT", float), **expected)
 
 
 def _log_ratio(logprobs, old_logprobs, mask, level):

@@ -57,8 +57,8 @@ def linear_token_logprobs(
         one. The devices are those of `jax.set_mesh`, over which logits are assumed to be sharded;
         an axis of `jax.vmap` is not counted, so give a number there. If the batch is sharded, each
         chunk sums the unembedding's gradient over devices; inside `jax.shard_map` there is one sum.
-      vocab_size: number of rows of the unembedding that are tokens, static; None: all. Further rows
-        are padding and have no effect.
+      vocab_size: number of tokens, static; None: V. Vectors of the unembedding from there on are
+        padding and have no effect.
 
     Returns:
       (logprobs, entropy), f32[B, T] each, in nats.
@@ -82,11 +82,11 @@ def linear_token_logprobs(
         unembedding=(unembedding, "VD", float),
     )
     expect_scalars(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    (batch, length, _), num_rows = hidden.shape, unembedding.shape[0]
+    (batch, length, _), padded_size = hidden.shape, unembedding.shape[0]
     if chunk_size is None:
-        is_small = length * _position_bytes(batch, num_rows) <= MAX_SAVED
-        chunk_size = max(length, 1) if is_small else positions_per_chunk(batch, length, num_rows)
-    chunks, vocab_size = expect_sizes(length, num_rows, chunk_size, vocab_size)
+        is_small = length * _position_bytes(batch, padded_size) <= MAX_SAVED
+        chunk_size = max(length, 1) if is_small else positions_per_chunk(batch, length, padded_size)
+    chunks, vocab_size = expect_sizes(length, padded_size, chunk_size, vocab_size)
     # With c = softcap / logit_scale: softcap * tanh(x / softcap) = logit_scale * c * tanh(... / c).
     temperature = jnp.asarray(temperature / logit_scale, jnp.float32)
     softcap = None if softcap is None else jnp.asarray(softcap / logit_scale, jnp.float32)
@@ -105,27 +105,27 @@ class _Normalizers(NamedTuple):
     entropy: jax.Array
 
 
-def positions_per_chunk(batch, length, num_rows):
+def positions_per_chunk(batch, length, padded_size):
     """Positions whose logits take about CHUNK bytes on a device: from 1 to half of the length."""
-    fitting = int(CHUNK / _position_bytes(batch, num_rows))
+    fitting = int(CHUNK / _position_bytes(batch, padded_size))
     return max(1, min(fitting, -(-length // 2)))
 
 
-def _position_bytes(batch, num_rows):
+def _position_bytes(batch, padded_size):
     """Bytes on one device of the logits of one position of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     # Inside shard_map sizes are those of one device already.
     manual = jax.sharding.AxisType.Manual
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
     devices = math.prod(size for size, kind in axes if kind != manual)
-    return max(4 * batch * num_rows / devices, 1)
+    return max(4 * batch * padded_size / devices, 1)
 
 
-def expect_sizes(length, num_rows, chunk_size, vocab_size):
+def expect_sizes(length, padded_size, chunk_size, vocab_size):
     """(number of chunks, vocab_size), after a check of both sizes."""
     chunk_size = _expect_positive("chunk_size", chunk_size, math.inf)
-    vocab_size = num_rows if vocab_size is None else vocab_size
-    return max(1, -(-length // chunk_size)), _expect_positive("vocab_size", vocab_size, num_rows)
+    vocab_size = padded_size if vocab_size is None else vocab_size
+    return max(1, -(-length // chunk_size)), _expect_positive("vocab_size", vocab_size, padded_size)
 
 
 def _expect_positive(name, number, highest):
@@ -237,14 +237,14 @@ def transposed(gradient, dtype):
 
 
 def without_padding(unembedding, vocab_size):
-    """The unembedding with its padding rows replaced by its first row.
+    """The unembedding with its padding replaced by its first vector.
 
     This does not change the largest logit, and removes NaN, which times a gradient of 0 is NaN.
     """
-    num_rows = unembedding.shape[0]
-    if vocab_size == num_rows:
+    padded_size = unembedding.shape[0]
+    if vocab_size == padded_size:
         return unembedding
-    ids = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0)
+    ids = lax.broadcasted_iota(jnp.int32, (padded_size, 1), 0)
     # A sum and not [:1], which cannot slice a vocabulary that is sharded over devices.
     first = jnp.sum(jnp.where(ids == 0, unembedding, 0), axis=0, keepdims=True)
     return jnp.where(ids < vocab_size, unembedding, first)

@@ -1,4 +1,4 @@
-"""What losses on log-probabilities of responses share: padding entries, smoothing, metrics."""
+"""Checks and metrics of the losses on log-probabilities of responses."""
 
 import numbers
 

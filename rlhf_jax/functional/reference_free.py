@@ -134,9 +134,7 @@ def orpo_loss(policy_chosen, policy_rejected, nll, *, beta=0.1, mask=None, denom
     probability rounds to 1 in float32, are set to -2^-23, log-odds of 15.9, and have gradient 0.
 
     Args:
-      policy_chosen: float[B], log-probabilities of the preferred responses under the policy in
-        training, in nats per token: means over their tokens.
-      policy_rejected: float[B], the same for the other responses.
+      policy_chosen, policy_rejected: float[B], means per token, as in `simpo_loss`.
       nll: float[], the supervised loss on the preferred responses; TRL's includes their prompts. It
         is added unchanged: for micro-batches it has to be divided by the count of the large batch,
         as by `cross_entropy_loss` with a denominator.

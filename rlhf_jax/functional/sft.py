@@ -122,10 +122,10 @@ def linear_cross_entropy_loss(
     )
     expect_scalars(label_smoothing=label_smoothing, z_loss=z_loss, denominator=denominator)
     expect_scalars(softcap=softcap, logit_scale=logit_scale)
-    (batch, length, _), num_rows = hidden.shape, unembedding.shape[0]
+    (batch, length, _), padded_size = hidden.shape, unembedding.shape[0]
     if chunk_size is None:
-        chunk_size = positions_per_chunk(batch, length, num_rows)
-    sizes = expect_sizes(length, num_rows, chunk_size, vocab_size)
+        chunk_size = positions_per_chunk(batch, length, padded_size)
+    sizes = expect_sizes(length, padded_size, chunk_size, vocab_size)
     # None where a term does nothing, so that it is not computed.
     coefficients = (
         None if _is_zero(label_smoothing) else label_smoothing,

@@ -117,7 +117,7 @@ def top_entropy_mask(entropy, mask, *, share):
         mask_t and entropy_t >= quantile of the real tokens' entropies at 1 - share
 
     The quantile is interpolated between neighbours, and tokens equal to it are in the mask. It is
-    over the given batch: give the full one, not a micro-batch.
+    over the batch: use the full one, not a micro-batch.
 
     Args:
       entropy: float[B, T] of the policy's distribution of each token, in nats.

@@ -115,17 +115,12 @@ def bco_loss(
         -log sigmoid(delta - beta * (policy_rejected - ref_rejected))
 
     Args:
-      policy_chosen: float[C], log-probabilities of the desirable responses under the policy in
-        training, in nats: sums over their tokens. C may be 0.
-      policy_rejected: float[R], the same for the undesirable ones; R may differ from C.
-      ref_chosen: float[C], log-probabilities of the desirable ones under the reference.
-      ref_rejected: float[R], the same for the undesirable ones.
+      policy_chosen, policy_rejected, ref_chosen, ref_rejected: float[C] and float[R], as in
+        `kto_loss`.
       delta: float[], the reward shift, without a gradient. TRL's is the mean reward of all
         responses so far, those of this batch included. None: of this batch, as in TRL's first
         step.
-      beta: strength of the KL constraint to the reference.
-      chosen_mask: bool[C], False on padding entries of the batch; None: all are real.
-      rejected_mask: bool[R], the same for the undesirable ones.
+      beta, chosen_mask, rejected_mask: as in `kto_loss`.
       denominator: as in `kto_loss`. It needs a delta, since the mean reward of a part of the batch
         is not that of the batch.
 

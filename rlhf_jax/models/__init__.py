@@ -19,21 +19,4 @@ if TYPE_CHECKING:
     from rlhf_jax.models.interface import positions_from as positions_from
     from rlhf_jax.models.settings import ModelSettings as ModelSettings
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "Cache": "rlhf_jax.models.cache",
-        "LoraSettings": "rlhf_jax.models.adapter_settings",
-        "Model": "rlhf_jax.models.interface",
-        "ModelConfig": "rlhf_jax.models.interface",
-        "ModelSettings": "rlhf_jax.models.settings",
-        "SharedPrompt": "rlhf_jax.models.interface",
-        "load_pretrained": "rlhf_jax.models.huggingface",
-        "load_reward_model": "rlhf_jax.models.huggingface",
-        "merge_adapter": "rlhf_jax.models.adapters",
-        "positions_from": "rlhf_jax.models.interface",
-        "save_adapter": "rlhf_jax.models.adapter_folders",
-        "save_pretrained": "rlhf_jax.models.huggingface",
-        "save_reward_model": "rlhf_jax.models.huggingface",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

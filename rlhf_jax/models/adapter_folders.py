@@ -49,6 +49,7 @@ def with_settings(model: Any, settings: LoraSettings) -> Any:
         )
     adapters = resolve_adapters(
         config_of_settings(settings),
+        model,
         language_model_slots(model),
         "lora",
         is_pissa=settings.init == "pissa",
@@ -62,7 +63,7 @@ def adapters_in(folder: str | pathlib.Path, model: Any) -> Adapters:
     """The adapters of a model by the configuration in a folder; an InputError as `read_adapter`."""
     folder = pathlib.Path(folder).expanduser()
     config = read_adapter_config(folder)
-    return resolve_adapters(config, language_model_slots(model), str(folder / CONFIG))
+    return resolve_adapters(config, model, language_model_slots(model), str(folder / CONFIG))
 
 
 def save_adapter(

@@ -20,7 +20,8 @@ class LoraSettings:
       r: the rank of the adapters; null trains without any.
       alpha: the adapters' products are scaled by alpha / r.
       dropout: of the inputs of adapters, in supervised fine-tuning alone.
-      target_modules: the ends of names of modules in the layers, such as q_proj, or all-linear.
+      target_modules: names of modules in the layers, or their last parts, such as q_proj; or
+        all-linear.
       layers_to_transform: the layers that have adapters, from 0; an empty list means all.
       modules_to_save: modules that are trained in full and kept beside the adapters.
       use_rslora: scales by alpha / sqrt(r) (Kalajdzievski 2023; arXiv:2312.03732).

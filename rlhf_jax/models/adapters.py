@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.adapter_settings import Base
-from rlhf_jax.models.dense import BESIDE_KERNEL, adapter_product, column_norms, effective_kernel
+from rlhf_jax.models.dense import BESIDE_KERNEL, column_norms, effective_kernel
 from rlhf_jax.models.family import leaf_at
 from rlhf_jax.models.interface import Params
 
@@ -123,11 +122,6 @@ def split_adapters(adapters: Adapters, params: Params) -> tuple[Params, Params]:
 
     trained = _filtered(params, is_trained)
     return trained, _filtered(params, lambda path: not is_trained(path))
-
-
-def trains_embedding(trained: Params) -> bool:
-    """Whether the trained part holds an embedding, other than an unembedding alone."""
-    return any("embedding" in part for name, part in trained.items() if name != "lm_head")
 
 
 def _filtered(tree: Params, keeps: Callable[[Path], bool], path: Path = ()) -> Params:
@@ -238,11 +232,18 @@ def modules(tree: Params, path: Path = ()) -> Iterator[tuple[Path, Params]]:
             yield from modules(part, (*path, name))
 
 
-def frozen_base(adapters: Adapters, params: Params) -> Params:
-    """The parameters with the frozen ones in the type of the base."""
+def frozen_base(
+    adapters: Adapters, params: Params, freeze: Callable[[Path, Params], Params] | None = None
+) -> Params:
+    """The parameters with the frozen ones in the type of the base.
+
+    Args:
+      freeze: (path, module) -> the module in that type; None for `frozen_module`.
+    """
     tree: Params = {}
     for path, module in modules(params):
-        module = module if adapters.is_saved(path) else frozen_module(module, adapters.base)
+        if not adapters.is_saved(path):
+            module = freeze(path, module) if freeze else frozen_module(module, adapters.base)
         tree = merged_trees(tree, nested(path, module))
     return tree
 
@@ -270,36 +271,11 @@ def merge_adapter(model: Any, params: Params) -> tuple[Any, Params]:
     tree: Params = {}
     for path, arrays in modules(params):
         merged = {k: x.astype(jnp.float32) for k, x in arrays.items() if k not in BESIDE_KERNEL}
-        if beside := _beside(arrays):
-            merged["kernel"] = jax.vmap(effective_kernel)(beside)
+        if len(merged) < len(arrays):
+            parts = {k: x for k, x in arrays.items() if k in ("kernel", *BESIDE_KERNEL)}
+            merged["kernel"] = jax.vmap(effective_kernel)(parts)
         tree = merged_trees(tree, nested(path, merged))
     return dataclasses.replace(model, adapters=None), tree
-
-
-def unmerge_adapter(params: Params, merged: Params) -> Params:
-    """The base, of merged parameters and of those with the adapters; exact to float32 rounding.
-
-    Raises:
-      InputError: the adapters are DoRA's, of which the base cannot be computed.
-    """
-
-    def difference(module: Params, merged: Params) -> Params:
-        if "lora_magnitude" in module:
-            raise InputError("DoRA cannot be unmerged, for norms are lost; load the base again.")
-        product = jax.vmap(adapter_product)(_beside(module)) if "lora_a" in module else 0.0
-        return {**merged, "kernel": merged["kernel"] - product} if "kernel" in module else merged
-
-    tree: Params = {}
-    for path, arrays in modules(params):
-        tree = merged_trees(tree, nested(path, difference(arrays, leaf_at(merged, path))))
-    return tree
-
-
-def _beside(arrays: Params) -> Params:
-    """The kernel with the arrays beside it; {} where it has none."""
-    if not any(name in BESIDE_KERNEL for name in arrays):
-        return {}
-    return {name: x for name, x in arrays.items() if name in ("kernel", *BESIDE_KERNEL)}
 
 
 def padded_like(stack: Params, other: Params) -> Params:

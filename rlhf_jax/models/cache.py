@@ -71,7 +71,7 @@ def empty_cache(
 
 
 def repeated(cache: Cache, times: int) -> Cache:
-    """A cache of B * times sequences: each of the B has `times` places in a row."""
+    """A cache of B * times sequences: each of the B is repeated `times` times in succession."""
 
     def repeat(part):
         axis = part.ndim - 4  # 1 of a stack of layers, 0 of one layer
@@ -96,7 +96,9 @@ def fill(
 ) -> Cache:
     """An empty cache with the keys and values [N, B, H, L, d] of its first L positions.
 
-    Those of all layers are given, of which bool[N] `is_sliding` and the window say what is kept.
+    Args:
+      memory: of all layers.
+      is_sliding: bool[N], the layers of which only the last `window` positions are kept.
     """
     length = cache.mask.shape[1]
     written = jnp.pad(mask.astype(bool), ((0, 0), (0, length - mask.shape[1])))

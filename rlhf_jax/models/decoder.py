@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One block; decoding as in `models/gpt2.py`."""
+    """A layer, with the methods of `layers.Block`; decoding as in `models/gpt2.py`."""
 
     config: DecoderConfig
     dtype: str
@@ -87,21 +87,17 @@ class Block(nn.Module):
         past: Memory | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Memory]:
-        """([B, S, D], (keys, values) [B, Hk, S, d]) of [B, S, D] and the keys of a prefix."""
         h = self._place(_optional(self.before, x))
         attended, memory = self.self_attn(h, mask, rotation, past, deterministic)
         return self._rest(x, attended), memory
 
     def heads(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Scaled queries [B, H, S, d], and keys and values [B, Hk, S, d], of [B, S, D]."""
         return self.self_attn.heads(self._place(_optional(self.before, x)), rotation)
 
     def attend(self, q, keys, values, visible):
-        """Attention [B, H, L, d] of queries on a cache [B, Hk, C, d] visible as bool[B, L, C]."""
         return attend_to_cache(q, keys, values, visible, softcap=self.config.attention_softcap)
 
     def rest(self, x, attended):
-        """The result [B, S, D] of the block, of its input and of attention [B, H, S, d]."""
         return self._rest(x, self.self_attn.merge(attended))
 
     def _rest(self, x, attended):
@@ -242,6 +238,7 @@ class Decoder(StackedModel):
     config: DecoderConfig
 
     table, final_norm, norms = "embed_tokens", "norm", "norm"
+    rules = PARTITION_RULES
     final_has_bias = False
 
     def __post_init__(self) -> None:
@@ -253,29 +250,20 @@ class Decoder(StackedModel):
             )
 
     @property
-    def partition_rules(self) -> Rules:
-        """The rules of the parameters."""
-        return PARTITION_RULES
-
-    @property
     def block(self) -> Block:
-        """The module of one layer."""
         return Block(self.config, self.dtype, self.attention)
 
     @property
     def is_sliding(self) -> tuple[bool, ...]:
-        """Whether each layer attends within the window."""
         return self.config.is_sliding
 
     @property
     def window(self) -> int | None:
-        """The positions that a sliding layer sees; None where there are none."""
         if not any(self.is_sliding):
             return None
         return min(self.config.sliding_window or 0, self.config.max_position_embeddings)
 
     def context(self, positions: jax.Array, layers: slice) -> Context:
-        """Rotations and kinds of the layers."""
         config, window = self.config, self.window
         ropes = (config.rope, config.sliding_rope or config.rope, None)
         sliding = np.array(config.is_sliding)
@@ -287,7 +275,6 @@ class Decoder(StackedModel):
         return Context(rotations(ropes, positions, config.head_dim), kinds, window)
 
     def check_dropout(self) -> None:
-        """Raises an InputError if the attention cannot drop weights."""
         check_dropout(self.attention, self.config.attention_dropout)
 
     @functools.partial(jax.jit, static_argnums=0)  # else each operation is compiled by itself
@@ -311,7 +298,6 @@ class Decoder(StackedModel):
         return params
 
     def embed(self, params, tokens, positions, *, decode=False, dropout_key=None):
-        """Token embedding, [B, L, D] in the compute dtype; there is no dropout of it."""
         x = lookup(params[self.table], constrain_batch_over_data(tokens)).astype(self.dtype)
         scale = self.config.embedding_scale
         if self.config.rounds_embedding_scale:
@@ -320,7 +306,6 @@ class Decoder(StackedModel):
         return x if decode else constrain_batch(x)
 
     def final(self, params, x):
-        """The final norm, in the compute dtype."""
         return RMSNorm(self.config, self.dtype).apply({"params": params["norm"]}, x)
 
     def shift_final(self, params, shift):
@@ -329,7 +314,6 @@ class Decoder(StackedModel):
 
     @property
     def logit_scale(self) -> float:
-        """The factor of products with the unembedding."""
         return 1.0 / self.config.logit_divisor
 
     @property

@@ -1,8 +1,8 @@
 """The families of decoders: their configurations and tensors in Hugging Face's files."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def _slots(model: Decoder) -> dict[str, Slot]:
 
 
 def _write_config(config: DecoderConfig, is_classifier: bool) -> dict[str, Any]:
-    """The keys of the config.json that it was read from, with what may have changed since.
+    """The keys of the config.json that it was read from, with the current values.
 
     Raises:
       ValueError: it was not read from one, or differs from it in a field that is not written.
@@ -67,32 +67,28 @@ def _write_config(config: DecoderConfig, is_classifier: bool) -> dict[str, Any]:
     return data
 
 
-def _fresh(defaults: Data) -> Callable[[ModelSettings, int], DecoderConfig]:
-    """From the settings of a fresh model to its configuration, through its config.json."""
-
-    def fresh(settings: ModelSettings, vocab_size: int) -> DecoderConfig:
-        width = settings.n_embd
-        data = {
-            "vocab_size": vocab_size,
-            "hidden_size": width,
-            "intermediate_size": -(-8 * width // 3 // 8) * 8,  # two thirds of 4 D, in eights
-            "num_hidden_layers": settings.n_layer,
-            "num_attention_heads": settings.n_head,
-            "num_key_value_heads": settings.n_head,
-            "head_dim": width // settings.n_head,
-            "query_pre_attn_scalar": width // settings.n_head,  # of Gemma
-            "attention_multiplier": (width // settings.n_head) ** -0.5,  # of Granite
-            "tie_word_embeddings": True,
-            "max_position_embeddings": settings.n_positions,
-            "attention_dropout": settings.dropout,
-            "initializer_range": 0.02,
-            "use_cache": True,
-            **dict.fromkeys(TOKEN_IDS),
-            **defaults,
-        }
-        return read_config(data)
-
-    return fresh
+def _fresh_config(defaults: Data, settings: ModelSettings, vocab_size: int) -> DecoderConfig:
+    """The configuration of a fresh model, through its config.json, in which `defaults` stand."""
+    width = settings.n_embd
+    data = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": -(-8 * width // 3 // 8) * 8,  # two thirds of 4 D, in eights
+        "num_hidden_layers": settings.n_layer,
+        "num_attention_heads": settings.n_head,
+        "num_key_value_heads": settings.n_head,
+        "head_dim": width // settings.n_head,
+        "query_pre_attn_scalar": width // settings.n_head,  # of Gemma
+        "attention_multiplier": (width // settings.n_head) ** -0.5,  # of Granite
+        "tie_word_embeddings": True,
+        "max_position_embeddings": settings.n_positions,
+        "attention_dropout": settings.dropout,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        **dict.fromkeys(TOKEN_IDS),
+        **defaults,
+    }
+    return read_config(data)
 
 
 def _family(
@@ -109,7 +105,7 @@ def _family(
         model=Decoder,
         read_config=read_config,
         write_config=_write_config,
-        fresh_config=_fresh({"model_type": model_type, **fresh}),
+        fresh_config=functools.partial(_fresh_config, {"model_type": model_type, **fresh}),
         slots=_slots,
         prefix="model.",
         tied={"lm_head.weight": "embed_tokens.weight"},

@@ -1,7 +1,7 @@
 """From config.json to the switches of a decoder, a function for each family.
 
-What a family computes was read from the configurations and models of transformers 4.57 and 5. A
-setting that would change the numbers and is not computed here raises an InputError that names it.
+The families are those of the configurations and models of transformers 4.57 and 5. A setting that
+would change the numbers and is not computed here raises an InputError that names it.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from rlhf_jax.models.rope import read_rope
 Data = Mapping[str, Any]
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _LLAMA = {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 _GEMMA = {
@@ -81,25 +82,20 @@ def read_config(data: Data) -> DecoderConfig:
 
 
 def _llama(data: Data) -> DecoderConfig:
-    bias = is_true(data, "attention_bias")
-    switches = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": is_true(data, "mlp_bias")}
-    return _config(data, {}, **switches)
+    return _config(data, {}, mlp_bias=is_true(data, "mlp_bias"), **_attention_bias(data))
 
 
 def _mistral(data: Data) -> DecoderConfig:
-    fixed = {"attention_bias": False, "mlp_bias": False}
-    return _config(data, fixed, **_all_sliding(data, 4096))
+    return _config(data, _NO_BIAS, **_all_sliding(data, 4096))
 
 
 def _qwen2(data: Data) -> DecoderConfig:
-    fixed = {"attention_bias": False, "mlp_bias": False}
-    return _config(data, fixed, qkv_bias=True, **_qwen_layers(data))
+    return _config(data, _NO_BIAS, qkv_bias=True, **_qwen_layers(data))
 
 
 def _qwen3(data: Data) -> DecoderConfig:
-    bias = is_true(data, "attention_bias")
-    switches = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
-    return _config(data, {"mlp_bias": False}, **switches, **_qwen_layers(data))
+    switches = {**_attention_bias(data), **_qwen_layers(data)}
+    return _config(data, {"mlp_bias": False}, qk_norm="head", **switches)
 
 
 def _qwen_layers(data: Data) -> dict[str, Any]:
@@ -146,15 +142,13 @@ def _gemma(data: Data) -> dict[str, Any]:
             f"use_bidirectional_attention is {value!r}, but only False is supported; choose "
             "another model."
         )
-    bias = is_true(data, "attention_bias")
     scalar = positive("query_pre_attn_scalar", data.get("query_pre_attn_scalar", 256))
     return {
         "hidden_act": _activation(data, "hidden_activation", "gelu_pytorch_tanh"),
         "norm_position": "both",
         "norm_offset": 1.0,
         "norm_casts_last": True,
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **_attention_bias(data),
         "sliding_window": data.get("sliding_window", 4096),
         "attention_scale": scalar**-0.5,
         "embedding_scale": data["hidden_size"] ** 0.5,
@@ -169,63 +163,56 @@ def _smollm3(data: Data) -> DecoderConfig:
         with_rope = [int((i + 1) % interval != 0) for i in range(data["num_hidden_layers"])]
     if not isinstance(with_rope, list) or any(type(i) is not int for i in with_rope):
         raise InputError(f"no_rope_layers must be a list of 0 and 1, but is {with_rope!r}.")
-    bias = is_true(data, "attention_bias")
     types = tuple(_FULL if rope else _SLIDING for rope in with_rope)
     return _config(
         data,
         {},
         rope=read_rope(data, 2e6),
         no_rope_layers=tuple(with_rope),
-        qkv_bias=bias,
-        o_bias=bias,
         mlp_bias=is_true(data, "mlp_bias"),
+        **_attention_bias(data),
         **_optionally_sliding(data, None, types),
     )
 
 
 def _olmo2(data: Data) -> DecoderConfig:
-    bias = is_true(data, "attention_bias")
     return _config(
         data,
         {"mlp_bias": False},
         norm_position="after",
         norm_casts_last=True,
         qk_norm="projection",
-        qkv_bias=bias,
-        o_bias=bias,
+        **_attention_bias(data),
     )
 
 
 def _phi3(data: Data) -> DecoderConfig:
-    fixed = {"attention_bias": False, "mlp_bias": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    fixed = {**_NO_BIAS, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     rope = read_rope(data, 10000.0)
     if rope.rope_type != "default":
         raise InputError(
             f"rope_type is {rope.rope_type!r}, but only 'default' is supported for phi3; choose "
             "another model."
         )
-    return _config(
-        data,
-        fixed,
-        rope=rope,
-        fused_projections=True,
-        **_all_sliding(data, None),
-    )
+    return _config(data, fixed, rope=rope, fused_projections=True, **_all_sliding(data, None))
 
 
 def _granite(data: Data) -> DecoderConfig:
-    bias = is_true(data, "attention_bias")
     return _config(
         data,
         {},
-        qkv_bias=bias,
-        o_bias=bias,
         mlp_bias=is_true(data, "mlp_bias"),
+        **_attention_bias(data),
         embedding_scale=positive("embedding_multiplier", data.get("embedding_multiplier", 1.0)),
         residual_scale=positive("residual_multiplier", data.get("residual_multiplier", 1.0)),
         attention_scale=positive("attention_multiplier", data.get("attention_multiplier", 1.0)),
         logit_divisor=positive("logits_scaling", data.get("logits_scaling", 1.0)),
     )
+
+
+def _attention_bias(data: Data) -> dict[str, bool]:
+    bias = is_true(data, "attention_bias")
+    return {"qkv_bias": bias, "o_bias": bias}
 
 
 def _all_sliding(data: Data, default: int | None) -> dict[str, Any]:
@@ -270,7 +257,7 @@ def _cap(data: Data, key: str, default: float | None) -> float | None:
 
 
 def _config(data: Data, fixed: Data, **switches: Any) -> DecoderConfig:
-    """The configuration with the sizes and constants of config.json and the given switches.
+    """The configuration with the sizes and constants of config.json and these switches.
 
     Args:
       fixed: keys that may be absent or have this value.

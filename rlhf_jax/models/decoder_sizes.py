@@ -1,4 +1,4 @@
-"""Sizes of published decoders, by their names on the hub: what config.json there says of them."""
+"""Sizes of published decoders: keys of their config.json, by their names on the hub."""
 
 from typing import Any
 

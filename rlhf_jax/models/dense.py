@@ -20,15 +20,18 @@ Hu et al. 2021, LoRA, section 4.1 (arXiv:2106.09685); Meng et al. 2024, PiSSA, e
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from rlhf_jax.backend import can_set_layouts, transposed_copy
 from rlhf_jax.models.dropout import drop, traced_dropout
+from rlhf_jax.parallel.partition import Rules
 
 ADAPTED = "adapted"  # the name of sums of products, which the backward pass keeps in their place
 BESIDE_KERNEL = (
@@ -41,6 +44,10 @@ BESIDE_KERNEL = (
     "lora_start_b",
     "lora_magnitude",
 )
+
+# The same by the way in which they are split.
+_OF_INPUT, _OF_OUTPUT = r"lora_(start_)?a", r"lora_(start_)?b"
+_REPLICATED = "kernel_scale|lora_(scale|dropout|magnitude)"
 
 Parts = dict[str, jax.Array]  # "kernel" and arrays beside it
 
@@ -82,6 +89,23 @@ class Dense(nn.Module):
     def _init_kernel(self, key, width):
         flat = self.kernel_init(key, (width, math.prod(self.features)), jnp.float32)
         return flat.reshape(width, *self.features)
+
+
+def rules_beside_kernels(rules: Rules) -> Rules:
+    """Partition rules of the arrays beside the stacked kernels [N, D, *features] of some rules.
+
+    A is split as the input of its kernel, [N, D, r], and B as its outputs, [N, r, *features];
+    scales and magnitudes are replicated.
+    """
+    beside: list[tuple[str, PartitionSpec]] = [(_REPLICATED, PartitionSpec())]
+    for pattern, spec in rules:
+        if "kernel" in pattern:
+            axes: list[Any] = [*spec, *[None] * (2 - len(spec))]
+            layers, width, *features = axes
+            of_input, of_output = (pattern.replace("kernel", a) for a in (_OF_INPUT, _OF_OUTPUT))
+            beside.append((of_input, PartitionSpec(layers, width, None)))
+            beside.append((of_output, PartitionSpec(layers, None, *features)))
+    return tuple(beside)
 
 
 def effective_kernel(parts: Parts) -> jax.Array:

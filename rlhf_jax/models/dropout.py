@@ -20,8 +20,8 @@ class Dropout(NamedTuple):
 
     Attributes:
       words: u32[2], random, the same for all entries.
-      dropped: u32[]: an entry goes whose hash is below.
-      scale: f32[], what those that stay are multiplied with, so that expectations are kept.
+      dropped: u32[]; an entry whose hash is below is dropped.
+      scale: f32[], the factor of the others, which keeps expectations.
     """
 
     words: jax.Array
@@ -48,7 +48,7 @@ def traced_dropout(key: jax.Array, rate: jax.Array) -> Dropout:
 
 
 def kept(dropout: Dropout, shape: tuple[int, ...], first_row: int = 0) -> jax.Array:
-    """bool[shape], True where an entry stays; of shape [..., rows, columns], each below 65,536.
+    """bool[shape], True where an entry is kept; of shape [..., rows, columns], each below 65,536.
 
     An entry depends on its indices alone: rows from `first_row` on are dropped as in the full
     array, on any number of devices.

@@ -121,7 +121,7 @@ class GPT2Config:
 
 
 class Block(nn.Module):
-    """A layer, with the methods of `stacked.Block`.
+    """A layer, with the methods of `layers.Block`.
 
     In decoding, single tokens are multiplied with all parameters: these stay where they are, and
     the activations move (Pope et al. 2022, section 3.2: weight-stationary layouts;
@@ -261,11 +261,8 @@ class GPT2(StackedModel):
     config: GPT2Config
 
     table, final_norm, norms = "wte", "ln_f", "ln_"
+    rules = PARTITION_RULES
     no_weight_decay = ("bias", "scale", "lora_magnitude")
-
-    @property
-    def partition_rules(self) -> Rules:
-        return PARTITION_RULES
 
     @property
     def block(self) -> Block:
@@ -384,9 +381,7 @@ FAMILY = Family(
     prefix="transformer.",
     tied={"lm_head.weight": "wte.weight"},
     ignored=(".attn.bias", ".attn.masked_bias"),  # causal masks in old checkpoints
-    # Radford et al., table 2; and the sizes of OPT-6.7B (Zhang et al. 2022) and of Llama 2 70B
-    # (Touvron et al. 2023), with an MLP that makes the number of parameters equal.
-    sizes={
+    sizes={  # Radford et al., table 2
         "gpt2": GPT2Config(),
         "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
         "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),

@@ -39,7 +39,7 @@ from rlhf_jax.models.special_tokens import (
     generation_config,
     read_generation_config,
     with_known_ids,
-    with_listed_ends,
+    with_listed_eos,
     with_pad_token,
 )
 from rlhf_jax.models.stored_types import written_types
@@ -332,7 +332,7 @@ def _open(name, dtype, remat, attention) -> _Opened:
     folder = find_folder(name)
     family, config, data = _read_config(folder / "config.json")
     types = check_sizes(folder, family, config)
-    generation = with_listed_ends(read_generation_config(folder, config), data)
+    generation = with_listed_eos(read_generation_config(folder, config), data)
     model = family.model(config, dtype, remat, attention, generation, types)
     return _Opened(folder, family, model)
 

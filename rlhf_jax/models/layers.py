@@ -1,4 +1,4 @@
-"""Stacks of layers: scanned, in decoding on one CPU one by one, and rematerialized."""
+"""Stacks of layers: scanned, unstacked for decoding on one CPU, and rematerialized."""
 
 import functools
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +24,7 @@ MAX_UNSTACKED_LAYERS = 48  # each is compiled by itself
 
 
 class UnstackedLayers(NamedTuple):
-    """The layers of a stack, one by one."""
+    """The layers of a stack as separate trees."""
 
     layers: tuple[Any, ...]
 
@@ -155,7 +155,7 @@ def decode_stacked(block, stack, x, context, cache, places):
 
     Args:
       places: (slot, visible) for each of the memories: where the new tokens are written, and
-        bool[B, L, C] what they see.
+        the positions bool[B, L, C] that they see.
     """
     which, index = memory_of_layers(cache, context.kinds, depth(stack))
     used, branch = np.unique(which, return_inverse=True)

@@ -1,10 +1,11 @@
 """Adapters read from and written to PEFT's `adapter_model.safetensors`.
 
-An adapter is small beside its base: it is read as a whole, by each host.
+An adapter is small beside its base: each host reads all of it.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import InputError
@@ -65,7 +66,7 @@ def read_adapter(
     folder = pathlib.Path(folder).expanduser()
     config = read_adapter_config(folder)
     _warn_of_base(folder, config.get("base_model_name_or_path"), base)
-    adapters = resolve_adapters(config, slots, str(folder / CONFIG))
+    adapters = resolve_adapters(config, model, slots, str(folder / CONFIG))
     tensors = _read_tensors(folder / WEIGHTS)
     tree: Params = {}
     for target in adapters.targets:
@@ -134,40 +135,27 @@ def _warn_of_base(folder, named, base):
 
 def _saved_arrays(folder, adapters, slots, params, tensors):
     """The parameters of modules that are stored in full."""
-    tree: Params = {}
+    arrays: dict[tuple[str, ...], np.ndarray] = {}
     for name, slot in slots.items():
         if not adapters.is_saved(slot.path):
             continue
-        values = _taken(folder, tensors, _PREFIX + name, slot.shape)
+        values = _pop_tensor(folder, tensors, _PREFIX + name, slot.shape)
         values = values.T if slot.transposed else values
-        own = leaf_at(params, slot.path)
+        shape = leaf_at(params, slot.path).shape
+        full = arrays.setdefault(slot.path, np.zeros(shape, np.float32))
         if slot.layer is None:
-            full = np.zeros(own.shape, np.float32)
-            values = values.reshape(-1, *own.shape[1:])  # [1, D] of a head is [D]
+            values = values.reshape(-1, *shape[1:])  # [1, D] of a head is [D]
             full[: len(values)] = values  # the padding of the vocabulary is not in the file
         else:
-            full = _leaf_or(tree, slot.path, own.shape)
-            full[slot.layer] = values.reshape(own.shape[1:])
-        tree = merged_trees(tree, nested(slot.path, full))
-    return tree
-
-
-def _leaf_or(tree, path, shape):
-    """The array at a path of a tree, or a new one."""
-    try:
-        return leaf_at(tree, path)
-    except KeyError:
-        return np.zeros(shape, np.float32)
+            full[slot.layer] = values.reshape(shape[1:])
+    trees = (nested(path, full) for path, full in arrays.items())
+    return functools.reduce(merged_trees, trees, {})
 
 
 def _placed(tree, shardings):
     if shardings is None:
         return jax.tree.map(jax.numpy.array, tree)
-
-    def place(leaf: np.ndarray, sharding: Sharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(place, tree, shardings)
+    return jax.tree.map(hosts.spanning_array, shardings, tree)
 
 
 def _read_tensors(file):
@@ -187,18 +175,18 @@ def _read_tensors(file):
     return tensors
 
 
-def _taken(folder, tensors, name, shape):
-    """The tensor of a name, taken out of those that are left."""
+def _pop_tensor(folder, tensors, name, shape):
+    """Removes a tensor from those that were read, and returns it."""
     if name not in tensors:
         raise InputError(
-            f"{folder / WEIGHTS} lacks the tensor {name!r}, which the adapter's configuration asks "
-            "for on this base; give the base that it was trained on, or save it again."
+            f"{folder / WEIGHTS} lacks the tensor {name!r}, which the adapter's configuration "
+            "needs on this base; give the base that it was trained on, or save it again."
         )
     values = tensors.pop(name)
     if values.shape != tuple(shape):
         raise InputError(
             f"{folder / WEIGHTS}: the tensor {name!r} has shape {list(values.shape)}, but this "
-            f"base asks for {list(shape)}; give the base that it was trained on."
+            f"base needs {list(shape)}; give the base that it was trained on."
         )
     return values
 
@@ -213,11 +201,11 @@ def _target_arrays(folder, adapters, target, slots, kernel, tensors):
         magnitude = np.array(hosts.to_host(jax.jit(jax.vmap(column_norms))(kernel)), np.float32)
     for layer, name in _names_of(target, slots):
         rank = target.ranks[layer]
-        a[layer, :, :rank] = _taken(folder, tensors, f"{name}.lora_A.weight", (rank, width)).T
-        values = _taken(folder, tensors, f"{name}.lora_B.weight", (outputs, rank))
+        a[layer, :, :rank] = _pop_tensor(folder, tensors, f"{name}.lora_A.weight", (rank, width)).T
+        values = _pop_tensor(folder, tensors, f"{name}.lora_B.weight", (outputs, rank))
         b[layer, :rank] = values.T.reshape(rank, *features)
         if adapters.use_dora:
-            values = _taken(folder, tensors, f"{name}.lora_magnitude_vector", (outputs,))
+            values = _pop_tensor(folder, tensors, f"{name}.lora_magnitude_vector", (outputs,))
             magnitude[layer] = values.reshape(features)
     arrays = {"lora_a": a, "lora_b": b, "lora_scale": adapters.scales(target)}
     if adapters.dropout:

@@ -106,7 +106,7 @@ def read_adapter_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def resolve_adapters(
-    data: Mapping[str, Any], slots: Mapping[str, Slot], where: str, **options: Any
+    data: Mapping[str, Any], model: Any, slots: Mapping[str, Slot], where: str, **options: Any
 ) -> Adapters:
     """The adapters of a model by the object in adapter_config.json.
 
@@ -119,15 +119,15 @@ def resolve_adapters(
       InputError: a value is not of its type or range, or no layer has a module that is named.
     """
     try:
-        return _resolve(data, slots, options)
+        return _resolve(data, model, slots, options)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
-def _resolve(data, slots, options):
+def _resolve(data, model, slots, options):
     rank, alpha = integer("r", data.get("r", 8)), positive("lora_alpha", data.get("lora_alpha", 8))
     kernels = list(kernel_modules(slots))
-    saved = _saved_paths(data.get("modules_to_save") or [], slots)
+    saved = _saved_paths(data.get("modules_to_save") or [], model, slots)
     chosen = [each for each in kernels if _is_target(data, each.name, saved, each.path)]
     _check_names(data, kernels, chosen)
     ranks, alphas = data.get("rank_pattern") or {}, data.get("alpha_pattern") or {}
@@ -163,9 +163,9 @@ def kernel_modules(slots: Mapping[str, Slot]) -> Iterator[KernelModule]:
             yield KernelModule(name.removesuffix(".weight"), slot.path[:-1], slot.layer)
 
 
-def _saved_paths(names, slots):
+def _saved_paths(names, model, slots):
     """Paths of the modules that are trained in full."""
-    found = set()
+    saved = set()
     for name in names:
         pattern = rf"(^|.*\.){name}($|\..*)"
         paths = {
@@ -175,15 +175,13 @@ def _saved_paths(names, slots):
         }
         if not paths and name not in _HEADS:
             raise InputError(f"modules_to_save names {name!r}, which the model does not have.")
-        found |= paths
-    is_tied = not any(slot.path[0] == "lm_head" for slot in slots.values())
-    tables = {path[0] for path in found} & {"embed_tokens", "wte"}
-    if is_tied and tables:
-        raise InputError(
-            f"modules_to_save names {tables.pop()!r}, whose matrix is the unembedding too, and "
-            "PEFT trains them apart; leave it out, for a model with tied embeddings."
-        )
-    return found
+        if model.output == model.table and (model.table,) in paths:
+            raise InputError(
+                f"modules_to_save names {name!r}, whose matrix is the unembedding too, and PEFT "
+                "trains them apart; leave it out, for a model with tied embeddings."
+            )
+        saved |= paths
+    return saved
 
 
 def _is_target(data, name, saved, path):
@@ -202,8 +200,8 @@ def _is_target(data, name, saved, path):
         return True
     patterns = data.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
-    index = next((int(match[1]) for match in found if match), None)
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
+    index = next((int(match[1]) for match in matches if match), None)
     return index in ([layers] if isinstance(layers, int) else layers)
 
 
@@ -216,8 +214,8 @@ def _matches(targets, name):
 
 def _by_pattern(patterns, name, default):
     """The value of the first pattern that the end of a name matches."""
-    found = (key for key in patterns if re.match(rf"(.*\.)?({key})$", name))
-    return next((patterns[key] for key in found), default)
+    matching = (key for key in patterns if re.match(rf"(.*\.)?({key})$", name))
+    return next((patterns[key] for key in matching), default)
 
 
 def _check_names(data, kernels, chosen):

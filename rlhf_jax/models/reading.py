@@ -328,7 +328,7 @@ def _check_fits(family, tensor, name, data, slot, label) -> None:
             "classifier choose the label that is the score (`label` of a source in `rewards`)."
         )
     if shape != expected:
-        raise InputError(f"{tensor} has shape {shape}, but config.json asks for {expected}.")
+        raise InputError(f"{tensor} has shape {shape}, but config.json needs {expected}.")
     check_float(tensor, dtype)
 
 

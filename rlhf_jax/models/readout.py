@@ -1,12 +1,12 @@
-"""Log-probabilities and cross entropy of given tokens, from the hidden states of a model.
+"""Log-probabilities and cross entropy of tokens, from the hidden states of a model.
 
 Below a vocabulary of `LINEAR_VOCABULARY` they are computed from all logits at once, f32[..., T, V].
 From there on logits are made in chunks of positions, of 128 MiB a device and at most half of T, and
 freed again, so that no array holds the logits of all tokens. On several devices the vocabulary is
 split over `fsdp` and `tensor`, and each of them reads the hidden states of all examples of its part
-of `data`: the unembedding and its gradient, in float32, are never whole on a device. Fewer bytes
-move that way as long as a pass has fewer target tokens than about half of V (the split: Shoeybi et
-al., Megatron-LM, section 3; arXiv:1909.08053).
+of `data`: no device holds the full unembedding or its gradient, in float32. Fewer bytes move that
+way as long as a pass has fewer target tokens than about half of V (the split: Shoeybi et al.,
+Megatron-LM, section 3; arXiv:1909.08053).
 """
 
 import math

@@ -14,22 +14,14 @@ from rlhf_jax.models.config_values import integer, is_true, positive
 
 _TYPES = ("default", "linear", "llama3", "yarn")
 
+_CONTEXT = "original_max_position_embeddings"
 # The numbers of config.json, all above 0, that a type needs or may have.
 _NEEDED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
     "yarn": ("factor",),
 }
-_OPTIONAL: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "llama3": (),
-    "yarn": ("beta_slow", "beta_fast"),
-}
+_OPTIONAL: dict[str, tuple[str, ...]] = {"yarn": ("beta_slow", "beta_fast")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +139,14 @@ def _scaled(rope: Rope, values: Mapping[str, Any], positions: Any) -> Rope:
     for name in _NEEDED[kind]:
         if values.get(name) is None:
             raise InputError(f"rope_type {kind!r} needs a {name}, but config.json has none.")
-    keys = (*_NEEDED[kind], *_OPTIONAL[kind])
+    keys = (*_NEEDED[kind], *_OPTIONAL.get(kind, ()))
     known: dict[str, Any] = {
         name: positive(name, values[name]) for name in keys if values.get(name) is not None
     }
     if kind == "linear":
         return dataclasses.replace(rope, **known)
-    name = "original_max_position_embeddings"
-    known[name] = integer(name, positions if values.get(name) is None else values[name])
+    length = values.get(_CONTEXT)
+    known[_CONTEXT] = integer(_CONTEXT, positions if length is None else length)
     rope = dataclasses.replace(rope, **known)
     if kind == "llama3":
         if rope.high_freq_factor <= rope.low_freq_factor:
@@ -203,7 +195,7 @@ def _kind(values: Mapping[str, Any]) -> str:
 
 
 def _attention_factor(rope: Rope, values: Mapping[str, Any]) -> float:
-    """The given factor, or the one of `mscale` and `mscale_all_dim`, or that of the paper."""
+    """The factor itself, or the one of `mscale` and `mscale_all_dim`, or that of the paper."""
     names = ("attention_factor", "mscale", "mscale_all_dim")
     known = {name: positive(name, values[name]) for name in names if values.get(name) is not None}
     if "attention_factor" in known or rope.factor <= 1:

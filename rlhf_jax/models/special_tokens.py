@@ -57,7 +57,7 @@ def ids_of(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def with_listed_ends(generation: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def with_listed_eos(generation: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """A generation config with the eos_token_id of config.json if only that one lists several."""
     if not isinstance(data.get("eos_token_id"), list) or "eos_token_id" in generation:
         return generation
@@ -124,10 +124,10 @@ def with_pad_token(config: Any, tokenizer: Any) -> tuple[Any, Any]:
     else:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.padding_side = "right"
-        ends = (None, config.eos_token_id, tokenizer.eos_token_id)
-        if tokenizer.pad_token_id in ends:
+        excluded = (None, config.eos_token_id, tokenizer.eos_token_id)
+        if tokenizer.pad_token_id in excluded:
             token = None
-            if config.pad_token_id not in ends:
+            if config.pad_token_id not in excluded:
                 token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
             tokenizer.add_special_tokens({"pad_token": token or "<|pad|>"})
         pad = tokenizer.pad_token_id

@@ -26,6 +26,7 @@ from rlhf_jax.models.cache import (
     visible_in_slots,
 )
 from rlhf_jax.models.cudnn_attention import check_head_width
+from rlhf_jax.models.dense import rules_beside_kernels
 from rlhf_jax.models.interface import Params, positions_from
 from rlhf_jax.models.layers import (
     MAX_UNSTACKED_LAYERS,
@@ -52,8 +53,8 @@ _KEPT = ("kernel_scale", "lora_scale", "lora_magnitude")
 class StackedModel(abc.ABC):
     """A model of a token embedding, a stack of blocks and a final norm.
 
-    A family adds `init`, `embed`, `final`, `shift_final`, `check_dropout`, `partition_rules` and
-    `block`, the module of one layer. All methods are those of `interface.Model`.
+    A family adds `init`, `embed`, `final`, `shift_final`, `check_dropout` and `block`, the module
+    of one layer. All methods are those of `interface.Model`.
 
     Args:
       config: sizes, as in `interface.ModelConfig`, and `n_head`, `num_key_value_heads`,
@@ -69,8 +70,10 @@ class StackedModel(abc.ABC):
 
     Attributes of the class:
       table: the name of the token embedding among the parameters.
+      untied: the name of the unembedding where it is not tied.
       final_norm: the name of the final norm.
       norms: a part of the paths of norms, which decoding leaves in float32.
+      rules: the partition rules of the parameters without adapters.
       final_has_bias: whether the final norm has a bias.
     """
 
@@ -87,8 +90,10 @@ class StackedModel(abc.ABC):
     adapters: Adapters | None = None
 
     table: ClassVar[str]
+    untied: ClassVar[str] = "lm_head"
     final_norm: ClassVar[str]
     norms: ClassVar[str]
+    rules: ClassVar[Rules]
     final_has_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -105,15 +110,15 @@ class StackedModel(abc.ABC):
         return tuple(ids)
 
     @property
-    @abc.abstractmethod
-    def partition_rules(self) -> Rules: ...
+    def partition_rules(self) -> Rules:
+        return self.rules + rules_beside_kernels(self.rules)
 
     @property
     @abc.abstractmethod
     def block(self) -> Block: ...
 
     def context(self, positions: jax.Array, layers: slice) -> Context:
-        """What some layers share at i32[B, L] positions."""
+        """The rotations and kinds of some layers, at i32[B, L] positions."""
         return Context()
 
     @property
@@ -137,7 +142,7 @@ class StackedModel(abc.ABC):
     @property
     def output(self) -> str:
         """The name of the unembedding among the parameters: the token embedding if it is tied."""
-        return self.table if self.config.tie_word_embeddings else "lm_head"
+        return self.table if self.config.tie_word_embeddings else self.untied
 
     @abc.abstractmethod
     def embed(self, params, tokens, positions, *, decode=False, dropout_key=None) -> jax.Array: ...
@@ -189,7 +194,7 @@ class StackedModel(abc.ABC):
         is_sliding = None if context.kinds is None else context.kinds.is_sliding
         if cache is not None and not is_empty(cache):
             if cache.sliding_keys is not None and x.shape[1] > 1:
-                return self._decode_one_by_one(stack, x, mask, positions, cache, first)
+                return self._decode_by_token(stack, x, mask, positions, cache, first)
             return self._decode(stack, x, mask, context, cache)
         windows = (None,) if context.window is None else (None, context.window)
         masks = [
@@ -226,8 +231,8 @@ class StackedModel(abc.ABC):
         x, memories = decode(self.block.clone(decode=True), stack, x, context, cache, places)
         return x, cache.updated(memories, new_mask, cache.length + x.shape[1])
 
-    def _decode_one_by_one(self, stack, x, mask, positions, cache, first):
-        """`_decode` of tokens of which the later ones take slots that the earlier ones read."""
+    def _decode_by_token(self, stack, x, mask, positions, cache, first):
+        """`_decode` token by token, since later tokens overwrite slots that earlier ones read."""
 
         def step(cache, token):
             x, mask, positions = (part[:, None] for part in token)
@@ -260,7 +265,7 @@ class StackedModel(abc.ABC):
         return {**params, "layers": stack}
 
     def without_unembedding(self, params: Params) -> Params:
-        return {name: part for name, part in params.items() if name != "lm_head"}
+        return {name: part for name, part in params.items() if name != self.untied}
 
     def unembedding(self, params: Params) -> jax.Array:
         return params[self.output]["embedding"].astype(self.dtype)

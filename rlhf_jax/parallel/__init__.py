@@ -12,14 +12,4 @@ if TYPE_CHECKING:
     from rlhf_jax.parallel.settings import DistributedSettings as DistributedSettings
     from rlhf_jax.parallel.settings import MeshSettings as MeshSettings
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "DistributedSettings": "rlhf_jax.parallel.settings",
-        "MeshSettings": "rlhf_jax.parallel.settings",
-        "batch_sharding": "rlhf_jax.parallel.partition",
-        "make_mesh": "rlhf_jax.parallel.mesh",
-        "replicated": "rlhf_jax.parallel.partition",
-        "tree_shardings": "rlhf_jax.parallel.partition",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

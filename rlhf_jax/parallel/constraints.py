@@ -65,7 +65,7 @@ def constrain_heads(x: jax.Array) -> jax.Array:
 
 
 def constrain_vocabulary(table: jax.Array) -> jax.Array:
-    """A table [V, D] with V split over `fsdp` and `tensor`, filled up with rows of 0 to divide."""
+    """A table [V, D] with V split over `fsdp` and `tensor`, filled up with zeros to divide."""
     mesh = _mesh()
     if mesh is None:
         return table
@@ -79,9 +79,9 @@ def map_over_data(
 ) -> Any:
     """function(*examples, *shared), on the devices of each part of `data` for its examples alone.
 
-    The sums over examples inside of the function, and with them the gradients of what the examples
-    share, are then summed over `data` once and not in each step of a loop. `fsdp` and `tensor` stay
-    with the compiler; the examples are not split over them, so that what is shared can be.
+    Its sums over examples, and so the gradients of the shared arrays, are then summed over `data`
+    once and not in each step of a loop. `fsdp` and `tensor` stay with the compiler; the examples
+    are not split over them, so that shared arrays can be.
 
     Args:
       function: its results of at least one axis are [B, ...] again; its scalars are sums over

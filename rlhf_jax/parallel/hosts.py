@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rlhf_jax.parallel import messages
 
@@ -78,7 +78,7 @@ def from_host(tree: Any, sharding: NamedSharding) -> Any:
     """
     if not several():
         return tree
-    return jax.tree.map(functools.partial(_spanning_array, sharding), tree)
+    return jax.tree.map(functools.partial(spanning_array, sharding), tree)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
@@ -86,7 +86,8 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.device_put(tree, sharding) if not several() else from_host(tree, sharding)
 
 
-def _spanning_array(sharding: NamedSharding, array: Any) -> jax.Array:
+def spanning_array(sharding: Sharding, array: Any) -> jax.Array:
+    """An array that is the same on all hosts, placed on their devices."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

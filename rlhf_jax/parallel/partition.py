@@ -18,18 +18,11 @@ BATCH_AXES = ("data", "fsdp")  # the batch is split over both together
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
-# Arrays beside a kernel [N, D, ...], as in `models/dense.py`.
-_OF_INPUT = ("lora_a", "lora_start_a")
-_OF_OUTPUT = ("lora_b", "lora_start_b")
-_REPLICATED = ("kernel_scale", "lora_scale", "lora_dropout", "lora_magnitude")
-
 
 def partition_spec(path: str, ndim: int, rules: Rules) -> PartitionSpec:
     """The spec of the array at a path such as `params/layers/attn/c_attn/kernel`.
 
-    An array of at most one axis that no rule names is replicated. Adapters, which no rule names,
-    are split as the input of their kernel, [N, D, r], or as its outputs, [N, r, ...]; their scales
-    and those of a kernel are replicated.
+    An array of at most one axis that no rule names is replicated.
 
     Raises:
       ValueError: no rule names the path, and the array has several axes.
@@ -37,13 +30,8 @@ def partition_spec(path: str, ndim: int, rules: Rules) -> PartitionSpec:
     for pattern, spec in rules:
         if re.search(rf"(^|/)({pattern})$", path):
             return spec
-    module, _, name = path.rpartition("/")
-    if ndim <= 1 or name in _REPLICATED:
+    if ndim <= 1:
         return PartitionSpec()
-    if name in _OF_INPUT + _OF_OUTPUT:
-        layers, width, *features = partition_spec(f"{module}/kernel", ndim, rules)
-        split = (width, None) if name in _OF_INPUT else (None, *features)
-        return PartitionSpec(layers, *split)
     raise ValueError(
         f"no partition rule covers {path!r}, an array of {ndim} axes; add one to the "
         "partition_rules of its model."

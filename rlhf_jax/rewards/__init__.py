@@ -1,8 +1,8 @@
 """Rewards that can be verified, as functions for the section `rewards` of a configuration.
 
-Each is f(prompts, completions, **columns) -> a number for each completion, the form that TRL has.
-Completions are texts, or messages, of which the last one counts. Other parameters are given as
-`kwargs` of the source:
+Each has the signature of TRL's reward functions, f(prompts, completions, **columns) -> a number for
+each completion. Completions are texts, or messages, of which the last one counts. Other parameters
+are `kwargs` of the source:
 
     rewards:
       - {function: "rlhf_jax.rewards:numeric_match"}
@@ -19,18 +19,8 @@ if TYPE_CHECKING:
     from rlhf_jax.rewards.answers import exact_match as exact_match
     from rlhf_jax.rewards.answers import numeric_match as numeric_match
     from rlhf_jax.rewards.expressions import math_match as math_match
-    from rlhf_jax.rewards.forms import format_match as format_match
-    from rlhf_jax.rewards.forms import length_penalty as length_penalty
-    from rlhf_jax.rewards.forms import repetition_penalty as repetition_penalty
+    from rlhf_jax.rewards.format import format_match as format_match
+    from rlhf_jax.rewards.format import length_penalty as length_penalty
+    from rlhf_jax.rewards.format import repetition_penalty as repetition_penalty
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "exact_match": "rlhf_jax.rewards.answers",
-        "format_match": "rlhf_jax.rewards.forms",
-        "length_penalty": "rlhf_jax.rewards.forms",
-        "math_match": "rlhf_jax.rewards.expressions",
-        "numeric_match": "rlhf_jax.rewards.answers",
-        "repetition_penalty": "rlhf_jax.rewards.forms",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -35,8 +35,8 @@ def last_number(text: str) -> Decimal | None:
     >>> last_number("12 + 30 = 42."), last_number("1,250 and -0.5"), last_number("none")
     (Decimal('42'), Decimal('-0.5'), None)
     """
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
 def exact_match(
@@ -90,12 +90,12 @@ def numeric_match(
     del prompts, columns
     scores = []
     for completion, expected in zip(completions, answer, strict=True):
-        right, found = last_number(str(expected)), last_number(text_of(completion))
+        right, number = last_number(str(expected)), last_number(text_of(completion))
         if right is None:
             raise InputError(
-                f"numeric_match: the answer {str(expected)[:60]!r} has no number; take exact_match "
+                f"numeric_match: the answer {str(expected)[:60]!r} has no number; use exact_match "
                 "for answers that are texts."
             )
-        is_right = found is not None and abs(found - right) <= Decimal(str(tolerance))
+        is_right = number is not None and abs(number - right) <= Decimal(str(tolerance))
         scores.append(float(is_right))
     return scores

@@ -8,7 +8,7 @@ from rlhf_jax.rewards.answers import text_of
 
 try:
     import math_verify
-except ImportError as error:  # found when the name of the reward is read, before any work
+except ImportError as error:  # when the name of the reward is read, before any work
     raise InputError(
         "rlhf_jax.rewards:math_match needs the package math-verify, which is not installed: "
         "pip install math-verify."
@@ -38,6 +38,6 @@ def math_match(
         text = str(expected)
         # Without a delimiter LaTeX such as \frac{1}{2} is not found.
         right = math_verify.parse(text if "$" in text or "\\boxed" in text else f"${text}$")
-        given = math_verify.parse(text_of(completion))
-        scores.append(float(math_verify.verify(right, given)) if right else None)
+        parsed = math_verify.parse(text_of(completion))
+        scores.append(float(math_verify.verify(right, parsed)) if right else None)
     return scores

@@ -16,16 +16,4 @@ if TYPE_CHECKING:
 
 # `generate` stands in `generation.py`: a submodule of the same name would replace it as an
 # attribute of the package once it is imported.
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "all_logprobs": "rlhf_jax.rollout.score",
-        "end_scores": "rlhf_jax.rollout.score",
-        "frozen_states": "rlhf_jax.rollout.score",
-        "generate": "rlhf_jax.rollout.generation",
-        "response_hidden": "rlhf_jax.rollout.score",
-        "response_logits": "rlhf_jax.rollout.score",
-        "response_logprobs": "rlhf_jax.rollout.score",
-        "token_scores": "rlhf_jax.rollout.score",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

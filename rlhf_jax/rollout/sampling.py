@@ -49,9 +49,9 @@ def filtered_logprobs(
 def sample_token(logprobs: jax.Array, uniform: jax.Array) -> jax.Array:
     """Draws a token by inverting the cumulative distribution in two levels.
 
-    The token is the first whose cumulative probability exceeds the uniform number: found among sums
-    of blocks of 256 tokens, then within one block. At V = 50257 that costs a fraction of Gumbel
-    noise, which needs V random numbers for each token.
+    The token is the first whose cumulative probability exceeds the uniform number: a search among
+    sums of blocks of 256 tokens, then within one block. At V = 50257 that costs a fraction of
+    Gumbel noise, which needs V random numbers for each token.
 
     Args:
       logprobs: f32[B, V] normalised log-probabilities in nats, -inf allowed.

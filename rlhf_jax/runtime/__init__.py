@@ -25,18 +25,7 @@ if TYPE_CHECKING:
     train_reward: Callable[..., StageResult]
     train_ppo: Callable[..., StageResult]
 
-_COMMANDS = "rlhf_jax.runtime.commands"
-_get, _, __all__ = lazy_names(
-    __name__,
-    {
-        "run_evaluate": f"{_COMMANDS}.evaluate",
-        "run_filter": "rlhf_jax.runtime.sampling.prompts",
-        "run_generate": f"{_COMMANDS}.generate",
-        "run_pairs": "rlhf_jax.runtime.sampling.pairs",
-        "run_rlhf": f"{_COMMANDS}.pipeline",
-        "train": f"{_COMMANDS}.train",
-    },
-)
+_get, _, __all__ = lazy_names(__name__)
 
 __all__ = [*__all__, *(f"train_{trainer.name}" for trainer in training.TRAINERS)]
 

@@ -27,9 +27,9 @@ from rlhf_jax.models.adapter_settings import Base, LoraSettings
 from rlhf_jax.models.adapters import (
     adapter_arrays,
     adapters_of,
+    frozen_base,
     frozen_module,
     merged_trees,
-    modules,
     nested,
 )
 from rlhf_jax.models.cudnn_attention import check_device
@@ -145,11 +145,7 @@ def add_adapters(
     if (adapters := adapters_of(model)) is None:
         return model, params
     place = Placement(mesh, model.partition_rules)
-    base: Params = {}
-    for path, module in modules(params):
-        if not adapters.is_saved(path):
-            module = _frozen(place, adapters.base, path, module)
-        base = merged_trees(base, nested(path, module))
+    base = frozen_base(adapters, params, functools.partial(_frozen, place, adapters.base))
     if not is_fresh:
         return model, base
     start = functools.partial(adapter_arrays, adapters)

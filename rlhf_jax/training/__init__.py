@@ -38,11 +38,4 @@ TRAINERS: tuple[Trainer, ...] = (
     rloo_settings.TRAINER,
 )
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "OptimizerSettings": "rlhf_jax.training.settings",
-        "TrainState": "rlhf_jax.training.state",
-        "make_optimizer": "rlhf_jax.training.state",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

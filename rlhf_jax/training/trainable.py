@@ -22,7 +22,6 @@ from rlhf_jax.models.adapters import (
     adapters_of,
     merged_trees,
     split_adapters,
-    trains_embedding,
     without_adapters,
 )
 from rlhf_jax.models.interface import Model, Params, positions_from
@@ -86,7 +85,7 @@ def split(model: Model, params: Params, num_layers_unfrozen: int | None, section
 
 def _split_adapters(model, adapters, params):
     trained, base = split_adapters(adapters, params)
-    if trains_embedding(trained):
+    if any("embedding" in part for part in model.without_unembedding(trained).values()):
         return Trainable(trained, Base(None, base))
     first = adapters.lowest_layer
     if "layers" in trained and first:

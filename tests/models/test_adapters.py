@@ -20,12 +20,7 @@ from rlhf_jax.models import (
     save_pretrained,
 )
 from rlhf_jax.models.adapter_folders import adapters_in, with_settings
-from rlhf_jax.models.adapters import (
-    merge_adapter,
-    plain_params,
-    unmerge_adapter,
-    with_adapters,
-)
+from rlhf_jax.models.adapters import merge_adapter, with_adapters
 from rlhf_jax.models.huggingface import check_pretrained
 from rlhf_jax.training import trainable
 from rlhf_jax.training.trainable import Trainable
@@ -81,9 +76,6 @@ def test_adapters_equal_those_of_peft(case, tmp_path):
     own_model, own = merge_adapter(model, params)
     assert own_model == plain
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), own, merged)
-    if case != "dora":
-        found, expected = unmerge_adapter(params, merged), plain_params(params)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-7), found, expected)
 
 
 @pytest.mark.parametrize("case", ["llama", "dora"])
@@ -169,7 +161,7 @@ def test_a_reward_adapter_is_read_with_its_head(tmp_path, caplog):
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base"),
         ({"target_parameters": ["x"]}, r"target_parameters is \['x'\], but is not supported"),
         ({"target_modules": ["gate"]}, "target_modules names 'gate', which is no linear module"),
-        ({"r": 5}, r"has shape \[4, 32\], but this base asks for \[5, 32\]; give the base"),
+        ({"r": 5}, r"has shape \[4, 32\], but this base needs \[5, 32\]; give the base"),
         ({"target_modules": ["c_attn"]}, "is of no module that the adapter's configuration names"),
         ({"modules_to_save": ["norm"]}, "modules_to_save names 'norm', which the model does not"),
     ],

@@ -6,19 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
 from rlhf_jax.batches import Sequences, TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import (
+    LoraSettings,
     huggingface,
     load_pretrained,
     load_reward_model,
     save_pretrained,
     save_reward_model,
 )
+from rlhf_jax.models.adapter_folders import with_settings
+from rlhf_jax.models.adapters import fresh_params
 from rlhf_jax.models.interface import SharedPrompt, positions_from
 from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.parallel import MeshSettings, make_mesh, tree_shardings
+from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.rollout import end_scores, generate
 from rlhf_jax.training import sft
 from tests.models import tiny_family
@@ -94,6 +100,37 @@ def test_decoding_of_grouped_heads_equals_the_full_forward_pass():
         states.append(MODEL.final(PARAMS, x))
     states = jnp.concatenate(states, axis=1)
     np.testing.assert_allclose(states[mask], hidden[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_a_second_family_are_split_as_its_kernels():
+    model = with_settings(MODEL, LoraSettings(r=2, init="pissa", use_dora=True))
+    rules = model.partition_rules
+    for name, width, outputs in (("q", "fsdp", "tensor"), ("down", "tensor", "fsdp")):
+        for start in ("lora_", "lora_start_"):
+            spec = partition_spec(f"layers/{name}/{start}a", 3, rules)
+            assert spec == PartitionSpec(None, width, None)
+            spec = partition_spec(f"opt_state/mu/layers/{name}/{start}b", 3, rules)
+            assert spec == PartitionSpec(None, None, outputs)
+        for scale in ("kernel_scale", "lora_magnitude"):
+            assert partition_spec(f"layers/{name}/{scale}", 2, rules) == PartitionSpec()
+    shapes = jax.eval_shape(lambda key: fresh_params(model, key), jax.random.key(0))
+    mesh = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
+    tree_shardings(mesh, shapes, rules)
+
+
+def test_the_tied_embedding_of_a_second_family_is_not_trained_beside_adapters():
+    with pytest.raises(InputError, match="modules_to_save names 'embed_tokens', whose matrix is"):
+        with_settings(MODEL, LoraSettings(r=2, modules_to_save=("embed_tokens",)))
+
+
+def test_a_second_family_names_its_unembedding():
+    model = type("Untied", (Tiny,), {"untied": "output"})(TinyConfig(tie_word_embeddings=False))
+    params = {**PARAMS, "output": {"embedding": 2 * PARAMS["tokens"]["embedding"]}}
+    hidden = jnp.ones((1, 1, 16))
+    np.testing.assert_allclose(
+        model.logits(params, hidden), 2 * MODEL.logits(PARAMS, hidden), rtol=1e-6
+    )
+    assert model.without_unembedding(params).keys() == PARAMS.keys()
 
 
 def test_responses_that_share_a_prompt_share_its_grouped_heads():

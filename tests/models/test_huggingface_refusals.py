@@ -43,7 +43,7 @@ from tests.models.gpt2_folders import (
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number"),
         ({"activation_function": 3}, "activation_function must be a string, but is 3"),
         ({"n_head": 3}, "n_embd must be a multiple of n_head"),
-        ({"n_inner": 16}, r"'transformer.h.0.mlp.c_fc.bias' has shape \[12\], .* asks for \[16\]"),
+        ({"n_inner": 16}, r"'transformer.h.0.mlp.c_fc.bias' has shape \[12\], .* needs \[16\]"),
         ({"vocab_size": 12}, r"'transformer.wte.weight' has shape \[11, 8\], .* \[12, 8\]"),
         (
             {"n_layer": 1},
@@ -54,7 +54,7 @@ from tests.models.gpt2_folders import (
         ({"n_layer": 10**9}, "has n_layer 1000000000, but the number of tensors .* is 28"),
         ({"n_embd": 10**9}, "has n_embd 1000000000, but the longest axis of a tensor .* is 24"),
         ({"vocab_size": 10**9}, "has vocab_size 1000000000, but the longest axis .* is 24"),
-        ({"n_positions": 10**9}, r"'transformer.wpe.weight' has .* asks for \[1000000000, 8\]"),
+        ({"n_positions": 10**9}, r"'transformer.wpe.weight' has .* needs \[1000000000, 8\]"),
         ({"n_positions": 10**99}, "n_positions must be at most 2147483647, but is 1000"),
         ({"n_inner": 0}, "config.n_inner must be above 0, but is 0"),
         ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon must be above 0, but is -1e-05"),

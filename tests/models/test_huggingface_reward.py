@@ -96,7 +96,7 @@ def test_the_vector_of_the_pad_token_may_start_a_new_block_of_128(tmp_path):
         (adding("score.weight", np.ones((2, 8), np.float32)), r"\[2, 8\], but a reward model has"),
         (
             adding("score.weight", np.ones((1, 9), np.float32)),
-            r"\[1, 9\], but .* asks for \[1, 8\]",
+            r"\[1, 9\], but .* needs \[1, 8\]",
         ),
         (adding("score.bias", np.ones(1, np.float32)), r"'score.bias' \[1\] is no part"),
     ],
@@ -171,5 +171,5 @@ def test_a_label_is_one_of_the_classifiers(reward_folder):
         load_reward_model(reward_folder)
     assert_one_sentence(error)
     edit_tensors(reward_folder, adding("score.weight", np.ones((2, 9), np.float32)))
-    with pytest.raises(InputError, match=r"\[1, 9\], but .* asks for \[1, 8\]"):
+    with pytest.raises(InputError, match=r"\[1, 9\], but .* needs \[1, 8\]"):
         load_reward_model(reward_folder, label=1)

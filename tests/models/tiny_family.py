@@ -89,10 +89,7 @@ class Tiny(StackedModel):
     config: TinyConfig
 
     table, final_norm, norms = "tokens", "norm", "norm"
-
-    @property
-    def partition_rules(self):
-        return RULES
+    rules = RULES
 
     @property
     def block(self):

@@ -105,7 +105,7 @@ def texts(
 def prompts(
     path: str, values: Mapping[str, Any], seed: int, count: int, split: Split
 ) -> list[dict[str, Any]]:
-    """Examples with `prompt`, `answer` and what the reward of the task reads besides."""
+    """Examples with `prompt`, `answer` and further columns that the reward of the task reads."""
     options = options_of(path, values)
     return [
         {

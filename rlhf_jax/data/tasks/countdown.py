@@ -1,4 +1,4 @@
-"""The task "countdown": an expression of given numbers that has a given value."""
+"""The task "countdown": an expression of some numbers that equals a target."""
 
 import ast
 import dataclasses
@@ -55,8 +55,8 @@ def draw(rng: random.Random, options: CountdownOptions) -> Problem:
         if 0 < target <= 10 * options.max_number and other != target:
             break
         numbers = [rng.randint(1, options.max_number) for _ in numbers]
-    given = " ".join(map(str, rng.sample(numbers, len(numbers))))
-    question = filled(options.template, numbers=given, target=target)
+    shuffled = " ".join(map(str, rng.sample(numbers, len(numbers))))
+    question = filled(options.template, numbers=shuffled, target=target)
     key = f"{target}: {sorted(numbers)}"
     return Problem(key, question, right, wrong, {"numbers": numbers, "target": int(target)})
 
@@ -116,8 +116,8 @@ def reward(
     """
     del prompts, columns
     return [
-        float(_solves(completion, given, value))
-        for completion, given, value in zip(completions, numbers, target, strict=True)
+        float(_solves(completion, of_problem, value))
+        for completion, of_problem, value in zip(completions, numbers, target, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The task "guessing": a number that is to be found, and the environment that says where it is."""
+"""The task "guessing": a secret number, and the environment that compares guesses with it."""
 
 import dataclasses
 import random
@@ -24,7 +24,7 @@ class GuessingOptions(Options):
 
 
 def draw(rng: random.Random, options: GuessingOptions) -> Problem:
-    """A number between two others; the right completion halves what is left, line by line."""
+    """A number between two others; the right completion halves the interval, line by line."""
     low, high = sorted(rng.randint(0, options.max_number) for _ in range(2))
     secret = rng.randint(low, high)
     question = filled(options.template, low=low, high=high)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import random
-from collections.abc import Sequence
-from typing import Any
 
 from rlhf_jax.checks import PositiveInt
 from rlhf_jax.data.tasks.problems import Options, Problem, Task, filled
@@ -32,11 +30,5 @@ def draw(rng: random.Random, options: LargerOptions) -> Problem:
     return Problem(f"{smaller},{larger}", question, str(larger), str(smaller))
 
 
-def reward(
-    prompts: Sequence[Any], completions: Sequence[Any], *, answer: Sequence[str], **columns: Any
-) -> list[float]:
-    """1 where the last number of a completion is the larger one; else 0."""
-    return numeric_match(prompts, completions, answer=answer)
-
-
+reward = numeric_match
 TASK = Task(LargerOptions, draw)

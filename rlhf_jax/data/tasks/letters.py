@@ -2,8 +2,6 @@
 
 import dataclasses
 import random
-from collections.abc import Sequence
-from typing import Any
 
 from rlhf_jax.checks import PositiveInt
 from rlhf_jax.data.tasks.problems import Options, Problem, Task, filled
@@ -39,11 +37,5 @@ def draw(rng: random.Random, options: LetterOptions) -> Problem:
     return Problem(f"{letter} {word}", question, str(count), str(wrong))
 
 
-def reward(
-    prompts: Sequence[Any], completions: Sequence[Any], *, answer: Sequence[str], **columns: Any
-) -> list[float]:
-    """1 where the last number of a completion is the count; else 0."""
-    return numeric_match(prompts, completions, answer=answer)
-
-
+reward = numeric_match
 TASK = Task(LetterOptions, draw)

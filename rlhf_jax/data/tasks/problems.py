@@ -1,4 +1,4 @@
-"""What all tasks share: options, problems with answers, and examples of them in two splits."""
+"""Options and problems of all tasks, and their two splits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Problem(NamedTuple):
       question: the prompt.
       answer: a right completion.
       wrong: a wrong one.
-      columns: what the reward reads beside `answer`.
+      columns: further ones, which the reward reads.
     """
 
     key: str

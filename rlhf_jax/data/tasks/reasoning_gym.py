@@ -52,24 +52,24 @@ def problems(
         entries = gym.create_dataset(name, seed=seed, size=size, **options)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"reasoning_gym:{name} cannot be made: {error}.") from error
-    found: dict[str, Problem] = {}
+    drawn: dict[str, Problem] = {}
     for index in range(size):
-        if len(found) >= count:
+        if len(drawn) >= count:
             break
         entry = entries[index]
         question = entry["question"]
         # 2 * 3 and 3 * 2 belong to one split.
         words = " ".join(sorted(re.findall(r"\w+", question)))
-        if is_held_out(words, held_out) == (split == "eval") and question not in found:
+        if is_held_out(words, held_out) == (split == "eval") and question not in drawn:
             answer = str(entry["answer"])
             columns = {"metadata": entry["metadata"], "task_name": name}
-            found[question] = Problem(question, question, answer, "", columns)
-    if len(found) < count and split == "train":
+            drawn[question] = Problem(question, question, answer, "", columns)
+    if len(drawn) < count and split == "train":
         raise InputError(
-            f"reasoning_gym:{name} has {len(found)} different problems among {size}, but {count} "
+            f"reasoning_gym:{name} has {len(drawn)} different problems among {size}, but {count} "
             "are wanted: set data.builtin_rows lower, or other options in data.task."
         )
-    return [*found.values()]
+    return [*drawn.values()]
 
 
 def reward(

@@ -41,8 +41,8 @@ def draw(rng: random.Random, options: SortingOptions) -> Problem:
     right = sorted(numbers)
     place = rng.randrange(options.count - 1)
     wrong = [*right[:place], right[place + 1], right[place], *right[place + 2 :]]
-    given, answer, other = (" ".join(map(str, each)) for each in (numbers, right, wrong))
-    return Problem(answer, filled(options.template, numbers=given), answer, other)
+    shuffled, answer, other = (" ".join(map(str, each)) for each in (numbers, right, wrong))
+    return Problem(answer, filled(options.template, numbers=shuffled), answer, other)
 
 
 def reward(

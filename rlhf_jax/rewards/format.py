@@ -1,4 +1,4 @@
-"""Rewards by the form of a response: its format, its length, and how much it repeats itself."""
+"""Rewards by the format of a response, its length and its repetition."""
 
 import re
 from collections.abc import Sequence
