@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.parsing import checked_section, flat, to_dict, to_yaml, without_removed
+from rlhf_jax.runtime.parsing import checked_section, flat, to_dict, to_yaml
 from rlhf_jax.runtime.run.records import newest_record
 from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml
 
@@ -342,7 +342,7 @@ def changed_length(config: Any, saved: Mapping[str, Any] | None, schedule: str =
 
 def _differences(config: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(saved value, value here) of each setting that differs."""
-    old = flat(to_dict(type(config)())) | flat(without_removed(saved))
+    old = flat(to_dict(type(config)())) | flat(saved)
     new = flat(to_dict(config))
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in keys}

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import PromptBatch, Rollout, TurnRollout
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, shown
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.generation import generate
 from rlhf_jax.runtime.evaluation.policies import columns_of
-from rlhf_jax.runtime.rewards.functions import call_function, shown
+from rlhf_jax.runtime.rewards.functions import call_function
 from rlhf_jax.runtime.rewards.texts import decode
 
 if TYPE_CHECKING:
