@@ -83,7 +83,7 @@ def check_call(
         ) from None
 
 
-def takes_ids(function: Callable[..., Any]) -> bool:
+def reads_ids(function: Callable[..., Any]) -> bool:
     """Whether a function has a parameter for the tokens of the completions."""
     try:
         return IDS in inspect.signature(function).parameters

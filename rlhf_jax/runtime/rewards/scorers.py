@@ -20,7 +20,7 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.program import Placement
-from rlhf_jax.runtime.rewards.functions import IDS, ScoreFunction, check_call, scores_of, takes_ids
+from rlhf_jax.runtime.rewards.functions import IDS, ScoreFunction, check_call, reads_ids, scores_of
 from rlhf_jax.runtime.rewards.pool import FunctionPool, Scored
 from rlhf_jax.runtime.rewards.sources import RewardSource, check_names, plain_name, resolve_sources
 from rlhf_jax.runtime.rewards.texts import Responses, Tokens, retokenize
@@ -82,7 +82,7 @@ def check_sources_call(sources: Iterable[NamedSource], columns: Iterable[str]) -
                 f"rewards: {source.function} has {both[0]!r} in kwargs, which is a column of the "
                 "data too; leave it out there, or rename the column by data.columns."
             )
-        check_call(function, {*columns, *([IDS] if takes_ids(function) else [])})
+        check_call(function, {*columns, *([IDS] if reads_ids(function) else [])})
 
 
 class ModelScorer:
@@ -159,7 +159,7 @@ class FunctionScorer:
     def __init__(self, function: ScoreFunction, source: RewardSource | None = None) -> None:
         self.function, self.source = function, source or RewardSource()
         self.failed: np.ndarray | None = None  # bool[N], of the policy's responses in the last call
-        self._takes_ids = takes_ids(function)
+        self._reads_ids = reads_ids(function)
         self._reference_scores: dict[int, float] = {}
         self._pool: FunctionPool | None = None
         if self.source.num_processes:
@@ -191,7 +191,7 @@ class FunctionScorer:
         numbers = list(numbers)
         prompts, completions = self._texts(responses, candidate)
         columns = dict(responses.columns)
-        if self._takes_ids:
+        if self._reads_ids:
             columns = {IDS: responses.ids[candidate]} | columns
         prompts, completions, *values = (
             [column[n] for n in numbers] for column in (prompts, completions, *columns.values())
@@ -203,13 +203,10 @@ class FunctionScorer:
         if self._pool is None:
             scores = scores_of(self.function, prompts, completions, columns, allow_none=True)
             return Scored(scores, [False] * len(scores))
-        rows = zip(*columns.values(), strict=True) if columns else ((),) * len(prompts)
-        return self._pool(
-            [
-                Call(prompt, completion, dict(zip(columns, row, strict=True)))
-                for prompt, completion, row in zip(prompts, completions, rows, strict=True)
-            ]
-        )
+        columns_of_call = [
+            {name: values[n] for name, values in columns.items()} for n in range(len(prompts))
+        ]
+        return self._pool([*map(Call, prompts, completions, columns_of_call)])
 
     def _texts(self, responses: Responses, candidate: int) -> tuple[list[Any], list[Any]]:
         """Prompts and completions, texts, or messages where the source and the data have these."""

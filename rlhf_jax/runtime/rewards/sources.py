@@ -68,7 +68,7 @@ class RewardSource:
             )
 
     def _check_function(self) -> None:
-        """Raises an InputError for settings without what they belong to."""
+        """Raises an InputError for settings that have no effect without another one."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("kwargs", "conversations", "num_processes"):
             if self.function is None and getattr(self, name):

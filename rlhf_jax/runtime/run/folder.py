@@ -293,7 +293,7 @@ def config_text(config: Any) -> str:
 
 
 # Files that are no results, as another configuration may continue from them: those of sampled
-# responses and of a reference have a mark of what they depend on.
+# responses and of a reference have a mark with their origin.
 _NO_RESULTS = (
     *("config.yaml", "lock", "reference.npz"),
     *("sampled.jsonl", "sampled.json", "selected.jsonl"),
