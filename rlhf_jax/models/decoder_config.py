@@ -72,7 +72,7 @@ class DecoderConfig:
         all have.
       attention_scale: of q . k.
       attention_softcap, logit_softcap: c in c * tanh(x / c) for q . k and for logits.
-      embedding_scale, residual_scale: multiply the embedding, and what a block adds.
+      embedding_scale, residual_scale: multiply the embedding, and the outputs of attention and MLP.
       rounds_embedding_scale: whether the first of them is rounded to the compute dtype.
       logit_divisor: divides the logits.
       source: the config.json that this was read from, as JSON text, whose keys are written again;

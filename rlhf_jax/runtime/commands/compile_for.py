@@ -27,7 +27,7 @@ def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     """Prints the cost of a stage, and returns the numbers.
 
     Raises:
-      InputError: one sentence about what is wrong with the flags, the configuration or the mesh.
+      InputError: one sentence about a mistake in the flags, the configuration or the mesh.
     """
     flags, rest = _parser().parse_known_args(argv)
     if flags.topology is None:

@@ -60,7 +60,7 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
       The content of `evaluation.json`.
 
     Raises:
-      InputError: one sentence about what is wrong with the configuration or the data.
+      InputError: one sentence about a mistake in the configuration or the data.
     """
     config = resolve(EvaluateConfig, config)
     if sys.stdout is not None:

@@ -187,7 +187,7 @@ def is_finished(config: Any) -> bool:
 
 # --- config.yaml ----------------------------------------------------------------------------------
 
-# Settings that may change when a run continues: they have no influence on what is trained.
+# Settings that may change when a run continues: they have no influence on the training.
 _FREE_TO_CHANGE = (
     "logging.",
     "checkpoint.",
@@ -219,7 +219,7 @@ def make_run_dir(run_dir: str) -> epath.Path:
 def claim_run_dir(config: Any) -> None:
     """Makes the run folder with its `config.yaml`, or checks that a run with results may continue.
 
-    What such a run has is left as it is: a later check may refuse the command. `reopen`
+    The files of such a run are left as they are: a later check may refuse the command. `reopen`
     follows when all is accepted.
 
     Raises an InputError if the folder cannot be written, or holds a run with another configuration.
