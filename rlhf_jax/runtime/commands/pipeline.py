@@ -41,7 +41,7 @@ from rlhf_jax.runtime.stages.values import value_label, value_path
 
 
 def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> StageResult:
-    """Supervised fine-tuning, then a reward model, then PPO, each from the export of the previous one.
+    """Supervised fine-tuning, a reward model, then PPO, each from the export of the one before.
 
     The run folders of the stages are `sft/`, `reward/` and `ppo/` inside that of the pipeline, and
     each continues where it was interrupted. The reward model starts from the fine-tuned model,
