@@ -25,11 +25,14 @@ NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
 NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
 Fraction = Annotated[float, Limit(lambda x: 0 <= x <= 1, "be from 0 to 1")]
 PositiveFraction = Annotated[float, Limit(lambda x: 0 < x <= 1, "be above 0 and at most 1")]
+TwoOrMore = Annotated[int, Limit(lambda x: x >= 2, "be at least 2")]
 FractionBelowOne = Annotated[float, Limit(lambda x: 0 <= x < 1, "be at least 0 and below 1")]
 
 
 def check_fields(section: str, settings: Any) -> None:
     """Raises an InputError for a field of a dataclass whose value its annotation excludes.
+
+    Its key in the message is section.name, or the name alone with the section "".
 
     That is null without a None in the annotation, a value that is not among those of a `Literal`, a
     float that is infinite or NaN, and a number outside of a `Limit`.
@@ -41,10 +44,12 @@ def check_fields(section: str, settings: Any) -> None:
     Traceback (most recent call last):
     rlhf_jax.errors.InputError: sft.batch_size must be above 0, but is 0.
     """
-    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+    hints = get_type_hints(type(settings), include_extras=True)
+    for name in (field.name for field in dataclasses.fields(settings)):
+        annotation = hints[name]
         is_union = get_origin(annotation) in (Union, types.UnionType)
         kinds = get_args(annotation) if is_union else (annotation,)
-        _check_field(f"{section}.{name}", getattr(settings, name), kinds)
+        _check_field(f"{section}.{name}".removeprefix("."), getattr(settings, name), kinds)
 
 
 def _check_field(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
@@ -62,16 +67,6 @@ def _check_field(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
     for limit in [each for kind in kinds for each in getattr(kind, "__metadata__", ())]:
         if not isinstance(value, numbers.Real) or not limit.holds(value):
             raise InputError(f"{key} must {limit.text}, but is {value!r}.")
-
-
-def check_finite(settings: Any, prefix: str = "") -> None:
-    """Raises an InputError for a float in a configuration, at any depth, that is not finite."""
-    for name, value in vars(settings).items():
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, float) and not math.isfinite(each):
-                raise InputError(f"{prefix}{name} must be a finite number, but is {each}.")
-            if dataclasses.is_dataclass(each):
-                check_finite(each, f"{prefix}{name}.")
 
 
 def check_divides(settings: Any, name: str, divisor_name: str, value: int | None = None) -> None:

@@ -1,5 +1,8 @@
 """Exceptions for mistakes that a user can mend; their messages are one sentence."""
 
+from collections.abc import Callable
+from typing import Any
+
 
 class InputError(ValueError):
     """A file, an example, a setting or a command line that cannot be used.
@@ -23,3 +26,12 @@ class FunctionError(InputError):
             remedy = f"step {kept} is saved, and the same command continues from there"
         sentence = str(self).removesuffix(".")
         self.args = (f"{sentence}, after {step} steps; {remedy}.",)
+
+
+def shown(value: Any, text_of: Callable[[Any], str] = repr) -> str:
+    """A value in a message: its beginning, in one line."""
+    try:
+        text = " ".join(text_of(value).split())
+    except (ValueError, RecursionError):  # an int of more than 4300 digits, or deep nesting
+        text = f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= 100 else f"{text[:100]}..."

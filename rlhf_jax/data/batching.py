@@ -12,8 +12,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from rlhf_jax.batches import PairBatch, PromptBatch, RankingBatch, TextBatch, UnpairedBatch
+from rlhf_jax.checks import PositiveInt, check_fields
 from rlhf_jax.data.encoding import MULTIPLE
-from rlhf_jax.data.settings import MAX_BUCKETS
+from rlhf_jax.data.settings import Buckets
 from rlhf_jax.errors import InputError
 
 Batch = TypeVar("Batch", TextBatch, PairBatch, RankingBatch, UnpairedBatch, PromptBatch)
@@ -52,18 +53,13 @@ class Batches(Generic[Batch]):
     """
 
     examples: Batch
-    batch_size: int
+    batch_size: PositiveInt
     seed: int
     shuffle: bool = True
-    buckets: int = 1
+    buckets: Buckets = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"The batch size is {self.batch_size}: set it to 1 or more.")
-        if not 1 <= self.buckets <= MAX_BUCKETS:
-            raise InputError(
-                f"The number of length buckets is {self.buckets}: it is 1 to {MAX_BUCKETS}."
-            )
+        check_fields("batches", self)
         if self.num_examples < 1:
             raise InputError("There are no examples to make batches of.")
 

@@ -186,11 +186,11 @@ def encode_unpaired(
 
 
 def _at_previous_prompt(prompts: Any) -> Any:
-    """i64[N]: for each row of i32[N, P] one of the rows with the previous prompt.
+    """i64[N]: for each example, with prompts i32[N, P], the index of one with the previous prompt.
 
-    Rows with equal prompts that follow one another are a group, in a circle; a row is paired with
-    that at the same place of the group before, counted anew where this is smaller. Where all
-    prompts are equal it is the row before.
+    Consecutive examples with equal prompts are a group, the first following the last; an example is
+    paired with that at the same place of the previous group, modulo its size. Where all prompts are
+    equal, it is the previous example.
     """
     number = len(prompts)
     before = np.roll(np.arange(number), 1)

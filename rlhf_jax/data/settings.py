@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from rlhf_jax.checks import Limit, NonNegativeInt, PositiveInt, TwoOrMore, check_fields
 from rlhf_jax.data import tasks
 from rlhf_jax.data.formats import CANONICAL
 from rlhf_jax.errors import InputError
 
 BUILTIN = "builtin"
 MAX_BUCKETS = 4
+Buckets = Annotated[int, Limit(lambda x: 1 <= x <= MAX_BUCKETS, f"be from 1 to {MAX_BUCKETS}")]
 MIN_VOCABULARY = 258  # 256 bytes and the two special tokens
-# The arguments of transformers' `apply_chat_template` and of templates that the program gives.
-GIVEN_TO_TEMPLATES = (
+# The arguments of transformers' `apply_chat_template` and of templates that the program sets.
+RESERVED_TEMPLATE_KWARGS = (
     "add_generation_prompt", "additional_special_tokens", "bos_token", "chat_template",
     "cls_token", "continue_final_message", "conversation", "eos_token", "extra_special_tokens",
     "mask_token", "max_length", "messages", "pad_token", "padding", "return_assistant_tokens_mask",
@@ -81,46 +83,30 @@ class DataSettings:
     split: str = "train"
     eval_path: str | None = None
     eval_split: str | None = None
-    eval_rows: int | None = None
-    max_rows: int | None = None
+    eval_rows: NonNegativeInt | None = None
+    max_rows: PositiveInt | None = None
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    builtin_rows: int = 4096
+    seed: NonNegativeInt = 0
+    builtin_rows: PositiveInt = 4096
     task: dict[str, Any] = dataclasses.field(default_factory=dict)
-    max_length: int = 256
-    max_prompt_length: int = 128
-    max_response_length: int = 128
+    # A text with a target has two tokens, a response at least a token and EOS.
+    max_length: TwoOrMore = 256
+    max_prompt_length: PositiveInt = 128
+    max_response_length: TwoOrMore = 128
     completion_only: bool = True
     assistant_turns: Literal["last", "all"] = "last"
     packing: bool = True
-    length_buckets: int = 1
+    length_buckets: Buckets = 1
     prompt_tokens: tuple[int, int] | None = None
     split_at: str | None = None
     prompt_suffix: str | None = None
-    min_response_words: int = 0
+    min_response_words: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        for key, value, minimum in (
-            ("builtin_rows", self.builtin_rows, 1),
-            ("max_prompt_length", self.max_prompt_length, 1),
-            ("max_rows", self.max_rows, 1),
-            # A text with a target has two tokens, a response at least a token and EOS.
-            ("max_length", self.max_length, 2),
-            ("max_response_length", self.max_response_length, 2),
-            ("seed", self.seed, 0),
-            ("min_response_words", self.min_response_words, 0),
-            ("eval_rows", self.eval_rows, 0),
-        ):
-            if value is not None and value < minimum:
-                raise InputError(f"data.{key} is {value}: set it to {minimum} or more.")
+        check_fields("data", self)
         for key, text in (("split_at", self.split_at), ("prompt_suffix", self.prompt_suffix)):
             if text is not None and not text.strip():
                 raise InputError(f"data.{key} is empty: give it a text, or leave it out (null).")
-        if not 1 <= self.length_buckets <= MAX_BUCKETS:
-            raise InputError(
-                f"data.length_buckets is {self.length_buckets}: set it to a number from 1 to "
-                f"{MAX_BUCKETS}."
-            )
         if not self.path.strip() or not self.split.strip():
             raise InputError(
                 'data.path and data.split must not be empty: for example "builtin" and "train".'
@@ -144,10 +130,6 @@ class DataSettings:
             )
 
     def _check_assistant_turns(self) -> None:
-        if self.assistant_turns not in ("last", "all"):
-            raise InputError(
-                f"data.assistant_turns is {self.assistant_turns!r}: set it to last or all."
-            )
         if self.assistant_turns == "all" and not self.completion_only:
             raise InputError(
                 "data.assistant_turns is all, but without data.completion_only all tokens are "
@@ -219,7 +201,7 @@ class TokenizerSettings:
                     "template, which has {{ }} or {% %} in it."
                 )
         for name in self.chat_template_kwargs:
-            if name in GIVEN_TO_TEMPLATES:
+            if name in RESERVED_TEMPLATE_KWARGS:
                 raise InputError(
                     f"tokenizer.chat_template_kwargs has {name!r}, which the program gives to the "
                     "template itself: leave it out, or use another tokenizer.chat_template."

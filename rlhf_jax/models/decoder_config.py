@@ -3,16 +3,26 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
 
+from rlhf_jax.checks import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+)
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.config_values import LARGEST_SIZE, integer, positive
+from rlhf_jax.models.config_values import LARGEST_SIZE, integer
 from rlhf_jax.models.embedding import padded_vocab_size
-from rlhf_jax.models.family import TOKEN_IDS
+from rlhf_jax.models.family import TOKEN_IDS, check_highest
 from rlhf_jax.models.rope import Rope
 
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -62,31 +72,31 @@ class DecoderConfig:
         all have.
       attention_scale: of q . k.
       attention_softcap, logit_softcap: c in c * tanh(x / c) for q . k and for logits.
-      embedding_scale, residual_scale: multiply the embedding, and what a block adds.
+      embedding_scale, residual_scale: multiply the embedding, and the outputs of attention and MLP.
       rounds_embedding_scale: whether the first of them is rounded to the compute dtype.
       logit_divisor: divides the logits.
       source: the config.json that this was read from, as JSON text, whose keys are written again;
         ignored in comparisons.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt
     model_type: str = "llama"
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    hidden_act: Activation = "silu"
+    rms_norm_eps: PositiveFloat = 1e-6
+    initializer_range: NonNegativeFloat = 0.02
     tie_word_embeddings: bool = False
-    attention_dropout: float = 0.0
-    norm_position: str = "before"
+    attention_dropout: FractionBelowOne = 0.0
+    norm_position: Literal["before", "after", "both"] = "before"
     norm_offset: float = 0.0
     norm_casts_last: bool = False
-    qk_norm: str = "none"
+    qk_norm: Literal["none", "head", "projection"] = "none"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -96,26 +106,25 @@ class DecoderConfig:
     rope: Rope = Rope()
     sliding_rope: Rope | None = None
     no_rope_layers: tuple[int, ...] = ()
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    embedding_scale: float = 1.0
+    attention_scale: PositiveFloat | None = None
+    attention_softcap: PositiveFloat | None = None
+    logit_softcap: PositiveFloat | None = None
+    embedding_scale: PositiveFloat = 1.0
     rounds_embedding_scale: bool = False
-    residual_scale: float = 1.0
-    logit_divisor: float = 1.0
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
+    residual_scale: PositiveFloat = 1.0
+    logit_divisor: PositiveFloat = 1.0
+    bos_token_id: NonNegativeInt | None = None
+    eos_token_id: NonNegativeInt | None = None
+    pad_token_id: NonNegativeInt | None = None
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields("config", self)
         for name, highest in SIZES.items():
-            integer(name, getattr(self, name), 1, highest)
-        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-            integer(name, getattr(self, name))
-        for name in TOKEN_IDS:
-            if getattr(self, name) is not None:
-                integer(name, getattr(self, name), 0, self.vocab_size - 1)
+            check_highest(self, highest, [name])
+        sizes = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+        check_highest(self, LARGEST_SIZE, sizes)
+        check_highest(self, self.vocab_size - 1, TOKEN_IDS)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, but "
@@ -123,36 +132,7 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary positions, but is {self.head_dim}.")
-        self._check_numbers()
-        self._check_choices()
         self._check_layers()
-
-    def _check_numbers(self) -> None:
-        for name in ("rms_norm_eps", "embedding_scale", "residual_scale", "logit_divisor"):
-            positive(name, getattr(self, name))
-        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
-            if getattr(self, name) is not None:
-                positive(name, getattr(self, name))
-        if type(self.initializer_range) not in (int, float) or self.initializer_range != 0:
-            positive("initializer_range", self.initializer_range)
-        rate = self.attention_dropout
-        if type(rate) not in (int, float) or not 0 <= rate < 1:
-            raise InputError(f"attention_dropout must be at least 0 and below 1, but is {rate!r}.")
-
-    def _check_choices(self) -> None:
-        for name, allowed in (
-            ("norm_position", tuple(NORMS)),
-            ("qk_norm", ("none", "head", "projection")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name} must be one of {', '.join(allowed)}, but is {getattr(self, name)!r}."
-                )
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"The activation {self.hidden_act!r} is unknown; known are "
-                f"{', '.join(sorted(ACTIVATIONS))}."
-            )
 
     def _check_layers(self) -> None:
         for name, allowed in (

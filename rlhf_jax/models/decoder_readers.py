@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config_values import integer, is_true, positive
 from rlhf_jax.models.decoder_config import SIZES, DecoderConfig
-from rlhf_jax.models.family import TOKEN_IDS, check_fixed
+from rlhf_jax.models.family import TOKEN_IDS, check_fixed, known_fields
 from rlhf_jax.models.rope import read_rope
 
 Data = Mapping[str, Any]
@@ -144,7 +144,7 @@ def _gemma(data: Data) -> dict[str, Any]:
         )
     scalar = positive("query_pre_attn_scalar", data.get("query_pre_attn_scalar", 256))
     return {
-        "hidden_act": _activation(data, "hidden_activation", "gelu_pytorch_tanh"),
+        "hidden_act": data.get("hidden_activation", "gelu_pytorch_tanh"),
         "norm_position": "both",
         "norm_offset": 1.0,
         "norm_casts_last": True,
@@ -244,13 +244,6 @@ def _layer_types(data: Data, default: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(types)
 
 
-def _activation(data: Data, key: str, default: str) -> str:
-    value = data.get(key, default)
-    if not isinstance(value, str):
-        raise InputError(f"{key} must be a string, but is {value!r}.")
-    return value
-
-
 def _cap(data: Data, key: str, default: float | None) -> float | None:
     value = data.get(key, default)
     return None if value is None else positive(key, value)
@@ -265,31 +258,25 @@ def _config(data: Data, fixed: Data, **switches: Any) -> DecoderConfig:
     check_fixed(data, fixed)
     if data.get("quantization_config"):
         raise InputError("quantization_config is set, but quantized weights are not supported.")
-    values: dict[str, Any] = {
-        **{name: data[name] for name in _CONSTANTS if name in data},
-        **{name: data.get(name) for name in ("num_key_value_heads", "head_dim")},
-        "tie_word_embeddings": is_true(data, "tie_word_embeddings"),
-        "hidden_act": _activation(data, "hidden_act", "silu"),
-        **switches,
-    }
-    for name in ("rms_norm_eps", "initializer_range"):
-        if values.get(name, 0) != 0:
-            values[name] = positive(name, values[name])
-    if values["num_key_value_heads"] is None:
-        values["num_key_value_heads"] = data["num_attention_heads"]
-    if values["head_dim"] is None:
-        values["head_dim"] = data["hidden_size"] // data["num_attention_heads"]
-    values.setdefault("rope", read_rope(data, 10000.0))
+    heads = data["num_attention_heads"]
+    implied = {"num_key_value_heads": heads, "head_dim": data["hidden_size"] // heads}
+    data = {**data, **{name: size for name, size in implied.items() if data.get(name) is None}}
     eos = data.get("eos_token_id")
     if isinstance(eos, list):  # the further ones are in the generation_config of the model
-        values["eos_token_id"] = eos[0] if eos else None
-    return DecoderConfig(**values)
+        data["eos_token_id"] = eos[0] if eos else None
+    constants = {name: data[name] for name in _CONSTANTS if name in data}
+    values = {"rope": read_rope(data, 10000.0), **known_fields(DecoderConfig, constants)}
+    return DecoderConfig(**{**values, **switches})
 
 
 _CONSTANTS = (
     *SIZES,
+    "num_key_value_heads",
+    "head_dim",
     "max_position_embeddings",
     "model_type",
+    "hidden_act",
+    "tie_word_embeddings",
     "rms_norm_eps",
     "initializer_range",
     "attention_dropout",

@@ -116,15 +116,15 @@ def check_highest(config: Any, highest: int, names: Sequence[str]) -> None:
 def known_fields(config: type[Config], data: Mapping[str, Any]) -> dict[str, Any]:
     """The values of config.json that have a field of the same name, by that name.
 
-    The default of a field determines its type: an integer, a number, a string, or with None an
-    integer or null. A value of another type raises an InputError.
+    The default of a field determines its type: an integer, also without a default, a number, a
+    string, or with None an integer or null. A value of another type raises an InputError.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     return {name: _typed(fields[name], data[name]) for name in fields if name in data}
 
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:
-    kind = int if field.default is None else type(field.default)
+    kind = int if field.default in (None, dataclasses.MISSING) else type(field.default)
     if value is None and field.default is None:
         return None
     if kind is float and type(value) is int:

@@ -9,9 +9,10 @@ import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from rlhf_jax import checks, training
+from rlhf_jax import training
+from rlhf_jax.checks import Fraction, Limit, PositiveInt, TwoOrMore, check_fields
 from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.adapter_settings import LoraSettings, check_start
@@ -19,7 +20,6 @@ from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel.settings import DistributedSettings, MeshSettings
 from rlhf_jax.rollout.settings import GenerationSettings
 from rlhf_jax.runtime.evaluation.settings import CommandEvaluationSettings, EvaluationSettings
-from rlhf_jax.runtime.help import help_text
 from rlhf_jax.runtime.inherit import with_data_of_run
 from rlhf_jax.runtime.parsing import (
     build,
@@ -37,6 +37,8 @@ from rlhf_jax.training.sft_settings import Settings as SFTSettings
 from rlhf_jax.training.trainer import Trainer
 
 Config = TypeVar("Config")
+# JAX's keys of other seeds are those of the seed modulo 2^32.
+Seed = Annotated[int, Limit(lambda x: 0 <= x < 2**32, "be from 0 to 2^32 - 1")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,10 @@ class CommandConfig:
     tokenizer: TokenizerSettings = TokenizerSettings()
     data: DataSettings = DataSettings()
     mesh: MeshSettings = MeshSettings()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:  # JAX's keys of other seeds are those of seed modulo 2^32
-            raise InputError(f"seed must be from 0 to 2^32 - 1, but is {self.seed}.")
-        checks.check_finite(self)
+        check_fields("", self)
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -240,22 +240,16 @@ class RLHFConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig(CommandConfig):
-    """Responses of a model to prompts, as JSON lines.
+class SamplingConfig(CommandConfig):
+    """Settings of the commands that sample responses of a model.
 
     Attributes:
       data: settings that are not given are those of the run whose model is opened.
-      prompt: one prompt to answer; where given, no data set is read.
-      message: likewise one message of a user, which the tokenizer's chat template renders.
-      output: a JSONL file to write; null writes to standard output.
     """
 
     # The length of prompts is bounded by the positions of the model, unless it is set.
     data: DataSettings = DataSettings(max_prompt_length=2**20)
     generation: GenerationSettings = GenerationSettings()
-    prompt: str | None = None
-    message: str | None = None
-    output: str | None = None
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -264,81 +258,78 @@ class GenerateConfig(CommandConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsConfig(CommandConfig):
-    """Preference pairs of a model's responses: the best and the worst of several by a score.
+class GenerateConfig(SamplingConfig):
+    """Responses of a model to prompts, as JSON lines.
 
     Attributes:
-      data: settings that are not given are those of the run whose model is opened; the training
-        examples are the prompts.
-      rewards: sources of scores, beside `model.reward_path` and added up.
-      num_samples: responses that are sampled for each prompt, 2 or more.
-      keep_truncated: also takes responses that reached `generation.max_new_tokens` without EOS.
-      output: the JSONL file to write; the responses are in another one beside it.
+      prompt: one prompt to answer; where given, no data set is read.
+      message: likewise one message of a user, which the tokenizer's chat template renders.
+      output: a JSONL file to write; null writes to standard output.
     """
 
-    # The length of prompts is bounded by the positions of the model, unless it is set.
-    data: DataSettings = DataSettings(max_prompt_length=2**20)
-    rewards: tuple[RewardSource, ...] = ()
-    generation: GenerationSettings = GenerationSettings()
-    num_samples: int = 4
-    keep_truncated: bool = False
-    output: str = "pairs.jsonl"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_samples < 2:
-            raise InputError(
-                f"num_samples is {self.num_samples}, but a pair needs two responses: set it to 2 "
-                "or more."
-            )
-        _check_temperature("num_samples", self.num_samples, self.generation)
-
-    @classmethod
-    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With the section `data` of the model's run."""
-        return with_data_of_run(values, "path")
+    prompt: str | None = None
+    message: str | None = None
+    output: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class FilterConfig(CommandConfig):
-    """Prompts that a model solves in a part of its responses, as JSON lines.
+class ScoredSamplingConfig(SamplingConfig):
+    """Settings of the commands that score several responses to each prompt.
 
     Attributes:
       data: settings that are not given are those of the run whose model is opened; the training
         examples are the prompts.
       rewards: sources of scores, beside `model.reward_path` and added up.
       num_samples: responses that are sampled for each prompt.
-      pass_threshold: the score of a response that passes, or more.
-      min_pass_rate, max_pass_rate: the shares of passing responses between which a prompt is kept,
-        both included.
       output: the JSONL file to write; the responses are in another one beside it.
     """
 
-    # The length of prompts is bounded by the positions of the model, unless it is set.
-    data: DataSettings = DataSettings(max_prompt_length=2**20)
     rewards: tuple[RewardSource, ...] = ()
-    generation: GenerationSettings = GenerationSettings()
-    num_samples: int = 8
+    num_samples: PositiveInt = 1
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_temperature("num_samples", self.num_samples, self.generation)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig(ScoredSamplingConfig):
+    """Preference pairs of a model's responses: the best and the worst of several by a score.
+
+    Attributes:
+      num_samples: responses that are sampled for each prompt, 2 or more.
+      keep_truncated: also takes responses that reached `generation.max_new_tokens` without EOS.
+    """
+
+    num_samples: TwoOrMore = 4
+    keep_truncated: bool = False
+    output: str = "pairs.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig(ScoredSamplingConfig):
+    """Prompts that a model solves in a part of its responses, as JSON lines.
+
+    Attributes:
+      pass_threshold: the score of a response that passes, or more.
+      min_pass_rate, max_pass_rate: the shares of passing responses between which a prompt is kept,
+        both included.
+    """
+
+    num_samples: PositiveInt = 8
     pass_threshold: float = 1.0
-    min_pass_rate: float = 0.2
-    max_pass_rate: float = 0.8
+    min_pass_rate: Fraction = 0.2
+    max_pass_rate: Fraction = 0.8
     output: str = "prompts.jsonl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_samples < 1:
-            raise InputError(f"num_samples is {self.num_samples}: set it to 1 or more.")
-        if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
+        if self.min_pass_rate > self.max_pass_rate:
             raise InputError(
-                f"min_pass_rate and max_pass_rate are {self.min_pass_rate} and "
-                f"{self.max_pass_rate}: give a range within 0 to 1."
+                f"min_pass_rate = {self.min_pass_rate} is above max_pass_rate = "
+                f"{self.max_pass_rate}; change one of them."
             )
-        _check_temperature("num_samples", self.num_samples, self.generation)
-
-    @classmethod
-    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With the section `data` of the model's run."""
-        return with_data_of_run(values, "path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,14 +363,11 @@ class EvaluateConfig(CommandConfig):
 def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line: `--config FILE.yaml --section.key value ...`.
 
-    `--help` and `--print_config` print and exit. An InputError names the key and what is allowed.
+    `--print_config` prints it and exits. An InputError names the key and what is allowed.
     """
     flags = split_flags(sys.argv[1:] if argv is None else list(argv))
-    if "help" in flags.switches:
-        sys.stdout.write(help_text(kind, "COMMAND"))
-        raise SystemExit(0)
     config = _built(kind, read_values(kind, flags))
-    if "print_config" in flags.switches:
+    if flags.print_config:
         sys.stdout.write(to_yaml(config))
         raise SystemExit(0)
     return config

@@ -79,16 +79,15 @@ def load_model(
     settings: ModelSettings,
     tokenizer: PreTrainedTokenizerFast,
     key: jax.Array,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
     lora: LoraSettings | None = None,
 ) -> tuple[Model, Params]:
     """The language model at `model.path`, or a fresh one for the tokenizer's vocabulary.
 
-    Each parameter is initialised or read sharded over the mesh; without one, on one device. With
-    `lora`, for `add_adapters`, those read that will be frozen get the type of the base one by one,
-    so that no more than one of them is float32 at a time. Raises
-    an InputError if the folder cannot be read, the tokenizer has ids that the model lacks, or the
-    model cannot be split over the mesh.
+    Each parameter is initialised or read sharded over the mesh. With `lora`, for `add_adapters`,
+    those read that will be frozen get the type of the base one by one, so that no more than one of
+    them is float32 at a time. Raises an InputError if the folder cannot be read, the tokenizer has
+    ids that the model lacks, or the model cannot be split over the mesh.
     """
     if settings.path is not None:
         adapter = settings.adapter_path
@@ -97,7 +96,7 @@ def load_model(
             contextlib.nullcontext() if adapter is None else local_folder(adapter) as local,
         ):
             options = {**_options(settings), "adapter_path": local}
-            if lora is not None and lora.base != "float32" and mesh is not None:
+            if lora is not None and lora.base != "float32":
                 options["convert"] = _conversion(check_pretrained(folder), local, lora, mesh)
             model, params = load_pretrained(folder, mesh=mesh, **options)
         check_vocabulary(model, tokenizer, settings.path)
@@ -110,8 +109,6 @@ def load_model(
         pad_token_id=tokenizer.pad_token_id,
         dtype=_options(settings)["dtype"],
     )
-    if mesh is None:
-        return model, jax.jit(model.init)(key)
     model.check_mesh(mesh)
     return model, Placement(mesh, model.partition_rules).initialise(model.init, key)
 
@@ -190,22 +187,19 @@ def load_reference(
                 "it would misread; give a model that has the same one."
             )
         model, params = load_pretrained(folder, dtype=compute_dtype(settings.dtype), mesh=mesh)
-    model.check_mesh(mesh)
     check_vocabulary(model, tokenizer, path)
     return with_special_tokens(model, tokenizer, path), params
 
 
 def load_scorer(
-    path: str,
-    settings: ModelSettings,
-    tokenizer: PreTrainedTokenizerFast,
-    mesh: Mesh | None = None,
+    path: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, mesh: Mesh
 ) -> tuple[Model, Params]:
     """The reward model at a path, to score tokens of this tokenizer; its place is the mesh.
 
-    Raises an InputError if the folder cannot be read, or its tokenizer is another one.
+    Raises an InputError if the folder cannot be read, its tokenizer is another one, or the model
+    cannot be split over the mesh.
     """
-    model, params, theirs = load_reward(path, settings, mesh=mesh)
+    model, params, theirs = load_reward(path, settings, None, mesh)
     check_vocabulary(model, tokenizer, path)
     if not shares_tokens(tokenizer, theirs):
         raise InputError(
@@ -216,7 +210,7 @@ def load_scorer(
 
 
 def load_reward(
-    path: str, settings: ModelSettings, label: int | None = None, mesh: Mesh | None = None
+    path: str, settings: ModelSettings, label: int | None, mesh: Mesh
 ) -> tuple[Model, Params, PreTrainedTokenizerFast]:
     """The reward model at a path, in its place on the mesh, and its own tokenizer."""
     with local_folder(path) as folder:

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 import yaml
 
-from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml, read_yaml, shown
+from rlhf_jax.errors import InputError, shown
+from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml, read_yaml
 
 Values = dict[str, Any]
 
@@ -28,20 +28,14 @@ class Flags(NamedTuple):
 
     files: list[str]  # of `--config`, in order
     settings: list[tuple[str, str]]  # (key, text) of each `--section.key text`
-    switches: set[str]  # flags without a value, such as "help"
-
-
-SWITCHES = {"-h": "help", "--help": "help", "--print_config": "print_config"}
+    print_config: bool  # whether `--print_config` is there
 
 
 def split_flags(argv: Sequence[str]) -> Flags:
     """The parts of `--config FILE --section.key value --section.key=value ...`."""
-    flags = Flags([], [], set())
-    rest = iter(argv)
+    flags = Flags([], [], "--print_config" in argv)
+    rest = iter(argument for argument in argv if argument != "--print_config")
     for argument in rest:
-        if argument in SWITCHES:
-            flags.switches.add(SWITCHES[argument])
-            continue
         if not argument.startswith("--") or argument == "--":
             raise InputError(
                 f"{argument!r} is no option; settings are given as --section.key value."
@@ -57,24 +51,12 @@ def split_flags(argv: Sequence[str]) -> Flags:
     return flags
 
 
-# Settings of earlier versions, which may stand in a `config.yaml` with this value.
-REMOVED = {"num_seeds": 1}
-
-
-def without_removed(content: Mapping[str, Any]) -> Values:
-    """The content without removed settings; an InputError where one changed the behaviour."""
-    for name, value in REMOVED.items():
-        if content.get(name, value) != value:
-            raise InputError(f"{name} was removed; leave it out, and start one run for each seed.")
-    return {name: value for name, value in content.items() if name not in REMOVED}
-
-
 def read_values(kind: type, flags: Flags) -> Values:
     """The nested values of the files, with those of the flags laid over them."""
     values: Values = {}
     for file in flags.files:
         content = checked_section(read_yaml(file), file)
-        values = merge(values, without_removed(content))
+        values = merge(values, content)
     for key, text in flags.settings:
         value: Any = _from_yaml(text) if _is_class(_field_type(kind, key)) else Text(text)
         for name in reversed(key.split(".")):
@@ -323,8 +305,8 @@ def _unknown(kind: Any, section: str, name: str, root: Any, last: str = "") -> s
 
 def _elsewhere(root: Any, section: str, name: str) -> list[str]:
     """Keys of this name in other sections, by preference in parts for the section named."""
-    found = [key for key in _all_keys(root, "") if key.rpartition(".")[2] == name]
-    return ([key for key in found if section in key.split(".")] or found)[:4]
+    keys = [key for key in _all_keys(root, "") if key.rpartition(".")[2] == name]
+    return ([key for key in keys if section in key.split(".")] or keys)[:4]
 
 
 def _all_keys(kind: Any, prefix: str) -> Iterator[str]:

@@ -1,11 +1,10 @@
 """YAML as the settings are read from it: within limits, and with an error in one sentence."""
 
-from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, shown
 
 ADDRESSES = ("gs", "s3", "az", "hf")  # of object stores, as epath opens them
 
@@ -93,12 +92,3 @@ def checked_path(key: str, value: Any) -> str:
             local = "a path or hub name" if key.endswith("path") else "a local path"
             raise InputError(f"{key} is {text}: give {local}, or an address of {names}.")
     return text
-
-
-def shown(value: Any, text_of: Callable[[Any], str] = repr) -> str:
-    """A value in a message: its beginning, where it is long."""
-    try:
-        text = text_of(value)
-    except (ValueError, RecursionError):  # an int of more than 4300 digits, or deep nesting
-        text = f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -174,9 +174,9 @@ def test_pairs_without_prompts_have_buckets_too():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "batch size is 0: set it to 1 or more"),
-        ({"buckets": 0}, "length buckets is 0: it is 1 to 4"),
-        ({"buckets": 5}, "length buckets is 5: it is 1 to 4"),
+        ({"batch_size": 0}, "batches.batch_size must be above 0, but is 0"),
+        ({"buckets": 0}, "batches.buckets must be from 1 to 4, but is 0"),
+        ({"buckets": 5}, "batches.buckets must be from 1 to 4, but is 5"),
         ({"examples": prompts(0)}, "There are no examples"),
     ],
 )

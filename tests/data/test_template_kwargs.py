@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf_jax.data import encode_examples
-from rlhf_jax.data.settings import GIVEN_TO_TEMPLATES, DataSettings, TokenizerSettings
+from rlhf_jax.data.settings import RESERVED_TEMPLATE_KWARGS, DataSettings, TokenizerSettings
 from rlhf_jax.data.tokenizers import use_chat_template_kwargs
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands.pipeline import stage_configs
@@ -79,7 +79,7 @@ def test_all_arguments_of_transformers_are_refused(tokenizer):
     import inspect
 
     names = inspect.signature(tokenizer.apply_chat_template).parameters
-    assert {*names} - {"documents", "kwargs"} <= {*GIVEN_TO_TEMPLATES}
+    assert {*names} - {"documents", "kwargs"} <= {*RESERVED_TEMPLATE_KWARGS}
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_marks_that_mark_nothing_are_one_sentence(chat):
 
 
 def test_the_setting_goes_with_completion_only():
-    with pytest.raises(InputError, match="data.assistant_turns is 'each': set it to last or all"):
+    with pytest.raises(InputError, match="data.assistant_turns must be last or all, but is 'each'"):
         DataSettings(assistant_turns="each")
     with pytest.raises(InputError, match="without data.completion_only all tokens are targets"):
         DataSettings(assistant_turns="all", completion_only=False)

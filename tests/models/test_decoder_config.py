@@ -90,9 +90,13 @@ def test_configurations_of_both_versions_of_transformers_are_read_alike(case, tm
             "num_attention_heads must be a multiple of num_key_value_heads, but 4 is not a mul",
         ),
         ("llama", {"head_dim": 7}, "head_dim must be even"),
-        ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps must be a number above 0, but is -1.0."),
-        ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps must be a number above 0, but is nan."),
-        ("llama", {"hidden_act": "relu2"}, "The activation 'relu2' is unknown"),
+        ("llama", {"rms_norm_eps": -1.0}, "config.rms_norm_eps must be above 0, but is -1.0."),
+        (
+            "llama",
+            {"rms_norm_eps": math.nan},
+            "config.rms_norm_eps must be a finite number, but is",
+        ),
+        ("llama", {"hidden_act": "relu2"}, "config.hidden_act must be silu, gelu or gelu_pytorch_"),
         ("llama", {"attention_bias": 1}, "attention_bias must be true or false, but is 1."),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic"}}, "rope_type is 'dynamic', but only"),
@@ -114,17 +118,21 @@ def test_configurations_of_both_versions_of_transformers_are_read_alike(case, tm
         ("qwen3", {"use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers must"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be an integer"),
         ("gemma2", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all',"),
-        ("gemma2", {"hidden_activation": 3}, "hidden_activation must be a string, but is 3."),
+        ("gemma2", {"hidden_activation": 3}, "config.hidden_act must be silu, gelu or gelu_py"),
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping must be a number above"),
-        ("llama", {"hidden_act": ["silu"]}, "hidden_act must be a string, but is ['silu']."),
+        ("llama", {"hidden_act": ["silu"]}, 'hidden_act must be a string, but is ["silu"].'),
         ("llama", {"num_hidden_layers": 10**6}, "num_hidden_layers must be an integer from 1 to 1"),
-        ("llama", {"head_dim": 2**31}, "head_dim must be an integer from 1 to 2147483647, but is"),
-        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be a number above 0, but is 1000"),
-        ("llama", {"initializer_range": False}, "initializer_range must be a number above 0, but"),
+        ("llama", {"head_dim": 2**31}, "config.head_dim must be at most 2147483647, but is"),
+        ("llama", {"rms_norm_eps": 10**400}, "config.rms_norm_eps must be a finite number, but is"),
+        (
+            "llama",
+            {"initializer_range": False},
+            "initializer_range must be a number, but is false.",
+        ),
         (
             "llama",
             {"attention_dropout": 1},
-            "attention_dropout must be at least 0 and below 1, but",
+            "config.attention_dropout must be at least 0 and below 1, but",
         ),
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, but is"),
         (
@@ -216,7 +224,7 @@ def test_the_original_length_is_no_part_of_linear_scaling(tmp_path):
     ],
 )
 def test_configurations_made_directly_are_checked(name, value):
-    with pytest.raises(InputError, match=f"{name} must be .*, but is {value!r}."):
+    with pytest.raises(InputError, match=f"{name} must (not )?be .*, but is {value!r}."):
         DecoderConfig(**SIZES, head_dim=8, **{name: value})
 
 

@@ -78,9 +78,12 @@ def test_the_help_has_first_sentences_defaults_and_each_class_once():
     assert help_text(Config, "rlhf it", ("seed", "third.rate")) == EXPECTED
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "run"])
-def test_the_help_of_training_begins_with_ten_settings_and_is_short(command, capsys):
-    assert main.main([command, "--help"]) == 0
+COMMANDS = ("sft", "reward", "ppo", "run", "generate", "evaluate", "filter", "pairs sample")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_begins_with_ten_settings_and_is_short(command, capsys):
+    assert main.main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     first = text.split("\n\n")[3].splitlines()[1:]
     assert sum(line.startswith("  --") for line in first) == 10

@@ -83,8 +83,8 @@ def test_a_model_has_the_special_tokens_of_its_tokenizer(tmp_path, caplog):
     config = GPT2Config(len(tokenizer), 8, 8, 1, 1, eos_token_id=3, pad_token_id=0)
     saved = GPT2(config, generation_config={"eos_token_id": [3, pad], "top_k": 7})
     save_pretrained(tmp_path, saved, saved.init(jax.random.key(0)))
-    settings = ModelSettings(path=str(tmp_path))
-    model, params = loading.load_model(settings, tokenizer, jax.random.key(0))
+    settings, mesh = ModelSettings(path=str(tmp_path)), make_mesh(MeshSettings())
+    model, params = loading.load_model(settings, tokenizer, jax.random.key(0), mesh)
     assert model.config == dataclasses.replace(
         config, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad
     )
@@ -132,16 +132,16 @@ def test_models_are_initialised_sharded_with_the_settings(tmp_path, monkeypatch)
     save_reward_model(tmp_path, model, scorer, tokenizer)
     of_folder = ModelSettings(remat="dots", attention="cudnn", dtype="bfloat16")
     with pytest.raises(InputError, match="model.attention cudnn needs an NVIDIA GPU, but JAX runs"):
-        loading.load_reward(str(tmp_path), of_folder)
+        loading.load_reward(str(tmp_path), of_folder, None, mesh)
     monkeypatch.setattr(loading, "check_device", lambda name: None)
-    scoring_model, scorer, _ = loading.load_reward(str(tmp_path), of_folder, mesh=mesh)
+    scoring_model, scorer, _ = loading.load_reward(str(tmp_path), of_folder, None, mesh)
     assert (model.remat, scoring_model.remat) == ("full", "dots")
     assert (model.attention, scoring_model.attention) == ("blocks", "cudnn")
     for tree in (params, scorer):
         assert jax.tree.map(lambda leaf: leaf.sharding, tree) == tree_shardings(
             mesh, tree, model.partition_rules
         )
-    _, expected = loading.load_model(ModelSettings(**settings), tokenizer, key)
+    expected = jax.jit(model.init)(key)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     jax.tree.map(np.testing.assert_array_equal, scorer["model"], expected)
 

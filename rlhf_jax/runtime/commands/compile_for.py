@@ -27,7 +27,7 @@ def run_compile_for(argv: Sequence[str]) -> dict[str, Any]:
     """Prints the cost of a stage, and returns the numbers.
 
     Raises:
-      InputError: one sentence about what is wrong with the flags, the configuration or the mesh.
+      InputError: one sentence about a mistake in the flags, the configuration or the mesh.
     """
     flags, rest = _parser().parse_known_args(argv)
     if flags.topology is None:
@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--topology", help=TOPOLOGIES)
     add(
         "--model",
-        help="a known model such as gpt2-xl or Qwen/Qwen3-8B, or a folder with a config.json; by "
-        "default the model of the configuration",
+        help="the name of a known model, or a folder with a config.json; by default the model of "
+        "the configuration",
     )
     add("--stage", help=f"{', '.join(_names())}; by default the one that the configuration has")
     add("--num_responses", type=int, default=4, help="responses to a prompt, in rankings")

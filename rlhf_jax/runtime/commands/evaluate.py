@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
+from rlhf_jax.batches import PromptBatch
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.chat import are_messages, contents
 from rlhf_jax.data.comparisons import encode_pairs
@@ -39,8 +41,9 @@ from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.report.stages import holds_config_of_a_run
 from rlhf_jax.runtime.report.tables import format_table
 from rlhf_jax.runtime.rewards.functions import load_function
-from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
+from rlhf_jax.runtime.rewards.scorers import Rewards, find_sources, load_rewards
 from rlhf_jax.runtime.run.folder import config_text, disk_errors, replace_file
+from rlhf_jax.runtime.sampling.samples import check_sampled_positions
 from rlhf_jax.training import reward, sft
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
       The content of `evaluation.json`.
 
     Raises:
-      InputError: one sentence about what is wrong with the configuration or the data.
+      InputError: one sentence about a mistake in the configuration or the data.
     """
     config = resolve(EvaluateConfig, config)
     if sys.stdout is not None:
@@ -66,7 +69,7 @@ def run_evaluate(config: EvaluateConfig | str | Mapping[str, Any]) -> dict[str, 
     mesh = make_mesh(config.mesh)
     check_batch_size(mesh, "evaluation.batch_size", config.evaluation.batch_size)
     with jax.set_mesh(mesh):
-        evaluation = kinds[config.kind](config)
+        evaluation = kinds[config.kind](config, mesh)
     _save_config(config)
     policies.save_evaluation(config.run_dir, evaluation)
     curves = curve_table(evaluation) if config.kind == "pairs" else []
@@ -84,8 +87,8 @@ def _save_config(config: EvaluateConfig) -> None:
             replace_file(folder / "config.yaml", config_text(config).encode())
 
 
-def _evaluate_text(config: EvaluateConfig) -> dict[str, Any]:
-    tokenizer, model, params = _load_policy(config)
+def _evaluate_text(config: EvaluateConfig, mesh: Mesh) -> dict[str, Any]:
+    tokenizer, model, params = _load_policy(config, mesh)
     loading.check_positions(model, config.data.max_length, "data.max_length")
     held_out, batch_size = _held_out(config, "text"), config.evaluation.batch_size
     texts = encode_texts(held_out, tokenizer, config.data)
@@ -120,11 +123,10 @@ _NAMES = {
 }
 
 
-def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
-    path, mesh = _required(config.model.reward_path, "model.reward_path"), make_mesh(config.mesh)
+def _evaluate_pairs(config: EvaluateConfig, mesh: Mesh) -> dict[str, Any]:
+    path = _required(config.model.reward_path, "model.reward_path")
     tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
     model, params = loading.load_scorer(path, config.model, tokenizer, mesh)
-    model.check_mesh(mesh)
     loading.check_positions(
         model,
         config.data.max_prompt_length + config.data.max_response_length,
@@ -135,58 +137,33 @@ def _evaluate_pairs(config: EvaluateConfig) -> dict[str, Any]:
     return pair_evaluation(score_pairs(step, eval_batches(pairs, config.evaluation.batch_size)))
 
 
-def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
+def _evaluate_policy(config: EvaluateConfig, mesh: Mesh) -> dict[str, Any]:
     gold_fn, judge_fn = _check_policy(config)
-    tokenizer, model, params = _load_policy(config)
-    reference = loading.load_reference(config.model, tokenizer, make_mesh(config.mesh))
+    tokenizer, model, params = _load_policy(config, mesh)
+    reference = loading.load_reference(config.model, tokenizer, mesh)
     reference_model, ref_params = reference or (model, None)
-    rewards = reward_model = reward_params = None
+    rewards = reward_params = None
     if sources := find_sources(config.model.reward_path, config.rewards):
-        mesh = make_mesh(config.mesh)
         rewards, reward_params = load_rewards(sources, config.model, tokenizer, mesh)
-        reward_model = rewards.single
-        reward_params = reward_params if reward_model is None else reward_params[0]
-
-    def evaluator(sampled: Model) -> policies.PolicyEvaluator:
-        needed = config.data.max_prompt_length + config.generation.max_new_tokens
-        key = "data.max_prompt_length + generation.max_new_tokens"
-        loading.check_positions(sampled, needed, key)
-        return policies.PolicyEvaluator(
-            sampled,
-            tokenizer,
-            sampler(sampled, config.generation),
-            temperature=config.generation.temperature or 1.0,
-            batch_size=config.evaluation.batch_size,
-            reference_model=reference_model,
-            reward_model=reward_model,
-            rewards=rewards,
-            gold_fn=gold_fn,
-        )
-
-    examples, num_samples = _held_out(config, "prompts"), config.evaluation.num_samples
+        reward_params = reward_params if rewards.single is None else reward_params[0]
+    settings, examples = config.evaluation, _held_out(config, "prompts")
     prompts, key = encode_prompts(examples, tokenizer, config.data), jax.random.key(config.seed)
-
-    def responder(sampled: Model, of_sampled: Any) -> Callable[[int], list[Any]]:
-        respond = functools.partial(evaluator(sampled), of_sampled, prompts, examples)
-        # The KL is that of the first response alone.
-        return lambda count: [
-            respond(ref_params if n == 0 else None, reward_params, each)
-            for n, each in enumerate([key, *further_keys(key, count)])
-        ]
-
-    settings = config.evaluation
-    after = responder(model, params)(max(settings.num_responses, *settings.best_of, 1))
+    parts = (tokenizer, reference_model, rewards, gold_fn)
+    inputs = (prompts, examples, ref_params, reward_params, key)
+    count = max(settings.num_responses, *settings.best_of, 1)
+    after = _responses(_evaluator(config, model, *parts), params, *inputs, count)
     after[0] = _with_rouge(after[0], examples)
     groups = {"after": after[: settings.num_responses]}
-    if config.model.reference_path is None:
-        evaluation = policies.evaluation_of_one(after[0], num_samples)
+    if reference is None:
+        evaluation = policies.evaluation_of_one(after[0], settings.num_samples)
     else:
-        first, *further = responder(reference_model, ref_params)(settings.num_responses)
-        before = _with_rouge(first, examples)
+        evaluator = _evaluator(config, reference_model, *parts)
+        before = _responses(evaluator, ref_params, *inputs, settings.num_responses)
+        before[0] = _with_rouge(before[0], examples)
         columns = policies.columns_of(examples, prompts.indices)
-        comparison = policies.compare(before, after[0], judge_fn, columns)
-        evaluation = policies.evaluation_of(comparison, num_samples)
-        groups["before"] = [before, *further]
+        comparison = policies.compare(before[0], after[0], judge_fn, columns)
+        evaluation = policies.evaluation_of(comparison, settings.num_samples)
+        groups["before"] = before
     if settings.num_responses > 1:
         evaluation = with_passes(evaluation, groups, settings.pass_threshold)
     if settings.best_of:
@@ -194,6 +171,46 @@ def _evaluate_policy(config: EvaluateConfig) -> dict[str, Any]:
         evaluation["table"] += best_of_table(curve)
         evaluation["best_of"] = curve
     return evaluation
+
+
+def _evaluator(
+    config: EvaluateConfig,
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    reference_model: Model,
+    rewards: Rewards | None,
+    gold_fn: Callable[..., Any] | None,
+) -> policies.PolicyEvaluator:
+    """Of a policy; an InputError if its responses exceed its positions."""
+    check_sampled_positions(model, config.data.max_prompt_length, config.generation)
+    return policies.PolicyEvaluator(
+        model,
+        tokenizer,
+        sampler(model, config.generation),
+        temperature=config.generation.temperature or 1.0,
+        batch_size=config.evaluation.batch_size,
+        reference_model=reference_model,
+        reward_model=None if rewards is None else rewards.single,
+        rewards=rewards,
+        gold_fn=gold_fn,
+    )
+
+
+def _responses(
+    evaluator: policies.PolicyEvaluator,
+    params: Params,
+    prompts: PromptBatch,
+    examples: list[dict[str, Any]],
+    ref_params: Params | None,
+    reward_params: Any,
+    key: jax.Array,
+    count: int,
+) -> list[EvaluatedResponses]:
+    """Several responses to each prompt; the KL is that of the first one alone."""
+    return [
+        evaluator(params, prompts, examples, None if n else ref_params, reward_params, each)
+        for n, each in enumerate([key, *further_keys(key, count)])
+    ]
 
 
 def _check_policy(
@@ -247,12 +264,12 @@ def _best_of(responses: Sequence[EvaluatedResponses], sizes: Sequence[int]) -> l
     return best_of_curve(scores, np.stack(gold, axis=1) if gold else None, sizes)
 
 
-def _load_policy(config: EvaluateConfig) -> tuple[PreTrainedTokenizerFast, Model, Params]:
-    path, mesh = _required(config.model.path, "model.path"), make_mesh(config.mesh)
+def _load_policy(
+    config: EvaluateConfig, mesh: Mesh
+) -> tuple[PreTrainedTokenizerFast, Model, Params]:
+    path, key = _required(config.model.path, "model.path"), jax.random.key(config.seed)
     tokenizer = loading.choose_tokenizer(config.tokenizer, path, list)
-    model, params = loading.load_model(config.model, tokenizer, jax.random.key(config.seed), mesh)
-    model.check_mesh(mesh)
-    return tokenizer, model, params
+    return tokenizer, *loading.load_model(config.model, tokenizer, key, mesh)
 
 
 def _required(path: str | None, name: str) -> str:

@@ -55,7 +55,6 @@ def run_generate(config: GenerateConfig | str | Mapping[str, object]) -> int:
     key = jax.random.key(config.seed)
     mesh = make_mesh(config.mesh)
     model, params = loading.load_model(config.model, tokenizer, key, mesh)
-    model.check_mesh(mesh)
     check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
     data = config.data
     responder = Responder(

@@ -18,7 +18,9 @@ from rlhf_jax.training.trainer import Trainer
 WIDTH = 80
 
 _MODELS = ("model.path", "model.reward_path")
+_ADAPTED = ("model.path", "model.adapter_path")
 _GENERATION = ("generation.max_new_tokens", "generation.temperature", "generation.top_p")
+_EVALUATION = ("kind", *_MODELS, "model.reference_path")
 _RATES = ("pass_threshold", "min_pass_rate", "max_pass_rate")
 _PIPELINE_FIRST = (
     *_MODELS,
@@ -69,21 +71,21 @@ def all_commands() -> list[Command]:
             "responses of a model to prompts, as JSON lines",
             config.GenerateConfig,
             lambda settings: runtime.run_generate(settings),
-            first=("model.path", "prompt", "message", "data.path", "output", *_GENERATION, "seed"),
+            first=(*_ADAPTED, "prompt", "message", "data.path", "output", *_GENERATION, "seed"),
         ),
         _command(
             "evaluate",
             "perplexity of texts, accuracy on pairs, or win rates of responses",
             config.EvaluateConfig,
             lambda settings: runtime.run_evaluate(settings),
-            first=("kind", *_MODELS, "model.reference_path", "data.path", *_GENERATION, "run_dir"),
+            first=(*_EVALUATION, "data.path", *_GENERATION, "evaluation.num_responses", "run_dir"),
         ),
         _command(
             "filter",
             "prompts that a model solves in a part of its responses, as JSON lines",
             config.FilterConfig,
             lambda settings: print(f"{runtime.run_filter(settings)} prompts"),
-            first=(*_MODELS, "data.path", "output", "num_samples", *_RATES, *_GENERATION, "seed"),
+            first=(*_MODELS, "data.path", "output", "num_samples", *_RATES, *_GENERATION[:2]),
         ),
         Command(
             "compile-for",

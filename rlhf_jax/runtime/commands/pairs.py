@@ -114,7 +114,7 @@ def sample(config: PairsConfig) -> None:
 
 SAMPLE_FIRST = (
     *("model.path", "model.reward_path", "data.path", "output", "num_samples", "keep_truncated"),
-    *("generation.max_new_tokens", "generation.temperature", "seed"),
+    *("generation.max_new_tokens", "generation.temperature", "generation.top_p", "seed"),
 )
 COMMANDS: dict[str, Callable[..., int]] = {"by-label": pair_by_label, "by-prompt": pair_by_prompt}
 

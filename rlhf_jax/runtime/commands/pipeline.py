@@ -41,7 +41,7 @@ from rlhf_jax.runtime.stages.values import value_label, value_path
 
 
 def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> StageResult:
-    """Supervised fine-tuning, then a reward model, then PPO, each from what the last one exported.
+    """Supervised fine-tuning, a reward model, then PPO, each from the export of the one before.
 
     The run folders of the stages are `sft/`, `reward/` and `ppo/` inside that of the pipeline, and
     each continues where it was interrupted. The reward model starts from the fine-tuned model,
@@ -56,7 +56,7 @@ def run_rlhf(config: RLHFConfig | str | Mapping[str, Any]) -> StageResult:
       `reward/...`, `ppo/...`.
 
     Raises:
-      InputError: one sentence about what is wrong with the configuration or the data.
+      InputError: one sentence about a mistake in the configuration or the data.
     """
     config = resolve(RLHFConfig, config)
     join(config.distributed)
@@ -84,7 +84,7 @@ def _run(config: RLHFConfig) -> StageResult:
 
 
 def _check_ahead(config: RLHFConfig, stages: list[RunConfig]) -> None:
-    """Finds what is wrong with the later stages before hours are spent on the first."""
+    """Checks the later stages, before hours are spent on the first."""
     sft, ppo = stages[0], stages[-1]
     path = config.model.path
     model = fresh_model(config.model, vocab_size=50257) if path is None else check_pretrained(path)

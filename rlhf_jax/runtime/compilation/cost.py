@@ -126,7 +126,7 @@ def as_text(numbers: dict[str, Any]) -> str:
         f"{numbers['stage']}{model} ({numbers['parameters']:.4g} parameters, "
         f"{numbers['dtype']}) on {numbers['topology']}: {numbers['devices']} devices "
         f"({numbers['device_kind']}), mesh {mesh}",
-        "Compiled, not run. All numbers are of one device.",
+        "All numbers are of one device, by the analysis of the compiled programs.",
     ]
     for program in numbers["programs"]:
         lines += ["", *_program_lines(program)]

@@ -166,7 +166,7 @@ def _share_won(values: np.ndarray) -> np.ndarray:
 
 
 def with_interval(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean of float[N] values by that name, and the ends of its 95 % bootstrap interval."""
+    """The mean of float[N] values by that name, and the bounds of its 95 % bootstrap interval."""
     low, high = bootstrap_interval(values)
     return {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
 

@@ -63,7 +63,7 @@ def _pairs_of(batch: reward.Batch, scores: np.ndarray) -> ScoredPairs:
 def pair_evaluation(pairs: ScoredPairs) -> dict[str, Any]:
     """The content of `evaluation.json`: `metrics`, `table`, and two curves under `pairs`.
 
-    `accuracy_low` and `accuracy_high` are the ends of the 95 % bootstrap interval over pairs.
+    `accuracy_low` and `accuracy_high` are the bounds of the 95 % bootstrap interval over pairs.
     """
     metrics = diagnostics.pair_metrics(*pairs)
     metrics["num_pairs"] = float(len(pairs.differences))

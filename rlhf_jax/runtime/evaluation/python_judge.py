@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, shown
 from rlhf_jax.parallel import hosts
-from rlhf_jax.runtime.rewards.functions import call_function, shown
+from rlhf_jax.runtime.rewards.functions import call_function
 
 JudgeFunction = Callable[..., list[float]]
 JUDGED = ("prompts", "responses_a", "responses_b")  # its arguments by position

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from rlhf_jax.checks import PositiveInt, check_fields
+from rlhf_jax.checks import NonNegativeInt, PositiveInt, check_fields
 from rlhf_jax.errors import InputError
 
 
@@ -25,18 +25,13 @@ class EvaluationSettings:
 
     gold_fn: str | None = None
     judge_fn: str | None = None
-    batch_size: int = 128
-    num_samples: int = 12
+    batch_size: PositiveInt = 128
+    num_samples: NonNegativeInt = 12
     num_responses: PositiveInt = 1
     pass_threshold: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields("evaluation", self)
-        if self.batch_size < 1 or self.num_samples < 0:
-            raise InputError(
-                "evaluation.batch_size must be at least 1 and evaluation.num_samples at least 0, "
-                f"but are {self.batch_size} and {self.num_samples}."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +46,7 @@ class CommandEvaluationSettings(EvaluationSettings):
     """
 
     best_of: tuple[int, ...] = ()
-    rouge_rows: int = 2000
+    rouge_rows: NonNegativeInt = 2000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,5 +54,3 @@ class CommandEvaluationSettings(EvaluationSettings):
             raise InputError(
                 f"evaluation.best_of must hold numbers from 1 on, but is {list(self.best_of)}."
             )
-        if self.rouge_rows < 0:
-            raise InputError(f"evaluation.rouge_rows must be at least 0, but is {self.rouge_rows}.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import FunctionError, InputError
+from rlhf_jax.errors import FunctionError, InputError, shown
 
 _logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def check_call(
         ) from None
 
 
-def takes_ids(function: Callable[..., Any]) -> bool:
+def reads_ids(function: Callable[..., Any]) -> bool:
     """Whether a function has a parameter for the tokens of the completions."""
     try:
         return IDS in inspect.signature(function).parameters
@@ -199,14 +199,6 @@ def _warning_of_long_calls(name: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def shown(value: Any) -> str:
-    """A value in a message; an integer of more than 4,300 digits has no `repr`."""
-    try:
-        return " ".join(repr(value).split())[:80]
-    except ValueError:
-        return "a number beyond all bounds"
 
 
 def _finite_number(name: str, index: int, value: Any, completion: Any) -> float:

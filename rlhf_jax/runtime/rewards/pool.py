@@ -139,7 +139,7 @@ class FunctionPool:
             while waiting or any(worker.index is not None for worker in self._workers):
                 self._hand_out(calls, waiting)
                 for worker in self._finished():
-                    self._take(worker, replies)
+                    self._store_reply(worker, replies)
         except BaseException:
             _end_all(self._workers)  # which may be at work on a call that nobody waits for
             raise
@@ -165,7 +165,7 @@ class FunctionPool:
         now = time.monotonic()
         return [each for each in busy if each.connection in ready or each.deadline <= now]
 
-    def _take(self, worker: _Worker, replies: list[Reply | None]) -> None:
+    def _store_reply(self, worker: _Worker, replies: list[Reply | None]) -> None:
         assert worker.index is not None
         if worker.connection.poll():
             reply = worker.receive(self.timeout)

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,10 +17,10 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.models.settings import ModelSettings
 from rlhf_jax.parallel import hosts
-from rlhf_jax.parallel.partition import batch_sharding, tree_shardings
 from rlhf_jax.rollout.score import end_scores
 from rlhf_jax.runtime import loading
-from rlhf_jax.runtime.rewards.functions import IDS, ScoreFunction, check_call, scores_of, takes_ids
+from rlhf_jax.runtime.program import Placement
+from rlhf_jax.runtime.rewards.functions import IDS, ScoreFunction, check_call, reads_ids, scores_of
 from rlhf_jax.runtime.rewards.pool import FunctionPool, Scored
 from rlhf_jax.runtime.rewards.sources import RewardSource, check_names, plain_name, resolve_sources
 from rlhf_jax.runtime.rewards.texts import Responses, Tokens, retokenize
@@ -83,26 +82,27 @@ def check_sources_call(sources: Iterable[NamedSource], columns: Iterable[str]) -
                 f"rewards: {source.function} has {both[0]!r} in kwargs, which is a column of the "
                 "data too; leave it out there, or rename the column by data.columns."
             )
-        check_call(function, {*columns, *([IDS] if takes_ids(function) else [])})
+        check_call(function, {*columns, *([IDS] if reads_ids(function) else [])})
 
 
 class ModelScorer:
     """Scores by a reward model, of tokens, or of texts with a tokenizer of its own.
 
-    `shardings` are those of its parameters and of a batch; by default all is on one device.
+    Args:
+      params: its parameters, of which shapes are enough.
+      mesh: of the parameters.
     """
 
     def __init__(
         self,
         model: Model,
+        params: Params,
+        mesh: Mesh,
         tokenizer: PreTrainedTokenizerFast | None = None,
-        shardings: tuple[Any, Any] | None = None,
     ) -> None:
         self.model, self.tokenizer, self._has_warned = model, tokenizer, False
-        score = functools.partial(end_scores, model)
-        self._batch_sharding = None if shardings is None else shardings[1]
-        options: dict[str, Any] = {"in_shardings": shardings, "out_shardings": self._batch_sharding}
-        self._score = jax.jit(score, **({} if shardings is None else options))
+        self._place = Placement(mesh, model.partition_rules)
+        self._score = self._place.scores(functools.partial(end_scores, model), params)
 
     def __call__(self, params: Params, responses: Responses, batch_size: int) -> np.ndarray:
         """f32[N, K]; `batch_size` prompts are on the device at a time."""
@@ -110,11 +110,8 @@ class ModelScorer:
         if self.tokenizer is not None:
             arrays = self._retokenized(responses, self.tokenizer)
         sequences: Any = _stacked(*arrays)
-        scores = []
-        for batch in eval_batches(sequences, batch_size):
-            if self._batch_sharding is not None:
-                batch = hosts.from_host(batch, self._batch_sharding)
-            scores.append(self._score(params, batch))
+        batches = map(self._place.put, eval_batches(sequences, batch_size))
+        scores = [self._score(params, batch) for batch in batches]
         return np.concatenate(hosts.to_host(scores))[: len(responses.indices)]
 
     def _retokenized(self, responses: Responses, tokenizer: Any) -> tuple[Any, Any, list[Tokens]]:
@@ -162,7 +159,7 @@ class FunctionScorer:
     def __init__(self, function: ScoreFunction, source: RewardSource | None = None) -> None:
         self.function, self.source = function, source or RewardSource()
         self.failed: np.ndarray | None = None  # bool[N], of the policy's responses in the last call
-        self._takes_ids = takes_ids(function)
+        self._reads_ids = reads_ids(function)
         self._reference_scores: dict[int, float] = {}
         self._pool: FunctionPool | None = None
         if self.source.num_processes:
@@ -194,7 +191,7 @@ class FunctionScorer:
         numbers = list(numbers)
         prompts, completions = self._texts(responses, candidate)
         columns = dict(responses.columns)
-        if self._takes_ids:
+        if self._reads_ids:
             columns = {IDS: responses.ids[candidate]} | columns
         prompts, completions, *values = (
             [column[n] for n in numbers] for column in (prompts, completions, *columns.values())
@@ -206,13 +203,10 @@ class FunctionScorer:
         if self._pool is None:
             scores = scores_of(self.function, prompts, completions, columns, allow_none=True)
             return Scored(scores, [False] * len(scores))
-        rows = zip(*columns.values(), strict=True) if columns else ((),) * len(prompts)
-        return self._pool(
-            [
-                Call(prompt, completion, dict(zip(columns, row, strict=True)))
-                for prompt, completion, row in zip(prompts, completions, rows, strict=True)
-            ]
-        )
+        columns_of_call = [
+            {name: values[n] for name, values in columns.items()} for n in range(len(prompts))
+        ]
+        return self._pool([*map(Call, prompts, completions, columns_of_call)])
 
     def _texts(self, responses: Responses, candidate: int) -> tuple[list[Any], list[Any]]:
         """Prompts and completions, texts, or messages where the source and the data have these."""
@@ -323,14 +317,14 @@ def load_rewards(
     sources: Sequence[NamedSource],
     settings: ModelSettings,
     tokenizer: PreTrainedTokenizerFast,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
 ) -> tuple[Rewards, tuple[Params, ...]]:
     """The rewards of at least one source, and the parameters of their reward models.
 
-    `tokenizer` is the policy's; without a mesh the reward models are on one device.
+    `tokenizer` is the policy's.
 
     Raises:
-      InputError: a reward model or its tokenizer cannot be read.
+      InputError: a reward model or its tokenizer cannot be read, or not split over the mesh.
     """
     scorers: list[ModelScorer | FunctionScorer] = []
     params: list[Params] = []
@@ -342,11 +336,8 @@ def load_rewards(
         model, tree, own_tokenizer = loading.load_reward(path, settings, source.label, mesh)
         shares_tokens = loading.shares_tokens(tokenizer, own_tokenizer)
         loading.check_vocabulary(model, tokenizer if shares_tokens else own_tokenizer, path)
-        shardings = None
-        if mesh is not None:
-            rules = model.partition_rules
-            shardings = (tree_shardings(mesh, tree, rules), batch_sharding(mesh))
-        scorers.append(ModelScorer(model, None if shares_tokens else own_tokenizer, shardings))
+        own = None if shares_tokens else own_tokenizer
+        scorers.append(ModelScorer(model, tree, mesh, own))
         params.append(tree)
     names, weights = [s.name for s in sources], [s.source.weight for s in sources]
     return Rewards(names, weights, scorers), tuple(params)

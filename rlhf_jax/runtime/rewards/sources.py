@@ -28,7 +28,7 @@ class RewardSource:
         messages, as in TRL; otherwise it gets their texts.
       num_processes: processes that call the function, for one response at a time, so that a slow,
         hanging or dying call loses nothing but its own score. 0: all responses are one call in the
-        process of the run, and what the function raises ends the run.
+        process of the run, and an exception of the function ends the run.
       timeout: the seconds that a process may take for a response, after which it is replaced.
       failed_score: the score of a response for which the function raises, gives NaN, exceeds
         `timeout` or ends its process; `objective/failed_scores/NAME` is the share of them.
@@ -68,7 +68,7 @@ class RewardSource:
             )
 
     def _check_function(self) -> None:
-        """Raises an InputError for settings without what they belong to."""
+        """Raises an InputError for settings that have no effect without another one."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("kwargs", "conversations", "num_processes"):
             if self.function is None and getattr(self, name):

@@ -74,7 +74,9 @@ class Responses:
     def ids(self) -> list[list[list[int]]]:
         """K lists of the N responses as tokens, without padding."""
         pairs = ((np.asarray(tokens), np.asarray(mask)) for tokens, mask in self.candidates)
-        return [[row[real].tolist() for row, real in zip(*pair, strict=True)] for pair in pairs]
+        return [
+            [tokens[real].tolist() for tokens, real in zip(*pair, strict=True)] for pair in pairs
+        ]
 
     @functools.cached_property
     def ended(self) -> list[np.ndarray]:

@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What became of a call.
+    """The outcome of a call.
 
     Attributes:
       kind: "ready" once, after the function is imported; "score"; "raised", where the function

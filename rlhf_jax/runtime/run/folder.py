@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.parsing import checked_section, flat, to_dict, to_yaml, without_removed
+from rlhf_jax.runtime.parsing import checked_section, flat, to_dict, to_yaml
 from rlhf_jax.runtime.run.records import newest_record
 from rlhf_jax.runtime.yaml_files import checked_path, parsed_yaml
 
@@ -187,7 +187,7 @@ def is_finished(config: Any) -> bool:
 
 # --- config.yaml ----------------------------------------------------------------------------------
 
-# Settings that may change when a run continues: they have no influence on what is trained.
+# Settings that may change when a run continues: they have no influence on the training.
 _FREE_TO_CHANGE = (
     "logging.",
     "checkpoint.",
@@ -219,7 +219,7 @@ def make_run_dir(run_dir: str) -> epath.Path:
 def claim_run_dir(config: Any) -> None:
     """Makes the run folder with its `config.yaml`, or checks that a run with results may continue.
 
-    What such a run has is left as it is: a later check may refuse the command. `reopen`
+    The files of such a run are left as they are: a later check may refuse the command. `reopen`
     follows when all is accepted.
 
     Raises an InputError if the folder cannot be written, or holds a run with another configuration.
@@ -293,7 +293,7 @@ def config_text(config: Any) -> str:
 
 
 # Files that are no results, as another configuration may continue from them: those of sampled
-# responses and of a reference have a mark of what they depend on.
+# responses and of a reference have a mark with their origin.
 _NO_RESULTS = (
     *("config.yaml", "lock", "reference.npz"),
     *("sampled.jsonl", "sampled.json", "selected.jsonl"),
@@ -342,7 +342,7 @@ def changed_length(config: Any, saved: Mapping[str, Any] | None, schedule: str =
 
 def _differences(config: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(saved value, value here) of each setting that differs."""
-    old = flat(to_dict(type(config)())) | flat(without_removed(saved))
+    old = flat(to_dict(type(config)())) | flat(saved)
     new = flat(to_dict(config))
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in keys}

@@ -7,18 +7,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from etils import epath
 
 from rlhf_jax.data.datasets import load_examples
 from rlhf_jax.data.examples import source_of
 from rlhf_jax.errors import InputError
-from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.runtime.config import FilterConfig, resolve
-from rlhf_jax.runtime.run.folder import disk_errors, encode_line, replace_file
-from rlhf_jax.runtime.sampling.pairs import find_rewards, sampled_groups, samples_file
+from rlhf_jax.runtime.sampling.pairs import (
+    find_rewards,
+    sampled_groups,
+    samples_file,
+    write_output,
+)
 
 
 def run_filter(config: FilterConfig | str | os.PathLike | Mapping[str, Any]) -> int:
@@ -35,11 +35,7 @@ def run_filter(config: FilterConfig | str | os.PathLike | Mapping[str, Any]) -> 
       InputError: there is no model, no reward or no prompt left, or the output cannot be written.
     """
     config = resolve(FilterConfig, config)
-    sources, output = find_rewards(config, "filter"), epath.Path(config.output)
-    mesh = make_mesh(config.mesh)
-    check_batch_size(mesh, "generation.batch_size", config.generation.batch_size)
-    with jax.set_mesh(mesh):
-        groups = sampled_groups(config, output, sources, mesh)
+    groups = sampled_groups(config, find_rewards(config, "filter"))
     examples, _ = load_examples(config.data, "prompts", quiet=True)
     rates = [np.mean([e["score"] >= config.pass_threshold for e in group]) for group in groups]
     kept = [
@@ -52,10 +48,9 @@ def run_filter(config: FilterConfig | str | os.PathLike | Mapping[str, Any]) -> 
         raise InputError(
             f"No prompt is left: the pass rates of the {len(rates)} prompts are from "
             f"{min(rates):.2f} to {max(rates):.2f}, their mean is {np.mean(rates):.2f}; the "
-            f"responses are in {samples_file(output)}."
+            f"responses are in {samples_file(config)}."
         )
-    with disk_errors(output, "give --output a file that can be written"):
-        replace_file(output, b"".join(map(encode_line, kept)))
+    write_output(config, kept)
     return len(kept)
 
 

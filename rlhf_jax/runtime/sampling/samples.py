@@ -1,7 +1,7 @@
 """Scored responses to the prompts of a data set, in a file that an interrupted command completes.
 
 A batch of prompts is sampled with a key that depends on the seed and its number alone, and its
-lines are appended together. What an interrupted command left of a batch is cut.
+lines are appended together. An incomplete batch of an interrupted command is cut.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Examples = list[dict[str, Any]]
-Mark = dict[str, Any]  # what the responses in a file depend on: a value by its name in words
+Mark = dict[str, Any]  # the origin of the responses in a file: values by their names in words
 
 
 def check_sampled_positions(
@@ -120,7 +120,7 @@ class SampledSet:
 
     A line has `prompt`, `completion`, `score`, and `ended`: whether the response has EOS. Prompt
     and completion are messages where the prompts are. Lines are in the order of the prompts, K for
-    each. The mark, a file of the same name that ends with .json, has what they depend on.
+    each. The mark, a file of the same name that ends with .json, names their origin.
 
     Attributes:
       file: its path, which ends with .jsonl.
@@ -191,18 +191,18 @@ class SampledSet:
     def _check_mark(self, mark_file: epath.Path, mark: Mark) -> None:
         remedy = f"put that back, write to another place, or delete {self.file} to sample anew."
         try:
-            found = json.loads(mark_file.read_text())
-            old = {name: found[name] for name in mark}
+            content = json.loads(mark_file.read_text())
+            saved = {name: content[name] for name in mark}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.file} holds responses, but {mark_file}, with what they were sampled from, "
                 f"is missing or damaged; {remedy}"
             ) from error
         for name, value in mark.items():
-            if old[name] != value:
+            if saved[name] != value:
                 raise InputError(
                     f"{self.file} holds responses with other settings or models: {name} is "
-                    f"{old[name]} there and {value} here; {remedy}"
+                    f"{saved[name]} there and {value} here; {remedy}"
                 )
 
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -238,7 +238,7 @@ def mark_of(
     sampled: SampledSet,
     dtype: str,
 ) -> Mark:
-    """What the responses and scores depend on; of a function in Python, its name."""
+    """The origin of responses and scores; of a function in Python, its name."""
     tokens = [np.asarray(array).tolist() for array in prompts[:2]]
     # The checksum of reward models tells more than their paths.
     rewards = [

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import PromptBatch, Rollout, TurnRollout
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, shown
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rollout.generation import generate
 from rlhf_jax.runtime.evaluation.policies import columns_of
-from rlhf_jax.runtime.rewards.functions import call_function, shown
+from rlhf_jax.runtime.rewards.functions import call_function
 from rlhf_jax.runtime.rewards.texts import decode
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class TurnSampler:
     def _append(self, responses: list[_Response], sampled: Rollout) -> None:
         """Adds a turn to the responses that are on their way, up to a stop string in it."""
         parts = hosts.to_host(tuple(sampled[:3]))
-        rows = zip(responses, *(x.reshape(-1, x.shape[-1]) for x in parts), strict=True)
-        for response, tokens, mask, logprobs in rows:
+        arrays = (x.reshape(-1, x.shape[-1]) for x in parts)
+        for response, tokens, mask, logprobs in zip(responses, *arrays, strict=True):
             if response.is_running:
                 ids = tokens[mask].tolist()
                 size = self._turn_length(ids)
@@ -169,9 +169,9 @@ class TurnSampler:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        asked = [prompts[n] for n in running]
+        texts = ([prompts[n] for n in running], transcripts)
         columns = columns_of(self.examples, indices[running])
-        replies = hosts.from_first(_replies, self.environment, asked, transcripts, columns)
+        replies = hosts.from_first(_replies, self.environment, *texts, columns)
         for number, reply in zip(running, replies, strict=True):
             response = responses[number]
             if reply is not None:

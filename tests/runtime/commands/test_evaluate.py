@@ -224,7 +224,7 @@ def test_the_stage_logs_the_rouge_of_the_command(models, tmp_path):
         (
             {},
             {"evaluation": {"rouge_rows": -1}},
-            "evaluation.rouge_rows must be at least 0, but is",
+            "evaluation.rouge_rows must not be negative, but is",
         ),
         ({}, {"evaluation": {"judge_fn": JUDGE}}, "evaluation.judge_fn compares the responses of"),
         (

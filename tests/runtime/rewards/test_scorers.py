@@ -13,6 +13,7 @@ from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.models.huggingface import load_reward_model, save_reward_model
 from rlhf_jax.models.settings import ModelSettings
+from rlhf_jax.parallel import MeshSettings, make_mesh
 from rlhf_jax.runtime import loading
 from rlhf_jax.runtime.rewards.scorers import (
     FunctionScorer,
@@ -27,6 +28,7 @@ from rlhf_jax.runtime.rewards.sources import RewardSource
 from rlhf_jax.runtime.rewards.texts import Responses, reference_tokens, retokenize
 from tests.runtime.messages import message
 
+MESH = make_mesh(MeshSettings())
 PROMPTS = ["The film was", "I", "Quite another XYZ; than the tokenizer knows"]
 ANSWERS = [" good.", " saw it in the end and slept", " bad"]
 REFERENCES = [" fine.", " liked it", " a film"]
@@ -83,7 +85,7 @@ def responses_of(tokenizer, texts=(ANSWERS,), ended=(ENDED,), prompts=PROMPTS):
 
 def load(tokenizer, *sources, reward_path=None, reward_fn=None):
     named = find_sources(reward_path, [RewardSource(**each) for each in sources], reward_fn)
-    return load_rewards(named, ModelSettings(), tokenizer)
+    return load_rewards(named, ModelSettings(), tokenizer, MESH)
 
 
 def by_hand(folder, tokenizer, texts=(ANSWERS,), ended=(ENDED,)):
@@ -123,8 +125,8 @@ def test_texts_that_round_trip_score_as_their_tokens_do(bytes_tokenizer):
     model, params = tiny_scorer(bytes_tokenizer, 64)
     prompts = [*PROMPTS[:2], ""]
     responses = responses_of(bytes_tokenizer, (ANSWERS, REFERENCES), (ENDED, [True] * 3), prompts)
-    by_tokens = ModelScorer(model)(params, responses, 3)
-    by_texts = ModelScorer(model, bytes_tokenizer)(params, responses, 2)
+    by_tokens = ModelScorer(model, params, MESH)(params, responses, 3)
+    by_texts = ModelScorer(model, params, MESH, bytes_tokenizer)(params, responses, 2)
     assert by_tokens.shape == (3, 2)
     assert np.ptp(by_tokens) > 0.1
     np.testing.assert_allclose(by_texts, by_tokens, rtol=1e-5, atol=1e-6)
@@ -168,7 +170,7 @@ def test_texts_are_cut_to_the_positions_and_something_is_left(other_tokenizer):
 
 def test_few_widths_of_texts_are_compiled(bytes_tokenizer):
     model, params = tiny_scorer(bytes_tokenizer, 64)
-    scorer = ModelScorer(model, bytes_tokenizer)
+    scorer = ModelScorer(model, params, MESH, bytes_tokenizer)
     for length in range(1, 9):
         texts = [["x" * length] * 3]
         scorer(params, responses_of(bytes_tokenizer, texts, prompts=PROMPTS[:2] + ["I"]), 3)
@@ -292,7 +294,7 @@ def test_functions_get_messages_tokens_and_arguments_and_may_not_apply(bytes_tok
     lengths |= {"kwargs": {"target": 4, "unit": "characters"}, "num_processes": 1, "timeout": 60}
     sources = find_sources(None, [RewardSource(**own), RewardSource(**lengths)])
     check_sources_call(sources, ["answer"])
-    rewards, _ = load_rewards(sources, ModelSettings(), bytes_tokenizer)
+    rewards, _ = load_rewards(sources, ModelSettings(), bytes_tokenizer, MESH)
     scores, parts = rewards((), responses, 8)
     sizes = np.array([len(text) for text in ANSWERS])
     applying = np.array([2.0 * (sizes[0] + 1), 0.0, 2.0 * (sizes[2] + 1) + 2.0])
@@ -300,7 +302,7 @@ def test_functions_get_messages_tokens_and_arguments_and_may_not_apply(bytes_tok
     means = means_of_parts(parts)
     assert means["objective/rewards/of_turns"] == pytest.approx(applying[[0, 2]].mean())
     assert means["objective/failed_scores/length_penalty"] == 0.0
-    alone, _ = load_rewards(sources[:1], ModelSettings(), bytes_tokenizer)
+    alone, _ = load_rewards(sources[:1], ModelSettings(), bytes_tokenizer, MESH)
     expected = f"of_turns gave None for the completion {ANSWERS[1]!r}; at least one reward has to"
     assert message(alone, (), responses, 8).startswith(expected)
     assert "has 'factor' in kwargs, which is a column" in message(

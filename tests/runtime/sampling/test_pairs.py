@@ -70,9 +70,7 @@ def test_bad_input_is_one_sentence(config):
     def said(**changes):
         return message(run_pairs, config | changes)
 
-    assert said(num_samples=1) == (
-        "num_samples is 1, but a pair needs two responses: set it to 2 or more."
-    )
+    assert said(num_samples=1) == "num_samples must be at least 2, but is 1."
     assert said(rewards=[]).startswith("pairs sample needs a reward: give --model.reward_path")
     assert said(model={}).startswith("pairs sample needs a model: give --model.path")
     assert said(output="pairs.csv") == (

@@ -49,7 +49,7 @@ def test_prompts_solved_in_part_are_kept_with_their_rate(tmp_path, config, capsy
 
 def test_bad_ranges_are_one_sentence(config, tmp_path, capsys):
     wrong = config | {"min_pass_rate": 0.9}
-    assert message(run_filter, wrong).endswith("0.9 and 0.7: give a range within 0 to 1.")
+    assert message(run_filter, wrong).startswith("min_pass_rate = 0.9 is above max_pass_rate = 0.7")
     (tmp_path / "a.yaml").write_text(json.dumps(config | {"num_samples": 0}))
     assert main(["filter", "--config", str(tmp_path / "a.yaml")]) == 2
-    assert "num_samples is 0: set it to 1 or more." in capsys.readouterr().err
+    assert "num_samples must be above 0, but is 0." in capsys.readouterr().err
