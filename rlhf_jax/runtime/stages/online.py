@@ -48,7 +48,7 @@ from rlhf_jax.runtime.rewards.texts import Responses, decode, reference_tokens
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_scorer
 from rlhf_jax.runtime.stages.values import load_value_model
-from rlhf_jax.training import dynamic_sampling, online
+from rlhf_jax.training import online
 from rlhf_jax.training.flops import mixed_text_flops, online_flops, target_share
 from rlhf_jax.training.state import make_optimizer
 
@@ -70,6 +70,8 @@ class OnlineStage(shared.BaseStage):
       config: that of an online trainer.
       reward_fn: a reward in Python, of weight 1.
     """
+
+    _make_step: Callable[..., Any] = staticmethod(online.make_step)
 
     def __init__(self, config: RunConfig, reward_fn: RewardFunction | None = None) -> None:
         super().__init__(config)
@@ -178,7 +180,7 @@ class OnlineStage(shared.BaseStage):
         update = self.steps.make_update_step(self.model, self.settings, **self._options())
         if self.reward_model is not None:
             parts, score = (self.model, self.settings, update), self.reward_model
-            step = dynamic_sampling.make_step(*parts, reward_model=score, stop_token_ids=stops)
+            step = self._make_step(*parts, reward_model=score, stop_token_ids=stops)
             self._step = place.step(step, shapes, returns_batch=True)
         else:
             sample = online.make_rollout_step(self.model, self.settings, stop_token_ids=stops)
