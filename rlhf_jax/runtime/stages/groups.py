@@ -197,8 +197,8 @@ class GroupStage(OnlineStage):
         if count == PATIENCE and hosts.is_first():
             logger.warning(
                 "In the last %d logged iterations all %d responses to every prompt had equal "
-                "scores, from which %s learns nothing: look at samples.jsonl, take prompts that "
-                "the policy answers right in part, a reward that grades responses, a higher "
+                "scores, from which %s learns nothing: see samples.jsonl, and use prompts that the "
+                "policy answers right in part, a reward that grades responses, a higher "
                 "%s.temperature or more %s.num_generations.",
                 count,
                 scores.shape[1],
