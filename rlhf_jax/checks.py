@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from rlhf_jax.errors import InputError
@@ -83,3 +83,18 @@ def check_divides(settings: Any, name: str, divisor_name: str, value: int | None
             f"{section}.{name} = {value} is not divisible by {section}.{divisor_name} = {divisor}; "
             "change one of them."
         )
+
+
+def check_effect(settings: Any, names: Sequence[str], condition: str) -> None:
+    """Raises an InputError for a field of those named that is not its default.
+
+    Args:
+      settings: with the name of its `section`.
+      condition: with which alone these fields have an effect, for the message.
+    """
+    for field in dataclasses.fields(settings):
+        if field.name in names and (value := getattr(settings, field.name)) != field.default:
+            raise InputError(
+                f"{settings.section}.{field.name} is {value}, but has an effect with {condition} "
+                "only; leave it out, or change that."
+            )

@@ -39,9 +39,10 @@ from rlhf_jax.runtime.parsing import to_yaml
 from rlhf_jax.runtime.rewards.functions import call_scores, load_function
 from rlhf_jax.runtime.rewards.texts import decode
 from rlhf_jax.training import ppo, reward
+from rlhf_jax.training.epochs import apply_gradients
 from rlhf_jax.training.online import sample_responses
 from rlhf_jax.training.reward import sequences_of
-from rlhf_jax.training.state import apply_gradients, init_train_state, make_optimizer
+from rlhf_jax.training.state import init_train_state, make_optimizer
 
 # Where `scripts` and `configs` are found, also when this file is run from another folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -179,6 +179,34 @@ def test_function_bodies_are_short():
                 assert size <= 60, f"{path_name(path)}: {node.name} has {size} lines"
 
 
+def path_to_the_loss():
+    """(file, names of its functions) in the lines of the table of docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.partition("## From the command to the loss\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\| `([\w/]+\.py)` \| (.+?) \|", section, re.M)
+    return [(ROOT / "rlhf_jax" / file, re.findall(r"`(.+?)`", names)) for file, names in lines]
+
+
+def test_seven_files_lead_from_the_command_to_the_loss_of_ppo():
+    """One before each file imports it, or it is the trainer's; no other trainer is on the way."""
+    reached = {"rlhf_jax.runtime.commands.main", "rlhf_jax.training.ppo"}
+    for path, names in path_to_the_loss():
+        nodes = [*ast.walk(tree_of(path))]
+        defined = {getattr(node, "name", None) for node in nodes}
+        assert {name.rpartition(".")[2] for name in names} <= defined, path_name(path)
+        is_reached = any(f"{name}.".startswith(f"{module_name(path)}.") for name in reached)
+        assert is_reached, f"no file before {path_name(path)} imports it"
+        attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        used = attributes & {*functional.__all__}
+        reached |= {*imported_modules(path)} | {getattr(functional, x).__module__ for x in used}
+    files = [path for path, _ in path_to_the_loss()]
+    assert len(files) == len({*files}) == 7
+    others = re.compile(r"rlhf_jax\.training\.(grpo|rloo|dynamic_sampling|online_dpo|dpo|kto)")
+    for path in files:
+        wrong = [name for name in imported_modules(path) if others.match(name)]
+        assert not wrong, f"{path_name(path)} imports {wrong}"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=path_name)
 def test_light_rooms_import_light_packages_only(path):
     room = room_of(module_name(path))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.backend import trim_heap
-from rlhf_jax.runtime.commands.train import stage_of
+from rlhf_jax.runtime.commands.main import stage_of
 from rlhf_jax.runtime.config import config_of, parse, trainer_named
 
 

@@ -35,7 +35,6 @@ MODULES = (
     "rlhf_jax.training.ppo",
     "rlhf_jax.training.online",
     "rlhf_jax.training.epochs",
-    "rlhf_jax.training.accumulate",
     "rlhf_jax.training.trainable",
     "rlhf_jax.training.state",
     "rlhf_jax.runtime",

@@ -9,6 +9,7 @@ from rlhf_jax.checks import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    check_effect,
     check_fields,
 )
 from rlhf_jax.errors import InputError
@@ -147,16 +148,8 @@ class TurnSettings(SamplingSettings):
         super().__post_init__()
         section = self.section
         if self.environment_fn is None:
-            of_turns = {
-                "stop_strings": bool(self.stop_strings),
-                "turn_length": self.turn_length is not None,
-                "max_turns": self.max_turns != type(self).max_turns,
-            }
-            for name in (name for name, is_set in of_turns.items() if is_set):
-                raise InputError(
-                    f"{section}.{name} is {getattr(self, name)}, but has an effect with "
-                    f"{section}.environment_fn only; leave it out, or set that."
-                )
+            of_turns = ("stop_strings", "turn_length", "max_turns")
+            check_effect(self, of_turns, f"{section}.environment_fn")
             return
         if "" in self.stop_strings:
             raise InputError(f"{section}.stop_strings must not hold an empty text.")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from rlhf_jax.runtime.commands.evaluate import run_evaluate as run_evaluate
     from rlhf_jax.runtime.commands.generate import run_generate as run_generate
+    from rlhf_jax.runtime.commands.main import train as train
     from rlhf_jax.runtime.commands.pipeline import run_rlhf as run_rlhf
-    from rlhf_jax.runtime.commands.train import train as train
     from rlhf_jax.runtime.run.stage import StageResult
     from rlhf_jax.runtime.sampling.pairs import run_pairs as run_pairs
     from rlhf_jax.runtime.sampling.prompts import run_filter as run_filter
@@ -32,7 +32,7 @@ __all__ = [*__all__, *(f"train_{trainer.name}" for trainer in training.TRAINERS)
 
 def __getattr__(name: str) -> Any:
     if name.startswith("train_"):
-        from rlhf_jax.runtime.commands.train import train_function
+        from rlhf_jax.runtime.commands.main import train_function
 
         for trainer in training.TRAINERS:
             if name == f"train_{trainer.name}":

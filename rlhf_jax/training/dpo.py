@@ -16,7 +16,7 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_logits
 from rlhf_jax.training import trainable
 from rlhf_jax.training.dpo_settings import TRAINER, Settings
-from rlhf_jax.training.responses import exceeds, init_state_with_reference, logprobs_of
+from rlhf_jax.training.responses import init_state_with_reference, logprobs_of, preference_metrics
 from rlhf_jax.training.reward import sequences_of
 from rlhf_jax.training.state import TrainState, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
@@ -281,15 +281,7 @@ def _metrics(settings, policy, batch, denominator):
     rewards = beta * logps
     if settings.has_reference:
         rewards -= beta * jnp.stack([batch.ref_chosen, batch.ref_rejected], axis=1)
-    size = beta * jnp.max(jnp.abs(logps), axis=1)
-    values = {
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": exceeds(rewards[:, 0], rewards[:, 1], size),
-        "logps/chosen": logps[:, 0],
-        "logps/rejected": logps[:, 1],
-    }
+    values = preference_metrics(rewards, logps, beta)
     if settings.has_reference:
         values["implicit_kl"] = jnp.mean(rewards, axis=1) / beta
     return {name: batch_mean(x, batch.valid, denominator) for name, x in values.items()}

@@ -12,22 +12,15 @@ Understanding R1-Zero-Like Training (arXiv:2503.20783); Ahmadian et al., Back to
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax import functional
 from rlhf_jax.batches import ScoredRollout, Sequences
-from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.shaping import (
-    ScoreStats,
-    check_stop_tokens,
-    has_end,
-    init_score_stats,
-    scale_scores,
-)
+from rlhf_jax.models.interface import Model
+from rlhf_jax.rollout.shaping import check_stop_tokens, has_end, scale_scores
 from rlhf_jax.training import dynamic_sampling, online
 from rlhf_jax.training.epochs import run_epochs
 from rlhf_jax.training.grpo_loss import (
@@ -41,10 +34,11 @@ from rlhf_jax.training.grpo_loss import (
 )
 from rlhf_jax.training.grpo_settings import TRAINER, Settings
 from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
+from rlhf_jax.training.policy_state import PolicyState, init_state
 from rlhf_jax.training.state import make_optimizer
 
 __all__ = [
-    "GRPOState",
+    "PolicyState",
     "Settings",
     "Targets",
     "init_state",
@@ -54,59 +48,6 @@ __all__ = [
     "policy_params",
     "reference_params",
 ]
-
-
-class GRPOState(NamedTuple):
-    """Everything that an exact continuation needs.
-
-    Attributes:
-      step: i32[], iterations done.
-      params: {"model": the trained part of the policy}, float32.
-      opt_state: of the optimizer.
-      frozen: the reference, if `settings.beta` is above 0, and all other frozen parameters, as in
-        `training.online`.
-      score_stats: statistics of all scores until now; None without `scale_reward`.
-      prompt_batches: i32[], batches of prompts drawn; None where it is one in each iteration.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    frozen: Params
-    score_stats: ScoreStats | None = None
-    prompt_batches: jax.Array | None = None
-
-
-def init_state(
-    model: Model,
-    params: Params,
-    settings: Settings,
-    key: jax.Array,
-    *,
-    optimizer: optax.GradientTransformation | None = None,
-    ref_params: Params | None = None,
-    reward_params: Params | None = None,
-) -> GRPOState:
-    """The state before the first iteration.
-
-    The state holds `params` and `reward_params` themselves: a step that donates it consumes them.
-
-    Args:
-      params, ref_params, reward_params: as in `online.split_policy`.
-      key: unused, as nothing is random; every trainer has it.
-
-    Raises:
-      InputError: as `online.split_policy` does.
-    """
-    del key
-    optimizer = optimizer or make_optimizer(TRAINER.optimizer)
-    policy, frozen = online.split_policy(
-        model, params, settings, ref_params=ref_params, reward_params=reward_params
-    )
-    trained, step = {"model": policy}, jnp.zeros((), jnp.int32)
-    stats = init_score_stats(settings)
-    drawn = jnp.zeros((), jnp.int32) if settings.max_sampling_rounds > 1 else None
-    return GRPOState(step, trained, optimizer.init(trained), frozen, stats, drawn)
 
 
 def make_step(
@@ -119,27 +60,8 @@ def make_step(
 ) -> Callable[..., Any]:
     """A pure step (state, batch, key) -> (state, metrics, rollout): a full iteration.
 
-    With several `settings.max_sampling_rounds` it is that of `dynamic_sampling.make_step`.
-
-    Args:
-      reward_model: as in `online.make_step`.
-      stop_token_ids: tokens that end a response.
-
-    Arrays of the rollout are [B, K, T]; its scores are final: penalised, clipped and scaled. The
-    step raises a ValueError while tracing if the state holds no reward model.
-
-    >>> from rlhf_jax.batches import PromptBatch
-    >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-    >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    >>> key, params = jax.random.key(0), model.init(jax.random.key(1))
-    >>> settings = Settings(batch_size=2, num_generations=4, response_length=3)
-    >>> scorer = {"model": jax.tree.map(jnp.copy, params), "head": {"kernel": jnp.ones(8)}}
-    >>> state = init_state(model, params, settings, key, reward_params=scorer)
-    >>> step = jax.jit(make_step(model, settings, stop_token_ids=(9,)), donate_argnums=0)
-    >>> batch = PromptBatch(jnp.ones((2, 4), int), jnp.ones((2, 4), bool), jnp.arange(2))
-    >>> state, metrics, rollout = step(state, batch, key)
-    >>> int(state.step), rollout.tokens.shape
-    (1, (2, 4, 3))
+    Example, arguments and errors are as in `ppo.make_step`; arrays of the rollout are [B, K, T].
+    With several `settings.max_sampling_rounds` it is the step of `dynamic_sampling.make_step`.
     """
     update_step = make_update_step(
         model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids

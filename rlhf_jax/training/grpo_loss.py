@@ -18,7 +18,7 @@ from rlhf_jax.training.grpo_settings import Settings
 Metrics = dict[str, jax.Array]
 
 # loss_type -> (kind, reduction) of `functional.grpo_loss`.
-_FORMS = {
+_KINDS = {
     "grpo": ("clip", "sequence"),
     "dr_grpo": ("clip", "constant"),
     "dapo": ("clip", "token"),
@@ -178,7 +178,7 @@ def policy_loss(
         )
         weights = None if weights is None else jnp.max(weights, axis=1, keepdims=True)
         mask, units = mask.any(axis=1, keepdims=True), responses
-    kind, reduction = _FORMS[settings.loss_type]
+    kind, reduction = _KINDS[settings.loss_type]
     arguments = _arguments(settings, weights, ref, entropy)
     denominators = {
         "sequence": responses,
@@ -204,7 +204,7 @@ def policy_loss(
 
 def _arguments(settings, weights, ref_logprobs, entropy):
     """Keyword arguments of `functional.grpo_loss`, but for reduction and denominator."""
-    kind, _ = _FORMS[settings.loss_type]
+    kind, _ = _KINDS[settings.loss_type]
     high = settings.epsilon_high
     return {
         "kind": kind,

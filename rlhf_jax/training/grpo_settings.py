@@ -9,11 +9,11 @@ from rlhf_jax.checks import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
-    check_divides,
+    check_effect,
 )
 from rlhf_jax.errors import InputError
 from rlhf_jax.rollout.settings import TurnSettings
-from rlhf_jax.training.settings import OptimizerSettings, SampledSettings, prompts_kind
+from rlhf_jax.training.settings import MinibatchSettings, OptimizerSettings, prompts_kind
 from rlhf_jax.training.trainer import Headline, Trainer
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "rloo"]
@@ -23,7 +23,7 @@ ImportanceSamplingMode = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(TurnSettings, SampledSettings):
+class Settings(TurnSettings, MinibatchSettings):
     """The section `grpo` of a configuration; names are TRL's, and `rlhf rloo` has the same.
 
     Those of responses in several turns are in `rollout.settings.TurnSettings`.
@@ -31,7 +31,6 @@ class Settings(TurnSettings, SampledSettings):
     Attributes:
       num_generations: K responses sampled to each prompt, a group.
       num_iterations: passes of the updates over the responses of one iteration.
-      num_mini_batches: optimizer steps in each pass; divides `batch_size`.
       loss_type: "grpo", "sapo": mean over responses of the mean over tokens; "dapo" and its synonym
         "bnpo", "cispo": mean over all tokens of an optimizer step; "dr_grpo": sum over tokens /
         (responses * response_length); "luspo": mean over responses of the sum over tokens; "rloo":
@@ -75,7 +74,6 @@ class Settings(TurnSettings, SampledSettings):
     batch_size: PositiveInt = 32
     num_generations: PositiveInt = 8
     num_iterations: PositiveInt = 1
-    num_mini_batches: PositiveInt = 1
     loss_type: LossType = "dapo"
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] = "token"
     epsilon: NonNegativeFloat = 0.2
@@ -107,9 +105,6 @@ class Settings(TurnSettings, SampledSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_divides(self, "batch_size", "num_mini_batches")
-        part = f"batch_size / {self.section}.num_mini_batches"
-        check_divides(self, part, "gradient_accumulation_steps", self.minibatch_size)
         for is_wrong, text in (*self._faults_of_loss(), *self._faults_of_scores()):
             if is_wrong:
                 raise InputError(f"{self.section}.{text}")
@@ -119,7 +114,6 @@ class Settings(TurnSettings, SampledSettings):
         """Raises an InputError for a setting that the others leave without effect."""
         name, loss, estimator = self.section, self.loss_type, self.advantage_estimator
         is_apart = self.multi_objective_aggregation == "normalize_then_sum"
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for is_unread, keys, reader in (
             (not self.has_reference, ("kl_in", "kl_estimator"), f"{name}.beta above 0"),
             (
@@ -146,12 +140,8 @@ class Settings(TurnSettings, SampledSettings):
                 f"{name}.importance_sampling_mode",
             ),
         ):
-            for key in keys if is_unread else ():
-                if (value := getattr(self, key)) != defaults[key]:
-                    raise InputError(
-                        f"{name}.{key} is {value}, but has an effect with {reader} only; leave it "
-                        "out, or change that."
-                    )
+            if is_unread:
+                check_effect(self, keys, reader)
 
     def _faults_of_loss(self) -> list[tuple[bool, str]]:
         """Whether settings of the loss exclude each other, and the sentence about it."""
@@ -193,11 +183,11 @@ class Settings(TurnSettings, SampledSettings):
             (
                 loss == "rloo" and self.advantage_estimator.startswith("reinforce_pp"),
                 f"loss_type rloo has one advantage for a response, but {name}.advantage_estimator "
-                f"{self.advantage_estimator} one for each token; take another loss_type.",
+                f"{self.advantage_estimator} one for each token; use another loss_type.",
             ),
             (
                 loss == "rloo" and mode is not None and mode.startswith("token"),
-                "loss_type rloo has one weight for a response: take an "
+                "loss_type rloo has one weight for a response: use an "
                 f"{name}.importance_sampling_mode of sequences.",
             ),
             (
@@ -221,7 +211,7 @@ class Settings(TurnSettings, SampledSettings):
             (
                 self.num_generations == 1 and estimator != "reinforce_pp",
                 f"num_generations is 1, but {name}.advantage_estimator {estimator} compares the "
-                "responses to a prompt; give 2 or more, or take reinforce_pp.",
+                "responses to a prompt; give 2 or more, or use reinforce_pp.",
             ),
             (
                 self.max_sampling_rounds > 1 and self.num_generations == 1,
@@ -289,14 +279,9 @@ class Settings(TurnSettings, SampledSettings):
         )
 
     @property
-    def minibatch_size(self) -> int:
-        """Prompts of one optimizer step."""
-        return self.batch_size // self.num_mini_batches
-
-    @property
-    def updates_per_iteration(self) -> int:
-        """Optimizer steps on the responses of one iteration."""
-        return self.num_iterations * self.num_mini_batches
+    def num_epochs(self) -> int:
+        """Passes of the updates over the responses of one iteration."""
+        return self.num_iterations
 
     @property
     def num_forward_passes(self) -> int:
@@ -314,7 +299,7 @@ TRAINER = Trainer(
     online=True,
     # TRL's learning rate.
     optimizer=OptimizerSettings(learning_rate=1e-6),
-    first_settings=("total_episodes", "batch_size", "num_generations", "response_length", "beta"),
+    first_settings=("total_episodes", "batch_size", "num_generations", "response_length"),
     headlines=(
         Headline("objective/gold", "gold score"),
         Headline("objective/scores", "score"),

@@ -33,7 +33,7 @@ from rlhf_jax.rollout.shaping import (
     truncate_responses,
 )
 from rlhf_jax.training import trainable
-from rlhf_jax.training.accumulate import map_microbatches
+from rlhf_jax.training.epochs import map_microbatches
 from rlhf_jax.training.settings import SampledSettings
 from rlhf_jax.training.trainable import Trainable
 

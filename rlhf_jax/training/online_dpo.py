@@ -10,7 +10,7 @@ worst of more than two: Dong et al., RLHF Workflow (arXiv:2405.07863).
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,19 @@ import optax
 from rlhf_jax import functional
 from rlhf_jax.batches import ScoredRollout
 from rlhf_jax.functional.masking import batch_mean
-from rlhf_jax.models.interface import Model, Params
-from rlhf_jax.rollout.shaping import ScoreStats, check_stop_tokens, has_end, init_score_stats
+from rlhf_jax.models.interface import Model
+from rlhf_jax.rollout.shaping import check_stop_tokens, has_end
 from rlhf_jax.training import online
 from rlhf_jax.training.epochs import run_epochs
 from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
 from rlhf_jax.training.online_dpo_settings import TRAINER, Settings
-from rlhf_jax.training.responses import exceeds
+from rlhf_jax.training.policy_state import PolicyState, init_state
+from rlhf_jax.training.responses import preference_metrics
 from rlhf_jax.training.state import make_optimizer
 
 __all__ = [
-    "OnlineDPOState",
     "Pairs",
+    "PolicyState",
     "Settings",
     "best_and_worst",
     "init_state",
@@ -40,24 +41,6 @@ __all__ = [
     "policy_params",
     "reference_params",
 ]
-
-
-class OnlineDPOState(NamedTuple):
-    """Everything that an exact continuation needs.
-
-    Attributes:
-      step: i32[], iterations done.
-      params: {"model": the trained part of the policy}, float32.
-      opt_state: of the optimizer.
-      frozen: the reference and all other frozen parameters, as in `training.online`.
-      score_stats: statistics of all scores until now; None without `scale_reward`.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    frozen: Params
-    score_stats: ScoreStats | None = None
 
 
 class Pairs(NamedTuple):
@@ -74,37 +57,6 @@ class Pairs(NamedTuple):
     is_pair: jax.Array
 
 
-def init_state(
-    model: Model,
-    params: Params,
-    settings: Settings,
-    key: jax.Array,
-    *,
-    optimizer: optax.GradientTransformation | None = None,
-    ref_params: Params | None = None,
-    reward_params: Params | None = None,
-) -> OnlineDPOState:
-    """The state before the first iteration.
-
-    The state holds `params` and `reward_params` themselves: a step that donates it consumes them.
-
-    Args:
-      params, ref_params, reward_params: as in `online.split_policy`.
-      key: unused, as nothing is random; every trainer has it.
-
-    Raises:
-      InputError: as `online.split_policy` does.
-    """
-    del key
-    optimizer = optimizer or make_optimizer(TRAINER.optimizer)
-    policy, frozen = online.split_policy(
-        model, params, settings, ref_params=ref_params, reward_params=reward_params
-    )
-    trained, step = {"model": policy}, jnp.zeros((), jnp.int32)
-    stats = init_score_stats(settings)
-    return OnlineDPOState(step, trained, optimizer.init(trained), frozen, stats)
-
-
 def make_step(
     model: Model,
     settings: Settings,
@@ -115,25 +67,8 @@ def make_step(
 ) -> online.Step:
     """A pure step (state, batch, key) -> (state, metrics, rollout): a full iteration.
 
-    Args:
-      reward_model: as in `online.make_step`.
-      stop_token_ids: tokens that end a response.
-
-    The rollout has all K responses, [B, K, T]; its scores are final: penalised, clipped and scaled.
-    The step raises a ValueError while tracing if the state holds no reward model.
-
-    >>> from rlhf_jax.batches import PromptBatch
-    >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
-    >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    >>> key, params = jax.random.key(0), model.init(jax.random.key(1))
-    >>> settings = Settings(batch_size=2, num_responses=3, response_length=3)
-    >>> scorer = {"model": jax.tree.map(jnp.copy, params), "head": {"kernel": jnp.ones(8)}}
-    >>> state = init_state(model, params, settings, key, reward_params=scorer)
-    >>> step = jax.jit(make_step(model, settings, stop_token_ids=(9,)), donate_argnums=0)
-    >>> batch = PromptBatch(jnp.ones((2, 4), int), jnp.ones((2, 4), bool), jnp.arange(2))
-    >>> state, metrics, rollout = step(state, batch, key)
-    >>> int(state.step), rollout.tokens.shape
-    (1, (2, 3, 3))
+    Example, arguments and errors are as in `ppo.make_step`; the rollout has all K responses,
+    [B, K, T].
     """
     update_step = make_update_step(
         model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids
@@ -196,7 +131,7 @@ def make_update_step(
         ended = has_end(settings, stop_token_ids, rollout)
         metrics = {**metrics, **update_metrics, **_ranking_metrics(pairs, rollout, ended)}
         metrics["beta"] = metrics.pop("objective/kl_coef")
-        new_state = OnlineDPOState(state.step + 1, params, opt_state, state.frozen, score_stats)
+        new_state = PolicyState(state.step + 1, params, opt_state, state.frozen, score_stats)
         return new_state, metrics, experience.rollout
 
     return update_step
@@ -244,15 +179,7 @@ def _loss(model, settings, frozen, params, batch, key, denominator):
         denominator=denominator,
     )
     rewards = settings.beta * (logps - ref_logps)
-    size = settings.beta * jnp.max(jnp.abs(logps), axis=1)
-    values = {
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": exceeds(rewards[:, 0], rewards[:, 1], size),
-        "logps/chosen": logps[:, 0],
-        "logps/rejected": logps[:, 1],
-    }
+    values = preference_metrics(rewards, logps, settings.beta)
     means = {name: batch_mean(x, pairs.is_pair, denominator) for name, x in values.items()}
     return loss, {"train/loss": loss, **means}
 

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from rlhf_jax.checks import Limit, PositiveFloat, PositiveInt, check_divides
+from rlhf_jax.checks import Limit, PositiveFloat, PositiveInt
 from rlhf_jax.errors import InputError
 from rlhf_jax.training.dpo_settings import SMOOTHED
-from rlhf_jax.training.settings import OptimizerSettings, SampledSettings, prompts_kind
+from rlhf_jax.training.settings import MinibatchSettings, OptimizerSettings, prompts_kind
 from rlhf_jax.training.trainer import Headline, Trainer
 
 # The kinds of `functional.dpo_loss` that read nothing but one number for each response.
@@ -25,7 +25,7 @@ OnlineKind = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(SampledSettings):
+class Settings(MinibatchSettings):
     """The section `online_dpo` of a configuration.
 
     Attributes:
@@ -39,7 +39,6 @@ class Settings(SampledSettings):
         better) to 1 (b is better), 0.5 being a tie. Each two of the responses to a prompt are
         judged in both orders, and the score of a response is its mean win rate.
       num_epochs: passes over each iteration's pairs.
-      num_mini_batches: optimizer steps in each pass; divides `batch_size`.
     """
 
     section = "online_dpo"  # of the configuration; without an annotation it is no field
@@ -52,13 +51,9 @@ class Settings(SampledSettings):
     )
     judge_fn: str | None = None
     num_epochs: PositiveInt = 1
-    num_mini_batches: PositiveInt = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_divides(self, "batch_size", "num_mini_batches")
-        part = f"batch_size / {self.section}.num_mini_batches"
-        check_divides(self, part, "gradient_accumulation_steps", self.minibatch_size)
         if self.label_smoothing and self.kind not in SMOOTHED:
             raise InputError(
                 f"online_dpo.label_smoothing is {self.label_smoothing}, but {self.kind} has none; "
@@ -67,23 +62,13 @@ class Settings(SampledSettings):
         if self.kind == "exo_pair" and not self.label_smoothing:
             raise InputError(
                 "online_dpo.label_smoothing is 0, and the loss exo_pair is then infinite; its "
-                "authors take 0.001."
+                "authors use 0.001."
             )
 
     @property
     def num_trained_responses(self) -> int:
         """The best and the worst response."""
         return 2
-
-    @property
-    def minibatch_size(self) -> int:
-        """Prompts of one optimizer step."""
-        return self.batch_size // self.num_mini_batches
-
-    @property
-    def updates_per_iteration(self) -> int:
-        """Optimizer steps on the pairs of one iteration."""
-        return self.num_epochs * self.num_mini_batches
 
 
 TRAINER = Trainer(
@@ -96,7 +81,7 @@ TRAINER = Trainer(
     online=True,
     # TRL's learning rate.
     optimizer=OptimizerSettings(learning_rate=5e-7),
-    first_settings=("total_episodes", "batch_size", "num_responses", "response_length", "beta"),
+    first_settings=("total_episodes", "batch_size", "response_length", "beta"),
     headlines=(
         Headline("objective/gold", "gold score"),
         Headline("objective/scores", "score"),

@@ -19,8 +19,7 @@ from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.shaping import ScoreStats, check_stop_tokens, init_score_stats
 from rlhf_jax.training import online, sft
-from rlhf_jax.training.accumulate import map_microbatches
-from rlhf_jax.training.epochs import minibatch_indices, run_epochs
+from rlhf_jax.training.epochs import map_microbatches, minibatch_indices, run_epochs
 from rlhf_jax.training.online import make_rollout_step, policy_params, reference_params
 from rlhf_jax.training.ppo_settings import TRAINER, Settings
 from rlhf_jax.training.state import make_optimizer

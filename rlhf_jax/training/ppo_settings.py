@@ -3,20 +3,24 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax.checks import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_divides
-from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings, prompts_kind
+from rlhf_jax.checks import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf_jax.training.settings import (
+    MinibatchSettings,
+    OnlineSettings,
+    OptimizerSettings,
+    prompts_kind,
+)
 from rlhf_jax.training.trainer import Headline, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OnlineSettings):
+class Settings(MinibatchSettings, OnlineSettings):
     """The section `ppo` of a configuration; names are TRL's and trlX's.
 
     `kl_coef` is the start value when `adaptive_kl` is set.
 
     Attributes:
       num_ppo_epochs: passes over each iteration's responses.
-      num_mini_batches: optimizer steps in each pass; divides `batch_size`.
       adaptive_kl, target, horizon: the controller of Ziegler et al. 2019; target in nats per
         response, horizon in episodes.
       gamma, lam: of the advantage estimates.
@@ -30,9 +34,9 @@ class Settings(OnlineSettings):
         than this, by `policy/approxkl_avg`; the learning rate's schedule counts updates taken.
       entropy_coef: weight of the entropy of the next token, in nats, which is maximized.
       ptx_coef: weight of the cross entropy of texts in every update (PPO-ptx: Ouyang et al.,
-        InstructGPT, eq. 2), in nats per token; 0 reads no texts.
+        InstructGPT, equation 2), in nats per token; 0 reads no texts.
       ptx_batch_size: sequences of texts in one iteration (a packed one holds several), split over
-        its minibatches anew in each epoch; null takes `batch_size`.
+        its minibatches anew in each epoch; null is `batch_size`.
       value_model: "shared", a head on the policy's layers; "policy", a model of its own that starts
         as the policy, its head at zero; "reward", one that starts as the reward model, head
         included. With `num_layers_unfrozen` that of "policy" shares the frozen layers, while all of
@@ -63,11 +67,7 @@ class Settings(OnlineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, size in (("batch_size", self.batch_size), ("ptx_batch_size", self.num_texts)):
-            check_divides(self, name, "num_mini_batches", size)
-            part = f"{name} / {self.section}.num_mini_batches"
-            per_update = size // self.num_mini_batches
-            check_divides(self, part, "gradient_accumulation_steps", per_update)
+        self._check_minibatches("ptx_batch_size", self.num_texts)
 
     @property
     def num_texts(self) -> int:
@@ -75,14 +75,9 @@ class Settings(OnlineSettings):
         return self.batch_size if self.ptx_batch_size is None else self.ptx_batch_size
 
     @property
-    def minibatch_size(self) -> int:
-        """Responses of one optimizer step."""
-        return self.batch_size // self.num_mini_batches
-
-    @property
-    def updates_per_iteration(self) -> int:
-        """Optimizer steps on the responses of one iteration."""
-        return self.num_ppo_epochs * self.num_mini_batches
+    def num_epochs(self) -> int:
+        """Passes of the updates over the responses of one iteration."""
+        return self.num_ppo_epochs
 
     @property
     def num_forward_passes(self) -> int:

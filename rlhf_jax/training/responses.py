@@ -124,6 +124,26 @@ def logprobs_of(
     return Logprobs(jnp.where(mask, tokens, 0.0), mask, hidden)
 
 
+def preference_metrics(
+    rewards: jax.Array, logps: jax.Array, beta: jax.Array | float
+) -> dict[str, jax.Array]:
+    """f32[B] each, of pairs, under TRL's names.
+
+    Args:
+      rewards: f32[B, 2], of the chosen and the rejected responses: beta times their log-ratios.
+      logps: f32[B, 2], their log-probabilities in nats.
+    """
+    size = beta * jnp.max(jnp.abs(logps), axis=1)
+    return {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": exceeds(rewards[:, 0], rewards[:, 1], size),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+    }
+
+
 def exceeds(first: jax.Array, second: jax.Array, size: jax.Array) -> jax.Array:
     """bool: first > second by more than the rounding of sums of this size, 2^-19 of it.
 

@@ -158,12 +158,12 @@ class SampledSettings(ShapingSettings):
     @property
     def updates_per_iteration(self) -> int:
         """Optimizer steps on the responses of one iteration."""
-        return 1
+        return self.num_epochs * (self.batch_size // self.minibatch_size)
 
     @property
     def num_epochs(self) -> int:
         """Passes of the updates over the responses of one iteration."""
-        return self.updates_per_iteration * self.minibatch_size // self.batch_size
+        return 1
 
     @property
     def num_forward_passes(self) -> int:
@@ -174,6 +174,33 @@ class SampledSettings(ShapingSettings):
     def num_updates(self) -> int:
         """Optimizer steps in the run."""
         return self.total_iterations * self.updates_per_iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class MinibatchSettings(SampledSettings):
+    """Settings of training in several updates on the responses of one iteration.
+
+    Attributes:
+      num_mini_batches: optimizer steps in each pass over them; divides `batch_size`.
+    """
+
+    num_mini_batches: PositiveInt = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_minibatches("batch_size", self.batch_size)
+
+    def _check_minibatches(self, name: str, size: int) -> None:
+        """Raises an InputError unless the size splits into minibatches and microbatches."""
+        check_divides(self, name, "num_mini_batches", size)
+        part = f"{name} / {self.section}.num_mini_batches"
+        per_update = size // self.num_mini_batches
+        check_divides(self, part, "gradient_accumulation_steps", per_update)
+
+    @property
+    def minibatch_size(self) -> int:
+        """Prompts of one optimizer step."""
+        return self.batch_size // self.num_mini_batches
 
 
 @dataclasses.dataclass(frozen=True)

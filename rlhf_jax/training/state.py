@@ -11,7 +11,7 @@ import optax
 
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.parallel.partition import path_name
-from rlhf_jax.training.accumulate import Metrics, accumulated_gradients
+from rlhf_jax.training.epochs import Metrics, accumulated_gradients, apply_gradients
 from rlhf_jax.training.settings import OptimizerSettings
 
 
@@ -150,11 +150,3 @@ def offline_step(
         for name, x in {**metrics, "grad_norm": norm}.items()
     }
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), named
-
-
-def apply_gradients(
-    optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
-) -> tuple[Params, Any, jax.Array]:
-    """(new parameters, new optimizer state, f32[] global norm of the gradients before clipping)."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax.runtime.commands import main
 from rlhf_jax.runtime.help import help_text
+from rlhf_jax.training import TRAINERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,10 @@ def test_the_help_has_first_sentences_defaults_and_each_class_once():
     assert help_text(Config, "rlhf it", ("seed", "third.rate")) == EXPECTED
 
 
-COMMANDS = ("sft", "reward", "ppo", "run", "generate", "evaluate", "filter", "pairs sample")
+COMMANDS = (
+    *(trainer.command for trainer in TRAINERS),
+    *("run", "generate", "evaluate", "filter", "pairs sample"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

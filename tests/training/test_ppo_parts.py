@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.batches import PromptBatch, Rollout, TextBatch
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import ppo
-from rlhf_jax.training.accumulate import map_microbatches
+from rlhf_jax.training.epochs import map_microbatches
 from tests.training.ppo_by_loop import KEY, SCORES, SETTINGS, SGD, update_with
 
 IN_PARTS = {"gradient_accumulation_steps": 2, "score_batch_size": 2}

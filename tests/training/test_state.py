@@ -17,7 +17,8 @@ from rlhf_jax.models.adapter_folders import with_settings
 from rlhf_jax.models.adapters import fresh_params, merged_trees, plain_params, split_adapters
 from rlhf_jax.parallel.partition import path_name
 from rlhf_jax.training import OptimizerSettings, make_optimizer
-from rlhf_jax.training.state import apply_gradients, init_train_state, learning_rate_schedule
+from rlhf_jax.training.epochs import apply_gradients
+from rlhf_jax.training.state import init_train_state, learning_rate_schedule
 
 
 @pytest.mark.parametrize(

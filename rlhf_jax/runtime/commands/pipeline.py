@@ -15,7 +15,7 @@ from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.distributed import join
 from rlhf_jax.parallel.mesh import make_mesh
-from rlhf_jax.runtime.commands.train import train
+from rlhf_jax.runtime.commands.main import train
 from rlhf_jax.runtime.config import (
     PPOConfig,
     RewardConfig,

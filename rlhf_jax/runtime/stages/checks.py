@@ -14,7 +14,8 @@ from rlhf_jax.parallel.partition import check_batch_size
 from rlhf_jax.rollout.shaping import check_stop_tokens
 from rlhf_jax.runtime.config import RunConfig
 from rlhf_jax.runtime.loading import check_positions
-from rlhf_jax.runtime.sampling.samples import check_sampled_positions
+from rlhf_jax.runtime.rewards.scorers import NamedSource, ScoreFunction, find_sources
+from rlhf_jax.runtime.sampling.samples import check_sampled_positions, check_sources
 
 
 def check_run(config: RunConfig, model: Model, mesh: Mesh) -> None:
@@ -122,6 +123,30 @@ def check_parts(
     if steps > 1:
         key = f"{key} / {section}.gradient_accumulation_steps"
     check_batch_size(mesh, key, batch_size // num_mini_batches // steps)
+
+
+def find_rewards(
+    config: RunConfig, reward_fn: ScoreFunction | None, judge_fn: str | None = None
+) -> list[NamedSource]:
+    """The sources of scores of a run that starts from a policy; none where there is a judge.
+
+    Raises:
+      InputError: there is no policy, no source of scores, or both these and a judge.
+    """
+    title, name = config.trainer.title, config.trainer.name
+    if config.model.path is None:
+        raise InputError(
+            f"{title} starts from a trained policy: give --model.path a folder or hub name."
+        )
+    sources = find_sources(config.model.reward_path, config.section("rewards"), reward_fn)
+    if judge_fn is None:
+        check_sources(sources, title, f", or call train_{name} with a reward_fn")
+    elif sources:
+        raise InputError(
+            f"{name}.judge_fn takes the place of rewards, but there are rewards too: "
+            f"{', '.join(each.name for each in sources)}; leave one of them out."
+        )
+    return sources
 
 
 def check_scorer(config: RunConfig, scorer: Model) -> None:

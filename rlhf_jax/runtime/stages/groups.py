@@ -18,7 +18,7 @@ from rlhf_jax.runtime.rewards.scorers import means_of_parts
 from rlhf_jax.runtime.run.records import fingerprint
 from rlhf_jax.runtime.sampling.turns import TRANSCRIPTS, TurnSampler
 from rlhf_jax.runtime.stages.online import OnlineStage, RewardFunction
-from rlhf_jax.training import online
+from rlhf_jax.training import dynamic_sampling, online
 from rlhf_jax.training.dynamic_sampling import (
     Drawn,
     Groups,
@@ -37,6 +37,8 @@ _PART = "objective/rewards/"
 
 class GroupStage(OnlineStage):
     """Training on groups of responses; see `OnlineStage` and `run.stage.Stage`."""
+
+    _make_step = staticmethod(dynamic_sampling.make_step)
 
     def __init__(self, config: RunConfig, reward_fn: RewardFunction | None = None) -> None:
         if config.settings.max_sampling_rounds > 1 and config.data.length_buckets > 1:
@@ -195,8 +197,8 @@ class GroupStage(OnlineStage):
         if count == PATIENCE and hosts.is_first():
             logger.warning(
                 "In the last %d logged iterations all %d responses to every prompt had equal "
-                "scores, from which %s learns nothing: look at samples.jsonl, take prompts that "
-                "the policy answers right in part, a reward that grades responses, a higher "
+                "scores, from which %s learns nothing: see samples.jsonl, and use prompts that the "
+                "policy answers right in part, a reward that grades responses, a higher "
                 "%s.temperature or more %s.num_generations.",
                 count,
                 scores.shape[1],

@@ -17,7 +17,6 @@ from rlhf_jax.data.batching import Batches
 from rlhf_jax.data.formats import Kind
 from rlhf_jax.data.kinds import encode_examples
 from rlhf_jax.data.settings import DataSettings
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import save_pretrained
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime import program
@@ -40,15 +39,14 @@ from rlhf_jax.runtime.report.page import write_report
 from rlhf_jax.runtime.rewards.functions import call_scores, check_call, load_function
 from rlhf_jax.runtime.rewards.scorers import (
     check_sources_call,
-    find_sources,
     load_rewards,
     means_of_parts,
 )
 from rlhf_jax.runtime.rewards.texts import Responses, decode, reference_tokens
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.checks import check_scorer
+from rlhf_jax.runtime.stages.checks import check_scorer, find_rewards
 from rlhf_jax.runtime.stages.values import load_value_model
-from rlhf_jax.training import dynamic_sampling, online
+from rlhf_jax.training import online
 from rlhf_jax.training.flops import mixed_text_flops, online_flops, target_share
 from rlhf_jax.training.state import make_optimizer
 
@@ -63,7 +61,7 @@ def step_settings(config: RunConfig, tokenizer: Any) -> Any:
     return dataclasses.replace(config.settings, truncate_token=token)
 
 
-class OnlineStage(shared.BaseStage):
+class OnlineStage(shared.ComparingStage):
     """Training on responses that the policy samples; see `run.stage.Stage`.
 
     Args:
@@ -71,30 +69,13 @@ class OnlineStage(shared.BaseStage):
       reward_fn: a reward in Python, of weight 1.
     """
 
+    _make_step: Callable[..., Any] = staticmethod(online.make_step)
+
     def __init__(self, config: RunConfig, reward_fn: RewardFunction | None = None) -> None:
         super().__init__(config)
-        if config.model.path is None:
-            raise InputError(
-                f"{self.trainer.title} starts from a trained policy: give --model.path a folder or "
-                "hub name."
-            )
-        self.sources = find_sources(config.model.reward_path, config.section("rewards"), reward_fn)
-        judge = config.settings.judge_fn
-        if judge is not None and self.sources:
-            raise InputError(
-                f"{self.name}.judge_fn takes the place of rewards, but there are rewards too: "
-                f"{', '.join(each.name for each in self.sources)}; leave one of them out."
-            )
-        if judge is None and not self.sources:
-            raise InputError(
-                f"{self.trainer.title} needs a reward: give --model.reward_path a reward model's "
-                "folder, or --rewards a list of them and of functions, or call "
-                f"train_{self.name} with a reward_fn."
-            )
+        self.sources = find_rewards(config, reward_fn, config.settings.judge_fn)
         self._load()
         self._compile()
-        self._before: EvaluatedResponses | None = None
-        self._compared: tuple[int, Comparison] | None = None
 
     def _load(self) -> None:
         config, data, settings = self.config, self.config.data, self.config.settings
@@ -178,7 +159,7 @@ class OnlineStage(shared.BaseStage):
         update = self.steps.make_update_step(self.model, self.settings, **self._options())
         if self.reward_model is not None:
             parts, score = (self.model, self.settings, update), self.reward_model
-            step = dynamic_sampling.make_step(*parts, reward_model=score, stop_token_ids=stops)
+            step = self._make_step(*parts, reward_model=score, stop_token_ids=stops)
             self._step = place.step(step, shapes, returns_batch=True)
         else:
             sample = online.make_rollout_step(self.model, self.settings, stop_token_ids=stops)
@@ -312,25 +293,12 @@ class OnlineStage(shared.BaseStage):
         gold = call_scores(self.gold_fn, prompts, completions, columns)
         return {"objective/gold": float(np.mean(gold))}
 
-    def evaluate(self, state: Any) -> dict[str, float]:
-        """Scores, KL and gold scores on held-out prompts, and win rates over the initial policy."""
-        if self.held_out is None:
-            return {}
-        return {f"eval/{name}": value for name, value in self._compare(state).metrics.items()}
-
-    def _compare(self, state: Any) -> Comparison:
-        """Policy against reference, computed once a step.
-
-        The responses of the reference are sampled once a run.
-        """
-        step, prompts = int(state.step), self.held_out
-        if self._compared is not None and self._compared[0] == step:
-            return self._compared[1]
-        assert prompts is not None
-        columns = columns_of(self.held_out_examples, prompts.indices)
+    def _comparison(self, state: Any) -> Comparison:
+        """Scores, KL, gold scores and win rates of the policy, against the reference."""
+        assert self.held_out is not None
+        columns = columns_of(self.held_out_examples, self.held_out.indices)
         after = self._respond(state, online.policy_params(self.model, state))
-        self._compared = (step, compare(self._reference(state), after, self.judge_fn, columns))
-        return self._compared[1]
+        return compare(self._reference(state), after, self.judge_fn, columns)
 
     def _reference(self, state: Any) -> EvaluatedResponses:
         """The responses of the reference, sampled once a run."""

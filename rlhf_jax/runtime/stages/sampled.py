@@ -9,7 +9,6 @@ from etils import epath
 
 from rlhf_jax.data.batching import eval_batches
 from rlhf_jax.data.kinds import encode_examples
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.interface import Params
 from rlhf_jax.parallel import hosts
 from rlhf_jax.runtime.config import RunConfig
@@ -21,7 +20,7 @@ from rlhf_jax.runtime.evaluation.policies import (
     save_evaluation,
 )
 from rlhf_jax.runtime.loading import compute_dtype
-from rlhf_jax.runtime.rewards.scorers import find_sources, load_rewards
+from rlhf_jax.runtime.rewards.scorers import load_rewards
 from rlhf_jax.runtime.run.folder import disk_errors, encode_line, replace_file
 from rlhf_jax.runtime.run.progress import show_note
 from rlhf_jax.runtime.run.records import digest
@@ -30,16 +29,17 @@ from rlhf_jax.runtime.sampling.samples import (
     ScoredSampler,
     check_functions,
     check_sampled_positions,
-    check_sources,
     mark_of,
 )
 from rlhf_jax.runtime.sampling.selection import Entry, select
+from rlhf_jax.runtime.stages.checks import find_rewards
 from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.shared import ComparingStage
 
 SAMPLED, SELECTED = "sampled.jsonl", "selected.jsonl"
 
 
-class SampledStage(OfflineStage):
+class SampledStage(ComparingStage, OfflineStage):
     """Training on the best of the model's own responses; see `run.stage.Stage`.
 
     All responses are in `sampled.jsonl` of the run, and those that are trained on in
@@ -53,16 +53,7 @@ class SampledStage(OfflineStage):
     def __init__(
         self, config: RunConfig, reward_fn: Callable[..., list[float]] | None = None
     ) -> None:
-        title, name = config.trainer.title, config.trainer.name
-        if config.model.path is None:
-            raise InputError(
-                f"{title} starts from a trained policy: give --model.path a folder or hub name."
-            )
-        rewards = config.section("rewards")
-        self.sources = find_sources(config.model.reward_path, rewards, reward_fn)
-        check_sources(self.sources, title, f", or call train_{name} with a reward_fn")
-        self._before: EvaluatedResponses | None = None
-        self._compared: tuple[int, Comparison] | None = None
+        self.sources = find_rewards(config, reward_fn)
         super().__init__(config)
 
     def _load(self) -> tuple[list[Any], list[Any]]:
@@ -149,20 +140,10 @@ class SampledStage(OfflineStage):
             None,
         )
 
-    def evaluate(self, state: Any) -> dict[str, float]:
-        """Scores of responses to held-out prompts, and the win rate over the initial policy."""
-        if self.held_out is None:
-            return {}
-        return {f"eval/{name}": value for name, value in self._compare(state).metrics.items()}
-
-    def _compare(self, state: Any) -> Comparison:
-        """The policy against the initial one, computed once a step."""
-        step = int(state.step)
-        if self._compared is None or self._compared[0] != step:
-            assert self._before is not None
-            after = self._respond(self.full_params(state))
-            self._compared = (step, compare(self._before, after))
-        return self._compared[1]
+    def _comparison(self, state: Any) -> Comparison:
+        """Scores and the win rate of the policy, against the initial one."""
+        assert self._before is not None
+        return compare(self._before, self._respond(self.full_params(state)))
 
     def finish(self, state: Any) -> epath.Path:
         """Writes `evaluation.json` with the held-out responses, `hf/` and the report."""

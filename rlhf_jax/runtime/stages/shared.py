@@ -24,6 +24,7 @@ from rlhf_jax.models.interface import Model
 from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.runtime.config import RunConfig
+from rlhf_jax.runtime.evaluation.policies import Comparison, EvaluatedResponses
 from rlhf_jax.runtime.evaluation.responses import token_entries
 from rlhf_jax.runtime.loading import add_adapters, choose_tokenizer, load_model
 from rlhf_jax.runtime.program import Placement
@@ -133,6 +134,30 @@ class BaseStage:
                 "with; put it back, or choose another --run_dir."
             )
         return state._replace(**{**saved, "frozen": frozen})
+
+
+class ComparingStage(BaseStage):
+    """A stage whose evaluation compares responses of the policy with those of the initial one."""
+
+    held_out: Any
+    _before: EvaluatedResponses | None = None
+    _compared: tuple[int, Comparison] | None = None
+
+    def _comparison(self, state: Any) -> Comparison:
+        raise NotImplementedError
+
+    def _compare(self, state: Any) -> Comparison:
+        """`_comparison`, computed once a step."""
+        step = int(state.step)
+        if self._compared is None or self._compared[0] != step:
+            self._compared = (step, self._comparison(state))
+        return self._compared[1]
+
+    def evaluate(self, state: Any) -> dict[str, float]:
+        """Metrics of the responses to held-out prompts; {} without these."""
+        if self.held_out is None:
+            return {}
+        return {f"eval/{name}": value for name, value in self._compare(state).metrics.items()}
 
 
 def _is_empty(part: Any) -> bool:

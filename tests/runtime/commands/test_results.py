@@ -2,7 +2,7 @@
 
 import json
 
-from rlhf_jax.runtime.commands.train import print_result
+from rlhf_jax.runtime.commands.main import print_result
 from rlhf_jax.runtime.config import trainer_named
 from rlhf_jax.runtime.run.stage import StageResult
 
