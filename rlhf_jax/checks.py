@@ -93,7 +93,9 @@ def check_effect(settings: Any, names: Sequence[str], condition: str) -> None:
       condition: with which alone these fields have an effect, for the message.
     """
     for field in dataclasses.fields(settings):
-        if field.name in names and (value := getattr(settings, field.name)) != field.default:
+        value = getattr(settings, field.name)
+        changed = (tuple(value) if isinstance(value, list) else value) != field.default
+        if changed and field.name in names:
             raise InputError(
                 f"{settings.section}.{field.name} is {value}, but has an effect with {condition} "
                 "only; leave it out, or change that."
