@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import rlhf_jax as rlhf
-from tests.functional.cases import SHARED, function_name, make_cases
+from tests.functional.case import SHARED, function_name
+from tests.functional.cases import make_cases
 
 # Of the formulas: test_all.py holds on both ends of the versions that each function compiles.
 pytestmark = pytest.mark.newest
