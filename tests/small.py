@@ -173,8 +173,8 @@ def shorter_wins(prompts, responses_a, responses_b, **columns):
     return [0.9 if b < a else 0.4 if b == a else 0.0 for a, b in lengths]
 
 
-def rows(file):
-    """The lines of a JSONL file, without what hangs on the clock."""
+def entries(file):
+    """The entries of a JSONL file, without times."""
     return [
         {k: v for k, v in json.loads(line).items() if k != "time" and not k.startswith("perf/")}
         for line in Path(file).read_text().splitlines()
@@ -184,7 +184,7 @@ def rows(file):
 def metrics_by_step(run_dir):
     """The metrics of each step; an evaluation after a restart has a line of its own."""
     steps = {}
-    for line in rows(Path(run_dir) / "metrics.jsonl"):
+    for line in entries(Path(run_dir) / "metrics.jsonl"):
         steps.setdefault(line["step"], {}).update(line)
     return steps
 
@@ -201,7 +201,7 @@ def checkpoint(run_dir, step=STEPS):
 def assert_same_run(first, second, step=STEPS):
     """Bit for bit: metrics, samples, the model, and the arrays of the last checkpoint."""
     assert metrics_by_step(first) == metrics_by_step(second)
-    assert rows(Path(first) / "samples.jsonl") == rows(Path(second) / "samples.jsonl")
+    assert entries(Path(first) / "samples.jsonl") == entries(Path(second) / "samples.jsonl")
     weights = [(Path(run) / "hf" / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]
     jax.tree.map(np.testing.assert_array_equal, checkpoint(first, step), checkpoint(second, step))

@@ -13,7 +13,7 @@ from rlhf_jax.data import builtin, train_tokenizer
 def tokenizer():
     """Trained on the embedded corpus; bytes stand in for what that does not know."""
     examples = builtin.texts(0, 300)
-    return train_tokenizer([row["prompt"] + row["completion"] for row in examples], 512)
+    return train_tokenizer([example["prompt"] + example["completion"] for example in examples], 512)
 
 
 @pytest.fixture(autouse=True)
@@ -56,5 +56,5 @@ def write_csv(path, examples):
 
 def as_json(name, examples):
     if ".jsonl" in name.lower():
-        return "".join(json.dumps(row) + "\n" for row in examples)
+        return "".join(json.dumps(example) + "\n" for example in examples)
     return json.dumps(examples)

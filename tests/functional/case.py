@@ -72,10 +72,10 @@ def floats(rng, *shape):
 
 
 def make_batch(rng):
-    # The first row is full, the others end anywhere after their first token.
+    # The first example is full, the others end anywhere after their first token.
     lengths = np.concatenate([[T], rng.integers(1, T, size=B - 1)])
     mask = np.arange(T) < lengths[:, None]
-    # One row in the middle only fills up the batch.
+    # One example in the middle only fills up the batch.
     valid = np.arange(B) != 2
     tokens = rng.integers(0, V, size=(B, T)).astype(np.int32)
     targets = rng.integers(0, V - 1, size=(B, T)).astype(np.int32)

@@ -206,7 +206,7 @@ def policy_cases(rng, batch):
 
 
 def grpo_cases(rng, batch):
-    # One row in the middle has no real token.
+    # One example in the middle has no real token.
     mask = batch.mask & batch.valid[:, None]
     names = ("logprobs", "old_logprobs", "ref_logprobs")
     arrays = {

@@ -1,4 +1,4 @@
-"""What holds for every public function."""
+"""Properties of every public function."""
 
 import doctest
 import functools

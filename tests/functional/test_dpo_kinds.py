@@ -210,7 +210,7 @@ def test_swapped_pairs_are_pairs_with_the_other_smoothing(rng, kind):
 
 @pytest.mark.parametrize("kind", ["bco_pair", "sppo_hard", "apo_zero"])
 def test_exchanging_responses_and_signs_changes_nothing(rng, kind):
-    """What is asked of a chosen response's log-ratio is asked of minus the other's."""
+    """The loss is symmetric in the chosen log-ratio and minus the rejected one."""
     pc, pr, rc, rr = draw(rng, 4, 6)
     one, _ = dpo((pc, pr, rc, rr), kind)
     other, _ = dpo((rr, rc, pr, pc), kind)

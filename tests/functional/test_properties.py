@@ -164,8 +164,8 @@ def test_masking_equals_truncating_each_response_for_rewards_and_advantages(mask
     for b, n in enumerate(mask.sum(axis=1)):
         if n:
             cut = outputs(*(x[[b], :n] for x in numbers), scores[[b]], np.ones((1, n), bool))
-            of_row = [x[[b], :n] for x in full]
-            chex.assert_trees_all_close(of_row, list(cut), rtol=1e-5, atol=1e-5)
+            of_example = [x[[b], :n] for x in full]
+            chex.assert_trees_all_close(of_example, list(cut), rtol=1e-5, atol=1e-5)
 
 
 @given(scores=eighths(3, 4), counts=st.permutations([0, 1, 2, 3, 4]), data=st.data())

@@ -243,10 +243,10 @@ def main():
         "orpo": make_orpo(np.random.default_rng(3)),
         "kto": make_kto(np.random.default_rng(4)),
         "grpo": make_grpo(
-            np.random.default_rng(5), loss_types, grpo_settings, with_empty_row=False
+            np.random.default_rng(5), loss_types, grpo_settings, with_empty_response=False
         ),
         "grpo_empty_row": make_grpo(
-            np.random.default_rng(7), loss_types, grpo_settings[-1:], with_empty_row=True
+            np.random.default_rng(7), loss_types, grpo_settings[-1:], with_empty_response=True
         ),
         "advantages": make_advantages(np.random.default_rng(6)),
     }

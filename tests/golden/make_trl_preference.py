@@ -43,7 +43,7 @@ KINDS = {
 
 
 def stand_in(**more):
-    """What a trainer reads of itself: one process, in training mode, with metrics to fill."""
+    """The attributes that trainers read: one process, in training mode, with metrics to fill."""
     accelerator = types.SimpleNamespace(
         device=torch.device("cpu"),
         gather=lambda x: x,

@@ -10,7 +10,7 @@ B, T = 5, 7
 
 
 def stand_in(**more):
-    """What every trainer reads of itself: one process, in training mode, with metrics to fill."""
+    """The attributes that trainers read: one process, in training mode, with metrics to fill."""
     accelerator = types.SimpleNamespace(
         device=torch.device("cpu"),
         gather=lambda x: x,
@@ -38,9 +38,9 @@ def draw_logprobs(rng, *shape):
     return -np.maximum(np.round(512 * np.exp(rng.normal(size=shape))), 1).astype(np.float32) / 512
 
 
-def ragged(rng, rows):
-    """int64[rows, T], 1 on real tokens: the first row is full, each has one at least."""
-    lengths = np.concatenate([[T], rng.integers(1, T, rows - 1)])
+def ragged(rng, batch_size):
+    """int64[B, T], 1 on real tokens: the first example is full, each has one at least."""
+    lengths = np.concatenate([[T], rng.integers(1, T, batch_size - 1)])
     return (np.arange(T) < lengths[:, None]).astype(np.int64)
 
 

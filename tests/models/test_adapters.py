@@ -82,8 +82,8 @@ def test_adapters_equal_those_of_peft(case, tmp_path):
     assert own_model == plain
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), own, merged)
     if case != "dora":
-        found, expected = unmerge_adapter(params, merged), plain_params(params)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-7), found, expected)
+        actual, expected = unmerge_adapter(params, merged), plain_params(params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-7), actual, expected)
 
 
 @pytest.mark.parametrize("case", ["llama", "dora"])

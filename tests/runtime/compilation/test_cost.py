@@ -66,7 +66,7 @@ def test_a_fresh_model_is_of_the_family_in_the_settings():
 
 
 @pytest.mark.newest
-def test_what_is_computed_again_counts_again():
+def test_recomputation_counts_again():
     """A forward pass is a third of a step, except for the logits, which are not recomputed."""
     flops = {}
     for remat in ("none", "full"):

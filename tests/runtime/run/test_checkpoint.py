@@ -46,9 +46,9 @@ def restored(folder, like=None, check=anything):
     )
 
 
-def assert_is(found, step):
-    assert found.step == step
-    jax.tree.map(np.testing.assert_array_equal, found.state, state_of(step))
+def assert_is(restored_run, step):
+    assert restored_run.step == step
+    jax.tree.map(np.testing.assert_array_equal, restored_run.state, state_of(step))
 
 
 def our_warnings(caplog):
@@ -68,11 +68,11 @@ def two(tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_gives_back_every_bit_and_what_was_said_beside(two):
-    found = restored(two)
-    assert_is(found, 2)
-    assert found.record["n"] == 2
-    assert found.record["arrays"]["params/kernel"][:2] == [[40, 30], "float32"]
+def test_a_checkpoint_restores_every_bit_and_its_record(two):
+    restored_run = restored(two)
+    assert_is(restored_run, 2)
+    assert restored_run.record["n"] == 2
+    assert restored_run.record["arrays"]["params/kernel"][:2] == [[40, 30], "float32"]
     assert restored(two / "elsewhere") is None
 
 
@@ -122,7 +122,7 @@ def damage(file, how):
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_no_damage_to_any_file_goes_unseen(tmp_path, two, caplog, how):
-    """What is read is what was saved, or the one before with a warning that says why."""
+    """The saved state is read, or the one before it with a warning that says why."""
     newest = two / "checkpoints" / "2"
     reported = set()
     for file in sorted(path for path in newest.rglob("*") if path.is_file()):
@@ -131,9 +131,9 @@ def test_no_damage_to_any_file_goes_unseen(tmp_path, two, caplog, how):
         name = file.relative_to(newest)
         damage(folder / "checkpoints" / "2" / name, how)
         caplog.clear()
-        found = restored(folder)
-        assert_is(found, found.step)
-        if found.step == 1:
+        restored_run = restored(folder)
+        assert_is(restored_run, restored_run.step)
+        if restored_run.step == 1:
             reported.add(name)
             assert names(folder) == ["1", "bad-2"]
             (warning,) = our_warnings(caplog)
@@ -167,7 +167,7 @@ def test_several_bad_ones_are_put_aside_and_their_names_do_not_clash(tmp_path, t
     assert "_CHECKPOINT_METADATA is missing" in caplog.text
 
 
-def test_where_none_is_whole_one_sentence_says_so_and_nothing_is_touched(tmp_path, two):
+def test_without_a_complete_checkpoint_one_sentence_says_so_and_nothing_is_touched(tmp_path, two):
     folder = tmp_path / "run"
     shutil.copytree(two, folder)
     for step in "12":
@@ -182,7 +182,7 @@ def test_where_none_is_whole_one_sentence_says_so_and_nothing_is_touched(tmp_pat
     assert names(folder) == ["1", "2"]
 
 
-def test_what_the_machine_lacks_is_no_fault_of_a_checkpoint(two, monkeypatch):
+def test_errors_of_the_machine_are_no_fault_of_a_checkpoint(two, monkeypatch):
     def denied(*args, **kwargs):
         raise ValueError("PERMISSION_DENIED: no token")
 
@@ -237,7 +237,7 @@ def test_another_configuration_is_refused_before_the_arrays_are_read(two):
 # --- saving --------------------------------------------------------------------------------------
 
 
-def test_what_orbax_writes_later_is_not_what_the_next_step_overwrites(tmp_path, monkeypatch):
+def test_background_writes_are_not_of_arrays_that_the_next_step_overwrites(tmp_path, monkeypatch):
     state, given = state_of(1), []
     save = ocp.CheckpointManager.save
 
@@ -256,7 +256,7 @@ def test_what_orbax_writes_later_is_not_what_the_next_step_overwrites(tmp_path, 
     assert_is(restored(tmp_path), 1)
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path):
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     checkpoints = Checkpoints(str(tmp_path), CheckpointSettings())
     assert not checkpoints.save(1, state_of(1) | {"nan": jnp.asarray([0.0, jnp.nan])})
     assert checkpoints.latest_step() is None

@@ -1,4 +1,4 @@
-"""What goes wrong while a run is under way: NaN, a reward function in Python."""
+"""Failures during a run: NaN, errors of a reward function in Python."""
 
 import math
 import os
@@ -67,14 +67,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
             "with another --run_dir."
         )
     assert saved_steps(tmp_path) == [1]
-    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1]
+    assert [entry["step"] for entry in small.entries(tmp_path / "metrics.jsonl")] == [1]
     assert not (tmp_path / "hf").exists()
 
 
 def test_a_metric_that_is_no_loss_may_be_infinite(tmp_path, monkeypatch):
     monkeypatch.setattr(DivergingStage, "metric", "train/other")
     counting.train(tmp_path, DivergingStage)
-    assert small.rows(tmp_path / "metrics.jsonl")[1]["train/other"] == "NaN"
+    assert small.entries(tmp_path / "metrics.jsonl")[1]["train/other"] == "NaN"
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def steps_of(folder):
 
 def lines_of(folder):
     """(step, whether the line has an evaluation) of each line of metrics.jsonl."""
-    lines = small.rows(folder / "metrics.jsonl")
+    lines = small.entries(folder / "metrics.jsonl")
     return [(line["step"], "eval/loss" in line or "eval/kl" in line) for line in lines]
 
 
@@ -98,7 +98,7 @@ def test_sigterm_saves_and_an_evaluation_is_repeated_when_the_run_continues(
     # One more line for a repeated evaluation, and no evaluation twice.
     more = [(stopped_after, True)] if (stopped_after, False) in lines and stopped_after > 1 else []
     assert lines_of(tmp_path) == [*lines, *more, *ALL[stopped_after:]]
-    assert result.metrics["eval/loss"] == small.rows(tmp_path / "metrics.jsonl")[-1]["eval/loss"]
+    assert result.metrics["eval/loss"] == small.entries(tmp_path / "metrics.jsonl")[-1]["eval/loss"]
     assert result.metrics["train/loss"] > 0
 
 
@@ -111,7 +111,7 @@ def test_samples_of_a_steps_output_are_written_before_the_run_stops(
         with pytest.raises(Terminated):
             counting.train(tmp_path, SamplingStage)
     last = int(steps_of(tmp_path)[0])
-    assert small.rows(tmp_path / "samples.jsonl")[-1]["step"] == last
+    assert small.entries(tmp_path / "samples.jsonl")[-1]["step"] == last
     counting.train(tmp_path, SamplingStage)
     small.assert_same_run(sampling_run, tmp_path)
 
@@ -177,7 +177,7 @@ def test_samples_after_a_restart_write_no_line_of_metrics(tmp_path, monkeypatch)
             counting.train(tmp_path, logging=logging)
     counting.train(tmp_path, logging=logging)
     assert lines_of(tmp_path) == [(4, True)]
-    steps = [line["step"] for line in small.rows(tmp_path / "samples.jsonl")]
+    steps = [line["step"] for line in small.entries(tmp_path / "samples.jsonl")]
     assert steps == [0, 0, 2, 2, 4, 4]
 
 
@@ -360,4 +360,4 @@ def test_a_metric_that_is_not_evaluated_is_named(tmp_path, caplog):
         "checkpoint.best_metric is eval/scores, which is not evaluated: no step is the best. The "
         "evaluation has eval/accuracy, eval/loss."
     )
-    assert "best/step" not in small.rows(tmp_path / "metrics.jsonl")[-1]
+    assert "best/step" not in small.entries(tmp_path / "metrics.jsonl")[-1]
