@@ -1,5 +1,6 @@
 """The smallest runs that do everything, for the tests of the commands; and how two are compared."""
 
+import errno
 import json
 import os
 import signal
@@ -149,17 +150,23 @@ def _laid_over(base, sections):
     return merged
 
 
-def send_signal_in(patch, stage, method, at_call, number=signal.SIGINT):
-    """Makes a method of a stage receive a signal in its nth call, from 1."""
+def send_signal_in(patch, stage, method, at_call=1, number=signal.SIGTERM, times=1):
+    """Makes a method of a stage receive a signal in its nth call, from 1, `times` times."""
     original, calls = getattr(stage, method), []
 
     def interrupted(self, *args):
         calls.append(1)
         if len(calls) == at_call:
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return original(self, *args)
 
     patch.setattr(stage, method, interrupted)
+
+
+def interrupt_in(patch, stage, method, at_call):
+    """Makes a method of a stage receive the signal of Ctrl-C in its nth call, from 1."""
+    send_signal_in(patch, stage, method, at_call, signal.SIGINT)
 
 
 def short_response(prompts, completions, **columns):
@@ -171,6 +178,11 @@ def shorter_wins(prompts, responses_a, responses_b, **columns):
     """A judge in Python, biased to the first position: the shorter response is better."""
     lengths = ((len(a), len(b)) for a, b in zip(responses_a, responses_b, strict=True))
     return [0.9 if b < a else 0.4 if b == a else 0.0 for a, b in lengths]
+
+
+def no_space(*_):
+    """Fails as a write to a full disk does."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def entries(file):
@@ -189,6 +201,10 @@ def metrics_by_step(run_dir):
     return steps
 
 
+def checkpoint_names(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
 def checkpoint(run_dir, step=STEPS):
     """The arrays of a checkpoint, read without knowing what they should be."""
     import orbax.checkpoint as ocp
@@ -205,16 +221,3 @@ def assert_same_run(first, second, step=STEPS):
     weights = [(Path(run) / "hf" / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]
     jax.tree.map(np.testing.assert_array_equal, checkpoint(first, step), checkpoint(second, step))
-
-
-def interrupt_in(monkeypatch, stage, method, at_call):
-    """Makes a method of a stage press Ctrl-C when it is called the nth time, from 1."""
-    original, calls = getattr(stage, method), []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == at_call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(stage, method, interrupted)

@@ -17,17 +17,11 @@ from rlhf_jax.data.chat import contents, prompt_text
 from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.data.tokenizers import use_chat_template
 from rlhf_jax.errors import InputError
-from tests.data.test_sft import TEMPLATE, ids, turns
+from tests.data.texts import TEMPLATE, ids, turns
 
 HEAD = "<user>Hi.\n<assistant>Hello.<|endoftext|>\n<user>Was it dull?\n<assistant>"
 PROMPT = turns("Hi.", "Hello.", "Was it dull?")
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("It was.", "No."))
-
-
-@pytest.fixture
-def chat(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    return tokenizer
 
 
 def parts_of(batch, index=0):

@@ -6,7 +6,7 @@ from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_
 from rlhf_jax.data.encoding import tokenize_prompts
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
-from tests.data.test_sft import ids
+from tests.data.texts import ids
 
 MARK = "\n\nAssistant:"
 HEAD = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Was it dull?\n\nAssistant:"

@@ -6,16 +6,13 @@ import pytest
 from rlhf_jax.data import builtin, encode_pairs
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
+from tests.data.texts import ids
 
 EXAMPLE = {
     "prompt": "I saw The Golden River.",
     "chosen": " I loved it.",
     "rejected": " It was dull.",
 }
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def real(tokens, mask, row=0):

@@ -6,10 +6,7 @@ import pytest
 from rlhf_jax.data import builtin, encode_prompts
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+from tests.data.texts import ids
 
 
 def real(batch, row=0):

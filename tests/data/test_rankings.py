@@ -6,12 +6,9 @@ import pytest
 from rlhf_jax.data import Batches, encode_pairs, encode_rankings, eval_batches, load_examples
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
+from tests.data.texts import ids
 
 GOOD = {"prompt": "I saw it.", "responses": [" I loved it.", " It was dull.", " Bad!"]}
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def said(caplog):

@@ -12,17 +12,9 @@ from rlhf_jax.data import builtin, encode_texts, tokenize_texts
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import pack
 from rlhf_jax.errors import InputError
+from tests.data.texts import ids, turns
 
 UNPACKED = {"packing": False}
-TEMPLATE = (
-    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}"
-    "{{ eos_token if turn['role'] == 'assistant' }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_one(example, tokenizer, **settings):
@@ -117,17 +109,6 @@ def test_there_is_no_warning_if_nothing_is_changed(tokenizer, caplog):
 
 
 # --- messages ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chat(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    return tokenizer
-
-
-def turns(*contents):
-    roles = ("user", "assistant") * len(contents)
-    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 
 
 def test_the_last_turn_of_messages_is_the_target(chat):

@@ -15,7 +15,7 @@ from rlhf_jax.runtime.config import (
     parse,
     resolve,
 )
-from tests.data.test_sft import TEMPLATE, ids, turns
+from tests.data.texts import TEMPLATE, ids, turns
 from tests.runtime.messages import message
 
 # A prompt of the assistant closes its thoughts where they are switched off.

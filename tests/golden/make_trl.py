@@ -23,7 +23,7 @@ from stand_ins import (
     draw_logprobs,
     fixed,
     leaf,
-    logits_of,
+    model_of,
     number,
     ragged,
     stack,
@@ -87,12 +87,7 @@ def run_dpo(tokens, inputs, kind, beta, label_smoothing):
     )
     bind(trainer, DPOTrainer, "_truncate_inputs")
     logprobs = leaf(tokens)
-
-    def model(**_):
-        logits = logits_of(logprobs)
-        return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
-
-    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    loss = DPOTrainer._compute_loss(trainer, model_of(logprobs), inputs, False)
     loss.backward()
     # Every response has a first token, and the loss reads only sums: its gradient is the sum's.
     gradient = logprobs.grad[:, 0].numpy()

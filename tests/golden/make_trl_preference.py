@@ -9,20 +9,20 @@ tokens are exact in float32 too. Everything is computed in float64, but for the 
 which TRL knows in float32 only.
 """
 
-import collections
 import importlib.metadata
 import pathlib
 import types
 
 import numpy as np
 import torch
+from stand_ins import B, bind, draw_logprobs, fixed, leaf, model_of, stack, stand_in
 from trl import DPOTrainer
 from trl.experimental.bco.bco_trainer import BCOTrainer, RunningMoments
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.kto import KTOTrainer
 
 FILE = pathlib.Path(__file__).parent / "trl_preference.npz"
-B, T = 5, 6
+T = 6
 
 KINDS = {
     "sigmoid": 0.0,
@@ -40,52 +40,6 @@ KINDS = {
     "discopop": 0.0,
     "sft": 0.0,
 }
-
-
-def stand_in(**more):
-    """The attributes that trainers read: one process, in training mode, with metrics to fill."""
-    accelerator = types.SimpleNamespace(
-        device=torch.device("cpu"),
-        gather=lambda x: x,
-        gather_for_metrics=lambda x: x,
-        use_distributed=False,
-    )
-    settings = {
-        "accelerator": accelerator,
-        "model": types.SimpleNamespace(training=True),
-        "aux_loss_enabled": False,
-        "_metrics": {"train": collections.defaultdict(list)},
-        "_total_train_tokens": 0,
-    }
-    return types.SimpleNamespace(**settings | more)
-
-
-def bind(trainer, trainer_class, *names):
-    for name in names:
-        setattr(trainer, name, types.MethodType(getattr(trainer_class, name), trainer))
-
-
-def draw_logprobs(rng, *shape):
-    """float32 multiples of 1/512 below 0."""
-    return -np.maximum(np.round(512 * np.exp(rng.normal(size=shape))), 1).astype(np.float32) / 512
-
-
-def leaf(x, dtype=torch.float64):
-    return torch.tensor(x, dtype=dtype, requires_grad=True)
-
-
-def fixed(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
-def stack(runs):
-    """One array per output, the runs along its first axis."""
-    return {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-
-
-def logits_of(logprobs):
-    """Logits of two tokens, of which the first has these log-probabilities."""
-    return torch.stack([logprobs, torch.log(-torch.expm1(logprobs))], dim=-1)
 
 
 def dpo_settings():
@@ -114,16 +68,6 @@ def dpo_settings():
     yield {"loss_types": ["ipo", "aot", "sft"], "loss_weights": [0.5, 2.0, 0.25], "beta": 0.3}
 
 
-def model_of(logprobs):
-    """A model of two tokens with these log-probabilities for the first, after one prompt token."""
-
-    def forward(**_):
-        logits = logits_of(logprobs)
-        return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
-
-    return forward
-
-
 def dpo_run(changed, tokens, ref, inputs):
     """Settings and results of DPOTrainer._compute_loss; two models give the log-probabilities."""
     settings = {
@@ -144,7 +88,6 @@ def dpo_run(changed, tokens, ref, inputs):
         ref_model=model_of(fixed(ref).to(logprobs.dtype)),
         **settings,
     )
-    trainer.model.is_gradient_checkpointing = False
     bind(trainer, DPOTrainer, "_truncate_inputs")
     loss = DPOTrainer._compute_loss(trainer, model_of(logprobs), inputs, False)
     loss.backward()

@@ -15,6 +15,7 @@ def stand_in(**more):
         device=torch.device("cpu"),
         gather=lambda x: x,
         gather_for_metrics=lambda x: x,
+        use_distributed=False,
         num_processes=1,
         process_index=0,
     )
@@ -44,8 +45,8 @@ def ragged(rng, batch_size):
     return (np.arange(T) < lengths[:, None]).astype(np.int64)
 
 
-def leaf(x):
-    return torch.tensor(x, dtype=torch.float64, requires_grad=True)
+def leaf(x, dtype=torch.float64):
+    return torch.tensor(x, dtype=dtype, requires_grad=True)
 
 
 def fixed(x):
@@ -64,3 +65,13 @@ def number(x):
 def logits_of(logprobs):
     """Logits of two tokens, of which the first has these log-probabilities."""
     return torch.stack([logprobs, torch.log(-torch.expm1(logprobs))], dim=-1)
+
+
+def model_of(logprobs):
+    """A model of two tokens with these log-probabilities for the first, after one prompt token."""
+
+    def forward(**_):
+        logits = logits_of(logprobs)
+        return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
+
+    return forward

@@ -13,7 +13,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import reward, sft
 from rlhf_jax.training.accumulate import accumulated_gradients
-from tests.training.conftest import busy_params
+from tests.models.tiny_gpt2 import busy_params
 from tests.training.test_reward import PAIRS, batch_of
 from tests.training.test_reward_objectives import RANKINGS, rankings_of
 

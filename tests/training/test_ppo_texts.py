@@ -139,9 +139,7 @@ def test_each_epoch_splits_the_texts_anew():
     assert all(epoch not in responses for epoch in epochs.tolist())
 
 
-def test_missing_or_miscounted_texts_are_refused_while_tracing(
-    model, state, batch, rollout
-):
+def test_missing_or_miscounted_texts_are_refused_while_tracing(model, state, batch, rollout):
     step = ppo.make_update_step(model, MIXED, stop_token_ids=(EOS,))
     for texts, message in (
         (None, r"ppo.ptx_coef is 0.7, but the batch has no texts: put a TextBatch into"),

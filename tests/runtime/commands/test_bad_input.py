@@ -6,7 +6,6 @@ import logging
 import pytest
 
 from rlhf_jax.data import builtin, train_tokenizer
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
 from rlhf_jax.runtime import (
     run_evaluate,
@@ -17,6 +16,7 @@ from rlhf_jax.runtime import (
     train_sft,
 )
 from tests import small
+from tests.runtime.messages import message
 
 
 @pytest.fixture
@@ -29,14 +29,6 @@ def jsonl(tmp_path):
         return str(file)
 
     return write
-
-
-def message(function, *arguments):
-    """The sentence that a call fails with, one line."""
-    with pytest.raises(InputError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_the_scores_for_the_normalization_are_computed_once(tmp_path, monkeypatc
 @pytest.mark.newest
 def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, full):
     with monkeypatch.context() as patch:
-        small.send_signal_in(patch, OfflineStage, "step", 2)
+        small.interrupt_in(patch, OfflineStage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train_reward(config(tmp_path, sft_run))
     train_reward(config(tmp_path, sft_run))

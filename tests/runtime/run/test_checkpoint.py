@@ -12,6 +12,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.records import checksum, fingerprint
 from rlhf_jax.runtime.run.settings import CheckpointSettings
+from tests import small
 
 
 def state_of(step):
@@ -54,10 +55,6 @@ def assert_is(restored_run, step):
 def our_warnings(caplog):
     """Without what asyncio says of reads that Orbax gave up."""
     return [each.getMessage() for each in caplog.records if each.name.startswith("rlhf_jax")]
-
-
-def names(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +132,7 @@ def test_no_damage_to_any_file_goes_unseen(tmp_path, two, caplog, how):
         assert_is(restored_run, restored_run.step)
         if restored_run.step == 1:
             reported.add(name)
-            assert names(folder) == ["1", "bad-2"]
+            assert small.checkpoint_names(folder) == ["1", "bad-2"]
             (warning,) = our_warnings(caplog)
             start = f"The checkpoint of step 2 in {folder}/checkpoints cannot be used ("
             assert warning.startswith(start)
@@ -163,7 +160,7 @@ def test_several_bad_ones_are_put_aside_and_their_names_do_not_clash(tmp_path, t
     shutil.rmtree(folder / "checkpoints" / "2" / "default")
     (folder / "checkpoints" / "3").mkdir()
     assert_is(restored(folder), 1)
-    assert names(folder) == ["1", "bad-2", "bad-2-1", "bad-2-2", "bad-3"]
+    assert small.checkpoint_names(folder) == ["1", "bad-2", "bad-2-1", "bad-2-2", "bad-3"]
     assert "_CHECKPOINT_METADATA is missing" in caplog.text
 
 
@@ -179,7 +176,7 @@ def test_without_a_complete_checkpoint_one_sentence_says_so_and_nothing_is_touch
         "record; step 1: _CHECKPOINT_METADATA is no record); put the folder back from a copy, or "
         "choose another --run_dir to start anew."
     )
-    assert names(folder) == ["1", "2"]
+    assert small.checkpoint_names(folder) == ["1", "2"]
 
 
 def test_errors_of_the_machine_are_no_fault_of_a_checkpoint(two, monkeypatch):
@@ -189,7 +186,7 @@ def test_errors_of_the_machine_are_no_fault_of_a_checkpoint(two, monkeypatch):
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", denied)
     with pytest.raises(ValueError, match="PERMISSION_DENIED"):
         restored(two)
-    assert names(two) == ["1", "2"]
+    assert small.checkpoint_names(two) == ["1", "2"]
 
 
 # --- another run's -------------------------------------------------------------------------------
@@ -223,7 +220,7 @@ def test_another_models_checkpoint_is_refused_by_the_first_difference(two, chang
         f"The checkpoint of step 2 in {folder} is of another model or another version: {said}; put "
         "back what the run began with, or choose another --run_dir."
     )
-    assert "2" in names(folder)
+    assert "2" in small.checkpoint_names(folder)
 
 
 def test_another_configuration_is_refused_before_the_arrays_are_read(two):
@@ -271,7 +268,7 @@ def test_a_save_that_was_killed_is_cleared_away_by_the_next(tmp_path):
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
     assert restored(tmp_path) is None
     saved(tmp_path, 2)
-    assert names(tmp_path) == ["2"]
+    assert small.checkpoint_names(tmp_path) == ["2"]
 
 
 # --- the best ------------------------------------------------------------------------------------
@@ -289,7 +286,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, mode, best, kept):
     saved(tmp_path, 1, 2, 3, settings=settings, evaluations=EVALUATIONS)
     checkpoints = saved(tmp_path, 4, 5, 6, 7, settings=settings, evaluations=EVALUATIONS)
     assert checkpoints.best() == best
-    assert names(tmp_path) == kept
+    assert small.checkpoint_names(tmp_path) == kept
     assert_is(checkpoints.restore_best(zeros()), best[0])
     # An evaluation that is not saved yet counts, if it is better.
     checkpoints.evaluations[8] = {"eval/loss": 0.5}
@@ -300,7 +297,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, mode, best, kept):
     # If the best one is damaged, the next best one is read, and nothing is moved.
     shutil.rmtree(tmp_path / "checkpoints" / kept[0] / "default")
     assert_is(checkpoints.restore_best(zeros()), 7)
-    assert names(tmp_path) == kept
+    assert small.checkpoint_names(tmp_path) == kept
 
 
 def test_without_a_metric_no_checkpoint_is_the_best(tmp_path):

@@ -11,23 +11,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from rlhf_jax.errors import FunctionError, InputError
+from rlhf_jax.errors import FunctionError
 from rlhf_jax.runtime import config, train_ppo
 from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.run import loop
 from tests import small
+from tests.runtime.messages import message
 from tests.runtime.run import counting
 from tests.runtime.run.counting import CountingStage, SamplingStage
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def message(function, *arguments, error=InputError):
-    """The sentence that a call fails with, one line."""
-    with pytest.raises(error) as raised:
-        function(*arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def saved_steps(folder):

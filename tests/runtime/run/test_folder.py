@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.run import folder
+from tests import small
 from tests.runtime.run import counting
 
 
@@ -57,10 +58,7 @@ def test_a_failed_cut_keeps_the_old_file(tmp_path, monkeypatch):
     write_steps(path, [1, 2])
     content = path.read_bytes()
 
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", small.no_space)
     with pytest.raises(InputError, match="No space left on device"):
         folder.cut_after(path, 1)
     assert path.read_bytes() == content

@@ -16,6 +16,8 @@ from rlhf_jax.runtime.run import metrics
 from rlhf_jax.runtime.run.folder import read_lines
 from rlhf_jax.runtime.run.metrics import MetricsWriter
 from rlhf_jax.runtime.run.settings import LoggingSettings
+from tests import small
+from tests.runtime.run.test_folder import write_steps
 
 PLAIN, BOARD = LoggingSettings(), LoggingSettings(tensorboard=True)
 
@@ -56,11 +58,6 @@ def test_samples_keep_every_character(tmp_path):
     assert read_lines(tmp_path / "samples.jsonl") == [
         {"step": 5, "prompt": text, "score": 1.5, "kl": "NaN"}
     ]
-
-
-def write_steps(path, steps, tail=b""):
-    lines = b"".join(b'{"step": %d, "x": 0.5}\n' % step for step in steps)
-    path.write_bytes(lines + tail)
 
 
 def test_a_writer_cuts_what_an_earlier_attempt_wrote_past_the_checkpoint(tmp_path):
@@ -116,11 +113,8 @@ def test_a_full_disk_under_tensorboard_neither_hangs_nor_hides(tmp_path, monkeyp
 
 
 def test_an_error_of_the_block_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
-    def full():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     writer = MetricsWriter(tmp_path, PLAIN, {}, name="x")
-    monkeypatch.setattr(writer._metrics, "flush", full)
+    monkeypatch.setattr(writer._metrics, "flush", small.no_space)
     with pytest.raises(KeyError), writer:
         raise KeyError("x")
     with pytest.raises(InputError, match="No space left on device"), writer:
