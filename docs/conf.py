@@ -1,4 +1,4 @@
-"""How Sphinx builds the pages; `make docs` calls it. Nothing is fetched while it builds."""
+"""Settings of Sphinx for the pages; `make docs` calls it. Nothing is fetched while it builds."""
 
 import sys
 from pathlib import Path

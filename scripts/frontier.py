@@ -75,9 +75,9 @@ class Experiment:
 
     def gold(self, prompts: PromptBatch, rollout: Rollout) -> np.ndarray:
         """f32[B]: the gold score of each continuation."""
-        asked = decode(self.tokenizer, prompts.prompts, prompts.prompt_mask)
-        answers = decode(self.tokenizer, rollout.tokens, rollout.mask)
-        scores = call_scores(self.gold_function, asked, answers, {})
+        texts = decode(self.tokenizer, prompts.prompts, prompts.prompt_mask)
+        continuations = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        scores = call_scores(self.gold_function, texts, continuations, {})
         return np.asarray(scores, np.float32)
 
     def evaluate(self, params: Any, key: jax.Array) -> tuple[float, float]:
@@ -181,15 +181,15 @@ def _continuations(experiment, batch, seed, number):
 def pairs_of(prompts: PromptBatch, continuations: Continuations) -> PairBatch:
     """All pairs of K continuations of each prompt, arrays [N, K, ...], with unequal gold scores."""
     gold = continuations.gold
-    row, chosen, rejected = np.nonzero(gold[:, :, None] > gold[:, None, :])
-    if not row.size:
+    index, chosen, rejected = np.nonzero(gold[:, :, None] > gold[:, None, :])
+    if not index.size:
         raise InputError("The gold scores of all continuations of each beginning are equal.")
     tokens, mask, logprobs = continuations[:3]
-    responses = [each[row, index] for index in (chosen, rejected) for each in (tokens, mask)]
-    references = logprobs[row, chosen], logprobs[row, rejected]
-    margin, valid = np.zeros(row.size, np.float32), np.ones(row.size, bool)
+    responses = [each[index, side] for side in (chosen, rejected) for each in (tokens, mask)]
+    references = logprobs[index, chosen], logprobs[index, rejected]
+    margin, valid = np.zeros(index.size, np.float32), np.ones(index.size, bool)
     arrays: Any = (*responses, margin, valid, *references)
-    return PairBatch(prompts.prompts[row], prompts.prompt_mask[row], *arrays)
+    return PairBatch(prompts.prompts[index], prompts.prompt_mask[index], *arrays)
 
 
 def pair_step(model, optimizer, state, batch, weights, beta):
@@ -340,7 +340,7 @@ def main(config: Config) -> None:
             run_curves(experiment, curves, file)
     every = {curve for curves in wanted for curve in curves}
     points = [point for point in report.read_points(file) if Curve(*point[:3]) in every]
-    print(report.table_of_ends(points), end="\n\n")
+    print(report.table_of_last_steps(points), end="\n\n")
     print(report.table_of_frontiers(points, config.frontier.kl_limits), end="\n\n")
     print(f"Plot: {report.draw(points, folder)}")
 

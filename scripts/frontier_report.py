@@ -96,15 +96,15 @@ def means_over_seeds(points: Iterable[Point]) -> list[Point]:
     ]
 
 
-def table_of_ends(points: Sequence[Point]) -> str:
-    """A Markdown table of the end of each run: means and deviations over the seeds."""
+def table_of_last_steps(points: Sequence[Point]) -> str:
+    """A Markdown table of the last step of each run: means and deviations over the seeds."""
     lines = ["| method | coefficient | KL, nats | gold score |", "| --- | --- | --- | --- |"]
     for method, coefficient in dict.fromkeys((each.method, each.coefficient) for each in points):
         own = [each for each in points if each[:2] == (method, coefficient)]
-        last = max(each.step for each in own)
-        ends = [each for each in own if each.step == last]
+        step = max(each.step for each in own)
+        last = [each for each in own if each.step == step]
         name = f"{COEFFICIENTS[method]} {coefficient:g}" if method in COEFFICIENTS else ""
-        kl, gold = (_spread([getattr(each, key) for each in ends]) for key in ("kl", "gold"))
+        kl, gold = (_spread([getattr(each, key) for each in last]) for key in ("kl", "gold"))
         lines.append(f"| {METHODS[method]} | {name} | {kl} | {gold} |")
     return "\n".join(lines)
 

@@ -1,5 +1,5 @@
-"""What holds for every test: the CPU unless the caller says otherwise, programs that are compiled
-once, and examples that repeat."""
+"""Set-up of all tests: the CPU unless the caller says otherwise, programs that are compiled once,
+and examples that repeat."""
 
 import atexit
 import gc
@@ -56,7 +56,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("rlhf_jax")
 
-# What made the golden numbers needs packages that the tests do without.
+# The programs of the golden numbers need packages that the tests do without.
 collect_ignore_glob = ["golden/*"]
 
 

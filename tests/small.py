@@ -1,5 +1,6 @@
 """The smallest runs that do everything, for the tests of the commands; and how two are compared."""
 
+import errno
 import json
 import os
 import signal
@@ -149,17 +150,23 @@ def _laid_over(base, sections):
     return merged
 
 
-def send_signal_in(patch, stage, method, at_call, number=signal.SIGINT):
-    """Makes a method of a stage receive a signal in its nth call, from 1."""
+def send_signal_in(patch, stage, method, at_call=1, number=signal.SIGTERM, times=1):
+    """Makes a method of a stage receive a signal in its nth call, from 1, `times` times."""
     original, calls = getattr(stage, method), []
 
     def interrupted(self, *args):
         calls.append(1)
         if len(calls) == at_call:
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return original(self, *args)
 
     patch.setattr(stage, method, interrupted)
+
+
+def interrupt_in(patch, stage, method, at_call):
+    """Makes a method of a stage receive the signal of Ctrl-C in its nth call, from 1."""
+    send_signal_in(patch, stage, method, at_call, signal.SIGINT)
 
 
 def short_response(prompts, completions, **columns):
@@ -173,8 +180,13 @@ def shorter_wins(prompts, responses_a, responses_b, **columns):
     return [0.9 if b < a else 0.4 if b == a else 0.0 for a, b in lengths]
 
 
-def rows(file):
-    """The lines of a JSONL file, without what hangs on the clock."""
+def no_space(*_):
+    """Fails as a write to a full disk does."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def entries(file):
+    """The entries of a JSONL file, without times."""
     return [
         {k: v for k, v in json.loads(line).items() if k != "time" and not k.startswith("perf/")}
         for line in Path(file).read_text().splitlines()
@@ -184,9 +196,13 @@ def rows(file):
 def metrics_by_step(run_dir):
     """The metrics of each step; an evaluation after a restart has a line of its own."""
     steps = {}
-    for line in rows(Path(run_dir) / "metrics.jsonl"):
+    for line in entries(Path(run_dir) / "metrics.jsonl"):
         steps.setdefault(line["step"], {}).update(line)
     return steps
+
+
+def checkpoint_names(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def checkpoint(run_dir, step=STEPS):
@@ -201,20 +217,7 @@ def checkpoint(run_dir, step=STEPS):
 def assert_same_run(first, second, step=STEPS):
     """Bit for bit: metrics, samples, the model, and the arrays of the last checkpoint."""
     assert metrics_by_step(first) == metrics_by_step(second)
-    assert rows(Path(first) / "samples.jsonl") == rows(Path(second) / "samples.jsonl")
+    assert entries(Path(first) / "samples.jsonl") == entries(Path(second) / "samples.jsonl")
     weights = [(Path(run) / "hf" / "model.safetensors").read_bytes() for run in (first, second)]
     assert weights[0] == weights[1]
     jax.tree.map(np.testing.assert_array_equal, checkpoint(first, step), checkpoint(second, step))
-
-
-def interrupt_in(monkeypatch, stage, method, at_call):
-    """Makes a method of a stage press Ctrl-C when it is called the nth time, from 1."""
-    original, calls = getattr(stage, method), []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == at_call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(stage, method, interrupted)

@@ -1,4 +1,4 @@
-"""What steps are compiled with."""
+"""Compiler options of steps."""
 
 import jax
 import numpy as np

@@ -87,7 +87,7 @@ def test_each_name_of_a_single_file_is_in_the_reference(name, public_names):
 
 
 @pytest.mark.parametrize("name", ["rlhf_jax.data", "rlhf_jax.parallel", "rlhf_jax.runtime"])
-def test_what_a_package_offers_is_in_the_reference(name, public_names):
+def test_public_names_are_in_the_reference(name, public_names):
     listed = {entry for module, entry in entries(public_names) if module == name}
     assert listed == set(importlib.import_module(name).__all__)
 
@@ -116,7 +116,7 @@ def test_each_page_is_in_the_tree_once():
 
 
 def anchors(path):
-    """What the headings of a page are called in a link."""
+    """The anchors of the headings of a page."""
     headings = re.findall(r"^#{1,3} (.*)$", path.read_text(), re.M)
     return {
         re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings

@@ -35,7 +35,12 @@ def test_every_stage_leaves_its_folder_and_the_run_its_report(finished):
     for stage in STAGES:
         names = {path.name for path in (folder / stage).iterdir()}
         assert {"config.yaml", "metrics.jsonl", "checkpoints", "hf", "report.html"} <= names
-        assert [row["step"] for row in small.rows(folder / stage / "metrics.jsonl")] == [1, 2, 3, 4]
+        assert [each["step"] for each in small.entries(folder / stage / "metrics.jsonl")] == [
+            1,
+            2,
+            3,
+            4,
+        ]
         assert result.metrics[f"{stage}/step"] == small.STEPS
     assert {"config.yaml", "report.html", "evaluation.json"} <= {p.name for p in folder.iterdir()}
     assert result.run_dir == str(folder)

@@ -58,7 +58,7 @@ def test_losses_fall_and_accuracy_rises_with_flax_nnx(example):
     assert accuracies[-1] > 0.9
 
 
-def test_texts_of_flax_nnx_count_and_have_as_many_mistakes_as_asked_for(example):
+def test_texts_of_flax_nnx_count_but_for_their_mistakes(example):
     flax_nnx = example("flax_nnx")
     for mistakes in (0, 1, 3):
         tokens, mask = flax_nnx.make_texts(np.random.default_rng(0), 50, mistakes)
@@ -72,7 +72,7 @@ def test_texts_of_flax_nnx_count_and_have_as_many_mistakes_as_asked_for(example)
 
 @pytest.mark.slow
 @pytest.mark.newest
-def test_the_sweep_is_one_program_whose_rows_are_the_single_runs(example, capsys, monkeypatch):
+def test_the_sweep_is_one_program_and_equals_single_runs(example, capsys, monkeypatch):
     sweep = example("sweep")
     # Rounding differs a little, and may move one sampled token of many; from there on two runs are
     # two samples. In eight iterations that is rare.

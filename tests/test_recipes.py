@@ -73,7 +73,7 @@ BAD = [f" {w}? Not one bit: dull, far too loud, and quite beyond my purse." for 
 HEADS = [f"\n\nHuman: {post}\n\nAssistant: Which?\n\nHuman: Any.\n\nAssistant:" for post in POSTS]
 PARTS = list(zip(POSTS, HEADS, GOOD, BAD, strict=True))
 # The columns that the recipe's data sets on the hub have.
-ROWS = {
+EXAMPLES = {
     "stanfordnlp/imdb": [{"text": p + good, "label": 1} for p, _, good, _ in PARTS],
     "imdb/pairs_train.jsonl": [{"chosen": p + a, "rejected": p + b} for p, _, a, b in PARTS],
     "Anthropic/hh-rlhf": [{"chosen": h + a, "rejected": h + b} for _, h, a, b in PARTS],
@@ -118,9 +118,9 @@ def test_a_recipe_names_its_command_and_is_read_by_it(path, monkeypatch):
         make_optimizer(each, 10)
 
 
-def write_rows(folder, source):
+def write_examples(folder, source):
     """A folder with the splits of a data set, as a path to it; or a file."""
-    text = "".join(json.dumps(row) + "\n" for row in ROWS[source])
+    text = "".join(json.dumps(example) + "\n" for example in EXAMPLES[source])
     target = folder / source
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.endswith(".jsonl"):
@@ -134,7 +134,7 @@ def write_rows(folder, source):
 
 def tiny_data(data, folder):
     """The section `data` of one stage, with local files in the place of the hub's."""
-    data = {**data, **DATA, "path": write_rows(folder, data["path"])}
+    data = {**data, **DATA, "path": write_examples(folder, data["path"])}
     data.pop("eval_path", None)
     if data["path"].endswith(".jsonl"):
         data.pop("eval_split", None)
@@ -168,7 +168,7 @@ def tiny(path, folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def cached_datasets(tmp_path_factory):
-    """What the library of data sets caches stays in here."""
+    """The library of data sets has its cache in here."""
     import datasets
 
     with pytest.MonkeyPatch.context() as patch:
@@ -191,7 +191,7 @@ def assert_ran(metrics, ppo_folder, ending):
     assert 0 < metrics["sft/train/loss"] < 8
     assert 0 < metrics.get("reward/train/loss", 1.0) < 3
     assert "ppo/objective/kl" in metrics
-    prompts = [row["prompt"] for row in small.rows(ppo_folder / "samples.jsonl")]
+    prompts = [entry["prompt"] for entry in small.entries(ppo_folder / "samples.jsonl")]
     assert len(prompts) == 4  # two before the first step, and two at the end
     assert all(prompt.endswith(ending) for prompt in prompts)
 
@@ -273,9 +273,9 @@ def test_smollm2_runs_a_few_steps_on_a_tiny_decoder(tmp_path, monkeypatch):
     assert ppo["objective/scores"] == 1.0  # of prompt and completion: each review begins so
 
 
-def write_lines(file, rows):
+def write_lines(file, examples):
     """A file of JSON lines, packed if its name says so."""
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    data = "".join(json.dumps(example) + "\n" for example in examples).encode()
     Path(file).parent.mkdir(exist_ok=True)
     Path(file).write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
 
@@ -286,11 +286,11 @@ def test_the_small_recipes_read_their_files(path, tmp_path, monkeypatch):
     recipe = config.resolve(config.RLHFConfig, ROOT / path)
     monkeypatch.chdir(tmp_path)
     for split in ("train", "validation"):
-        write_lines(f"imdb/{split}.jsonl.gz", ROWS["stanfordnlp/imdb"])
-        write_lines(f"imdb/pairs_{split}.jsonl", ROWS["imdb/pairs_train.jsonl"])
-        write_lines(f"hh/{split}.jsonl", ROWS["Anthropic/hh-rlhf"])
-        rows = [{"prompt": f"{post}\nTL;DR:", "completion": f" It is {post}"} for post in POSTS]
-        write_lines(f"dialogsum/{split}.jsonl.gz", rows)
+        write_lines(f"imdb/{split}.jsonl.gz", EXAMPLES["stanfordnlp/imdb"])
+        write_lines(f"imdb/pairs_{split}.jsonl", EXAMPLES["imdb/pairs_train.jsonl"])
+        write_lines(f"hh/{split}.jsonl", EXAMPLES["Anthropic/hh-rlhf"])
+        examples = [{"prompt": f"{post}\nTL;DR:", "completion": f" It is {post}"} for post in POSTS]
+        write_lines(f"dialogsum/{split}.jsonl.gz", examples)
         pairs = f"dialogsum/pairs_{split}.jsonl"
         assert pair_by_prompt(f"dialogsum/{split}.jsonl.gz", pairs) == len(POSTS)
     for stage, kind in zip(STAGES, ("text", "pairs", "prompts"), strict=True):
@@ -300,12 +300,12 @@ def test_the_small_recipes_read_their_files(path, tmp_path, monkeypatch):
 
 def test_pairs_by_prompt_of_equal_texts_are_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"p{n}", "completion": "the same" if n else "another"} for n in range(5)]
-    write_lines("rows.jsonl", rows)
+    examples = [{"prompt": f"p{n}", "completion": "the same" if n else "another"} for n in range(5)]
+    write_lines("rows.jsonl", examples)
     assert pair_by_prompt("rows.jsonl", "pairs.jsonl") == 2
-    assert {pair["chosen"] for pair in small.rows("pairs.jsonl")} == {"the same", "another"}
+    assert {pair["chosen"] for pair in small.entries("pairs.jsonl")} == {"the same", "another"}
     assert capsys.readouterr().err == "3 of 5 pairs of equal texts were skipped\n"
-    write_lines("rows.jsonl", rows[1:])
+    write_lines("rows.jsonl", examples[1:])
     with pytest.raises(InputError, match=r"The completions in rows\.jsonl are all equal; give"):
         pair_by_prompt("rows.jsonl", "pairs.jsonl")
 
@@ -314,7 +314,7 @@ def test_pairs_by_prompt_prefer_the_own_completion(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines("rows.jsonl", [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(5)])
     assert pair_by_prompt("rows.jsonl", "pairs.jsonl") == 5
-    pairs = small.rows("pairs.jsonl")
+    pairs = small.entries("pairs.jsonl")
     assert all(pair["chosen"][1:] == pair["prompt"][1:] for pair in pairs)
     assert all(pair["rejected"] != pair["chosen"] for pair in pairs)
     for side in ("chosen", "rejected"):
@@ -330,7 +330,7 @@ def test_pairs_by_label_of_a_csv_file_have_labels_of_text(tmp_path):
     (tmp_path / "texts.csv").write_text("text,label\ngood,1\nbad,0\nfine,1\nodd,-1\n")
     source, output = str(tmp_path / "texts.csv"), tmp_path / "pairs.jsonl"
     assert pair_by_label(source, str(output)) == 1
-    (pair,) = small.rows(output)
+    (pair,) = small.entries(output)
     assert pair["rejected"] == "bad"
     assert pair["chosen"] in ("good", "fine")
     with pytest.raises(InputError, match=r"No pair with the labels 3 and 0: there are -1, 0, 1\."):

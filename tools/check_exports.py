@@ -85,10 +85,10 @@ def compare(folder, types):
             tokens = np.where(mask, ours["tokens"], 0 if pad is None else pad)
             arrays = (torch.from_numpy(x).long() for x in (tokens, mask))
             with torch.no_grad():
-                found = forward(model, *arrays)
+                theirs = forward(model, *arrays)
             real = mask if quantity == "logits" else slice(None)
-            found = found if quantity == "logits" else found[:, 0]
-            difference = np.abs(found - ours[quantity])[real].max()
+            theirs = theirs if quantity == "logits" else theirs[:, 0]
+            difference = np.abs(theirs - ours[quantity])[real].max()
             failures += not difference <= LIMIT
             print(f"{name}: {architecture}, {quantity} differ by {difference:.1e} at most")
     return failures

@@ -1,6 +1,6 @@
-"""All that goes from the devices to the hosts and back, in two processes, and then one and four.
+"""Transfers between devices and hosts in two processes, and then in one and in four.
 
-The long form of tests/parallel/test_several_processes.py: with held-out rows, ROUGE, normalized
+The long version of tests/parallel/test_several_processes.py: held-out examples, ROUGE, normalized
 reward models that go on from a checkpoint, rejection sampling in four processes, texts mixed into
 PPO, and all evaluations and samples. Called from the root of the repository, with an empty folder:
 

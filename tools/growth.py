@@ -1,4 +1,4 @@
-"""How cost grows: time of steps and of generation, compile time, and memory, each against one size.
+"""Growth of cost: time of steps and of generation, compile time, and memory, each against one size.
 
     python tools/growth.py
 
@@ -194,13 +194,13 @@ FIGURES = {
     "step_batch": Figure(
         "Step of supervised fine-tuning against the batch",
         "seconds",
-        {"rows of 128 tokens": Curve(Step, "batch", (1, 2, 4, 8, 16))},
+        {"sequences of 128 tokens": Curve(Step, "batch", (1, 2, 4, 8, 16))},
         power=1,
     ),
     "step_length": Figure(
         "Step of supervised fine-tuning against the length",
         "seconds",
-        {"4 rows of so many tokens": Curve(Step, "length", (64, 128, 256, 512, 768))},
+        {"4 sequences of this length": Curve(Step, "length", (64, 128, 256, 512, 768))},
         power=1,
     ),
     "step_width": Figure(
@@ -237,7 +237,7 @@ FIGURES = {
     "generation_length": Figure(
         "Generation against the length of the responses",
         "seconds",
-        {"16 responses of so many tokens": Curve(Generation, "length", (16, 32, 64, 128), ANSWER)},
+        {"16 responses of this length": Curve(Generation, "length", (16, 32, 64, 128), ANSWER)},
         power=1,
     ),
     "memory_length": Figure(

@@ -1,15 +1,15 @@
-"""Kills runs at random moments, continues them, and compares what comes out.
+"""Kills runs at random moments, continues them, and compares the results.
 
     nice .venv/bin/python tools/kill_and_continue.py --kills 30 --seed 0
 
-A run is left alone first. Then the same run, in another folder, is killed by SIGKILL and begun
-again with the same configuration until it was killed as often as asked for. Half of the kills come
-at a moment that is uniform over the time that the run takes, half while a checkpoint is written.
-At the end parameters, optimizer state, metrics.jsonl (but for `time` and `perf/*`) and
-samples.jsonl must be those of the first run, bit for bit; the exit status is 1 if they are not.
+A run without interruption comes first. Then the same run, in another folder, is killed by SIGKILL
+and started again with the same configuration, `--kills` times. Half of the kills come at a moment
+that is uniform over the time that the run takes, half while a checkpoint is written. At the end
+parameters, optimizer state, metrics.jsonl (but for `time` and `perf/*`) and samples.jsonl must be
+those of the first run, bit for bit; the exit status is 1 if they are not.
 
-Each attempt is forked from this process, which has imported everything but never asked JAX for a
-device: so it starts in a second. It takes about ten minutes on two CPU cores.
+Each attempt is forked from this process, which has imported everything but has not initialized
+JAX's devices: so it starts in a second. It takes about ten minutes on two CPU cores.
 """
 
 import argparse
@@ -66,11 +66,11 @@ def make_job(name: str, base: Path, steps: int) -> Job:
         return Job(name, train_sft, lambda d: small.sft(d, sft=settings, **shared), steps)
     if name == "reward":
         settings = {"num_epochs": epochs}
-        made = lambda d: small.reward(d, base / "sft", reward=settings, **shared)  # noqa: E731
-        return Job(name, train_reward, made, steps)
+        config = lambda d: small.reward(d, base / "sft", reward=settings, **shared)  # noqa: E731
+        return Job(name, train_reward, config, steps)
     if name == "ppo":
-        made = lambda d: small.ppo(d, base / "sft", base / "reward", ppo=of_ppo, **shared)  # noqa: E731
-        return Job(name, train_ppo, made, steps)
+        config = lambda d: small.ppo(d, base / "sft", base / "reward", ppo=of_ppo, **shared)  # noqa: E731
+        return Job(name, train_ppo, config, steps)
     parts = {"sft": {"num_epochs": epochs}, "reward": {"num_epochs": epochs}, "ppo": of_ppo}
     return Job(name, run_rlhf, lambda d: small.rlhf(d, **parts, **shared), steps)
 
@@ -107,16 +107,16 @@ def finish(function: Callable[..., Any], *args: Any, log: Path) -> float:
 
 
 def unfinished(job: Job, run_dir: Path) -> set[Path]:
-    """The checkpoints that are not whole."""
-    found = (folder.glob("checkpoints/*.orbax-checkpoint-tmp*") for folder in job.folders(run_dir))
-    return {path for paths in found for path in paths}
+    """The folders of checkpoints that are incomplete."""
+    paths = (folder.glob("checkpoints/*.orbax-checkpoint-tmp*") for folder in job.folders(run_dir))
+    return {path for each in paths for path in each}
 
 
 def logged(job: Job, run_dir: Path) -> list[float]:
-    """When each line of metrics was written."""
+    """The times at which the lines of metrics were written."""
     files = [folder / "metrics.jsonl" for folder in job.folders(run_dir)]
-    found = [file.read_bytes().split(b"\n")[:-1] for file in files if file.exists()]
-    return [json.loads(line)["time"] for lines in found for line in lines]
+    lines = [file.read_bytes().split(b"\n")[:-1] for file in files if file.exists()]
+    return [json.loads(line)["time"] for each in lines for line in each]
 
 
 def is_exporting(job: Job, run_dir: Path) -> bool:
@@ -149,40 +149,40 @@ def attempt(job: Job, run_dir: Path, seconds: float, aimed: bool, rng: random.Ra
     return "stepping" if max(logged(job, run_dir), default=0.0) > began else "starting"
 
 
-def compare(job: Job, whole: Path, killed: Path) -> None:
+def compare(job: Job, uninterrupted: Path, killed: Path) -> None:
     """Raises an AssertionError unless two runs are the same, bit for bit."""
-    for first, second in zip(job.folders(whole), job.folders(killed), strict=True):
+    for first, second in zip(job.folders(uninterrupted), job.folders(killed), strict=True):
         small.assert_same_run(first, second, job.steps)
-        steps = [row["step"] for row in small.rows(second / "metrics.jsonl")]
+        steps = [entry["step"] for entry in small.entries(second / "metrics.jsonl")]
         assert steps == list(range(1, job.steps + 1)), steps
 
 
 def kill(job: Job, base: Path, kills: int, rng: random.Random) -> collections.Counter:
-    """Kills a stage so often, over as many runs as that takes; when it was, by the moment."""
-    whole, log, found = base / f"{job.name}_whole", base / f"{job.name}.log", collections.Counter()
-    finish(job.train, job.config(whole), log=log)  # which compiles
+    """Kills a stage that many times, over as many runs as needed; counts by moment."""
+    uninterrupted, log = base / f"{job.name}_uninterrupted", base / f"{job.name}.log"
+    finish(job.train, job.config(uninterrupted), log=log)  # which compiles
     seconds = finish(job.train, job.config(base / f"{job.name}_again"), log=log)
-    compared = (job, whole)
+    compared = (job, uninterrupted)
     finish(compare, *compared, base / f"{job.name}_again", log=log)
     print(f"{job.name}: a run of {job.steps} steps takes {seconds:.1f} s", flush=True)
-    number = run = 0
-    while number < kills:
+    moments, run = collections.Counter(), 0
+    while moments.total() < kills:
         run_dir, run = base / f"{job.name}_{run}", run + 1
         alive = True
-        while alive and number < kills:
+        while alive and moments.total() < kills:
             began = time.monotonic()
             when = attempt(job, run_dir, seconds, bool(rng.randrange(2)), rng)
             alive = when is not None
             if alive:
-                number, found[when] = number + 1, found[when] + 1
-                after = (
-                    f"after {time.monotonic() - began:5.1f} s, {len(logged(job, run_dir)):2} lines"
-                )
-                print(f"  {job.name} run {run}, kill {number:2} {after}: {when}", flush=True)
+                moments[when] += 1
+                seconds_alive = time.monotonic() - began
+                place = f"run {run}, kill {moments.total():2} after {seconds_alive:5.1f} s"
+                lines = len(logged(job, run_dir))
+                print(f"  {job.name} {place}, {lines:2} lines: {when}", flush=True)
         finish(job.train, job.config(run_dir), log=run_dir.with_suffix(".log"))
         finish(compare, *compared, run_dir, log=run_dir.with_suffix(".log"))
-        print(f"  {job.name} run {run} ended like the one that was left alone", flush=True)
-    return found
+        print(f"  {job.name} run {run} equals the uninterrupted one", flush=True)
+    return moments
 
 
 def trained(base: Path, stages: Sequence[str]) -> Path:
@@ -208,18 +208,18 @@ def main() -> int:
         base = Path(options.folder or temporary).resolve()
         base.mkdir(parents=True, exist_ok=True)
         small.use_cache(options.cache or base / "compiled")
-        rng, found = random.Random(options.seed), {}
+        rng, counts_of = random.Random(options.seed), {}
         models = Path(options.models) if options.models else trained(base, options.stage)
         for place, name in enumerate(options.stage):
             count = len(options.stage)
             kills = options.kills * (place + 1) // count - options.kills * place // count
-            found[name] = kill(make_job(name, models, options.steps), base, kills, rng)
+            counts_of[name] = kill(make_job(name, models, options.steps), base, kills, rng)
     moments = ("starting", "stepping", "saving", "exporting")
     print("| killed while | " + " | ".join(moments) + " | all |")
     print("| --- |" + " ---: |" * 5)
-    for name, counts in found.items():
-        row = [*(counts[each] for each in moments), counts.total()]
-        print(f"| {name} | " + " | ".join(map(str, row)) + " |")
+    for name, counts in counts_of.items():
+        cells = [*(counts[each] for each in moments), counts.total()]
+        print(f"| {name} | " + " | ".join(map(str, cells)) + " |")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How far the sampler's log-probabilities are from the training pass's, for a model in a folder.
+"""Distances of the sampler's log-probabilities from the training pass's, for a model in a folder.
 
     python tools/measure_agreement.py --model FOLDER
 
@@ -32,7 +32,7 @@ CHUNK = 16
 def padded_prompts(tokenizer):
     """(tokens i32[64, P], mask bool[64, P]), left-padded."""
     texts = [question.format(thing) for question in QUESTIONS for thing in THINGS]
-    rows = [
+    prompts = [
         tokenizer(
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
@@ -41,10 +41,10 @@ def padded_prompts(tokenizer):
         )["input_ids"]
         for text in texts
     ]
-    width = max(map(len, rows))
-    mask = np.arange(width) >= width - np.array([len(row) for row in rows])[:, None]
+    width = max(map(len, prompts))
+    mask = np.arange(width) >= width - np.array([len(ids) for ids in prompts])[:, None]
     tokens = np.zeros(mask.shape, np.int32)
-    tokens[mask] = np.concatenate(rows)
+    tokens[mask] = np.concatenate(prompts)
     return tokens, mask
 
 

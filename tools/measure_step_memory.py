@@ -62,13 +62,13 @@ def main():
     """Prints a line for each step."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--rows", type=int, default=8, help="batch size of SFT; PPO has 8 times that"
+        "--batch_size", type=int, default=8, help="batch size of SFT; PPO has 8 times that"
     )
     parser.add_argument("--length", type=int, default=1024, help="of SFT; PPO has an eighth")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--layers", type=int, default=12)
     arguments = parser.parse_args()
-    batch_size, length = arguments.rows, arguments.length
+    batch_size, length = arguments.batch_size, arguments.length
     plain = GPT2(GPT2Config(n_layer=arguments.layers), arguments.dtype)
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, {arguments.dtype}")
     for remat in ("none", "dots", "full"):

@@ -2,7 +2,7 @@
 
 The language counts: each text starts at a random digit, goes up by one, from 9 to 0, and ends with
 EOS. The transformer learns that from texts of several lengths. With a new head it then learns from
-pairs which of two texts counts without a mistake, and is asked about pairs that it has not seen.
+pairs which of two texts counts without a mistake, and is tested on pairs that it has not seen.
 
     python docs/examples/flax_nnx.py
 
@@ -20,20 +20,20 @@ import rlhf_jax as rlhf
 
 PAD, EOS, DIGITS = 0, 1, 10  # tokens 2 to 11 are the digits
 VOCABULARY, WIDTH, LENGTH = DIGITS + 2, 32, 12
-ROWS, TEXT_STEPS, PAIR_STEPS = 32, 100, 200
+BATCH_SIZE, TEXT_STEPS, PAIR_STEPS = 32, 100, 200
 
 
 # The data: texts are right-padded, and a mask says what is real. NumPy, since it is no hot loop.
 
 
-def make_texts(rng, rows, mistakes=0):
+def make_texts(rng, batch_size, mistakes=0):
     """(tokens i32[B, T], mask bool[B, T]) of texts that count, EOS included, with some mistakes."""
-    starts, counts = rng.integers(DIGITS, size=rows), rng.integers(6, LENGTH, size=rows)
+    starts, counts = rng.integers(DIGITS, size=batch_size), rng.integers(6, LENGTH, size=batch_size)
     places = np.arange(LENGTH)
     digits = (starts[:, None] + places) % DIGITS
-    for row, count in enumerate(counts):
+    for index, count in enumerate(counts):
         wrong = 1 + rng.permutation(count - 1)[:mistakes]
-        digits[row, wrong] = (digits[row, wrong] + rng.integers(1, DIGITS, mistakes)) % DIGITS
+        digits[index, wrong] = (digits[index, wrong] + rng.integers(1, DIGITS, mistakes)) % DIGITS
     tokens = np.where(places < counts[:, None], digits + 2, EOS)
     mask = places <= counts[:, None]
     return np.where(mask, tokens, PAD), mask
@@ -103,7 +103,7 @@ def fine_tune(model, rng):
     optimizer = nnx.Optimizer(model, optax.adam(5e-3), wrt=nnx.Param)
     step, losses = make_step(text_loss), []
     for index in range(TEXT_STEPS):
-        loss, metrics = step(model, optimizer, *make_texts(rng, ROWS))
+        loss, metrics = step(model, optimizer, *make_texts(rng, BATCH_SIZE))
         losses.append(float(loss))
         if index % 25 == 0 or index == TEXT_STEPS - 1:
             print(f"text step {index:3}   loss {loss:.3f}   accuracy {metrics['accuracy']:.3f}")
@@ -121,7 +121,9 @@ def learn_preferences(model, rng):
             loss, metrics = evaluate(model, *held_out)
             accuracies.append(float(metrics["accuracy"]))
             print(f"pair step {index:3}   loss {loss:.3f}   accuracy {accuracies[-1]:.3f}")
-        step(model, optimizer, *make_texts(rng, ROWS), *make_texts(rng, ROWS, mistakes=1))
+        step(
+            model, optimizer, *make_texts(rng, BATCH_SIZE), *make_texts(rng, BATCH_SIZE, mistakes=1)
+        )
     return accuracies
 
 

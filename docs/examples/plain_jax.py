@@ -25,7 +25,7 @@ optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
 
 
 class State(NamedTuple):
-    """What an iteration takes and gives back."""
+    """The state of an iteration."""
 
     params: dict
     opt_state: optax.OptState

@@ -186,11 +186,11 @@ def _check_model(path: str | None, workloads: Sequence[Workload]) -> None:
             "model_path is for workloads of SmolLM2, and none was chosen; leave it out, or add "
             "sft_smollm2 to --workloads."
         )
-    given = described_model(path).config
+    read = described_model(path).config
     for each in using:
         wanted = make_model(each).config
         for field in dataclasses.fields(wanted):
-            values = [getattr(config, field.name, None) for config in (given, wanted)]
+            values = [getattr(config, field.name, None) for config in (read, wanted)]
             if field.compare and not field.name.endswith("token_id") and values[0] != values[1]:
                 raise InputError(
                     f"model_path {path} has {field.name} {values[0]}, but {each.name} needs "

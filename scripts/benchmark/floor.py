@@ -86,7 +86,7 @@ def _flops(program: Program, shapes: Any) -> int:
 def _generation_bytes(workload: Workload, params: Any, dtype: str) -> float:
     """Bytes of a generation: one pass for the prompts, then one for each token but the last."""
     sizes, length = sum(leaf.size for leaf in jax.tree.leaves(params)), workload.response_length
-    rows = workload.batch_size * (workload.num_generations or 1)
-    position = 2 * workload.n_layer * workload.cached_width * rows
+    responses = workload.batch_size * (workload.num_generations or 1)
+    position = 2 * workload.n_layer * workload.cached_width * responses
     positions = np.sum(workload.prompt_length + np.arange(1, length))
     return jnp.dtype(dtype).itemsize * float(sizes * length + position * positions)

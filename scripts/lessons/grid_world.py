@@ -57,7 +57,7 @@ class Grid(NamedTuple):
     """A layout as arrays."""
 
     rewards: jax.Array  # f32[CELLS], for entering the cell
-    ends: jax.Array  # bool[CELLS]
+    terminal: jax.Array  # bool[CELLS]
     start: jax.Array  # i32[]
 
 
@@ -101,8 +101,8 @@ SURROGATES = {
 def read_grid(layout):
     symbols = "".join(layout)
     rewards = jnp.array([REWARDS[symbol] for symbol in symbols])
-    ends = jnp.array([symbol in "TM" for symbol in symbols])
-    return Grid(rewards, ends, jnp.int32(symbols.index("C")))
+    terminal = jnp.array([symbol in "TM" for symbol in symbols])
+    return Grid(rewards, terminal, jnp.int32(symbols.index("C")))
 
 
 def next_cells():
@@ -128,7 +128,7 @@ def sample(key, logits, grid):
         random_move = jax.random.randint(any_key, cell.shape, 0, 4)
         entered = NEXT[cell, jnp.where(slips, random_move, action)]
         move = Episodes(cell, action, grid.rewards[entered], running)
-        return (entered, running & ~grid.ends[entered]), move
+        return (entered, running & ~grid.terminal[entered]), move
 
     start = jnp.full(EPISODES, grid.start), jnp.ones(EPISODES, bool)
     episodes = jax.lax.scan(step, start, jax.random.split(key, LENGTH))[1]
@@ -140,7 +140,7 @@ def sample(key, logits, grid):
 
 def action_values(values, grid):
     """Q(s, a) f32[CELLS, 4], given the values f32[CELLS] of the next cells."""
-    entered = grid.rewards + GAMMA * jnp.where(grid.ends, 0.0, values)
+    entered = grid.rewards + GAMMA * jnp.where(grid.terminal, 0.0, values)
     chosen = entered[NEXT]
     return (1 - SLIP) * chosen + SLIP * jnp.mean(chosen, axis=1, keepdims=True)
 

@@ -7,13 +7,21 @@ import json
 import pytest
 
 from rlhf_jax.data import builtin, train_tokenizer
+from tests.data.texts import TEMPLATE
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """Trained on the embedded corpus; bytes stand in for what that does not know."""
     examples = builtin.texts(0, 300)
-    return train_tokenizer([row["prompt"] + row["completion"] for row in examples], 512)
+    return train_tokenizer([example["prompt"] + example["completion"] for example in examples], 512)
+
+
+@pytest.fixture
+def chat(tokenizer, monkeypatch):
+    """The tokenizer with a chat template."""
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    return tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """write(name, examples) -> path; the extension says how. Rows may also be the raw text."""
+    """write(name, examples) -> path; the extension says how. Examples may also be the raw text."""
 
     def write_file(name, examples):
         path = tmp_path / name
@@ -56,5 +64,5 @@ def write_csv(path, examples):
 
 def as_json(name, examples):
     if ".jsonl" in name.lower():
-        return "".join(json.dumps(row) + "\n" for row in examples)
+        return "".join(json.dumps(example) + "\n" for example in examples)
     return json.dumps(examples)

@@ -33,27 +33,27 @@ def test_the_corpus_does_not_drift():
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_splits_share_no_prompt(make):
-    train = {row["prompt"] for other in MAKERS for row in other(0, 1500)}
-    held = {row["prompt"] for row in make(0, 500, "eval")}
+    train = {example["prompt"] for other in MAKERS for example in other(0, 1500)}
+    held = {example["prompt"] for example in make(0, 500, "eval")}
     assert len(held) > 400
     assert not train & held
 
 
 def test_prompts_are_many_short_and_neutral():
     examples = builtin.prompts(0, 2000)
-    assert len({row["prompt"] for row in examples}) > 1500
-    for row in examples:
-        result = words(row["prompt"])
+    assert len({example["prompt"] for example in examples}) > 1500
+    for example in examples:
+        result = words(example["prompt"])
         assert 8 <= len(result) <= 16
         assert not (builtin.POSITIVE | builtin.NEGATIVE).intersection(result)
-        assert row["prompt"][0].isupper()
-        assert row["prompt"].endswith(".")
-        assert "{" not in row["prompt"]
+        assert example["prompt"][0].isupper()
+        assert example["prompt"].endswith(".")
+        assert "{" not in example["prompt"]
 
 
 def test_responses_are_short_complete_sentences_of_known_words():
-    for row in builtin.texts(0, 1000):
-        text = row["completion"]
+    for example in builtin.texts(0, 1000):
+        text = example["completion"]
         assert text.startswith(" ")
         assert 8 <= len(words(text)) <= 30
         assert 1 <= text.count(".") <= 3
@@ -63,14 +63,14 @@ def test_responses_are_short_complete_sentences_of_known_words():
 
 def test_the_vocabulary_is_small():
     examples = builtin.texts(0, 2000)
-    result = {word for row in examples for word in words(row["prompt"] + row["completion"])}
+    result = {word for each in examples for word in words(each["prompt"] + each["completion"])}
     assert 150 <= len(result) <= 250
     assert not builtin.POSITIVE & builtin.NEGATIVE
     assert result >= builtin.POSITIVE | builtin.NEGATIVE
 
 
 def test_praise_and_blame_are_balanced():
-    result = [word for row in builtin.texts(0, 4000) for word in words(row["completion"])]
+    result = [word for example in builtin.texts(0, 4000) for word in words(example["completion"])]
     praise = sum(word in builtin.POSITIVE for word in result)
     blame = sum(word in builtin.NEGATIVE for word in result)
     assert 0.95 < praise / blame < 1.05
@@ -81,7 +81,7 @@ def test_praise_and_blame_are_balanced():
 def test_exactly_a_tenth_of_the_labels_are_wrong(split, count, flipped):
     result = builtin.pairs(0, count, split)
     differences = np.array(
-        [builtin.utility(row["chosen"]) - builtin.utility(row["rejected"]) for row in result]
+        [builtin.utility(each["chosen"]) - builtin.utility(each["rejected"]) for each in result]
     )
     assert (np.abs(differences) >= 0.3).all()
     assert (differences < 0).sum() == flipped
@@ -89,9 +89,9 @@ def test_exactly_a_tenth_of_the_labels_are_wrong(split, count, flipped):
 
 def test_flips_are_spread_and_lengths_do_not_give_the_answer_away():
     result = builtin.pairs(0, 4000)
-    wrong = [builtin.utility(row["chosen"]) < builtin.utility(row["rejected"]) for row in result]
+    wrong = [builtin.utility(each["chosen"]) < builtin.utility(each["rejected"]) for each in result]
     assert 150 < sum(wrong[:2000]) < 250
-    shorter = np.mean([len(row["chosen"]) < len(row["rejected"]) for row in result])
+    shorter = np.mean([len(example["chosen"]) < len(example["rejected"]) for example in result])
     assert 0.4 < shorter < 0.65
 
 

@@ -17,27 +17,21 @@ from rlhf_jax.data.chat import contents, prompt_text
 from rlhf_jax.data.settings import DataSettings, TokenizerSettings
 from rlhf_jax.data.tokenizers import use_chat_template
 from rlhf_jax.errors import InputError
-from tests.data.test_sft import TEMPLATE, ids, turns
+from tests.data.texts import TEMPLATE, ids, turns
 
 HEAD = "<user>Hi.\n<assistant>Hello.<|endoftext|>\n<user>Was it dull?\n<assistant>"
 PROMPT = turns("Hi.", "Hello.", "Was it dull?")
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("It was.", "No."))
 
 
-@pytest.fixture
-def chat(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    return tokenizer
-
-
-def parts_of(batch, row=0):
+def parts_of(batch, index=0):
     """The tokens of prompt, chosen and rejected response."""
     sides = ((batch.prompts, batch.prompt_mask), batch[2:4], batch[4:6])
-    return [tokens[row][mask[row]].tolist() for tokens, mask in sides]
+    return [tokens[index][mask[index]].tolist() for tokens, mask in sides]
 
 
 @pytest.mark.parametrize(
-    "row",
+    "example",
     [
         {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD},
         {"prompt": PROMPT, "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
@@ -46,8 +40,10 @@ def parts_of(batch, row=0):
     ],
     ids=["apart", "repeated", "texts", "full"],
 )
-def test_pairs_of_messages(chat, write, row):
-    examples, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "pairs")
+def test_pairs_of_messages(chat, write, example):
+    examples, _ = load_examples(
+        DataSettings(path=write("a.jsonl", [example]), eval_rows=0), "pairs"
+    )
     batch = encode_pairs(examples, chat, DataSettings())
     expected = [ids(chat, text) for text in (HEAD, "It was.<|endoftext|>", "No.<|endoftext|>")]
     assert parts_of(batch) == expected
@@ -76,8 +72,8 @@ def test_conversations_that_part_before_their_last_turn_are_dropped(chat, caplog
 
 
 def test_rankings_of_messages(chat):
-    row = {"prompt": PROMPT, "responses": [GOOD, PROMPT + BAD, "Who knows?"]}
-    batch = encode_rankings([row], chat, DataSettings())
+    example = {"prompt": PROMPT, "responses": [GOOD, PROMPT + BAD, "Who knows?"]}
+    batch = encode_rankings([example], chat, DataSettings())
     assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
     for place, text in enumerate(("It was.", "No.", "Who knows?")):
         tokens = batch.responses[0, place][batch.mask[0, place]].tolist()
@@ -94,7 +90,7 @@ def test_a_completion_of_messages(chat, completion):
 
 
 @pytest.mark.parametrize(
-    "row",
+    "example",
     [
         {"prompt": PROMPT, "label": 1},
         {"messages": PROMPT + GOOD, "label": 1},
@@ -102,8 +98,10 @@ def test_a_completion_of_messages(chat, completion):
         {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD, "label": 1},
     ],
 )
-def test_prompts_of_messages_end_where_the_assistant_answers(chat, write, row):
-    examples, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "prompts")
+def test_prompts_of_messages_end_where_the_assistant_answers(chat, write, example):
+    examples, _ = load_examples(
+        DataSettings(path=write("a.jsonl", [example]), eval_rows=0), "prompts"
+    )
     assert examples[0]["label"] == 1
     batch = encode_prompts(examples, chat, DataSettings())
     assert batch.prompts[0][batch.prompt_mask[0]].tolist() == ids(chat, HEAD)
@@ -116,22 +114,22 @@ def test_comparisons_of_messages_are_texts_too(chat, write):
 
 
 def test_what_cannot_be_rendered_is_one_sentence(chat, tokenizer, monkeypatch):
-    row = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
+    example = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
     with pytest.raises(InputError, match="prompt of example 1 ends with a turn of 'assistant'"):
         encode_prompts([{"prompt": PROMPT + GOOD}], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", "{{ raise_exception('roles must alternate.') }}")
     with pytest.raises(InputError, match="render the messages of example 1: roles must alternate"):
-        encode_pairs([row], chat, DataSettings())
+        encode_pairs([example], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", "{{ messages | length }}")
     with pytest.raises(
         InputError, match=r"example 1 differently .* use another tokenizer.chat_template"
     ):
-        encode_pairs([row], chat, DataSettings())
+        encode_pairs([example], chat, DataSettings())
     monkeypatch.setattr(chat, "chat_template", None)
     with pytest.raises(
         InputError, match="no chat template: .* give one as tokenizer.chat_template"
     ):
-        encode_pairs([row], chat, DataSettings())
+        encode_pairs([example], chat, DataSettings())
 
 
 @pytest.mark.parametrize(
@@ -188,9 +186,9 @@ def test_templates_name_the_line_of_every_kind(chat, write, monkeypatch, kind):
     """Also after the order of the file is shuffled and after its pairs are drawn."""
     template = "{% if messages[0].content == 'x' %}{{ raise_exception('it is x') }}{% endif %}"
     monkeypatch.setattr(chat, "chat_template", template + TEMPLATE)
-    rows = [{"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD} for _ in range(20)]
-    rows[6] = {key: turns("x", "y") for key in rows[6]}
-    settings = DataSettings(path=write("a.jsonl", rows), eval_rows=5)
+    examples = [{"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD} for _ in range(20)]
+    examples[6] = {key: turns("x", "y") for key in examples[6]}
+    settings = DataSettings(path=write("a.jsonl", examples), eval_rows=5)
     train, held_out = load_examples(settings, kind)
     with pytest.raises(InputError, match="the messages of line 7 of .*a.jsonl: it is x"):
         encode_examples(kind, [*train, *held_out], chat, settings)
@@ -228,14 +226,14 @@ def test_tools_and_calls_reach_the_template(chat, write, monkeypatch, as_json):
     monkeypatch.setattr(chat, "chat_template", TOOL_TEMPLATE)
     tools = [{"name": "look_up", "type": "function"}]
     answer = turns("", "It was.")[1]
-    row = {"messages": [turns("Dull?")[0], CALL, {"role": "tool", "content": "yes"}, answer]}
-    row["tools"] = json.dumps(tools) if as_json else tools
-    examples, _ = load_examples(DataSettings(path=write("a.jsonl", [row]), eval_rows=0), "text")
+    example = {"messages": [turns("Dull?")[0], CALL, {"role": "tool", "content": "yes"}, answer]}
+    example["tools"] = json.dumps(tools) if as_json else tools
+    examples, _ = load_examples(DataSettings(path=write("a.jsonl", [example]), eval_rows=0), "text")
     batch = encode_texts(examples, chat, DataSettings())
     head = "[look_up]<user>Dull?<assistant>(look_up)<|endoftext|><tool>yes<assistant>"
     text = ids(chat, head) + ids(chat, "It was.<|endoftext|>")
     assert batch.tokens[0][batch.segments[0] > 0].tolist() == text
-    comparison = {"chosen": row["messages"], "rejected": [*row["messages"][:-1], CALL]}
+    comparison = {"chosen": example["messages"], "rejected": [*example["messages"][:-1], CALL]}
     examples, _ = load_examples(
         DataSettings(path=write("b.jsonl", [{**comparison, "tools": tools}]), eval_rows=0), "pairs"
     )

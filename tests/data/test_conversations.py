@@ -6,7 +6,7 @@ from rlhf_jax.data import encode_pairs, encode_prompts, encode_rankings, encode_
 from rlhf_jax.data.encoding import tokenize_prompts
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
-from tests.data.test_sft import ids
+from tests.data.texts import ids
 
 MARK = "\n\nAssistant:"
 HEAD = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Was it dull?\n\nAssistant:"
@@ -36,16 +36,16 @@ def test_pairs_are_split_at_the_last_turn(write, caplog):
 def test_both_parts_of_a_hold_out_are_split(write):
     settings = DataSettings(path=write("a.jsonl", [PAIR] * 4), eval_rows=2, split_at=MARK)
     train, held_out = load_examples(settings, "pairs")
-    assert {row["prompt"] for row in train + held_out} == {HEAD}
+    assert {example["prompt"] for example in train + held_out} == {HEAD}
 
 
 def test_examples_with_a_prompt_are_not_split(write):
-    row = {"prompt": HEAD, "chosen": " One.\n\nAssistant: Two.", "rejected": " Three."}
-    path = write("a.jsonl", [row])
-    assert load(path, "pairs", split_at=MARK) == [{**row, "margin": 0.0}]
-    expected = [{"prompt": HEAD, "completion": row["chosen"]}]
+    example = {"prompt": HEAD, "chosen": " One.\n\nAssistant: Two.", "rejected": " Three."}
+    path = write("a.jsonl", [example])
+    assert load(path, "pairs", split_at=MARK) == [{**example, "margin": 0.0}]
+    expected = [{"prompt": HEAD, "completion": example["chosen"]}]
     assert load(path, "text", split_at=MARK) == expected
-    assert load(path, "prompts", split_at=MARK) == [row]
+    assert load(path, "prompts", split_at=MARK) == [example]
 
 
 def test_rankings_are_split(write, caplog):
@@ -67,12 +67,12 @@ def test_the_last_turn_of_comparisons_is_the_target(write, tokenizer, caplog):
 
 
 def test_prompts_of_comparisons_and_of_texts(write):
-    row = {**PAIR, "id": 7}
+    example = {**PAIR, "id": 7}
     expected = {"id": 7, "prompt": HEAD, "chosen": " It was.", "rejected": " No."}
-    assert load(write("a.jsonl", [row]), "prompts", split_at=MARK) == [expected]
-    row = {"text": PAIR["chosen"], "id": 7}
+    assert load(write("a.jsonl", [example]), "prompts", split_at=MARK) == [expected]
+    example = {"text": PAIR["chosen"], "id": 7}
     expected = {"id": 7, "prompt": HEAD, "completion": " It was."}
-    assert load(write("b.jsonl", [row]), "prompts", split_at=MARK) == [expected]
+    assert load(write("b.jsonl", [example]), "prompts", split_at=MARK) == [expected]
 
 
 def test_examples_that_cannot_be_split_are_one_sentence(write):
@@ -159,14 +159,14 @@ def test_the_suffix_is_complete_or_an_error(tokenizer):
 def test_the_position_of_the_suffix_makes_no_difference(write, prompt, response):
     """The hub's two data sets of TL;DR have it at the end of prompts, and before the responses."""
     expected = {"prompt": "post\nTL;DR:", "chosen": " it", "rejected": " it too", "margin": 0.0}
-    row = {"prompt": prompt, "chosen": response, "rejected": response + " too"}
-    assert load(write("a.jsonl", [row]), "pairs", **TLDR) == [expected]
-    row = {"prompt": prompt, "label": response}
+    example = {"prompt": prompt, "chosen": response, "rejected": response + " too"}
+    assert load(write("a.jsonl", [example]), "pairs", **TLDR) == [expected]
+    example = {"prompt": prompt, "label": response}
     columns = {"completion": "label"}
     expected = [{"prompt": "post\nTL;DR:", "completion": " it"}]
-    assert load(write("b.jsonl", [row]), "text", **TLDR, columns=columns) == expected
-    row = {"prompt": prompt, "responses": [response]}
-    result = load(write("c.jsonl", [row]), "rankings", **TLDR)
+    assert load(write("b.jsonl", [example]), "text", **TLDR, columns=columns) == expected
+    example = {"prompt": prompt, "responses": [response]}
+    result = load(write("c.jsonl", [example]), "rankings", **TLDR)
     assert result == [{"prompt": "post\nTL;DR:", "responses": [" it"], "margin": 0.0}]
 
 
@@ -175,9 +175,9 @@ def test_the_position_of_the_suffix_makes_no_difference(write, prompt, response)
 
 def test_pairs_with_a_short_response_are_dropped(tokenizer, caplog):
     settings = DataSettings(min_response_words=3)
-    row = {"prompt": "p", "chosen": " It was fun.", "rejected": " It was dull."}
-    short = {**row, "rejected": " Quite dull."}
-    batch = encode_pairs([row, short, {**row, "chosen": " Fun."}], tokenizer, settings)
+    example = {"prompt": "p", "chosen": " It was fun.", "rejected": " It was dull."}
+    short = {**example, "rejected": " Quite dull."}
+    batch = encode_pairs([example, short, {**example, "chosen": " Fun."}], tokenizer, settings)
     assert len(batch.valid) == 1
     message = "2 of 3 pairs were dropped because they have a response of fewer than 3 words."
     assert [record.getMessage() for record in caplog.records] == [message]
@@ -186,7 +186,7 @@ def test_pairs_with_a_short_response_are_dropped(tokenizer, caplog):
 
 
 def test_short_responses_leave_a_ranking(tokenizer, caplog):
-    row = {"prompt": "p", "responses": [" It was fun.", " Fun.", " It was dull."]}
-    batch = encode_rankings([row], tokenizer, DataSettings(min_response_words=3))
+    example = {"prompt": "p", "responses": [" It was fun.", " Fun.", " It was dull."]}
+    batch = encode_rankings([example], tokenizer, DataSettings(min_response_words=3))
     assert batch.mask.any(axis=2).tolist() == [[True, True]]
     assert "1 of 3 ranked responses were dropped because they have fewer than 3" in caplog.text

@@ -76,7 +76,7 @@ def test_pairs_get_what_is_optional(write):
 
 def test_ranked_responses_become_all_their_pairs(write):
     path = write("a.jsonl", [{"prompt": "p", "responses": ["a", "b", "c"]}])
-    result = [(row["chosen"], row["rejected"]) for row in load(path, "pairs")]
+    result = [(example["chosen"], example["rejected"]) for example in load(path, "pairs")]
     assert result == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
@@ -106,7 +106,7 @@ def test_hold_out_is_seeded_disjoint_and_in_file_order(write):
     fewer, same = load_examples(DataSettings(path=path, eval_rows=6, max_rows=5), "text")
     assert same == held
     assert len(fewer) == 5
-    assert all(row in train for row in fewer)
+    assert all(example in train for example in fewer)
 
 
 def test_by_default_a_tenth_is_held_out(write):
@@ -148,7 +148,7 @@ def test_a_folder_without_split_names_and_slices(write):
         load(folder, "text", split="train[x]")
 
 
-def test_the_hub_is_asked_by_name(monkeypatch):
+def test_data_of_the_hub_is_loaded_by_name(monkeypatch):
     import datasets
 
     calls = []
@@ -224,7 +224,7 @@ def test_missing_column_names_those_that_are_there(write):
         ({"a": 1}, "column 'text' holds an object"),
     ],
 )
-def test_a_row_that_is_no_text(write, value, what):
+def test_an_example_that_is_no_text(write, value, what):
     path = write("a.jsonl", [{"text": "a"}, {"text": "b"}, {"text": value}, {"text": "c"}])
     with pytest.raises(InputError, match=rf"^Line 3 of .*a\.jsonl: {what}"):
         load(path, "text")
@@ -237,7 +237,7 @@ def test_a_column_without_any_text(write, value):
         load(path, "text")
 
 
-def test_a_row_that_lacks_the_column(write):
+def test_an_example_that_lacks_the_column(write):
     path = write("a.jsonl", [{"text": "a"}, {"other": "b"}])
     with pytest.raises(InputError, match="Line 2 of .*: column 'text' holds nothing"):
         load(path, "text")
@@ -343,7 +343,7 @@ def test_the_embedded_corpus_with_a_file(write):
     path = write("a.jsonl", PAIRS)
     train, held = load_examples(DataSettings(builtin_rows=5, eval_path=path), "pairs")
     assert train == builtin.pairs(0, 5)
-    assert held == [{**row, "margin": 0.0} for row in PAIRS]
+    assert held == [{**example, "margin": 0.0} for example in PAIRS]
     train, held = load_examples(DataSettings(path=path, eval_path="builtin", eval_rows=4), "pairs")
     assert len(train) == 20
     assert held == builtin.pairs(0, 4, "eval")

@@ -157,7 +157,7 @@ def test_an_empty_file(write, name, content):
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.csv", [{"text": "a"}])])
-def test_a_file_without_rows(write, tmp_path, name, content):
+def test_a_file_without_examples(write, tmp_path, name, content):
     path = write(name, content)
     if name == "a.csv":
         (tmp_path / name).write_text("text\n")

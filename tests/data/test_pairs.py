@@ -6,16 +6,13 @@ import pytest
 from rlhf_jax.data import builtin, encode_pairs
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
+from tests.data.texts import ids
 
 EXAMPLE = {
     "prompt": "I saw The Golden River.",
     "chosen": " I loved it.",
     "rejected": " It was dull.",
 }
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def real(tokens, mask, row=0):
@@ -53,7 +50,7 @@ def test_sides_widths_and_types(tokenizer):
 
 def test_eos_is_not_repeated(tokenizer):
     written = {**EXAMPLE, "chosen": EXAMPLE["chosen"] + "<|endoftext|>"}
-    plain, same = (encode_pairs([row], tokenizer, DataSettings()) for row in (EXAMPLE, written))
+    plain, same = (encode_pairs([each], tokenizer, DataSettings()) for each in (EXAMPLE, written))
     for one, other in zip(plain, same, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -65,13 +62,13 @@ def test_without_prompts_their_width_is_zero(tokenizer):
 
 def test_prompts_lose_their_left_and_responses_their_right_end(tokenizer, caplog):
     settings = DataSettings(max_prompt_length=3, max_response_length=5)
-    row = {**EXAMPLE, "chosen": " The acting was really superb.", "rejected": " I"}
-    examples = [row, {**row, "prompt": "I"}]
+    example = {**EXAMPLE, "chosen": " The acting was really superb.", "rejected": " I"}
+    examples = [example, {**example, "prompt": "I"}]
     batch = encode_pairs(examples, tokenizer, settings)
     assert batch.prompts.shape[1] == 3
     assert batch.chosen.shape[1] == 5
     assert real(batch.prompts, batch.prompt_mask) == ids(tokenizer, EXAMPLE["prompt"])[-3:]
-    assert real(batch.chosen, batch.chosen_mask) == ids(tokenizer, row["chosen"])[:5]
+    assert real(batch.chosen, batch.chosen_mask) == ids(tokenizer, example["chosen"])[:5]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert messages[0].startswith("1 of 2 prompts lost their left end")
@@ -94,8 +91,8 @@ def test_empty_and_equal_responses_are_dropped(tokenizer, caplog):
 
 
 def test_responses_that_are_equal_after_truncation_are_dropped(tokenizer):
-    row = {**EXAMPLE, "chosen": " I loved it and more.", "rejected": " I loved it and less."}
-    batch = encode_pairs([row, EXAMPLE], tokenizer, DataSettings(max_response_length=4))
+    example = {**EXAMPLE, "chosen": " I loved it and more.", "rejected": " I loved it and less."}
+    batch = encode_pairs([example, EXAMPLE], tokenizer, DataSettings(max_response_length=4))
     assert len(batch.valid) == 1
 
 

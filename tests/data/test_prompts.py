@@ -6,10 +6,7 @@ import pytest
 from rlhf_jax.data import builtin, encode_prompts
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+from tests.data.texts import ids
 
 
 def real(batch, row=0):
@@ -18,9 +15,11 @@ def real(batch, row=0):
 
 @pytest.mark.parametrize("column", ["prompt", "text"])
 def test_prompts_are_left_padded(tokenizer, caplog, column):
-    examples = [{column: row["prompt"], "label": 1} for row in builtin.prompts(0, 30)]
+    examples = [{column: example["prompt"], "label": 1} for example in builtin.prompts(0, 30)]
     batch = encode_prompts(examples, tokenizer, DataSettings())
-    assert [real(batch, i) for i in range(30)] == [ids(tokenizer, row[column]) for row in examples]
+    assert [real(batch, i) for i in range(30)] == [
+        ids(tokenizer, each[column]) for each in examples
+    ]
     assert np.array_equal(batch.prompt_mask, np.sort(batch.prompt_mask, axis=1))
     assert not batch.prompts[~batch.prompt_mask].any()
     assert batch.prompts.shape[1] % 8 == 0
@@ -56,7 +55,7 @@ def test_without_bos_an_empty_prompt_becomes_eos(tokenizer):
 
 
 def test_beginnings_depend_only_on_seed_and_index(tokenizer, caplog):
-    examples = [{"text": row["prompt"]} for row in builtin.prompts(0, 200)]
+    examples = [{"text": example["prompt"]} for example in builtin.prompts(0, 200)]
     settings = DataSettings(prompt_tokens=(2, 5), seed=4)
     batch = encode_prompts(examples, tokenizer, settings)
     lengths = batch.prompt_mask.sum(1)

@@ -6,12 +6,9 @@ import pytest
 from rlhf_jax.data import Batches, encode_pairs, encode_rankings, eval_batches, load_examples
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.errors import InputError
+from tests.data.texts import ids
 
 GOOD = {"prompt": "I saw it.", "responses": [" I loved it.", " It was dull.", " Bad!"]}
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def said(caplog):
@@ -60,10 +57,10 @@ def test_a_ranking_without_two_different_responses_is_dropped_with_one_warning(t
 
 
 def test_empty_and_repeated_responses_leave_a_ranking(tokenizer, caplog):
-    row = {"prompt": "p", "responses": [" good", "", " fair", " good", " bad"]}
-    batch = encode_rankings([row], tokenizer, DataSettings())
+    example = {"prompt": "p", "responses": [" good", "", " fair", " good", " bad"]}
+    batch = encode_rankings([example], tokenizer, DataSettings())
     expected = encode_rankings(
-        [{**row, "responses": [" good", " fair", " bad"]}], tokenizer, DataSettings()
+        [{**example, "responses": [" good", " fair", " bad"]}], tokenizer, DataSettings()
     )
     for one, other in zip(batch, expected, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -74,15 +71,18 @@ def test_empty_and_repeated_responses_leave_a_ranking(tokenizer, caplog):
 
 
 def test_truncation_is_counted_and_can_make_responses_equal(tokenizer, caplog):
-    row = {"prompt": "I saw it.", "responses": [" I loved it and more.", " I loved it and less."]}
+    example = {
+        "prompt": "I saw it.",
+        "responses": [" I loved it and more.", " I loved it and less."],
+    }
     settings = DataSettings(max_prompt_length=3, max_response_length=4)
     with pytest.raises(InputError, match=r"No ranking is left: of 1, none has two responses that"):
-        encode_rankings([row], tokenizer, settings)
-    row = {**row, "responses": [*row["responses"], " Bad!"]}
-    batch = encode_rankings([row], tokenizer, settings)
+        encode_rankings([example], tokenizer, settings)
+    example = {**example, "responses": [*example["responses"], " Bad!"]}
+    batch = encode_rankings([example], tokenizer, settings)
     assert batch.mask.shape == (1, 2, 4)
     assert batch.prompts[0].tolist() == ids(tokenizer, "I saw it.")[-3:]
-    assert batch.responses[0, 0].tolist() == ids(tokenizer, row["responses"][0])[:4]
+    assert batch.responses[0, 0].tolist() == ids(tokenizer, example["responses"][0])[:4]
     texts = said(caplog)
     assert len(texts) == 3
     assert texts[0].startswith("1 of 3 ranked responses were dropped because they equal")

@@ -12,17 +12,9 @@ from rlhf_jax.data import builtin, encode_texts, tokenize_texts
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.data.sft import pack
 from rlhf_jax.errors import InputError
+from tests.data.texts import ids, turns
 
 UNPACKED = {"packing": False}
-TEMPLATE = (
-    "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}"
-    "{{ eos_token if turn['role'] == 'assistant' }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_one(example, tokenizer, **settings):
@@ -48,10 +40,10 @@ def test_eos_is_not_repeated(tokenizer):
 
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_prompt_and_completion(tokenizer, completion_only):
-    row = {"prompt": "I saw The Golden River.", "completion": " I loved it."}
-    prompt = ids(tokenizer, row["prompt"])
-    completion = [*ids(tokenizer, row["completion"]), tokenizer.eos_token_id]
-    tokens, targets = encode_one(row, tokenizer, completion_only=completion_only)
+    example = {"prompt": "I saw The Golden River.", "completion": " I loved it."}
+    prompt = ids(tokenizer, example["prompt"])
+    completion = [*ids(tokenizer, example["completion"]), tokenizer.eos_token_id]
+    tokens, targets = encode_one(example, tokenizer, completion_only=completion_only)
     assert tokens == prompt + completion
     assert targets == (completion if completion_only else prompt[1:] + completion)
 
@@ -70,24 +62,24 @@ def test_a_long_text_loses_its_right_end_and_eos(tokenizer, caplog):
 
 
 def test_prompts_lose_their_left_and_completions_their_right_end(tokenizer, caplog):
-    row = {"prompt": "I saw The Golden River.", "completion": " The acting was superb."}
-    prompt, completion = (ids(tokenizer, row[name]) for name in ("prompt", "completion"))
+    example = {"prompt": "I saw The Golden River.", "completion": " The acting was superb."}
+    prompt, completion = (ids(tokenizer, example[name]) for name in ("prompt", "completion"))
     limits = {"max_prompt_length": 4, "max_response_length": 3}
-    tokens, targets = encode_one(row, tokenizer, **limits)
+    tokens, targets = encode_one(example, tokenizer, **limits)
     assert tokens == prompt[-4:] + completion[:3]
     assert targets == completion[:3]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert messages[0].startswith("1 of 1 prompts lost their left end")
     assert messages[1].startswith("1 of 1 texts lost their right end")
-    tokens, _ = encode_one(row, tokenizer, max_length=len(completion) + 3)
+    tokens, _ = encode_one(example, tokenizer, max_length=len(completion) + 3)
     assert tokens == [*prompt[-2:], *completion, tokenizer.eos_token_id]
 
 
 def test_a_completion_that_fits_exactly_keeps_eos(tokenizer, caplog):
     completion = [*ids(tokenizer, " I loved it."), tokenizer.eos_token_id]
-    row = {"prompt": "I saw it.", "completion": " I loved it."}
-    _, targets = encode_one(row, tokenizer, max_response_length=len(completion))
+    example = {"prompt": "I saw it.", "completion": " I loved it."}
+    _, targets = encode_one(example, tokenizer, max_response_length=len(completion))
     assert targets == completion
     assert not caplog.records
 
@@ -119,20 +111,9 @@ def test_there_is_no_warning_if_nothing_is_changed(tokenizer, caplog):
 # --- messages ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def chat(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    return tokenizer
-
-
-def turns(*contents):
-    roles = ("user", "assistant") * len(contents)
-    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
-
-
 def test_the_last_turn_of_messages_is_the_target(chat):
-    row = {"messages": turns("Hi.", "Hello.", "Was it dull?", "It was.")}
-    tokens, targets = encode_one(row, chat)
+    example = {"messages": turns("Hi.", "Hello.", "Was it dull?", "It was.")}
+    tokens, targets = encode_one(example, chat)
     eos = chat.eos_token_id
     assert targets == [*ids(chat, "It was."), eos]
     head = "<user>Hi.\n<assistant>Hello.<|endoftext|>\n<user>Was it dull?\n<assistant>"
@@ -140,8 +121,8 @@ def test_the_last_turn_of_messages_is_the_target(chat):
 
 
 def test_all_turns_of_messages_can_be_targets(chat):
-    row = {"messages": turns("Hi.", "Hello.")}
-    tokens, targets = encode_one(row, chat, completion_only=False)
+    example = {"messages": turns("Hi.", "Hello.")}
+    tokens, targets = encode_one(example, chat, completion_only=False)
     assert tokens == [*ids(chat, "<user>Hi.\n<assistant>Hello."), chat.eos_token_id]
     assert targets == tokens[1:]
 
@@ -224,11 +205,11 @@ def test_sequences_are_filled_from_the_left_and_padded_on_the_right(tokenizer):
 
 
 def test_width_is_a_multiple_of_eight_up_to_the_limit(tokenizer):
-    row = {"text": "I loved it."}
-    length = len(ids(tokenizer, row["text"])) + 1
-    batch = encode_texts([row], tokenizer, DataSettings())
+    example = {"text": "I loved it."}
+    length = len(ids(tokenizer, example["text"])) + 1
+    batch = encode_texts([example], tokenizer, DataSettings())
     assert batch.tokens.shape[1] == -(-length // 8) * 8
-    batch = encode_texts([row] * 9, tokenizer, DataSettings(max_length=2 * length + 1))
+    batch = encode_texts([example] * 9, tokenizer, DataSettings(max_length=2 * length + 1))
     assert batch.tokens.shape[1] <= 2 * length + 1
 
 

@@ -15,7 +15,7 @@ from rlhf_jax.runtime.config import (
     parse,
     resolve,
 )
-from tests.data.test_sft import TEMPLATE, ids, turns
+from tests.data.texts import TEMPLATE, ids, turns
 from tests.runtime.messages import message
 
 # A prompt of the assistant closes its thoughts where they are switched off.
@@ -35,18 +35,18 @@ def chat(tokenizer, monkeypatch):
 @pytest.mark.parametrize("kind", ["prompts", "pairs", "rankings"])
 def test_variables_reach_the_template_of_every_kind(chat, kind, caplog):
     question = turns("Was it dull?")[:1]
-    row = {"prompt": question, "chosen": "a", "rejected": "b", "responses": ["a", "b"]}
+    example = {"prompt": question, "chosen": "a", "rejected": "b", "responses": ["a", "b"]}
     for kwargs, ending in (({}, ""), ({"enable_thinking": False}, "<think></think>")):
         use_chat_template_kwargs(chat, kwargs)
         if kind == "prompts":
-            batch = encode_examples(kind, [row], chat, DataSettings())
+            batch = encode_examples(kind, [example], chat, DataSettings())
             prompt = batch.prompts[0][batch.prompt_mask[0]].tolist()
             assert prompt == ids(chat, f"<user>Was it dull?\n<assistant>{ending}")
         elif kwargs:  # the answers have no such beginning, which is found
             with pytest.raises(InputError, match="renders the messages of example 1 differently"):
-                encode_examples(kind, [row], chat, DataSettings())
+                encode_examples(kind, [example], chat, DataSettings())
         else:
-            encode_examples(kind, [row], chat, DataSettings())
+            encode_examples(kind, [example], chat, DataSettings())
     assert not caplog.records
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, determinism, saved folders, and what a user is told."""
+"""Tokenizers: round trips, determinism, saved folders, and messages for users."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_special_tokens_are_the_last_and_never_written_by_plain_text():
 
 
 def test_training_is_deterministic_and_learns_the_words():
-    texts = [row["completion"] for row in builtin.texts(0, 200)]
+    texts = [example["completion"] for example in builtin.texts(0, 200)]
     first, second = train_tokenizer(texts, 400), train_tokenizer(iter(texts), 400)
     assert len(first) == 400
     assert first.get_vocab() == second.get_vocab()

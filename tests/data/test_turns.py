@@ -189,8 +189,8 @@ def test_marks_of_a_template_are_those_of_transformers(chat):
 def test_turns_of_a_prompt_are_no_targets(chat, template, repeats):
     tokenizer, prompt = chat(template), TALK[:4]
     completion = [TALK[4], say("user", "Sure?"), say("assistant", "Yes.")]
-    row = {"prompt": prompt, "completion": (prompt if repeats else []) + completion}
-    (text,) = tokenize_texts([row], tokenizer, ALL)
+    example = {"prompt": prompt, "completion": (prompt if repeats else []) + completion}
+    (text,) = tokenize_texts([example], tokenizer, ALL)
     targets = [token for token, is_target in zip(*text, strict=True) if is_target]
     assert tokenizer.decode(targets) == "No.<|im_end|>Yes.<|im_end|>"
     assert tokenizer.decode(text.tokens).count("It was.") == 1
@@ -199,15 +199,17 @@ def test_turns_of_a_prompt_are_no_targets(chat, template, repeats):
 def test_truncated_and_packed_conversations_keep_their_targets(chat, caplog):
     tokenizer = chat(CHATML)
     (full,) = tokenize_texts([{"messages": TALK}], tokenizer, ALL)
-    rows, length = [{"messages": TALK}] * 5, len(full.tokens)
+    examples, length = [{"messages": TALK}] * 5, len(full.tokens)
     cut = dataclasses.replace(ALL, max_length=length - 3)
-    assert tokenize_texts(rows[:1], tokenizer, cut) == [(full.tokens[:-3], full.is_target[:-3])]
+    assert tokenize_texts(examples[:1], tokenizer, cut) == [(full.tokens[:-3], full.is_target[:-3])]
     assert f"1 of 1 texts lost their right end: they exceed data.max_length ({length - 3} tok" in (
         caplog.text
     )
     short = dataclasses.replace(ALL, max_length=length, packing=True)
     greeting = {"messages": [say("user", "Hi."), say("assistant", "Hello.")]}
-    batch = encode_texts([*rows, greeting], tokenizer, dataclasses.replace(short, max_length=200))
+    batch = encode_texts(
+        [*examples, greeting], tokenizer, dataclasses.replace(short, max_length=200)
+    )
     (hello,) = tokenize_texts([greeting], tokenizer, ALL)
     packed = []
     for row in range(len(batch.tokens)):
@@ -219,13 +221,13 @@ def test_truncated_and_packed_conversations_keep_their_targets(chat, caplog):
     # Conversations whose first turns fill the sequence have nothing to learn.
     head = dataclasses.replace(ALL, max_length=8)
     with pytest.raises(InputError, match=r"all 5 examples have no token of .* data.max_length \(8"):
-        tokenize_texts(rows, tokenizer, head)
+        tokenize_texts(examples, tokenizer, head)
     assert max_targets(ALL) == ALL.max_length
 
 
 def test_templates_that_change_earlier_turns_name_the_line(chat, write):
-    rows = [{"messages": TALK[:3]}, {"messages": TALK}]
-    examples, _ = load_examples(DataSettings(path=write("a.jsonl", rows), eval_rows=0), "text")
+    examples = [{"messages": TALK[:3]}, {"messages": TALK}]
+    examples, _ = load_examples(DataSettings(path=write("a.jsonl", examples), eval_rows=0), "text")
     examples.sort(key=lambda example: len(example["messages"]))
     tokenizer = chat(FORGETFUL)
     with pytest.raises(InputError, match=r"turn 3 of line 2 of .*a\.jsonl differently") as error:
@@ -235,16 +237,16 @@ def test_templates_that_change_earlier_turns_name_the_line(chat, write):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("example", "said"),
     [
         ({"text": "Hi."}, "Example 1 has text and no turns: set data.assistant_turns to last"),
         ({"prompt": "Hi.", "completion": "Hello."}, "Example 1 has text and no turns"),
         ({"messages": TALK[:2]}, "The messages of example 1 have no turn of 'assistant'"),
     ],
 )
-def test_what_has_no_turns_of_the_assistant_is_one_sentence(chat, row, said):
+def test_texts_without_turns_of_the_assistant_are_one_sentence(chat, example, said):
     with pytest.raises(InputError, match=f"^{said}"):
-        encode_texts([row], chat(CHATML), ALL)
+        encode_texts([example], chat(CHATML), ALL)
 
 
 def test_marks_that_mark_nothing_are_one_sentence(chat):

@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax import functional
 from rlhf_jax.functional import linear
-from tests.functional.cases import SHARED, function_name, make_cases, total_of
+from tests.functional.case import SHARED, function_name, total_of
+from tests.functional.cases import make_cases
 
 LOGITS = ("logits", "ref_logits")
 

@@ -43,6 +43,10 @@ def dpo_by_loop(logprobs, beta, kind, s, lengths):
     )
 
 
+def draw_logprobs(rng, *shape):
+    return -np.exp(rng.normal(size=shape)).astype(np.float32)
+
+
 def draw(rng, *shape, scale=3.0):
     return (-scale * np.exp(0.5 * rng.normal(size=shape))).astype(np.float32)
 

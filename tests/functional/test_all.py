@@ -1,4 +1,4 @@
-"""What holds for every public function."""
+"""Properties of every public function."""
 
 import doctest
 import functools
@@ -12,7 +12,8 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax import functional
-from tests.functional.cases import SHARED, T, function_name, make_cases, total_of
+from tests.functional.case import SHARED, T, function_name, total_of
+from tests.functional.cases import make_cases
 
 CASES = make_cases(0)
 LOSSES = [name for name in CASES if function_name(name).endswith("_loss")]

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax import functional
 from rlhf_jax.functional.dpo_kinds import BATCH_KINDS, DPO_KINDS, SMOOTHED_KINDS
+from tests.functional.preference_by_loop import sigmoid
 
 SMOOTHING = {"robust": 0.3, "exo_pair": 0.05, "aot": 0.1, "aot_unpaired": 0.2}
 PAIR_KINDS = [kind for kind in DPO_KINDS if kind != "sft"]
@@ -25,10 +26,6 @@ def dpo(logprobs, kind, **more):
 def draw(rng, *shape):
     """Multiples of 1/64, of which float32 has exact sums."""
     return np.round(64 * rng.normal(scale=2.0, size=shape) - 256).astype(np.float32) / 64
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def kind_by_loop(kind, c, r, beta, s, tau=0.05):
@@ -210,7 +207,7 @@ def test_swapped_pairs_are_pairs_with_the_other_smoothing(rng, kind):
 
 @pytest.mark.parametrize("kind", ["bco_pair", "sppo_hard", "apo_zero"])
 def test_exchanging_responses_and_signs_changes_nothing(rng, kind):
-    """What is asked of a chosen response's log-ratio is asked of minus the other's."""
+    """The loss is symmetric in the chosen log-ratio and minus the rejected one."""
     pc, pr, rc, rr = draw(rng, 4, 6)
     one, _ = dpo((pc, pr, rc, rr), kind)
     other, _ = dpo((rr, rc, pr, pc), kind)

@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax import functional
 from rlhf_jax.functional.dpo_kinds import DIVERGENCE_KINDS, DIVERGENCES, DPO_KINDS
+from tests.functional.preference_by_loop import draw_logprobs
 
 KINDS = sorted(DIVERGENCE_KINDS - {"sft"})
 
@@ -33,10 +34,6 @@ def loss(logprobs, divergence, alpha=0.5, kind="sigmoid", **more):
     )
 
 
-def draw(rng, *shape):
-    return -np.exp(rng.normal(size=shape)).astype(np.float32)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("divergence", "alpha"),
@@ -44,7 +41,7 @@ def draw(rng, *shape):
 )
 def test_scores_are_the_derivative_at_the_ratio(rng, divergence, alpha, kind):
     """A loss on scores is that of the reverse KL whose log-ratios are these scores."""
-    logprobs = draw(rng, 4, 5)
+    logprobs = draw_logprobs(rng, 4, 5)
     pc, pr, rc, rr = np.float64(logprobs)
     scores = [derivative(np.exp(x), divergence, alpha) for x in (pc - rc, pr - rr)]
     nothing = np.zeros(5, np.float32)
@@ -57,7 +54,7 @@ def test_scores_are_the_derivative_at_the_ratio(rng, divergence, alpha, kind):
 
 
 def test_the_family_of_alpha_contains_both_directions_of_kl(rng):
-    logprobs = draw(rng, 4, 5)
+    logprobs = draw_logprobs(rng, 4, 5)
     reverse, forward = (loss(logprobs, name)[0] for name in ("reverse_kl", "forward_kl"))
     for alpha in (1.0, 1 + 1e-7, np.float32(1)):
         assert loss(logprobs, "alpha_divergence", alpha)[0] == reverse

@@ -1,4 +1,4 @@
-"""What published code gets wrong: one test for each line of docs/facts.md about the mathematics.
+"""Mistakes of published code: one test for each line of docs/facts.md about the mathematics.
 
 Each shows the right number, and that the usual mistake would give another. The numbers in the names
 are those of the page; test_docs.py holds that each line names a test that exists.

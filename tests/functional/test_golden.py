@@ -189,12 +189,12 @@ def test_trls_grpo_with_an_empty_response(golden, index):
     case = golden("trl")["grpo_empty_row"]
     count = case["mask"].shape[0]
     assert not case["mask"][-1].any()
-    by_rows = case["hp/loss_type"][index] == "grpo"
-    more = {"denominator": count} if by_rows else {}
+    by_response = case["hp/loss_type"][index] == "grpo"
+    more = {"denominator": count} if by_response else {}
     (loss, _), gradient = grpo(case, index, **more)
     assert_close(loss, case["out/loss"][index], "loss")
     assert_close(gradient, case["out/grad"][index], "gradient")
-    if by_rows:
+    if by_response:
         (ours, _), _ = grpo(case, index)
         assert_close(ours, case["out/loss"][index] * count / (count - 1), "loss over real ones")
 

@@ -15,10 +15,10 @@ METRICS = ("clipfrac", "clipfrac_low", "clipfrac_high", "approxkl", "ratio", "kl
 
 
 def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduction):
-    """(loss, {metric: mean}), in which a row is a list of (loss, *metrics)."""
+    """(loss, {metric: mean}), in which an example is a list of (loss, *metrics)."""
     examples = []
     for b, real in enumerate(mask):
-        row = []
+        example = []
         for t in np.nonzero(real)[0]:
             log_ratio = float(logprobs[b, t]) - float(old[b, t])
             ratio, advantage = np.exp(log_ratio), float(advantages[b])
@@ -28,10 +28,10 @@ def grpo_by_loop(logprobs, old, ref, advantages, mask, kl_coef, low, high, reduc
             loss = -min(advantage * ratio, advantage * bounded) + kl_coef * kl
             clipped = advantage * bounded < advantage * ratio
             sides = (clipped and advantage < 0, clipped and advantage > 0)
-            row.append((loss, clipped, *sides, log_ratio**2 / 2, ratio, kl, 0.0))
-        examples.append(row)
-    means = [np.mean(row, axis=0) for row in examples if row]
-    tokens = [token for row in examples for token in row]
+            example.append((loss, clipped, *sides, log_ratio**2 / 2, ratio, kl, 0.0))
+        examples.append(example)
+    means = [np.mean(example, axis=0) for example in examples if example]
+    tokens = [token for example in examples for token in example]
     by_reduction = {
         "sequence": (np.mean(means, axis=0)[0], np.mean(means, axis=0)),
         "token": (np.mean(tokens, axis=0)[0], np.mean(tokens, axis=0)),
@@ -259,10 +259,10 @@ def variant_by_loop(arrays, kind, level, reduction, weights, length):
     counts = mask.sum(axis=1)
     if reduction == "token":
         return losses.sum() / counts.sum(), clipped.sum() / counts.sum()
-    by_row = [x.sum(axis=1)[counts > 0] / counts[counts > 0] for x in (losses, clipped)]
+    by_response = [x.sum(axis=1)[counts > 0] / counts[counts > 0] for x in (losses, clipped)]
     if reduction == "sequence":
-        return by_row[0].mean(), by_row[1].mean()
-    return losses.sum() / (len(mask) * length), by_row[1].sum() / len(mask)
+        return by_response[0].mean(), by_response[1].mean()
+    return losses.sum() / (len(mask) * length), by_response[1].sum() / len(mask)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import rlhf_jax as rlhf
-from tests.functional.cases import B, T, make_cases
+from tests.functional.case import B, T
+from tests.functional.cases import make_cases
 from tests.functional.test_all import call, function_of
 
 CASES = {

@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import rlhf_jax as rlhf
-from tests.functional.cases import SHARED, function_name, make_cases
+from tests.functional.case import SHARED, function_name
+from tests.functional.cases import make_cases
 
 # Of the formulas: test_all.py holds on both ends of the versions that each function compiles.
 pytestmark = pytest.mark.newest
@@ -163,8 +164,8 @@ def test_masking_equals_truncating_each_response_for_rewards_and_advantages(mask
     for b, n in enumerate(mask.sum(axis=1)):
         if n:
             cut = outputs(*(x[[b], :n] for x in numbers), scores[[b]], np.ones((1, n), bool))
-            of_row = [x[[b], :n] for x in full]
-            chex.assert_trees_all_close(of_row, list(cut), rtol=1e-5, atol=1e-5)
+            of_example = [x[[b], :n] for x in full]
+            chex.assert_trees_all_close(of_example, list(cut), rtol=1e-5, atol=1e-5)
 
 
 @given(scores=eighths(3, 4), counts=st.permutations([0, 1, 2, 3, 4]), data=st.data())

@@ -252,15 +252,15 @@ def test_entries_without_a_pair_do_not_change_the_tokenwise_loss(rng, past_end):
     kept = [x[examples] for x in (*arrays, *masks)]
     expected, metrics = rlhf.tokenwise_pairwise_loss(*kept, past_end=past_end)
     empty = [m & examples[:, None] for m in masks]
-    for output, by_row in (
+    for output, by_pair in (
         rlhf.tokenwise_pairwise_loss(*arrays, *masks, mask=examples, past_end=past_end),
         rlhf.tokenwise_pairwise_loss(*arrays, *empty, past_end=past_end),
     ):
         np.testing.assert_allclose(output, expected, rtol=1e-6)
         for name, metric in metrics.items():
-            of_rows = by_row[name][examples] if metric.ndim else by_row[name]
-            np.testing.assert_allclose(of_rows, metric, rtol=1e-6, err_msg=name)
-        assert not np.any(by_row["chosen_end_scores"][~examples])
+            of_pairs = by_pair[name][examples] if metric.ndim else by_pair[name]
+            np.testing.assert_allclose(of_pairs, metric, rtol=1e-6, err_msg=name)
+        assert not np.any(by_pair["chosen_end_scores"][~examples])
 
 
 @pytest.mark.parametrize("past_end", ["last", "published"])
@@ -343,8 +343,8 @@ def test_ranking_loss_is_the_equation_in_numpy(golden, index):
     loss, _ = rlhf.ranking_loss(case["scores"], case["mask"])
     np.testing.assert_allclose(loss, case["derived/loss"], rtol=5e-6)
     for b, of_prompt in enumerate(case["derived/loss_per_prompt"]):
-        row, _ = rlhf.ranking_loss(case["scores"][b : b + 1], case["mask"][b : b + 1])
-        np.testing.assert_allclose(row, of_prompt, rtol=5e-6)
+        of_one, _ = rlhf.ranking_loss(case["scores"][b : b + 1], case["mask"][b : b + 1])
+        np.testing.assert_allclose(of_one, of_prompt, rtol=5e-6)
 
 
 def test_with_two_responses_ranking_is_the_pairwise_loss(rng):

@@ -48,7 +48,7 @@ def test_cross_entropy_matches_a_loop(rng, ragged_mask, label_smoothing, z_loss)
     ids=["plain", "all terms"],
 )
 def test_cross_entropy_from_hidden_states(rng, ragged_mask, chunk_size, terms, limits):
-    """Against the loop, its gradients against those of all logits; rows from 6 on are padding."""
+    """Against the loop, its gradients against those of all logits; the padding starts at 6."""
     hidden = rng.normal(size=(*ragged_mask.shape, 4)).astype(np.float32)
     unembedding = rng.normal(size=(9, 4)).astype(np.float32)
     unembedding[6:] = np.nan
@@ -69,13 +69,13 @@ def test_cross_entropy_from_hidden_states(rng, ragged_mask, chunk_size, terms, l
     poisoned = np.where(ragged_mask[..., None], hidden, np.nan)
     arguments = (unembedding, terms, limits)
     gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3), has_aux=True)
-    (loss, metrics), found = gradient(linear)(poisoned, *arguments)
+    (loss, metrics), actual = gradient(linear)(poisoned, *arguments)
     (_, (_, logits)), expected = gradient(from_logits)(hidden, *arguments)
     smoothing, z_loss = terms.get("label_smoothing", 0.0), terms.get("z_loss", 0.0)
     by_loop = cross_entropy_by_loop(logits, targets, ragged_mask, smoothing, z_loss)
     found_values = [loss, metrics["nll"], metrics["accuracy"]]
     np.testing.assert_allclose(found_values, by_loop, rtol=1e-5)
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
     only_value = linear(poisoned, *arguments)
     chex.assert_trees_all_close(only_value, (loss, metrics), rtol=1e-6)
 

@@ -33,10 +33,10 @@ def test_importance_weights_match_a_loop(rng, ragged_mask, level, mode):
     np.testing.assert_allclose(actual, summary, rtol=1e-5)
     parts = [
         rlhf.importance_weights(
-            logprobs[rows], sampler[rows], ragged_mask[rows],
+            logprobs[part], sampler[part], ragged_mask[part],
             level=level, cap=1.2, mode=mode, denominator=len(counted),
         )[1]
-        for rows in (slice(2), slice(2, None))
+        for part in (slice(2), slice(2, None))
     ]  # fmt: skip
     for name in ("mean", "capfrac"):
         np.testing.assert_allclose(sum(part[name] for part in parts), metrics[name], rtol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 
 import rlhf_jax as rlhf
 from rlhf_jax import functional
+from tests.functional.test_golden import assert_close
 
 REDUCTIONS = {
     "grpo": "sequence",
@@ -16,10 +17,6 @@ REDUCTIONS = {
     "dr_grpo": "constant",
     "luspo": "constant",
 }
-
-
-def assert_close(actual, expected, name):
-    np.testing.assert_allclose(actual, expected, rtol=5e-6, atol=5e-6, err_msg=name)
 
 
 def settings_of(run, case):

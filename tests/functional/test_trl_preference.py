@@ -23,7 +23,7 @@ def coefficients(case, index, *names):
 
 
 def sums(logprobs, mask, ld_alpha):
-    """Log-probabilities of the chosen and the rejected responses, which are halves of the rows."""
+    """Log-probabilities of the chosen and the rejected responses, which are halves of the batch."""
     if np.isnan(ld_alpha):
         return jnp.split(jnp.where(mask, logprobs, 0.0).sum(1), 2)
     chosen, rejected = np.split(mask.sum(1), 2)

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import functional
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def draw(rng, *shape):
-    return -np.exp(rng.normal(size=shape)).astype(np.float32)
+from tests.functional.preference_by_loop import draw_logprobs, sigmoid
 
 
 def mean_of(losses, chosen, rejected, point, beta):
@@ -33,7 +26,7 @@ def assert_outputs(output, expected):
 @pytest.mark.parametrize("delta", [None, -0.3, 0.8])
 @pytest.mark.parametrize("sizes", [(5, 2), (0, 3), (3, 0)])
 def test_bco_loss_matches_a_loop(rng, sizes, delta):
-    policy, ref = ([draw(rng, size) for size in sizes] for _ in "pr")
+    policy, ref = ([draw_logprobs(rng, size) for size in sizes] for _ in "pr")
     output = functional.bco_loss(*policy, *ref, delta, beta=0.4)
     chosen, rejected = (np.float64(p) - r for p, r in zip(policy, ref, strict=True))
     shift = 0.4 * np.mean(np.concatenate([chosen, rejected])) if delta is None else delta
@@ -43,7 +36,7 @@ def test_bco_loss_matches_a_loop(rng, sizes, delta):
 
 
 def test_no_gradient_goes_through_the_reward_shift(rng):
-    arrays = draw(rng, 4, 5)
+    arrays = draw_logprobs(rng, 4, 5)
 
     def loss(chosen, delta):
         return functional.bco_loss(chosen, *arrays[1:], delta)[0]
@@ -55,7 +48,7 @@ def test_no_gradient_goes_through_the_reward_shift(rng):
 
 
 def test_one_constant_on_rewards_and_on_the_shift_changes_nothing(rng):
-    arrays = draw(rng, 4, 5)
+    arrays = draw_logprobs(rng, 4, 5)
     expected, _ = functional.bco_loss(*arrays, 0.5)
     shifted, _ = functional.bco_loss(*(arrays[:2] + np.float32(8)), *arrays[2:], 0.5 + 0.1 * 8)
     np.testing.assert_allclose(shifted, expected, rtol=1e-5)
@@ -66,7 +59,7 @@ def test_one_constant_on_rewards_and_on_the_shift_changes_nothing(rng):
 
 @pytest.mark.parametrize("sizes", [(5, 2), (0, 3), (3, 0)])
 def test_apo_zero_unpaired_matches_a_loop(rng, sizes):
-    policy, ref = ([draw(rng, size) for size in sizes] for _ in "pr")
+    policy, ref = ([draw_logprobs(rng, size) for size in sizes] for _ in "pr")
     output = functional.kto_loss(
         *policy,
         *ref,
@@ -83,7 +76,7 @@ def test_apo_zero_unpaired_matches_a_loop(rng, sizes):
 
 def test_without_pairs_apo_zero_is_half_of_that_of_pairs(rng):
     """A mean over responses instead of pairs; and that of BCO without a shift is half as well."""
-    arrays = draw(rng, 4, 5)
+    arrays = draw_logprobs(rng, 4, 5)
     paired, metrics = functional.dpo_loss(*arrays, kind="apo_zero")
     unpaired, others = functional.kto_loss(*arrays, kind="apo_zero_unpaired")
     np.testing.assert_allclose(2 * unpaired, paired, rtol=1e-6)
@@ -97,7 +90,7 @@ def test_without_pairs_apo_zero_is_half_of_that_of_pairs(rng):
 )
 def test_padding_entries_are_as_if_removed(rng, name, more):
     """With BCO's mean of the batch too."""
-    (pc, rc), (pr, rr) = draw(rng, 2, 5), draw(rng, 2, 4)
+    (pc, rc), (pr, rr) = draw_logprobs(rng, 2, 5), draw_logprobs(rng, 2, 4)
     masks = np.array([True, False, True, True, False]), np.array([False, True, True, False])
     loss = getattr(functional, name)
     expected = loss(pc[masks[0]], pr[masks[1]], rc[masks[0]], rr[masks[1]], **more)
@@ -133,7 +126,7 @@ def test_extremes_are_finite():
     ("kind", "s"), [("sigmoid", 0.0), ("sigmoid", 0.3), ("hinge", 0), ("ipo", 0)]
 )
 def test_cpo_loss_matches_a_loop(rng, kind, s):
-    chosen, rejected = draw(rng, 2, 6)
+    chosen, rejected = draw_logprobs(rng, 2, 6)
     losses = []
     for h in np.float64(chosen) - rejected:
         q = sigmoid(0.7 * h)
@@ -156,7 +149,7 @@ def test_cpo_loss_matches_a_loop(rng, kind, s):
 
 
 def test_a_smoothed_simpo_of_swapped_pairs_is_that_of_the_other_margin(rng):
-    chosen, rejected = draw(rng, 2, 6)
+    chosen, rejected = draw_logprobs(rng, 2, 6)
     one, _ = functional.simpo_loss(chosen, rejected, gamma=0.5, label_smoothing=0.2)
     other, _ = functional.simpo_loss(rejected, chosen, gamma=-0.5, label_smoothing=0.8)
     np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -9,13 +9,13 @@ from stand_ins import B, T, bind, draw_logprobs, fixed, leaf, number, ragged, st
 from trl import GRPOTrainer, RLOOTrainer
 
 
-def make_grpo(rng, loss_types, settings, *, with_empty_row):
+def make_grpo(rng, loss_types, settings, *, with_empty_response):
     """GRPOTrainer._compute_loss on given log-probabilities per token.
 
-    A row without a token is what `mask_truncated_completions` makes of a response without an end.
+    `mask_truncated_completions` makes a response without an end one without a token.
     """
     mask = ragged(rng, B)
-    if with_empty_row:
+    if with_empty_response:
         mask[-1] = 0
     arrays, inputs = draw_grpo(rng, mask)
     logprobs = arrays["logprobs"]
@@ -98,18 +98,20 @@ def advantages_of(trainer_class, scores, **settings):
 
 
 def score(trainer_class, scores, size, ids=None, logprobs=None, sampler_logprobs=None, **settings):
-    """(metrics, output) of _generate_and_score_completions for scores [rows, R]."""
-    rows, functions = scores.shape
+    """(metrics, output) of _generate_and_score_completions for scores [responses, R]."""
+    responses, functions = scores.shape
     per_function = fixed(scores)
-    prompts = [[0]] * rows
+    prompts = [[0]] * responses
     ids = prompts if ids is None else ids
-    tokens = torch.zeros((rows, 1), dtype=torch.float64) if logprobs is None else fixed(logprobs)
-    generated = (prompts, ids, [""] * rows)
+    tokens = (
+        torch.zeros((responses, 1), dtype=torch.float64) if logprobs is None else fixed(logprobs)
+    )
+    generated = (prompts, ids, [""] * responses)
     if trainer_class is GRPOTrainer:
-        generated = (prompts, ids, None, [""] * rows, rows, sampler_logprobs, {})
+        generated = (prompts, ids, None, [""] * responses, responses, sampler_logprobs, {})
     trainer = stand_in(
         args=types.SimpleNamespace(
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=responses,
             gradient_checkpointing_kwargs=None,
             steps_per_generation=1,
             gradient_accumulation_steps=1,
@@ -117,7 +119,7 @@ def score(trainer_class, scores, size, ids=None, logprobs=None, sampler_logprobs
         _generate=lambda prompts: generated,
         _get_per_token_logps_and_entropies=lambda *_, **__: (tokens, None),
         _calculate_rewards=lambda *_: per_function,
-        processing_class=types.SimpleNamespace(batch_decode=lambda x, **_: [""] * rows),
+        processing_class=types.SimpleNamespace(batch_decode=lambda x, **_: [""] * responses),
         _logs={
             "prompt": [],
             "completion": [],
@@ -141,7 +143,7 @@ def score(trainer_class, scores, size, ids=None, logprobs=None, sampler_logprobs
         }
         | settings,
     )
-    inputs = [{"prompt": ""} for _ in range(rows)]
+    inputs = [{"prompt": ""} for _ in range(responses)]
     output = trainer_class._generate_and_score_completions(trainer, inputs)
     return trainer._metrics["train"], output
 

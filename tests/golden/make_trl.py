@@ -23,7 +23,7 @@ from stand_ins import (
     draw_logprobs,
     fixed,
     leaf,
-    logits_of,
+    model_of,
     number,
     ragged,
     stack,
@@ -87,12 +87,7 @@ def run_dpo(tokens, inputs, kind, beta, label_smoothing):
     )
     bind(trainer, DPOTrainer, "_truncate_inputs")
     logprobs = leaf(tokens)
-
-    def model(**_):
-        logits = logits_of(logprobs)
-        return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
-
-    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    loss = DPOTrainer._compute_loss(trainer, model_of(logprobs), inputs, False)
     loss.backward()
     # Every response has a first token, and the loss reads only sums: its gradient is the sum's.
     gradient = logprobs.grad[:, 0].numpy()
@@ -243,10 +238,10 @@ def main():
         "orpo": make_orpo(np.random.default_rng(3)),
         "kto": make_kto(np.random.default_rng(4)),
         "grpo": make_grpo(
-            np.random.default_rng(5), loss_types, grpo_settings, with_empty_row=False
+            np.random.default_rng(5), loss_types, grpo_settings, with_empty_response=False
         ),
         "grpo_empty_row": make_grpo(
-            np.random.default_rng(7), loss_types, grpo_settings[-1:], with_empty_row=True
+            np.random.default_rng(7), loss_types, grpo_settings[-1:], with_empty_response=True
         ),
         "advantages": make_advantages(np.random.default_rng(6)),
     }

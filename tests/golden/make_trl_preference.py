@@ -4,25 +4,25 @@
     python tests/golden/make_trl_preference.py
 
 The trainers' own methods run unchanged, each on a stand-in for the trainer that has the settings it
-reads and, in place of a model, given log-probabilities: multiples of 1/512, so that sums over
+reads and, in place of a model, log-probabilities: multiples of 1/512, so that sums over
 tokens are exact in float32 too. Everything is computed in float64, but for the alpha divergence,
 which TRL knows in float32 only.
 """
 
-import collections
 import importlib.metadata
 import pathlib
 import types
 
 import numpy as np
 import torch
+from stand_ins import B, bind, draw_logprobs, fixed, leaf, model_of, stack, stand_in
 from trl import DPOTrainer
 from trl.experimental.bco.bco_trainer import BCOTrainer, RunningMoments
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.kto import KTOTrainer
 
 FILE = pathlib.Path(__file__).parent / "trl_preference.npz"
-B, T = 5, 6
+T = 6
 
 KINDS = {
     "sigmoid": 0.0,
@@ -40,52 +40,6 @@ KINDS = {
     "discopop": 0.0,
     "sft": 0.0,
 }
-
-
-def stand_in(**more):
-    """What a trainer reads of itself: one process, in training mode, with metrics to fill."""
-    accelerator = types.SimpleNamespace(
-        device=torch.device("cpu"),
-        gather=lambda x: x,
-        gather_for_metrics=lambda x: x,
-        use_distributed=False,
-    )
-    settings = {
-        "accelerator": accelerator,
-        "model": types.SimpleNamespace(training=True),
-        "aux_loss_enabled": False,
-        "_metrics": {"train": collections.defaultdict(list)},
-        "_total_train_tokens": 0,
-    }
-    return types.SimpleNamespace(**settings | more)
-
-
-def bind(trainer, trainer_class, *names):
-    for name in names:
-        setattr(trainer, name, types.MethodType(getattr(trainer_class, name), trainer))
-
-
-def draw_logprobs(rng, *shape):
-    """float32 multiples of 1/512 below 0."""
-    return -np.maximum(np.round(512 * np.exp(rng.normal(size=shape))), 1).astype(np.float32) / 512
-
-
-def leaf(x, dtype=torch.float64):
-    return torch.tensor(x, dtype=dtype, requires_grad=True)
-
-
-def fixed(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
-def stack(runs):
-    """One array per output, the runs along its first axis."""
-    return {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-
-
-def logits_of(logprobs):
-    """Logits of two tokens, of which the first has these log-probabilities."""
-    return torch.stack([logprobs, torch.log(-torch.expm1(logprobs))], dim=-1)
 
 
 def dpo_settings():
@@ -114,8 +68,52 @@ def dpo_settings():
     yield {"loss_types": ["ipo", "aot", "sft"], "loss_weights": [0.5, 2.0, 0.25], "beta": 0.3}
 
 
+def dpo_run(changed, tokens, ref, inputs):
+    """Settings and results of DPOTrainer._compute_loss; two models give the log-probabilities."""
+    settings = {
+        "ld_alpha": None,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "label_smoothing": 0.0,
+        "loss_weights": [1.0] * len(changed["loss_types"]),
+        "use_weighting": False,
+    } | changed
+    is_alpha = settings["f_divergence_type"] == "alpha_divergence"
+    logprobs = leaf(tokens, torch.float32 if is_alpha else torch.float64)
+    trainer = stand_in(
+        args=types.SimpleNamespace(
+            max_length=None, discopop_tau=0.05, gradient_checkpointing_kwargs=None
+        ),
+        precompute_ref_logps=False,
+        ref_model=model_of(fixed(ref).to(logprobs.dtype)),
+        **settings,
+    )
+    bind(trainer, DPOTrainer, "_truncate_inputs")
+    loss = DPOTrainer._compute_loss(trainer, model_of(logprobs), inputs, False)
+    loss.backward()
+    metrics = trainer._metrics["train"]
+    weights = settings["loss_weights"] + [0.0] * (3 - len(settings["loss_weights"]))
+    kinds = settings["loss_types"] + [""] * (3 - len(settings["loss_types"]))
+    return {
+        "hp/kinds": np.array(kinds, dtype="U12"),
+        "hp/kind_weights": np.array(weights),
+        "hp/beta": settings["beta"],
+        "hp/label_smoothing": settings["label_smoothing"],
+        "hp/divergence": np.array(settings["f_divergence_type"], dtype="U16"),
+        "hp/divergence_alpha": settings["f_alpha_divergence_coef"],
+        "hp/ld_alpha": np.nan if settings["ld_alpha"] is None else settings["ld_alpha"],
+        "hp/use_weighting": settings["use_weighting"],
+        "out/loss": loss.item(),
+        "out/grad": logprobs.grad.numpy().astype(np.float64),
+        "out/accuracy": metrics["rewards/accuracies"][0],
+        "out/margin": metrics["rewards/margins"][0],
+        "out/chosen_reward": metrics["rewards/chosen"][0],
+        "out/rejected_reward": metrics["rewards/rejected"][0],
+    }
+
+
 def make_dpo(rng):
-    """DPOTrainer._compute_loss; models of two tokens give it the log-probabilities."""
+    """DPOTrainer on one batch of pairs, under all settings."""
     lengths = np.concatenate([[T], rng.integers(1, T, 2 * B - 1)])
     mask = (np.arange(T) < lengths[:, None]).astype(np.int64)
     tokens, ref = draw_logprobs(rng, 2, 2 * B, T)
@@ -125,59 +123,7 @@ def make_dpo(rng):
         "attention_mask": torch.ones((2 * B, 1 + T), dtype=torch.long),
         "completion_mask": torch.tensor(np.pad(mask, ((0, 0), (1, 0)))),
     }
-    runs = []
-    for given in dpo_settings():
-        settings = {
-            "ld_alpha": None,
-            "f_divergence_type": "reverse_kl",
-            "f_alpha_divergence_coef": 0.5,
-            "label_smoothing": 0.0,
-            "loss_weights": [1.0] * len(given["loss_types"]),
-            "use_weighting": False,
-        } | given
-        is_alpha = settings["f_divergence_type"] == "alpha_divergence"
-        logprobs, of_ref = leaf(tokens, torch.float32 if is_alpha else torch.float64), fixed(ref)
-
-        def model(logprobs):
-            def forward(**_):
-                logits = logits_of(logprobs)
-                return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
-
-            return forward
-
-        trainer = stand_in(
-            args=types.SimpleNamespace(
-                max_length=None, discopop_tau=0.05, gradient_checkpointing_kwargs=None
-            ),
-            precompute_ref_logps=False,
-            ref_model=model(of_ref.to(logprobs.dtype)),
-            **settings,
-        )
-        trainer.model.is_gradient_checkpointing = False
-        bind(trainer, DPOTrainer, "_truncate_inputs")
-        loss = DPOTrainer._compute_loss(trainer, model(logprobs), inputs, False)
-        loss.backward()
-        metrics = trainer._metrics["train"]
-        weights = settings["loss_weights"] + [0.0] * (3 - len(settings["loss_weights"]))
-        kinds = settings["loss_types"] + [""] * (3 - len(settings["loss_types"]))
-        runs.append(
-            {
-                "hp/kinds": np.array(kinds, dtype="U12"),
-                "hp/kind_weights": np.array(weights),
-                "hp/beta": settings["beta"],
-                "hp/label_smoothing": settings["label_smoothing"],
-                "hp/divergence": np.array(settings["f_divergence_type"], dtype="U16"),
-                "hp/divergence_alpha": settings["f_alpha_divergence_coef"],
-                "hp/ld_alpha": np.nan if settings["ld_alpha"] is None else settings["ld_alpha"],
-                "hp/use_weighting": settings["use_weighting"],
-                "out/loss": loss.item(),
-                "out/grad": logprobs.grad.numpy().astype(np.float64),
-                "out/accuracy": metrics["rewards/accuracies"][0],
-                "out/margin": metrics["rewards/margins"][0],
-                "out/chosen_reward": metrics["rewards/chosen"][0],
-                "out/rejected_reward": metrics["rewards/rejected"][0],
-            }
-        )
+    runs = [dpo_run(changed, tokens, ref, inputs) for changed in dpo_settings()]
     return stack(runs) | {"logprobs": tokens, "ref_logprobs": ref, "mask": mask.astype(bool)}
 
 

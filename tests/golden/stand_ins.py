@@ -10,11 +10,12 @@ B, T = 5, 7
 
 
 def stand_in(**more):
-    """What every trainer reads of itself: one process, in training mode, with metrics to fill."""
+    """The attributes that trainers read: one process, in training mode, with metrics to fill."""
     accelerator = types.SimpleNamespace(
         device=torch.device("cpu"),
         gather=lambda x: x,
         gather_for_metrics=lambda x: x,
+        use_distributed=False,
         num_processes=1,
         process_index=0,
     )
@@ -38,14 +39,14 @@ def draw_logprobs(rng, *shape):
     return -np.maximum(np.round(512 * np.exp(rng.normal(size=shape))), 1).astype(np.float32) / 512
 
 
-def ragged(rng, rows):
-    """int64[rows, T], 1 on real tokens: the first row is full, each has one at least."""
-    lengths = np.concatenate([[T], rng.integers(1, T, rows - 1)])
+def ragged(rng, batch_size):
+    """int64[B, T], 1 on real tokens: the first example is full, each has one at least."""
+    lengths = np.concatenate([[T], rng.integers(1, T, batch_size - 1)])
     return (np.arange(T) < lengths[:, None]).astype(np.int64)
 
 
-def leaf(x):
-    return torch.tensor(x, dtype=torch.float64, requires_grad=True)
+def leaf(x, dtype=torch.float64):
+    return torch.tensor(x, dtype=dtype, requires_grad=True)
 
 
 def fixed(x):
@@ -64,3 +65,13 @@ def number(x):
 def logits_of(logprobs):
     """Logits of two tokens, of which the first has these log-probabilities."""
     return torch.stack([logprobs, torch.log(-torch.expm1(logprobs))], dim=-1)
+
+
+def model_of(logprobs):
+    """A model of two tokens with these log-probabilities for the first, after one prompt token."""
+
+    def forward(**_):
+        logits = logits_of(logprobs)
+        return types.SimpleNamespace(logits=torch.cat([logits, logits[:, :1]], dim=1))
+
+    return forward

@@ -10,7 +10,7 @@ from tests.models.tiny_gpt2 import MODEL, VOCABULARY, busy_params
 
 @pytest.fixture(scope="session")
 def params():
-    return busy_params(MODEL)
+    return busy_params(MODEL, norm_scale=1.0)
 
 
 @pytest.fixture(scope="session")

@@ -129,12 +129,12 @@ def check_family(folder, model, leaf, is_linear=False):
         layers, rows, columns = kernel.shape
         shape = (layers, rows // 2, columns // 2)
         assert {shard.data.shape for shard in kernel.addressable_shards} == {shape}
-        found = train(mesh, params)
-        save_pretrained(folder / "trained", model, found[0])
+        actual = train(mesh, params)
+        save_pretrained(folder / "trained", model, actual[0])
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), actual, expected
     )
-    assert_same(load_pretrained(folder / "trained")[1], jax.device_get(found[0]))
+    assert_same(load_pretrained(folder / "trained")[1], jax.device_get(actual[0]))
 
 
 if __name__ == "__main__":

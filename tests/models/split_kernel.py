@@ -70,11 +70,11 @@ def check_split():
 
         return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(q, k, v, memory)
 
-    found, expected = run("cudnn"), run("xla")
+    actual, expected = run("cudnn"), run("xla")
     assert {
         ((2, 6, 2, 8), (2, 6, 2, 8), (2, 1, 6, 6)),
         ((2, 6, 2, 8), (2, 8, 2, 8), (2, 1, 6, 8)),
     } == SHAPES
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, atol=0.05 * np.abs(b).max())

@@ -65,12 +65,12 @@ def test_grouped_heads_against_a_loop(block, kind):
     if dropout is not None:
         keep, scale = np.asarray(kept(dropout, (*q.shape[:4], T))), 1 / 0.8
     expected = by_loop(q, *repeated, visible, full_past, keep, scale)
-    found = jax.jit(attend)(q, k, v, visible, past, dropout)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    actual = jax.jit(attend)(q, k, v, visible, past, dropout)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     if dropout is None:
         through_xla = functools.partial(attend_by_cudnn, implementation="xla")
-        found = jax.jit(through_xla)(q, k, v, visible, past)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        actual = jax.jit(through_xla)(q, k, v, visible, past)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
     def loss(q, k, v, past, of):
         return jnp.sum(jnp.sin(of(q, k, v, visible, past, dropout)))
@@ -84,8 +84,8 @@ def test_grouped_heads_against_a_loop(block, kind):
     if past is not None:
         for name in ("keys", "values"):
             summed = getattr(alls[3], name).reshape(G, 2, 2, P, D).sum(axis=2)
-            found = getattr(ones[3], name)
-            np.testing.assert_allclose(found, summed, rtol=1e-4, atol=1e-5, err_msg=name)
+            actual = getattr(ones[3], name)
+            np.testing.assert_allclose(actual, summed, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_grouped_heads_on_a_cache_against_a_loop():
@@ -93,12 +93,12 @@ def test_grouped_heads_on_a_cache_against_a_loop():
     q = np.concatenate([q, -q[:, :, ::-1]], axis=2)[:, 0, :, 2:5]  # [G, 4, 3, D]
     k, v, visible = k[:, 0], v[:, 0], visible[:, 0, 2:5]
     visible |= np.eye(3, T, dtype=bool)
-    found = jax.jit(attend_to_cache)(q, k, v, visible)
+    actual = jax.jit(attend_to_cache)(q, k, v, visible)
     for g, h, t in np.ndindex(*q.shape[:3]):
         logits = np.where(visible[g, t], k[g, h // 2] @ q[g, h, t], -np.inf)
         weights = np.exp(logits - logits.max())
         expected = weights @ v[g, h // 2] / weights.sum()
-        np.testing.assert_allclose(found[g, h, t], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(actual[g, h, t], expected, rtol=1e-4, atol=1e-5)
 
 
 def plain(q, k, v, visible, past=None, dropout=None, *, softcap=None):
@@ -133,8 +133,8 @@ KINDS = ("alone", "behind a past", "behind a past in a window")
 def test_equals_a_loop_over_tokens(block, kind):
     q, k, v, visible, past = arrays()
     past = past_of(kind, past, T)
-    found = jax.jit(lambda *args: attend(*args))(q, k, v, visible, past)
-    np.testing.assert_allclose(found, by_loop(q, k, v, visible, past), rtol=1e-5, atol=1e-6)
+    actual = jax.jit(lambda *args: attend(*args))(q, k, v, visible, past)
+    np.testing.assert_allclose(actual, by_loop(q, k, v, visible, past), rtol=1e-5, atol=1e-6)
 
 
 def past_of(kind, past, length):
@@ -149,7 +149,7 @@ def past_of(kind, past, length):
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("kind", [*KINDS, "with dropout", "behind a past with other layouts"])
-def test_gradients_equal_those_of_the_plain_form(kind, softcap, length, monkeypatch):
+def test_gradients_equal_those_of_the_plain_formula(kind, softcap, length, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 3)
     if kind.endswith("with other layouts"):  # as on other devices
         monkeypatch.setattr(attention, "can_set_layouts", lambda: False)
@@ -166,9 +166,9 @@ def test_gradients_equal_those_of_the_plain_form(kind, softcap, length, monkeypa
         return jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2, 3)))
 
     memory = () if past is None else past[:2]
-    found, expected = loss(attend)(q, k, v, memory), loss(plain)(q, k, v, memory)
+    actual, expected = loss(attend)(q, k, v, memory), loss(plain)(q, k, v, memory)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
     )
 
 
@@ -184,9 +184,9 @@ def test_dropout_of_weights_equals_a_loop():
     q, k, v, visible, _ = arrays(4)
     dropout = start_dropout(jax.random.key(5), 0.5)
     keep = np.asarray(kept(dropout, (G, K, H, T, T)))
-    found = attend(q, k, v, visible, None, dropout)
+    actual = attend(q, k, v, visible, None, dropout)
     expected = by_loop(q, k, v, visible, None, keep, 2.0)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_past_has_no_dropout():
@@ -207,18 +207,20 @@ def test_bfloat16_is_near_float32():
         return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, memory)
 
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (q, k, v, past[:2]))
-    found, expected = run(*half), run(q, k, v, past[:2])
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"bfloat16"}
+    actual, expected = run(*half), run(q, k, v, past[:2])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(actual)} == {"bfloat16"}
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.1, atol=0.05),
-        found,
+        actual,
         expected,
     )
 
 
-def test_a_cache_is_looked_at_as_a_row_is():
+def test_attention_to_a_cache_equals_attention_to_a_sequence():
     q, k, v, visible, _ = arrays(6, count=1)
     visible[0] = visible[1]  # a query that sees nothing is no query of decoding
     visible |= np.eye(T, dtype=bool)
-    found = attend_to_cache(q[:, 0, :, -2:], k[:, 0], v[:, 0], visible[:, 0, -2:])
-    np.testing.assert_allclose(found, by_loop(q, k, v, visible)[:, 0, :, -2:], rtol=1e-5, atol=1e-6)
+    actual = attend_to_cache(q[:, 0, :, -2:], k[:, 0], v[:, 0], visible[:, 0, -2:])
+    np.testing.assert_allclose(
+        actual, by_loop(q, k, v, visible)[:, 0, :, -2:], rtol=1e-5, atol=1e-6
+    )

@@ -87,8 +87,8 @@ def test_shared_prompts_and_any_cut_equal_a_full_pass(expected, unfrozen):
             MODEL, params, SHARED, temperature=1.0, frozen=frozen, states=states
         )[0]
 
-    found = run(PARAMS)
-    np.testing.assert_allclose(found[RESPONSE_MASK], expected[RESPONSE_MASK], atol=2e-5)
+    actual = run(PARAMS)
+    np.testing.assert_allclose(actual[RESPONSE_MASK], expected[RESPONSE_MASK], atol=2e-5)
 
 
 def test_a_window_hides_what_is_farther_away():

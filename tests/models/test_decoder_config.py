@@ -1,4 +1,4 @@
-"""What config.json says of decoders, and what is refused."""
+"""Configurations of decoders in config.json, and those that are refused."""
 
 import dataclasses
 import json
@@ -160,7 +160,7 @@ def test_configurations_of_both_versions_of_transformers_are_read_alike(case, tm
         ),
     ],
 )
-def test_what_is_not_computed_is_refused_by_its_key(model_type, settings, expected, tmp_path):
+def test_unsupported_keys_are_refused_by_name(model_type, settings, expected, tmp_path):
     with pytest.raises(InputError) as error:
         read(tmp_path, {"model_type": model_type, **SIZES, **settings})
     assert str(error.value).removeprefix(f"{tmp_path / 'config.json'}: ").startswith(expected)
@@ -274,9 +274,9 @@ def test_what_is_written_is_the_configuration_of_the_model(tmp_path):
 def test_scales_multiply_in_float32():
     x = jnp.linspace(1, 2, 64, dtype=jnp.bfloat16).reshape(1, 1, 1, 64)
     still = jnp.ones((1, 1, 32)), jnp.zeros((1, 1, 32))
-    found = rotate(x, still, 0.3003)
-    np.testing.assert_array_equal(found, (x.astype(np.float32) * 0.3003).astype(jnp.bfloat16))
-    assert (found != x * jnp.bfloat16(0.3003)).any()
+    actual = rotate(x, still, 0.3003)
+    np.testing.assert_array_equal(actual, (x.astype(np.float32) * 0.3003).astype(jnp.bfloat16))
+    assert (actual != x * jnp.bfloat16(0.3003)).any()
 
 
 @pytest.mark.parametrize(("rounds", "scale"), [(False, 3.3), (True, float(jnp.bfloat16(3.3)))])
@@ -285,9 +285,9 @@ def test_the_embedding_scale_of_gemma_is_rounded(rounds, scale):
     model = Decoder(config, "bfloat16")
     params = model.init(jax.random.key(0))
     tokens = jnp.arange(61)[None]
-    found = model.embed(params, tokens, tokens)
+    actual = model.embed(params, tokens, tokens)
     table = params["embed_tokens"]["embedding"][:61].astype(jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_array_equal(found[0], (table * scale).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(actual[0], (table * scale).astype(jnp.bfloat16))
 
 
 def test_a_window_ends_with_the_positions(tmp_path):

@@ -49,9 +49,9 @@ def test_results_and_gradients_are_those_of_a_loop(features):
             for_x[at][i] = np.sum(kernel[i] * factors[at])
     result = layer.apply({"params": params}, x)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
-    found, found_x = gradients(layer, params, x, weights)
-    np.testing.assert_allclose(found["kernel"], for_kernel, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found["bias"], for_bias, rtol=1e-5, atol=1e-6)
+    actual, found_x = gradients(layer, params, x, weights)
+    np.testing.assert_allclose(actual["kernel"], for_kernel, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual["bias"], for_bias, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found_x, for_x, rtol=1e-5, atol=1e-6)
 
 
@@ -79,10 +79,10 @@ def test_parameters_start_as_those_of_flax():
 def test_layers_of_several_seeds_are_mapped(dtype, tolerance):
     layer, params, x, weights = make((4,), dtype)
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    found = jax.vmap(lambda params: gradients(layer, params, x, weights))(several)
+    actual = jax.vmap(lambda params: gradients(layer, params, x, weights))(several)
     for i in range(2):
         alone = gradients(layer, jax.tree.map(lambda leaf, i=i: leaf[i], several), x, weights)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=10 * tolerance, atol=tolerance)
 
 
@@ -97,8 +97,8 @@ def test_a_mesh_of_one_device_changes_nothing(kind):
 
     with jax.set_mesh(mesh):
         split = jax.NamedSharding(mesh, jax.P("data"))
-        found = jax.grad(total)(jax.device_put(x, split), jax.device_put(weights, split))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        actual = jax.grad(total)(jax.device_put(x, split), jax.device_put(weights, split))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_shards_of_a_shard_map_add_up():
@@ -109,9 +109,9 @@ def test_shards_of_a_shard_map_add_up():
     def total(params, x, weights):
         return jax.lax.psum(jnp.sum(layer.apply({"params": params}, x) * weights), "data")
 
-    found = jax.jit(jax.grad(total, argnums=(0, 1)))(params, x, weights)
+    actual = jax.jit(jax.grad(total, argnums=(0, 1)))(params, x, weights)
     expected = gradients(layer, params, x, weights)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -126,8 +126,8 @@ def test_float64_stays_so_and_parameters_are_float32():
         def total(params):
             return jnp.sum(layer.apply({"params": params}, x) * weights)
 
-        found = jax.grad(total)(params)["kernel"]
-        np.testing.assert_allclose(found, np.einsum("btd,btf->df", x, weights), rtol=1e-13)
+        actual = jax.grad(total)(params)["kernel"]
+        np.testing.assert_allclose(actual, np.einsum("btd,btf->df", x, weights), rtol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -65,13 +65,15 @@ def test_keys_are_independent_however_their_entries_are_paired():
     one, other = (mask(seed, (256, 256), 0.3).astype(float) for seed in (1, 2))
     # All shifts of both axes at once, as circular correlations.
     spectra = [np.fft.fft2(x - x.mean()) for x in (one, other)]
-    found = np.fft.ifft2(spectra[0] * spectra[1].conj()).real / (one.size * one.std() * other.std())
+    correlation = np.fft.ifft2(spectra[0] * spectra[1].conj()).real / (
+        one.size * one.std() * other.std()
+    )
     # The largest of 65,536 normal deviates of 1 / 256.
-    assert np.abs(found).max() < 5.5 / 256
+    assert np.abs(correlation).max() < 5.5 / 256
     # And all pairings by "exclusive or", as a Walsh-Hadamard transform.
     spectra = [walsh((x - x.mean()).ravel()) for x in (one, other)]
-    found = walsh(spectra[0] * spectra[1]) / one.size / (one.size * one.std() * other.std())
-    assert np.abs(found).max() < 5.5 / 256
+    correlation = walsh(spectra[0] * spectra[1]) / one.size / (one.size * one.std() * other.std())
+    assert np.abs(correlation).max() < 5.5 / 256
 
 
 def walsh(x):

@@ -28,6 +28,7 @@ from rlhf_jax.parallel.partition import partition_spec
 from rlhf_jax.rollout import end_scores, generate
 from rlhf_jax.training import sft
 from tests.models import tiny_family
+from tests.models.gpt2_folders import assert_equal
 from tests.models.tiny_family import Tiny, TinyConfig
 
 MODEL = Tiny(TinyConfig(eos_token_id=1))
@@ -37,11 +38,6 @@ PARAMS = MODEL.init(jax.random.key(0))
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     monkeypatch.setattr(huggingface, "FAMILIES", (*huggingface.FAMILIES, tiny_family.FAMILY))
-
-
-def assert_same(tree, expected):
-    assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, tree, expected)
 
 
 def test_a_second_family_is_saved_and_loaded(tmp_path):
@@ -54,7 +50,7 @@ def test_a_second_family_is_saved_and_loaded(tmp_path):
     np.testing.assert_array_equal(tensors["model.layers.1.k.weight"], np.asarray(kernel).T)
     model, params = load_pretrained(tmp_path)
     assert model == MODEL
-    assert_same(params, PARAMS)
+    assert_equal(params, PARAMS)
 
 
 def test_reward_models_of_a_second_family(tmp_path):
@@ -62,7 +58,7 @@ def test_reward_models_of_a_second_family(tmp_path):
     save_reward_model(tmp_path, MODEL, tree)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["TinyForSequenceClassification"]
-    assert_same(load_reward_model(tmp_path)[1], tree)
+    assert_equal(load_reward_model(tmp_path)[1], tree)
 
 
 def test_fresh_models_of_a_second_family():

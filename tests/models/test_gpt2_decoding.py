@@ -44,9 +44,9 @@ def test_layers_one_by_one_decode_as_a_stack_does(params, texts):
 
     ready = jax.jit(MODEL.for_decoding)(params)
     assert isinstance(ready["layers"], UnstackedLayers)
-    found, expected = (jax.jit(decode)(x) for x in (ready, params))
+    actual, expected = (jax.jit(decode)(x) for x in (ready, params))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
     )
 
 

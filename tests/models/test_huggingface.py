@@ -29,7 +29,7 @@ from tests.models.gpt2_folders import (
 
 
 def named_tensors(params):
-    """What the files hold of parameters, by the names in them."""
+    """The tensors of the files, by their names in them."""
     params = jax.device_get(params)
     names = {"scale": "weight", "kernel": "weight", "bias": "bias"}
     tensors = {f"{name}.weight": params[name]["embedding"] for name in ("wte", "wpe")}

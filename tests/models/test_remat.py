@@ -42,13 +42,13 @@ def score_loss(model, params):
 @pytest.fixture(scope="module")
 def gradients():
     """gradients(loss, remat) -> (loss, gradients), once each."""
-    found = {}
+    results = {}
 
     def of(loss, remat):
-        if (loss, remat) not in found:
+        if (loss, remat) not in results:
             step = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
-            found[loss, remat] = step(with_remat(remat), PARAMS)
-        return found[loss, remat]
+            results[loss, remat] = step(with_remat(remat), PARAMS)
+        return results[loss, remat]
 
     return of
 

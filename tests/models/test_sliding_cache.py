@@ -87,14 +87,14 @@ def test_generation_equals_texts_without_a_cache(
         return generate(model, params, *prompts, **settings)
 
     rollout = run(params)
-    for text, response, found in zip(TEXTS, rollout.tokens, rollout.logprobs, strict=True):
+    for text, response, actual in zip(TEXTS, rollout.tokens, rollout.logprobs, strict=True):
         tokens = np.concatenate([text, response])
         logits = logits_by_loop(model.config, params, tokens)[len(text) - 1 : -1]
         if not temperature:
             np.testing.assert_array_equal(response, logits.argmax(-1))
             continue
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        np.testing.assert_allclose(found, logprobs[np.arange(NEW), response], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(actual, logprobs[np.arange(NEW), response], atol=1e-5, rtol=0)
 
 
 @pytest.mark.newest
@@ -122,8 +122,8 @@ def test_halves_of_a_stack_have_caches_of_their_own(name, cut):
             states.append(model.final(params, x))
         return jnp.concatenate(states, axis=1), model.hidden(params, tokens, mask)
 
-    found, expected = run(params)
-    np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
+    actual, expected = run(params)
+    np.testing.assert_allclose(actual[mask], expected[mask], atol=2e-5)
 
 
 def sizes(cache: Cache):
@@ -165,7 +165,7 @@ def test_the_cache_of_sliding_layers_has_the_length_of_the_window():
 
 @pytest.mark.newest
 def test_a_slot_is_read_while_its_position_is_in_the_window():
-    """What stands in slots that were not written yet reaches nothing."""
+    """The content of slots that were not written yet changes nothing."""
     model = model_of("alternating")
     params = busy(model)
     tokens, mask = jnp.full((1, 3), 5), jnp.ones((1, 3), bool)

@@ -78,7 +78,7 @@ def assert_same_bytes(one, other):
         ),
     ],
 )
-def test_what_was_not_trained_is_written_as_it_was_read(tmp_path, family, dtype):
+def test_frozen_tensors_are_written_as_they_were_read(tmp_path, family, dtype):
     one, other = tmp_path / "one", tmp_path / "other"
     stored_folder(one, family, dtype)
     model, params = load_pretrained(one)

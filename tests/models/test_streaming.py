@@ -118,9 +118,9 @@ def test_one_tensor_at_a_time_is_written(tmp_path):
             del array
 
     writing.write_safetensors(tmp_path / "file", shapes, tensors())
-    found = load((tmp_path / "file").read_bytes())
-    assert {name: array.shape for name, array in found.items()} == sizes
-    np.testing.assert_array_equal(found["c"], [[2, 2], [0, 0]])
+    arrays = load((tmp_path / "file").read_bytes())
+    assert {name: array.shape for name, array in arrays.items()} == sizes
+    np.testing.assert_array_equal(arrays["c"], [[2, 2], [0, 0]])
 
 
 @pytest.fixture

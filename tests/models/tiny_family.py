@@ -148,7 +148,7 @@ def fresh_config(settings, vocab_size):
 def slots(model):
     config = model.config
     width, narrow = config.n_embd, config.num_key_value_heads * config.head_width
-    found = {
+    by_name = {
         "embed_tokens.weight": Slot(("tokens", "embedding"), None, (config.vocab_size, width)),
         "norm.weight": Slot(("norm", "scale"), None, (width,)),
     }
@@ -157,12 +157,12 @@ def slots(model):
     for layer in range(config.n_layer):
         for name, shape in matrices.items():  # [out, in]
             path, prefix = ("layers", name), f"layers.{layer}.{name}"
-            found[f"{prefix}.weight"] = Slot((*path, "kernel"), layer, shape, transposed=True)
-            found[f"{prefix}.bias"] = Slot((*path, "bias"), layer, shape[:1])
+            by_name[f"{prefix}.weight"] = Slot((*path, "kernel"), layer, shape, transposed=True)
+            by_name[f"{prefix}.bias"] = Slot((*path, "bias"), layer, shape[:1])
         for name in ("norm_1", "norm_2"):
             slot = Slot(("layers", name, "scale"), layer, (width,))
-            found[f"layers.{layer}.{name}.weight"] = slot
-    return found
+            by_name[f"layers.{layer}.{name}.weight"] = slot
+    return by_name
 
 
 FAMILY = Family(

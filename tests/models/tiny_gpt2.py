@@ -1,4 +1,4 @@
-"""A GPT-2 of two layers in which everything matters, for the tests of `models/gpt2.py`."""
+"""A GPT-2 of two layers in which everything matters."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,15 @@ VOCABULARY = CONFIG.vocab_size
 hidden = jax.jit(MODEL.hidden)
 
 
-def busy_params(model, seed=0):
+def busy_params(model, seed=0, deviation=0.3, norm_scale=0.0):
     """Parameters in which everything matters: biases, scales and sharp attention included."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * deviation, x.dtype), shapes
+    )
     for norm in (params["ln_f"], params["layers"]["ln_1"], params["layers"]["ln_2"]):
-        norm["scale"] += 1.0
+        norm["scale"] += norm_scale
     table = params["wte"]["embedding"]
     params["wte"]["embedding"] = table.at[model.config.vocab_size :].set(0.0)
     return params

@@ -109,16 +109,16 @@ def gathered(text):
     """The shape of each array that the all-gathers of a program yield."""
     shapes = []
     for line in text.splitlines():
-        if found := re.search(r" = (.*?) all-gather(?:-start)?\(", line):
+        if match := re.search(r" = (.*?) all-gather(?:-start)?\(", line):
             shapes += [
                 [int(size) for size in dims.split(",") if size]
-                for dims in re.findall(r"\w+\[([\d,]*)\]", found[1])
+                for dims in re.findall(r"\w+\[([\d,]*)\]", match[1])
             ]
     return shapes
 
 
 def bytes_per_device(sizes):
-    """What one device holds of the state of GPT-2's width and vocabulary, and all of it."""
+    """Bytes of the state of GPT-2's width and vocabulary: (on one device, of all)."""
     model = GPT2(GPT2Config(n_layer=2))
     parts = sft_parts(model)
     state = jax.eval_shape(parts[0], jax.eval_shape(lambda: jax.random.key(0)))
@@ -143,8 +143,8 @@ def main():
         text = compiled(model, parts[name](model), sizes).as_text()
         steps[program] = gathered(text)
         stacks[program] = sorted(set(re.findall(rf"f32\[{LAYERS},[\d,]*\]", text)))
-    found = {"gathered": steps, "stacks": stacks, "bytes": bytes_per_device((1, 8, 1))}
-    json.dump(found, sys.stdout)
+    report = {"gathered": steps, "stacks": stacks, "bytes": bytes_per_device((1, 8, 1))}
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

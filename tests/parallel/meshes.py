@@ -123,27 +123,27 @@ def run_folder(base, family, sizes):
 
 def differences(one, several):
     """By metric, how far two run folders lie apart, as a share of what is tolerated."""
-    logs = [small.rows(Path(folder) / "metrics.jsonl") for folder in (one, several)]
+    logs = [small.entries(Path(folder) / "metrics.jsonl") for folder in (one, several)]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
     assert len(logs[0]) == STEPS
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for expected, actual in zip(*logs, strict=True):
         assert expected.keys() == actual.keys()
         for name, value in expected.items():
             share = abs(actual[name] - value) / (TOLERANCE * (1 + abs(value)))
-            found[name] = max(found.get(name, 0.0), share)
-    return found
+            shares[name] = max(shares.get(name, 0.0), share)
+    return shares
 
 
 def selected(folder):
     """The responses that a run of rejection sampling sampled, and those that it trained on."""
     return [
-        [(line["prompt"], line["completion"]) for line in small.rows(Path(folder) / name)]
+        [(line["prompt"], line["completion"]) for line in small.entries(Path(folder) / name)]
         for name in ("sampled.jsonl", "selected.jsonl")
     ]
 
 
 def sampled(folder):
     """The responses that the steps of a run sampled, by step and prompt."""
-    lines = small.rows(Path(folder) / "samples.jsonl")
+    lines = small.entries(Path(folder) / "samples.jsonl")
     return [(line["step"], line["prompt"], line["response"]) for line in lines]

@@ -128,7 +128,7 @@ def check_what_is_shared():
 
 
 def check_damage(folder):
-    """What one process alone cannot read, none goes on from."""
+    """No process continues from a checkpoint that one process cannot read."""
     mesh = make_mesh(MeshSettings(**MESHES[2]))
     split = NamedSharding(mesh, PartitionSpec("fsdp"))
     state = {"kernel": hosts.from_host(np.arange(4096.0, dtype=np.float32), split)}

@@ -54,7 +54,7 @@ def test_from_one_device_to_eight_and_back(tmp_path, monkeypatch):
     assert float(share.removeprefix("share ")) < 0.3  # of four shards; small arrays are replicated
     assert message.startswith("Stopped after step 3 of 4"), done.stderr[-4000:]
     train_sft(config(tmp_path / "parts", one))
-    full, parts = (small.rows(tmp_path / name / "metrics.jsonl") for name in ("full", "parts"))
+    full, parts = (small.entries(tmp_path / name / "metrics.jsonl") for name in ("full", "parts"))
     assert [line["step"] for line in parts] == [1, 2, 3, 4]
     assert parts[0] == full[0]
     for expected, actual in zip(full, parts, strict=True):

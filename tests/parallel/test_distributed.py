@@ -39,9 +39,11 @@ def environment(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The arguments that `jax.distributed.initialize` is called with, in place of its work."""
-    found = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: found.append(given))
-    return found
+    recorded = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda **arguments: recorded.append(arguments)
+    )
+    return recorded
 
 
 def test_a_single_process_joins_nothing(environment, calls):

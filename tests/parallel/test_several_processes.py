@@ -54,7 +54,7 @@ def start(processes, base, task, kind):
     return started
 
 
-def ends_of(started):
+def statuses_of(started):
     """Their exit statuses, once the first has failed or all are done; none is left running."""
     until = time.monotonic() + SECONDS
     try:
@@ -86,16 +86,16 @@ def train_and_continue(base, kind="plain"):
     """Makes all runs, those of a `kind` of configurations of several_processes.py."""
     for name, config in make_configs(base, "one", 1, kind).items():
         TRAIN[name](config)
-    statuses = ends_of(start(2, base, "stop", kind))
+    statuses = statuses_of(start(2, base, "stop", kind))
     assert statuses[1] == -9, logs(base, "stop")
     for name in stages_of("stop", kind):
-        assert small.rows(base / "stop" / name / "metrics.jsonl")[-1]["step"] < small.STEPS
+        assert small.entries(base / "stop" / name / "metrics.jsonl")[-1]["step"] < small.STEPS
     for name in ("alone", "four"):
         shutil.copytree(base / "stop", base / name)
     four = start(4, base, "four", kind)
     for name, config in make_configs(base, "alone", 1, kind).items():
         TRAIN[name](config)
-    assert ends_of(four) == [0] * 4, logs(base, "four")
+    assert statuses_of(four) == [0] * 4, logs(base, "four")
 
 
 def test_the_two_were_stopped_behind_their_checkpoint(runs):
@@ -107,7 +107,7 @@ def test_the_two_were_stopped_behind_their_checkpoint(runs):
 
 def assert_same_metrics(runs, folder, stage):
     """Within the rounding of sums in another order."""
-    expected, actual = (small.rows(runs / x / stage / "metrics.jsonl") for x in ("one", folder))
+    expected, actual = (small.entries(runs / x / stage / "metrics.jsonl") for x in ("one", folder))
     assert len(expected) == len(actual) == small.STEPS
     for line, other in zip(expected, actual, strict=True):
         assert line.keys() == other.keys()
@@ -123,7 +123,7 @@ def assert_same_samples(runs, folder, stage):
         [
             {key: value for key, value in line.items() if not isinstance(value, float | dict)}
             | {"texts of tokens": line.get("tokens", {}).get("text")}
-            for line in small.rows(runs / x / stage / "samples.jsonl")
+            for line in small.entries(runs / x / stage / "samples.jsonl")
         ]
         for x in ("one", folder)
     )
@@ -140,13 +140,15 @@ def test_metrics_are_those_of_one_process(runs, stage, folder):
 def test_the_same_responses_are_sampled_for_rejection(runs):
     names = ("prompt", "completion", "ended")
     files = [runs / x / "rft" / "sampled.jsonl" for x in ("one", "stop", "alone")]
-    one, *others = ([[line[name] for name in names] for line in small.rows(file)] for file in files)
+    one, *others = (
+        [[line[name] for name in names] for line in small.entries(file)] for file in files
+    )
     assert others == [one, one]
 
 
 def test_samples_are_those_of_one_process(runs):
     assert_same_samples(runs, "four", "ppo")
-    lines = small.rows(runs / "four" / "ppo" / "samples.jsonl")
+    lines = small.entries(runs / "four" / "ppo" / "samples.jsonl")
     assert len([line for line in lines if line["step"] > 0]) == 2 * small.STEPS / 2
     assert (runs / "four" / "ppo" / "report.html").exists()
 

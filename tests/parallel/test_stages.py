@@ -80,8 +80,8 @@ def both(runs, family, sizes, stage):
 
 @pytest.mark.parametrize(("family", "sizes", "stage"), RUNS, ids=name_of)
 def test_metrics_are_those_of_one_device(runs, family, sizes, stage):
-    found = differences(*both(runs, family, sizes, stage))
-    assert {name: share for name, share in found.items() if share > 1} == {}
+    shares = differences(*both(runs, family, sizes, stage))
+    assert {name: share for name, share in shares.items() if share > 1} == {}
 
 
 @pytest.mark.parametrize(("family", "sizes", "stage"), SAMPLED, ids=name_of)

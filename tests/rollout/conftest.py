@@ -1,26 +1,19 @@
 """A tiny model with sharp preferences, and ragged prompts."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from tests.models.tiny_gpt2 import MODEL, busy_params
 
 
 @pytest.fixture(scope="session")
 def model():
-    return GPT2(GPT2Config(vocab_size=11, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+    return MODEL
 
 
 @pytest.fixture(scope="session")
 def params(model):
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.4, x.dtype), shapes)
-    table = params["wte"]["embedding"]
-    params["wte"]["embedding"] = table.at[model.config.vocab_size :].set(0.0)
-    return params
+    return busy_params(model, 0, deviation=0.4)
 
 
 @pytest.fixture(scope="session")

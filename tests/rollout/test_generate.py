@@ -42,7 +42,7 @@ def greedy_by_loop(model, params, text, length, stops=(), shortest=0):
     return response
 
 
-def check_form(rollout, length):
+def checked_arrays(rollout, length):
     """Right-padded, and zero off the mask."""
     tokens, mask, logprobs = (np.asarray(x) for x in rollout)
     assert (tokens.dtype, mask.dtype, logprobs.dtype) == (np.int32, bool, np.float32)
@@ -66,7 +66,7 @@ def test_greedy_decoding_matches_a_loop_without_a_cache(stops, shortest, model, 
         stop_token_ids=stops,
         min_new_tokens=shortest,
     )
-    tokens, mask, logprobs = check_form(rollout, 8)
+    tokens, mask, logprobs = checked_arrays(rollout, 8)
     assert not logprobs.any()
     for row in range(4):
         expected = greedy_by_loop(model, params, text_of(prompts, row), 8, stops, shortest)
@@ -94,9 +94,9 @@ def distribution_by_loop(model, params, text, response, settings):
     ],
     ids=str,
 )
-def test_logprobs_are_those_of_a_whole_forward_pass(settings, model, params, prompts):
+def test_logprobs_are_those_of_one_forward_pass(settings, model, params, prompts):
     rollout = run(model, params, *prompts, jax.random.key(2), max_new_tokens=8, **settings)
-    tokens, mask, logprobs = check_form(rollout, 8)
+    tokens, mask, logprobs = checked_arrays(rollout, 8)
     for row in range(4):
         response = tokens[row][mask[row]].tolist()
         complete = distribution_by_loop(model, params, text_of(prompts, row), response, settings)
@@ -113,7 +113,7 @@ def many(prompts, examples):
 def test_stop_tokens_end_responses_and_belong_to_them(shortest, model, params, prompts):
     batch = many(prompts, 64)
     settings = {"max_new_tokens": 8, "stop_token_ids": (3, 6), "min_new_tokens": shortest}
-    tokens, mask, _ = check_form(run(model, params, *batch, jax.random.key(0), **settings), 8)
+    tokens, mask, _ = checked_arrays(run(model, params, *batch, jax.random.key(0), **settings), 8)
     lengths = mask.sum(axis=1)
     for row, length in enumerate(lengths):
         assert not set(tokens[row, : length - 1]) & {3, 6}
@@ -169,16 +169,16 @@ def test_several_responses_from_one_prefill_are_those_of_repeated_prompts(
     assert (tokens[::2] != tokens[1::2]).any(axis=1).sum() > 1
 
 
-def test_limits_hold_for_each_row(model, params, prompts):
+def test_limits_hold_for_each_response(model, params, prompts):
     limits = np.array([8, 0, 3, 1], np.int32)
     rollout = run(model, params, *prompts, jax.random.key(0), max_new_tokens=8, max_lengths=limits)
-    _, mask, _ = check_form(rollout, 8)
+    _, mask, _ = checked_arrays(rollout, 8)
     np.testing.assert_array_equal(mask.sum(axis=1), limits)
     free = run(model, params, *prompts, jax.random.key(0), max_new_tokens=8)
     np.testing.assert_array_equal(rollout.tokens, np.where(mask, free.tokens, 0))
 
 
-def test_a_row_is_the_same_whatever_the_others_do(model, params, prompts):
+def test_a_response_does_not_depend_on_the_other_prompts(model, params, prompts):
     key, settings = jax.random.key(1), {"max_new_tokens": 8, "stop_token_ids": (3, 6)}
     before = run(model, params, *prompts, key, **settings)
     for row in range(4):
@@ -193,7 +193,7 @@ def test_a_row_is_the_same_whatever_the_others_do(model, params, prompts):
         assert (after.tokens[others] != before.tokens[others]).any()
 
 
-def test_what_stands_on_padding_is_never_read(model, params, prompts):
+def test_padding_is_never_read(model, params, prompts):
     tokens, mask = prompts
     key, settings = jax.random.key(1), {"max_new_tokens": 8, "stop_token_ids": (3, 6)}
     before = run(model, params, tokens, mask, key, **settings)
@@ -202,12 +202,12 @@ def test_what_stands_on_padding_is_never_read(model, params, prompts):
         jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
-def test_a_row_without_a_prompt_gets_an_empty_response(model, params, prompts):
+def test_an_example_without_a_prompt_gets_an_empty_response(model, params, prompts):
     tokens, mask = (x.copy() for x in prompts)
     mask[1] = False
     key, settings = jax.random.key(1), {"max_new_tokens": 8, "stop_token_ids": (3, 6)}
     rollout = run(model, params, tokens, mask, key, **settings)
-    _, response_mask, _ = check_form(rollout, 8)
+    _, response_mask, _ = checked_arrays(rollout, 8)
     np.testing.assert_array_equal(response_mask.any(axis=1), [True, False, True, True])
     full = run(model, params, *prompts, key, **settings)
     np.testing.assert_array_equal(rollout.tokens[2:], full.tokens[2:])
@@ -266,7 +266,7 @@ class CountingModel(GPT2):
         return super().padded_logits(params, hidden, decode=decode)
 
 
-def test_the_loop_ends_with_the_last_row(model, params, prompts):
+def test_the_loop_ends_with_the_last_response(model, params, prompts):
     counting = CountingModel(model.config)
 
     def steps(limits):
@@ -298,7 +298,7 @@ def test_one_trace_for_a_shape(model, params, prompts):
     assert len(traces) == 1
 
 
-def test_the_whole_of_the_positions_can_be_used(model, params, prompts):
+def test_all_positions_can_be_used(model, params, prompts):
     rollout = run(model, params, *prompts, jax.random.key(0), max_new_tokens=11, temperature=0.0)
     expected = greedy_by_loop(model, params, text_of(prompts, 0), 11)
     assert np.asarray(rollout.tokens)[0].tolist() == expected

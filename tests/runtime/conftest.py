@@ -1,5 +1,6 @@
 """One finished run of each stage, which the tests compare with and start from."""
 
+import json
 import os
 
 import pytest
@@ -33,3 +34,11 @@ def ppo_run(tmp_path_factory, sft_run, reward_run):
     """A run of `train_ppo` from the models of both."""
     folder = tmp_path_factory.mktemp("ppo")
     return folder, train_ppo(small.ppo(folder, sft_run[0], reward_run[0]))
+
+
+@pytest.fixture
+def config_folder(tmp_path):
+    """A folder with the configuration of a GPT-2 whose widths divide over sixteen devices."""
+    sizes = {"vocab_size": 250, "n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    return str(tmp_path)

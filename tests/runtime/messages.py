@@ -5,9 +5,9 @@ import pytest
 from rlhf_jax.errors import InputError
 
 
-def message(function, *arguments, **keywords):
-    """The message of the InputError that a call raises."""
-    with pytest.raises(InputError) as error:
+def message(function, *arguments, error=InputError, **keywords):
+    """The message of the error that a call raises, one line."""
+    with pytest.raises(error) as raised:
         function(*arguments, **keywords)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)

@@ -46,7 +46,7 @@ def test_data_settings_are_those_of_the_run(run, capsys, kind, flags):
     assert "packing" not in error  # a default
 
 
-def test_what_is_given_counts(run, tmp_path, capsys):
+def test_settings_of_the_command_override_those_of_the_run(run, tmp_path, capsys):
     model = {"model": {"path": f"{run}/hf"}}
     data = resolve(EvaluateConfig, {**model, "data": {"eval_rows": 2, "prompt_suffix": None}}).data
     assert (data.path, data.eval_rows, data.prompt_suffix) == ("posts.jsonl", 2, None)

@@ -1,4 +1,4 @@
-"""What the stages load: keys, checksums, folders behind an address."""
+"""Loading of the stages: keys, checksums, folders behind an address."""
 
 import dataclasses
 import itertools
@@ -153,7 +153,7 @@ def test_a_host_that_is_not_the_first_copies_nothing(tmp_path, monkeypatch):
     assert given == [("gs://bucket/run/hf", "model", "params")]
 
 
-def test_dropout_that_cudnn_has_not_is_told_before_the_data_is_read():
+def test_dropout_with_cudnn_is_refused_before_the_data_is_read():
     """And is none where there is no dropout."""
     mesh = SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1})
     sizes = GPT2Config(n_positions=4096, n_embd=16, n_head=2, attn_pdrop=0.1)

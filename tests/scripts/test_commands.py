@@ -124,7 +124,7 @@ def test_a_hub_name_that_cannot_be_reached_is_one_line(environment):
     assert err.startswith("error: The tokenizer no/such is neither a local folder nor reachable on")
 
 
-def test_a_run_says_nothing_that_nobody_asked_for(environment, short_texts, tmp_path):
+def test_a_run_prints_one_line(environment, short_texts, tmp_path):
     status, out, err = run(environment, "train_sft", *short_texts)
     said = f"sft: the model is in {tmp_path}/run/hf, the report in {tmp_path}/run/report.html\n"
     assert (status, out, err) == (0, "", said)

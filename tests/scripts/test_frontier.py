@@ -79,14 +79,14 @@ def settings(frontier, tmp_path_factory):
 
 
 @pytest.mark.newest
-def test_a_run_adds_what_is_missing_and_draws_it(frontier, settings, capsys):
+def test_a_run_adds_missing_points_and_draws_them(frontier, settings, capsys):
     file = Path(settings.run_dir) / "points.jsonl"
     done = frontier.Point("ppo", 0.2, 0, 2, 3.0, 4.0, 5.0)
     frontier.report.add_points(file, [done])
     frontier.main(settings)
-    rows = small.rows(file)
-    assert rows[0] == done._asdict()
-    names = [(each["method"], each["coefficient"], each["step"]) for each in rows[1:]]
+    entries = small.entries(file)
+    assert entries[0] == done._asdict()
+    names = [(each["method"], each["coefficient"], each["step"]) for each in entries[1:]]
     assert names == [
         ("start", 0.0, 0),
         ("dpo", 0.5, 1),
@@ -94,15 +94,15 @@ def test_a_run_adds_what_is_missing_and_draws_it(frontier, settings, capsys):
         ("ppo", 0.1, 1),
         ("ppo", 0.1, 2),
     ]
-    assert rows[1]["kl"] == pytest.approx(0.0, abs=1e-3)  # of the fine-tuned model to itself
-    assert all(1.0 <= each["gold"] <= 40.0 for each in rows)
+    assert entries[1]["kl"] == pytest.approx(0.0, abs=1e-3)  # of the fine-tuned model to itself
+    assert all(1.0 <= each["gold"] <= 40.0 for each in entries)
     first = capsys.readouterr().out
     assert first.count("step") == 5
     table = "| method |" + first.split("| method |")[1]
     assert "| PPO on the gold score | kl_coef 0.2 | 3.00 | 4.00 |" in table
     assert ET.parse(file.with_name("frontier.svg")).getroot().tag.endswith("svg")
     frontier.main(settings)
-    assert small.rows(file) == rows
+    assert small.entries(file) == entries
     assert capsys.readouterr().out == table
     other = dataclasses.replace(settings.frontier, steps=4)
     with pytest.raises(InputError, match="holds points of other settings"):
@@ -175,8 +175,8 @@ def test_the_table_has_the_largest_gold_score_within_each_kl(frontier):
     ]  # fmt: skip
     table = report.table_of_frontiers(points, (0.1, 1.0, 4.0)).splitlines()
     assert table[-1] == "| DPO | - | 0.30 ± 0.14 | 0.50 ± 0.14 |"
-    ends = report.table_of_ends(points).splitlines()
-    assert ends[-1] == "| DPO | beta 0.1 | 2.40 ± 0.85 | 0.45 ± 0.21 |"
+    last = report.table_of_last_steps(points).splitlines()
+    assert last[-1] == "| DPO | beta 0.1 | 2.40 ± 0.85 | 0.45 ± 0.21 |"
     means = report.means_over_seeds(points)
     assert [(x.kl, x.gold) for x in means] == [
         pytest.approx((0.7, 0.3)),

@@ -73,7 +73,7 @@ def test_help_says_how_each_is_called(name):
         ("tpu_vm.sh", [*SLICE, "begin"], "begin is no action"),
     ],
 )
-def test_a_wrong_call_is_told_in_one_line(name, arguments, said):
+def test_a_wrong_call_is_an_error_of_one_line(name, arguments, said):
     done = call(name, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -2,30 +2,20 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.batches import PromptBatch, Rollout
-from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.training import ppo
+from tests.models.tiny_gpt2 import MODEL, busy_params
 from tests.training.ppo_by_loop import EOS, KEY, SETTINGS, SGD
-
-
-def busy_params(model, seed):
-    """Parameters in which everything matters: biases, scales and sharp attention included."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
-    table = params["wte"]["embedding"]
-    params["wte"]["embedding"] = table.at[model.config.vocab_size :].set(0.0)
-    return params
 
 
 @pytest.fixture(scope="session")
 def model():
-    return GPT2(GPT2Config(vocab_size=11, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+    return MODEL
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +37,10 @@ def ref_params(model):
 @pytest.fixture(scope="session")
 def reward_params(reward_model):
     kernel = np.random.default_rng(3).normal(size=8).astype(np.float32)
-    return {"model": busy_params(reward_model, 2), "head": {"kernel": jnp.asarray(kernel)}}
+    return {
+        "model": busy_params(reward_model, 2),
+        "head": {"kernel": jnp.asarray(kernel)},
+    }
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from rlhf_jax.batches import PairBatch, UnpairedBatch
+from tests.models.tiny_gpt2 import pad
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COURSES = json.loads((GOLDEN / "trl_courses.json").read_text())
@@ -19,11 +19,8 @@ FIRST, ALL = {"rel": 1e-4, "abs": 1e-5}, {"rel": 2e-3, "abs": 1e-4}
 
 def padded(texts, width, left=False, junk=6):
     """(tokens, mask), i32[B, width] and bool[B, width], with junk on the padding."""
-    tokens, mask = np.full((len(texts), width), junk, np.int32), np.zeros((len(texts), width), bool)
-    for row, text in enumerate(texts):
-        place = slice(width - len(text), width) if left else slice(len(text))
-        tokens[row, place], mask[row, place] = text, True
-    return jnp.asarray(tokens), jnp.asarray(mask)
+    tokens, mask = pad(texts, width, "left" if left else "right", junk)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
 
 
 def pairs(prompts, chosen, rejected, *, size=None, prompt_width=8, width=10):

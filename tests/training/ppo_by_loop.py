@@ -64,65 +64,65 @@ def kl_by_loop(difference, kind):
 
 
 def experience_by_loop(model, settings, state, scored, values=None):
-    """One SimpleNamespace per row, and the numbers of the full iteration, in float64.
+    """One SimpleNamespace per example, and the numbers of the full iteration, in float64.
 
-    `values` are those of each row, where a value model of its own gives them.
+    `values` are those of each example, where a value model of its own gives them.
     """
     examples = []
     for i, ((prompt, response), score) in enumerate(
         zip(texts_of(scored), scored.scores, strict=True)
     ):
-        row = SimpleNamespace(prompt=prompt, response=response, score=float(score))
+        example = SimpleNamespace(prompt=prompt, response=response, score=float(score))
         arguments = (model.config, prompt, response, settings.temperature)
-        row.logprobs, full = logprobs_by_loop(state.params["model"], *arguments)
-        row.ref_logprobs, _ = logprobs_by_loop(state.frozen["ref"], *arguments)
-        row.entropy = -(np.exp(full) * full).sum(axis=1)
-        row.values = (
+        example.logprobs, full = logprobs_by_loop(state.params["model"], *arguments)
+        example.ref_logprobs, _ = logprobs_by_loop(state.frozen["ref"], *arguments)
+        example.entropy = -(np.exp(full) * full).sum(axis=1)
+        example.values = (
             values_by_loop(state.params, model.config, prompt, response)
             if values is None
             else values[i]
         )
-        row.kl = row.logprobs - row.ref_logprobs
-        row.rewards = -float(state.kl_coef) * kl_by_loop(row.kl, settings.kl_estimator)
+        example.kl = example.logprobs - example.ref_logprobs
+        example.rewards = -float(state.kl_coef) * kl_by_loop(example.kl, settings.kl_estimator)
         if response:
-            row.rewards[-1] += row.score
-        examples.append(row)
-    real = np.concatenate([row.rewards for row in examples])
-    for row in examples:
-        shaped = row.rewards
+            example.rewards[-1] += example.score
+        examples.append(example)
+    real = np.concatenate([example.rewards for example in examples])
+    for example in examples:
+        shaped = example.rewards
         if settings.whiten_rewards:
             scale = np.sqrt(real.var(ddof=1) + 1e-8)
             shaped = (shaped - real.mean()) / scale + real.mean()
-        row.advantages = np.zeros(len(row.response))
+        example.advantages = np.zeros(len(example.response))
         next_value = next_advantage = 0.0
-        for t in reversed(range(len(row.response))):
-            delta = shaped[t] + settings.gamma * next_value - row.values[t]
+        for t in reversed(range(len(example.response))):
+            delta = shaped[t] + settings.gamma * next_value - example.values[t]
             next_advantage = delta + settings.gamma * settings.lam * next_advantage
-            next_value, row.advantages[t] = row.values[t], next_advantage
-        row.returns = row.advantages + row.values
-    real = np.concatenate([row.advantages for row in examples])
-    for row in examples:
-        row.advantages = (row.advantages - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8)
+            next_value, example.advantages[t] = example.values[t], next_advantage
+        example.returns = example.advantages + example.values
+    real = np.concatenate([example.advantages for example in examples])
+    for example in examples:
+        example.advantages = (example.advantages - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8)
     return examples
 
 
 def losses_by_loop(model, settings, params, examples):
     """(policy loss, value loss, share of clipped tokens, ratio), means over the real tokens."""
     policy, value, clipped, ratios = [], [], [], []
-    for row in examples:
+    for example in examples:
         logprobs, _ = logprobs_by_loop(
-            params["model"], model.config, row.prompt, row.response, settings.temperature
+            params["model"], model.config, example.prompt, example.response, settings.temperature
         )
-        values = values_by_loop(params, model.config, row.prompt, row.response)
-        for t in range(len(row.response)):
-            ratio = np.exp(logprobs[t] - row.logprobs[t])
+        values = values_by_loop(params, model.config, example.prompt, example.response)
+        for t in range(len(example.response)):
+            ratio = np.exp(logprobs[t] - example.logprobs[t])
             within = min(max(ratio, 1 - settings.cliprange), 1 + settings.cliprange)
-            advantage, old = row.advantages[t], row.values[t]
+            advantage, old = example.advantages[t], example.values[t]
             policy.append(max(-advantage * ratio, -advantage * within))
             clipped.append(-advantage * within > -advantage * ratio)
             near = old + min(
                 max(values[t] - old, -settings.cliprange_value), settings.cliprange_value
             )
-            value.append(0.5 * max((x - row.returns[t]) ** 2 for x in (values[t], near)))
+            value.append(0.5 * max((x - example.returns[t]) ** 2 for x in (values[t], near)))
             ratios.append(ratio)
     return tuple(np.mean(x) for x in (policy, value, clipped, ratios))

@@ -13,7 +13,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.training import reward, sft
 from rlhf_jax.training.epochs import accumulated_gradients
-from tests.training.conftest import busy_params
+from tests.models.tiny_gpt2 import busy_params
 from tests.training.test_reward import PAIRS, batch_of
 from tests.training.test_reward_objectives import RANKINGS, rankings_of
 
@@ -55,9 +55,9 @@ def run(small, texts):
                 gradient_accumulation_steps=steps,
                 center_coef=0.1 * (what == "last_token"),
             )
-        if what == "ranking":  # four, two and three responses, and a row that is no ranking
+        if what == "ranking":  # four, two and three responses, and an example that is no ranking
             batch = rankings_of(RANKINGS, 4)
-        elif what != "sft":  # three pairs, and a row that is none
+        elif what != "sft":  # three pairs, and an example that is none
             batch = batch_of(PAIRS[:3], 4)
         state = stage.init_state(small, params, settings, KEY, optimizer=SGD)
         state, metrics = jax.jit(stage.make_step(small, settings, optimizer=SGD))(state, batch, KEY)
@@ -68,7 +68,7 @@ def run(small, texts):
 
 @pytest.mark.newest
 @pytest.mark.parametrize("what", OBJECTIVES)
-def test_the_step_is_that_of_the_whole_batch(run, what):
+def test_the_step_is_that_of_the_full_batch(run, what):
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
         run(what, 4 if what == "sft" else 2),
@@ -106,7 +106,7 @@ def test_every_part_has_its_own_dropout_and_is_run_alone(small, texts):
 
 @pytest.mark.newest
 def test_memory_falls_with_the_parts(small, texts):
-    """What is kept for the backward pass is that of one part."""
+    """Activations for the backward pass are those of one part."""
     batch = jax.tree.map(lambda x: jnp.tile(x, (16, 1)), texts)
 
     def temporary(steps):

@@ -129,9 +129,9 @@ def test_fresh_adapters_change_no_loss(model, params):
     scored = {"model": both, "head": {"kernel": jnp.arange(16.0)}}
     state = reward.init_state(tuned, scored, reward.Settings(), KEY, optimizer=SGD)
     score = jax.jit(reward.make_score_step(tuned))
-    found = score(reward.full_params(tuned, state), pairs)
+    actual = score(reward.full_params(tuned, state), pairs)
     expected = jax.jit(reward.make_score_step(model))({**scored, "model": params}, pairs)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.newest

@@ -67,7 +67,7 @@ def frozen_state(model, state, ref_params):
     return initial._replace(params=params, frozen=frozen)
 
 
-def whole_state(model, state):
+def full_state(model, state):
     """The same without a frozen half: the optimizer's mask holds still what is frozen there."""
     params = {**state.params, "model": ppo.policy_params(model, state)}
     mask, sgd = OPTIMIZER.init(params)
@@ -84,13 +84,13 @@ def close(actual, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
 
 
-def test_an_update_is_that_of_the_whole_network_held_below(
+def test_an_update_is_that_of_the_full_network_with_frozen_lower_layers(
     model, state, ref_params, batch, rollout, update
 ):
     start = frozen_state(model, state, ref_params)
     after, metrics, scored = update(start, batch, rollout, SCORES, KEY)
-    plain, whole_update = whole_state(model, start), updating(model, TWICE)
-    expected, others, theirs = whole_update(plain, batch, rollout, SCORES, KEY)
+    plain, full_update = full_state(model, start), updating(model, TWICE)
+    expected, others, theirs = full_update(plain, batch, rollout, SCORES, KEY)
     close(ppo.policy_params(model, after), expected.params["model"], rtol=1e-4, atol=2e-5)
     close(after.params["value_head"], expected.params["value_head"], rtol=1e-4, atol=2e-5)
     close(scored, theirs, rtol=1e-4, atol=1e-5)
@@ -120,10 +120,10 @@ def test_there_may_be_nothing_above_or_only_embeddings_below(
 def test_the_first_pass_is_that_of_the_loops(model, state, ref_params, batch, rollout, update):
     start = frozen_state(model, state, ref_params)
     _, _, scored = update(start, batch, rollout, SCORES, KEY)
-    examples = experience_by_loop(model, TWICE, whole_state(model, start), scored)
+    examples = experience_by_loop(model, TWICE, full_state(model, start), scored)
     for name in ("logprobs", "ref_logprobs", "values"):
         actual = np.asarray(getattr(scored, name))[np.asarray(scored.mask)]
-        expected = np.concatenate([getattr(row, name) for row in examples])
+        expected = np.concatenate([getattr(example, name) for example in examples])
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -155,7 +155,7 @@ def test_at_first_the_kl_is_exactly_zero_and_every_ratio_one(model, params, batc
     assert float(metrics["policy/approxkl_avg"]) == pytest.approx(0.0, abs=1e-11)
 
 
-def test_what_is_frozen_stands_once_and_has_no_optimizer_state(model, params):
+def test_frozen_layers_are_stored_once_without_optimizer_state(model, params):
     settings = dataclasses.replace(SETTINGS, num_layers_unfrozen=1)
     adam = optax.adam(1e-3)
     start = ppo.init_state(model, params, settings, KEY, optimizer=adam)
@@ -204,7 +204,7 @@ def test_the_frozen_layers_run_once_for_all_epochs(value_model):
 
 
 @pytest.mark.newest
-def test_texts_mixed_in_have_the_gradient_of_the_whole_policy(model, params):
+def test_texts_mixed_in_have_the_gradient_of_the_full_policy(model, params):
     texts, (lower, upper) = text_batch(ROWS), model.split(params, 1)
 
     def loss(trained, frozen=None):
@@ -217,7 +217,7 @@ def test_texts_mixed_in_have_the_gradient_of_the_whole_policy(model, params):
     close(gradient, model.split(full, 1)[1], rtol=1e-4, atol=1e-6)
 
 
-def test_sampling_knows_the_whole_policy(model, params, batch):
+def test_sampling_uses_the_full_policy(model, params, batch):
     settings = dataclasses.replace(SETTINGS, num_layers_unfrozen=1)
     start = ppo.init_state(model, params, settings, KEY, optimizer=OPTIMIZER)
     jax.tree.map(np.testing.assert_array_equal, ppo.policy_params(model, start), params)

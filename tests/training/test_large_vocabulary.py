@@ -96,9 +96,9 @@ def test_a_step_without_all_logits_equals_one_with_them(name, monkeypatch):
     state = init(model.init(KEY))
     expected = jax.jit(step)(state, batch, KEY)
     monkeypatch.setattr(readout, "LINEAR_VOCABULARY", 150)
-    found = jax.jit(lambda *arguments: step(*arguments))(state, batch, KEY)
+    result = jax.jit(lambda *arguments: step(*arguments))(state, batch, KEY)
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), expected[1]))
-    jax.tree.map(assert_near, found, expected)
+    jax.tree.map(assert_near, result, expected)
 
 
 def sizes(jaxpr):

@@ -65,24 +65,24 @@ def check_scored(examples, scored):
 
 def check_objective(metrics, examples, kl_coef):
     """`objective/...` against the loops: means over the examples that are responses."""
-    examples = [row for row in examples if row.response]
-    penalties = [row.rewards.sum() - row.score for row in examples]
+    examples = [example for example in examples if example.response]
+    penalties = [example.rewards.sum() - example.score for example in examples]
     expected = {
-        "scores": np.mean([row.score for row in examples]),
-        "scores_std": np.std([row.score for row in examples]),
-        "kl": np.mean([row.kl.sum() for row in examples]),
+        "scores": np.mean([example.score for example in examples]),
+        "scores_std": np.std([example.score for example in examples]),
+        "kl": np.mean([example.kl.sum() for example in examples]),
         "non_score_reward": np.mean(penalties),
-        "rlhf_reward": np.mean([row.rewards.sum() for row in examples]),
-        "entropy": np.mean([-row.logprobs.sum() for row in examples]),
-        "response_length": np.mean([len(row.response) for row in examples]),
+        "rlhf_reward": np.mean([example.rewards.sum() for example in examples]),
+        "entropy": np.mean([-example.logprobs.sum() for example in examples]),
+        "response_length": np.mean([len(example.response) for example in examples]),
         "kl_coef": kl_coef,
     }
     for name, value in expected.items():
         got = float(metrics[f"objective/{name}"])
         assert got == pytest.approx(value, rel=1e-3, abs=1e-3), name
-    entropy = np.concatenate([row.entropy for row in examples]).mean()
+    entropy = np.concatenate([example.entropy for example in examples]).mean()
     assert float(metrics["policy/entropy_avg"]) == pytest.approx(entropy, rel=1e-3)
-    tokens = sum(len(row.prompt) + len(row.response) for row in examples)
+    tokens = sum(len(example.prompt) + len(example.response) for example in examples)
     assert float(metrics["perf/tokens"]) == tokens
 
 
@@ -151,7 +151,7 @@ def test_logprobs_are_those_of_sampling(done, model, state, batch):
     np.testing.assert_allclose(sampled.logprobs, scored.logprobs, rtol=1e-3, atol=1e-3)
 
 
-def test_two_halves_make_a_whole(done, model, reward_model, state, batch):
+def test_two_partial_runs_equal_one_full_run(done, model, reward_model, state, batch):
     sample_key, update_key = jax.random.split(KEY)
     sampled = Rollout(done[2].tokens, done[2].mask, done[2].logprobs)
     sequences = Sequences(batch.prompts, batch.prompt_mask, sampled.tokens, sampled.mask)
@@ -220,7 +220,7 @@ def test_whitened_rewards_k3_and_the_controller_are_those_of_the_loops(
     check_objective(metrics, examples, 0.3)
     _, value, _, _ = losses_by_loop(model, WHITENED, state.params, examples)
     assert float(metrics["loss/value_avg"]) == pytest.approx(value, rel=1e-3)
-    observed = np.mean([row.kl.sum() for row in examples])
+    observed = np.mean([example.kl.sum() for example in examples])
     error = np.clip(observed / 0.5 - 1.0, -0.2, 0.2)
     assert float(after.kl_coef) == pytest.approx(0.3 * (1 + error * 4 / 30.0), rel=1e-3)
 
@@ -236,7 +236,7 @@ def test_responses_padding_is_never_read(whitened, state, batch, rollout):
     jax.tree.map(np.testing.assert_array_equal, (after, metrics), expected[:2])
 
 
-def test_a_row_that_only_fills_up_the_batch_counts_nowhere(whitened, model, state, batch, rollout):
+def test_an_example_that_fills_up_the_batch_counts_nowhere(whitened, model, state, batch, rollout):
     real = np.array([True, True, False, True])
     batch = batch._replace(prompt_mask=batch.prompt_mask & real[:, None])
     rollout = rollout._replace(mask=rollout.mask & real[:, None])
@@ -248,7 +248,7 @@ def test_a_row_that_only_fills_up_the_batch_counts_nowhere(whitened, model, stat
     assert float(metrics["loss/policy_avg"]) == pytest.approx(policy, abs=1e-3)
     assert float(metrics["loss/value_avg"]) == pytest.approx(value, rel=1e-3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, metrics)))
-    observed = np.mean([row.kl.sum() for row in examples if row.response])
+    observed = np.mean([example.kl.sum() for example in examples if example.response])
     error = np.clip(observed / 0.5 - 1.0, -0.2, 0.2)
     assert float(after.kl_coef) == pytest.approx(0.3 * (1 + error * 3 / 30.0), rel=1e-4)
 
@@ -281,7 +281,7 @@ class RecordingModel(GPT2):
 
 
 @pytest.mark.newest
-def test_each_epoch_visits_each_row_once_in_its_own_order(model):
+def test_each_epoch_visits_each_example_once_in_its_own_order(model):
     recording = RecordingModel(model.config)
     settings = dataclasses.replace(
         SETTINGS, batch_size=8, num_mini_batches=2, num_ppo_epochs=3, response_length=1

@@ -45,7 +45,7 @@ def test_by_default_there_is_no_more_than_there_was(model, state, batch, rollout
 
 @pytest.mark.newest
 def test_the_exact_kl_is_that_of_the_loops(model, state, batch, rollout):
-    real = np.array([True, True, False, True])  # the third row only fills up the batch
+    real = np.array([True, True, False, True])  # the third example only fills up the batch
     batch = batch._replace(prompt_mask=batch.prompt_mask & real[:, None])
     rollout = rollout._replace(mask=rollout.mask & real[:, None])
     settings = dataclasses.replace(SETTINGS, exact_kl=True)
@@ -82,16 +82,16 @@ PENALISED = dataclasses.replace(
 def penalised_by_loop(model, params, examples, temperature, coef):
     """(loss, KL of the old policy to the new one, mean ratio, approxkl), means over tokens."""
     losses, kls, ratios, squares = [], [], [], []
-    for row in examples:
+    for example in examples:
         logprobs, _ = logprobs_by_loop(
-            params["model"], model.config, row.prompt, row.response, temperature
+            params["model"], model.config, example.prompt, example.response, temperature
         )
-        for t in range(len(row.response)):
-            ratio = np.exp(logprobs[t] - row.logprobs[t])
+        for t in range(len(example.response)):
+            ratio = np.exp(logprobs[t] - example.logprobs[t])
             kls.append(ratio - 1 - np.log(ratio))
-            losses.append(coef * kls[-1] - row.advantages[t] * ratio)
+            losses.append(coef * kls[-1] - example.advantages[t] * ratio)
             ratios.append(ratio)
-            squares.append((logprobs[t] - row.logprobs[t]) ** 2 / 2)
+            squares.append((logprobs[t] - example.logprobs[t]) ** 2 / 2)
     return tuple(map(np.mean, (losses, kls, ratios, squares)))
 
 
@@ -196,9 +196,9 @@ def test_a_limit_that_ends_an_iteration_does_not_end_the_next(model, state, batc
 def entropy_by_loop(model, params, examples, temperature):
     """Mean entropy of the next token over the real tokens."""
     entropies = []
-    for row in examples:
+    for example in examples:
         _, full = logprobs_by_loop(
-            params["model"], model.config, row.prompt, row.response, temperature
+            params["model"], model.config, example.prompt, example.response, temperature
         )
         entropies += [-(np.exp(line) * line).sum() for line in full]
     return np.mean(entropies)

@@ -34,7 +34,7 @@ def texts():
 
 @pytest.mark.newest
 @pytest.mark.parametrize("options", [WITH_TEXTS, FROZEN_BASE], ids=["texts", "frozen"])
-def test_parts_make_the_step_of_the_whole(model, params, batch, rollout, texts, options):
+def test_the_step_equals_its_parts_in_sequence(model, params, batch, rollout, texts, options):
     settings = dataclasses.replace(SETTINGS, **options)
     state = ppo.init_state(model, params, settings, KEY, optimizer=SGD)
     batch = batch._replace(texts=texts)
@@ -51,7 +51,7 @@ def test_parts_make_the_step_of_the_whole(model, params, batch, rollout, texts, 
 
 @pytest.mark.newest
 def test_memory_falls_with_the_parts(model):
-    """What is kept for the backward pass is that of one part, and so are the logits of scoring."""
+    """Activations for the backward pass are those of one part, and so are the logits of scoring."""
     settings = dataclasses.replace(SETTINGS, batch_size=64)
     shape = jax.ShapeDtypeStruct
     entries = (shape((64, 4), jnp.int32), shape((64, 4), bool), shape((64,), jnp.int32))
@@ -72,7 +72,7 @@ def test_memory_falls_with_the_parts(model):
     assert parts < 0.5 * temporary()
 
 
-def test_rows_come_back_in_their_order():
+def test_examples_come_back_in_their_order():
     entries = (jnp.arange(6), jnp.arange(12).reshape(6, 2))
     actual = map_microbatches(
         lambda entries: (entries[0] + 1, None, entries[1].sum(axis=1)), entries, 3

@@ -69,7 +69,7 @@ def plain(plain_update, state, batch, rollout):
 
 @pytest.mark.newest
 def test_the_update_has_the_gradient_of_the_texts_besides(mixed, plain, model, state):
-    """What it differs by from PPO's own, which has its tests, against the slope of the loop."""
+    """Its difference from PPO's own, which has its tests, against the slope of the loop."""
     policy = state.params["model"]
     assert float(mixed[1]["loss/ptx_avg"]) == pytest.approx(
         nll_by_loop(policy, model.config, ROWS), rel=1e-4
@@ -139,7 +139,7 @@ def test_each_epoch_splits_the_texts_anew():
     assert all(epoch not in responses for epoch in epochs.tolist())
 
 
-def test_texts_that_are_missing_or_miscounted_are_told_while_tracing(model, state, batch, rollout):
+def test_missing_or_miscounted_texts_are_refused_while_tracing(model, state, batch, rollout):
     step = ppo.make_update_step(model, MIXED, stop_token_ids=(EOS,))
     for texts, message in (
         (None, r"ppo.ptx_coef is 0.7, but the batch has no texts: put a TextBatch into"),

@@ -97,7 +97,7 @@ def test_the_step_follows_the_gradient_of_the_loop(reward_model, step, state):
     assert (sides[0] - sides[1]) / 2e-4 == pytest.approx(square, rel=1e-2)
 
 
-def test_rows_that_fill_up_a_batch_change_nothing(step, state):
+def test_examples_that_fill_up_a_batch_change_nothing(step, state):
     expected = step(state, batch_of(PAIRS[:3], 3), KEY)
     filled = batch_of(PAIRS[:3], 4)
     jax.tree.map(

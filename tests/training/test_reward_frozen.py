@@ -33,7 +33,7 @@ def batch_for(objective):
 
 
 @pytest.mark.newest
-def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
+def test_a_step_is_that_of_the_full_model_with_frozen_lower_layers(model, scorer):
     unfrozen, batch = 1, batch_of(PAIRS, 4)
     plain = reward.Settings(objective="tokenwise", batch_size=4)
     settings = dataclasses.replace(plain, num_layers_unfrozen=unfrozen)
@@ -61,7 +61,7 @@ def test_a_step_is_that_of_the_whole_model_held_below(model, scorer):
 
 
 @pytest.mark.newest
-def test_end_scores_are_those_of_the_whole_model(model, scorer):
+def test_end_scores_are_those_of_the_full_model(model, scorer):
     """Also with nothing below the upper half but the embeddings, and with nothing in it."""
     sequences = reward.sequences_of(batch_of(PAIRS, 4))
     scores = jax.jit(end_scores, static_argnums=0)

@@ -36,7 +36,7 @@ def _stats(add, params, batches):
 
 @pytest.fixture(scope="module")
 def normalized(reward_model, reward_params, add):
-    """By batches of two, the last one filled up with a row that is none."""
+    """By batches of two, the last one filled up with an example that is none."""
     batches = [batch_of(PAIRS[:2], 3), batch_of(PAIRS[2:], 3)]
     moments = score_moments(_stats(add, reward_params, batches))
     return normalize_scores(reward_model, reward_params, *moments)

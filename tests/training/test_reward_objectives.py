@@ -129,7 +129,7 @@ def test_the_evaluation_counts_every_pair_the_same(reward_model, reward_params):
     for name, value in zip(NAMES, expected, strict=True):
         total = sum(float(part[name]) for part in sums)
         assert total / 10 == pytest.approx(value, rel=1e-3, abs=1e-4)
-    # The same pairs, each in a row of its own.
+    # The same pairs, each as an example of its own.
     pairs = [(p, a, b, 0.0) for p, texts in RANKINGS for i, a in enumerate(texts)
              for b in texts[i + 1 :]]  # fmt: skip
     apart = evaluate(reward_params, batch_of(pairs, len(pairs)))
@@ -172,7 +172,7 @@ def test_a_ranking_of_two_is_a_pair(reward_model, steps, state):
 
 @pytest.mark.newest
 @pytest.mark.parametrize("settings", [TOKENWISE, RANKING], ids=lambda s: s.objective)
-def test_padding_is_never_read_and_rows_of_it_change_nothing(steps, state, settings):
+def test_padding_is_never_read_and_examples_of_it_change_nothing(steps, state, settings):
     if settings is RANKING:
         batch, filled = rankings_of(RANKINGS, 3), rankings_of(RANKINGS, 5, places=6)
         poisoned = batch._replace(

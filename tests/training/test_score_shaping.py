@@ -1,4 +1,4 @@
-"""What becomes of a score before PPO raises it: cut responses, missing EOS, clipping, scaling."""
+"""Score shaping: cut responses, missing EOS, clipping, scaling."""
 
 import dataclasses
 import functools
@@ -31,12 +31,12 @@ def random_rollout(seed, examples=64, length=7):
     for row in range(examples):
         stops = np.flatnonzero(tokens[row] == EOS)
         mask[row, : stops[0] + 1 if len(stops) else rng.integers(1, length + 1)] = True
-    mask[0] = False  # a row that only fills up the batch
+    mask[0] = False  # an example that only fills up the batch
     return Rollout(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.asarray(-0.5 * mask))
 
 
 def end_by_loop(rollout, row, after):
-    """How many tokens of a row are left, where it is cut at the first STOP from `after` on."""
+    """Number of tokens of a response that is cut at the first STOP from `after` on."""
     real = int(rollout.mask[row].sum())
     for place in range(real):
         if place >= after and rollout.tokens[row, place] == STOP:
@@ -197,7 +197,7 @@ def test_scores_are_fixed_then_clipped_then_scaled(model, state, batch, rollout)
 
 
 @pytest.mark.newest
-def test_a_row_that_only_fills_up_the_batch_is_no_part_of_the_statistics(
+def test_an_example_that_only_fills_up_the_batch_is_no_part_of_the_statistics(
     model, state, batch, rollout
 ):
     settings = dataclasses.replace(PLAIN, scale_reward="running")

@@ -124,8 +124,8 @@ def test_packed_texts_train_like_texts_alone(step, state, alone, packed):
     assert_trees_close(packed_after.params, after.params)
 
 
-def test_logits_of_learned_tokens_alone_give_the_same_step(model, step, state, packed):
-    """Their places in each row, with room to spare, in place of all."""
+def test_logits_of_target_tokens_alone_give_the_same_step(model, step, state, packed):
+    """Their places in each example, with room to spare, in place of all."""
     places = np.zeros((packed.tokens.shape[0], 10), np.int32)
     for row, mask in enumerate(np.asarray(packed.loss_mask)):
         places[row, : mask.sum()] = np.nonzero(mask)[0]
@@ -190,7 +190,7 @@ def test_sums_of_an_evaluation_do_not_depend_on_the_batches(model, params, alone
         assert sums["accuracy"] / sums["count"] == pytest.approx(expected[1])
 
 
-def test_parts_with_the_whole_count_add_up_to_the_whole(model, params, alone):
+def test_gradients_of_parts_with_the_count_of_the_batch_add_up(model, params, alone):
     count = float(alone.loss_mask.sum())
 
     def loss(params, batch):

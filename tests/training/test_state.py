@@ -39,7 +39,7 @@ def test_a_warmup_rises_and_a_decay_ends_at_zero(schedule, expected):
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("constant", 3.0), ("linear", 0.0), ("cosine", 0.0)])
-def test_without_a_warmup_the_first_update_has_the_whole_rate(schedule, end):
+def test_without_a_warmup_the_first_update_has_the_full_rate(schedule, end):
     rate = learning_rate_schedule(OptimizerSettings(learning_rate=3.0, schedule=schedule), 10)
     assert float(rate(0)) == 3.0
     assert float(rate(5)) == pytest.approx((3.0 + end) / 2)
@@ -82,7 +82,7 @@ def test_all_but_biases_and_norms_decay(model):
     assert {"head/kernel", "value_head/kernel", "model/wte/embedding"} < paths
 
 
-def test_of_a_model_that_does_not_say_arrays_of_one_axis_do_not_decay(model):
+def test_without_no_weight_decay_arrays_of_one_axis_do_not_decay(model):
     """Whatever their names; the axis of stacked layers is not counted, one layer has none."""
     params = {
         "tokens": jnp.ones((5, 3)),
@@ -116,7 +116,7 @@ def test_parameters_may_be_any_pytree():
 
 
 def adam_by_loop(gradients, settings):
-    """What the updates of one number add up to (Kingma and Ba 2015, algorithm 1)."""
+    """The sum of the updates of one number (Kingma and Ba 2015, algorithm 1)."""
     m = v = total = 0.0
     for t, g in enumerate(gradients, start=1):
         m = settings.b1 * m + (1 - settings.b1) * g

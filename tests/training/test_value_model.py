@@ -64,7 +64,7 @@ def scoring(model, settings, value_model):
 
 
 def own_values(value_model, start, scored):
-    """[values of each row] by loops, from a state with all parameters of the value model."""
+    """[values of each example] by loops, from a state with all parameters of the value model."""
     own = start.params["value_model"]
     params = {"model": own["model"], "value_head": own["head"]}
     return [values_by_loop(params, value_model.config, *text) for text in texts_of(scored)]
@@ -87,10 +87,10 @@ def test_14_the_values_start_as_those_of_the_reward_model(initial, reward_model,
     assert np.abs(scored.values).max() > 0.1
 
 
-def test_each_of_the_two_follows_its_own_loss(initial, model, reward_model, whole_of):
+def test_each_of_the_two_follows_its_own_loss(initial, model, reward_model, examples_of):
     """Along each one's update its loss, and that loss alone, falls as the sum of squares says."""
     start, after, metrics, scored = initial
-    examples = whole_of(start, scored)
+    examples = examples_of(start, scored)
     value_loss = losses_by_values(reward_model, start.params, examples)
     assert float(metrics["loss/value_avg"]) == pytest.approx(value_loss, rel=1e-3)
     gradient = jax.tree.map(
@@ -111,7 +111,7 @@ def test_each_of_the_two_follows_its_own_loss(initial, model, reward_model, whol
 
 
 @pytest.fixture(scope="module")
-def whole_of(model, reward_model):
+def examples_of(model, reward_model):
     """The examples of `experience_by_loop`, with the values of the value model."""
 
     def examples(start, scored):
@@ -125,11 +125,13 @@ def losses_by_values(reward_model, params, examples):
     """The value loss, half the larger square, mean over real tokens."""
     own, losses = params["value_model"], []
     full = {"model": own["model"], "value_head": own["head"]}
-    for row in examples:
-        values = values_by_loop(full, reward_model.config, row.prompt, row.response)
+    for example in examples:
+        values = values_by_loop(full, reward_model.config, example.prompt, example.response)
         clip = OF_REWARD.cliprange_value
-        near = row.values + np.clip(values - row.values, -clip, clip)
-        losses.extend(0.5 * np.maximum((values - row.returns) ** 2, (near - row.returns) ** 2))
+        near = example.values + np.clip(values - example.values, -clip, clip)
+        losses.extend(
+            0.5 * np.maximum((values - example.returns) ** 2, (near - example.returns) ** 2)
+        )
     return np.mean(losses)
 
 

@@ -27,7 +27,7 @@ def settings(name, **values):
 
 
 def question(example):
-    """What makes two problems one: the words and numbers of a prompt in any order."""
+    """The identity of a problem: the words and numbers of its prompt in any order."""
     prompt = example["prompt"]
     if "-" in prompt or "letter" in prompt:
         return prompt
@@ -45,11 +45,13 @@ def test_right_answers_score_one_wrong_ones_zero_and_splits_share_no_problem(nam
     held_out = set()
     for seed in (0, 1):
         data = settings(name, seed=seed, builtin_rows=100)
-        rows, evaluation = load_examples(data, "prompts")
-        assert (rows, evaluation) == load_examples(data, "prompts")
-        assert len({row["prompt"] for row in rows}) == 100
-        prompts = [row["prompt"] for row in rows]
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        examples, evaluation = load_examples(data, "prompts")
+        assert (examples, evaluation) == load_examples(data, "prompts")
+        assert len({example["prompt"] for example in examples}) == 100
+        prompts = [example["prompt"] for example in examples]
+        columns = {
+            key: [example[key] for example in examples] for key in examples[0] if key != "prompt"
+        }
         pairs, _ = load_examples(data, "pairs")
         right, wrong = (
             reward(prompts, [pair[side] for pair in pairs], **columns)
@@ -59,18 +61,20 @@ def test_right_answers_score_one_wrong_ones_zero_and_splits_share_no_problem(nam
         assert min(right) > 0 if name == "guessing" else right == [1.0] * 100
         assert wrong == [0.0] * 100
         assert reward(prompts, ["", "?"] * 50, **columns) == [0.0] * 100
-        held_out |= {question(row) for row in evaluation}
-    assert load_examples(settings(name, seed=0, builtin_rows=100), "prompts")[0] != rows
+        held_out |= {question(example) for example in evaluation}
+    assert load_examples(settings(name, seed=0, builtin_rows=100), "prompts")[0] != examples
     train, _ = load_examples(settings(name, seed=2, builtin_rows=500), "prompts")
-    assert not held_out & {question(row) for row in train}
+    assert not held_out & {question(example) for example in train}
 
 
 def test_noise_is_an_exact_share_of_the_training_texts():
     data = DataSettings(
         path="task:arithmetic", task={"noise": 0.3}, builtin_rows=50, eval_rows=20, seed=3
     )
-    for rows, wrong in zip(load_examples(data, "text"), (15, 0), strict=True):
-        sums = [(sum(map(int, row["prompt"][:-1].split("+"))), row["completion"]) for row in rows]
+    for examples, wrong in zip(load_examples(data, "text"), (15, 0), strict=True):
+        sums = [
+            (sum(map(int, each["prompt"][:-1].split("+"))), each["completion"]) for each in examples
+        ]
         assert sum(str(value) != text for value, text in sums) == wrong
 
 
@@ -83,7 +87,7 @@ def test_small_tasks_repeat_in_training_only_and_messages():
     options = {"digits": 1, "chat": True, "template": "What is {a} + {b}?", "held_out": 0.3}
     data = DataSettings(path="task:arithmetic", task=options, builtin_rows=300, eval_rows=300)
     train, evaluation = load_examples(data, "prompts")
-    texts = [[row["prompt"][0]["content"] for row in rows] for rows in (train, evaluation)]
+    texts = [[each["prompt"][0]["content"] for each in part] for part in (train, evaluation)]
     assert len(train) == 300
     assert len({*texts[0]}) + len({*texts[1]}) == 100
     assert len(texts[1]) == len({*texts[1]}) > 20
@@ -154,11 +158,13 @@ def test_reasoning_gym(monkeypatch):
         patch.setitem(sys.modules, "reasoning_gym", None)
         assert "pip install reasoning-gym" in message(load_examples, data, "prompts")
     pytest.importorskip("reasoning_gym")
-    rows, evaluation = load_examples(data, "prompts")
-    assert (len(rows), len(evaluation)) == (20, 5)
-    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in evaluation}
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    right = [f"<answer>{row['answer']}</answer>" for row in rows]
+    examples, evaluation = load_examples(data, "prompts")
+    assert (len(examples), len(evaluation)) == (20, 5)
+    assert not {each["prompt"] for each in examples} & {each["prompt"] for each in evaluation}
+    columns = {
+        key: [example[key] for example in examples] for key in examples[0] if key != "prompt"
+    }
+    right = [f"<answer>{example['answer']}</answer>" for example in examples]
     assert reasoning_gym.reward([], right, **columns) == [1.0] * 20
     assert max(reasoning_gym.reward([], ["none"] * 20, **columns)) < 1.0
     wrong = DataSettings(path="reasoning_gym:chain_sum", task={"terms": 3})

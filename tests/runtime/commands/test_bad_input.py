@@ -6,7 +6,6 @@ import logging
 import pytest
 
 from rlhf_jax.data import builtin, train_tokenizer
-from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
 from rlhf_jax.runtime import (
     run_evaluate,
@@ -17,6 +16,7 @@ from rlhf_jax.runtime import (
     train_sft,
 )
 from tests import small
+from tests.runtime.messages import message
 
 
 @pytest.fixture
@@ -29,14 +29,6 @@ def jsonl(tmp_path):
         return str(file)
 
     return write
-
-
-def message(function, *arguments):
-    """The sentence that a call fails with, one line."""
-    with pytest.raises(InputError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -124,7 +116,7 @@ def test_dropped_and_truncated_examples_are_one_counted_warning_each(
 
 
 @pytest.mark.newest
-def test_rows_longer_than_the_model_has_positions(tmp_path, sft_run, reward_run):
+def test_examples_longer_than_the_model_has_positions(tmp_path, sft_run, reward_run):
     sft, rewarded = sft_run[0], reward_run[0]
     assert message(train_sft, small.sft(tmp_path, data={"max_length": 65})) == (
         "data.max_length = 65 exceeds the model's n_positions = 64; shorten it, or use a model "
@@ -277,7 +269,7 @@ def test_the_folder_of_another_run_is_left_alone(sft_run):
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_data_are_read(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_data_are_read(tmp_path):
     (tmp_path / "file").touch()
     config = small.sft(tmp_path / "file" / "run", data={"path": "no/such.jsonl"})
     assert message(train_sft, config).startswith(

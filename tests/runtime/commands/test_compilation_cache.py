@@ -162,7 +162,7 @@ def test_a_kept_program_gives_the_same_and_a_damaged_one_is_compiled_again(home,
     np.testing.assert_array_equal(first, damaged)
 
 
-def test_what_a_full_disk_cut_short_is_dropped_and_made_anew(home, monkeypatch):
+def test_programs_that_a_full_disk_cut_short_are_compiled_again(home, monkeypatch):
     monkeypatch.setitem(SETTINGS, "jax_persistent_cache_min_compile_time_secs", 0.0)
     warnings.simplefilter("error")
     folder = keep_compiled()
@@ -194,7 +194,7 @@ def room_for(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_what_was_read_longest_ago_goes_when_the_folder_is_full(home, monkeypatch):
+def test_the_least_recently_read_program_is_removed_from_a_full_folder(home, monkeypatch):
     monkeypatch.setitem(SETTINGS, "jax_persistent_cache_min_compile_time_secs", 0.0)
     folder = keep_compiled()
     outcome(3.0)

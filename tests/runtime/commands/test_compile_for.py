@@ -15,19 +15,12 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.commands import compile_for
 from rlhf_jax.training import sft_settings
 
-SIZES = {"vocab_size": 250, "n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 4}
 FLAGS = ["--sft.batch_size", "16", "--sft.eval_batch_size", "16", "--data.max_length", "32"]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
-    return str(tmp_path)
-
-
-def test_the_command_prints_the_numbers_and_writes_them(folder, capsys):
-    file = f"{folder}/numbers.json"
-    flags = ["--topology", "local", "--model", folder, "--json", file, *FLAGS]
+def test_the_command_prints_the_numbers_and_writes_them(config_folder, capsys):
+    file = f"{config_folder}/numbers.json"
+    flags = ["--topology", "local", "--model", config_folder, "--json", file, *FLAGS]
     assert compile_for.main(flags) == 0
     printed = capsys.readouterr().out
     numbers = json.loads(Path(file).read_text())
@@ -38,19 +31,19 @@ def test_the_command_prints_the_numbers_and_writes_them(folder, capsys):
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_a_trainer_with_a_computed_reference(folder, name):
+def test_a_trainer_with_a_computed_reference(config_folder, name):
     sizes = ["--data.max_prompt_length", "8", "--data.max_response_length", "8"]
-    flags = ["--topology", "local", "--model", folder, "--stage", name, *sizes]
+    flags = ["--topology", "local", "--model", config_folder, "--stage", name, *sizes]
     assert compile_for.run_compile_for(flags)["programs"][0]["flops"] > 0
 
 
-def test_a_further_trainer_is_compiled_from_its_record(folder, monkeypatch):
+def test_a_further_trainer_is_compiled_from_its_record(config_folder, monkeypatch):
     again = dataclasses.replace(
         sft_settings.TRAINER, name="sft_again", module="rlhf_jax.training.sft"
     )
     monkeypatch.setattr(training, "TRAINERS", (*training.TRAINERS, again))
     flags = [each.replace("--sft.", "--sft_again.") for each in FLAGS]
-    numbers = compile_for.run_compile_for(["--topology", "local", "--model", folder, *flags])
+    numbers = compile_for.run_compile_for(["--topology", "local", "--model", config_folder, *flags])
     assert numbers["stage"] == "sft_again"
     assert numbers["programs"][0]["flops"] > 0
 
@@ -79,8 +72,8 @@ def test_an_error_is_one_sentence(flags, message):
         compile_for.run_compile_for([*flags, *FLAGS, *named])
 
 
-def test_responses_of_several_turns_are_not_compiled_ahead(folder):
-    flags = ["--topology", "local", "--model", folder, "--grpo.environment_fn", "games:play"]
+def test_responses_of_several_turns_are_not_compiled_ahead(config_folder):
+    flags = ["--topology", "local", "--model", config_folder, "--grpo.environment_fn", "games:play"]
     with pytest.raises(InputError, match=r"grpo.environment_fn calls a program for each turn"):
         compile_for.run_compile_for(flags)
 

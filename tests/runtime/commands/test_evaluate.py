@@ -152,8 +152,8 @@ def test_pass_at_k_is_of_the_responses_of_each_policy(compared):
     folder, evaluation, (after, before, second, _, second_before) = compared
     for name, group in (("", (after, second)), ("before_", (before, second_before))):
         expected = pass_metrics(np.stack([each.scores for each in group], axis=1), 0.0)
-        found = {key: evaluation["metrics"][f"{name}{key}"] for key in expected}
-        assert found == expected
+        actual = {key: evaluation["metrics"][f"{name}{key}"] for key in expected}
+        assert actual == expected
     entries = {entry["metric"]: entry for entry in evaluation["table"]}
     assert {"before", "after", "interval"} < entries["pass@2"].keys()
     sample = evaluation["samples"][0]

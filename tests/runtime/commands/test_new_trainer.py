@@ -53,7 +53,7 @@ def test_it_trains_resumes_and_reports(
     config["reinforce"] = {name: settings[name] for name in kept}
     function = None if reward == "model" else small.short_response
     result = runtime.train_reinforce(config, function)
-    lines = small.rows(tmp_path / "metrics.jsonl")
+    lines = small.entries(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"objective/baseline", "loss/policy_avg", "objective/kl"} <= set(result.metrics)
     assert "eval/win_rate_scores" in result.metrics

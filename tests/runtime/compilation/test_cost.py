@@ -1,7 +1,6 @@
 """The cost of a step against counts by hand."""
 
 import importlib.util
-import json
 import sys
 
 import jax
@@ -12,15 +11,7 @@ from rlhf_jax.runtime.compilation import cost, topologies
 from rlhf_jax.runtime.config import SFTConfig, resolve
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-# One layer, and widths that divide over the sixteen chips of the test.
-SIZES = {"vocab_size": 250, "n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 4}
 WIDTH, LENGTH, VOCABULARY = 64, 32, 256  # the vocabulary is padded
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
-    return str(tmp_path)
 
 
 def sft_config(**sections):
@@ -29,9 +20,9 @@ def sft_config(**sections):
 
 
 @pytest.mark.newest
-def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(folder):
+def test_the_numbers_of_a_step_are_those_of_a_count_by_hand(config_folder):
     config = sft_config(model={"remat": "none"})
-    costs = cost.stage_cost(config, "local", model_name=folder)
+    costs = cost.stage_cost(config, "local", model_name=config_folder)
     (step,) = costs["programs"]
     layer = 12 * WIDTH**2 + 13 * WIDTH
     parameters = layer + (VOCABULARY + LENGTH) * WIDTH + 2 * WIDTH
@@ -66,7 +57,7 @@ def test_a_fresh_model_is_of_the_family_in_the_settings():
 
 
 @pytest.mark.newest
-def test_what_is_computed_again_counts_again():
+def test_recomputation_counts_again():
     """A forward pass is a third of a step, except for the logits, which are not recomputed."""
     flops = {}
     for remat in ("none", "full"):
@@ -105,9 +96,9 @@ def test_a_slice_needs_libtpu(monkeypatch):
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu, of the extra tpu, is not installed")
 @pytest.mark.parametrize("sizes", [(1, 16, 1), (2, 4, 2)])
-def test_steps_are_compiled_for_sixteen_chips(folder, sizes):
+def test_steps_are_compiled_for_sixteen_chips(config_folder, sizes):
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    costs = cost.stage_cost(sft_config(mesh=mesh), "v5e:4x4", model_name=folder)
+    costs = cost.stage_cost(sft_config(mesh=mesh), "v5e:4x4", model_name=config_folder)
     (step,) = costs["programs"]
     state = 3 * 4 * costs["parameters"] / (sizes[1] * sizes[2])
     assert state < step["arguments"] < 2 * state + 2**16  # vectors are replicated, chips pad

@@ -35,7 +35,7 @@ def stage(tmp_path_factory, sft_run):
     return OfflineStage(resolve(RewardConfig, config(folder, sft_run)))
 
 
-def scores_of_first_rows(stage, params):
+def scores_of_first_pairs(stage, params):
     """Of both responses of the pairs that the run trains on first: a batch and a half of them."""
     indices = np.concatenate([stage.batches.indices(step) for step in (0, 1)])[:12]
     examples = jax.tree.map(lambda array: array[indices], stage.batches.examples)
@@ -45,10 +45,10 @@ def scores_of_first_rows(stage, params):
 @pytest.mark.newest
 def test_the_exported_model_is_normalized_on_the_first_training_examples(full, stage):
     model, params = load_reward_model(full / "hf")
-    written = scores_of_first_rows(stage, params)
+    written = scores_of_first_pairs(stage, params)
     assert written[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
     assert written[:, 0].std() == pytest.approx(1.0, abs=1e-5)
-    trained = scores_of_first_rows(stage, small.checkpoint(full)["params"])
+    trained = scores_of_first_pairs(stage, small.checkpoint(full)["params"])
     assert abs(trained[:, 0].mean()) > 1e-3
     expected = (trained - trained[:, 0].mean()) / trained[:, 0].std()
     np.testing.assert_allclose(written, expected, atol=1e-4)
@@ -57,7 +57,7 @@ def test_the_exported_model_is_normalized_on_the_first_training_examples(full, s
 def test_training_starts_from_a_normalized_model(stage):
     """The same seed gives the same fresh head, which is then scaled."""
     state = stage.init_state()
-    scores = scores_of_first_rows(stage, state.params)
+    scores = scores_of_first_pairs(stage, state.params)
     assert scores[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
     assert scores[:, 0].std() == pytest.approx(1.0, abs=1e-5)
 
@@ -82,10 +82,12 @@ def test_the_evaluation_at_the_end_is_of_the_exported_model(full, stage):
 def test_metrics_and_samples_of_all_steps_are_of_the_model_in_training(full, stage):
     """So that the best step is found on one scale."""
     scores = held_out_scores(stage, small.checkpoint(full)["params"])
-    last = small.rows(full / "metrics.jsonl")[-1]
+    last = small.entries(full / "metrics.jsonl")[-1]
     assert last["eval/margin"] == pytest.approx(margin_of(scores), rel=1e-4)
-    samples = [row for row in small.rows(full / "samples.jsonl") if row["step"] == small.STEPS]
-    logged = [row["score"] for row in samples]
+    samples = [
+        each for each in small.entries(full / "samples.jsonl") if each["step"] == small.STEPS
+    ]
+    logged = [entry["score"] for entry in samples]
     np.testing.assert_allclose(logged, scores[:2].ravel(), rtol=1e-4, atol=1e-5)
 
 
@@ -99,7 +101,7 @@ def test_the_scores_for_the_normalization_are_computed_once(tmp_path, monkeypatc
 @pytest.mark.newest
 def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, full):
     with monkeypatch.context() as patch:
-        small.send_signal_in(patch, OfflineStage, "step", 2)
+        small.interrupt_in(patch, OfflineStage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train_reward(config(tmp_path, sft_run))
     train_reward(config(tmp_path, sft_run))

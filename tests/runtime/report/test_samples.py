@@ -31,7 +31,7 @@ def test_logged_samples_stand_beside_the_first_for_the_same_prompt():
 
 
 def test_responses_with_labels_are_one_sample_and_the_label_is_no_text():
-    """What is scored anew but did not change stands once, with its earlier score."""
+    """Unchanged responses that are scored again stand once, with their earlier score."""
     scores = {("chosen", 0): 0.25, ("rejected", 0): 0.5, ("chosen", 9): 1.5, ("rejected", 9): -1}
     entries = [
         {"step": step, "prompt": "p", "response": f"the {label}", "label": label, "score": score}

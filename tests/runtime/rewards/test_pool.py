@@ -46,7 +46,7 @@ def pool():
     pool.close()
 
 
-def test_what_fails_has_the_failed_score_and_nothing_else_is_lost(pool, caplog):
+def test_failed_calls_have_the_failed_score_and_nothing_else_is_lost(pool, caplog):
     scored = pool(calls("a", "hang", "bb", "die", "raise", "nan", "none", "ccc"))
     assert scored.failed == [False, True, False, True, True, True, False, False]
     assert str(scored.scores) == "[1.5, -1.0, 2.5, -1.0, -1.0, -1.0, nan, 3.5]"

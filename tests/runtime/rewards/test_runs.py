@@ -285,7 +285,7 @@ def test_the_values_of_a_classifier_are_those_of_its_label():
     assert label({"value_path": "b"}, [{"path": "b", "label": 2}]) == 2
 
 
-def test_what_values_and_scores_need_is_looked_for_before_the_first_stage(tmp_path):
+def test_models_of_values_and_scores_are_checked_before_the_first_stage(tmp_path):
     nowhere = {"model": {"value_path": str(tmp_path / "no")}, "ppo": {"value_model": "reward"}}
     posts = tmp_path / "posts.jsonl"
     posts.write_text('{"prompt": "a", "completion": "b"}\n' * 40)

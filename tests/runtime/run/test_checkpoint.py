@@ -12,6 +12,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.run.checkpoint import Checkpoints
 from rlhf_jax.runtime.run.records import checksum, fingerprint
 from rlhf_jax.runtime.run.settings import CheckpointSettings
+from tests import small
 
 
 def state_of(step):
@@ -46,18 +47,14 @@ def restored(folder, like=None, check=anything):
     )
 
 
-def assert_is(found, step):
-    assert found.step == step
-    jax.tree.map(np.testing.assert_array_equal, found.state, state_of(step))
+def assert_is(restored_run, step):
+    assert restored_run.step == step
+    jax.tree.map(np.testing.assert_array_equal, restored_run.state, state_of(step))
 
 
 def our_warnings(caplog):
     """Without what asyncio says of reads that Orbax gave up."""
     return [each.getMessage() for each in caplog.records if each.name.startswith("rlhf_jax")]
-
-
-def names(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +65,11 @@ def two(tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_gives_back_every_bit_and_what_was_said_beside(two):
-    found = restored(two)
-    assert_is(found, 2)
-    assert found.record["n"] == 2
-    assert found.record["arrays"]["params/kernel"][:2] == [[40, 30], "float32"]
+def test_a_checkpoint_restores_every_bit_and_its_record(two):
+    restored_run = restored(two)
+    assert_is(restored_run, 2)
+    assert restored_run.record["n"] == 2
+    assert restored_run.record["arrays"]["params/kernel"][:2] == [[40, 30], "float32"]
     assert restored(two / "elsewhere") is None
 
 
@@ -122,7 +119,7 @@ def damage(file, how):
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_no_damage_to_any_file_goes_unseen(tmp_path, two, caplog, how):
-    """What is read is what was saved, or the one before with a warning that says why."""
+    """The saved state is read, or the one before it with a warning that says why."""
     newest = two / "checkpoints" / "2"
     reported = set()
     for file in sorted(path for path in newest.rglob("*") if path.is_file()):
@@ -131,11 +128,11 @@ def test_no_damage_to_any_file_goes_unseen(tmp_path, two, caplog, how):
         name = file.relative_to(newest)
         damage(folder / "checkpoints" / "2" / name, how)
         caplog.clear()
-        found = restored(folder)
-        assert_is(found, found.step)
-        if found.step == 1:
+        restored_run = restored(folder)
+        assert_is(restored_run, restored_run.step)
+        if restored_run.step == 1:
             reported.add(name)
-            assert names(folder) == ["1", "bad-2"]
+            assert small.checkpoint_names(folder) == ["1", "bad-2"]
             (warning,) = our_warnings(caplog)
             start = f"The checkpoint of step 2 in {folder}/checkpoints cannot be used ("
             assert warning.startswith(start)
@@ -163,11 +160,11 @@ def test_several_bad_ones_are_put_aside_and_their_names_do_not_clash(tmp_path, t
     shutil.rmtree(folder / "checkpoints" / "2" / "default")
     (folder / "checkpoints" / "3").mkdir()
     assert_is(restored(folder), 1)
-    assert names(folder) == ["1", "bad-2", "bad-2-1", "bad-2-2", "bad-3"]
+    assert small.checkpoint_names(folder) == ["1", "bad-2", "bad-2-1", "bad-2-2", "bad-3"]
     assert "_CHECKPOINT_METADATA is missing" in caplog.text
 
 
-def test_where_none_is_whole_one_sentence_says_so_and_nothing_is_touched(tmp_path, two):
+def test_without_a_complete_checkpoint_one_sentence_says_so_and_nothing_is_touched(tmp_path, two):
     folder = tmp_path / "run"
     shutil.copytree(two, folder)
     for step in "12":
@@ -179,17 +176,17 @@ def test_where_none_is_whole_one_sentence_says_so_and_nothing_is_touched(tmp_pat
         "record; step 1: _CHECKPOINT_METADATA is no record); put the folder back from a copy, or "
         "choose another --run_dir to start anew."
     )
-    assert names(folder) == ["1", "2"]
+    assert small.checkpoint_names(folder) == ["1", "2"]
 
 
-def test_what_the_machine_lacks_is_no_fault_of_a_checkpoint(two, monkeypatch):
+def test_errors_of_the_machine_are_no_fault_of_a_checkpoint(two, monkeypatch):
     def denied(*args, **kwargs):
         raise ValueError("PERMISSION_DENIED: no token")
 
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", denied)
     with pytest.raises(ValueError, match="PERMISSION_DENIED"):
         restored(two)
-    assert names(two) == ["1", "2"]
+    assert small.checkpoint_names(two) == ["1", "2"]
 
 
 # --- another run's -------------------------------------------------------------------------------
@@ -223,7 +220,7 @@ def test_another_models_checkpoint_is_refused_by_the_first_difference(two, chang
         f"The checkpoint of step 2 in {folder} is of another model or another version: {said}; put "
         "back what the run began with, or choose another --run_dir."
     )
-    assert "2" in names(folder)
+    assert "2" in small.checkpoint_names(folder)
 
 
 def test_another_configuration_is_refused_before_the_arrays_are_read(two):
@@ -237,7 +234,7 @@ def test_another_configuration_is_refused_before_the_arrays_are_read(two):
 # --- saving --------------------------------------------------------------------------------------
 
 
-def test_what_orbax_writes_later_is_not_what_the_next_step_overwrites(tmp_path, monkeypatch):
+def test_background_writes_are_not_of_arrays_that_the_next_step_overwrites(tmp_path, monkeypatch):
     state, given = state_of(1), []
     save = ocp.CheckpointManager.save
 
@@ -256,7 +253,7 @@ def test_what_orbax_writes_later_is_not_what_the_next_step_overwrites(tmp_path, 
     assert_is(restored(tmp_path), 1)
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path):
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     checkpoints = Checkpoints(str(tmp_path), CheckpointSettings())
     assert not checkpoints.save(1, state_of(1) | {"nan": jnp.asarray([0.0, jnp.nan])})
     assert checkpoints.latest_step() is None
@@ -271,7 +268,7 @@ def test_a_save_that_was_killed_is_cleared_away_by_the_next(tmp_path):
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
     assert restored(tmp_path) is None
     saved(tmp_path, 2)
-    assert names(tmp_path) == ["2"]
+    assert small.checkpoint_names(tmp_path) == ["2"]
 
 
 # --- the best ------------------------------------------------------------------------------------
@@ -289,7 +286,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, mode, best, kept):
     saved(tmp_path, 1, 2, 3, settings=settings, evaluations=EVALUATIONS)
     checkpoints = saved(tmp_path, 4, 5, 6, 7, settings=settings, evaluations=EVALUATIONS)
     assert checkpoints.best() == best
-    assert names(tmp_path) == kept
+    assert small.checkpoint_names(tmp_path) == kept
     assert_is(checkpoints.restore_best(zeros()), best[0])
     # An evaluation that is not saved yet counts, if it is better.
     checkpoints.evaluations[8] = {"eval/loss": 0.5}
@@ -300,7 +297,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, mode, best, kept):
     # If the best one is damaged, the next best one is read, and nothing is moved.
     shutil.rmtree(tmp_path / "checkpoints" / kept[0] / "default")
     assert_is(checkpoints.restore_best(zeros()), 7)
-    assert names(tmp_path) == kept
+    assert small.checkpoint_names(tmp_path) == kept
 
 
 def test_without_a_metric_no_checkpoint_is_the_best(tmp_path):

@@ -1,7 +1,5 @@
 """Disks that are full or fail while a run is under way."""
 
-import errno
-import os
 import resource
 import shutil
 import subprocess
@@ -18,9 +16,10 @@ from rlhf_jax.runtime.evaluation import policies as judging
 from rlhf_jax.runtime.run import checkpoint as checkpoints
 from rlhf_jax.runtime.run.settings import CheckpointSettings
 from tests import small
+from tests.runtime.messages import message
 from tests.runtime.run import counting
 from tests.runtime.run.counting import CountingStage
-from tests.runtime.run.test_failures import message, saved_steps
+from tests.runtime.run.test_failures import saved_steps
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl"])
@@ -135,10 +134,6 @@ def test_a_failed_write_leaves_the_one_before_however_often_it_is_checked(tmp_pa
     assert saved.latest_step() == 1
 
 
-def no_space(*arguments):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def no_space_says_orbax(*arguments, **keywords):
     raise ValueError("RESOURCE_EXHAUSTED: Error writing: [os_error_code='28']")
 
@@ -146,7 +141,7 @@ def no_space_says_orbax(*arguments, **keywords):
 @pytest.mark.parametrize(
     ("module", "name", "how"),
     [
-        (counting, "write_hf", no_space),
+        (counting, "write_hf", small.no_space),
         (checkpoints.ocp.CheckpointManager, "save", no_space_says_orbax),
     ],
 )
@@ -162,7 +157,7 @@ def test_a_full_disk_at_the_end(tmp_path, monkeypatch, counting_run, module, nam
 
 
 def test_a_full_disk_under_the_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "replace_file", no_space)
+    monkeypatch.setattr(judging, "replace_file", small.no_space)
     said = message(judging.save_evaluation, str(tmp_path), {"table": []})
     assert said.startswith(f"cannot write to {tmp_path}: No space left on device")
 

@@ -1,4 +1,4 @@
-"""What goes wrong while a run is under way: NaN, a reward function in Python."""
+"""Failures during a run: NaN, errors of a reward function in Python."""
 
 import math
 import os
@@ -11,23 +11,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from rlhf_jax.errors import FunctionError, InputError
+from rlhf_jax.errors import FunctionError
 from rlhf_jax.runtime import config, train_ppo
 from rlhf_jax.runtime.commands import terminal
 from rlhf_jax.runtime.run import loop
 from tests import small
+from tests.runtime.messages import message
 from tests.runtime.run import counting
 from tests.runtime.run.counting import CountingStage, SamplingStage
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def message(function, *arguments, error=InputError):
-    """The sentence that a call fails with, one line."""
-    with pytest.raises(error) as raised:
-        function(*arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def saved_steps(folder):
@@ -67,14 +60,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
             "with another --run_dir."
         )
     assert saved_steps(tmp_path) == [1]
-    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1]
+    assert [entry["step"] for entry in small.entries(tmp_path / "metrics.jsonl")] == [1]
     assert not (tmp_path / "hf").exists()
 
 
 def test_a_metric_that_is_no_loss_may_be_infinite(tmp_path, monkeypatch):
     monkeypatch.setattr(DivergingStage, "metric", "train/other")
     counting.train(tmp_path, DivergingStage)
-    assert small.rows(tmp_path / "metrics.jsonl")[1]["train/other"] == "NaN"
+    assert small.entries(tmp_path / "metrics.jsonl")[1]["train/other"] == "NaN"
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):

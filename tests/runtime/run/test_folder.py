@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.runtime.run import folder
+from tests import small
 from tests.runtime.run import counting
 
 
@@ -22,7 +23,7 @@ def test_cut_after_drops_later_and_torn_lines(tmp_path, tail):
     with path.open("rb") as old:  # replaced, not overwritten: who has the old file open keeps it
         folder.cut_after(path, 2)
         assert b'"step": 4' in old.read()
-    assert [row["step"] for row in folder.read_lines(path)] == [1, 2, 2]
+    assert [entry["step"] for entry in folder.read_lines(path)] == [1, 2, 2]
     assert path.read_bytes().endswith(b"\n")
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
@@ -37,7 +38,7 @@ def test_cut_after_leaves_alone_what_needs_no_cut(tmp_path):
     assert path.stat().st_ino == before.st_ino
 
 
-def test_cut_after_ends_a_whole_last_line(tmp_path):
+def test_cut_after_ends_a_complete_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, [1], b'{"step": 2}')
     folder.cut_after(path, 2)
@@ -57,10 +58,7 @@ def test_a_failed_cut_keeps_the_old_file(tmp_path, monkeypatch):
     write_steps(path, [1, 2])
     content = path.read_bytes()
 
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", small.no_space)
     with pytest.raises(InputError, match="No space left on device"):
         folder.cut_after(path, 1)
     assert path.read_bytes() == content

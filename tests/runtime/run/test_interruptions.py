@@ -28,27 +28,9 @@ from tests.runtime.run.counting import CountingStage, SamplingStage
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def send_signal_in(patch, stage, method, at_call=1, number=signal.SIGTERM, times=1):
-    """Makes a method of a stage receive a signal in its nth call, `times` times."""
-    original, calls = getattr(stage, method), []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == at_call:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-        return original(self, *args)
-
-    patch.setattr(stage, method, interrupted)
-
-
-def steps_of(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
 def lines_of(folder):
     """(step, whether the line has an evaluation) of each line of metrics.jsonl."""
-    lines = small.rows(folder / "metrics.jsonl")
+    lines = small.entries(folder / "metrics.jsonl")
     return [(line["step"], "eval/loss" in line or "eval/kl" in line) for line in lines]
 
 
@@ -73,7 +55,7 @@ def test_sigterm_saves_and_an_evaluation_is_repeated_when_the_run_continues(
 ):
     evaluated = []
     with monkeypatch.context() as patch:
-        send_signal_in(patch, CountingStage, method, call, times=3)
+        small.send_signal_in(patch, CountingStage, method, call, times=3)
         original = CountingStage.evaluate
         patch.setattr(
             CountingStage, "evaluate", lambda *args: [original(*args), evaluated.append(1)][0]
@@ -85,11 +67,11 @@ def test_sigterm_saves_and_an_evaluation_is_repeated_when_the_run_continues(
         f"Stopped after step {stopped_after} of 4; everything is saved in {tmp_path}. Run the same "
         "command again to continue."
     )
-    assert steps_of(tmp_path) == [str(stopped_after)]
+    assert small.checkpoint_names(tmp_path) == [str(stopped_after)]
     assert lines_of(tmp_path) == lines
     if method == "evaluate":  # the repeated evaluation can be interrupted again
         with monkeypatch.context() as patch:
-            send_signal_in(patch, CountingStage, "evaluate")
+            small.send_signal_in(patch, CountingStage, "evaluate")
             with pytest.raises(Terminated, match=f"after step {stopped_after} of 4"):
                 counting.train(tmp_path)
         assert lines_of(tmp_path) == lines
@@ -98,7 +80,7 @@ def test_sigterm_saves_and_an_evaluation_is_repeated_when_the_run_continues(
     # One more line for a repeated evaluation, and no evaluation twice.
     more = [(stopped_after, True)] if (stopped_after, False) in lines and stopped_after > 1 else []
     assert lines_of(tmp_path) == [*lines, *more, *ALL[stopped_after:]]
-    assert result.metrics["eval/loss"] == small.rows(tmp_path / "metrics.jsonl")[-1]["eval/loss"]
+    assert result.metrics["eval/loss"] == small.entries(tmp_path / "metrics.jsonl")[-1]["eval/loss"]
     assert result.metrics["train/loss"] > 0
 
 
@@ -107,11 +89,11 @@ def test_samples_of_a_steps_output_are_written_before_the_run_stops(
     tmp_path, monkeypatch, sampling_run, method, call
 ):
     with monkeypatch.context() as patch:
-        send_signal_in(patch, SamplingStage, method, call)
+        small.send_signal_in(patch, SamplingStage, method, call)
         with pytest.raises(Terminated):
             counting.train(tmp_path, SamplingStage)
-    last = int(steps_of(tmp_path)[0])
-    assert small.rows(tmp_path / "samples.jsonl")[-1]["step"] == last
+    last = int(small.checkpoint_names(tmp_path)[0])
+    assert small.entries(tmp_path / "samples.jsonl")[-1]["step"] == last
     counting.train(tmp_path, SamplingStage)
     small.assert_same_run(sampling_run, tmp_path)
 
@@ -120,7 +102,7 @@ def test_samples_of_a_steps_output_are_written_before_the_run_stops(
 def test_the_evaluation_of_ppo_is_repeated_too(tmp_path, monkeypatch, sft_run, reward_run, ppo_run):
     config = small.ppo(tmp_path, sft_run[0], reward_run[0])
     with monkeypatch.context() as patch:
-        send_signal_in(patch, OnlineStage, "evaluate", 2)
+        small.send_signal_in(patch, OnlineStage, "evaluate", 2)
         with pytest.raises(Terminated, match="after step 4 of 4"):
             train_ppo(config)
     assert lines_of(tmp_path) == [*ALL[:3], (4, False)]
@@ -131,10 +113,10 @@ def test_the_evaluation_of_ppo_is_repeated_too(tmp_path, monkeypatch, sft_run, r
 @pytest.mark.parametrize("method", ["init_state", "finish"])
 def test_sigterm_ends_at_once_where_nothing_is_lost(tmp_path, monkeypatch, counting_run, method):
     with monkeypatch.context() as patch:
-        send_signal_in(patch, CountingStage, method, times=2)
+        small.send_signal_in(patch, CountingStage, method, times=2)
         with pytest.raises(Terminated, match=r"^Stopped by SIGTERM; run the same command again to"):
             counting.train(tmp_path)
-    assert steps_of(tmp_path) == ([] if method == "init_state" else ["4"])
+    assert small.checkpoint_names(tmp_path) == ([] if method == "init_state" else ["4"])
     assert not (tmp_path / "hf").exists()
     counting.train(tmp_path)
     small.assert_same_run(counting_run, tmp_path)
@@ -147,7 +129,7 @@ def test_the_command_exits_with_0_when_terminated_and_with_130_at_ctrl_c(
     monkeypatch.setattr(terminal, "_set_up_logging", lambda: None)
     for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
         with monkeypatch.context() as patch:
-            send_signal_in(patch, OfflineStage, "step", number=number)
+            small.send_signal_in(patch, OfflineStage, "step", number=number)
             assert main(["sft", "--config", str(tmp_path / "config.yaml")]) == status
         assert "everything is saved in" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr(
@@ -172,12 +154,12 @@ def test_samples_after_a_restart_write_no_line_of_metrics(tmp_path, monkeypatch)
     """Samples are due after step 2, and a line after step 4 alone."""
     logging = {"log_every": 4, "samples_every": 2, "eval_every": 0}
     with monkeypatch.context() as patch:
-        send_signal_in(patch, CountingStage, "step", 2)
+        small.send_signal_in(patch, CountingStage, "step", 2)
         with pytest.raises(Terminated):
             counting.train(tmp_path, logging=logging)
     counting.train(tmp_path, logging=logging)
     assert lines_of(tmp_path) == [(4, True)]
-    steps = [line["step"] for line in small.rows(tmp_path / "samples.jsonl")]
+    steps = [line["step"] for line in small.entries(tmp_path / "samples.jsonl")]
     assert steps == [0, 0, 2, 2, 4, 4]
 
 
@@ -185,7 +167,7 @@ def test_sigterm_in_the_first_samples_leaves_a_run_that_can_begin(
     tmp_path, monkeypatch, counting_run
 ):
     with monkeypatch.context() as patch:
-        send_signal_in(patch, CountingStage, "samples")
+        small.send_signal_in(patch, CountingStage, "samples")
         with pytest.raises(Terminated, match="Stopped after step 0 of 4"):
             counting.train(tmp_path)
     counting.train(tmp_path)
@@ -207,14 +189,14 @@ def test_an_error_in_a_function_that_observes_loses_no_line(
         patch.setattr(stage, "observe", failing)
         with pytest.raises(ZeroDivisionError):
             counting.train(tmp_path, stage)
-    assert steps_of(tmp_path) == ["2"]
+    assert small.checkpoint_names(tmp_path) == ["2"]
     counting.train(tmp_path, stage)
     small.assert_same_run(counting_run if stage is CountingStage else sampling_run, tmp_path)
 
 
 def test_a_checkpoint_is_read_into_the_memory_of_the_first_state(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        send_signal_in(patch, CountingStage, "step", 1)
+        small.send_signal_in(patch, CountingStage, "step", 1)
         with pytest.raises(Terminated):
             counting.train(tmp_path)
     states, restore = [], Checkpoints.restore
@@ -274,14 +256,14 @@ def test_lines_for_an_object_store_are_written_before_the_checkpoint(tmp_path, m
 def stopped(tmp_path, monkeypatch):
     """A run with checkpoints of steps 2 and 3, and three lines of metrics."""
     with monkeypatch.context() as patch:
-        send_signal_in(patch, CountingStage, "step", 3)
+        small.send_signal_in(patch, CountingStage, "step", 3)
         with pytest.raises(Terminated):
             counting.train(tmp_path / "run", checkpoint={"every": 1})
     return tmp_path / "run"
 
 
 def test_a_run_continues_from_before_a_damaged_checkpoint(stopped, counting_run, caplog):
-    assert steps_of(stopped) == ["2", "3"]
+    assert small.checkpoint_names(stopped) == ["2", "3"]
     for file in (stopped / "checkpoints" / "3").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:50])
     with open(stopped / "samples.jsonl", "a") as file:
@@ -290,7 +272,7 @@ def test_a_run_continues_from_before_a_damaged_checkpoint(stopped, counting_run,
     small.assert_same_run(counting_run, stopped)
     (warning,) = [text for text in caplog.messages if "checkpoint" in text]
     assert warning.startswith(f"The checkpoint of step 3 in {stopped}/checkpoints cannot be used (")
-    assert steps_of(stopped) == ["2", "4", "bad-3"]
+    assert small.checkpoint_names(stopped) == ["2", "4", "bad-3"]
 
 
 def test_a_renamed_checkpoint_is_named_and_continues_under_its_own_name(stopped, counting_run):
@@ -319,7 +301,7 @@ def test_another_configuration_is_named_without_config_yaml_too(stopped, caplog,
         f"The run folder {stopped} was made with another configuration: rate is 0.5 there and 0.25 "
         "here; choose another --run_dir, or"
     )
-    assert steps_of(stopped) == ["2", "3"]
+    assert small.checkpoint_names(stopped) == ["2", "3"]
     assert ("config.yaml is damaged (while scanning" in caplog.text) == damaged
 
 
@@ -333,12 +315,12 @@ def test_the_best_model_is_exported_and_known_after_a_restart(
     """The first evaluation, of step 2, has the smallest loss; the last one has the largest."""
     best = {"best_metric": "eval/loss", "best_mode": mode, "export_best": True, "keep": 1}
     with monkeypatch.context() as patch:
-        send_signal_in(patch, CountingStage, "evaluate", interrupted)
+        small.send_signal_in(patch, CountingStage, "evaluate", interrupted)
         with pytest.raises(Terminated):
             counting.train(tmp_path, checkpoint=best)
     result = counting.train(tmp_path, checkpoint=best)
     step = {"min": 2, "max": 4}[mode]
-    assert steps_of(tmp_path) == ["2", "4"]
+    assert small.checkpoint_names(tmp_path) == ["2", "4"]
     steps = small.metrics_by_step(tmp_path)
     assert [steps[each].get("best/step") for each in range(1, 5)] == [None, 2.0, None, step]
     assert steps[2]["eval/loss"] < steps[4]["eval/loss"]
@@ -360,4 +342,4 @@ def test_a_metric_that_is_not_evaluated_is_named(tmp_path, caplog):
         "checkpoint.best_metric is eval/scores, which is not evaluated: no step is the best. The "
         "evaluation has eval/accuracy, eval/loss."
     )
-    assert "best/step" not in small.rows(tmp_path / "metrics.jsonl")[-1]
+    assert "best/step" not in small.entries(tmp_path / "metrics.jsonl")[-1]

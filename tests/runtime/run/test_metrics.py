@@ -1,4 +1,4 @@
-"""What a run writes: lines that read back, a full disk, TensorBoard and W&B."""
+"""Metrics that a run writes: lines that read back, a full disk, TensorBoard and W&B."""
 
 import dataclasses
 import errno
@@ -16,6 +16,8 @@ from rlhf_jax.runtime.run import metrics
 from rlhf_jax.runtime.run.folder import read_lines
 from rlhf_jax.runtime.run.metrics import MetricsWriter
 from rlhf_jax.runtime.run.settings import LoggingSettings
+from tests import small
+from tests.runtime.run.test_folder import write_steps
 
 PLAIN, BOARD = LoggingSettings(), LoggingSettings(tensorboard=True)
 
@@ -42,11 +44,11 @@ def test_lines_are_valid_json_and_read_back_exactly(tmp_path):
         writer.write(np.int32(3), values)
         # On disk before the writer is closed.
         text = (tmp_path / "new/run/metrics.jsonl").read_text()
-    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert row["step"] == 3
-    assert row["time"] > 1e9
+    entry = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert entry["step"] == 3
+    assert entry["time"] > 1e9
     for name, value in values.items():
-        np.testing.assert_equal(float(row[name]), float(value))
+        np.testing.assert_equal(float(entry[name]), float(value))
 
 
 def test_samples_keep_every_character(tmp_path):
@@ -58,25 +60,20 @@ def test_samples_keep_every_character(tmp_path):
     ]
 
 
-def write_steps(path, steps, tail=b""):
-    lines = b"".join(b'{"step": %d, "x": 0.5}\n' % step for step in steps)
-    path.write_bytes(lines + tail)
-
-
 def test_a_writer_cuts_what_an_earlier_attempt_wrote_past_the_checkpoint(tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         write_steps(tmp_path / name, [1, 2, 3], b'{"st')
     with MetricsWriter(tmp_path, PLAIN, {}, name="x", initial_step=2) as writer:
         writer.write(3, {"x": 1.0})
-    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert [row["step"] for row in read_lines(tmp_path / "samples.jsonl")] == [1, 2]
+    assert [entry["step"] for entry in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [entry["step"] for entry in read_lines(tmp_path / "samples.jsonl")] == [1, 2]
 
 
-def test_a_writer_without_an_initial_step_keeps_all_whole_lines(tmp_path):
+def test_a_writer_without_an_initial_step_keeps_all_complete_lines(tmp_path):
     write_steps(tmp_path / "metrics.jsonl", [1, 2, 3], b'{"st')
     with MetricsWriter(tmp_path, PLAIN, {}, name="x") as writer:
         writer.write(4, {"x": 1.0})
-    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def write_both(writer):
@@ -116,11 +113,8 @@ def test_a_full_disk_under_tensorboard_neither_hangs_nor_hides(tmp_path, monkeyp
 
 
 def test_an_error_of_the_block_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
-    def full():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     writer = MetricsWriter(tmp_path, PLAIN, {}, name="x")
-    monkeypatch.setattr(writer._metrics, "flush", full)
+    monkeypatch.setattr(writer._metrics, "flush", small.no_space)
     with pytest.raises(KeyError), writer:
         raise KeyError("x")
     with pytest.raises(InputError, match="No space left on device"), writer:
@@ -133,7 +127,7 @@ def test_a_run_dir_that_is_a_file_is_one_sentence(tmp_path):
         MetricsWriter(tmp_path / "run", PLAIN, {}, name="x")
 
 
-def test_an_object_store_gets_whole_objects(tmp_path, monkeypatch):
+def test_an_object_store_gets_complete_objects(tmp_path, monkeypatch):
     # A local folder plays the store.
     monkeypatch.setattr(metrics, "is_remote", lambda path: True)
     path = tmp_path / "metrics.jsonl"
@@ -143,7 +137,7 @@ def test_an_object_store_gets_whole_objects(tmp_path, monkeypatch):
     with MetricsWriter(tmp_path, PLAIN, {}, name="x", initial_step=1) as writer:
         monkeypatch.setattr(metrics._Lines, "REMOTE_SECONDS", 0.0)
         writer.write(2, {"x": 1.0})
-        assert [row["step"] for row in read_lines(path)] == [1, 2]
+        assert [entry["step"] for entry in read_lines(path)] == [1, 2]
 
 
 def read_events(folder):

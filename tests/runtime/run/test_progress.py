@@ -1,4 +1,4 @@
-"""What a run shows: progress on a terminal and off it, and its speed."""
+"""Progress of a run on a terminal and off it, and its speed."""
 
 import contextlib
 import fcntl

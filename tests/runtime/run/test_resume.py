@@ -259,7 +259,7 @@ def test_an_extension_that_was_interrupted_is_not_complete(tmp_path, monkeypatch
     (tmp_path / "run" / "report.html").touch()  # by `rlhf report`
     assert not is_finished(counting.Config(run_dir=str(tmp_path / "run"), steps=6))
     counting.train(tmp_path / "run", steps=6)
-    assert small.rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
+    assert small.entries(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
 
 @pytest.mark.newest
@@ -327,5 +327,5 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint(tmp_path, counting_ru
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "train/loss": 99}\n{"step": 4, "tra')
     counting.train(tmp_path, checkpoint={"every": 2})
-    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in small.entries(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     small.assert_same_run(counting_run, tmp_path)

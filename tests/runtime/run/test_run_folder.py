@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and what can be done with it."""
+"""Files of a run folder, and their uses."""
 
 import itertools
 import json
@@ -30,15 +30,15 @@ def finished(request):
     return request.param, folder, result, train
 
 
-def test_the_folder_holds_what_is_promised(finished):
+def test_the_folder_holds_the_documented_files(finished):
     name, folder, result, _ = finished
     assert result.run_dir == str(folder)
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf", "report.html"}
     assert files <= {path.name for path in folder.iterdir()}
-    assert [row["step"] for row in small.rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
-    samples = small.rows(folder / "samples.jsonl")
+    assert [entry["step"] for entry in small.entries(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    samples = small.entries(folder / "samples.jsonl")
     assert {row["step"] for row in samples} == {0, 2, 4}
-    assert all(isinstance(row["prompt"] + row["response"], str) for row in samples)
+    assert all(isinstance(entry["prompt"] + entry["response"], str) for entry in samples)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["run_dir"] == str(folder)
     assert config[name]["batch_size"] == 8
@@ -53,7 +53,7 @@ def load_checks(name):
 
 def test_metrics_have_the_names_that_users_know(finished):
     name, folder, result, _ = finished
-    first, second = small.rows(folder / "metrics.jsonl")[:2]
+    first, second = small.entries(folder / "metrics.jsonl")[:2]
     if name == "ppo":
         objective = {"scores", "kl", "rlhf_reward", "non_score_reward", "entropy", "kl_coef"}
         wanted = {f"objective/{part}" for part in objective}
@@ -91,7 +91,7 @@ def test_the_configuration_fed_back_repeats_the_run(finished, tmp_path):
 
 def test_another_seed_is_another_run(tmp_path, sft_run):
     train_sft(small.sft(tmp_path, seed=1))
-    ours, theirs = (small.rows(folder / "metrics.jsonl") for folder in (tmp_path, sft_run[0]))
+    ours, theirs = (small.entries(folder / "metrics.jsonl") for folder in (tmp_path, sft_run[0]))
     assert ours[0]["train/loss"] != theirs[0]["train/loss"]
 
 
@@ -108,7 +108,7 @@ def test_a_run_may_continue_with_another_logging_section(tmp_path, monkeypatch):
             counting.train(tmp_path, checkpoint={"every": 1})
     watched = {"log_every": 4, "eval_every": 0, "samples_every": 0, "num_samples": 1}
     counting.train(tmp_path, checkpoint={"every": 3, "keep": 1}, logging=watched)
-    assert [row["step"] for row in small.rows(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+    assert [entry["step"] for entry in small.entries(tmp_path / "metrics.jsonl")] == [1, 2, 4]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["logging"]["log_every"] == 4
 
@@ -121,7 +121,7 @@ def test_samples_of_responses_need_the_output_of_a_step():
 
 
 def test_tokens_of_ppo_samples_have_kl_value_and_advantage(ppo_run):
-    lines = [line for line in small.rows(ppo_run[0] / "samples.jsonl") if line["step"] > 0]
+    lines = [line for line in small.entries(ppo_run[0] / "samples.jsonl") if line["step"] > 0]
     for line in lines:
         tokens = line["tokens"]
         assert tokens.keys() == {"text", "kl", "value", "advantage"}
@@ -133,7 +133,7 @@ def test_tokens_of_ppo_samples_have_kl_value_and_advantage(ppo_run):
 
 
 def test_the_first_samples_of_ppo_are_of_the_initial_policy(ppo_run):
-    first, *_ = [line for line in small.rows(ppo_run[0] / "samples.jsonl") if line["step"] == 0]
+    first, *_ = [line for line in small.entries(ppo_run[0] / "samples.jsonl") if line["step"] == 0]
     compared = json.loads((ppo_run[0] / "evaluation.json").read_text())["samples"][0]
     assert (first["prompt"], first["response"]) == (compared["prompt"], compared["before"])
     assert first["score"] == pytest.approx(compared["before_score"], rel=1e-6)
@@ -147,9 +147,9 @@ def test_the_first_samples_of_ppo_are_of_the_initial_policy(ppo_run):
 def test_a_run_is_evaluated_and_sampled_ten_times_by_default(tmp_path, steps, evaluated):
     logging = {"eval_every": None, "samples_every": None}
     counting.train(tmp_path, logging=logging, steps=steps)
-    lines = small.rows(tmp_path / "metrics.jsonl")
+    lines = small.entries(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
-    sampled = dict.fromkeys(line["step"] for line in small.rows(tmp_path / "samples.jsonl"))
+    sampled = dict.fromkeys(line["step"] for line in small.entries(tmp_path / "samples.jsonl"))
     assert list(sampled) == [0, *evaluated]
 
 
@@ -167,7 +167,7 @@ def test_ppo_writes_a_comparison_with_the_policy_it_started_from(ppo_run, sft_ru
     before = rows["KL to the reference (nats per response)"]
     assert before["before"] == pytest.approx(0.0, abs=1e-5)
     assert rows["score"]["after"] == pytest.approx(evaluation["metrics"]["scores"], rel=1e-6)
-    last = small.rows(ppo_run[0] / "metrics.jsonl")[-1]
+    last = small.entries(ppo_run[0] / "metrics.jsonl")[-1]
     assert last["eval/scores"] == evaluation["metrics"]["scores"]
     ours, theirs = (load_pretrained(f"{run[0]}/hf")[1] for run in (ppo_run, sft_run))
     assert not jnp.array_equal(ours["ln_f"]["scale"], theirs["ln_f"]["scale"])
@@ -236,20 +236,20 @@ def evaluate(tmp_path, kind, **values):
     return evaluation["metrics"]
 
 
-def test_evaluation_of_texts_is_what_training_found(tmp_path, capsys, sft_run):
+def test_evaluation_of_texts_equals_that_of_training(tmp_path, capsys, sft_run):
     data = small.sft("-")["data"]
     metrics = evaluate(tmp_path, "text", model={"path": f"{sft_run[0]}/hf"}, data=data)
-    last = small.rows(sft_run[0] / "metrics.jsonl")[-1]
+    last = small.entries(sft_run[0] / "metrics.jsonl")[-1]
     assert metrics["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(last["eval/perplexity"], rel=1e-5)
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_evaluation_of_pairs_is_what_training_found(tmp_path, reward_run):
+def test_evaluation_of_pairs_equals_that_of_training(tmp_path, reward_run):
     data = small.reward("-", "-")["data"]
     model = {"reward_path": f"{reward_run[0]}/hf"}
     metrics = evaluate(tmp_path, "pairs", model=model, data=data)
-    last = small.rows(reward_run[0] / "metrics.jsonl")[-1]
+    last = small.entries(reward_run[0] / "metrics.jsonl")[-1]
     assert metrics["num_pairs"] == 8
     assert metrics["accuracy"] == pytest.approx(last["eval/accuracy"])
     assert metrics["loss"] == pytest.approx(last["eval/loss"], rel=1e-4)
@@ -279,7 +279,7 @@ def test_every_objective_trains_and_is_judged_on_pairs(tmp_path, sft_run, caplog
     result = train_reward(config)
     assert {"train/margin", "eval/margin", *SUPERVISED} <= result.metrics.keys()
     assert f"have a margin, which reward.objective {objective} ignores" in caplog.text
-    labels = {row["label"] for row in small.rows(tmp_path / "run" / "samples.jsonl")}
+    labels = {entry["label"] for entry in small.entries(tmp_path / "run" / "samples.jsonl")}
     assert {"ranking": "place 1", "tokenwise": "chosen"}[objective] in labels
 
     at_the_end = json.loads((tmp_path / "run" / "evaluation.json").read_text())

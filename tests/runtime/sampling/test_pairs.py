@@ -24,8 +24,8 @@ def constant(prompts, completions, **columns):
 
 @pytest.fixture
 def config(tmp_path, sft_run):
-    whole = small.rft("-", sft_run[0])
-    kept = {name: whole[name] for name in ("model", "data", "generation")}
+    config_of_rft = small.rft("-", sft_run[0])
+    kept = {name: config_of_rft[name] for name in ("model", "data", "generation")}
     return kept | {
         "rewards": [{"function": f"{__name__}:three_words"}],
         "num_samples": 3,
@@ -38,8 +38,8 @@ def test_pairs_are_the_best_and_the_worst_and_are_not_sampled_twice(
     tmp_path, monkeypatch, capsys, config
 ):
     count = run_pairs(config)
-    samples = small.rows(tmp_path / "pairs.samples.jsonl")
-    pairs = {each["prompt"]: each for each in small.rows(tmp_path / "pairs.jsonl")}
+    samples = small.entries(tmp_path / "pairs.samples.jsonl")
+    pairs = {each["prompt"]: each for each in small.entries(tmp_path / "pairs.jsonl")}
     assert len(samples) == 12 * 3
     assert count == len(pairs)
     for start in range(0, 36, 3):

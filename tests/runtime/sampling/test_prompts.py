@@ -15,8 +15,8 @@ from tests.runtime.sampling.test_pairs import three_words
 
 @pytest.fixture
 def config(tmp_path, sft_run):
-    whole = small.rft("-", sft_run[0])
-    kept = {name: whole[name] for name in ("model", "data", "generation")}
+    config_of_rft = small.rft("-", sft_run[0])
+    kept = {name: config_of_rft[name] for name in ("model", "data", "generation")}
     return kept | {
         "rewards": [{"function": "tests.runtime.sampling.test_pairs:three_words"}],
         "num_samples": 3,
@@ -29,14 +29,14 @@ def config(tmp_path, sft_run):
 
 def test_prompts_solved_in_part_are_kept_with_their_rate(tmp_path, config, capsys):
     count = run_filter(config)
-    samples = small.rows(tmp_path / "prompts.samples.jsonl")
+    samples = small.entries(tmp_path / "prompts.samples.jsonl")
     expected = {}
     for start in range(0, 36, 3):
         texts = [each["completion"] for each in samples[start : start + 3]]
         rate = sum(score >= 2 for score in three_words([], texts)) / 3
         if 0.3 <= rate <= 0.7:
             expected[samples[start]["prompt"]] = rate
-    kept = small.rows(config["output"])
+    kept = small.entries(config["output"])
     assert {each["prompt"]: each["pass_rate"] for each in kept} == expected
     assert count == len(kept)
     assert f"{count} of 12 prompts have a pass rate from 0.3 to 0.7" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_the_best_response_to_each_prompt_is_trained_on_as_by_sft(tmp_path, sft_
     del config["rewards"]
     train_sft(config)
     names = ("train/loss", "train/grad_norm", "step")
-    both = [[[line[n] for n in names] for line in small.rows(f / "metrics.jsonl")]
+    both = [[[line[n] for n in names] for line in small.entries(f / "metrics.jsonl")]
             for f in (folder, tmp_path)]  # fmt: skip
     assert both[0] == both[1]
     weights = [(f / "hf" / "model.safetensors").read_bytes() for f in (folder, tmp_path)]
@@ -67,13 +67,13 @@ def test_a_run_killed_while_it_samples_continues_bit_for_bit(tmp_path, monkeypat
         small.interrupt_in(patch, ScoredSampler, "__call__", 3)
         with pytest.raises(KeyboardInterrupt):
             train_rft(config)
-    file, whole = tmp_path / "sampled.jsonl", (run[0] / "sampled.jsonl").read_bytes()
+    file, complete = tmp_path / "sampled.jsonl", (run[0] / "sampled.jsonl").read_bytes()
     written = file.read_bytes()
-    assert whole.startswith(written)
+    assert complete.startswith(written)
     assert written.count(b"\n") == 2 * 4 * 3
-    file.write_bytes(whole[: len(written) - 10])  # in the middle of a line of the second batch
+    file.write_bytes(complete[: len(written) - 10])  # in the middle of a line of the second batch
     train_rft(config)
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == complete
     small.assert_same_run(run[0], tmp_path, step=3)
 
 

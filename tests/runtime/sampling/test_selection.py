@@ -27,13 +27,13 @@ def groups():
 
 def candidates(group, keep_truncated):
     """The positions of the responses that may be taken."""
-    found = []
+    kept = []
     for place, each in enumerate(group):
-        seen = [group[earlier]["completion"] for earlier in found]
+        seen = [group[earlier]["completion"] for earlier in kept]
         is_usable = each["completion"].strip() and each["completion"] not in seen
         if is_usable and (each["ended"] or keep_truncated):
-            found.append(place)
-    return found
+            kept.append(place)
+    return kept
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_selected_responses_are_those_of_a_loop(groups, threshold, count, keep_t
 def test_pairs_are_those_of_a_loop(groups):
     expected = []
     for group in groups:
-        found = [group[place] for place in candidates(group, False)]
-        scores = [each["score"] for each in found]
+        kept = [group[place] for place in candidates(group, False)]
+        scores = [each["score"] for each in kept]
         if scores and max(scores) > min(scores):
-            best, worst = found[scores.index(max(scores))], found[scores.index(min(scores))]
+            best, worst = kept[scores.index(max(scores))], kept[scores.index(min(scores))]
             expected.append(
                 {
                     "prompt": group[0]["prompt"],

@@ -109,7 +109,7 @@ def test_a_run_with_an_environment_trains_on_its_own_tokens_and_continues_bit_fo
 
 
 @pytest.mark.newest
-def test_what_an_environment_wrote_changes_no_gradient_but_through_the_context():
+def test_replies_of_an_environment_change_no_gradient_but_through_the_context():
     model = GPT2(GPT2Config(vocab_size=11, n_positions=12, n_embd=8, n_layer=1, n_head=1))
     params = model.init(jax.random.key(0))
     settings = grpo.Settings(batch_size=2, num_generations=2, response_length=6, beta=0.5)

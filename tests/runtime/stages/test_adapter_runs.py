@@ -89,7 +89,7 @@ def test_other_trainers_begin_at_the_base_and_continue_bit_for_bit(
     train, config, stage, metric, tmp_path, monkeypatch, sft_run
 ):
     sections = {"lora": {"r": 2, "target_modules": ["c_attn"]}, "logging": QUIET}
-    folders = [tmp_path / name for name in ("whole", "stopped")]
+    folders = [tmp_path / name for name in ("full", "stopped")]
     configs = [config(folder, sft_run[0], **sections) for folder in folders]
     train(configs[0])
     with monkeypatch.context() as patch:
@@ -171,7 +171,7 @@ def test_both_exports_are_the_trained_model(sft_run, run, tmp_path):
     model_section = {"path": base, "adapter_path": str(run / "adapter")}
     settings = {"generation": {"max_new_tokens": 4, "temperature": 0.0}, "output": str(output)}
     run_generate({"model": model_section, "prompt": "the", **settings})
-    (entry,) = small.rows(output)
+    (entry,) = small.entries(output)
     assert entry["prompt"] == "the"
 
 

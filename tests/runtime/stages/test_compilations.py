@@ -1,6 +1,6 @@
-"""What a run compiles, and when: each program once, and nothing any more when all were seen.
+"""Compilations of a run: each program once for each bucket, and none after all were seen.
 
-A bucket is a shape that batches come in; each of a run's programs is compiled once for each.
+A bucket is a shape of batches.
 """
 
 import json
@@ -20,7 +20,7 @@ OFTEN = {"every": 2}  # checkpoints, as evaluations and samples
 
 
 class Diary:
-    """What happens in a run, in order: ("step", index), ("shapes", ...), ("compiled", name), ..."""
+    """Events of a run, in order: ("step", index), ("shapes", ...), ("compiled", name), ..."""
 
     def __init__(self, monkeypatch, stage):
         self.entries = []

@@ -70,7 +70,7 @@ def test_ppo_goes_on_and_exports_the_lower_layers_as_they_were(
     assert jax.tree.map(np.shape, own["model"]) == jax.tree.map(np.shape, scorer["model"])
     assert (own["model"]["wpe"]["embedding"] != scorer["model"]["wpe"]["embedding"]).any()
     assert float(own["head"]["bias"]) != 0.0
-    metrics = small.rows(tmp_path / "full" / "metrics.jsonl")
+    metrics = small.entries(tmp_path / "full" / "metrics.jsonl")
     assert abs(metrics[0]["objective/kl"]) < 1e-5
 
 
@@ -101,7 +101,7 @@ def test_a_reward_model_goes_on_and_exports_the_lower_layers_as_they_were(
     assert set(saved["frozen"]) == {"fingerprint"}
 
 
-def test_flops_count_what_is_frozen_once(policy, reward_run, tmp_path):
+def test_flops_count_frozen_layers_once(policy, reward_run, tmp_path):
     """By hand: D = 32, 12 D^2 weights in a layer, and V = 300 padded to 384."""
 
     def stage(**options):
@@ -140,7 +140,7 @@ def test_flops_count_what_is_frozen_once(policy, reward_run, tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_said_before_work_starts(tmp_path, policy, changes, message):
+def test_impossible_settings_are_refused_before_work_starts(tmp_path, policy, changes, message):
     config = small.ppo(tmp_path / "run", policy, policy, **changes)
     with pytest.raises(InputError, match=message):
         train_ppo(config, small.short_response)

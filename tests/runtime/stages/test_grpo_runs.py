@@ -21,7 +21,7 @@ def test_the_command_trains_reports_and_continues_bit_for_bit(
     tmp_path, monkeypatch, capsys, sft_run, reward_run
 ):
     policy = shutil.copytree(sft_run[0] / "hf", tmp_path / "policy" / "hf")
-    whole, stopped = (
+    full, stopped = (
         small.grpo(tmp_path / name, policy.parent, reward_run[0]) for name in ("one", "two")
     )
     programs, finish = [], GroupStage.finish
@@ -32,7 +32,7 @@ def test_the_command_trains_reports_and_continues_bit_for_bit(
         return finish(self, state)
 
     monkeypatch.setattr(GroupStage, "finish", counted)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(full))
     assert main.main(["grpo", "--config", str(tmp_path / "run.yaml")]) == 0
     assert "win rate by the score" in capsys.readouterr().out
     assert programs == [1]
@@ -124,7 +124,7 @@ def test_groups_without_spread_are_replaced_and_the_data_position_is_kept(
     steps = small.metrics_by_step(tmp_path / "one")
     rounds = [steps[step]["dynamic_sampling/rounds"] for step in range(1, 5)]
     assert int(small.checkpoint(tmp_path / "one")["prompt_batches"]) == sum(rounds) > 4
-    samples = small.rows(tmp_path / "one" / "samples.jsonl")
+    samples = small.entries(tmp_path / "one" / "samples.jsonl")
     even = [len(each["prompt"]) % 2 == 0 for each in samples if each["step"] == 1]
     assert len(even) == 16
     # Those with spread come first.

@@ -46,15 +46,15 @@ def test_the_parts_are_those_of_the_state_and_of_the_compiled_step():
     state = jax.device_put(state, place.shardings(state))
     with jax.set_mesh(place.mesh):
         function = place.step(step, state)
-        found = estimate(place, state, [(function, (state, batch, key))])
+        estimated = estimate(place, state, [(function, (state, batch, key))])
         function(state, batch, key)
     assert len(traces) == 1
     size = 4 * 512 * 256
-    assert (found.weights, found.moments, found.frozen) == (size, 2 * size, 4 * 3 * 256)
-    assert found.step >= batch.nbytes + 4 * 64 * 256
-    assert found.step < 4 * size
-    assert found.rest > 0  # of this process
-    assert found.total == sum(found[:5])
+    assert (estimated.weights, estimated.moments, estimated.frozen) == (size, 2 * size, 4 * 3 * 256)
+    assert estimated.step >= batch.nbytes + 4 * 64 * 256
+    assert estimated.step < 4 * size
+    assert estimated.rest > 0  # of this process
+    assert estimated.total == sum(estimated[:5])
 
 
 def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ THREE = {"num_responses": 3, "total_episodes": 48}
 def test_the_command_trains_reports_and_continues_bit_for_bit(
     tmp_path, monkeypatch, capsys, sft_run, reward_run
 ):
-    whole, stopped = (
+    full, stopped = (
         small.online_dpo(tmp_path / name, sft_run[0], reward_run[0]) for name in ("one", "two")
     )
     programs, finish = [], OnlineStage.finish
@@ -30,7 +30,7 @@ def test_the_command_trains_reports_and_continues_bit_for_bit(
         return finish(self, state)
 
     monkeypatch.setattr(OnlineStage, "finish", counted)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(full))
     assert main.main(["online-dpo", "--config", str(tmp_path / "run.yaml")]) == 0
     assert "win rate by the score" in capsys.readouterr().out
     assert programs == [1]
@@ -66,8 +66,8 @@ def test_a_function_scores_all_responses_beside_their_prompts(tmp_path, sft_run)
     prompts, completions, columns = calls[-1]
     assert prompts == [prompt for prompt in prompts[::3] for _ in range(3)]
     assert all(len(values) == 24 for values in columns.values())
-    last = [row for row in small.rows(tmp_path / "samples.jsonl") if row["step"] == 2]
-    assert [(row["prompt"], row["response"], -row["score"]) for row in last] == [
+    last = [entry for entry in small.entries(tmp_path / "samples.jsonl") if entry["step"] == 2]
+    assert [(entry["prompt"], entry["response"], -entry["score"]) for entry in last] == [
         (*texts, len(texts[1])) for texts in zip(prompts, completions, strict=True)
     ]
 
