@@ -5,7 +5,7 @@ from typing import Literal
 
 from rlhf_jax.checks import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_divides
 from rlhf_jax.training.settings import OnlineSettings, OptimizerSettings, prompts_kind
-from rlhf_jax.training.trainer import Headline, Trainer
+from rlhf_jax.training.trainer import Headline, Plot, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,15 @@ TRAINER = Trainer(
         Headline("objective/kl", "KL", shows_start=False),
     ),
     losses=("loss/policy_avg", "loss/value_avg", "train/grad_norm"),
+    diagnostics=(
+        Plot("Policy loss", "", {"loss/policy_avg": "policy"}),
+        Plot("Value loss", "", {"loss/value_avg": "value"}),
+        Plot(
+            "Clipped share",
+            "of tokens",
+            {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"},
+        ),
+    ),
     has_value_model=True,
     mixes_texts=True,
 )

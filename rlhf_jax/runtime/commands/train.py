@@ -82,7 +82,7 @@ def print_result(trainer: Trainer, result: StageResult) -> None:
         print(format_table(evaluation["table"]), flush=True)
         return
     headlines = [each.metric for each in trainer.headlines]
-    names = dict.fromkeys([*headlines, "eval/loss", "eval/accuracy"])
+    names = dict.fromkeys([*headlines, *result.metrics])
     values = {name: result.metrics[name] for name in names if name in result.metrics}
     shown = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith("eval/")]
     if shown:

@@ -26,16 +26,17 @@ class Progress:
       initial_step: the step that the run starts or continues from.
       description: the first word of the line, such as "ppo".
       enabled: if False nothing is printed.
+      scores: metric -> label of the mean scores that the run may have.
       file: the output; standard error if None.
     """
 
-    SHOWN: Mapping[str, str] = {
+    LOSSES: Mapping[str, str] = {
         "train/loss": "loss",
         "train/accuracy": "accuracy",
         "eval/loss": "eval loss",
         "eval/accuracy": "eval accuracy",
-        "objective/scores": "score",
-        "reward": "reward",
+    }
+    OBJECTIVES: Mapping[str, str] = {
         "objective/kl": "kl",
         "objective/gold": "gold",
         "objective/entropy": "entropy",
@@ -49,12 +50,14 @@ class Progress:
         initial_step: int,
         description: str,
         enabled: bool = True,
+        scores: Mapping[str, str] | None = None,
         *,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._file = sys.stderr if file is None else file
         self._total, self._step, self._description = total_steps, initial_step, description
+        self._labels = {**self.LOSSES, **(scores or {}), **self.OBJECTIVES}
         self._clock, self._values = clock, dict[str, float]()
         self._plain = enabled and not self._file.isatty()
         self._printed_step: int | None = None
@@ -74,7 +77,7 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that `step` is done; metrics that are missing keep their last value."""
-        shown = {*self.SHOWN, "perf/tokens_per_sec"}
+        shown = {*self._labels, "perf/tokens_per_sec"}
         self._values |= {k: float(v) for k, v in (metrics or {}).items() if k in shown}
         if self._plain:
             self._end_phase()
@@ -115,7 +118,7 @@ class Progress:
             self._phase.cancel()
 
     def _metrics(self, digits: int) -> list[str]:
-        known = [(label, self._values.get(name)) for name, label in self.SHOWN.items()]
+        known = [(label, self._values.get(name)) for name, label in self._labels.items()]
         return [f"{label} {value:.{digits}g}" for label, value in known if value is not None][:4]
 
     def _speed(self) -> list[str]:
