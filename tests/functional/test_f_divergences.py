@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import functional
-from rlhf_jax.functional.dpo_kinds import DIVERGENCE_KINDS, DIVERGENCES, DPO_KINDS
+from rlhf_jax.preference_kinds import DIVERGENCE_KINDS, DIVERGENCES, DPO_KINDS
 
-KINDS = sorted(DIVERGENCE_KINDS - {"sft"})
+KINDS = sorted({*DIVERGENCE_KINDS} - {"sft"})
 
 
 def derivative(t, divergence, alpha):

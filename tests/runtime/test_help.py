@@ -78,7 +78,7 @@ def test_the_help_has_first_sentences_defaults_and_each_class_once():
     assert help_text(Config, "rlhf it", ("seed", "third.rate")) == EXPECTED
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "run"])
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "dpo", "kto", "rft", "run"])
 def test_the_help_of_training_begins_with_ten_settings_and_is_short(command, capsys):
     assert main.main([command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -15,7 +15,7 @@ from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.run.progress import preparing
 from rlhf_jax.runtime.run.stage import Stage, StageResult
 from rlhf_jax.runtime.stages.groups import GroupStage
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage, RewardModelStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from rlhf_jax.runtime.stages.sampled import SampledStage
 from rlhf_jax.runtime.stages.shared import data_fingerprints
@@ -67,7 +67,7 @@ def stage_of(config: RunConfig, reward_fn: RewardFunction | None = None) -> Stag
         return OnlineStage(config, reward_fn)
     if config.trainer.samples_first:
         return SampledStage(config, reward_fn)
-    return OfflineStage(config)
+    return (PolicyStage if config.trainer.trains == "policy" else RewardModelStage)(config)
 
 
 def print_result(trainer: Trainer, result: StageResult) -> None:

@@ -34,12 +34,12 @@ from rlhf_jax.runtime.sampling.samples import (
     mark_of,
 )
 from rlhf_jax.runtime.sampling.selection import Entry, select
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage
 
 SAMPLED, SELECTED = "sampled.jsonl", "selected.jsonl"
 
 
-class SampledStage(OfflineStage):
+class SampledStage(PolicyStage):
     """Training on the best of the model's own responses; see `run.stage.Stage`.
 
     All responses are in `sampled.jsonl` of the run, and those that are trained on in
@@ -68,7 +68,7 @@ class SampledStage(OfflineStage):
     def _load(self) -> tuple[list[Any], list[Any]]:
         """Tokenizer, models, the selected responses, and the held-out prompts."""
         config, generation = self.config, self.config.section("generation")
-        examples, self._held_out_examples = self.load_examples(config.data, "prompts")
+        examples, held_out = self.load_examples(config.data, "prompts")
         check_functions(self.sources, examples)
         self.load_policy(list)
         rewards, self._reward_params = load_rewards(
@@ -83,7 +83,7 @@ class SampledStage(OfflineStage):
             "their number": len(selected),
             "their SHA-256": digest(selected),
         }
-        return selected, self._held_out_examples
+        return selected, held_out
 
     def _sample(self, examples: list[Any]) -> list[list[Entry]]:
         """The responses to each prompt, as they are in `sampled.jsonl`."""
@@ -134,7 +134,7 @@ class SampledStage(OfflineStage):
                 params,
                 self._reward_params,
                 batch,
-                self._held_out_examples,
+                self.held_out_examples,
                 jax.random.fold_in(self.eval_key, index),
             )
             for index, batch in enumerate(eval_batches(self.held_out, size))
