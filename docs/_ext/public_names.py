@@ -1,4 +1,4 @@
-"""Which names are public, and what the reference calls them. Without Sphinx: tests read it too.
+"""The public names, and their names in the reference. Without Sphinx: tests read it too.
 
 A module or package with `__all__` says so itself. In one without, every function and class that it
 defines and whose name has no underscore in front is public.

@@ -4,7 +4,7 @@
 that name alone, and `{overview}` with files of `rlhf_jax.functional` a table of their functions.
 `{trainer_table}`, `{trainers}` and the line `trainers` of `{command_tree}` derive from `TRAINERS`,
 and `{families}` from `FAMILIES`. It is a warning, and so an error of `make docs`, if a public name
-has no entry, or if a page asks for anything on the network.
+has no entry, or if a page loads anything from the network.
 """
 
 import collections
@@ -140,7 +140,7 @@ def parse_rst(directive, lines):
     """Nodes of reStructuredText, though the page around it is Markdown."""
     page = directive.state.document
     document = new_document(page["source"], page.settings)
-    document.reporter = page.reporter  # which makes Sphinx's warnings of what is wrong
+    document.reporter = page.reporter  # which makes Sphinx's warnings of errors
     source = StringList(lines, source=page["source"])
     RSTStateMachine(state_classes=state_classes, initial_state="Body").run(source, document)
     return document.children
@@ -205,14 +205,14 @@ class LinkNames(SphinxTransform):
 
 
 def process_signature(app, what, name, obj, options, signature, return_annotation):
-    """Shortens defaults that are settings themselves to what differs from their own defaults."""
+    """Shortens defaults that are settings to their fields with another value than the default."""
     if what == "class" and dataclasses.is_dataclass(obj) and signature:
         for field in dataclasses.fields(obj):
             if dataclasses.is_dataclass(field.default):
                 signature = signature.replace(repr(field.default), short(field.default))
-        # What the signature of a dataclass holds in place of a default that is made anew.
+        # The signature of a dataclass has this in place of a default that is made anew.
         signature = signature.replace("<factory>", "{}")
-        # What Flax adds to each of its modules.
+        # Flax adds these to each of its modules.
         signature = re.sub(r", parent: [^=]* = <[^>]*>, name: [^=]* = None\)$", ")", signature)
     return signature, return_annotation
 
@@ -252,13 +252,13 @@ def check_offline(app, exception):
     for path in sorted(Path(app.outdir).rglob("*")):
         patterns = {".html": (asset, link, style), ".css": (style,)}.get(path.suffix, ())
         for pattern in patterns:
-            found = pattern.search(path.read_text(encoding="utf-8"))
-            if found:
-                LOGGER.warning("%s would load %s from the network", path.name, found[0])
+            match = pattern.search(path.read_text(encoding="utf-8"))
+            if match:
+                LOGGER.warning("%s would load %s from the network", path.name, match[0])
 
 
 def setup(app):
-    """What Sphinx calls when it loads the extension."""
+    """Called by Sphinx when it loads the extension."""
     app.add_directive("public", Public)
     app.add_directive("overview", Overview)
     app.add_directive("trainers", Trainers)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.interface import Params
 
-Metrics = dict[str, Any]  # f32[] each
+Metrics = dict[str, jax.Array]  # f32[] each
 
 
 def accumulated_gradients(

@@ -15,6 +15,7 @@ from rlhf_jax.models.adapters import adapters_of
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_logits
 from rlhf_jax.training import trainable
+from rlhf_jax.training.accumulate import Metrics
 from rlhf_jax.training.dpo_settings import TRAINER, Settings
 from rlhf_jax.training.responses import exceeds, init_state_with_reference, logprobs_of
 from rlhf_jax.training.reward import sequences_of
@@ -31,7 +32,6 @@ __all__ = [
     "make_step",
 ]
 
-Metrics = dict[str, jax.Array]
 
 # Kinds whose `logps` are means over the tokens of a response.
 MEANS = ("simpo", "orpo")

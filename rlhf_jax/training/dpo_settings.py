@@ -143,7 +143,7 @@ def _faults_of_kinds(settings: Settings) -> Iterator[tuple[str, str]]:
     if smoothing and not any(kind in SMOOTHED for kind in kinds):
         yield "label_smoothing", f"but {names} has none; set it to 0"
     if "exo_pair" in kinds and not smoothing:
-        yield "label_smoothing", "and the loss exo_pair is then infinite; its authors take 0.001"
+        yield "label_smoothing", "and the loss exo_pair is then infinite; its authors use 0.001"
     if settings.gradient_accumulation_steps > 1 and BATCH_KINDS.intersection(kinds):
         reason = f"but {names} sorts the batch, which its parts cannot; set it to 1"
         yield "gradient_accumulation_steps", reason

@@ -10,11 +10,8 @@ import optax
 
 from rlhf_jax import functional
 from rlhf_jax.models.interface import Params
-from rlhf_jax.training.accumulate import accumulated_gradients
+from rlhf_jax.training.accumulate import Metrics, accumulated_gradients
 from rlhf_jax.training.state import apply_gradients
-
-Metrics = dict[str, jax.Array]
-
 
 # Metrics over the updates of an iteration, and what they are of.
 _OVER_UPDATES: dict[str, tuple[str, Callable[..., jax.Array]]] = {

@@ -13,6 +13,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.training import trainable
+from rlhf_jax.training.accumulate import Metrics
 from rlhf_jax.training.kto_settings import TRAINER, Settings
 from rlhf_jax.training.responses import exceeds, init_state_with_reference, logprobs_of
 from rlhf_jax.training.sft import full_params
@@ -27,8 +28,6 @@ __all__ = [
     "make_reference_step",
     "make_step",
 ]
-
-Metrics = dict[str, jax.Array]
 
 
 def init_state(

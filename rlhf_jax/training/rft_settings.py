@@ -37,6 +37,7 @@ TRAINER = Trainer(
     settings=Settings,
     reads=lambda settings: "text",
     samples_first=True,
+    has_dropout=True,
     optimizer=OptimizerSettings(learning_rate=1e-5),
     first_settings=("num_samples", "max_per_prompt", "num_epochs", "batch_size"),
     headlines=(

@@ -65,6 +65,7 @@ class Trainer:
       diagnostics: likewise, before the diagnostics that trainers share.
       has_reference: whether its loss may compare with a reference: `has_reference` and
         `precompute_ref` of its settings show when, and its module has `make_reference_step`.
+      has_dropout: whether it trains with dropout, by a setting of that name.
       has_rouge: whether it has `rouge_rows`: ROUGE of held-out completions in each evaluation.
       has_value_model: whether it may start a value model from `model.value_path`.
       mixes_texts: whether it may train on texts beside the responses (the section `ptx`).
@@ -90,6 +91,7 @@ class Trainer:
     plots: tuple[Plot, ...] = dataclasses.field(default=(), hash=False)
     diagnostics: tuple[Plot, ...] = dataclasses.field(default=(), hash=False)
     has_reference: bool = False
+    has_dropout: bool = False
     has_rouge: bool = False
     has_value_model: bool = False
     mixes_texts: bool = False

@@ -88,7 +88,7 @@ class Progress:
         self._step = step
 
     def phase(self, name: str) -> None:
-        """Shows until the next step what the run does, such as "evaluating"."""
+        """Shows the activity of the run until the next step, such as "evaluating"."""
         if self._plain:
             self._end_phase()
             self._phase = _delayed(self._description, name, PHASE_SECONDS, self._file)
@@ -164,7 +164,7 @@ class Progress:
 
 
 def show_phase(name: str, phase: str, *, file: TextIO | None = None) -> None:
-    """Prints what a run does outside of its steps, such as "sft: writing the model"."""
+    """Prints the activity of a run outside of its steps, such as "sft: writing the model"."""
     print(f"{name}: {phase}", file=sys.stderr if file is None else file, flush=True)
 
 
@@ -177,7 +177,7 @@ def show_note(text: str) -> None:
 def preparing(name: str, phase: str, *, shown: bool) -> Iterator[None]:
     """Shows the phase of the block, on a terminal at once and elsewhere after some seconds.
 
-    A mistake of the user is mostly found before, and is then the only line of a log.
+    A mistake of the user mostly ends the run before, and is then the only line of a log.
     """
     if not shown:
         yield
