@@ -9,7 +9,7 @@ from rlhf_jax.batches import PairBatch
 from rlhf_jax.models.gpt2 import GPT2, GPT2Config
 from rlhf_jax.runtime import program
 from rlhf_jax.runtime.config import SFTConfig, resolve
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage
 from rlhf_jax.training import reward
 from tests import small
 
@@ -50,7 +50,7 @@ def test_a_stage_is_compiled_with_them(tmp_path, monkeypatch):
         return {"no_such_option": "1"}
 
     monkeypatch.setattr(program, "compiler_options", unknown)
-    stage = OfflineStage(resolve(SFTConfig, small.sft(tmp_path)))
+    stage = PolicyStage(resolve(SFTConfig, small.sft(tmp_path)))
     shape = jax.eval_shape(stage._init, stage.params)
     lowered = stage._step.lower(shape, stage.batches.at(0), jax.random.key(0))
     with pytest.raises(Exception, match="no_such_option"):

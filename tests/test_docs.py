@@ -2,13 +2,18 @@
 
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import rlhf_jax
+from rlhf_jax import training
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
@@ -25,16 +30,25 @@ def public_names(monkeypatch):
     return importlib.import_module("public_names")
 
 
+def reference_text():
+    return "".join(path.read_text() for path in PAGES if path.parent.name == "reference")
+
+
 def directives(name):
     """Arguments of a directive on all pages of the reference."""
-    text = "".join(path.read_text() for path in PAGES if path.parent.name == "reference")
-    lines = re.findall(rf"^```{{{name}}} (.+)$", text, re.M)
+    lines = re.findall(rf"^```{{{name}}} (.+)$", reference_text(), re.M)
     return [argument for line in lines for argument in line.split()]
 
 
 def entries(public_names):
     """(module, name) of each entry of the reference."""
-    return [entry for each in directives("public") for entry in public_names.documented_names(each)]
+    assert re.findall(r"^```{(trainers|families)}$", reference_text(), re.M) == [
+        "families",
+        "trainers",
+    ]
+    modules = [*directives("public"), *public_names.family_files()]
+    listed = [entry for each in modules for entry in public_names.documented_names(each)]
+    return [*listed, *(e for each in training.TRAINERS for e in public_names.trainer_names(each))]
 
 
 def test_each_name_of_rlhf_jax_is_in_the_reference_once(public_names):
@@ -103,13 +117,53 @@ def test_no_name_has_two_entries(public_names):
     assert len(listed) == len(set(listed))
 
 
-def test_each_page_is_in_the_tree_once():
+ADDED = """
+import public_names
+from rlhf_jax import training
+assert training.TRAINERS[-1].steps.__name__ == "rlhf_jax.training.reinforce"
+print(public_names.trainer_table()[-1])
+print(*(name for _, name in public_names.trainer_names(training.TRAINERS[-1])))
+"""
+
+
+def test_a_trainer_of_one_file_and_one_line_is_in_the_docs(tmp_path):
+    """In a copy of the package: a line in the table of commands, and entries in the reference."""
+    shutil.copytree(DOCS.parent / "rlhf_jax", tmp_path / "rlhf_jax")
+    shutil.copytree(DOCS / "_ext", tmp_path / "docs" / "_ext")
+    folder = tmp_path / "rlhf_jax" / "training"
+    shutil.copy(DOCS / "examples" / "reinforce.py", folder)
+    package = folder / "__init__.py"
+    last = '        "rloo_settings",\n'
+    assert package.read_text().count(last) == 1
+    package.write_text(package.read_text().replace(last, f'{last}        "reinforce",\n'))
+    paths = f"{tmp_path}{os.pathsep}{tmp_path / 'docs' / '_ext'}"
+    command = [sys.executable, "-c", ADDED]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    table, names = done.stdout.splitlines()
+    settings = "{py:obj}`reinforce <rlhf_jax.training.reinforce.Settings>`"
+    assert table == f"| `rlhf reinforce` | REINFORCE with a moving baseline | {settings} |"
+    assert {"Settings", "State", "init_state", "make_update_step"} <= {*names.split()}
+
+
+def test_each_trainer_has_a_page_and_a_line_that_links_to_it(public_names):
+    names = [trainer.name for trainer in training.TRAINERS]
+    assert public_names.trainer_pages() == [f"commands/{name}" for name in names]
+    table = public_names.trainer_table()[2:]
+    for trainer, line in zip(training.TRAINERS, table, strict=True):
+        assert line.startswith(f"| [`rlhf {trainer.command}`]({trainer.name}.md) | ")
+    assert "```{trainer_table}\n```" in (DOCS / "commands" / "index.md").read_text()
+
+
+def test_each_page_is_in_the_tree_once(public_names):
+    tree = r"^```{(?:toctree|command_tree)}\n(.*?)^```$"
     trees = [
-        (path, line.strip())
+        (path, line)
         for path in PAGES
-        for block in re.findall(r"^```{toctree}\n(.*?)^```$", path.read_text(), re.M | re.S)
-        for line in block.splitlines()
-        if line.strip() and not line.startswith(":")
+        for block in re.findall(tree, path.read_text(), re.M | re.S)
+        for entry in map(str.strip, block.splitlines())
+        if entry and not entry.startswith(":")
+        for line in (public_names.trainer_pages() if entry == "trainers" else [entry])
     ]
     listed = [page_name((path.parent / f"{entry}.md").resolve()) for path, entry in trees]
     assert sorted([*listed, "index"]) == [page_name(path) for path in PAGES]

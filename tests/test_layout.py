@@ -28,8 +28,8 @@ ROOMS = (
     "runtime",
     "scripts",
 )
-EVERYWHERE = {"backend", "checks", "errors", "lazy"}
-# The same inside of `runtime`, by the name after it; what is not named here stands above all.
+EVERYWHERE = {"errors", "lazy", "backend", "checks", "preference_kinds"}
+# The same inside of `runtime`, by the name after it.
 RUNTIME_ROOMS = (
     "yaml_files",
     "parsing",
@@ -47,6 +47,8 @@ RUNTIME_ROOMS = (
     "compilation",
     "commands",
 )
+# Settings of rooms of the runtime: they import no room, and any may import them.
+SETTINGS = ("run.settings", "evaluation.settings", "rewards.sources")
 
 # What a room may import from other distributions; data, runtime and scripts import what they need.
 ARRAYS = {"jax", "numpy", "chex"}
@@ -56,6 +58,7 @@ THIRD_PARTY = {
     "backend": {"jax"},
     "checks": set(),
     "lazy": set(),
+    "preference_kinds": set(),
     "functional": {"jax", "chex"},
     "batches": {"jax"},  # for types alone
     "models": ARRAYS | {"flax", "safetensors"},
@@ -131,14 +134,32 @@ def test_imports_go_to_earlier_rooms_only(path):
     assert not wrong, f"{path_name(path)} may import only {sorted(allowed)}, and imports {wrong}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("rlhf_jax/runtime/*/*.py")), ids=path_name)
+RUNTIME = "rlhf_jax.runtime."
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("rlhf_jax/runtime/**/[!_]*.py")), ids=path_name)
 def test_rooms_of_the_runtime_import_earlier_ones_only(path):
-    room = module_name(path).split(".")[2]
-    allowed = {*RUNTIME_ROOMS[: RUNTIME_ROOMS.index(room) + 1]}
-    names = [name.split(".") for name in imported_modules(path)]
-    others = {name[2] for name in names if name[:2] == ["rlhf_jax", "runtime"] and len(name) > 2}
-    wrong = (others & {*RUNTIME_ROOMS}) - allowed
+    name = module_name(path).removeprefix(RUNTIME)
+    room = name.partition(".")[0]
+    names = [each.removeprefix(RUNTIME) for each in imported_modules(path) if RUNTIME in each]
+    others = {each.partition(".")[0] for each in names if not each.startswith(SETTINGS)}
+    allowed = () if name in SETTINGS else RUNTIME_ROOMS[: RUNTIME_ROOMS.index(room) + 1]
+    wrong = (others & {*RUNTIME_ROOMS}) - {*allowed}
     assert not wrong, f"{path_name(path)} imports {sorted(wrong)}, which stand above {room}"
+
+
+def test_the_page_on_the_architecture_has_each_file_and_folder_in_this_order():
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("\n## From the command")[0]
+    cells = re.findall(r"^\| (`.*?) \|", text, re.M)
+    listed = [name for cell in cells for name in re.findall(r"`([\w/.]+)`", cell)]
+    named, count = [name.removesuffix("/").removesuffix(".py") for name in listed], len(EVERYWHERE)
+    assert {*named[:count]} == EVERYWHERE
+    rooms = [*ROOMS[: ROOMS.index("runtime")], *(f"runtime/{room}" for room in RUNTIME_ROOMS)]
+    assert named[count:] == rooms
+    here = {path.name for path in (ROOT / "rlhf_jax").glob("[!_]*")}
+    assert here == {name.partition("/")[0] for name in listed}
+    inside = {path.name for path in (ROOT / "rlhf_jax" / "runtime").glob("[!_]*")}
+    assert inside == {name.split("/")[1] for name in listed if name.startswith("runtime/")}
 
 
 def test_no_two_files_import_each_other():
@@ -309,7 +330,7 @@ def test_what_needs_no_jax_does_not_import_it(modules, light):
 def test_functions_of_rlhf_jax_import_light_packages_and_change_no_setting_of_jax():
     others, ours, settings = printed_lines(USE)
     assert set(others.split()) <= {"absl", "chex", "rlhf_jax", "toolz", "typing_extensions"}
-    light = ("rlhf_jax.functional", "rlhf_jax.backend")
+    light = ("rlhf_jax.functional", "rlhf_jax.backend", "rlhf_jax.preference_kinds")
     assert all(name.startswith(light) for name in ours.split())
     assert settings == ""
 

@@ -1,4 +1,4 @@
-"""Which names are public, and what the reference calls them. Without Sphinx: tests read it too.
+"""The public names, and their names in the reference. Without Sphinx: tests read it too.
 
 A module or package with `__all__` says so itself. In one without, every function and class that it
 defines and whose name has no underscore in front is public.
@@ -6,10 +6,15 @@ defines and whose name has no underscore in front is public.
 
 import importlib
 import inspect
+from pathlib import Path
 from types import ModuleType
 
 import rlhf_jax
-from rlhf_jax import functional
+from rlhf_jax import functional, training
+from rlhf_jax.models import huggingface
+from rlhf_jax.training.trainer import Trainer
+
+DOCS = Path(__file__).resolve().parents[1]
 
 # Packages that name what they offer, and modules from which users take names directly.
 PACKAGES = ("rlhf_jax.functional", "rlhf_jax.rollout", "rlhf_jax.parallel", "rlhf_jax.data")
@@ -18,7 +23,6 @@ MODULES = (
     "rlhf_jax.errors",
     "rlhf_jax.models.cache",
     "rlhf_jax.models.family",
-    "rlhf_jax.models.gpt2",
     "rlhf_jax.models.heads",
     "rlhf_jax.models.huggingface",
     "rlhf_jax.models.interface",
@@ -30,9 +34,6 @@ MODULES = (
     "rlhf_jax.rollout.shaping",
     "rlhf_jax.training.trainer",
     "rlhf_jax.training.settings",
-    "rlhf_jax.training.sft",
-    "rlhf_jax.training.reward",
-    "rlhf_jax.training.ppo",
     "rlhf_jax.training.online",
     "rlhf_jax.training.epochs",
     "rlhf_jax.training.trainable",
@@ -88,9 +89,51 @@ def documented_names(argument: str) -> list[tuple[str, str]]:
     return [(argument, name) for name in public_names(argument)]
 
 
+def trainer_names(trainer: Trainer) -> list[tuple[str, str]]:
+    """(module, name) of each public name in a trainer's own files: its steps and its settings."""
+    files = dict.fromkeys((trainer.steps.__name__, trainer.settings.__module__))
+    own = (trainer.name, f"{trainer.name}_settings")
+    names: dict[object, tuple[str, str]] = {}
+    for file in (file for file in files if file.rpartition(".")[2] in own):
+        for module, name in documented_names(file):
+            names.setdefault(getattr(importlib.import_module(module), name), (module, name))
+    return list(names.values())
+
+
+def trainer_table() -> list[str]:
+    """Lines of Markdown: the command of each trainer, its summary and its settings.
+
+    A command has a link where `docs/commands/` has a page of the trainer's name.
+    """
+    lines = ["| Command | | Settings |", "| --- | --- | --- |"]
+    for trainer in training.TRAINERS:
+        command = f"`rlhf {trainer.command}`"
+        if f"commands/{trainer.name}" in trainer_pages():
+            command = f"[{command}]({trainer.name}.md)"
+        name = trainer.settings.__name__
+        settings = next(".".join(entry) for entry in trainer_names(trainer) if entry[1] == name)
+        lines.append(f"| {command} | {trainer.summary} | {{py:obj}}`{trainer.name} <{settings}>` |")
+    return lines
+
+
+def trainer_pages() -> list[str]:
+    """The pages of trainers in `docs/`, in the order of `TRAINERS`, as far as there are any."""
+    pages = [f"commands/{trainer.name}" for trainer in training.TRAINERS]
+    return [page for page in pages if (DOCS / f"{page}.md").exists()]
+
+
+def family_files() -> list[str]:
+    """The modules with the models and the configurations of the model families."""
+    families = huggingface.FAMILIES
+    files = [each.__module__ for family in families for each in (family.model, family.config)]
+    return list(dict.fromkeys(files))
+
+
 def required_names() -> set[tuple[str, str]]:
     """All (module, name) that the reference has to hold."""
-    names = {(module, name) for module in (*PACKAGES, *MODULES) for name in public_names(module)}
+    modules = (*PACKAGES, *MODULES, *family_files())
+    names = {(module, name) for module in modules for name in public_names(module)}
+    names |= {entry for trainer in training.TRAINERS for entry in trainer_names(trainer)}
     configuration = importlib.import_module(CONFIGURATION)
     names |= {
         (CONFIGURATION, name)

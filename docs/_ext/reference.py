@@ -1,9 +1,10 @@
 """A Sphinx extension for the reference: entries that follow the code, and docstrings as they are.
 
 `{public}` with a module's name makes an entry of each of its public names, with `MODULE::NAME` of
-that name alone, and `{overview}` with files of `rlhf_jax.functional` a table of their functions. It
-is a warning, and so an error of `make docs`, if a public name has no entry, or if a page asks for
-anything on the network.
+that name alone, and `{overview}` with files of `rlhf_jax.functional` a table of their functions.
+`{trainer_table}`, `{trainers}` and the line `trainers` of `{command_tree}` derive from `TRAINERS`,
+and `{families}` from `FAMILIES`. It is a warning, and so an error of `make docs`, if a public name
+has no entry, or if a page loads anything from the network.
 """
 
 import collections
@@ -17,13 +18,22 @@ from docutils import nodes
 from docutils.parsers.rst.states import RSTStateMachine, state_classes
 from docutils.statemachine import StringList
 from docutils.utils import new_document
-from public_names import documented_names, functional_names, required_names
+from public_names import (
+    documented_names,
+    family_files,
+    functional_names,
+    required_names,
+    trainer_names,
+    trainer_pages,
+    trainer_table,
+)
 from sphinx.addnodes import pending_xref
+from sphinx.directives.other import TocTree
 from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from rlhf_jax import functional
+from rlhf_jax import functional, training
 
 # The fields of a docstring, and an item of one: `names: text` or `names:`, indented by two.
 FIELD_NAMES = {
@@ -49,13 +59,66 @@ class Public(SphinxDirective):
     required_arguments = 1
 
     def run(self):
+        return parse_rst(self, entries(documented_names(self.arguments[0])))
+
+
+def entries(names):
+    """Lines of reStructuredText with an entry of each (module, name)."""
+    lines = []
+    for module, name in names:
+        is_class = inspect.isclass(getattr(__import__(module, fromlist=[name]), name))
+        # Two colons, since `rlhf_jax.rollout.generate` is a module and a function in it.
+        lines += [f".. auto{'class' if is_class else 'function'}:: {module}::{name}"]
+        lines += ["   :members:", ""] if is_class else [""]
+    return lines
+
+
+def section(title, text, names):
+    """Lines of a section: its title, a paragraph, and an entry of each (module, name)."""
+    return [title, "-" * len(title), "", text, "", *entries(names)]
+
+
+class Trainers(SphinxDirective):
+    """A section for each trainer: its command, the module of its steps, and its public names."""
+
+    def run(self):
         lines = []
-        for module, name in documented_names(self.arguments[0]):
-            is_class = inspect.isclass(getattr(__import__(module, fromlist=[name]), name))
-            # Two colons, since `rlhf_jax.rollout.generate` is a module and a function in it.
-            lines += [f".. auto{'class' if is_class else 'function'}:: {module}::{name}"]
-            lines += ["   :members:", ""] if is_class else [""]
+        for trainer in training.TRAINERS:
+            page = f"commands/{trainer.name}"
+            command = f"``rlhf {trainer.command}``"
+            if page in trainer_pages():
+                command = f":doc:`rlhf {trainer.command} </{page}>`"
+            text = f"{command}: {trainer.summary}. The steps are in ``{trainer.steps.__name__}``."
+            lines += section(trainer.title, text, trainer_names(trainer))
         return parse_rst(self, lines)
+
+
+class Families(SphinxDirective):
+    """A section for each file of a model family, with its public names."""
+
+    def run(self):
+        files = [(f"``{file}``", "", documented_names(file)) for file in family_files()]
+        return parse_rst(self, [line for each in files for line in section(*each)])
+
+
+class TrainerTable(SphinxDirective):
+    """A table of the commands of the trainers."""
+
+    def run(self):
+        node = nodes.container()
+        self.state.nested_parse(StringList(trainer_table()), 0, node)
+        return node.children
+
+
+class CommandTree(TocTree):
+    """A `toctree` in which the line `trainers` stands for the page of each trainer."""
+
+    def run(self):
+        lines = list(self.content)
+        place = lines.index("trainers")
+        lines[place : place + 1] = trainer_pages()
+        self.content = StringList(lines)
+        return super().run()
 
 
 class Overview(SphinxDirective):
@@ -77,7 +140,7 @@ def parse_rst(directive, lines):
     """Nodes of reStructuredText, though the page around it is Markdown."""
     page = directive.state.document
     document = new_document(page["source"], page.settings)
-    document.reporter = page.reporter  # which makes Sphinx's warnings of what is wrong
+    document.reporter = page.reporter  # which makes Sphinx's warnings of errors
     source = StringList(lines, source=page["source"])
     RSTStateMachine(state_classes=state_classes, initial_state="Body").run(source, document)
     return document.children
@@ -142,14 +205,14 @@ class LinkNames(SphinxTransform):
 
 
 def process_signature(app, what, name, obj, options, signature, return_annotation):
-    """Shortens defaults that are settings themselves to what differs from their own defaults."""
+    """Shortens defaults that are settings to their fields with another value than the default."""
     if what == "class" and dataclasses.is_dataclass(obj) and signature:
         for field in dataclasses.fields(obj):
             if dataclasses.is_dataclass(field.default):
                 signature = signature.replace(repr(field.default), short(field.default))
-        # What the signature of a dataclass holds in place of a default that is made anew.
+        # The signature of a dataclass has this in place of a default that is made anew.
         signature = signature.replace("<factory>", "{}")
-        # What Flax adds to each of its modules.
+        # Flax adds these to each of its modules.
         signature = re.sub(r", parent: [^=]* = <[^>]*>, name: [^=]* = None\)$", ")", signature)
     return signature, return_annotation
 
@@ -189,15 +252,19 @@ def check_offline(app, exception):
     for path in sorted(Path(app.outdir).rglob("*")):
         patterns = {".html": (asset, link, style), ".css": (style,)}.get(path.suffix, ())
         for pattern in patterns:
-            found = pattern.search(path.read_text(encoding="utf-8"))
-            if found:
-                LOGGER.warning("%s would load %s from the network", path.name, found[0])
+            match = pattern.search(path.read_text(encoding="utf-8"))
+            if match:
+                LOGGER.warning("%s would load %s from the network", path.name, match[0])
 
 
 def setup(app):
-    """What Sphinx calls when it loads the extension."""
+    """Called by Sphinx when it loads the extension."""
     app.add_directive("public", Public)
     app.add_directive("overview", Overview)
+    app.add_directive("trainers", Trainers)
+    app.add_directive("trainer_table", TrainerTable)
+    app.add_directive("command_tree", CommandTree)
+    app.add_directive("families", Families)
     app.add_transform(LinkNames)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", process_signature)

@@ -5,35 +5,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.functional.kl import MAX_LOG_RATIO
 from rlhf_jax.functional.masking import on_all_devices
-
-DPO_KINDS = (
-    "sigmoid",
-    "robust",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-)
-
-# Kinds that sort the batch: parts of a batch do not add up to it.
-BATCH_KINDS = frozenset({"aot", "aot_unpaired"})
-
-# Kinds that a label_smoothing changes.
-SMOOTHED_KINDS = frozenset({"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"})
-
-# Kinds of the difference of both responses, in which the unknown constant of a divergence's
-# implicit reward cancels; "sft" does not read the reference.
-DIVERGENCE_KINDS = frozenset({"sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sft"})
-
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+from rlhf_jax.preference_kinds import DIVERGENCE_KINDS
 
 # The largest exponent of a score: its square, in "ipo", is within the range of float32.
 MAX_EXPONENT = 30.0

@@ -6,19 +6,17 @@ Their arguments are log-probabilities of full responses, one number each.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.functional.dpo_kinds import (
+from rlhf_jax.functional.dpo_kinds import divergence_scores, pair_losses, sorted_losses
+from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
+from rlhf_jax.functional.masking import batch_mean, zero_off_mask
+from rlhf_jax.functional.pairs import expect_label_smoothing, masked_responses, pair_metrics
+from rlhf_jax.preference_kinds import (
     BATCH_KINDS,
     DIVERGENCE_KINDS,
     DIVERGENCES,
     DPO_KINDS,
     SMOOTHED_KINDS,
-    divergence_scores,
-    pair_losses,
-    sorted_losses,
 )
-from rlhf_jax.functional.expect import expect, expect_one_of, expect_scalars
-from rlhf_jax.functional.masking import batch_mean, zero_off_mask
-from rlhf_jax.functional.pairs import expect_label_smoothing, masked_responses, pair_metrics
 
 
 def dpo_loss(
@@ -276,7 +274,7 @@ def _expect_arguments(kind, label_smoothing, divergence, nll, weights):
     expect_one_of(kind=(kind, DPO_KINDS), divergence=(divergence, DIVERGENCES))
     expect_label_smoothing(kind, label_smoothing, SMOOTHED_KINDS)
     if divergence != "reverse_kl" and kind not in DIVERGENCE_KINDS:
-        allowed = ", ".join(repr(each) for each in DPO_KINDS if each in DIVERGENCE_KINDS)
+        allowed = ", ".join(map(repr, DIVERGENCE_KINDS))
         raise ValueError(
             f"divergence must be 'reverse_kl' with kind {kind!r}, but is {divergence!r}: others go "
             f"with {allowed}."

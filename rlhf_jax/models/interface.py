@@ -254,8 +254,7 @@ class Model(Protocol):
         """(frozen, trained) halves: the lower layers with the embeddings, and the upper layers.
 
         The frozen half has the parameters of `embed` and `unembedding`, the trained one those of
-        `final`, and both have "layers", perhaps none. The number is from 0 to `config.n_layer`, or
-        an InputError is raised.
+        `final`, and both have "layers", perhaps none. The number is from 0 to `config.n_layer`.
         """
         ...
 

@@ -16,8 +16,10 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import response_logits
 from rlhf_jax.training import trainable
 from rlhf_jax.training.dpo_settings import TRAINER, Settings
+from rlhf_jax.training.epochs import Metrics
 from rlhf_jax.training.responses import init_state_with_reference, logprobs_of, preference_metrics
 from rlhf_jax.training.reward import sequences_of
+from rlhf_jax.training.sft import full_params
 from rlhf_jax.training.state import TrainState, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
 
@@ -30,7 +32,6 @@ __all__ = [
     "make_step",
 ]
 
-Metrics = dict[str, jax.Array]
 
 # Kinds whose `logps` are means over the tokens of a response.
 MEANS = ("simpo", "orpo")
@@ -66,11 +67,6 @@ def init_state(
     return init_state_with_reference(
         model, params, settings, optimizer or make_optimizer(TRAINER.optimizer)
     )
-
-
-def full_params(model: Model, state: TrainState) -> Params:
-    """The model's full parameters."""
-    return trainable.full_params(model, Trainable(state.params, state.frozen))
 
 
 def make_step(

@@ -9,43 +9,30 @@ from rlhf_jax.checks import (
     Fraction,
     Limit,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
 )
 from rlhf_jax.errors import InputError
-from rlhf_jax.training.settings import OfflineSettings, OptimizerSettings
+from rlhf_jax.preference_kinds import (
+    BATCH_KINDS,
+    DIVERGENCE_KINDS,
+    DPO_KINDS,
+    SMOOTHED_KINDS,
+    Divergence,
+    DPOKind,
+)
+from rlhf_jax.training.settings import OptimizerSettings, ReferenceSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
-# The kinds of `functional.dpo_loss`; that needs jax, which this file does not import.
-DPOKind = Literal[
-    "sigmoid",
-    "robust",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-]
 ReferenceFree = Literal["simpo", "cpo", "orpo"]
-Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
-SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo")
-OF_DIFFERENCE = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "sft")
-SORTING = ("aot", "aot_unpaired")
+SMOOTHED = SMOOTHED_KINDS | {"simpo", "cpo"}
 READERS = {"gamma": ("simpo",), "nll_weight": ("cpo",), "discopop_tau": ("discopop",)}
 FREE = get_args(ReferenceFree)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OfflineSettings):
+class Settings(ReferenceSettings):
     """The section `dpo` of a configuration; examples are pairs.
 
     Attributes:
@@ -64,17 +51,11 @@ class Settings(OfflineSettings):
       ld_alpha: weight of the tokens by which a response is longer than the other one; null: 1.
       use_weighting: weights pairs by the probability of their responses under the policy (WPO). It
         holds the logits of all response tokens at once.
-      precompute_ref: computes the log-probabilities of the reference once before the first step,
-        and keeps them in `reference.npz` of the run; else in each step, with the parameters of the
-        reference in memory.
       sync_ref_model: moves the reference towards the policy during training (TR-DPO), every
         `ref_model_sync_steps` steps to ref_model_mixup_alpha * policy + (1 - ref_model_mixup_alpha)
         * reference; needs `precompute_ref` to be false. Evaluations compare with the model that the
         run begins with.
       ref_model_mixup_alpha, ref_model_sync_steps: of `sync_ref_model`.
-      num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm; 0
-        trains this alone. The layers below and the embeddings are frozen, and policy and reference
-        share them. Null trains all.
     """
 
     section = "dpo"  # of the configuration; without an annotation it is no field
@@ -82,7 +63,6 @@ class Settings(OfflineSettings):
     kind: Literal[DPOKind, ReferenceFree] = "sigmoid"
     kinds: tuple[DPOKind, ...] = ()
     loss_weights: tuple[float, ...] = ()
-    beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Limit(lambda x: 0 <= x < 0.5, "be at least 0, below 0.5")] = (
         0.0
     )
@@ -93,15 +73,13 @@ class Settings(OfflineSettings):
     f_alpha_divergence_coef: float = 0.5
     ld_alpha: Fraction | None = None
     use_weighting: bool = False
-    precompute_ref: bool = True
     sync_ref_model: bool = False
     ref_model_mixup_alpha: PositiveFraction = 0.6
     ref_model_sync_steps: PositiveInt = 512
-    num_layers_unfrozen: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        faults = (_faults_of_mixtures, _faults_of_kinds, _faults_of_reference)
+        faults = (_faults_of_mixtures, _unread, _faults_of_kinds, _faults_of_reference)
         for name, reason in itertools.chain.from_iterable(find(self) for find in faults):
             raise InputError(f"dpo.{name} is {getattr(self, name)}, {reason}.")
 
@@ -113,7 +91,7 @@ class Settings(OfflineSettings):
     @property
     def has_reference(self) -> bool:
         """Whether the loss compares with a reference."""
-        return self.all_kinds[0] in get_args(DPOKind)
+        return self.all_kinds[0] in DPO_KINDS
 
     @property
     def reference_terms(self) -> str:
@@ -128,8 +106,8 @@ class Settings(OfflineSettings):
 
 def _faults_of_mixtures(settings: Settings) -> Iterator[tuple[str, str]]:
     """(name, reason) of several kinds and their weights."""
-    if unknown := [kind for kind in settings.kinds if kind not in get_args(DPOKind)]:
-        yield "kinds", f"but {unknown[0]} is none of {', '.join(get_args(DPOKind))}"
+    if unknown := [kind for kind in settings.kinds if kind not in DPO_KINDS]:
+        yield "kinds", f"but {unknown[0]} is none of {', '.join(DPO_KINDS)}"
     if settings.kinds and settings.kind != "sigmoid":
         yield "kind", "but dpo.kinds is given, which takes its place; leave one of them out"
     weights = settings.loss_weights
@@ -140,48 +118,50 @@ def _faults_of_mixtures(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "loss_weights", "but weights are not negative, and not all 0"
 
 
+def _unread(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(name, reason) of settings that were changed and have no effect."""
+    kinds = " with ".join(settings.all_kinds)
+    unread = {
+        name: f"but {kinds} does not read it; leave it out"
+        for name, readers in READERS.items()
+        if not set(readers) & set(settings.all_kinds)
+    }
+    if settings.f_divergence_type != "alpha_divergence":
+        unread["f_alpha_divergence_coef"] = "but dpo.f_divergence_type is not alpha_divergence"
+    if not settings.sync_ref_model:
+        reason = "but dpo.sync_ref_model is false, so that the reference does not move"
+        unread |= dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), reason)
+    for field in dataclasses.fields(settings):
+        if field.name in unread and getattr(settings, field.name) != field.default:
+            yield field.name, unread[field.name]
+
+
 def _faults_of_kinds(settings: Settings) -> Iterator[tuple[str, str]]:
     """(name, reason) of settings that the kinds do not support."""
     kinds, smoothing = settings.all_kinds, settings.label_smoothing
     names = " with ".join(kinds)
-    for name, readers in READERS.items():
-        if getattr(settings, name) != _default(name) and not set(readers) & set(kinds):
-            yield name, f"but {names} does not read it; leave it out"
     if smoothing and not any(kind in SMOOTHED for kind in kinds):
         yield "label_smoothing", f"but {names} has none; set it to 0"
     if "exo_pair" in kinds and not smoothing:
-        yield "label_smoothing", "and the loss exo_pair is then infinite; its authors take 0.001"
-    if settings.gradient_accumulation_steps > 1 and any(kind in SORTING for kind in kinds):
+        yield "label_smoothing", "and the loss exo_pair is then infinite; its authors use 0.001"
+    if settings.gradient_accumulation_steps > 1 and BATCH_KINDS.intersection(kinds):
         reason = f"but {names} sorts the batch, which its parts cannot; set it to 1"
         yield "gradient_accumulation_steps", reason
     weighted = [kind for kind in kinds if kind != "sft"]
-    is_unfit = not weighted or any(kind in (*SORTING, *FREE) for kind in weighted)
+    is_unfit = not weighted or any(kind in (*BATCH_KINDS, *FREE) for kind in weighted)
     if settings.use_weighting and is_unfit:
         yield "use_weighting", f"but {names} has no loss of single pairs to weight; set it to false"
-
-
-def _default(name: str) -> object:
-    """The default of a setting."""
-    return Settings.__dataclass_fields__[name].default
 
 
 def _faults_of_reference(settings: Settings) -> Iterator[tuple[str, str]]:
     """(name, reason) of settings that do not fit the reference."""
     names = " with ".join(settings.all_kinds)
-    is_of_difference = all(kind in OF_DIFFERENCE for kind in settings.all_kinds)
+    is_of_difference = all(kind in DIVERGENCE_KINDS for kind in settings.all_kinds)
     if settings.f_divergence_type != "reverse_kl" and not is_of_difference:
-        allowed = ", ".join(OF_DIFFERENCE)
+        allowed = ", ".join(DIVERGENCE_KINDS)
         yield "f_divergence_type", f"but {names} needs reverse_kl; others go with {allowed}"
     if settings.ld_alpha is not None and not settings.has_reference:
         yield "ld_alpha", f"but {names} has no reference and reads all tokens; leave it out"
-    alpha = settings.f_alpha_divergence_coef
-    if alpha != _default("f_alpha_divergence_coef") and (
-        settings.f_divergence_type != "alpha_divergence"
-    ):
-        yield "f_alpha_divergence_coef", "but dpo.f_divergence_type is not alpha_divergence"
-    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-        if getattr(settings, name) != _default(name) and not settings.sync_ref_model:
-            yield name, "but dpo.sync_ref_model is false, so that the reference does not move"
     if not settings.precompute_ref and not settings.has_reference:
         yield "precompute_ref", f"but {names} has no reference; leave it out"
     if settings.sync_ref_model and not settings.has_reference:
@@ -199,7 +179,7 @@ TRAINER = Trainer(
     settings=Settings,
     reads=lambda settings: "pairs",
     optimizer=OptimizerSettings(learning_rate=1e-6),
-    first_settings=("kind", "beta", "num_epochs", "batch_size", "num_layers_unfrozen"),
+    first_settings=("kind", "beta", "num_epochs", "batch_size"),
     headlines=(
         Headline("eval/accuracy", "accuracy"),
         Headline("eval/longer_wins", "longer wins", shows_start=False),

@@ -11,7 +11,7 @@ import optax
 from rlhf_jax import functional
 from rlhf_jax.models.interface import Params
 
-Metrics = dict[str, Any]  # f32[] each
+Metrics = dict[str, jax.Array]  # f32[] each
 
 # Metric over the updates of an iteration -> (metric of an update, function).
 _OVER_UPDATES: dict[str, tuple[str, Callable[..., jax.Array]]] = {

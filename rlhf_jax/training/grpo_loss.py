@@ -13,9 +13,8 @@ from rlhf_jax import functional
 from rlhf_jax.batches import Rollout, ScoredRollout
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.rollout.shaping import shape_scores
+from rlhf_jax.training.epochs import Metrics
 from rlhf_jax.training.grpo_settings import Settings
-
-Metrics = dict[str, jax.Array]
 
 # loss_type -> (kind, reduction) of `functional.grpo_loss`.
 _KINDS = {

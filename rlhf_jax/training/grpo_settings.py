@@ -14,7 +14,7 @@ from rlhf_jax.checks import (
 from rlhf_jax.errors import InputError
 from rlhf_jax.rollout.settings import TurnSettings
 from rlhf_jax.training.settings import MinibatchSettings, OptimizerSettings, prompts_kind
-from rlhf_jax.training.trainer import Headline, Trainer
+from rlhf_jax.training.trainer import Headline, Plot, Trainer
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "rloo"]
 ImportanceSamplingMode = Literal[
@@ -307,5 +307,14 @@ TRAINER = Trainer(
         Headline("objective/kl", "KL", shows_start=False),
     ),
     losses=("train/loss", "train/grad_norm", "reward"),
+    scores=("objective/scores", "reward"),
+    plots=(
+        Plot("Entropy", "nats per token", {"entropy": "entropy"}),
+        Plot(
+            "Response length",
+            "tokens",
+            {"completions/mean_length": "all", "completions/mean_terminated_length": "ended"},
+        ),
+    ),
     compares_groups=True,
 )

@@ -13,8 +13,10 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.functional.masking import batch_mean
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.training import trainable
+from rlhf_jax.training.epochs import Metrics
 from rlhf_jax.training.kto_settings import TRAINER, Settings
 from rlhf_jax.training.responses import exceeds, init_state_with_reference, logprobs_of
+from rlhf_jax.training.sft import full_params
 from rlhf_jax.training.state import TrainState, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
 
@@ -26,8 +28,6 @@ __all__ = [
     "make_reference_step",
     "make_step",
 ]
-
-Metrics = dict[str, jax.Array]
 
 
 def init_state(
@@ -54,11 +54,6 @@ def init_state(
     return init_state_with_reference(
         model, params, settings, optimizer or make_optimizer(TRAINER.optimizer)
     )
-
-
-def full_params(model: Model, state: TrainState) -> Params:
-    """The model's full parameters."""
-    return trainable.full_params(model, Trainable(state.params, state.frozen))
 
 
 def make_step(

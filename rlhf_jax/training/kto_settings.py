@@ -3,40 +3,29 @@
 import dataclasses
 from typing import Literal
 
-from rlhf_jax.checks import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from rlhf_jax.checks import NonNegativeFloat
 from rlhf_jax.errors import InputError
-from rlhf_jax.training.settings import OfflineSettings, OptimizerSettings
+from rlhf_jax.training.settings import OptimizerSettings, ReferenceSettings
 from rlhf_jax.training.trainer import Headline, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OfflineSettings):
+class Settings(ReferenceSettings):
     """The section `kto` of a configuration; examples are responses with a label.
 
     Attributes:
       kind: of the loss. "kto" measures from an estimate of the KL divergence, a mean over the
         batch; "apo_zero_unpaired" from 0.
-      beta: strength of the KL constraint to the reference, by default the model that
-        the run begins with.
       desirable_weight, undesirable_weight: of the two groups. Their ratio should be that of the
         numbers of undesirable and desirable examples, up to a factor of 4/3 (Ethayarajh et al.,
         equation 9).
-      precompute_ref: computes the log-probabilities of the reference once before the first step,
-        and keeps them in `reference.npz` of the run; else in each step, with the parameters of the
-        reference in memory.
-      num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm; 0
-        trains this alone. The layers below and the embeddings are frozen, and policy and reference
-        share them. Null trains all.
     """
 
     section = "kto"  # of the configuration; without an annotation it is no field
 
     kind: Literal["kto", "apo_zero_unpaired"] = "kto"
-    beta: PositiveFloat = 0.1
     desirable_weight: NonNegativeFloat = 1.0
     undesirable_weight: NonNegativeFloat = 1.0
-    precompute_ref: bool = True
-    num_layers_unfrozen: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +33,8 @@ class Settings(OfflineSettings):
             raise InputError(
                 f"kto.gradient_accumulation_steps is {self.gradient_accumulation_steps}, but the "
                 "loss kto reads a mean over the batch, which its parts do not have; set it to 1, "
-                "or take apo_zero_unpaired."
+                "or kto.kind to apo_zero_unpaired."
             )
-
         if not self.desirable_weight + self.undesirable_weight:
             raise InputError(
                 "kto.desirable_weight and kto.undesirable_weight are both 0: set one above it."
@@ -57,11 +45,6 @@ class Settings(OfflineSettings):
         """The settings that log-probabilities of the reference depend on."""
         return f"kind={self.kind}"
 
-    @property
-    def has_reference(self) -> bool:
-        """True: both losses compare with a reference."""
-        return True
-
 
 TRAINER = Trainer(
     name="kto",
@@ -71,7 +54,7 @@ TRAINER = Trainer(
     settings=Settings,
     reads=lambda settings: "unpaired",
     optimizer=OptimizerSettings(learning_rate=1e-6),
-    first_settings=("kind", "beta", "num_epochs", "batch_size", "num_layers_unfrozen"),
+    first_settings=("kind", "beta", "num_epochs", "batch_size"),
     headlines=(Headline("eval/accuracy", "accuracy"), Headline("eval/loss", "loss")),
     losses=("train/loss", "train/grad_norm"),
     has_reference=True,

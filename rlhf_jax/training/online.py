@@ -33,11 +33,10 @@ from rlhf_jax.rollout.shaping import (
     truncate_responses,
 )
 from rlhf_jax.training import trainable
-from rlhf_jax.training.epochs import map_microbatches
+from rlhf_jax.training.epochs import Metrics, map_microbatches
 from rlhf_jax.training.settings import SampledSettings
 from rlhf_jax.training.trainable import Trainable
 
-Metrics = dict[str, jax.Array]
 # (state, batch, key) -> rollout
 RolloutStep = Callable[[Any, PromptBatch, jax.Array], Rollout]
 # (state, batch, rollout, scores f32[B] or f32[B, K], key) -> (state, metrics, rollout)

@@ -10,7 +10,7 @@ from rlhf_jax.training.settings import (
     OptimizerSettings,
     prompts_kind,
 )
-from rlhf_jax.training.trainer import Headline, Trainer
+from rlhf_jax.training.trainer import Headline, Plot, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,15 @@ TRAINER = Trainer(
         Headline("objective/kl", "KL", shows_start=False),
     ),
     losses=("loss/policy_avg", "loss/value_avg", "train/grad_norm"),
+    diagnostics=(
+        Plot("Policy loss", "", {"loss/policy_avg": "policy"}),
+        Plot("Value loss", "", {"loss/value_avg": "value"}),
+        Plot(
+            "Clipped share",
+            "of tokens",
+            {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"},
+        ),
+    ),
     has_value_model=True,
     mixes_texts=True,
 )

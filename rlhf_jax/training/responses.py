@@ -1,6 +1,6 @@
 """Parts of losses on preferences: the state with a reference, log-probabilities of responses."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from rlhf_jax.batches import Sequences
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import all_logprobs, response_logprobs
 from rlhf_jax.training import trainable
+from rlhf_jax.training.settings import ReferenceSettings
 from rlhf_jax.training.state import TrainState, init_train_state
 from rlhf_jax.training.trainable import Trainable
 
@@ -46,30 +47,6 @@ class Logprobs(NamedTuple):
     def means(self) -> jax.Array:
         """The means over tokens; 0 of a response without any."""
         return self.sums / jnp.maximum(self.lengths, 1.0)
-
-
-class ReferenceSettings(Protocol):
-    """The settings of a trainer with a reference."""
-
-    @property
-    def section(self) -> str:
-        """The name of the section in the configuration."""
-        ...
-
-    @property
-    def num_layers_unfrozen(self) -> int | None:
-        """The number of layers that are trained; None for all."""
-        ...
-
-    @property
-    def precompute_ref(self) -> bool:
-        """Whether the log-probabilities of the reference are computed before the first step."""
-        ...
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the loss compares with a reference."""
-        ...
 
 
 def init_state_with_reference(

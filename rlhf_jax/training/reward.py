@@ -16,6 +16,7 @@ from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.rollout.score import end_scores, token_scores
 from rlhf_jax.rollout.shaping import ScoreStats, update_score_stats
 from rlhf_jax.training import trainable
+from rlhf_jax.training.epochs import Metrics
 from rlhf_jax.training.reward_settings import TRAINER, Objective, Settings
 from rlhf_jax.training.state import TrainState, init_train_state, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
@@ -36,7 +37,6 @@ __all__ = [
     "sequences_of",
 ]
 
-Metrics = dict[str, jax.Array]
 Batch = PairBatch | RankingBatch
 
 

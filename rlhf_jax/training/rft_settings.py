@@ -37,8 +37,9 @@ TRAINER = Trainer(
     settings=Settings,
     reads=lambda settings: "text",
     samples_first=True,
+    has_dropout=True,
     optimizer=OptimizerSettings(learning_rate=1e-5),
-    first_settings=("num_samples", "threshold", "max_per_prompt", "num_epochs", "batch_size"),
+    first_settings=("num_samples", "max_per_prompt", "num_epochs", "batch_size"),
     headlines=(
         Headline("eval/scores", "score"),
         Headline("eval/win_rate_scores", "win rate by the score"),

@@ -72,6 +72,31 @@ class OfflineSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReferenceSettings(OfflineSettings):
+    """Settings of offline losses that may compare with a reference.
+
+    Attributes:
+      beta: strength of the KL constraint to the reference, by default the model that the run begins
+        with.
+      precompute_ref: computes the log-probabilities of the reference once before the first step,
+        and keeps them in `reference.npz` of the run; else in each step, with the parameters of the
+        reference in memory.
+      num_layers_unfrozen: the number of upper layers that are trained, with the final layer norm; 0
+        trains this alone. The layers below and the embeddings are frozen, and policy and reference
+        share them. Null trains all.
+    """
+
+    beta: PositiveFloat = 0.1
+    precompute_ref: bool = True
+    num_layers_unfrozen: NonNegativeInt | None = None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
 class SampledSettings(ShapingSettings):
     """Settings that training on sampled responses shares, whatever its loss.
 

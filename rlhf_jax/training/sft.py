@@ -11,6 +11,7 @@ from rlhf_jax.batches import TextBatch
 from rlhf_jax.models.interface import Model, Params
 from rlhf_jax.models.readout import cross_entropy_loss
 from rlhf_jax.training import trainable
+from rlhf_jax.training.epochs import Metrics
 from rlhf_jax.training.sft_settings import TRAINER, Settings
 from rlhf_jax.training.state import TrainState, init_train_state, make_optimizer, offline_step
 from rlhf_jax.training.trainable import Trainable
@@ -24,8 +25,6 @@ __all__ = [
     "make_step",
     "text_loss",
 ]
-
-Metrics = dict[str, jax.Array]
 
 
 def init_state(
@@ -45,7 +44,7 @@ def init_state(
       key: unused, as nothing is random; every trainer has it.
 
     Raises:
-      InputError: the attention of the model has no dropout, and the settings ask for it.
+      InputError: `dropout` is true, and the attention of the model has none.
     """
     del key
     if settings.dropout:

@@ -45,6 +45,7 @@ TRAINER = Trainer(
     headlines=(Headline("eval/loss", "loss"), Headline("eval/perplexity", "perplexity")),
     optimizer=OptimizerSettings(learning_rate=5e-4),
     first_settings=("num_epochs", "batch_size", "gradient_accumulation_steps", "dropout"),
+    has_dropout=True,
     has_rouge=True,
     losses=("train/loss", "train/grad_norm"),
 )

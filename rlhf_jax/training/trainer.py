@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -24,9 +24,22 @@ class Headline(NamedTuple):
     shows_start: bool = True
 
 
+class Plot(NamedTuple):
+    """A chart of the report: metrics over the training step.
+
+    Attributes:
+      title, unit: of the chart.
+      lines: metric -> its name in the legend.
+    """
+
+    title: str
+    unit: str
+    lines: Mapping[str, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """One training method: what its command, configuration, stage and report derive from.
+    """The record of a training method, from which command, configuration, stage and report derive.
 
     Attributes:
       name: of the file in `training/`, of the section of the configuration, and of the command,
@@ -46,8 +59,13 @@ class Trainer:
       first_settings: names of its settings that the help lists first.
       headlines: metrics of the report's tiles.
       losses: metrics that must stay finite; training stops where one is not.
+      scores: metrics that are mean scores of responses. Where one is not finite the rewards are at
+        fault; report and terminal show those that a run has.
+      plots: charts of its own metrics, after those of metrics that trainers share.
+      diagnostics: likewise, before the diagnostics that trainers share.
       has_reference: whether its loss may compare with a reference: `has_reference` and
         `precompute_ref` of its settings show when, and its module has `make_reference_step`.
+      has_dropout: whether it trains with dropout, by a setting of that name.
       has_rouge: whether it has `rouge_rows`: ROUGE of held-out completions in each evaluation.
       has_value_model: whether it may start a value model from `model.value_path`.
       mixes_texts: whether it may train on texts beside the responses (the section `ptx`).
@@ -69,12 +87,22 @@ class Trainer:
     first_settings: tuple[str, ...] = ("batch_size",)
     headlines: tuple[Headline, ...] = ()
     losses: tuple[str, ...] = ("train/loss",)
+    scores: tuple[str, ...] = ("objective/scores",)
+    plots: tuple[Plot, ...] = dataclasses.field(default=(), hash=False)
+    diagnostics: tuple[Plot, ...] = dataclasses.field(default=(), hash=False)
     has_reference: bool = False
+    has_dropout: bool = False
     has_rouge: bool = False
     has_value_model: bool = False
     mixes_texts: bool = False
     compares_groups: bool = False
     module: str = ""
+
+    @property
+    def score_labels(self) -> dict[str, str]:
+        """Metric -> label of each of `scores`, by the headlines."""
+        labels = {each.metric: each.label for each in self.headlines}
+        return {name: labels.get(name, name.rpartition("/")[2]) for name in self.scores}
 
     @property
     def has_rewards(self) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import functional
-from rlhf_jax.functional.dpo_kinds import BATCH_KINDS, DPO_KINDS, SMOOTHED_KINDS
+from rlhf_jax.preference_kinds import BATCH_KINDS, DPO_KINDS, SMOOTHED_KINDS
 from tests.functional.preference_by_loop import sigmoid
 
 SMOOTHING = {"robust": 0.3, "exo_pair": 0.05, "aot": 0.1, "aot_unpaired": 0.2}

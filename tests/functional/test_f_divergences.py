@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import functional
-from rlhf_jax.functional.dpo_kinds import DIVERGENCE_KINDS, DIVERGENCES, DPO_KINDS
+from rlhf_jax.preference_kinds import DIVERGENCE_KINDS, DIVERGENCES, DPO_KINDS
 from tests.functional.preference_by_loop import draw_logprobs
 
-KINDS = sorted(DIVERGENCE_KINDS - {"sft"})
+KINDS = sorted({*DIVERGENCE_KINDS} - {"sft"})
 
 
 def derivative(t, divergence, alpha):

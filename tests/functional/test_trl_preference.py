@@ -75,7 +75,7 @@ def test_trls_dpo(golden, index):
 
 
 def test_the_runs_of_trl_cover_every_kind(golden):
-    from rlhf_jax.functional.dpo_kinds import DIVERGENCES, DPO_KINDS
+    from rlhf_jax.preference_kinds import DIVERGENCES, DPO_KINDS
 
     case = golden("trl_preference")["dpo"]
     assert {kind for kind in case["hp/kinds"].ravel() if kind} == set(DPO_KINDS)

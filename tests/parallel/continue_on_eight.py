@@ -12,11 +12,11 @@ import jax  # noqa: E402
 
 from rlhf_jax.runtime import train_sft  # noqa: E402
 from rlhf_jax.runtime.run.signals import Interrupted  # noqa: E402
-from rlhf_jax.runtime.stages.offline import OfflineStage  # noqa: E402
+from rlhf_jax.runtime.stages.offline import PolicyStage  # noqa: E402
 from tests.parallel.test_checkpoints import config  # noqa: E402
 
 
-class StoppingStage(OfflineStage):
+class StoppingStage(PolicyStage):
     """Presses Ctrl-C in the second step, and prints the share of the state on a device."""
 
     def resumed(self, state, saved):
@@ -35,7 +35,7 @@ class StoppingStage(OfflineStage):
 if __name__ == "__main__":
     from rlhf_jax.runtime.commands import train
 
-    train.OfflineStage = StoppingStage
+    train.PolicyStage = StoppingStage
     try:
         train_sft(config(sys.argv[1], {"data": 2, "fsdp": 2, "tensor": 2}))
     except Interrupted as interrupted:

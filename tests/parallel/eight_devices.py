@@ -30,17 +30,17 @@ from rlhf_jax.runtime.config import (
 )
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages.groups import GroupStage
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage, RewardModelStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from rlhf_jax.runtime.stages.sampled import SampledStage
 from tests import small
 from tests.parallel.meshes import make_configs, model_of
 
 KINDS = {
-    "sft": (SFTConfig, OfflineStage),
-    "reward": (RewardConfig, OfflineStage),
-    "dpo": (config_of(trainer_named("dpo")), OfflineStage),
-    "kto": (config_of(trainer_named("kto")), OfflineStage),
+    "sft": (SFTConfig, PolicyStage),
+    "reward": (RewardConfig, RewardModelStage),
+    "dpo": (config_of(trainer_named("dpo")), PolicyStage),
+    "kto": (config_of(trainer_named("kto")), PolicyStage),
     "online_dpo": (config_of(trainer_named("online_dpo")), OnlineStage),
     "rft": (config_of(trainer_named("rft")), SampledStage),
     "grpo": (config_of(trainer_named("grpo")), GroupStage),

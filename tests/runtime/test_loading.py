@@ -28,7 +28,7 @@ from rlhf_jax.runtime.evaluation.responses import sampler
 from rlhf_jax.runtime.run.records import fingerprint
 from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.checks import check_run
-from rlhf_jax.runtime.stages.products import prompt_of
+from rlhf_jax.runtime.stages.offline import prompt_of
 from rlhf_jax.training.ppo_settings import Settings as PPOSettings
 from rlhf_jax.training.sft_settings import Settings as SFTSettings
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.functional import dpo_kinds
-from rlhf_jax.training import dpo, dpo_settings, online_dpo_settings
+from rlhf_jax.preference_kinds import DPO_KINDS
+from rlhf_jax.training import dpo, online_dpo_settings
 from tests.models.gpt2_by_loop import hidden_by_loop
 from tests.models.test_parity import language_model  # noqa: F401  a fixture
 from tests.training import judged
@@ -249,11 +249,5 @@ def test_settings_that_do_not_fit_are_one_sentence(options, message):
         dpo.Settings(**options)
 
 
-def test_the_kinds_of_the_settings_are_those_of_the_losses():
-    """Their lists stand twice, since settings import no jax."""
-    assert get_args(dpo_settings.DPOKind) == dpo_kinds.DPO_KINDS
-    assert get_args(dpo_settings.Divergence) == dpo_kinds.DIVERGENCES
-    assert set(get_args(online_dpo_settings.OnlineKind)) < set(dpo_kinds.DPO_KINDS)
-    assert set(dpo_settings.SMOOTHED) - {"simpo", "cpo"} == dpo_kinds.SMOOTHED_KINDS
-    assert set(dpo_settings.OF_DIFFERENCE) == dpo_kinds.DIVERGENCE_KINDS
-    assert set(dpo_settings.SORTING) == dpo_kinds.BATCH_KINDS
+def test_the_kinds_of_online_dpo_are_kinds_of_dpo():
+    assert set(get_args(online_dpo_settings.OnlineKind)) < set(DPO_KINDS)

@@ -199,7 +199,9 @@ def stage_of(config: RunConfig, reward_fn: RewardFunction | None = None) -> "Sta
         return online.OnlineStage(config, reward_fn)
     if config.trainer.samples_first:
         return sampled.SampledStage(config, reward_fn)
-    return offline.OfflineStage(config)
+    if config.trainer.trains == "policy":
+        return offline.PolicyStage(config)
+    return offline.RewardModelStage(config)
 
 
 def print_result(trainer: Trainer, result: "StageResult") -> None:
@@ -218,7 +220,7 @@ def print_result(trainer: Trainer, result: "StageResult") -> None:
         print(format_table(evaluation["table"]), flush=True)
         return
     headlines = [each.metric for each in trainer.headlines]
-    names = dict.fromkeys([*headlines, "eval/loss", "eval/accuracy"])
+    names = dict.fromkeys([*headlines, "eval/loss"])
     values = {name: result.metrics[name] for name in names if name in result.metrics}
     shown = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith("eval/")]
     if shown:

@@ -1,23 +1,17 @@
 """The charts of the report: which metrics each one shows."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf_jax.runtime.evaluation.best_of import SCORE_NAMES
 from rlhf_jax.runtime.report.charts import Chart, Point, Series, chart_of
 from rlhf_jax.runtime.report.values import number
 from rlhf_jax.runtime.run.progress import short_number
+from rlhf_jax.training.trainer import Plot, Trainer
 
 # Metric name -> its points (step, value).
 Metrics = Mapping[str, Sequence[Point]]
-
-
-class Plot(NamedTuple):
-    """Metrics over the training step: title, unit, and metric -> name in the legend."""
-
-    title: str
-    unit: str
-    lines: Mapping[str, str]
 
 
 def _both(metric: str) -> dict[str, str]:
@@ -31,7 +25,7 @@ MAIN = (
     Plot("Margin", "chosen − rejected", _both("train/margin")),
     Plot("Perplexity", "", {"eval/perplexity": "held-out"}),
     Plot("ROUGE", "", {f"eval/rouge{name}": f"ROUGE-{name}" for name in ("1", "2", "L", "Lsum")}),
-    Plot("Score", "mean per response", _both("objective/scores") | {"reward": "reward"}),
+    Plot("Score", "mean per response", _both("objective/scores")),
     Plot("Gold score", "mean per response", _both("objective/gold")),
     Plot(
         "KL to the reference",
@@ -49,22 +43,8 @@ MAIN = (
     ),
     Plot("RLHF reward", "score − KL penalty", {"objective/rlhf_reward": "reward"}),
     Plot("Entropy", "nats per response", {"objective/entropy": "entropy"}),
-    Plot("Entropy", "nats per token", {"entropy": "entropy"}),
-    Plot(
-        "Response length",
-        "tokens",
-        {
-            "completions/mean_length": "all",
-            "completions/mean_terminated_length": "ended",
-        },
-    ),
 )
 DIAGNOSTICS = (
-    Plot("Policy loss", "", {"loss/policy_avg": "policy"}),
-    Plot("Value loss", "", {"loss/value_avg": "value"}),
-    Plot(
-        "Clipped share", "of tokens", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}
-    ),
     Plot("KL of the update", "nats per token", {"policy/approxkl_avg": "approximate KL"}),
     Plot("Entropy of the update", "nats per token", {"policy/entropy_avg": "entropy"}),
     Plot("Ratio", "new / old probability", {"val/ratio": "mean"}),
@@ -73,6 +53,21 @@ DIAGNOSTICS = (
     Plot("Throughput", "tokens per second", {"perf/tokens_per_sec": "tokens/s"}),
     Plot("Step time", "seconds", {"perf/step_time": "seconds"}),
 )
+
+
+def main_plots(trainer: Trainer) -> list[Plot]:
+    """The curves of a trainer; those of its scores are on one chart."""
+    plots = []
+    for plot in (*MAIN, *trainer.plots):
+        if "objective/scores" in plot.lines:
+            plot = plot._replace(lines={**plot.lines, **trainer.score_labels, **plot.lines})
+        plots.append(plot)
+    return plots
+
+
+def diagnostic_plots(trainer: Trainer) -> list[Plot]:
+    """The diagnostics of a trainer."""
+    return [*trainer.diagnostics, *DIAGNOSTICS]
 
 
 def metric_charts(plots: Iterable[Plot], metrics: Metrics) -> list[Chart]:
@@ -99,20 +94,22 @@ def compared_charts(plots: Iterable[Plot], runs: Mapping[str, Metrics]) -> list[
     return [chart for chart in charts if chart is not None]
 
 
-def other_plots(runs: Iterable[Metrics]) -> list[Plot]:
+def other_plots(trainer: Trainer, runs: Iterable[Metrics]) -> list[Plot]:
     """A plot of each metric that is on none of the plots above, by name."""
-    plotted = {name for plot in (*MAIN, *DIAGNOSTICS) for name in plot.lines}
+    plots = (*main_plots(trainer), *diagnostic_plots(trainer))
+    plotted = {name for plot in plots for name in plot.lines}
     return [Plot(name, "", {name: name}) for name in sorted(set().union(*runs) - plotted)]
 
 
-def tradeoff_chart(steps: list[dict[str, Any]]) -> Chart | None:
+def tradeoff_chart(trainer: Trainer, steps: list[dict[str, Any]]) -> Chart | None:
     """Score and gold score over the KL; the score is overoptimized where only it still rises.
 
     Gao et al., Scaling Laws for Reward Model Overoptimization, figure 1 (arXiv:2210.10760), with
     the KL itself rather than its root on the axis.
     """
-    names = {"objective/scores": "score", "reward": "reward", "objective/gold": "gold score"}
-    lines = [Series(text, _points(steps, "objective/kl", name)) for name, text in names.items()]
+    points = functools.partial(_points, steps, "objective/kl")
+    lines = [Series(text, points(name)) for name, text in trainer.score_labels.items()]
+    lines.append(Series("gold score", points("objective/gold"), colour=2))
     if sum(bool(line.points) for line in lines) < 2:
         return None
     label = "KL to the reference, nats per response"

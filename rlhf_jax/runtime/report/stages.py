@@ -17,6 +17,9 @@ from rlhf_jax.runtime.report.values import duration, file_text, number, short
 from rlhf_jax.runtime.run.folder import read_lines
 from rlhf_jax.training.trainer import Trainer
 
+# Of a folder without the configuration of one trainer.
+UNKNOWN = Trainer("run", "Training", "Training", "", settings=object, reads=lambda settings: "text")
+
 
 class Tile(NamedTuple):
     """A headline metric: its label, its last value, and its first value or nothing."""
@@ -88,14 +91,14 @@ def _sections(file: epath.Path) -> list[str]:
 
 
 def read_log(trainer: Trainer | None, folder: epath.Path, notes: list[str]) -> Log:
-    """The metrics of a stage, whose trainer is that of the configuration or metrics if it is None.
+    """The metrics of a stage, whose trainer is that of its configuration if it is None.
 
     A sentence about a missing or broken file, and values that are not finite, is added to `notes`.
     """
     lines = read_or_note(folder / "metrics.jsonl", notes)
     steps = merge_steps(lines)
     metrics = series(steps)
-    trainer = trainer or _trainer_of(_sections(folder / "config.yaml"), metrics)
+    trainer = trainer or _trainer_of(_sections(folder / "config.yaml"))
     for name, points in metrics.items():
         bad = [step for step, value in points if not math.isfinite(value)]
         if bad:
@@ -118,11 +121,11 @@ def stage_of(log: Log, key: str, evaluation: Entry, table: Cells, notes: list[st
         title=log.trainer.title,
         summary=log.summary,
         tiles=tiles(log),
-        tradeoff=plots.tradeoff_chart(log.steps),
-        main=plots.metric_charts(plots.MAIN, log.metrics),
+        tradeoff=plots.tradeoff_chart(log.trainer, log.steps),
+        main=plots.metric_charts(plots.main_plots(log.trainer), log.metrics),
         pairs=plots.pair_charts(evaluation),
-        diagnostics=plots.metric_charts(plots.DIAGNOSTICS, log.metrics),
-        others=plots.metric_charts(plots.other_plots([log.metrics]), log.metrics),
+        diagnostics=plots.metric_charts(plots.diagnostic_plots(log.trainer), log.metrics),
+        others=plots.metric_charts(plots.other_plots(log.trainer, [log.metrics]), log.metrics),
         table=table,
         samples=samples,
         samples_title=samples_title,
@@ -147,7 +150,7 @@ def merge_steps(lines: Iterable[Entry]) -> list[dict[str, Any]]:
     """One dict of all metrics for each step, in the order of the steps.
 
     A step may have several lines, such as one of training and one of evaluation; of a metric in
-    both the later value counts. `objective/scores` are those before PPO scaled them, since their
+    both the later value counts. `objective/scores` are those before they were scaled, since the
     scale changes from step to step.
     """
     steps: dict[float, dict[str, Any]] = {}
@@ -172,16 +175,10 @@ def series(steps: Sequence[Entry]) -> dict[str, list[Point]]:
     return points
 
 
-def _trainer_of(sections: Sequence[str], metrics: Iterable[str]) -> Trainer:
-    """The trainer of a run by the sections of its configuration, else by its metrics."""
+def _trainer_of(sections: Sequence[str]) -> Trainer:
+    """The trainer of a run by the sections of its configuration; without one, a bare record."""
     named = [trainer for trainer in training.TRAINERS if trainer.name in sections]
-    if len(named) == 1:
-        return named[0]
-    names = set(metrics)
-    online = any(name.startswith("objective/") for name in names)
-    pairs = not online and bool({"train/margin", "eval/margin"} & names)
-    kinds = {(each.online, each.trains == "reward_model"): each for each in training.TRAINERS[::-1]}
-    return kinds.get((online, pairs), training.TRAINERS[0])
+    return named[0] if len(named) == 1 else UNKNOWN
 
 
 def tiles(log: Log) -> list[Tile]:
@@ -214,9 +211,9 @@ def compared_stages(runs: Mapping[str, Sequence[Log]]) -> list[Stage]:
                 key=trainer.name,
                 title=trainer.title,
                 summary="",
-                main=plots.compared_charts(plots.MAIN, metrics),
-                diagnostics=plots.compared_charts(plots.DIAGNOSTICS, metrics),
-                others=plots.compared_charts(plots.other_plots(metrics.values()), metrics),
+                main=plots.compared_charts(plots.main_plots(trainer), metrics),
+                diagnostics=plots.compared_charts(plots.diagnostic_plots(trainer), metrics),
+                others=plots.compared_charts(plots.other_plots(trainer, metrics.values()), metrics),
             )
         )
     return stages

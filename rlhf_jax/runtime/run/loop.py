@@ -104,7 +104,7 @@ def _train(stage: Stage, config: Any, signals: Signals, lock: Lock) -> None:
         with (
             signals.phase("step"),
             make_writer(config, stage.name, start) as writer,
-            Progress(stage.total_steps, start, stage.name, shown) as progress,
+            Progress(stage.total_steps, start, stage.name, shown, stage.scores) as progress,
         ):
             outputs = (checkpoints, writer, progress)
             state = _Loop(stage, config, *outputs, signals, lock).run(state, start)
@@ -387,11 +387,11 @@ class _Loop:
         """Raises a DivergedError where a loss or the gradient norm is not finite."""
         for name in (*self.stage.losses, "train/grad_norm"):
             if name in metrics and not math.isfinite(metrics[name]):
-                self._raise_diverged(step, f"{name} is {float(metrics[name])}")
+                reason = f"{name} is {float(metrics[name])}"
+                self._raise_diverged(step, reason, is_score=name in self.stage.scores)
 
-    def _raise_diverged(self, step: int, reason: str) -> NoReturn:
+    def _raise_diverged(self, step: int, reason: str, *, is_score: bool = False) -> NoReturn:
         kept = self.checkpoints.latest_step()
-        is_score = reason.startswith(("objective/scores", "reward "))
         remedy = "Mend the reward" if is_score else "Lower optimizer.learning_rate"
         where = f"the checkpoint of step {kept}" if kept else "no checkpoint, as none was due"
         raise DivergedError(

@@ -26,16 +26,17 @@ class Progress:
       initial_step: the step that the run starts or continues from.
       description: the first word of the line, such as "ppo".
       enabled: if False nothing is printed.
+      scores: metric -> label of the mean scores that the run may have.
       file: the output; standard error if None.
     """
 
-    SHOWN: Mapping[str, str] = {
+    LOSSES: Mapping[str, str] = {
         "train/loss": "loss",
         "train/accuracy": "accuracy",
         "eval/loss": "eval loss",
         "eval/accuracy": "eval accuracy",
-        "objective/scores": "score",
-        "reward": "reward",
+    }
+    OBJECTIVES: Mapping[str, str] = {
         "objective/kl": "kl",
         "objective/gold": "gold",
         "objective/entropy": "entropy",
@@ -49,12 +50,14 @@ class Progress:
         initial_step: int,
         description: str,
         enabled: bool = True,
+        scores: Mapping[str, str] | None = None,
         *,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._file = sys.stderr if file is None else file
         self._total, self._step, self._description = total_steps, initial_step, description
+        self._labels = {**self.LOSSES, **(scores or {}), **self.OBJECTIVES}
         self._clock, self._values = clock, dict[str, float]()
         self._plain = enabled and not self._file.isatty()
         self._printed_step: int | None = None
@@ -74,7 +77,7 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that `step` is done; metrics that are missing keep their last value."""
-        shown = {*self.SHOWN, "perf/tokens_per_sec"}
+        shown = {*self._labels, "perf/tokens_per_sec"}
         self._values |= {k: float(v) for k, v in (metrics or {}).items() if k in shown}
         if self._plain:
             self._end_phase()
@@ -85,7 +88,7 @@ class Progress:
         self._step = step
 
     def phase(self, name: str) -> None:
-        """Shows until the next step what the run does, such as "evaluating"."""
+        """Shows the activity of the run until the next step, such as "evaluating"."""
         if self._plain:
             self._end_phase()
             self._phase = _delayed(self._description, name, PHASE_SECONDS, self._file)
@@ -115,7 +118,7 @@ class Progress:
             self._phase.cancel()
 
     def _metrics(self, digits: int) -> list[str]:
-        known = [(label, self._values.get(name)) for name, label in self.SHOWN.items()]
+        known = [(label, self._values.get(name)) for name, label in self._labels.items()]
         return [f"{label} {value:.{digits}g}" for label, value in known if value is not None][:4]
 
     def _speed(self) -> list[str]:
@@ -161,7 +164,7 @@ class Progress:
 
 
 def show_phase(name: str, phase: str, *, file: TextIO | None = None) -> None:
-    """Prints what a run does outside of its steps, such as "sft: writing the model"."""
+    """Prints the activity of a run outside of its steps, such as "sft: writing the model"."""
     print(f"{name}: {phase}", file=sys.stderr if file is None else file, flush=True)
 
 
@@ -174,7 +177,7 @@ def show_note(text: str) -> None:
 def preparing(name: str, phase: str, *, shown: bool) -> Iterator[None]:
     """Shows the phase of the block, on a terminal at once and elsewhere after some seconds.
 
-    A mistake of the user is mostly found before, and is then the only line of a log.
+    A mistake of the user mostly ends the run before, and is then the only line of a log.
     """
     if not shown:
         yield

@@ -31,6 +31,7 @@ class Stage(Protocol):
     total_steps: int
     schedule: str  # of the learning rate
     losses: tuple[str, ...]  # metrics that must be finite in each step
+    scores: Mapping[str, str]  # metrics that are mean scores of responses, and their labels
     fingerprints: dict[str, dict[str, Any]]  # see `run.folder.Fingerprints`
     flops_per_token: float  # of products with parameters, per real token of a step
     flops_per_step: float  # of products with parameters for other tokens of a step

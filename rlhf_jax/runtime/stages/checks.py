@@ -43,7 +43,7 @@ def check_adapters(config: RunConfig, model: Model) -> None:
 
     Of adapters that were read, which keep it in their configuration, it is not an error.
     """
-    if config.lora.dropout and not hasattr(config.settings, "dropout"):
+    if config.lora.dropout and not config.trainer.has_dropout:
         raise InputError(
             f"lora.dropout is {config.lora.dropout}, but {config.trainer.name} trains without "
             "dropout; set it to 0."

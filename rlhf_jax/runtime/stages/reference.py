@@ -91,7 +91,7 @@ def _read(file: epath.Path, mark: str) -> dict[str, Fields]:
     try:
         with np.load(io.BytesIO(data)) as content:
             arrays = dict(content)
-        found = str(arrays.pop("mark"))
+        stored = str(arrays.pop("mark"))
     except (
         OSError,
         ValueError,
@@ -102,9 +102,9 @@ def _read(file: epath.Path, mark: str) -> dict[str, Fields]:
         BadZipFile,
     ) as error:
         raise InputError(f"{file} is damaged; delete it to compute it anew.") from error
-    if found != mark:
+    if stored != mark:
         kinds = ("other examples", "another reference", "other settings")
-        parts = zip(kinds, found.split("-", 2), mark.split("-", 2), strict=False)
+        parts = zip(kinds, stored.split("-", 2), mark.split("-", 2), strict=False)
         other = next((kind for kind, old, new in parts if old != new), kinds[0])
         raise InputError(
             f"{file} holds log-probabilities of {other}: put back what the run began with, or "

@@ -33,13 +33,13 @@ from rlhf_jax.runtime.sampling.samples import (
 )
 from rlhf_jax.runtime.sampling.selection import Entry, select
 from rlhf_jax.runtime.stages.checks import find_rewards
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage
 from rlhf_jax.runtime.stages.shared import ComparingStage
 
 SAMPLED, SELECTED = "sampled.jsonl", "selected.jsonl"
 
 
-class SampledStage(ComparingStage, OfflineStage):
+class SampledStage(ComparingStage, PolicyStage):
     """Training on the best of the model's own responses; see `run.stage.Stage`.
 
     All responses are in `sampled.jsonl` of the run, and those that are trained on in
@@ -59,7 +59,7 @@ class SampledStage(ComparingStage, OfflineStage):
     def _load(self) -> tuple[list[Any], list[Any]]:
         """Tokenizer, models, the selected responses, and the held-out prompts."""
         config, generation = self.config, self.config.section("generation")
-        examples, self._held_out_examples = self.load_examples(config.data, "prompts")
+        examples, held_out = self.load_examples(config.data, "prompts")
         check_functions(self.sources, examples)
         self.load_policy(list)
         rewards, self._reward_params = load_rewards(
@@ -74,7 +74,7 @@ class SampledStage(ComparingStage, OfflineStage):
             "their number": len(selected),
             "their SHA-256": digest(selected),
         }
-        return selected, self._held_out_examples
+        return selected, held_out
 
     def _sample(self, examples: list[Any]) -> list[list[Entry]]:
         """The responses to each prompt, as they are in `sampled.jsonl`."""
@@ -125,7 +125,7 @@ class SampledStage(ComparingStage, OfflineStage):
                 params,
                 self._reward_params,
                 batch,
-                self._held_out_examples,
+                self.held_out_examples,
                 jax.random.fold_in(self.eval_key, index),
             )
             for index, batch in enumerate(eval_batches(self.held_out, size))

@@ -63,6 +63,7 @@ class BaseStage:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.trainer, self.steps = config, config.trainer, config.trainer.steps
         self.name, self.losses = self.trainer.name, self.trainer.losses
+        self.scores: Mapping[str, str] = self.trainer.score_labels
         self.flops_per_step, self.schedule = 0.0, str(config.optimizer.schedule)
         self.fingerprints: dict[str, dict[str, Any]] = {}
         self._has_shown_memory = False

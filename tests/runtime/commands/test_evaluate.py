@@ -19,7 +19,7 @@ from rlhf_jax.runtime.evaluation.best_of import best_of_curve, pass_metrics
 from rlhf_jax.runtime.evaluation.diagnostics import bootstrap_interval
 from rlhf_jax.runtime.evaluation.policies import EvaluatedResponses, PolicyEvaluator
 from rlhf_jax.runtime.evaluation.rouge import ROUGE, rouge_scores
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 from tests.runtime.messages import message
@@ -197,7 +197,7 @@ def test_the_stage_logs_the_rouge_of_the_command(models, tmp_path):
         "sft": {"eval_batch_size": 2, "rouge_rows": 1},
         "generation": SHARED["generation"],
     }
-    stage = OfflineStage(resolve(SFTConfig, settings))
+    stage = PolicyStage(resolve(SFTConfig, settings))
     logged = stage.evaluate(stage.init_state())
     result = evaluate(models, tmp_path, "text", {"rouge_rows": 1}, data=data, path="policy")
     names = ("loss", "accuracy", "perplexity", *ROUGE)

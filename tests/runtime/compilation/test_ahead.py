@@ -9,7 +9,7 @@ from rlhf_jax.parallel.mesh import make_mesh
 from rlhf_jax.parallel.settings import MeshSettings
 from rlhf_jax.runtime.compilation import ahead
 from rlhf_jax.runtime.config import PPOConfig, RewardConfig, SFTConfig, resolve
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage, RewardModelStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
@@ -37,7 +37,7 @@ def offline_text(stage):
 )
 def test_the_program_of_sft_is_that_of_the_stage(tmp_path, data, targets):
     section = {"batch_size": 8, "eval_batch_size": 8, "gradient_accumulation_steps": 2}
-    stage = OfflineStage(resolve(SFTConfig, small.sft(tmp_path, sft=section, data=data)))
+    stage = PolicyStage(resolve(SFTConfig, small.sft(tmp_path, sft=section, data=data)))
     positions = stage.batches.at(0).target_positions
     assert (None if positions is None else positions.shape[1]) == targets
     assert lowered(ahead.programs(stage.config, stage.model, stage.mesh)) == [offline_text(stage)]
@@ -48,7 +48,7 @@ def test_the_program_of_sft_is_that_of_the_stage(tmp_path, data, targets):
 def test_the_program_of_the_reward_model_is_that_of_the_stage(tmp_path, sft_run, objective):
     section = {"batch_size": 8, "eval_batch_size": 8, "objective": objective}
     config = small.reward(tmp_path, sft_run[0], reward=section)
-    stage = OfflineStage(resolve(RewardConfig, config))
+    stage = RewardModelStage(resolve(RewardConfig, config))
     count = stage.batches.at(0).responses.shape[1] if objective == "ranking" else 4
     programs = ahead.programs(stage.config, stage.model, stage.mesh, num_responses=count)
     assert lowered(programs) == [offline_text(stage)]

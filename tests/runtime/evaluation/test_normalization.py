@@ -11,7 +11,7 @@ from rlhf_jax.runtime.config import RewardConfig, resolve
 from rlhf_jax.runtime.evaluation.normalization import Normalizer
 from rlhf_jax.runtime.evaluation.policies import read_evaluation
 from rlhf_jax.runtime.run import loop
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import RewardModelStage
 from rlhf_jax.training.reward import make_score_step
 from tests import small
 
@@ -32,7 +32,7 @@ def full(tmp_path_factory, sft_run):
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, sft_run):
     folder = tmp_path_factory.mktemp("stage")
-    return OfflineStage(resolve(RewardConfig, config(folder, sft_run)))
+    return RewardModelStage(resolve(RewardConfig, config(folder, sft_run)))
 
 
 def scores_of_first_pairs(stage, params):
@@ -101,7 +101,7 @@ def test_the_scores_for_the_normalization_are_computed_once(tmp_path, monkeypatc
 @pytest.mark.newest
 def test_a_run_that_goes_on_is_normalized_once(tmp_path, monkeypatch, sft_run, full):
     with monkeypatch.context() as patch:
-        small.interrupt_in(patch, OfflineStage, "step", 2)
+        small.interrupt_in(patch, RewardModelStage, "step", 2)
         with pytest.raises(loop.Interrupted, match="after step 2 of 4"):
             train_reward(config(tmp_path, sft_run))
     train_reward(config(tmp_path, sft_run))

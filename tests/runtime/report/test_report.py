@@ -11,7 +11,7 @@ from etils import epath
 
 from rlhf_jax import training
 from rlhf_jax.errors import InputError
-from rlhf_jax.runtime.report import stages
+from rlhf_jax.runtime.report import plots, stages
 from rlhf_jax.runtime.report.page import csp_hash, write_report
 from rlhf_jax.training.trainer import Headline
 from tests.runtime.report.pages import ppo_lines, read, write_lines
@@ -61,26 +61,44 @@ def test_a_full_run_shows_all_results(full_run):
 
 
 @pytest.mark.parametrize(
-    ("entries", "shown", "absent"),
+    ("section", "entries", "shown", "absent"),
     [
-        (
-            [{"step": 1, "train/loss": 2.0, "eval/loss": 2.5}],
-            "SFT, held-out loss",
-            "Score and gold",
-        ),
-        (
-            [{"step": 1, "eval/accuracy": 0.7, "eval/margin": 0.1}],
-            "Reward, held-out accuracy",
-            "SFT",
-        ),
-        (ppo_lines(), "Score and gold score over KL", "SFT"),
+        ("sft", [{"step": 1, "eval/loss": 2.5}], "SFT, held-out loss", "Score and gold"),
+        ("reward", [{"step": 1, "eval/accuracy": 0.7}], "Reward, held-out accuracy", "SFT"),
+        ("ppo", ppo_lines(), "PPO, training gold score", "SFT"),
+        (None, ppo_lines(), "Score and gold score over KL", "PPO"),
     ],
 )
-def test_a_single_stage_is_known_by_its_metrics(tmp_path, entries, shown, absent):
+def test_a_single_stage_is_known_by_its_configuration(tmp_path, section, entries, shown, absent):
     write_lines(tmp_path / "metrics.jsonl", entries)
+    if section:
+        (tmp_path / "config.yaml").write_text(f"{section}:\n  batch_size: 4\n")
     page = read(tmp_path)
     assert shown in page.text
     assert absent not in page.text
+
+
+def test_charts_of_single_trainers_are_those_of_their_records():
+    trainers = {trainer.name: trainer for trainer in training.TRAINERS}
+    titles = {
+        name: [plot.title for plot in (*plots.main_plots(each), *plots.diagnostic_plots(each))]
+        for name, each in trainers.items()
+    }
+    assert {"Policy loss", "Value loss", "Clipped share"} <= {*titles["ppo"]} - {*titles["grpo"]}
+    assert "Response length" in {*titles["grpo"]} - {*titles["ppo"]}
+    (scores,) = (plot for plot in plots.main_plots(trainers["rloo"]) if plot.title == "Score")
+    assert list(scores.lines.items()) == [
+        ("objective/scores", "training"),
+        ("eval/scores", "held-out"),
+        ("reward", "reward"),
+    ]
+    steps = [{"step": step, "reward": 1.0, "objective/kl": step} for step in (1, 2)]
+    steps = [{**each, "objective/gold": 2.0} for each in steps]
+    chart = plots.tradeoff_chart(trainers["grpo"], steps)
+    assert [curve.label for curve in chart.curves] == ["reward", "gold score"]
+    assert plots.tradeoff_chart(trainers["ppo"], steps) is None
+    others = plots.other_plots(trainers["ppo"], [{"reward": [], "own": []}])
+    assert [plot.title for plot in others] == ["own", "reward"]
 
 
 def test_nothing_is_loaded_and_nothing_injected(full_run):
@@ -173,6 +191,7 @@ def test_tiles_are_held_out_numbers_under_their_own_name(tmp_path):
         {"step": 2, "objective/scores": 3.0, "objective/gold": 8.5, "eval/scores": 4.0},
     ]
     write_lines(tmp_path / "metrics.jsonl", lines)
+    (tmp_path / "config.yaml").write_text("ppo: {}\n")
     notes = []
     (place,) = stages.stage_folders(epath.Path(tmp_path))
     assert stages.tiles(stages.read_log(*place, notes)) == [

@@ -62,6 +62,7 @@ class CountingStage:
 
     name = "counting"
     losses = ("train/loss",)
+    scores = {"own/score": "own score"}
     schedule = "linear"
     flops_per_token = flops_per_step = 0.0
 

@@ -33,7 +33,7 @@ def saved_steps(folder):
 class DivergingStage(CountingStage):
     """A metric of the second step is not finite."""
 
-    losses = ("train/loss", "loss/own")
+    losses = ("train/loss", "loss/own", "own/score")
     metric, value = "train/loss", math.nan
 
     def step(self, state, index):
@@ -42,11 +42,16 @@ class DivergingStage(CountingStage):
 
 
 @pytest.mark.parametrize(
-    ("metric", "value"),
-    [("train/loss", math.nan), ("loss/own", -math.inf), ("train/grad_norm", math.inf)],
+    ("metric", "value", "remedy"),
+    [
+        ("train/loss", math.nan, "Lower optimizer.learning_rate"),
+        ("loss/own", -math.inf, "Lower optimizer.learning_rate"),
+        ("train/grad_norm", math.inf, "Lower optimizer.learning_rate"),
+        ("own/score", math.nan, "Mend the reward"),
+    ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    tmp_path, monkeypatch, metric, value
+    tmp_path, monkeypatch, metric, value, remedy
 ):
     monkeypatch.setattr(DivergingStage, "metric", metric)
     monkeypatch.setattr(DivergingStage, "value", value)
@@ -56,8 +61,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
             counting.train(tmp_path, DivergingStage, **options)
         assert str(raised.value) == (
             f"{metric} is {value} at step 2 of the stage counting; training stopped and kept the "
-            f"checkpoint of step 1, in {tmp_path}. Lower optimizer.learning_rate and start again "
-            "with another --run_dir."
+            f"checkpoint of step 1, in {tmp_path}. {remedy} and start again with another --run_dir."
         )
     assert saved_steps(tmp_path) == [1]
     assert [entry["step"] for entry in small.entries(tmp_path / "metrics.jsonl")] == [1]

@@ -55,7 +55,7 @@ def test_progress_prints_the_last_step_of_a_run_that_stops_early():
 
 def test_progress_on_a_terminal_renews_one_line():
     out = Terminal()
-    with Progress(10, 2, "ppo", file=out) as shown:
+    with Progress(10, 2, "ppo", scores={"objective/scores": "score"}, file=out) as shown:
         shown.update(3, {"objective/scores": 1.25, "perf/tokens_per_sec": 980.0})
         shown.update(10)  # a step without metrics keeps those shown
     last = out.getvalue().rstrip().split("\r")[-1]
@@ -102,7 +102,7 @@ def test_fields_fit_the_columns_beside_a_bar_of_ten(columns, name, metrics, fiel
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(writer, "w") as out:
-        with Progress(1000, 0, name, file=out) as shown:
+        with Progress(1000, 0, name, scores={"objective/scores": "score"}, file=out) as shown:
             shown.update(1000, metrics)
         text = b""
         while not text.endswith(b"\n"):

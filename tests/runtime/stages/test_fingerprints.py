@@ -7,7 +7,7 @@ import pytest
 from rlhf_jax.data.settings import DataSettings
 from rlhf_jax.runtime.config import PPOConfig, SFTConfig, resolve
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage
 from tests import small
 
 
@@ -42,7 +42,7 @@ def texts(tmp_path):
 def test_a_stage_and_a_finished_run_have_the_same_of_the_data(tmp_path, texts):
     data = {"path": str(texts), "eval_rows": 4, "max_length": 48}
     config = resolve(SFTConfig, small.sft(tmp_path / "run", data=data))
-    stage = OfflineStage(config)
+    stage = PolicyStage(config)
     ours = shared.data_fingerprints(config)
     name = f"The texts in {texts}"
     assert stage.fingerprints.keys() == {name, "The tokenizer"}
@@ -50,7 +50,7 @@ def test_a_stage_and_a_finished_run_have_the_same_of_the_data(tmp_path, texts):
     assert ours[name]["the number of training examples"] == 16
     assert stage.fingerprints["The tokenizer"]["the number of tokens"] == len(stage.tokenizer)
     texts.write_text(texts.read_text().replace("film", "opera"))
-    other = OfflineStage(config).fingerprints
+    other = PolicyStage(config).fingerprints
     assert all(other[name] != stage.fingerprints[name] for name in other)
 
 

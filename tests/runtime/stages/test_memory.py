@@ -14,7 +14,7 @@ from rlhf_jax.runtime.config import PPOConfig, SFTConfig, resolve
 from rlhf_jax.runtime.program import Placement
 from rlhf_jax.runtime.stages import memory
 from rlhf_jax.runtime.stages.memory import Memory, as_line, check, estimate
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
@@ -93,7 +93,7 @@ def test_too_little_memory_is_a_warning(caplog):
 @pytest.mark.parametrize("kind", ["offline", "rollout and update"])
 def test_a_run_prints_it_once_and_compiles_no_program_twice(tmp_path, sft_run, kind, capsys):
     if kind == "offline":
-        stage = OfflineStage(resolve(SFTConfig, small.sft(tmp_path)))
+        stage = PolicyStage(resolve(SFTConfig, small.sft(tmp_path)))
     else:
         config = small.ppo(tmp_path, sft_run[0])
         stage = OnlineStage(resolve(PPOConfig, config), small.short_response)
