@@ -37,7 +37,10 @@ add_module_names = False
 # Every link has to lead somewhere; types of other packages have no pages here.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:class", r"(tuple\[(int|str)|dict\[str)"),  # of a tuple of any length, or of a mapping
+    (
+        r"py:class",
+        r"(tuple\[(int|str|~rlhf_jax)|dict\[str)",
+    ),  # of a tuple of any length, or of a mapping
     (
         r"py:class",  # type variables
         r"rlhf_jax\.(data\.batching\.Batch|models\.family\.Config|runtime\.config\.Config)",

@@ -31,7 +31,6 @@ from rlhf_jax.training.state import make_optimizer
 
 __all__ = [
     "Pairs",
-    "PolicyState",
     "Settings",
     "best_and_worst",
     "init_state",
