@@ -14,8 +14,8 @@ import yaml
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.huggingface import load_pretrained, load_reward_model
 from rlhf_jax.runtime import config, run_evaluate, run_generate, run_rlhf
-from rlhf_jax.runtime.commands import train
 from rlhf_jax.runtime.run import loop
+from rlhf_jax.runtime.stages import shared
 from rlhf_jax.runtime.stages.offline import OfflineStage
 from tests import small
 
@@ -94,7 +94,7 @@ def test_a_refused_call_leaves_the_folder_as_it_was(finished, monkeypatch):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["logging"]["log_every"] = 2
-    fingerprints = train.data_fingerprints
+    fingerprints = shared.data_fingerprints
 
     def others(settings):
         return {
@@ -102,7 +102,7 @@ def test_a_refused_call_leaves_the_folder_as_it_was(finished, monkeypatch):
             for name, parts in fingerprints(settings).items()
         }
 
-    monkeypatch.setattr(train, "data_fingerprints", others)
+    monkeypatch.setattr(shared, "data_fingerprints", others)
     with pytest.raises(InputError, match=r"changed since the run in \S+/sft began: the number of"):
         run_rlhf(config)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

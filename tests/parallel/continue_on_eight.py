@@ -12,11 +12,11 @@ import jax  # noqa: E402
 
 from rlhf_jax.runtime import train_sft  # noqa: E402
 from rlhf_jax.runtime.run.signals import Interrupted  # noqa: E402
-from rlhf_jax.runtime.stages.offline import PolicyStage  # noqa: E402
+from rlhf_jax.runtime.stages import offline  # noqa: E402
 from tests.parallel.test_checkpoints import config  # noqa: E402
 
 
-class StoppingStage(PolicyStage):
+class StoppingStage(offline.PolicyStage):
     """Presses Ctrl-C in the second step, and prints the share of the state on a device."""
 
     def resumed(self, state, saved):
@@ -33,9 +33,7 @@ class StoppingStage(PolicyStage):
 
 
 if __name__ == "__main__":
-    from rlhf_jax.runtime.commands import train
-
-    train.PolicyStage = StoppingStage
+    offline.PolicyStage = StoppingStage
     try:
         train_sft(config(sys.argv[1], {"data": 2, "fsdp": 2, "tensor": 2}))
     except Interrupted as interrupted:
