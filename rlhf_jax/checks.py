@@ -35,7 +35,8 @@ def check_fields(section: str, settings: Any) -> None:
     Its key in the message is section.name, or the name alone with the section "".
 
     That is null without a None in the annotation, a value that is not among those of a `Literal`, a
-    float that is infinite or NaN, and a number outside of a `Limit`.
+    float that is infinite or NaN, a float or a bool for an `int`, a bool for a `float`, and a
+    number outside of a `Limit`.
 
     >>> import dataclasses
     >>> Settings = dataclasses.make_dataclass("Settings", [("batch_size", PositiveInt)])
@@ -64,6 +65,12 @@ def _check_field(key: str, value: Any, kinds: tuple[Any, ...]) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{key} must be a finite number, but is {value}.")
+    bases = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds}
+    if isinstance(value, float) and int in bases and float not in bases:
+        raise InputError(f"{key} must be an integer, but is {value!r}.")
+    if isinstance(value, bool) and bool not in bases and bases & {int, float}:
+        number = "an integer" if int in bases else "a number"
+        raise InputError(f"{key} must be {number}, but is {value!r}.")
     for limit in [each for kind in kinds for each in getattr(kind, "__metadata__", ())]:
         if not isinstance(value, numbers.Real) or not limit.holds(value):
             raise InputError(f"{key} must {limit.text}, but is {value!r}.")
@@ -98,5 +105,5 @@ def check_effect(settings: Any, names: Sequence[str], condition: str) -> None:
         if changed and field.name in names:
             raise InputError(
                 f"{settings.section}.{field.name} is {value}, but has an effect with {condition} "
-                "only; leave it out, or change that."
+                "only; leave it out, or set that."
             )

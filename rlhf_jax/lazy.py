@@ -12,7 +12,8 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
     """(`__getattr__`, `__dir__`, `__all__`) of a package that imports nothing by itself (PEP 562).
 
     Its public names are those that its source imports as themselves, `from module import name as
-    name`, under `if TYPE_CHECKING:`, where type checkers and editors read them too.
+    name`, under `if TYPE_CHECKING:`, where type checkers and editors read them too. So the package
+    has to be installed with its sources, as pip does.
 
     Args:
       package: its `__name__`.

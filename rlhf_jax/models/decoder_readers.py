@@ -7,11 +7,11 @@ would change the numbers and is not computed here raises an InputError that name
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config_values import integer, is_true, positive
-from rlhf_jax.models.decoder_config import SIZES, DecoderConfig
+from rlhf_jax.models.decoder_config import SIZES, Activation, DecoderConfig
 from rlhf_jax.models.family import TOKEN_IDS, check_fixed, known_fields
 from rlhf_jax.models.rope import read_rope
 
@@ -142,9 +142,13 @@ def _gemma(data: Data) -> dict[str, Any]:
             f"use_bidirectional_attention is {value!r}, but only False is supported; choose "
             "another model."
         )
+    activation = data.get("hidden_activation", "gelu_pytorch_tanh")
+    if activation not in get_args(Activation):
+        choices = ", ".join(get_args(Activation))
+        raise InputError(f"hidden_activation must be one of {choices}, but is {activation!r}.")
     scalar = positive("query_pre_attn_scalar", data.get("query_pre_attn_scalar", 256))
     return {
-        "hidden_act": data.get("hidden_activation", "gelu_pytorch_tanh"),
+        "hidden_act": activation,
         "norm_position": "both",
         "norm_offset": 1.0,
         "norm_casts_last": True,

@@ -60,8 +60,28 @@ def make_step(
 ) -> Callable[..., Any]:
     """A pure step (state, batch, key) -> (state, metrics, rollout): a full iteration.
 
-    Example, arguments and errors are as in `ppo.make_step`; arrays of the rollout are [B, K, T].
-    With several `settings.max_sampling_rounds` it is the step of `dynamic_sampling.make_step`.
+    With several `settings.max_sampling_rounds` it is that of `dynamic_sampling.make_step`.
+
+    Args:
+      reward_model: as in `online.make_step`.
+      stop_token_ids: tokens that end a response.
+
+    Arrays of the rollout are [B, K, T]; its scores are final: penalised, clipped and scaled. The
+    step raises a ValueError while tracing if the state holds no reward model.
+
+    >>> import jax
+    >>> from rlhf_jax.batches import PromptBatch
+    >>> from rlhf_jax.models.gpt2 import GPT2, GPT2Config
+    >>> model = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    >>> key, params = jax.random.key(0), model.init(jax.random.key(1))
+    >>> settings = Settings(batch_size=2, num_generations=4, response_length=3)
+    >>> scorer = {"model": jax.tree.map(jnp.copy, params), "head": {"kernel": jnp.ones(8)}}
+    >>> state = init_state(model, params, settings, key, reward_params=scorer)
+    >>> step = jax.jit(make_step(model, settings, stop_token_ids=(9,)), donate_argnums=0)
+    >>> batch = PromptBatch(jnp.ones((2, 4), int), jnp.ones((2, 4), bool), jnp.arange(2))
+    >>> state, metrics, rollout = step(state, batch, key)
+    >>> int(state.step), rollout.tokens.shape
+    (1, (2, 4, 3))
     """
     update_step = make_update_step(
         model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids

@@ -66,8 +66,8 @@ def make_step(
 ) -> online.Step:
     """A pure step (state, batch, key) -> (state, metrics, rollout): a full iteration.
 
-    Example, arguments and errors are as in `ppo.make_step`; the rollout has all K responses,
-    [B, K, T].
+    Example, arguments and errors are those of `grpo.make_step`, with `settings.num_responses` for
+    K; the rollout has all K responses, [B, K, T].
     """
     update_step = make_update_step(
         model, settings, optimizer=optimizer, stop_token_ids=stop_token_ids

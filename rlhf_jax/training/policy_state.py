@@ -51,6 +51,7 @@ def init_state(
     Args:
       params, ref_params, reward_params: as in `online.split_policy`.
       key: unused, as nothing is random; every trainer has it.
+      optimizer: that of the step; by default Adam, as the trainers' records have it.
 
     Raises:
       InputError: as `online.split_policy` does.

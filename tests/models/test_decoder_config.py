@@ -118,7 +118,7 @@ def test_configurations_of_both_versions_of_transformers_are_read_alike(case, tm
         ("qwen3", {"use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers must"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be an integer"),
         ("gemma2", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all',"),
-        ("gemma2", {"hidden_activation": 3}, "config.hidden_act must be silu, gelu or gelu_py"),
+        ("gemma2", {"hidden_activation": 3}, "hidden_activation must be one of silu, gelu, gel"),
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping must be a number above"),
         ("llama", {"hidden_act": ["silu"]}, 'hidden_act must be a string, but is ["silu"].'),
         ("llama", {"num_hidden_layers": 10**6}, "num_hidden_layers must be an integer from 1 to 1"),

@@ -166,7 +166,7 @@ def train(
       The run folder, and the last value of each metric.
 
     Raises:
-      InputError: one sentence about what is wrong with the configuration or the data.
+      InputError: one sentence about a mistake in the configuration or the data.
     """
     from rlhf_jax.parallel import hosts
     from rlhf_jax.parallel.distributed import join
@@ -220,7 +220,7 @@ def print_result(trainer: Trainer, result: "StageResult") -> None:
         print(format_table(evaluation["table"]), flush=True)
         return
     headlines = [each.metric for each in trainer.headlines]
-    names = dict.fromkeys([*headlines, "eval/loss"])
+    names = dict.fromkeys([*headlines, "eval/loss", "eval/accuracy"])
     values = {name: result.metrics[name] for name in names if name in result.metrics}
     shown = [f"{name} {value:.4g}" for name, value in values.items() if name.startswith("eval/")]
     if shown:

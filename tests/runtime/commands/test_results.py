@@ -19,6 +19,17 @@ def test_a_reward_model_ends_with_its_held_out_accuracy(tmp_path, capsys):
     assert printed(capsys, "reward", tmp_path, metrics) == line
 
 
+def test_fine_tuning_ends_with_its_held_out_loss(tmp_path, capsys):
+    metrics = {
+        "eval/loss": 0.25,
+        "eval/accuracy": 0.5,
+        "eval/tokens": 8.0,
+        "eval/perplexity": 1.284,
+    }
+    line = "sft: eval/loss 0.25, eval/perplexity 1.284, eval/accuracy 0.5\n"
+    assert printed(capsys, "sft", tmp_path, metrics) == line
+
+
 def test_ppo_ends_with_the_scores_before_and_after(tmp_path, capsys):
     table = [{"metric": "score", "before": -1.5, "after": 0.25}]
     (tmp_path / "evaluation.json").write_text(json.dumps({"table": table}))
