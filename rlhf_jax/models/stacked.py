@@ -313,7 +313,13 @@ class StackedModel(abc.ABC):
         """The embeddings, and with them the unembedding, freeze with any layer."""
         if isinstance(params["layers"], UnstackedLayers):
             raise ValueError("these parameters are laid out by for_decoding; give those of before.")
-        cut = depth(params["layers"]) - num_layers_unfrozen
+        count = depth(params["layers"])
+        if not 0 <= num_layers_unfrozen <= count:
+            raise InputError(
+                f"num_layers_unfrozen must be from 0 to n_layer = {count}, "
+                f"but is {num_layers_unfrozen}."
+            )
+        cut = count - num_layers_unfrozen
         lower, upper = (
             jax.tree.map(lambda leaf, part=part: leaf[part], params["layers"])
             for part in (slice(cut), slice(cut, None))

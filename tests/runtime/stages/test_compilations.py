@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax.runtime import train_ppo, train_reward, train_sft
 from rlhf_jax.runtime.run import loop
 from rlhf_jax.runtime.stages import shared
-from rlhf_jax.runtime.stages.offline import OfflineStage
+from rlhf_jax.runtime.stages.offline import PolicyStage, RewardModelStage
 from rlhf_jax.runtime.stages.online import OnlineStage
 from tests import small
 
@@ -81,13 +81,13 @@ def assert_compiled_once(diary, buckets=1):
 
 
 def test_supervised_steps(tmp_path, monkeypatch, sft_run):
-    with Diary(monkeypatch, OfflineStage) as diary:
+    with Diary(monkeypatch, PolicyStage) as diary:
         train_sft(small.sft(tmp_path, checkpoint=OFTEN))
     assert_compiled_once(diary)
 
 
 def test_reward_steps(tmp_path, monkeypatch, sft_run, reward_run):
-    with Diary(monkeypatch, OfflineStage) as diary:
+    with Diary(monkeypatch, RewardModelStage) as diary:
         train_reward(small.reward(tmp_path, sft_run[0], checkpoint=OFTEN))
     assert_compiled_once(diary)
 
@@ -118,7 +118,7 @@ def test_ppo_iterations_of_two_buckets_and_with_rewards_in_python(tmp_path, monk
 
 def test_a_step_is_under_way_while_the_one_before_is_logged(tmp_path, monkeypatch):
     logging = {"eval_every": 0, "samples_every": 0}
-    with Diary(monkeypatch, OfflineStage) as diary:
+    with Diary(monkeypatch, PolicyStage) as diary:
         train_sft(small.sft(tmp_path, logging=logging))
     order = [entry for entry in diary.entries if entry[0] in ("step", "_log")]
     assert order[1:5] == [("step", 1), ("_log", 1), ("step", 2), ("_log", 2)]
