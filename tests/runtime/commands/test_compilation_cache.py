@@ -100,7 +100,7 @@ def test_a_command_makes_the_folder_once_its_settings_are_known(home, monkeypatc
     assert main(["sft", "--sft.batch_size", "none"]) == 2
     assert not list(home.iterdir())
     result = StageResult(str(home / "run"), {})
-    monkeypatch.setattr("rlhf_jax.runtime.train", lambda trainer, config: result)
+    monkeypatch.setattr("rlhf_jax.runtime.commands.main.train", lambda trainer, config: result)
     assert main(["sft"]) == 0
     assert kept(home / ".cache" / "rlhf-jax") == []
     assert (home / ".cache" / "rlhf-jax" / "xla").is_dir()
