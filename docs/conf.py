@@ -39,7 +39,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         r"py:class",
-        r"(tuple\[(int|str|~rlhf_jax)|dict\[str)",
+        r"(tuple\[(int|str|~rlhf_jax[.].*)|dict\[str)",
     ),  # of a tuple of any length, or of a mapping
     (
         r"py:class",  # type variables
