@@ -101,14 +101,13 @@ def logprobs_of(
     return Logprobs(jnp.where(mask, tokens, 0.0), mask, hidden)
 
 
-def preference_metrics(
-    rewards: jax.Array, logps: jax.Array, beta: jax.Array | float
-) -> dict[str, jax.Array]:
+def preference_metrics(rewards: jax.Array, logps: jax.Array, beta: float) -> dict[str, jax.Array]:
     """f32[B] each, of pairs, under TRL's names.
 
     Args:
       rewards: f32[B, 2], of the chosen and the rejected responses: beta times their log-ratios.
       logps: f32[B, 2], their log-probabilities in nats.
+      beta: the factor of the rewards.
     """
     size = beta * jnp.max(jnp.abs(logps), axis=1)
     return {

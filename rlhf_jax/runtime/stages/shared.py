@@ -141,11 +141,9 @@ class ComparingStage(BaseStage):
     """A stage whose evaluation compares responses of the policy with those of the initial one."""
 
     held_out: Any
+    _comparison: Callable[[Any], Comparison]
     _before: EvaluatedResponses | None = None
     _compared: tuple[int, Comparison] | None = None
-
-    def _comparison(self, state: Any) -> Comparison:
-        raise NotImplementedError
 
     def _compare(self, state: Any) -> Comparison:
         """`_comparison`, computed once a step."""
